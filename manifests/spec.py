@@ -1,0 +1,278 @@
+"""JobSpec: data + tokenizer + shards + train + cluster + observability. One file a person writes, everything else is derived.
+
+A job file names a preset and what differs from it:
+
+    preset: tiny
+    train: {steps: 500}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trainer.modelspec import Count, ModelSpec
+from trainer.spec import (
+    BackendsSpec,
+    BatchSpec,
+    CheckpointSpec,
+    EvaluateSpec,
+    MixSpec,
+    NonNegative,
+    OptimizerSpec,
+    Positive,
+    PrecisionSpec,
+    RuntimeSpec,
+    ScheduleSpec,
+    TokensSpec,
+    TrainSpec,
+)
+from trainer.specbase import Spec, SpecError, canonical_digest, deep_merge, parse, read_yaml
+
+PRESETS = files("manifests") / "presets"
+Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
+
+
+class FilesSource(Spec):
+    """Local or remote files: paths or URLs (fsspec), globs allowed; `sample://NAME` is the corpus shipped with yaongi."""
+
+    kind: Literal["files"] = "files"
+    paths: list[str] = Field(min_length=1)
+
+
+class HubSource(Spec):
+    """A dataset on the Hugging Face Hub; `revision` is a commit id, or a branch that is resolved and recorded at download."""
+
+    kind: Literal["hub"] = "hub"
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    revision: str = "main"
+
+
+class SourceSpec(Spec):
+    """One named source of documents: where it comes from, its licence, its share of the training tokens."""
+
+    origin: Annotated[FilesSource | HubSource, Field(discriminator="kind")]
+    domain: Literal["ko", "en", "code", "math"]
+    licence: str
+    text_column: str = "text"
+    weight: Positive
+    max_epochs: Positive = 4.0
+
+
+class DataSpec(Spec):
+    """Sources by name; their weights sum to 1. `max_bytes_per_source` stops a download early (None: by the tokens needed)."""
+
+    sources: dict[Name, SourceSpec] = Field(min_length=1)
+    heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.005
+    max_bytes_per_source: Count | None = None
+
+    @model_validator(mode="after")
+    def _mix_is_whole(self) -> Self:
+        total = sum(source.weight for source in self.sources.values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the weights of sources sum to {total:g}; they must sum to 1")
+        return self
+
+
+class TokenizerSpec(Spec):
+    """Byte-level BPE; `vocab_size` includes the special tokens and equals model.vocab_size."""
+
+    vocab_size: Count
+    sample_bytes: Count = 200_000_000
+
+
+class ShardsSpec(Spec):
+    """How text becomes token files; `unit_bytes` is the unit of work that a crash can cost."""
+
+    unit_bytes: Count = 64 * 2**20
+    max_shard_bytes: Annotated[int, Field(ge=2**16)] = 2**30
+    workers: Count = 2
+
+
+class JobTrainSpec(Spec):
+    """What of TrainSpec a person chooses; run name, directories, mix and shards are derived by `JobSpec.train_spec`."""
+
+    steps: Count
+    seq_len: Annotated[int, Field(ge=8)]
+    seed: int = 0
+    model: ModelSpec
+    batch: BatchSpec
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    precision: PrecisionSpec = PrecisionSpec()
+    checkpoint: CheckpointSpec
+    backends: BackendsSpec = BackendsSpec()
+    runtime: RuntimeSpec = RuntimeSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+
+
+class StorageSpec(Spec):
+    """Where the two trees live: mount paths (or local folders) and the claims behind them."""
+
+    datasets_dir: str = "/mnt/datasets"
+    checkpoints_dir: str = "/mnt/checkpoints"
+    datasets_pvc: Name = "llm-datasets-pvc"
+    checkpoints_pvc: Name = "llm-checkpoints-pvc"
+
+
+class ClusterSpec(Spec):
+    """What the training job asks of the cluster, or of this machine when `target` is local.
+
+    Ranks = nodes × max(gpus_per_node, 1).
+    """
+
+    target: Literal["kubernetes", "local"] = "kubernetes"
+    nodes: Count = 1
+    gpus_per_node: Annotated[int, Field(ge=0, le=16)] = 0
+    gpu_memory_gib: Positive = 80
+    cpus_per_node: Positive = 2
+    memory_gib_per_node: Positive = 4
+    shared_memory_gib: Positive = 1
+    image: str = "localhost/yaongi-trainer:0.1.0"
+    image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
+    namespace: str | None = None
+    queue: str | None = None
+    node_selector: dict[str, str] = {}
+    tolerations: list[dict[str, str]] = []
+    queue_timeout_seconds: Count = 86_400
+    start_timeout_seconds: Count = 1_800
+    run_timeout_seconds: Count = 14 * 86_400
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0)] = 86_400
+    grace_seconds: Count = 120
+
+    @property
+    def ranks_per_node(self) -> int:
+        return max(self.gpus_per_node, 1)
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+class ObservabilitySpec(Spec):
+    """Labels that the cluster's Prometheus selects monitors by."""
+
+    monitor_labels: dict[str, str] = {"release": "kube-prometheus-stack"}
+    scrape_interval_seconds: NonNegative = 15
+
+
+class JobSpec(Spec):
+    name: Name
+    data: DataSpec
+    tokenizer: TokenizerSpec
+    shards: ShardsSpec = ShardsSpec()
+    train: JobTrainSpec
+    storage: StorageSpec = StorageSpec()
+    cluster: ClusterSpec = ClusterSpec()
+    observability: ObservabilitySpec = ObservabilitySpec()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        if self.tokenizer.vocab_size != self.train.model.vocab_size:
+            raise ValueError(
+                f"tokenizer.vocab_size {self.tokenizer.vocab_size} differs from train.model.vocab_size "
+                f"{self.train.model.vocab_size}; make them equal"
+            )
+        self.train_spec().micro_batches(self.cluster.world_size)
+        return self
+
+    # Keys of the stages: a pure function of the spec, so that a manifest can be rendered before any data exists.
+    @property
+    def raw_key(self) -> str:
+        mixed = {"weight", "max_epochs"}
+        sources = {name: source.model_dump(mode="json", exclude=mixed) for name, source in self.data.sources.items()}
+        return canonical_digest(["raw", sources, self.data.max_bytes_per_source])
+
+    @property
+    def tokenizer_key(self) -> str:
+        weights = {name: source.weight for name, source in self.data.sources.items()}
+        return canonical_digest(["tokenizer", self.raw_key, self.tokenizer.model_dump(mode="json"), weights])
+
+    @property
+    def shards_key(self) -> str:
+        layout = self.shards.model_dump(mode="json", exclude={"workers"})
+        return canonical_digest(["shards", self.tokenizer_key, layout, self.data.heldout_fraction])
+
+    @property
+    def run_name(self) -> str:
+        """`<name>-<hash>`: also the name of the PyTorchJob. Where it runs and how it is watched do not change the run."""
+        identity = {
+            "shards": self.shards_key,
+            "train": self.train.model_dump(mode="json", exclude={"runtime", "evaluate"}),
+            "mix": {name: [s.weight, s.max_epochs] for name, s in self.data.sources.items()},
+        }
+        return f"{self.name}-{canonical_digest(identity)[:8]}"
+
+    @property
+    def run_dir(self) -> str:
+        return f"{self.storage.checkpoints_dir}/runs/{self.run_name}"
+
+    def stage_dir(self, stage: Literal["raw", "tokenizers", "shards"]) -> str:
+        key = {"raw": self.raw_key, "tokenizers": self.tokenizer_key, "shards": self.shards_key}[stage]
+        return f"{self.storage.datasets_dir}/{stage}/{key}"
+
+    def train_spec(self) -> TrainSpec:
+        """The trainer's spec: the person's choices plus what follows from data and storage."""
+        chosen = {name: getattr(self.train, name) for name in JobTrainSpec.model_fields if name != "seq_len"}
+        mix = {n: MixSpec(weight=s.weight, max_epochs=s.max_epochs) for n, s in self.data.sources.items()}
+        tokens = TokensSpec(
+            shards=self.stage_dir("shards"),
+            tokenizer=self.stage_dir("tokenizers"),
+            mix=mix,
+            seq_len=self.train.seq_len,
+            seed=self.train.seed,
+        )
+        return TrainSpec(run=self.run_name, run_dir=self.run_dir, tokens=tokens, **chosen)
+
+
+def preset_names() -> list[str]:
+    return sorted(re.sub(r"\.yaml$", "", entry.name) for entry in PRESETS.iterdir() if entry.name.endswith(".yaml"))
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The preset's fields.
+
+    Raises:
+        SpecError: no such preset.
+    """
+    if name not in preset_names():
+        raise SpecError(f"preset '{name}' does not exist; presets are {', '.join(preset_names())}")
+    return read_yaml(Path(str(PRESETS / f"{name}.yaml")))
+
+
+def job_from(value: dict[str, Any], changes: dict[str, Any] | None = None, where: str = "") -> JobSpec:
+    """A JobSpec from a job file's mapping (`preset:` plus differences) and further changes on top.
+
+    Raises:
+        SpecError: as `parse`.
+    """
+    value = dict(value)
+    base = preset(value.pop("preset")) if "preset" in value else {}
+    return parse(JobSpec, deep_merge(deep_merge(base, value), changes or {}), where)
+
+
+def load_job(preset_or_file: str, changes: dict[str, Any] | None = None) -> JobSpec:
+    """A JobSpec from a preset's name or a job file.
+
+    Raises:
+        SpecError: as `parse`; also a name that is neither a preset nor a file.
+    """
+    if preset_or_file in preset_names():
+        return job_from({"preset": preset_or_file}, changes, preset_or_file)
+    if not Path(preset_or_file).exists():
+        raise SpecError(
+            f"'{preset_or_file}' is neither a preset ({', '.join(preset_names())}) nor a file; check the name"
+        )
+    return job_from(read_yaml(preset_or_file), changes, preset_or_file)
+
+
+def job_from_json(text: str) -> JobSpec:
+    """A resolved JobSpec as the `plan` step hands it on."""
+    return parse(JobSpec, json.loads(text), "job")

@@ -1,0 +1,177 @@
+"""TrainSpec: everything one training run is a function of, besides the bytes of its shards. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trainer.modelspec import Count, ModelSpec
+from trainer.specbase import Spec
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class MixSpec(Spec):
+    """Share of one source in the training tokens."""
+
+    weight: Positive
+    max_epochs: Positive = 4.0
+
+
+class TokensSpec(Spec):
+    """Which tokens, in which proportions, cut how. `shards` is a directory with a manifest.json."""
+
+    shards: str
+    tokenizer: str
+    mix: dict[str, MixSpec]
+    seq_len: Annotated[int, Field(ge=8)]
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _mix_is_whole(self) -> Self:
+        total = sum(source.weight for source in self.mix.values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the weights of mix sum to {total:g}; they must sum to 1")
+        return self
+
+
+class BatchSpec(Spec):
+    """One optimizer step = `tokens_per_step` tokens, cut into micro-batches of `micro_batch_rows` rows on each rank."""
+
+    tokens_per_step: Count
+    micro_batch_rows: Count
+
+
+class MuonSpec(Spec):
+    """Muon for every matrix: orthogonalised momentum, scaled to AdamW's update RMS (0.2·√max(rows, columns))."""
+
+    learning_rate: Positive = 2e-3
+    momentum: Fraction = 0.95
+    nesterov: bool = True
+    weight_decay: NonNegative = 0.1
+    coefficients: Literal["polar_express", "newton_schulz"] = "polar_express"
+    steps: Annotated[int, Field(ge=1, le=12)] = 5
+
+
+class AdamWSpec(Spec):
+    """AdamW for embedding, head, norms, convolutions, 1-D parameters and (at a higher rate, undecayed) Engram tables."""
+
+    learning_rate: Positive = 2e-3
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    engram_rate_factor: Positive = 5.0
+
+
+class OptimizerSpec(Spec):
+    name: Literal["muon", "adamw"] = "muon"
+    muon: MuonSpec = MuonSpec()
+    adamw: AdamWSpec = AdamWSpec()
+    clip_norm: Positive | None = 1.0
+
+
+class ScheduleSpec(Spec):
+    """Learning-rate factor over the steps. WSD: linear warm-up, stable, then down to `final_learning_rate`."""
+
+    name: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    warmup_fraction: Fraction = 0.01
+    decay_fraction: Fraction = 0.2
+    decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    final_learning_rate: NonNegative = 1e-5
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.name == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError("warmup_fraction + decay_fraction exceed 1; lower one of them")
+        return self
+
+
+class PrecisionSpec(Spec):
+    """`auto` walks the ladder FP8 → BF16 → FP16 → FP32 and logs why it stopped where it did."""
+
+    dtype: Literal["auto", "fp8", "bf16", "fp16", "fp32"] = "auto"
+
+
+class CheckpointSpec(Spec):
+    every_steps: Count
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    asynchronous: bool = True
+
+
+class BackendsSpec(Spec):
+    """Implementation of each operation; `auto` takes the fastest proven one, a named one that cannot run is an error."""
+
+    ssd: Literal["auto", "reference", "chunked"] = "auto"
+    conv: Literal["auto", "reference", "torch"] = "auto"
+    attention: Literal["auto", "reference", "sdpa"] = "auto"
+    experts: Literal["auto", "reference", "grouped"] = "auto"
+
+
+class RuntimeSpec(Spec):
+    """How the processes run; nothing here changes what is computed beyond rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False
+    log_every_steps: Count = 10
+    metrics_port: Annotated[int, Field(ge=0, le=65000)] = 9400
+    communication_timeout_seconds: Count = 600
+    hang_timeout_seconds: Count = 1800
+    max_restarts: Annotated[int, Field(ge=0)] = 10
+    deadline_seconds: Count | None = None
+
+
+class EvaluateSpec(Spec):
+    """Held-out evaluation: at most `max_tokens` tokens of each domain, and one generated sample per prompt."""
+
+    max_tokens: Count = 200_000
+    prompts: list[str] = []
+    sample_tokens: Count = 64
+    temperature: NonNegative = 0.8
+
+
+class TrainSpec(Spec):
+    """One training run. `run_dir` holds checkpoints, logs, metrics and results; the same spec in another place is the same run."""
+
+    run: str
+    run_dir: str
+    steps: Count
+    seed: int = 0
+    model: ModelSpec
+    tokens: TokensSpec
+    batch: BatchSpec
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    precision: PrecisionSpec = PrecisionSpec()
+    checkpoint: CheckpointSpec
+    backends: BackendsSpec = BackendsSpec()
+    runtime: RuntimeSpec = RuntimeSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+
+    @model_validator(mode="after")
+    def _rows_are_whole(self) -> Self:
+        row_tokens = self.batch.micro_batch_rows * self.tokens.seq_len
+        if self.batch.tokens_per_step % row_tokens:
+            raise ValueError(
+                f"batch.tokens_per_step {self.batch.tokens_per_step} must be a multiple of "
+                f"micro_batch_rows × seq_len = {row_tokens}"
+            )
+        return self
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches per rank and step.
+
+        Raises:
+            ValueError: the ranks cannot share a step equally.
+        """
+        step_rows = self.batch.tokens_per_step // self.tokens.seq_len
+        per_round = self.batch.micro_batch_rows * world_size
+        if step_rows % per_round:
+            raise ValueError(
+                f"a step of {step_rows} rows cannot be shared by {world_size} ranks in micro-batches of "
+                f"{self.batch.micro_batch_rows} rows; make batch.tokens_per_step a multiple of {per_round * self.tokens.seq_len}"
+            )
+        return step_rows // per_round

@@ -1,0 +1,143 @@
+"""What every spec shares: frozen pydantic models, errors that say the fix, YAML + `a.b=c` loading, stable digests.
+
+Two ways in: what a person writes is validated strictly (`parse`); nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Spec(BaseModel):
+    """Base of all specs: immutable, unknown fields rejected, defaults validated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    def digest(self) -> str:
+        """First 12 hex digits of the sha256 of the canonical JSON; equal specs give equal digests on every machine."""
+        return canonical_digest(self.model_dump(mode="json"))
+
+    def updated(self, changes: dict[str, Any]) -> Self:
+        """A validated copy in which `changes` (nested dicts) replace the fields they name."""
+        return parse(type(self), deep_merge(self.model_dump(mode="json"), changes))
+
+
+SpecT = TypeVar("SpecT", bound=Spec)
+
+
+class SpecError(ValueError):
+    """A spec that cannot be used; the message is complete: what, where, how to mend. One line for each problem."""
+
+
+def canonical_digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def deep_merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` laid over `base`; dicts merge key by key, everything else (lists too) is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = deep_merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse(spec_type: type[SpecT], value: Any, where: str = "") -> SpecT:
+    """Validate what a person wrote.
+
+    Raises:
+        SpecError: one line per problem, with the path of the field, and the nearest name for an unknown one.
+    """
+    try:
+        return spec_type.model_validate(value)
+    except ValidationError as error:
+        lines = [_explain(spec_type, dict(problem)) for problem in error.errors()]
+        prefix = f"{where}: " if where else ""
+        raise SpecError("\n".join(prefix + line for line in lines)) from None
+
+
+def _explain(spec_type: type[Spec], problem: dict[str, Any]) -> str:
+    path = [str(part) for part in problem["loc"]]
+    where = ".".join(path) or spec_type.__name__
+    if problem["type"] == "extra_forbidden":
+        known = list(_fields_at(spec_type, path[:-1]))
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known fields: {', '.join(sorted(known))}"
+        return f"{where}: unknown field; {hint}"
+    if problem["type"] == "missing":
+        return f"{where}: required field is missing; add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {message} (got {problem['input']!r})"
+
+
+def _fields_at(spec_type: type[Spec], path: list[str]) -> set[str]:
+    """Names of the fields of the model that `path` leads to, through optionals, lists, dicts and unions."""
+    candidates: list[Any] = [spec_type]
+    for part in path:
+        found: list[Any] = []
+        for candidate in candidates:
+            fields = getattr(candidate, "model_fields", {})
+            if part in fields:
+                found += _models_in(fields[part].annotation)
+        # An index into a list, a key of a dict or the tag of a union stays on the same models.
+        candidates = found or candidates
+    return {name for candidate in candidates for name in candidate.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML or JSON mapping from a file.
+
+    Raises:
+        SpecError: the file is missing, unreadable, not YAML or not a mapping.
+    """
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot read the spec ({error}); check the path and its permissions") from None
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(value, dict):
+        raise SpecError(f"{path}: a spec is a mapping of fields, found {type(value).__name__}")
+    return value
+
+
+def changes_from_sets(assignments: list[str]) -> dict[str, Any]:
+    """`["train.steps=20", "a.b=c"]` → nested dict; values are read as YAML, so numbers, lists and null work.
+
+    Raises:
+        SpecError: an assignment without '='.
+    """
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise SpecError(f"--set {assignment}: write it as field.subfield=value")
+        value: Any = yaml.safe_load(text)
+        for part in reversed(path.strip().split(".")):
+            value = {part: value}
+        changes = deep_merge(changes, value)
+    return changes
+
+
+def to_yaml(spec: Spec, *, only_set: bool = False) -> str:
+    """The spec as YAML that `parse` reads back to an equal spec."""
+    value = spec.model_dump(mode="json", exclude_defaults=only_set)
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
