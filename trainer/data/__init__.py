@@ -1,0 +1,1 @@
+"""Tokens from disk to batches: manifests, Megatron shards, tokenizer, mixing plan, loader."""

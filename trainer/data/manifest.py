@@ -1,0 +1,258 @@
+"""Manifests: what a directory of data holds, where it came from, and how to prove that it is whole.
+
+A stage of the data path (raw text, tokenizer, shards) is a directory with files and one `manifest.json`, which is written last:
+a directory without it is unfinished. The manifest holds no time, host or absolute path, so equal inputs give an equal digest.
+
+Layout of the stages, below the datasets directory:
+
+    raw/<key>/<source>/part-00000.jsonl        one JSON object a line, UTF-8, "\\n" after each, not compressed (byte ranges are
+                                               units of work): {"text": "..."}, one line for each document; other fields are ignored
+    raw/<key>/manifest.json                    kind raw: `files` carry source, documents, text_bytes (UTF-8 bytes of the texts)
+    tokenizers/<key>/tokenizer.json, …         kind tokenizer
+    shards/<key>/<source>-<split>-00000.bin    kind shards: Megatron pairs of .bin and .idx; split is train or heldout; the .bin
+    shards/<key>/<source>-<split>-00000.idx    entries carry source, split, documents, text_bytes, tokens
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+MANIFEST_NAME = "manifest.json"
+Kind = Literal["raw", "tokenizer", "shards"]
+Split = Literal["train", "heldout"]
+Algorithm = Literal["sha256", "xxh3_128"]
+
+
+class DataError(ValueError):
+    """Data that cannot be used: missing, unfinished, changed or malformed. The message names the file and the remedy."""
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FileEntry(Record):
+    """One file, relative to the manifest's directory; the counts are those of the documents in it (0 where none apply)."""
+
+    path: str
+    bytes: int = Field(ge=0)
+    algorithm: Algorithm
+    checksum: str
+    source: str | None = None
+    split: Split | None = None
+    documents: int = Field(default=0, ge=0)
+    text_bytes: int = Field(default=0, ge=0)
+    tokens: int = Field(default=0, ge=0)
+
+    @field_validator("path")
+    @classmethod
+    def _stays_inside(cls, path: str) -> str:
+        if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise ValueError(f"path '{path}' leaves the manifest's directory")
+        return path
+
+
+class SourceEntry(Record):
+    """Provenance of one source; `revision` is what the origin resolved to (a commit id, or the digest of local files)."""
+
+    domain: str
+    licence: str
+    origin: str
+    revision: str
+
+
+class Counts(Record):
+    files: int
+    documents: int
+    text_bytes: int
+    tokens: int
+
+
+class Manifest(Record):
+    """`inputs` are the digests of what this was made from, `settings` the parameters that shaped it."""
+
+    kind: Kind
+    format_version: Literal[1] = 1
+    inputs: dict[str, str] = {}
+    settings: dict[str, Any] = {}
+    sources: dict[str, SourceEntry] = {}
+    files: list[FileEntry]
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the canonical JSON."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def select(self, source: str | None = None, split: Split | None = None) -> list[FileEntry]:
+        """The files of one source and split (None: of any), in the manifest's order."""
+        return [f for f in self.files if source in (None, f.source) and split in (None, f.split)]
+
+    def counts(self, source: str | None = None, split: Split | None = None) -> Counts:
+        """Sums over the files that `select` gives."""
+        files = self.select(source, split)
+        return Counts(
+            files=len(files),
+            documents=sum(f.documents for f in files),
+            text_bytes=sum(f.text_bytes for f in files),
+            tokens=sum(f.tokens for f in files),
+        )
+
+
+class StageResult(Record):
+    """What a finished step hands to the next one: where its output is, its digest, and the counts that a person reads."""
+
+    kind: str
+    path: str
+    digest: str
+    summary: dict[str, int | float | str] = {}
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> StageResult:
+        """Raises DataError when `text` is not what `to_json` writes."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise DataError(f"the result of the step before cannot be read ({_first_problem(error)})") from None
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Write through a temporary file, fsync and rename, so that `path` never exists half-written."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: str | Path) -> None:
+    """Make the renames in `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: str | Path, algorithm: Algorithm) -> str:
+    """Hex digest of a file, read in blocks.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    state = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(2**20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def file_entry(directory: str | Path, path: str, algorithm: Algorithm = "xxh3_128", **counts: Any) -> FileEntry:
+    """The entry of a finished file `directory/path`; `counts` are further fields of FileEntry."""
+    full = Path(directory) / path
+    size = full.stat().st_size
+    return FileEntry(path=path, bytes=size, algorithm=algorithm, checksum=checksum(full, algorithm), **counts)
+
+
+def write_manifest(directory: str | Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, with the manifest's own digest in it. Call it last: it declares the directory finished."""
+    value = {"digest": manifest.digest} | manifest.model_dump(mode="json")
+    atomic_write(Path(directory) / MANIFEST_NAME, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read_manifest(directory: str | Path, kind: Kind | None = None) -> Manifest:
+    """The manifest of a finished directory.
+
+    Raises:
+        DataError: there is none, it was changed after it was written, or it is of another kind than `kind`.
+    """
+    path = Path(directory) / MANIFEST_NAME
+    try:
+        value = json.loads(path.read_bytes())
+        written = value.pop("digest")
+        manifest = Manifest.model_validate(value)
+    except FileNotFoundError:
+        raise DataError(f"{path}: not there; run the step that makes this directory") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the volume and its permissions") from None
+    except ValidationError as error:
+        raise DataError(f"{path}: not a manifest ({_first_problem(error)}); remove it and run its step again") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise DataError(f"{path}: not a manifest; remove it and run its step again") from None
+    if written != manifest.digest:
+        raise DataError(f"{path}: changed after it was written (digest differs); remove it and run its step again")
+    if kind is not None and manifest.kind != kind:
+        raise DataError(f"{path}: holds {manifest.kind}, expected {kind}; give the directory of the {kind} stage")
+    return manifest
+
+
+def verify(
+    directory: str | Path,
+    manifest: Manifest,
+    *,
+    files: Iterable[FileEntry] | None = None,
+    sizes_only: bool = False,
+    threads: int = 4,
+) -> None:
+    """Check that the files (default: all of the manifest) are there, whole and unchanged.
+
+    Raises:
+        DataError: names the first file that is not.
+    """
+    chosen = list(manifest.files if files is None else files)
+    for entry in chosen:
+        path = Path(directory) / entry.path
+        if not path.is_file():
+            raise DataError(f"{path}: missing; run the step that makes it again")
+        if (size := path.stat().st_size) != entry.bytes:
+            raise DataError(f"{path}: has {size} bytes, the manifest says {entry.bytes}; run its step again")
+    if sizes_only:
+        return
+
+    def check(entry: FileEntry) -> None:
+        path = Path(directory) / entry.path
+        if checksum(path, entry.algorithm) != entry.checksum:
+            raise DataError(f"{path}: its content differs from the manifest's {entry.algorithm}; run its step again")
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(check, chosen))
+
+
+def reusable(
+    directory: str | Path, kind: Kind, inputs: dict[str, str], settings: dict[str, Any]
+) -> tuple[Manifest | None, str]:
+    """The finished, verified manifest of `directory` if it was made from these inputs and settings; else None and why not."""
+    if not (Path(directory) / MANIFEST_NAME).exists():
+        return None, "not made yet"
+    try:
+        manifest = read_manifest(directory, kind)
+        if manifest.inputs != inputs:
+            return None, "its inputs changed"
+        if manifest.settings != settings:
+            return None, "its settings changed"
+        verify(directory, manifest)
+    except DataError as error:
+        return None, str(error)
+    return manifest, "unchanged and verified"
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    return f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"
