@@ -1,0 +1,72 @@
+"""Exit codes of every process of a run, and the exception that carries one.
+
+The training operator reads 1-127 as permanent and 128 and above as "recreate the pod", so each way to end has a code on
+the right side of that line; the same codes are what a person or a script sees on one machine. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import signal
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    OK = 0
+    UNEXPECTED = 1
+    SPEC = 2
+    DATA = 65
+    CHECKPOINT = 66
+    DIVERGED = 70
+    BUDGET = 71
+    LIMIT = 75
+    INTERRUPTED = 130
+    KILLED = 137
+    CRASHED = 139
+    TERMINATED = 143
+    COMMUNICATION = 160
+    HANG = 161
+    GPU = 162
+
+
+MEANING: dict[ExitCode, str] = {
+    ExitCode.OK: "all ranks finished all steps",
+    ExitCode.UNEXPECTED: "unexpected error; the traceback is in the log",
+    ExitCode.SPEC: "bad spec",
+    ExitCode.DATA: "bad data",
+    ExitCode.CHECKPOINT: "corrupt checkpoint",
+    ExitCode.DIVERGED: "training diverged",
+    ExitCode.BUDGET: "restart budget spent",
+    ExitCode.LIMIT: "deadline passed or launcher gone; checkpoint saved",
+    ExitCode.INTERRUPTED: "interrupted (SIGINT); checkpoint saved",
+    ExitCode.KILLED: "killed (SIGKILL), most often for memory",
+    ExitCode.CRASHED: "crashed (SIGSEGV, SIGABRT or SIGBUS)",
+    ExitCode.TERMINATED: "stopped (SIGTERM); checkpoint saved",
+    ExitCode.COMMUNICATION: "communication with another rank failed",
+    ExitCode.HANG: "hang watchdog: no step finished in time",
+    ExitCode.GPU: "GPU fault",
+}
+
+STOPS = frozenset({ExitCode.INTERRUPTED, ExitCode.TERMINATED})
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
+
+
+class TrainingError(Exception):
+    """A run cannot go on. `code` is an exit code of the table above; the message is one line: what, where, how to mend."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = int(code)
+
+
+def retryable(code: int) -> bool:
+    """Whether starting again from the last checkpoint can help (the operator's own rule: 128 and above)."""
+    return code >= 128
+
+
+def of_process(returncode: int) -> int:
+    """Exit code for what `Popen.returncode` says: a negative number is the signal that ended the process."""
+    if returncode >= 0:
+        return returncode
+    if -returncode in _CRASHES:
+        return int(ExitCode.CRASHED)
+    return 128 - returncode
