@@ -1,0 +1,127 @@
+"""The worker's pod: everything in it satisfies the restricted Pod Security Standard and survives a read-only root.
+
+Pure functions from the spec to plain dicts; `render` puts them into a PyTorchJob.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from manifests.names import CONTAINER, SPEC_DIR, SPEC_FILE, Task, job_name, labels, ranks_per_pod
+from manifests.spec import JobSpec
+
+USER_ID = 1000
+SCRATCH_GIB = 16
+Object = dict[str, Any]
+
+
+def pod_template(job: JobSpec, task: Task) -> Object:
+    cluster = job.cluster
+    spec: Object = {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": cluster.grace_seconds,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER_ID,
+            "runAsGroup": USER_ID,
+            "fsGroup": USER_ID,
+            # Walking millions of files at every start would take longer than the start itself.
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [container(job, task)],
+        "volumes": volumes(job, task),
+    }
+    if cluster.node_selector:
+        spec["nodeSelector"] = dict(cluster.node_selector)
+    if cluster.tolerations:
+        spec["tolerations"] = [dict(toleration) for toleration in cluster.tolerations]
+    metadata = {
+        "labels": labels(job, task),
+        # A mesh's sidecar outlives the training process and encrypts NCCL's traffic: the pod would never finish.
+        "annotations": {"sidecar.istio.io/inject": "false"},
+    }
+    return {"metadata": metadata, "spec": spec}
+
+
+def container(job: JobSpec, task: Task) -> Object:
+    ports = metrics_ports(job, task)
+    return {
+        "name": CONTAINER,
+        "image": job.cluster.image,
+        "imagePullPolicy": job.cluster.image_pull_policy,
+        "command": ["python", "-m", "trainer.entrypoint", task, "--spec", f"{SPEC_DIR}/{SPEC_FILE}"],
+        "env": [{"name": name, "value": value} for name, value in environment(job, task).items()],
+        **({"ports": ports} if ports else {}),
+        "resources": resources(job, task),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "runAsNonRoot": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            {"name": "spec", "mountPath": SPEC_DIR, "readOnly": True},
+            {"name": "datasets", "mountPath": job.storage.datasets_dir, "readOnly": True},
+            {"name": "checkpoints", "mountPath": job.storage.checkpoints_dir},
+            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "shm", "mountPath": "/dev/shm"},
+        ],
+    }
+
+
+def environment(job: JobSpec, task: Task) -> dict[str, str]:
+    """What the image cannot know: its share of the CPUs, and that only /tmp is writable."""
+    threads = max(1, math.floor(job.cluster.cpus_per_node / ranks_per_pod(job, task)))
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "HOME": "/tmp",
+        "TMPDIR": "/tmp",
+        "XDG_CACHE_HOME": "/tmp/cache",
+        # Inductor names its cache after the user, and no user of this id need exist in the image.
+        "TORCHINDUCTOR_CACHE_DIR": "/tmp/cache/inductor",
+        "TRITON_CACHE_DIR": "/tmp/cache/triton",
+    }
+
+
+def metrics_ports(job: JobSpec, task: Task) -> list[Object]:
+    """One port for each local rank; evaluation and export serve no metrics."""
+    first = job.train.runtime.metrics_port
+    if task != "train" or first == 0:
+        return []
+    return [
+        {"name": f"metrics-{rank}", "containerPort": first + rank, "protocol": "TCP"}
+        for rank in range(job.cluster.ranks_per_node)
+    ]
+
+
+def resources(job: JobSpec, task: Task) -> Object:
+    """Memory is a hard limit. CPUs are only requested: a CPU limit would stall the exchange of gradients in bursts."""
+    cluster = job.cluster
+    memory = gibibytes(cluster.memory_gib_per_node)
+    limits = {"memory": memory}
+    if cluster.gpus_per_node:
+        limits["nvidia.com/gpu"] = str(ranks_per_pod(job, task))
+    return {"requests": {"cpu": cpus(cluster.cpus_per_node), **limits}, "limits": limits}
+
+
+def volumes(job: JobSpec, task: Task) -> list[Object]:
+    return [
+        {"name": "spec", "configMap": {"name": job_name(job, task)}},
+        {"name": "datasets", "persistentVolumeClaim": {"claimName": job.storage.datasets_pvc}},
+        {"name": "checkpoints", "persistentVolumeClaim": {"claimName": job.storage.checkpoints_pvc}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": gibibytes(SCRATCH_GIB)}},
+        # The runtime's own /dev/shm has 64 MiB, too small for NCCL between the GPUs of a node.
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": gibibytes(job.cluster.shared_memory_gib)}},
+    ]
+
+
+def gibibytes(amount: float) -> str:
+    return f"{int(amount)}Gi" if float(amount).is_integer() else f"{round(amount * 1024)}Mi"
+
+
+def cpus(amount: float) -> str:
+    return str(int(amount)) if float(amount).is_integer() else f"{round(amount * 1000)}m"

@@ -1,0 +1,39 @@
+"""What the launcher may do, in its own namespace and nowhere else."""
+
+from __future__ import annotations
+
+from manifests.objects import Object
+
+ROLE = "yaongi-launcher"
+# The account of KFP's steps, and one of our own for a launcher that runs without KFP.
+ACCOUNTS = ("pipeline-runner", ROLE)
+RULES: list[Object] = [
+    {
+        "apiGroups": ["kubeflow.org"],
+        "resources": ["pytorchjobs"],
+        "verbs": ["create", "get", "list", "watch", "patch", "delete"],
+    },
+    {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["create", "get", "patch", "delete"]},
+    {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
+    {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+    {"apiGroups": [""], "resources": ["events"], "verbs": ["list", "watch"]},
+    {"apiGroups": [""], "resources": ["persistentvolumeclaims"], "verbs": ["get"]},
+]
+
+
+def rbac(namespace: str) -> list[Object]:
+    """Service account, role and binding. A binding names its subjects' namespace, so this is made for one namespace."""
+    labels = {"app.kubernetes.io/part-of": "yaongi"}
+    metadata = {"name": ROLE, "namespace": namespace, "labels": labels}
+    group = "rbac.authorization.k8s.io"
+    return [
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": dict(metadata)},
+        {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": dict(metadata), "rules": RULES},
+        {
+            "apiVersion": f"{group}/v1",
+            "kind": "RoleBinding",
+            "metadata": dict(metadata),
+            "roleRef": {"apiGroup": group, "kind": "Role", "name": ROLE},
+            "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": namespace} for name in ACCOUNTS],
+        },
+    ]
