@@ -1,0 +1,121 @@
+"""Metrics as a Prometheus server sees them: scraped over HTTP and parsed."""
+
+import socket
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from trainer.metrics import METRICS, PREFIX, Metrics
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def serve():
+    opened = []
+
+    def start(rank=0):
+        port = free_port()
+        opened.append(Metrics(rank=rank, port=port))
+        return opened[-1], port
+
+    yield start
+    for metrics in opened:
+        metrics.close()
+
+
+def scrape(port):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    return families, {(s.name, *sorted(s.labels.items())): s.value for f in families for s in f.samples}
+
+
+def use_all(metrics):
+    for metric in METRICS:
+        labels = dict.fromkeys(metric.labels, "x")
+        {"gauge": metrics.set, "counter": metrics.add, "histogram": metrics.observe}[metric.kind](
+            metric.name, 2.0, **labels
+        )
+
+
+@pytest.mark.enable_socket
+def test_scrape_has_the_values_and_the_rank(serve):
+    metrics, port = serve()
+    metrics.set("loss", 3.25)
+    metrics.add("tokens_total", 100)
+    metrics.add("tokens_total", 28)
+    metrics.add("phase_seconds_total", 0.5, phase="data")
+    metrics.add("goodput_seconds_total", 4, **{"class": "step"})
+    metrics.observe("step_seconds", 0.7)
+    _, samples = scrape(port)
+    assert samples["yaongi_loss",] == 3.25
+    assert samples["yaongi_tokens_total",] == 128
+    assert samples["yaongi_phase_seconds_total", ("phase", "data"), ("rank", "0")] == 0.5
+    assert samples["yaongi_goodput_seconds_total", ("class", "step")] == 4
+    assert samples["yaongi_step_seconds_sum", ("rank", "0")] == 0.7
+    assert samples["yaongi_step_seconds_bucket", ("le", "0.5"), ("rank", "0")] == 0
+    assert samples["yaongi_step_seconds_bucket", ("le", "1.0"), ("rank", "0")] == 1
+    assert not any(name == "yaongi_grad_norm" for name, *_ in samples), "a gauge never set must be absent"
+    assert samples["yaongi_clips_total",] == 0
+
+
+@pytest.mark.enable_socket
+def test_exactly_the_table_is_exported(serve):
+    metrics, port = serve()
+    use_all(metrics)
+    families, _ = scrape(port)
+    expected = {
+        PREFIX + m.name.removesuffix("_total" if m.kind == "counter" else ""): (m.kind, m.help) for m in METRICS
+    }
+    assert {f.name: (f.type, f.documentation) for f in families} == expected
+
+
+@pytest.mark.enable_socket
+def test_other_ranks_export_only_their_own(serve):
+    metrics, port = serve(rank=3)
+    use_all(metrics)
+    _, samples = scrape(port)
+    assert samples
+    assert all(("rank", "3") in labels for _, *labels in samples)
+
+
+@pytest.mark.enable_socket
+def test_taken_port_is_one_clear_line(serve):
+    _, port = serve()
+    with pytest.raises(ValueError, match=f"metrics port {port} is taken; set runtime.metrics_port") as caught:
+        Metrics(rank=0, port=port)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.enable_socket
+def test_closing_frees_the_port():
+    port = free_port()
+    Metrics(rank=0, port=port).close()
+    Metrics(rank=0, port=port).close()
+
+
+def test_port_zero_serves_nothing(monkeypatch):
+    monkeypatch.setattr("trainer.metrics.start_http_server", lambda *a, **k: pytest.fail("a server was started"))
+    metrics = Metrics(rank=0, port=0)
+    metrics.set("loss", 1.0)
+    assert metrics.registry.get_sample_value("yaongi_loss") == 1.0
+    metrics.close()
+
+
+def test_names_outside_the_table_are_refused():
+    with pytest.raises(ValueError, match="losss is not in the table"):
+        Metrics(rank=0, port=0).set("losss", 1.0)
+
+
+def test_conventions():
+    names = [m.name for m in METRICS]
+    assert len(set(names)) == len(names)
+    for metric in METRICS:
+        assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
+        assert metric.help.endswith("."), metric.name
+        assert not {"run", "run_id", "step", "pod", "host", "rank"} & set(metric.labels), metric.name

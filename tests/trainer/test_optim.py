@@ -1,0 +1,267 @@
+"""Which parameter gets which optimizer, the wrapper around both, and its state."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from manifests.spec import load_job
+from trainer.modelspec import ModelSpec
+from trainer.optim import build_optimizers, clip_gradients
+from trainer.optim.rules import assign, render
+from trainer.spec import OptimizerSpec
+
+SPEC = ModelSpec.model_validate(
+    {
+        "vocab_size": 32,
+        "hidden": 16,
+        "layers": ["ME", "*-", "N"],
+        "mamba": {"num_heads": 2, "head_dim": 8, "d_state": 4},
+        "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4},
+        "moe": {"num_experts": 3, "top_k": 1, "expert_width": 8, "shared_width": 8},
+        "mlp": {"width": 24},
+        "engram": [{"layer": 2, "rows_per_head": 10, "width_per_order": 8, "num_heads": 2}],
+    }
+)
+
+# name → (shape, optimizer, number of Muon blocks, rate factor, decay), written down by hand.
+EXPECTED = {
+    "embedding.weight": ((32, 16), "adamw", 0, 1, True),
+    "head.weight": ((32, 16), "adamw", 0, 1, True),
+    "final_norm.weight": ((16,), "adamw", 0, 1, False),
+    "layers.0.0.norm.weight": ((16,), "adamw", 0, 1, False),
+    "layers.0.0.mixer.zxbc_proj.weight": ((40, 16), "muon", 4, 1, True),
+    "layers.0.0.mixer.dt_proj.weight": ((2, 16), "muon", 1, 1, True),
+    "layers.0.0.mixer.conv.weight": ((24, 4), "adamw", 0, 1, True),
+    "layers.0.0.mixer.conv.bias": ((24,), "adamw", 0, 1, False),
+    "layers.0.0.mixer.A_log": ((2,), "adamw", 0, 1, False),
+    "layers.0.0.mixer.D": ((2,), "adamw", 0, 1, False),
+    "layers.0.0.mixer.dt_bias": ((2,), "adamw", 0, 1, False),
+    "layers.0.0.mixer.norm.weight": ((16,), "adamw", 0, 1, False),
+    "layers.0.0.mixer.out_proj.weight": ((16, 16), "muon", 1, 1, True),
+    "layers.0.1.norm.weight": ((16,), "adamw", 0, 1, False),
+    "layers.0.1.mixer.router.weight": ((3, 16), "muon", 1, 1, True),
+    "layers.0.1.mixer.up_EFD": ((3, 8, 16), "muon", 3, 1, True),
+    "layers.0.1.mixer.down_EDF": ((3, 16, 8), "muon", 3, 1, True),
+    "layers.0.1.mixer.shared_up.weight": ((8, 16), "muon", 1, 1, True),
+    "layers.0.1.mixer.shared_down.weight": ((16, 8), "muon", 1, 1, True),
+    "layers.1.0.mixer.q_proj.weight": ((16, 16), "muon", 4, 1, True),
+    "layers.1.0.mixer.k_proj.weight": ((8, 16), "muon", 2, 1, True),
+    "layers.1.0.mixer.v_proj.weight": ((8, 16), "muon", 2, 1, True),
+    "layers.1.0.mixer.o_proj.weight": ((16, 16), "muon", 1, 1, True),
+    "layers.1.1.mixer.up.weight": ((24, 16), "muon", 1, 1, True),
+    "layers.1.1.mixer.down.weight": ((16, 24), "muon", 1, 1, True),
+    "layers.2.0.mixer.tables.weight": ((44, 4), "adamw", 0, 5, False),
+    "layers.2.0.mixer.key_proj.weight": ((16, 16), "muon", 1, 1, True),
+    "layers.2.0.mixer.value_proj.weight": ((16, 16), "muon", 1, 1, True),
+    "layers.2.0.mixer.key_norm.weight": ((16,), "adamw", 0, 1, False),
+    "layers.2.0.mixer.query_norm.weight": ((16,), "adamw", 0, 1, False),
+    "layers.2.0.mixer.conv_norm.weight": ((16,), "adamw", 0, 1, False),
+    "layers.2.0.mixer.conv.weight": ((16, 4), "adamw", 0, 1, True),
+}
+
+
+class Named(nn.Module):
+    """Bare parameters under dotted names, with gradients."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in shapes.items():
+            *path, leaf = name.split(".")
+            module = self
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module._modules[part]
+            module.register_parameter(leaf, nn.Parameter(torch.randn(shape, generator=generator)))
+
+    def fill_gradients(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def model():
+    return Named({name: expected[0] for name, expected in EXPECTED.items()})
+
+
+def test_table_by_hand():
+    table = assign([(name, e[0]) for name, e in EXPECTED.items()], OptimizerSpec(), SPEC)
+    for entry in table:
+        _, optimizer, blocks, rate, decay = EXPECTED[entry.name]
+        count = (
+            0 if optimizer == "adamw" else entry.shape[0] if len(entry.shape) == 3 else max(1, len(entry.block_rows))
+        )
+        assert (entry.optimizer, count, entry.rate_factor, entry.decay) == (optimizer, blocks, rate, decay), entry.name
+    blocks = {entry.name: entry.block_rows for entry in table}
+    assert blocks["layers.0.0.mixer.zxbc_proj.weight"] == (16, 16, 4, 4)
+    assert blocks["layers.1.0.mixer.q_proj.weight"] == (4, 4, 4, 4)
+
+
+def test_unknown_parameter_is_named():
+    with pytest.raises(ValueError, match=r"no rule names the parameter layers\.0\.0\.mixer\.gate\.weight"):
+        assign([("layers.0.0.mixer.gate.weight", (2, 2))], OptimizerSpec(), SPEC)
+
+
+def test_blocks_that_do_not_fill_the_matrix_are_refused():
+    with pytest.raises(ValueError, match="blocks have"):
+        assign([("layers.0.0.mixer.zxbc_proj.weight", (41, 16))], OptimizerSpec(), SPEC)
+
+
+def test_render_has_a_line_for_each_parameter():
+    table = assign([(name, e[0]) for name, e in EXPECTED.items()], OptimizerSpec(), SPEC)
+    lines = render(table).splitlines()
+    assert len(lines) == len(EXPECTED) + 1
+    assert lines[1 + list(EXPECTED).index("layers.0.1.mixer.up_EFD")].split() == [
+        "layers.0.1.mixer.up_EFD", "3×8×16", "muon", "3", "×1", "yes",
+    ]  # fmt: skip
+
+
+def test_every_parameter_moves_once_and_decays_as_said():
+    network = model()
+    spec = OptimizerSpec.model_validate({"muon": {"learning_rate": 0.1}, "adamw": {"learning_rate": 0.1}})
+    optimizers = build_optimizers(network, spec, SPEC)
+    assert sorted(map(id, optimizers.parameters)) == sorted(map(id, network.parameters()))
+    before = copy.deepcopy(dict(network.named_parameters()))
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers.step()  # without a gradient what is left is the decay lr·λ = 0.1·0.1
+    for name, parameter in network.named_parameters():
+        factor = 1 - 0.1 * 0.1 if EXPECTED[name][4] else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name].detach() * factor)
+
+
+def test_engram_tables_step_five_times_as_far():
+    network = model()
+    optimizers = build_optimizers(network, OptimizerSpec.model_validate({"adamw": {"learning_rate": 0.01}}), SPEC)
+    before = copy.deepcopy(dict(network.named_parameters()))
+    network.fill_gradients(1)
+    optimizers.step()
+    moved = {n: (p - before[n]).abs().mean().item() for n, p in network.named_parameters()}
+    assert moved["layers.2.0.mixer.tables.weight"] == pytest.approx(0.05, rel=1e-3)  # Adam's first step is lr·sign
+    assert moved["layers.2.0.mixer.key_norm.weight"] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_adamw_for_everything():
+    network = model()
+    optimizers = build_optimizers(network, OptimizerSpec(name="adamw"), SPEC)
+    assert set(optimizers.members) == {"adamw"}
+    reference = {name: nn.Parameter(p.detach().clone()) for name, p in network.named_parameters()}
+    groups = [
+        {"params": [p], "weight_decay": 0.1 * EXPECTED[name][4], "lr": 2e-3 * EXPECTED[name][3]}
+        for name, p in reference.items()
+    ]
+    plain = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    for seed in range(3):
+        network.fill_gradients(seed)
+        for name, ours in network.named_parameters():
+            reference[name].grad = ours.grad.clone()
+        optimizers.step()
+        plain.step()
+    for name, ours in network.named_parameters():
+        torch.testing.assert_close(ours, reference[name], rtol=1e-6, atol=1e-7)
+
+
+def test_learning_rate_factor_scales_every_group():
+    optimizers = build_optimizers(model(), OptimizerSpec(), SPEC)
+    peaks = [g["lr"] for m in optimizers.members.values() for g in m.param_groups]
+    assert sorted(set(peaks)) == [2e-3, 1e-2]
+    for factor in (0.5, 0.1, 1.0):
+        optimizers.set_learning_rate_factor(factor)
+        rates = [g["lr"] for m in optimizers.members.values() for g in m.param_groups]
+        assert rates == pytest.approx([p * factor for p in peaks])
+        assert optimizers.learning_rate == pytest.approx(2e-3 * factor)
+
+
+def test_state_survives_a_checkpoint(tmp_path):
+    """Saved by torch.distributed.checkpoint after 2 steps and loaded into a new one: the third step is bit-equal."""
+    import torch.distributed.checkpoint as dcp
+
+    first = model()
+    a = build_optimizers(first, OptimizerSpec(), SPEC)
+    for seed in range(2):
+        first.fill_gradients(seed)
+        a.step()
+    dcp.save(a.state_dict(), checkpoint_id=tmp_path / "c", no_dist=True)
+    second = model()
+    second.load_state_dict(first.state_dict())
+    b = build_optimizers(second, OptimizerSpec(), SPEC)
+    assert all(isinstance(value, torch.Tensor) for value in b.state_dict().values())
+    state = b.state_dict()
+    dcp.load(state, checkpoint_id=tmp_path / "c", no_dist=True)
+    b.load_state_dict(state)
+    for network, optimizers in ((first, a), (second, b)):
+        network.fill_gradients(9)
+        optimizers.step()
+    for x, y in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(x, y)
+    assert a.state_dict().keys() == b.state_dict().keys()
+    assert all(torch.equal(value, b.state_dict()[key]) for key, value in a.state_dict().items())
+
+
+def test_foreign_state_is_refused():
+    muon, adamw = (build_optimizers(model(), OptimizerSpec(name=name), SPEC) for name in ("muon", "adamw"))
+    with pytest.raises(ValueError, match="optimizer state does not fit"):
+        muon.load_state_dict(adamw.state_dict())
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5, 1e6])
+def test_clip_gradients(max_norm):
+    network = model()
+    network.fill_gradients(3)
+    flat = torch.cat([p.grad.flatten().double() for p in network.parameters()])
+    norm, clipped = clip_gradients(network.parameters(), max_norm)
+    assert norm == pytest.approx(flat.norm().item(), rel=1e-5)
+    assert clipped == (max_norm == 0.5)
+    after = torch.cat([p.grad.flatten().double() for p in network.parameters()]).norm().item()
+    assert after == pytest.approx(0.5 if clipped else norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_clip_leaves_gradients_that_are_not_finite(bad):
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.tensor([1.0, bad, 2.0])
+    norm, clipped = clip_gradients([parameter], 1.0)
+    assert not torch.isfinite(torch.tensor(norm)) and not clipped
+    assert parameter.grad[0] == 1.0 and parameter.grad[2] == 2.0
+
+
+def test_loss_scaling_steps_as_without_and_skips_overflow():
+    plain, scaled = model(), model()
+    a, b = (build_optimizers(network, OptimizerSpec(), SPEC) for network in (plain, scaled))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+    plain.fill_gradients(5)
+    a.step()
+    scaled.fill_gradients(5)
+    scaler.scale(torch.zeros(()))  # a forward pass would; it creates the scale
+    for parameter in scaled.parameters():
+        parameter.grad *= 1024.0
+    b.unscale(scaler)
+    b.step()
+    scaler.update()
+    assert scaler.get_scale() == 2048.0
+    for x, y in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(x, y)
+    next(iter(scaled.parameters())).grad[0] = float("inf")
+    b.unscale(scaler)
+    norm, _ = clip_gradients(scaled.parameters(), 1.0)
+    assert norm == float("inf")
+    scaler.update()
+    assert scaler.get_scale() == 1024.0
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "h100-4b", "h100-4b-interleaved"])
+def test_rules_are_complete_for_every_preset(preset):
+    """Against the real model, on the meta device: every parameter gets its line, matrices Muon, vectors AdamW."""
+    hybrid = pytest.importorskip("trainer.model.hybrid")
+    spec = load_job(preset).train.model
+    with torch.device("meta"):
+        network = hybrid.HybridModel(spec)
+    shapes = [(name, tuple(p.shape)) for name, p in network.named_parameters()]
+    table = assign(shapes, OptimizerSpec(), spec)
+    assert len(table) == len(shapes)
+    for entry in table:
+        exempt = any(part in entry.name for part in ("embedding", "head.", "conv", "tables"))
+        assert (entry.optimizer == "muon") == (len(entry.shape) >= 2 and not exempt), entry.name

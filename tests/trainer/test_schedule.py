@@ -1,0 +1,91 @@
+"""Schedules against transformers' at every step, and their own promises."""
+
+import math
+
+import pytest
+import torch
+from transformers.optimization import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_wsd_schedule
+
+from trainer.optim.schedule import learning_rate_factor
+from trainer.spec import ScheduleSpec
+
+STEPS = 100
+
+
+def _ours(peak=1.0, **fields):
+    spec = ScheduleSpec(**fields)
+    return [learning_rate_factor(step, STEPS, spec, peak) for step in range(STEPS)]
+
+
+def _theirs(make, **options):
+    """Their factor before step s+1: they count from a rate of 0 before the first step, we from the first that moves."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = make(optimizer, **options)
+    factors = []
+    for _ in range(STEPS):
+        optimizer.step()
+        schedule.step()
+        factors.append(schedule.get_last_lr()[0])
+    return factors
+
+
+@pytest.mark.parametrize(("shape", "their_shape"), [("linear", "linear"), ("cosine", "cosine"), ("sqrt", "1-sqrt")])
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_wsd_equals_transformers(shape, their_shape, floor):
+    warmup, decay = 10, 30
+    theirs = _theirs(
+        get_wsd_schedule,
+        num_warmup_steps=warmup,
+        num_decay_steps=decay,
+        num_training_steps=STEPS,
+        decay_type=their_shape,
+        min_lr_ratio=floor,
+    )
+    ours = _ours(warmup_fraction=0.1, decay_fraction=0.3, decay_shape=shape, final_learning_rate=floor)
+    # with a floor, theirs warms up from the floor and ours from 0
+    start = 0 if floor == 0 else warmup
+    assert ours[start:] == pytest.approx(theirs[start:], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)]
+)
+def test_cosine_and_linear_equal_transformers(name, make):
+    theirs = _theirs(make, num_warmup_steps=10, num_training_steps=STEPS)
+    assert _ours(name=name, warmup_fraction=0.1, final_learning_rate=0) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_wsd_closed_form():
+    """W = 4, stable, then 20 steps down to 1e-5 / 2e-3."""
+    peak, final = 2e-3, 1e-5
+    ours = _ours(peak, warmup_fraction=0.04, decay_fraction=0.2, final_learning_rate=final)
+    rates = [peak * factor for factor in ours]
+    expected = [peak * (s + 1) / 4 for s in range(4)] + [peak] * 76
+    expected += [peak - (peak - final) * k / 20 for k in range(1, 21)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert rates[-1] == pytest.approx(final)
+
+
+def test_constant_and_no_warmup():
+    assert _ours(name="constant", warmup_fraction=0) == [1.0] * STEPS
+    assert _ours(warmup_fraction=0, decay_fraction=0) == [1.0] * STEPS
+
+
+@pytest.mark.parametrize("name", ["wsd", "cosine", "linear"])
+def test_stays_at_the_end_value(name):
+    spec = ScheduleSpec(name=name, final_learning_rate=0.1)
+    for step in (STEPS - 1, STEPS, 10 * STEPS):
+        assert learning_rate_factor(step, STEPS, spec, 1.0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_short_runs_are_positive_and_finite(steps):
+    for name in ("wsd", "cosine", "linear", "constant"):
+        for step in range(steps):
+            factor = learning_rate_factor(step, steps, ScheduleSpec(name=name, final_learning_rate=1e-3), 1.0)
+            assert 0 < factor <= 1 and math.isfinite(factor)
+
+
+def test_final_above_peak_is_refused():
+    with pytest.raises(ValueError, match="final_learning_rate"):
+        learning_rate_factor(0, 10, ScheduleSpec(final_learning_rate=1.0), 0.1)

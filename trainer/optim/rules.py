@@ -1,0 +1,129 @@
+"""Which optimizer trains which parameter, and how a stored matrix is cut before Muon orthogonalises it.
+
+One table, matched by name, because a shape cannot tell: an embedding and a projection are both 2-D. Muon treats a
+matrix as one linear map, so matrices that are stored together for speed (attention heads, z|x|B|C, experts) are cut
+into the maps they are. A parameter that no rule names is an error: a silent default would train a new layer wrongly.
+
+Imports no torch: the table can be printed and tested without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.modelspec import ModelSpec
+from trainer.spec import OptimizerSpec
+
+OptimizerName = Literal["muon", "adamw"]
+Rows = tuple[int, ...]
+
+
+def _query_heads(spec: ModelSpec) -> Rows:
+    assert spec.attention is not None
+    return (spec.attention.head_dim,) * spec.attention.num_heads
+
+
+def _key_value_heads(spec: ModelSpec) -> Rows:
+    assert spec.attention is not None
+    return (spec.attention.head_dim,) * spec.attention.num_kv_heads
+
+
+def _zxbc(spec: ModelSpec) -> Rows:
+    assert spec.mamba is not None
+    state = spec.mamba.num_groups * spec.mamba.d_state
+    return (spec.mamba.d_inner, spec.mamba.d_inner, state, state)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table: parameters whose full name matches `pattern`.
+
+    `blocks` gives the row counts of the blocks of a 2-D weight (None: one block; a 3-D weight is always one block for
+    each index of its first dimension). `engram_rate` multiplies the rate by `adamw.engram_rate_factor`.
+    """
+
+    pattern: str
+    optimizer: OptimizerName
+    blocks: Callable[[ModelSpec], Rows] | None = None
+    decay: bool = True
+    engram_rate: bool = False
+
+
+_MIXER = r"layers\.\d+\.\d+\.mixer\."
+
+RULES: tuple[Rule, ...] = (
+    Rule(r"embedding\.weight|head\.weight", "adamw"),
+    Rule(r"final_norm\.weight|layers\.\d+\.\d+\.norm\.weight", "adamw", decay=False),
+    # Mamba-2
+    Rule(_MIXER + r"zxbc_proj\.weight", "muon", blocks=_zxbc),
+    Rule(_MIXER + r"(dt_proj|out_proj)\.weight", "muon"),
+    Rule(_MIXER + r"(A_log|D|dt_bias|conv\.bias|norm\.weight)", "adamw", decay=False),
+    # attention
+    Rule(_MIXER + r"q_proj\.weight", "muon", blocks=_query_heads),
+    Rule(_MIXER + r"(k_proj|v_proj)\.weight", "muon", blocks=_key_value_heads),
+    Rule(_MIXER + r"o_proj\.weight", "muon"),
+    # experts and MLP
+    Rule(_MIXER + r"(router|shared_up|shared_down|up|down)\.weight", "muon"),
+    Rule(_MIXER + r"(up_EFD|down_EDF)", "muon"),
+    # Engram: rows are looked up, few at a time, so they step faster and never shrink between visits
+    Rule(_MIXER + r"tables\.weight", "adamw", decay=False, engram_rate=True),
+    Rule(_MIXER + r"(key_proj|value_proj)\.weight", "muon"),
+    Rule(_MIXER + r"(key_norm|query_norm|conv_norm)\.weight", "adamw", decay=False),
+    # depthwise convolutions of Mamba-2 and Engram: one small filter for each channel, not a map between spaces
+    Rule(_MIXER + r"conv\.weight", "adamw"),
+)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one parameter gets. `block_rows` are the rows of its blocks (empty: not cut, or 3-D)."""
+
+    name: str
+    shape: tuple[int, ...]
+    optimizer: OptimizerName
+    block_rows: Rows
+    rate_factor: float
+    decay: bool
+
+
+def assign(
+    parameters: Iterable[tuple[str, tuple[int, ...]]], spec: OptimizerSpec, model: ModelSpec
+) -> list[Assignment]:
+    """The table applied to (name, shape) pairs, in their order. `spec.name` "adamw" moves all of Muon's to AdamW.
+
+    Raises:
+        ValueError: a parameter that no rule or more than one rule names, or blocks that do not fill its rows.
+    """
+    return [_assign_one(name, tuple(shape), spec, model) for name, shape in parameters]
+
+
+def _assign_one(name: str, shape: tuple[int, ...], spec: OptimizerSpec, model: ModelSpec) -> Assignment:
+    matches = [rule for rule in RULES if re.fullmatch(rule.pattern, name)]
+    if len(matches) != 1:
+        problem = "no rule names" if not matches else f"{len(matches)} rules name"
+        raise ValueError(f"{problem} the parameter {name}; give it exactly one line in RULES of trainer/optim/rules.py")
+    rule = matches[0]
+    rate = spec.adamw.engram_rate_factor if rule.engram_rate else 1.0
+    if rule.optimizer == "adamw" or spec.name == "adamw":
+        return Assignment(name, shape, "adamw", (), rate, rule.decay)
+    if len(shape) not in (2, 3):
+        raise ValueError(f"{name} has shape {shape}; Muon takes matrices [m, n] or stacks of them [N, m, n]")
+    rows = rule.blocks(model) if rule.blocks else ()
+    if rows and (len(shape) != 2 or sum(rows) != shape[0]):
+        raise ValueError(f"{name} has shape {shape}, but its blocks have {'+'.join(map(str, rows))} rows")
+    return Assignment(name, shape, "muon", rows, rate, rule.decay)
+
+
+def render(assignments: Iterable[Assignment]) -> str:
+    """The applied table as aligned text, one line for each parameter."""
+    lines = [("parameter", "shape", "optimizer", "blocks", "rate", "decay")]
+    for a in assignments:
+        count = a.shape[0] if len(a.shape) == 3 else max(1, len(a.block_rows))
+        blocks = str(count) if a.optimizer == "muon" else "-"
+        shape = "×".join(map(str, a.shape)) or "scalar"
+        lines.append((a.name, shape, a.optimizer, blocks, f"×{a.rate_factor:g}", "yes" if a.decay else "no"))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,52 @@
+"""Learning-rate schedules as pure functions of the step: nothing to save, nothing to restore, any step may be asked.
+
+WSD (warm-up, stable, decay; arXiv 2404.06395) is the default: the stable part is the same for every length of a run, so
+a run can be prolonged from a checkpoint taken before the decay.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from trainer.spec import ScheduleSpec
+
+
+def learning_rate_factor(step: int, steps: int, spec: ScheduleSpec, peak: float) -> float:
+    """What multiplies every group's learning rate at `step` (0 is the first) of `steps`.
+
+    Warm-up over W = round(warmup_fraction·steps) steps: (step+1)/W, so the first step already moves and step W−1 has
+    the peak. The last step has exactly `final_learning_rate` / `peak`; later steps keep it.
+
+    Args:
+        peak: learning rate at factor 1, to which `final_learning_rate` is related.
+
+    Raises:
+        ValueError: a final learning rate above the peak.
+    """
+    if spec.final_learning_rate > peak and spec.name != "constant":
+        raise ValueError(
+            f"schedule.final_learning_rate {spec.final_learning_rate:g} exceeds the peak {peak:g}; lower it or raise "
+            "the optimizer's learning_rate"
+        )
+    warmup = round(spec.warmup_fraction * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if spec.name == "constant":
+        return 1.0
+    decay = round(spec.decay_fraction * steps) if spec.name == "wsd" else steps - warmup
+    shape = spec.decay_shape if spec.name == "wsd" else spec.name
+    done = step + 1 - (steps - decay)
+    if done <= 0:
+        return 1.0
+    final = spec.final_learning_rate / peak
+    return final + (1 - final) * _remaining(min(1.0, done / decay) if decay else 1.0, shape)
+
+
+def _remaining(progress: float, shape: Literal["linear", "cosine", "sqrt"]) -> float:
+    """1 at progress 0, 0 at progress 1."""
+    if shape == "linear":
+        return 1 - progress
+    if shape == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - math.sqrt(progress)
