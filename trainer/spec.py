@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -22,13 +23,24 @@ class MixSpec(Spec):
 
 
 class TokensSpec(Spec):
-    """Which tokens, in which proportions, cut how. `shards` is a directory with a manifest.json."""
+    """Which tokens, in which proportions, cut how. `shards` is a directory with a manifest.json.
+
+    `skip` are ranges [first, last) of the token stream that are passed over, to get past a loss spike.
+    """
 
     shards: str
     tokenizer: str
     mix: dict[str, MixSpec]
     seq_len: Annotated[int, Field(ge=8)]
     seed: int = 0
+    skip: tuple[tuple[int, int], ...] = ()
+
+    @model_validator(mode="after")
+    def _skip_is_ordered(self) -> Self:
+        bounds = [-1, *(bound for first_and_last in self.skip for bound in first_and_last)]
+        if any(a >= b for a, b in pairwise(bounds)):
+            raise ValueError(f"skip {self.skip} must be ranges [first, last) that rise and do not touch")
+        return self
 
     @model_validator(mode="after")
     def _mix_is_whole(self) -> Self:

@@ -1,16 +1,16 @@
 """Manifests: what a directory of data holds, where it came from, and how to prove that it is whole.
 
-A stage of the data path (raw text, tokenizer, shards) is a directory with files and one `manifest.json`, which is written last:
-a directory without it is unfinished. The manifest holds no time, host or absolute path, so equal inputs give an equal digest.
+A stage of the data path (raw text, tokenizer, shards) is a directory with files and one `manifest.json`, which is
+written last: a directory without it is unfinished. The manifest holds no time, host or absolute path, so equal inputs
+give an equal digest. Layout of the stages, below the datasets directory:
 
-Layout of the stages, below the datasets directory:
-
-    raw/<key>/<source>/part-00000.jsonl        one JSON object a line, UTF-8, "\\n" after each, not compressed (byte ranges are
-                                               units of work): {"text": "..."}, one line for each document; other fields are ignored
-    raw/<key>/manifest.json                    kind raw: `files` carry source, documents, text_bytes (UTF-8 bytes of the texts)
-    tokenizers/<key>/tokenizer.json, …         kind tokenizer
-    shards/<key>/<source>-<split>-00000.bin    kind shards: Megatron pairs of .bin and .idx; split is train or heldout; the .bin
-    shards/<key>/<source>-<split>-00000.idx    entries carry source, split, documents, text_bytes, tokens
+    raw/<key>/manifest.json                  kind raw: `files` carry source, documents and text_bytes (UTF-8 bytes of
+                                             the texts)
+    raw/<key>/<source>/part-00000.jsonl      JSON lines, UTF-8, "\\n" after each, not compressed so that byte ranges can
+                                             be units of work: {"text": "..."}, a line a document, other fields ignored
+    tokenizers/<key>/tokenizer.json, …       kind tokenizer
+    shards/<key>/<source>-<split>-00000.bin  kind shards: Megatron pairs of .bin and .idx, split train or heldout; .bin
+    shards/<key>/<source>-<split>-00000.idx  entries carry source, split, documents, text_bytes and tokens
 
 Imports no torch.
 """
@@ -35,7 +35,7 @@ Algorithm = Literal["sha256", "xxh3_128"]
 
 
 class DataError(ValueError):
-    """Data that cannot be used: missing, unfinished, changed or malformed. The message names the file and the remedy."""
+    """Data that cannot be used: missing, unfinished, changed or malformed. Names the file and the remedy."""
 
 
 class Record(BaseModel):
@@ -43,7 +43,7 @@ class Record(BaseModel):
 
 
 class FileEntry(Record):
-    """One file, relative to the manifest's directory; the counts are those of the documents in it (0 where none apply)."""
+    """One file, relative to the manifest's directory; counts are of the documents in it (0 where none apply)."""
 
     path: str
     bytes: int = Field(ge=0)
@@ -64,7 +64,7 @@ class FileEntry(Record):
 
 
 class SourceEntry(Record):
-    """Provenance of one source; `revision` is what the origin resolved to (a commit id, or the digest of local files)."""
+    """Provenance of one source; `revision` is what the origin resolved to: a commit id, or a digest of local files."""
 
     domain: str
     licence: str
@@ -111,7 +111,7 @@ class Manifest(Record):
 
 
 class StageResult(Record):
-    """What a finished step hands to the next one: where its output is, its digest, and the counts that a person reads."""
+    """What a finished step hands to the next one: where its output is, its digest, counts for a person."""
 
     kind: str
     path: str
@@ -238,7 +238,7 @@ def verify(
 def reusable(
     directory: str | Path, kind: Kind, inputs: dict[str, str], settings: dict[str, Any]
 ) -> tuple[Manifest | None, str]:
-    """The finished, verified manifest of `directory` if it was made from these inputs and settings; else None and why not."""
+    """The manifest of `directory` if it is whole and was made from these inputs and settings, else None; and why."""
     if not (Path(directory) / MANIFEST_NAME).exists():
         return None, "not made yet"
     try:

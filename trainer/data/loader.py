@@ -1,0 +1,246 @@
+"""Batches for one rank, cut from the global token stream.
+
+Shapes: B rows of a micro-batch, T tokens of a row.
+
+A step is `tokens_per_step / T` rows of T consecutive tokens of the stream (trainer/data/plan.py). Rank r of w trains on
+rows [r·rows/w, (r+1)·rows/w), in order, so the rows of a step do not depend on the number of ranks or the micro-batch size.
+Every rank walks the whole stream, a few comparisons for each document, and reads only the tokens of its own rows.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainer.data.format import Shard
+from trainer.data.manifest import DataError, Manifest, Split, read_manifest, verify
+from trainer.data.plan import Cursor, Segment, TokenStream
+from trainer.exitcodes import ExitCode, TrainingError
+from trainer.spec import BatchSpec, TokensSpec
+
+IGNORED = -100  # label of positions without a next token; cross_entropy's default ignore_index
+SMALL_BYTES = 2**30  # shards up to this size are checksummed before the first step, larger ones beside the training
+PREFETCH_STEPS = 2
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Labels: the next token of the same document, else -100. `seq_idx_BT` numbers the documents within a row."""
+
+    ids_BT: torch.Tensor  # int64
+    labels_BT: torch.Tensor  # int64
+    seq_idx_BT: torch.Tensor  # int32
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This rank's part of a step. `num_labels` and `num_rows` count all ranks; ledger and cursor are as after it."""
+
+    micro_batches: list[MicroBatch]
+    num_labels: int
+    num_rows: int
+    tokens_by_source: dict[str, int]
+    cursor: Cursor
+
+
+class SourceDocuments:
+    """All documents of one source and split, numbered through its shards in the manifest's order."""
+
+    def __init__(self, directory: Path, manifest: Manifest, source: str, split: Split) -> None:
+        entries = [e for e in manifest.select(source, split) if e.path.endswith(".bin")]
+        self.shards = [Shard(directory / e.path.removesuffix(".bin")) for e in entries]
+        for entry, shard in zip(entries, self.shards, strict=True):
+            if (len(shard), shard.num_tokens) != (entry.documents, entry.tokens):
+                raise DataError(f"{directory / entry.path}: counts differ from the manifest; run the shards step again")
+        self.lengths: NDArray[np.int32] = np.concatenate([np.empty(0, np.int32), *(s.lengths for s in self.shards)])
+        self._firsts = np.cumsum([0, *(len(s) for s in self.shards)])
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.integer]:
+        """Tokens [start, stop) of a document, as a view of the mapped file."""
+        shard = int(np.searchsorted(self._firsts, document, side="right")) - 1
+        return self.shards[shard].document(document - int(self._firsts[shard]), start, stop)
+
+
+class TokenLoader:
+    """Yields the StepBatches of `rank` for ever, prepared ahead by a thread.
+
+    Args:
+        steps: how many steps will be asked for; when given, the mix's repetition caps are checked against it.
+        cursor: where to go on; None for the start.
+
+    Raises:
+        TrainingError: code 65; data missing, changed, of another tokenizer, not what the cursor was taken on, or too
+            little for the caps. Also from iteration, when the check beside the training finds a damaged shard.
+    """
+
+    def __init__(
+        self,
+        tokens: TokensSpec,
+        batch: BatchSpec,
+        *,
+        rank: int,
+        world_size: int,
+        cursor: Cursor | None = None,
+        steps: int | None = None,
+    ) -> None:
+        self._seq_len = tokens.seq_len
+        self._micro_rows = batch.micro_batch_rows
+        self._rows, partial = divmod(batch.tokens_per_step, tokens.seq_len)
+        assert not partial and self._rows % (world_size * self._micro_rows) == 0, "TrainSpec.micro_batches checks this"
+        share = self._rows // world_size
+        self._own_rows = range(rank * share, (rank + 1) * share)
+        self._errors: list[DataError] = []
+        self._closed = threading.Event()
+        try:
+            directory, manifest = _open(tokens)
+            self.digests = {"shards": manifest.digest, "tokenizer": manifest.inputs["tokenizer"]}
+            self._sources = [SourceDocuments(directory, manifest, name, "train") for name in tokens.mix]
+            lengths = {name: s.lengths for name, s in zip(tokens.mix, self._sources, strict=True)}
+            self._stream = TokenStream(
+                lengths, tokens.mix, tokens.seed, manifest.digest, skip=tokens.skip, cursor=cursor
+            )
+            if steps is not None:
+                self._stream.check_caps(steps * batch.tokens_per_step)
+            self._verify(directory, manifest)
+        except DataError as error:
+            raise TrainingError(ExitCode.DATA, str(error)) from None
+        self._ready: queue.Queue[StepBatch] = queue.Queue(PREFETCH_STEPS)
+        self._prefetcher = threading.Thread(target=self._prefetch, name="prefetch", daemon=True)
+        self._prefetcher.start()
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self
+
+    def __next__(self) -> StepBatch:
+        assert not self._closed.is_set(), "the loader is closed"
+        while True:
+            if self._errors:
+                raise TrainingError(ExitCode.DATA, str(self._errors[0]))
+            try:
+                return self._ready.get(timeout=0.5)
+            except queue.Empty:
+                assert self._prefetcher.is_alive(), "the prefetch thread died; its traceback is above"
+
+    def close(self) -> None:
+        """Stop the threads; idempotent."""
+        self._closed.set()
+        self._prefetcher.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source has been gone through, up to the steps prepared so far."""
+        return self._stream.epochs()
+
+    def _verify(self, directory: Path, manifest: Manifest) -> None:
+        """Checksums: at once when that is quick, else by one process of each node while it trains."""
+        if sum(entry.bytes for entry in manifest.files) <= SMALL_BYTES:
+            verify(directory, manifest)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            threading.Thread(target=self._verify_beside, args=(directory, manifest), name="verify", daemon=True).start()
+
+    def _verify_beside(self, directory: Path, manifest: Manifest) -> None:
+        for entry in manifest.files:
+            if self._closed.is_set():
+                return
+            try:
+                verify(directory, manifest, files=[entry])
+            except DataError as error:
+                self._errors.append(error)
+                return
+
+    def _prefetch(self) -> None:
+        while not self._closed.is_set():
+            step = self._next_step()
+            while not self._closed.is_set():
+                try:
+                    self._ready.put(step, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+
+    def _next_step(self) -> StepBatch:
+        num_labels = 0
+        own: list[list[Segment]] = []
+        for row in range(self._rows):
+            segments = self._stream.take(self._seq_len)
+            num_labels += self._seq_len - sum(not segment.continues for segment in segments)
+            if row in self._own_rows:
+                own.append(segments)
+        rounds = range(0, len(own), self._micro_rows)
+        cursor = self._stream.cursor()
+        return StepBatch(
+            micro_batches=[self._micro_batch(own[first : first + self._micro_rows]) for first in rounds],
+            num_labels=num_labels,
+            num_rows=self._rows,
+            tokens_by_source=cursor.trained,
+            cursor=cursor,
+        )
+
+    def _micro_batch(self, rows: list[list[Segment]]) -> MicroBatch:
+        shape = (len(rows), self._seq_len)
+        ids_BT = np.empty(shape, np.int64)
+        labels_BT = np.full(shape, IGNORED, np.int64)
+        seq_idx_BT = np.empty(shape, np.int32)
+        for row, segments in enumerate(rows):
+            at = 0
+            for number, segment in enumerate(segments):
+                length = segment.stop - segment.start
+                # One token more than the row holds, when there is one: the label of its last position.
+                piece = self._sources[segment.source].tokens(
+                    segment.document, segment.start, segment.stop + segment.continues
+                )
+                ids_BT[row, at : at + length] = piece[:length]
+                labels_BT[row, at : at + len(piece) - 1] = piece[1:]
+                seq_idx_BT[row, at : at + length] = number
+                at += length
+        return MicroBatch(*(torch.from_numpy(array) for array in (ids_BT, labels_BT, seq_idx_BT)))
+
+
+def heldout_documents(tokens: TokensSpec) -> Iterator[tuple[str, str, NDArray[np.integer]]]:
+    """(source, domain, tokens with EOD) of every held-out document of the mix's sources, in a fixed order.
+
+    Raises:
+        TrainingError: code 65; data missing, changed or of another tokenizer.
+    """
+    try:
+        directory, manifest = _open(tokens)
+        verify(directory, manifest, files=[entry for entry in manifest.files if entry.split == "heldout"])
+        for name in tokens.mix:
+            documents = SourceDocuments(directory, manifest, name, "heldout")
+            for document in range(len(documents.lengths)):
+                yield name, manifest.sources[name].domain, documents.tokens(document)
+    except DataError as error:
+        raise TrainingError(ExitCode.DATA, str(error)) from None
+
+
+def _open(tokens: TokensSpec) -> tuple[Path, Manifest]:
+    """The shards' manifest, after checks that need no reading of the tokens."""
+    directory = Path(tokens.shards)
+    manifest = read_manifest(directory, "shards")
+    tokenizer = read_manifest(tokens.tokenizer, "tokenizer")
+    if tokenizer.digest != manifest.inputs.get("tokenizer"):
+        raise DataError(
+            f"{tokens.tokenizer}: not the tokenizer that {tokens.shards} was made with; "
+            "name that one, or run the shards step"
+        )
+    for name in tokens.mix:
+        if name not in manifest.sources:
+            raise DataError(
+                f"{tokens.shards}: has no source '{name}' of the mix; it has {', '.join(sorted(manifest.sources))}"
+            )
+    verify(directory, manifest, sizes_only=True)
+    return directory, manifest

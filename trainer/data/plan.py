@@ -1,0 +1,257 @@
+"""The order of all training tokens: a pure function of (shards, mix, seed, order version). Imports no torch.
+
+The stream is endless and knows no rows, ranks or workers. Whenever a document ends, the source with the largest deficit
+- the tokens its weight entitles it to, less the tokens it has given - gives its next document. Sums are integers, so
+nothing drifts: a source is never ahead of its share by a whole document. Within a source, each epoch is a fresh
+permutation of its documents, keyed by (seed, source, epoch).
+
+Because the choice depends on nothing but tokens given, those counts are the whole state. Resuming sorts each source's
+keys once and looks its position up; no past choice is replayed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from math import ceil, floor, lcm
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.manifest import DataError
+from trainer.spec import MixSpec
+
+ORDER_VERSION = 1  # raise it with every change that alters the order; a cursor of another version is refused
+READ_AHEAD = 4096  # documents whose numbers and lengths are fetched from the arrays at once
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where the stream stands. `drawn` and `skipped`: tokens by source; skipped ones are drawn, not trained on."""
+
+    order_version: int
+    plan_digest: str
+    drawn: dict[str, int]
+    skipped: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Self:
+        """Raises DataError when `value` is not what `to_dict` gives."""
+        try:
+            return cls(
+                order_version=int(value["order_version"]),
+                plan_digest=str(value["plan_digest"]),
+                drawn={str(name): int(count) for name, count in value["drawn"].items()},
+                skipped={str(name): int(count) for name, count in value["skipped"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise DataError("the checkpoint's data cursor cannot be read; resume from another checkpoint") from None
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """The ledger: tokens by source that were trained on."""
+        return {name: count - self.skipped[name] for name, count in self.drawn.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens [start, stop) of a document of a source. `continues`: its token `stop` follows in the stream."""
+
+    source: int
+    document: int
+    start: int
+    stop: int
+    continues: bool
+
+
+class SourceOrder:
+    """The endless sequence of one source's documents: one permutation an epoch."""
+
+    def __init__(self, name: str, lengths: NDArray[np.integer], seed: int) -> None:
+        self.name = name
+        self.lengths = lengths
+        self.tokens = int(lengths.sum(dtype=np.int64))
+        self.longest = int(lengths.max(initial=0))
+        self._seed = seed
+        self._epoch = -1
+        self._order: NDArray[np.integer] = np.empty(0, np.int64)
+        self._next = 0
+        self._ahead: list[tuple[int, int]] = []
+
+    def permutation(self, epoch: int) -> NDArray[np.integer]:
+        """Documents in the order of `epoch`. numpy keeps PCG64's raw stream for ever, its `permutation` not."""
+        key = hashlib.sha256(f"{ORDER_VERSION}|{self._seed}|{self.name}|{epoch}".encode()).digest()
+        raw = np.random.PCG64(int.from_bytes(key[:16], "little")).random_raw(len(self.lengths))
+        return np.argsort(raw, kind="stable")
+
+    def seek(self, consumed: int) -> tuple[int, int]:
+        """Go to where `consumed` tokens have been given: (document, offset into it) if one is open, else (-1, 0)."""
+        epoch, within = divmod(consumed, self.tokens)
+        self._load(epoch)
+        ends = np.cumsum(self.lengths[self._order], dtype=np.int64)
+        index = int(np.searchsorted(ends, within, side="right"))
+        offset = within - int(ends[index - 1]) if index else within
+        self._next = index
+        if not offset:
+            return -1, 0
+        return self.next()[0], offset
+
+    def next(self) -> tuple[int, int]:
+        """The next document and its length."""
+        if not self._ahead:
+            if self._next == len(self._order):
+                self._load(self._epoch + 1)
+            chosen = self._order[self._next : self._next + READ_AHEAD]
+            self._next += len(chosen)
+            self._ahead = list(zip(chosen.tolist(), self.lengths[chosen].tolist(), strict=True))[::-1]
+        return self._ahead.pop()
+
+    def _load(self, epoch: int) -> None:
+        self._epoch, self._order, self._next, self._ahead = epoch, self.permutation(epoch), 0, []
+
+
+class TokenStream:
+    """The mixed stream from a cursor on.
+
+    Args:
+        lengths: tokens of each document, by source; the names and their order are those of `mix`.
+        data_digest: digest of the manifest that the lengths come from.
+        skip: ranges [first, last) of stream positions, in tokens, that are drawn but not given out.
+        cursor: as `cursor()` gave it; None for the start.
+
+    Raises:
+        DataError: a source without tokens; a cursor of another plan.
+    """
+
+    def __init__(
+        self,
+        lengths: dict[str, NDArray[np.integer]],
+        mix: dict[str, MixSpec],
+        seed: int,
+        data_digest: str,
+        *,
+        skip: Sequence[tuple[int, int]] = (),
+        cursor: Cursor | None = None,
+    ) -> None:
+        self.names = list(mix)
+        self.digest = plan_digest(mix, seed, data_digest)
+        self._mix = mix
+        self._orders = [SourceOrder(name, lengths[name], seed) for name in self.names]
+        for order in self._orders:
+            if not order.tokens:
+                raise DataError(
+                    f"source '{order.name}' has no training tokens; remove it from the mix or add documents"
+                )
+        shares = [Fraction(repr(mix[name].weight)) for name in self.names]
+        scale = lcm(*(share.denominator for share in shares))
+        self._weights = [int(share * scale) for share in shares]
+        self._total_weight = sum(self._weights)
+        self._skip = sorted(skip)
+        if cursor is not None:
+            self._check(cursor)
+        self._drawn = [cursor.drawn[name] if cursor else 0 for name in self.names]
+        self._skipped = [cursor.skipped[name] if cursor else 0 for name in self.names]
+        self._open: tuple[int, int, int, int] | None = None  # source, document, length, next token
+        for source, order in enumerate(self._orders):
+            document, offset = order.seek(self._drawn[source])
+            if document >= 0:
+                assert self._open is None, "two documents are open"
+                self._open = (source, document, int(order.lengths[document]), offset)
+
+    @property
+    def position(self) -> int:
+        """Tokens drawn so far."""
+        return sum(self._drawn)
+
+    def cursor(self) -> Cursor:
+        named = [dict(zip(self.names, counts, strict=True)) for counts in (self._drawn, self._skipped)]
+        return Cursor(ORDER_VERSION, self.digest, *named)
+
+    def take(self, count: int) -> list[Segment]:
+        """The next `count` tokens, as segments in order; those in skipped ranges are passed over and not counted."""
+        segments: list[Segment] = []
+        while count:
+            source, document, length, start = self._open or self._choose()
+            kept, run = self._run(length - start)
+            if kept:
+                run = min(run, count)
+            stop = start + run
+            self._drawn[source] += run
+            self._open = (source, document, length, stop) if stop < length else None
+            if kept:
+                count -= run
+                continues = stop < length and self._run(1)[0]
+                segments.append(Segment(source, document, start, stop, continues))
+            else:
+                self._skipped[source] += run
+        return segments
+
+    def check_caps(self, tokens: int) -> None:
+        """Refuse a run of `tokens` more tokens that would repeat a source beyond its `max_epochs`.
+
+        A source ends at most one document above its share, so the check is safe and nothing fails later.
+
+        Raises:
+            DataError: names source, tokens needed, tokens allowed and the remedy.
+        """
+        end = self.position + tokens
+        for first, last in self._skip:
+            if first < end and last > self.position:
+                end += last - max(first, self.position)
+        for order, weight, drawn in zip(self._orders, self._weights, self._drawn, strict=True):
+            share = -(-weight * end // self._total_weight)
+            needed = max(drawn, min(end, share + order.longest - 1))
+            cap = self._mix[order.name].max_epochs
+            allowed = floor(Fraction(repr(cap)) * order.tokens)
+            if needed > allowed:
+                raise DataError(
+                    f"source '{order.name}' would need {needed:,} tokens, but {order.tokens:,} × max_epochs {cap:g} = "
+                    f"{allowed:,}; get more of it, lower its weight, raise its max_epochs to "
+                    f"{ceil(100 * needed / order.tokens) / 100:g} or train for fewer steps"
+                )
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source has been gone through."""
+        return {o.name: drawn / o.tokens for o, drawn in zip(self._orders, self._drawn, strict=True)}
+
+    def _choose(self) -> tuple[int, int, int, int]:
+        total = sum(self._drawn)
+        deficits = [w * total - self._total_weight * d for w, d in zip(self._weights, self._drawn, strict=True)]
+        source = deficits.index(max(deficits))
+        document, length = self._orders[source].next()
+        return source, document, length, 0
+
+    def _run(self, limit: int) -> tuple[bool, int]:
+        """Whether the next token is kept, and for how many tokens (at most `limit`) that stays so."""
+        position = self.position
+        for first, last in self._skip:
+            if first <= position < last:
+                return False, min(limit, last - position)
+            if first > position:
+                return True, min(limit, first - position)
+        return True, limit
+
+    def _check(self, cursor: Cursor) -> None:
+        if cursor.order_version != ORDER_VERSION:
+            raise DataError(
+                f"the checkpoint's data order has version {cursor.order_version}, this code has {ORDER_VERSION}; "
+                "resume with the code that wrote it, or start a new run"
+            )
+        if cursor.plan_digest != self.digest or set(cursor.drawn) != set(self.names):
+            raise DataError(
+                "the checkpoint was trained on other shards, mix weights or data seed than this run names; "
+                "give those back, or start a new run"
+            )
+
+
+def plan_digest(mix: dict[str, MixSpec], seed: int, data_digest: str) -> str:
+    """Identity of the order; caps are not part of it, so that they may be raised on the way."""
+    identity = [ORDER_VERSION, data_digest, seed, [[name, repr(source.weight)] for name, source in mix.items()]]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
