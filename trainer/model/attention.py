@@ -1,0 +1,48 @@
+"""Grouped-query attention (Ainslie et al. 2023); by default without position embedding, which the Mamba layers make up for.
+
+Legend: B rows, T positions, D hidden, H query heads, K key/value heads, W head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from trainer.modelspec import AttentionSpec
+from trainer.ops import Documents
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden: int, spec: AttentionSpec, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.attend = attend
+        self.q_proj = nn.Linear(hidden, spec.num_heads * spec.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, spec.num_kv_heads * spec.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, spec.num_kv_heads * spec.head_dim, bias=False)
+        self.o_proj = nn.Linear(spec.num_heads * spec.head_dim, hidden, bias=False)
+
+    def forward(self, x_BTD: Tensor, documents: Documents) -> Tensor:
+        q_BTHW = self.q_proj(x_BTD).unflatten(-1, (self.spec.num_heads, -1))
+        k_BTKW = self.k_proj(x_BTD).unflatten(-1, (self.spec.num_kv_heads, -1))
+        v_BTKW = self.v_proj(x_BTD).unflatten(-1, (self.spec.num_kv_heads, -1))
+        if self.spec.rope_theta is not None:
+            q_BTHW = rotate(q_BTHW, self.spec.rope_theta)
+            k_BTKW = rotate(k_BTKW, self.spec.rope_theta)
+        return self.o_proj(self.attend(q_BTHW, k_BTKW, v_BTKW, documents).flatten(2))
+
+
+def rotate(x_BTHW: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding (Su et al. 2021), half-split pairing, in fp32.
+
+    Positions count from the start of the row: only differences of positions enter the scores, so documents need no offset.
+    """
+    length, width = x_BTHW.shape[1], x_BTHW.shape[3]
+    rate_W = theta ** (-torch.arange(0, width, 2, device=x_BTHW.device, dtype=torch.float32) / width)
+    angle_TW = torch.arange(length, device=x_BTHW.device, dtype=torch.float32)[:, None] * rate_W
+    cos_T1W, sin_T1W = angle_TW.cos()[:, None], angle_TW.sin()[:, None]
+    first, second = x_BTHW.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos_T1W - second * sin_T1W, second * cos_T1W + first * sin_T1W], dim=-1)
+    return turned.to(x_BTHW.dtype)

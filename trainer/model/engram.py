@@ -1,0 +1,187 @@
+"""Engram: conditional memory by hashed n-grams (arXiv 2601.07372).
+
+The last 2..N tokens are hashed into tables of learned rows; what is found there becomes keys and values, and the hidden state
+decides by a gate how much of it to add. The indices are a function of the tokens alone, equal to the authors' reference code:
+
+    idx[n, k] = (x_t·m_0 ⊕ x_{t-1}·m_1 ⊕ … ⊕ x_{t-n+1}·m_{n-1}) mod p[n, k]      n = 2..N, k = 1..K, all in int64
+
+with odd multipliers m drawn for each layer and a different prime p ≥ `rows_per_head` for each table. `x` are token classes:
+tokens whose text differs only in case, accents or spaces share one (`token_classes`). Differences from that code: n-grams stop
+at the start of their document (the class of token 0 stands in for what came before), so packing does not change them;
+projections have no bias; the convolution starts at zero, as in the paper's training recipe.
+
+Legend: B rows, T positions, D hidden, N orders, K heads (tables for each order), W row width, J = (N-1)·K tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, normalizers
+from torch import Tensor, nn
+
+from trainer.model.mamba2 import CausalConv
+from trainer.model.norm import RMSNorm
+from trainer.modelspec import EngramSpec
+from trainer.ops import Documents
+
+HASH_SEED = 0
+LAYER_SEED_STEP = 10007
+PAD_TOKEN = 0
+
+
+def token_classes(tokenizer_json: str | Path) -> list[int]:
+    """Class of each token id, numbered in order of first appearance.
+
+    Tokens share a class when their decoded texts agree after NFKC → NFD → stripped accents → lower case → one space for each
+    run of blanks, trimmed unless it is all that there is. A token that is no valid text by itself (part of a UTF-8 sequence)
+    is classed by its raw string.
+
+    Raises:
+        ValueError: the file cannot be read as a tokenizer.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(Path(tokenizer_json).read_text(encoding="utf-8"))
+    except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
+        raise ValueError(f"{tokenizer_json}: not a readable tokenizer.json ({error})") from None
+    blank = "\ue000"
+    normalise = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.NFD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+            normalizers.Replace(Regex(r"^ $"), blank),
+            normalizers.Strip(),
+            normalizers.Replace(blank, " "),
+        ]
+    )
+    numbers: dict[str, int] = {}
+    classes = []
+    for token in range(tokenizer.get_vocab_size(with_added_tokens=True)):
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        key = tokenizer.id_to_token(token) if "�" in text else normalise.normalize_str(text) or text
+        classes.append(numbers.setdefault(key, len(numbers)))
+    return classes
+
+
+def multipliers(layer: int, max_order: int, num_classes: int) -> list[int]:
+    """Odd multipliers of a layer, one for each position of the longest n-gram; id · m never exceeds 2⁶³ - 1."""
+    half = max(1, (2**63 - 1) // num_classes // 2)
+    drawn = np.random.default_rng(HASH_SEED + LAYER_SEED_STEP * layer).integers(0, half, size=max_order, dtype=np.int64)
+    return [2 * int(value) + 1 for value in drawn]
+
+
+def table_primes(engrams: list[EngramSpec]) -> list[list[int]]:
+    """Rows of each table of each layer: order by order, head by head, the next prime from `rows_per_head` on.
+
+    Layers that agree in orders, rows and heads draw from one sequence, so that no two of their tables share a prime.
+    """
+    taken: dict[tuple[int, int, int], set[int]] = {}
+    primes_by_layer = []
+    for spec in engrams:
+        used = taken.setdefault((spec.max_order, spec.rows_per_head, spec.num_heads), set())
+        primes: list[int] = []
+        for _order in range(2, spec.max_order + 1):
+            candidate = spec.rows_per_head
+            for _head in range(spec.num_heads):
+                while candidate in used or not _is_prime(candidate):
+                    candidate += 1
+                used.add(candidate)
+                primes.append(candidate)
+        primes_by_layer.append(primes)
+    return primes_by_layer
+
+
+def _is_prime(number: int) -> bool:
+    return number >= 2 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
+
+
+class NgramHash(nn.Module):
+    """Row of each table for each position. Constants are buffers: a checkpoint carries the hash that it was trained with."""
+
+    class_V: Tensor
+    multiplier_N: Tensor
+    prime_J: Tensor
+    offset_J: Tensor
+
+    def __init__(self, spec: EngramSpec, vocab_size: int, primes: list[int]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.primes = primes
+        self.register_buffer("class_V", torch.empty(vocab_size, dtype=torch.int64))
+        self.register_buffer("multiplier_N", torch.empty(spec.max_order, dtype=torch.int64))
+        self.register_buffer("prime_J", torch.empty(len(primes), dtype=torch.int64))
+        self.register_buffer("offset_J", torch.empty(len(primes), dtype=torch.int64))
+
+    def set_constants(self, classes: list[int] | None) -> None:
+        """Fill the buffers; `classes` is the compression table, None for one class for each token."""
+        vocab_size = self.class_V.numel()
+        table = list(range(vocab_size)) if classes is None else classes + [0] * (vocab_size - len(classes))
+        numbers = multipliers(self.spec.layer, self.spec.max_order, max(table) + 1)
+        offsets = np.cumsum([0, *self.primes[:-1]])
+        for buffer, values in (
+            (self.class_V, table),
+            (self.multiplier_N, numbers),
+            (self.prime_J, self.primes),
+            (self.offset_J, offsets.tolist()),
+        ):
+            buffer.copy_(torch.tensor(values, dtype=torch.int64))
+
+    def forward(self, ids_BT: Tensor, documents: Documents) -> Tensor:
+        """[B, T, J] int64 rows in the joint table; columns go order by order, within an order head by head."""
+        class_BT = self.class_V[ids_BT]
+        mix_BT = class_BT * self.multiplier_N[0]
+        columns = []
+        for back in range(1, self.spec.max_order):
+            earlier_BT = class_BT.roll(back, dims=1)
+            earlier_BT = torch.where(documents.same_BT(back), earlier_BT, self.class_V[PAD_TOKEN])
+            mix_BT = mix_BT ^ (earlier_BT * self.multiplier_N[back])
+            first = (back - 1) * self.spec.num_heads
+            columns.append(mix_BT[..., None] % self.prime_J[first : first + self.spec.num_heads])
+        return torch.cat(columns, dim=-1) + self.offset_J
+
+
+class Engram(nn.Module):
+    """Gathers, gates and smooths the memory: u = σ(gate(h, key))·value, y = u + SiLU(conv(norm(u)))."""
+
+    def __init__(
+        self,
+        hidden: int,
+        vocab_size: int,
+        spec: EngramSpec,
+        primes: list[int],
+        norm_eps: float,
+        convolve: Callable[..., Tensor],
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.convolve = convolve
+        self.hash = NgramHash(spec, vocab_size, primes)
+        self.tables = nn.Embedding(sum(primes), spec.width_per_order // spec.num_heads)
+        self.key_proj = nn.Linear(spec.d_mem, hidden, bias=False)
+        self.value_proj = nn.Linear(spec.d_mem, hidden, bias=False)
+        gate_eps = torch.finfo(torch.float32).eps
+        self.key_norm = RMSNorm(hidden, gate_eps)
+        self.query_norm = RMSNorm(hidden, gate_eps)
+        self.conv_norm = RMSNorm(hidden, norm_eps)
+        self.conv = CausalConv(hidden, spec.conv_kernel, bias=False)
+
+    def forward(self, h_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> Tensor:
+        memory_BTM = self.tables(self.hash(ids_BT, documents)).flatten(2)
+        key_BTD, value_BTD = self.key_proj(memory_BTM), self.value_proj(memory_BTM)
+        u_BTD = memory_gate(self.key_norm(key_BTD), self.query_norm(h_BTD)).to(value_BTD.dtype) * value_BTD
+        smooth_BTD = self.convolve(self.conv_norm(u_BTD), self.conv.weight, None, documents, self.spec.max_order)
+        return u_BTD + F.silu(smooth_BTD)
+
+
+def memory_gate(key_BTD: Tensor, query_BTD: Tensor) -> Tensor:
+    """σ(sign(g)·√|g|) with g = key·query/√D, [B, T, 1] fp32. |g| is kept ≥ 1e-6, where the root has a finite slope."""
+    g_BT1 = (key_BTD.float() * query_BTD.float()).sum(-1, keepdim=True) / math.sqrt(key_BTD.shape[-1])
+    return torch.sigmoid(g_BT1.sign() * g_BT1.abs().clamp(min=1e-6).sqrt())

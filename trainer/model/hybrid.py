@@ -1,0 +1,212 @@
+"""The model: embedding → layers of sublayers → norm → head. Read this file first.
+
+A layer is a few sublayers in order (`ModelSpec.layers`), each x ← x + mixer(norm(x)): Mamba-2 (M), experts (E), attention (*),
+MLP (-). Engram (N) normalises the hidden state inside its gate and so has no norm in front. Every mixer respects the documents
+of a packed row; nothing crosses from one to the next.
+
+Initialisation, all of it in `init_weights` (σ = init_std, S = number of sublayers):
+
+    embedding, head, router, input projections, Engram tables   N(0, σ)
+    projections back into the residual stream                   N(0, σ/√S)   (out, o, down, shared_down, Engram value)
+    norms, Mamba D                                              1
+    Mamba A_log                                                 log U(1, 16)
+    Mamba dt_bias                                               softplus⁻¹(dt), dt log-uniform in [1e-3, 1e-1], at least 1e-4
+    Mamba conv weight and bias                                  U(-1/√kernel, 1/√kernel)
+    Engram conv, router bias                                    0
+
+Legend: B rows, T positions, D hidden, V vocabulary, L MoE sublayers, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trainer import ops
+from trainer.model.attention import Attention
+from trainer.model.engram import Engram, table_primes
+from trainer.model.mamba2 import Mamba2
+from trainer.model.mlp import SquaredReluMlp
+from trainer.model.moe import Moe
+from trainer.model.norm import RMSNorm
+from trainer.modelspec import ModelSpec
+from trainer.ops import Documents
+from trainer.ops.cross_entropy import cross_entropy_sum
+from trainer.spec import BackendsSpec
+
+log = logging.getLogger(__name__)
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+A_MIN, A_MAX = 1.0, 16.0
+
+
+class ModelOutput(NamedTuple):
+    ce_sum: Tensor | None  # 0-d fp32, Σ cross-entropy over labels other than -100
+    aux_sum: Tensor  # 0-d fp32, Σ over rows and MoE sublayers of the weighted sequence loss
+    expert_load_LE: Tensor  # int64, tokens that chose each expert
+    logits_BTV: Tensor | None  # only without labels
+
+
+class Sublayer(nn.Module):
+    """Pre-norm and mixer; `forward` returns what is added to the residual stream."""
+
+    def __init__(self, mixer: nn.Module, norm: RMSNorm | None) -> None:
+        super().__init__()
+        if norm is not None:
+            self.norm = norm
+        self.mixer = mixer
+
+
+class HybridModel(nn.Module):
+    def __init__(self, spec: ModelSpec, functions: dict) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = nn.Embedding(spec.vocab_size, spec.hidden)
+        primes = dict(zip((e.layer for e in spec.engram), table_primes(spec.engram), strict=True))
+        self.layers = nn.ModuleList(
+            nn.ModuleList(_sublayer(spec, index, symbol, functions, primes) for symbol in layer)
+            for index, layer in enumerate(spec.layers)
+        )
+        self.final_norm = RMSNorm(spec.hidden, spec.norm_eps)
+        self.head = nn.Linear(spec.hidden, spec.vocab_size, bias=False)
+
+    def forward(self, ids_BT: Tensor, seq_idx_BT: Tensor, labels_BT: Tensor | None = None) -> ModelOutput:
+        """One pass over packed rows.
+
+        Args:
+            ids_BT: int64 token ids.
+            seq_idx_BT: int document ids; positions with different ids in a row do not see each other.
+            labels_BT: int64 next tokens, -100 where nothing is to be predicted; None asks for logits instead.
+        """
+        documents = Documents(seq_idx_BT)
+        x_BTD = self.embedding(ids_BT)
+        aux_sum = torch.zeros((), dtype=torch.float32, device=ids_BT.device)
+        loads = []
+        for layer in self.layers:
+            for sublayer in layer:
+                mixer = sublayer.mixer
+                if isinstance(mixer, Moe):
+                    y_BTD, sequence_loss, load_E = mixer(sublayer.norm(x_BTD))
+                    aux_sum = aux_sum + sequence_loss
+                    loads.append(load_E)
+                elif isinstance(mixer, Engram):
+                    y_BTD = mixer(x_BTD, ids_BT, documents)
+                elif isinstance(mixer, SquaredReluMlp):
+                    y_BTD = mixer(sublayer.norm(x_BTD))
+                else:
+                    y_BTD = mixer(sublayer.norm(x_BTD), documents)
+                x_BTD = x_BTD + y_BTD
+        h_BTD = self.final_norm(x_BTD)
+        num_experts = self.spec.moe.num_experts if self.spec.moe else 0
+        load_LE = torch.stack(loads) if loads else ids_BT.new_zeros(0, num_experts)
+        if labels_BT is None:
+            return ModelOutput(None, aux_sum, load_LE, self.head(h_BTD))
+        ce_sum = cross_entropy_sum(h_BTD.flatten(0, 1), self.head.weight, labels_BT.flatten())
+        return ModelOutput(ce_sum, aux_sum, load_LE, None)
+
+    def moe_sublayers(self) -> list[Moe]:
+        """In the order of the rows of `expert_load_LE`."""
+        return [module for module in self.modules() if isinstance(module, Moe)]
+
+    def update_router_bias(self, expert_load_LE: Tensor) -> None:
+        """Move the router biases after an optimizer step; the counts are those of the whole global step."""
+        for moe, load_E in zip(self.moe_sublayers(), expert_load_LE, strict=True):
+            moe.update_bias(load_E)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, token_classes: list[int] | None) -> None:
+        """Fill every parameter and buffer; each draws from its own generator, seeded by its name, so order does not matter."""
+        std = self.spec.init_std
+        residual_std = std / math.sqrt(self.spec.num_sublayers)
+        for name, parameter in self.named_parameters():
+            generator = torch.Generator(parameter.device).manual_seed((seed << 32) + zlib.crc32(name.encode()))
+            owner, _, leaf = name.rpartition(".")
+            if "norm" in owner.rpartition(".")[2] or leaf == "D":
+                parameter.fill_(1)
+            elif leaf == "A_log":
+                parameter.uniform_(A_MIN, A_MAX, generator=generator).log_()
+            elif leaf == "dt_bias":
+                parameter.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator)
+                dt_H = parameter.exp().clamp(min=DT_FLOOR)
+                parameter.copy_(dt_H + torch.log(-torch.expm1(-dt_H)))
+            elif owner.endswith(".conv"):
+                mixer = self.get_submodule(owner.removesuffix(".conv"))
+                bound = 0.0 if isinstance(mixer, Engram) else 1 / math.sqrt(mixer.spec.conv_kernel)
+                parameter.uniform_(-bound, bound, generator=generator)
+            elif leaf == "down_EDF" or owner.endswith((".out_proj", ".o_proj", ".down", ".shared_down", ".value_proj")):
+                parameter.normal_(0, residual_std, generator=generator)
+            else:
+                parameter.normal_(0, std, generator=generator)
+        for module in self.modules():
+            if isinstance(module, Moe):
+                module.bias_E.zero_()
+            elif isinstance(module, Engram):
+                module.hash.set_constants(token_classes if module.spec.compress_tokens else None)
+
+
+def build_model(
+    spec: ModelSpec,
+    backends: BackendsSpec | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int,
+    token_classes: list[int] | None = None,
+) -> HybridModel:
+    """The initialised model on `device`; on "meta" it has shapes only and costs no memory.
+
+    Args:
+        token_classes: compression table of the tokenizer (`trainer.model.engram.token_classes`), needed by Engram layers
+            with compress_tokens.
+
+    Raises:
+        ValueError: a named backend cannot run on this device, or the token classes are missing or do not fit.
+    """
+    device = torch.device(device)
+    backends = backends or BackendsSpec()
+    choices = ops.resolve(backends, device)
+    if device.type != "meta":
+        _check_classes(spec, token_classes)
+    with torch.device("meta"):
+        model = HybridModel(spec, ops.functions(choices))
+    if device.type == "meta":
+        return model
+    model.to_empty(device=device)
+    model.init_weights(seed, token_classes)
+    for name, choice in choices.items():
+        log.info("operation %s: %s (%s)", name, choice.name, choice.reason)
+    return model
+
+
+def _check_classes(spec: ModelSpec, token_classes: list[int] | None) -> None:
+    if not any(engram.compress_tokens for engram in spec.engram):
+        return
+    if token_classes is None:
+        raise ValueError(
+            "model.engram: compress_tokens needs the token classes of a tokenizer; "
+            "pass trainer.model.engram.token_classes(tokenizer.json) or set compress_tokens: false"
+        )
+    if len(token_classes) > spec.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {spec.vocab_size} is smaller than the tokenizer's {len(token_classes)} entries; raise it"
+        )
+
+
+def _sublayer(spec: ModelSpec, index: int, symbol: str, functions: dict, primes: dict[int, list[int]]) -> Sublayer:
+    if symbol == "N":
+        engram = next(e for e in spec.engram if e.layer == index)
+        mixer = Engram(spec.hidden, spec.vocab_size, engram, primes[index], spec.norm_eps, functions["conv"])
+        return Sublayer(mixer, norm=None)
+    if symbol == "M":
+        mixer = Mamba2(spec.hidden, spec.mamba, spec.norm_eps, functions["ssd"], functions["conv"])
+    elif symbol == "E":
+        mixer = Moe(spec.hidden, spec.moe, functions["experts"])
+    elif symbol == "*":
+        mixer = Attention(spec.hidden, spec.attention, functions["attention"])
+    else:
+        mixer = SquaredReluMlp(spec.hidden, spec.mlp)
+    return Sublayer(mixer, RMSNorm(spec.hidden, spec.norm_eps))

@@ -1,0 +1,73 @@
+"""Mamba-2 mixer (Dao & Gu 2024): projection → causal convolution over x, B, C → SSD scan → gated norm → projection.
+
+The time-step projection is a matrix of its own: it is a few rows wide, too narrow and too sensitive for FP8, and apart from it
+z, x, B and C form one matrix whose rows are a multiple of 128 at the widths that matter.
+
+Legend: B rows, T positions, D hidden, I d_inner = H·P, H heads, P head width, G groups, N d_state, C conv channels = I + 2·G·N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.model.norm import GatedRMSNorm
+from trainer.modelspec import MambaSpec
+from trainer.ops import Documents
+
+
+class CausalConv(nn.Module):
+    """Weights of a depthwise causal convolution; the operation itself is chosen by `trainer.ops`."""
+
+    def __init__(self, channels: int, kernel: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, kernel))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+
+class Mamba2(nn.Module):
+    def __init__(
+        self,
+        hidden: int,
+        spec: MambaSpec,
+        norm_eps: float,
+        scan: Callable[..., Tensor],
+        convolve: Callable[..., Tensor],
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.scan, self.convolve = scan, convolve
+        self.zxbc_proj = nn.Linear(hidden, spec.d_inner + spec.conv_dim, bias=False)
+        self.dt_proj = nn.Linear(hidden, spec.num_heads, bias=False)
+        self.conv = CausalConv(spec.conv_dim, spec.conv_kernel, bias=True)
+        self.A_log = nn.Parameter(torch.empty(spec.num_heads))
+        self.D = nn.Parameter(torch.empty(spec.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(spec.num_heads))
+        self.norm = GatedRMSNorm(spec.d_inner, spec.num_groups, norm_eps)
+        self.out_proj = nn.Linear(spec.d_inner, hidden, bias=False)
+
+    def forward(self, x_BTD: Tensor, documents: Documents) -> Tensor:
+        spec = self.spec
+        z_BTI, xBC_BTC = self.zxbc_proj(x_BTD).split([spec.d_inner, spec.conv_dim], dim=-1)
+        dt_BTH = self.dt_proj(x_BTD)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            # Time steps, decays and states are fp32 whatever the precision of the matrix products.
+            dt_BTH = F.softplus(dt_BTH.float() + self.dt_bias.float())
+            xBC_BTC = F.silu(self.convolve(xBC_BTC, self.conv.weight, self.conv.bias, documents))
+            state_width = spec.num_groups * spec.d_state
+            inner_BTI, B_BTS, C_BTS = xBC_BTC.split([spec.d_inner, state_width, state_width], dim=-1)
+            y_BTHP = self.scan(
+                inner_BTI.unflatten(-1, (spec.num_heads, spec.head_dim)),
+                dt_BTH,
+                -torch.exp(self.A_log.float()),
+                B_BTS.unflatten(-1, (spec.num_groups, spec.d_state)),
+                C_BTS.unflatten(-1, (spec.num_groups, spec.d_state)),
+                self.D.float(),
+                documents,
+                spec.chunk_size,
+            )
+            y_BTI = self.norm(y_BTHP.flatten(2), z_BTI)
+        return self.out_proj(y_BTI)

@@ -1,0 +1,80 @@
+"""Mixture of experts with sigmoid scores, balanced by a bias on the choice (DeepSeek-V3, arXiv 2412.19437, §2.1.2).
+
+The bias decides who is chosen and nothing else: the weights are the unbiased scores of the chosen, renormalised. Between steps
+`update_bias` raises the bias of experts that got less than the mean load and lowers the others; a small loss on each sequence
+keeps single rows from collapsing on few experts. No token is dropped. Router arithmetic is fp32.
+
+Legend: B rows, T positions, S = B·T tokens, D hidden, E experts, F expert width, K chosen experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.modelspec import MoeSpec
+
+
+class MoeOutput(NamedTuple):
+    y_BTD: Tensor
+    sequence_loss: Tensor  # 0-d fp32, summed over rows, already weighted
+    load_E: Tensor  # int64, tokens that chose each expert
+
+
+class Moe(nn.Module):
+    bias_E: Tensor
+
+    def __init__(self, hidden: int, spec: MoeSpec, run_experts: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.run_experts = run_experts
+        self.router = nn.Linear(hidden, spec.num_experts, bias=False)
+        self.register_buffer("bias_E", torch.empty(spec.num_experts, dtype=torch.float32))
+        self.up_EFD = nn.Parameter(torch.empty(spec.num_experts, spec.expert_width, hidden))
+        self.down_EDF = nn.Parameter(torch.empty(spec.num_experts, hidden, spec.expert_width))
+        if spec.shared_width:
+            self.shared_up = nn.Linear(hidden, spec.shared_width, bias=False)
+            self.shared_down = nn.Linear(spec.shared_width, hidden, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> MoeOutput:
+        x_SD = x_BTD.flatten(0, 1)
+        scores_SE, expert_SK, weight_SK = self.route(x_SD)
+        y_BTD = self.run_experts(x_SD, self.up_EFD, self.down_EDF, expert_SK, weight_SK).view_as(x_BTD)
+        if self.spec.shared_width:
+            y_BTD = y_BTD + self.shared_down(F.relu(self.shared_up(x_BTD)).square())
+        load_E = torch.bincount(expert_SK.flatten(), minlength=self.spec.num_experts)
+        return MoeOutput(y_BTD, self.sequence_loss(scores_SE.view(*x_BTD.shape[:2], -1)), load_E)
+
+    def route(self, x_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of all experts [S, E], the chosen ones [S, K] and their weights [S, K], all fp32 but the int64 choice."""
+        with torch.autocast(x_SD.device.type, enabled=False):
+            scores_SE = torch.sigmoid(F.linear(x_SD.float(), self.router.weight.float()))
+            expert_SK = (scores_SE.detach() + self.bias_E).topk(self.spec.top_k, dim=-1, sorted=False).indices
+            chosen_SK = scores_SE.gather(-1, expert_SK)
+            weight_SK = chosen_SK / (chosen_SK.sum(-1, keepdim=True) + 1e-20) * self.spec.score_scale
+        return scores_SE, expert_SK, weight_SK
+
+    def sequence_loss(self, scores_BTE: Tensor) -> Tensor:
+        """Σ over rows of weight · Σ_e f_e P_e (DeepSeek-V3 eq. 17-20); f counts the choice that unbiased scores would make."""
+        if not self.spec.sequence_loss_weight:
+            return scores_BTE.new_zeros(())
+        batch, length, num_experts = scores_BTE.shape
+        wanted_BTK = scores_BTE.detach().topk(self.spec.top_k, dim=-1, sorted=False).indices
+        offset_B1 = torch.arange(batch, device=scores_BTE.device)[:, None] * num_experts
+        count_BE = torch.bincount((wanted_BTK.flatten(1) + offset_B1).flatten(), minlength=batch * num_experts).view(
+            batch, -1
+        )
+        f_BE = count_BE * (num_experts / (self.spec.top_k * length))
+        P_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
+        return self.spec.sequence_loss_weight * (f_BE * P_BE).sum()
+
+    @torch.no_grad()
+    def update_bias(self, load_E: Tensor) -> None:
+        """b += u·sign(mean load - load), less the mean of that change, so that the biases keep their level."""
+        load_E = load_E.to(torch.float32)
+        delta_E = self.spec.bias_update_rate * torch.sign(load_E.mean() - load_E)
+        self.bias_E += (delta_E - delta_E.mean()).to(self.bias_E.device)

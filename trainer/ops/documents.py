@@ -1,0 +1,46 @@
+"""Where documents begin and end inside packed rows: computed once for a batch, shared by every layer.
+
+Equal `seq_idx` in one row means the same document. Documents are contiguous, so two positions of one document have nothing
+of another document between them; every mask below relies on that.
+
+Legend: B rows, T positions of a row.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Documents:
+    """Document ids of a batch of packed rows, with the masks that operations derive from them (each built once).
+
+    Args:
+        seq_idx_BT: integer document id of each position; a change of value starts another document.
+    """
+
+    def __init__(self, seq_idx_BT: Tensor) -> None:
+        self.seq_idx_BT = seq_idx_BT
+        self._same: dict[int, Tensor] = {}
+
+    @classmethod
+    def one_per_row(cls, batch: int, length: int, device: torch.device | str = "cpu") -> Documents:
+        return cls(torch.zeros(batch, length, dtype=torch.int32, device=device))
+
+    def same_BT(self, shift: int) -> Tensor:
+        """[B, T] bool: position t - shift exists in the row and belongs to the document of t."""
+        if shift not in self._same:
+            same_BT = torch.zeros_like(self.seq_idx_BT, dtype=torch.bool)
+            same_BT[:, shift:] = (
+                self.seq_idx_BT[:, shift:] == self.seq_idx_BT[:, : max(self.seq_idx_BT.shape[1] - shift, 0)]
+            )
+            self._same[shift] = same_BT
+        return self._same[shift]
+
+    @cached_property
+    def causal_mask_BTT(self) -> Tensor:
+        """[B, T, T] bool: query t may see key s, that is s ≤ t and both lie in one document."""
+        same_BTT = self.seq_idx_BT[:, :, None] == self.seq_idx_BT[:, None, :]
+        return same_BTT.tril()
