@@ -1,0 +1,1 @@
+"""Download step: raw text from files, URLs or the Hugging Face Hub into JSON lines."""

@@ -1,0 +1,14 @@
+from kfp import dsl
+
+from components.images import PIPELINE_IMAGE
+
+
+@dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
+def download(job: str) -> str:
+    """Fetch the sources' documents onto the datasets volume; returns a StageResult (JSON)."""
+    from components.download.step import run
+    from components.running import step
+    from manifests.spec import job_from_json
+
+    with step("download"):
+        return run(job_from_json(job)).to_json()
