@@ -3,8 +3,8 @@
 Shapes: B rows of a micro-batch, T tokens of a row.
 
 A step is `tokens_per_step / T` rows of T consecutive tokens of the stream (trainer/data/plan.py). Rank r of w trains on
-rows [r·rows/w, (r+1)·rows/w), in order, so the rows of a step do not depend on the number of ranks or the micro-batch size.
-Every rank walks the whole stream, a few comparisons for each document, and reads only the tokens of its own rows.
+rows [r·rows/w, (r+1)·rows/w), in order, so the rows of a step depend neither on the number of ranks nor on the
+micro-batch size. Every rank walks the whole stream, a few comparisons for each document, and reads only its own tokens.
 """
 
 from __future__ import annotations

@@ -1,0 +1,53 @@
+"""Documents from byte ranges of JSON-lines files. A range owns the lines that start in it. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.data.manifest import DataError
+
+
+def documents(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, str]]:
+    """(byte offset of the line, its "text") for the lines that start in bytes [start, stop) of the file.
+
+    Raises:
+        DataError: a line that is no JSON object with a string "text"; names file and line.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()  # the rest of a line that started before; nothing when a line starts exactly at `start`
+        at = file.tell()
+        while (stop is None or at < stop) and (line := file.readline()):
+            try:
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError
+                text.encode()  # lone surrogates can be written in JSON but are no Unicode text
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{where(path, at)}: {_problem(error)}; mend or remove the line") from None
+            yield at, text
+            at += len(line)
+
+
+def where(path: str | Path, offset: int) -> str:
+    """`path:line` of the line that starts at a byte offset; reads the file up to there."""
+    line = 1
+    with open(path, "rb") as file:
+        while offset > 0 and (block := file.read(min(offset, 2**20))):
+            line += block.count(b"\n")
+            offset -= len(block)
+    return f"{path}:{line}"
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return 'no field "text"'
+    if isinstance(error, UnicodeError):
+        return "not valid UTF-8"
+    if isinstance(error, ValueError):
+        return "not valid JSON"
+    return 'not a JSON object whose "text" is a string'
