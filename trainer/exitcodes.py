@@ -51,7 +51,7 @@ _CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGI
 
 
 class TrainingError(Exception):
-    """A run cannot go on. `code` is an exit code of the table above; the message is one line: what, where, how to mend."""
+    """A run cannot go on; `code` is one of the table above, the message one line: what, where, how to mend."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)

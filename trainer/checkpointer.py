@@ -1,0 +1,302 @@
+"""Tensors of a training run into checkpoints and back, whatever the number of processes on either side.
+
+torch.distributed.checkpoint does the writing: every tensor once, spread over the ranks. Everything that is not a tensor
+goes into checkpoint.json, so nothing is pickled but DCP's own index, and that is read with an allow-list of the few
+classes it consists of. With `asynchronous` a thread does the work on a copy of the tensors and on a process group of
+its own, while training goes on; the next save waits for it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import pickle
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointManifest
+from trainer.distributed import World
+from trainer.exitcodes import ExitCode, TrainingError
+from trainer.optim import Optimizers
+from trainer.spec import TrainSpec
+
+log = logging.getLogger(__name__)
+
+_INDEX = ".metadata"
+_DTYPES = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_INDEX_CLASSES = {
+    "torch": _DTYPES | {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+}
+
+
+class Checkpointer:
+    """Saves and resumes one training run; every rank holds one and calls it at the same steps.
+
+    Args:
+        digests: of the shards and the tokenizer, which a checkpoint must share with the run that resumes from it.
+        on_published: called on rank 0, perhaps from a thread, with the step and the seconds from start to durable.
+    """
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        world: World,
+        model: nn.Module,
+        optimizers: Optimizers,
+        digests: dict[str, str],
+        on_published: Callable[[int, float], None],
+    ) -> None:
+        self._spec, self._world, self._model, self._optimizers = spec, world, model, optimizers
+        self._digests, self._on_published = digests, on_published
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[str | None] | None = None
+        self._copies: dict[str, Tensor] = {}
+        self.saved_step = -1
+
+    def save(self, step: int, cursor: dict[str, Any], scalars: dict[str, float]) -> None:
+        """Checkpoint the state after `step` steps; returns once training may change the tensors again.
+
+        A save that fails (disk full, say) is logged, leaves nothing behind and does not end the run; `wait` tells.
+        """
+        self.wait()
+        began = time.monotonic()
+        manifest = CheckpointManifest(
+            step=step,
+            spec=self._spec.model_dump(mode="json"),
+            code_version=f"yaongi {importlib.metadata.version('yaongi')}, torch {torch.__version__}",
+            digests=self._digests,
+            cursor=cursor,
+            world_size=self._world.size,
+            scalars=scalars,
+            files={},
+        )
+        tensors = {**_state(self._model, self._optimizers), **_random_state(self._world)}
+        self.saved_step = step
+        if self._spec.checkpoint.asynchronous:
+            tensors = self._copy(tensors)
+            self._pending = self._thread.submit(self._write, manifest, tensors, began)
+        else:
+            self._pending = Future()
+            self._pending.set_result(self._write(manifest, tensors, began))
+
+    def wait(self) -> str | None:
+        """Finish the save that is under way; returns what went wrong with it, None when it was published."""
+        problem = self._pending.result() if self._pending else None
+        self._pending = None
+        if problem:
+            self.saved_step = -1
+        return problem
+
+    def resume(self) -> CheckpointManifest | None:
+        """Load the newest checkpoint that verifies into model and optimizers, and the state of the random generators.
+
+        Returns:
+            Its manifest, or None when the run has none and starts from the beginning.
+
+        Raises:
+            TrainingError: 66 no checkpoint verifies, 65 it was trained on other data, 2 it holds another model.
+        """
+        found: tuple[Path | None, TrainingError | None] = (None, None)
+        if self._world.is_main:
+            try:
+                checkpoint.clean_unfinished(self._spec.run_dir)
+                found = (checkpoint.latest(self._spec.run_dir), None)
+            except TrainingError as error:
+                found = (None, error)
+        path, error = self._world.broadcast(found)
+        if error is not None:
+            raise TrainingError(error.code, str(error))
+        if path is None:
+            return None
+        manifest = checkpoint.read_manifest(path)
+        self._refuse_other_run(path, manifest)
+        stored = _read_index(path)
+        tensors = _state(self._model, self._optimizers)
+        own_random = _random_state(self._world)
+        tensors |= {key: value for key, value in own_random.items() if key in stored}
+        _load(path, tensors, stored)
+        if own_random.keys() <= stored.keys():
+            torch.set_rng_state(own_random.pop(f"random.cpu.{self._world.rank}"))
+            for state in own_random.values():
+                torch.cuda.set_rng_state(state, self._world.device)
+        else:  # a rank that the saving run did not have
+            torch.manual_seed(self._spec.seed + (manifest.step << 20) + self._world.rank)
+        self.saved_step = manifest.step
+        return manifest
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+    def _refuse_other_run(self, path: Path, manifest: CheckpointManifest) -> None:
+        for name, digest in self._digests.items():
+            if manifest.digests.get(name) != digest:
+                raise TrainingError(
+                    ExitCode.DATA,
+                    f"{path} was trained on {name} {manifest.digests.get(name)}, this run has {digest}; "
+                    "use the same data, or another run_dir",
+                )
+        model = self._spec.model.model_dump(mode="json")
+        theirs = manifest.spec["model"]
+        if different := sorted(key for key in model if theirs.get(key) != model[key]):
+            key = different[0]
+            raise TrainingError(
+                ExitCode.SPEC,
+                f"{path} holds another model: model.{key} is {theirs.get(key)!r} there and {model[key]!r} in the spec; "
+                "use the same model, or another run_dir",
+            )
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory that is allocated once and, under a GPU, pinned, so that copying is fast."""
+        pinned = self._world.device.type == "cuda"
+        for key, tensor in tensors.items():
+            if key not in self._copies:
+                self._copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            self._copies[key].copy_(tensor, non_blocking=pinned)
+        if pinned:
+            torch.cuda.synchronize(self._world.device)
+        return self._copies
+
+    def _write(self, manifest: CheckpointManifest, tensors: dict[str, Tensor], began: float) -> str | None:
+        """Write, describe and publish; a failure anywhere undoes it everywhere and comes back as one line."""
+        run_dir, step = self._spec.run_dir, manifest.step
+        hidden = checkpoint.unfinished_dir(run_dir, step)
+        try:
+            self._together(lambda: self._prepare(hidden))
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(hidden), process_group=self._world.background)
+            described = self._together(lambda: self._describe_own(hidden))
+            files = {name: file for part in described for name, file in part.items()}
+            self._together(lambda: self._publish(manifest.model_copy(update={"files": files}), began))
+        except (CheckpointException, _SaveFailed) as error:
+            problem = f"checkpoint of step {step} was not saved: {_first_cause(error)}"
+            if self._world.is_main:
+                checkpoint.clean_unfinished(run_dir)
+                log.error("%s; training goes on, the newest checkpoint stays the one before", problem)
+            return problem
+        return None
+
+    def _prepare(self, hidden: Path) -> None:
+        if self._world.is_main:
+            checkpoint.clean_unfinished(self._spec.run_dir)
+            hidden.mkdir(parents=True)
+
+    def _describe_own(self, hidden: Path) -> dict[str, checkpoint.CheckpointFile]:
+        """Each rank reads back what it wrote (`__<rank>_…`); the index is the main rank's."""
+        names = [entry.name for entry in hidden.glob(f"__{self._world.rank}_*")]
+        return checkpoint.describe_files(hidden, [*names, _INDEX] if self._world.is_main else names)
+
+    def _publish(self, manifest: CheckpointManifest, began: float) -> None:
+        if self._world.is_main:
+            checkpoint.publish(self._spec.run_dir, manifest)
+            checkpoint.prune(self._spec.run_dir, self._spec.checkpoint.keep_last)
+            self._on_published(manifest.step, time.monotonic() - began)
+
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        """Do `work` on every rank; afterwards all of them know whether all succeeded, and have all results."""
+        try:
+            mine: tuple[Any, str | None] = (work(), None)
+        except OSError as error:
+            mine = (None, str(error))
+        gathered: list[Any] = [None] * self._world.size
+        dist.all_gather_object(gathered, mine, group=self._world.background)
+        if problems := [problem for _, problem in gathered if problem]:
+            raise _SaveFailed(problems[0])
+        return [result for result, _ in gathered]
+
+
+class _SaveFailed(Exception):
+    pass
+
+
+def load_model(path: str | Path, model: nn.Module) -> None:
+    """Fill the parameters and buffers of `model` from a verified checkpoint; needs no process group.
+
+    Raises:
+        TrainingError: 66, when the checkpoint holds another model.
+    """
+    _load(Path(path), _model_state(model), _read_index(Path(path)), alone=True)
+
+
+def _model_state(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def _state(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Tensors that every rank holds alike. They share memory with model and optimizers, so loading fills those."""
+    return _model_state(model) | {f"optimizer.{name}": tensor for name, tensor in optimizers.state_dict().items()}
+
+
+def _random_state(world: World) -> dict[str, Tensor]:
+    """State of this rank's generators, under names that no other rank has."""
+    state = {f"random.cpu.{world.rank}": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        state[f"random.cuda.{world.rank}"] = torch.cuda.get_rng_state(world.device)
+    return state
+
+
+def _load(path: Path, tensors: dict[str, Tensor], stored: dict[str, torch.Size], *, alone: bool = False) -> None:
+    for key, tensor in tensors.items():
+        if stored.get(key) != tensor.shape:
+            have = "no such tensor" if key not in stored else f"shape {tuple(stored[key])}"
+            raise TrainingError(
+                ExitCode.CHECKPOINT,
+                f"{path}: {key} should have shape {tuple(tensor.shape)}, the checkpoint has {have}; "
+                "use the model and the optimizer that it was written with",
+            )
+    dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=alone)
+
+
+def _read_index(path: Path) -> dict[str, torch.Size]:
+    index = _Reader(path).read_metadata()
+    return {k: entry.size for k, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads DCP's pickled index with an allow-list; the tensors themselves are read with weights_only already."""
+
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+        with (Path(self.path) / _INDEX).open("rb") as stream:
+            metadata = _IndexUnpickler(stream).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _INDEX_CLASSES.get(module, ()):
+            raise TrainingError(
+                ExitCode.CHECKPOINT,
+                f"the checkpoint's index names {module}.{name}, which no index contains; not loaded",
+            )
+        return super().find_class(module, name)
+
+
+def _first_cause(error: BaseException) -> str:
+    """One line out of DCP's exception, which holds one exception for each rank that failed."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split()) or type(error).__name__

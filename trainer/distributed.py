@@ -1,0 +1,145 @@
+"""From torchrun's environment to a process group: ranks, device, threads, seeds, timeouts.
+
+There is always a process group, of one process if need be, so that nothing after this module asks whether there is one.
+Collectives of the training loop and those of the checkpoint thread must not share a group: two threads would mix up
+their order.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.exitcodes import ExitCode, TrainingError
+from trainer.spec import RuntimeSpec
+
+log = logging.getLogger(__name__)
+
+_DNS_RETRY_SECONDS = (1.0, 2.0, 5.0)  # then every 5 s: a name that failed is cached as missing for so long
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank, size: over all machines; `local_rank`, `local_size` on this one.
+        control: gloo group of the loop, for objects and barriers; `background`: of the checkpoint thread.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    control: dist.ProcessGroup
+    background: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.control)
+
+
+def start(runtime: RuntimeSpec, seed: int) -> World:
+    """Join the process group that torchrun's variables describe (none of them: one process) and settle the device.
+
+    Raises:
+        TrainingError: 2, when runtime.device asks for a GPU that is not there.
+    """
+    environment = {name: int(os.environ.get(name, default)) for name, default in _ALONE.items()}
+    rank, size = environment["RANK"], environment["WORLD_SIZE"]
+    local_rank, local_size = environment["LOCAL_RANK"], environment["LOCAL_WORLD_SIZE"]
+    device = _device(runtime.device, local_rank)
+    _settle(device, local_size)
+    torch.manual_seed(seed + rank)
+    timeout = timedelta(seconds=runtime.communication_timeout_seconds)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+    if store is not None and size > 1:
+        raise TrainingError(ExitCode.SPEC, f"WORLD_SIZE is {size} without MASTER_ADDR; start it by trainer.entrypoint")
+    membership = {} if store is None else {"store": store, "rank": rank, "world_size": size}
+    on_gpu = {"device_id": device} if device.type == "cuda" else {}
+    dist.init_process_group(backend, timeout=timeout, **membership, **on_gpu)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    background = dist.new_group(backend="gloo", timeout=timeout)
+    return World(rank, size, local_rank, local_size, device, control, background)
+
+
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def stop() -> None:
+    """Leave the process group; only after a barrier, since peers that still talk to this process would fail."""
+    dist.destroy_process_group()
+
+
+def wait_for_host(host: str, timeout_seconds: float) -> None:
+    """Return once `host` has an address: the name of a pod exists only some seconds after the pod itself.
+
+    Raises:
+        TrainingError: 160, when it has none in time.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    attempt = 0
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except socket.gaierror as error:
+            pause = _DNS_RETRY_SECONDS[min(attempt, len(_DNS_RETRY_SECONDS) - 1)]
+            attempt += 1
+            if time.monotonic() + pause > deadline:
+                raise TrainingError(
+                    ExitCode.COMMUNICATION,
+                    f"rendezvous host {host} has no address after {timeout_seconds:.0f} s ({error.strerror}); "
+                    "is the pod of worker 0 there, and its headless service?",
+                ) from None
+            log.info("rendezvous host %s has no address yet; trying again in %.0f s", host, pause)
+            time.sleep(pause)
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise TrainingError(
+            ExitCode.SPEC, "runtime.device is cuda but this machine has no usable GPU; write auto or cpu"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise TrainingError(
+            ExitCode.SPEC,
+            f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); "
+            "lower the processes per node",
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _settle(device: torch.device, local_size: int) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        return
+    threads = os.environ.get("OMP_NUM_THREADS") or ("1" if local_size > 1 else None)
+    if threads:  # processes that share cores and each take all of them are many times slower
+        torch.set_num_threads(int(threads))
+    # The same sums in the same order, so that a resumed run repeats an undisturbed one bit for bit.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False

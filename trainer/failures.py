@@ -1,0 +1,105 @@
+"""From an exception or a dead process to an exit code and one line of reason.
+
+Every rank that fails leaves a small file in the directory that its entrypoint names in the environment; the entrypoint
+reads all of them, since the rank that torchrun sees die first is often only the victim of another. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from trainer.exitcodes import MEANING, STOPS, ExitCode, TrainingError, retryable
+from trainer.specbase import SpecError
+
+DIRECTORY_VARIABLE = "YAONGI_FAILURES"
+_COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket timeout|timed out", re.I)
+_GPU = re.compile(r"cuda error|cublas|cudnn|device-side|acceleratorerror", re.I)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one process ended. `time` is Unix time in seconds."""
+
+    rank: int
+    code: int
+    reason: str
+    time: float = field(default_factory=time.time)
+
+
+def classify(error: BaseException) -> tuple[int, str]:
+    """Exit code and one-line reason of what ended a rank."""
+    text = " ".join(str(error).split())
+    named = f"{type(error).__name__}: {text}"
+    if isinstance(error, SpecError):
+        return ExitCode.SPEC, str(error)
+    if isinstance(error, TrainingError):
+        return error.code, text
+    if isinstance(error, MemoryError):
+        return ExitCode.KILLED, f"out of memory; lower batch.micro_batch_rows or give the pod more ({named})"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, RuntimeError):
+        if isinstance(error, torch.OutOfMemoryError):
+            return ExitCode.KILLED, f"out of GPU memory; lower batch.micro_batch_rows ({named})"
+        if isinstance(error, torch.distributed.DistError) or _COMMUNICATION.search(text):
+            return ExitCode.COMMUNICATION, named
+        if isinstance(error, torch.AcceleratorError) or _GPU.search(text):
+            return ExitCode.GPU, named
+    return ExitCode.UNEXPECTED, named
+
+
+def show(error: BaseException, code: int, reason: str) -> None:
+    """Print what a person needs: one line, and the traceback only where the program did not expect the error."""
+    if code in (ExitCode.UNEXPECTED, ExitCode.GPU, ExitCode.KILLED):
+        traceback.print_exception(error)
+    print(f"error {code} ({meaning(code)}): {reason}", file=sys.stderr, flush=True)
+
+
+def meaning(code: int) -> str:
+    """What an exit code says, also for those that are not in the table."""
+    return MEANING[ExitCode(code)] if code in list(ExitCode) else "not one of this program's codes"
+
+
+def record(code: int, reason: str) -> None:
+    """Leave a file for the entrypoint, if one started this process; never fails, it runs while everything breaks."""
+    directory = os.environ.get(DIRECTORY_VARIABLE)
+    if not directory:
+        return
+    failure = Failure(int(os.environ.get("RANK", "0")), int(code), reason)
+    try:
+        target = Path(directory) / f"rank-{failure.rank}.json"
+        draft = target.with_suffix(".draft")
+        draft.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+        draft.replace(target)
+    except OSError as error:
+        print(f"the reason could not be recorded: {error}", file=sys.stderr)
+
+
+def recorded(directory: Path) -> list[Failure]:
+    """All failures that ranks have recorded."""
+    return [Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in sorted(directory.glob("rank-*.json"))]
+
+
+def root_cause(failures: Iterable[Failure]) -> Failure:
+    """The failure that explains the others.
+
+    A permanent one (bad data, divergence) wins over everything, since trying again cannot help. Then what happened to a
+    process itself; then lost communication, most often the echo of a peer's death; last the stop signal that torchrun
+    sends to the survivors. Among equals the earliest.
+    """
+
+    def rank_of(failure: Failure) -> tuple[int, float]:
+        if not retryable(failure.code):
+            return 0, failure.time
+        if failure.code in STOPS:
+            return 3, failure.time
+        return (2 if failure.code == ExitCode.COMMUNICATION else 1), failure.time
+
+    return min(failures, key=rank_of)

@@ -1,0 +1,110 @@
+"""Restart budget: how often a node may start again without the run getting further.
+
+The operator recreates a failed pod for ever, so a run that dies at the same step each time (memory, a poisoned batch)
+would hold its GPUs for ever. The count lives in `run_dir/restarts.json`, one entry for each node, because a new pod
+remembers nothing; it is raised at the start, since a killed pod cannot say anything at its end. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import latest_step
+from trainer.exitcodes import STOPS, ExitCode, TrainingError, retryable
+
+FILE = "restarts.json"
+
+
+@dataclass
+class NodeRecord:
+    """One node's starts. Times are Unix seconds; `exit_code` is None while it runs, and for ever if it was killed."""
+
+    first_start: float = field(default_factory=time.time)
+    step: int = 0
+    without_progress: int = 0
+    total: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    exit_code: int | None = None
+
+
+def begin(run_dir: str | Path, max_restarts: int, node: str | None = None) -> NodeRecord:
+    """Count this start.
+
+    A start after success or a permanent failure is a person's decision: budget and deadline begin anew. One after a
+    stop signal, or after the run has published a checkpoint since the last start, costs nothing.
+
+    Raises:
+        TrainingError: 71, when `max_restarts` starts in a row have not got the run any further.
+    """
+    with _locked(Path(run_dir)) as nodes:
+        key, step = node or socket.gethostname(), latest_step(run_dir)
+        if key not in nodes:
+            record = NodeRecord(step=step)
+        else:
+            record = NodeRecord(**nodes[key])
+            code = ExitCode.KILLED if record.exit_code is None else record.exit_code
+            if not retryable(code):
+                record = NodeRecord(step=step, total=record.total, reasons=record.reasons)
+            elif step > record.step:
+                record.without_progress = 0
+            elif code not in STOPS:
+                record.without_progress += 1
+            if retryable(code):
+                record.total += 1
+                record.reasons[str(int(code))] = record.reasons.get(str(int(code)), 0) + 1
+            record.step, record.exit_code = step, None
+        nodes[key] = asdict(record)
+        if record.without_progress > max_restarts:
+            nodes[key]["exit_code"] = int(ExitCode.BUDGET)
+            often = ", ".join(f"{count}× code {reason}" for reason, count in record.reasons.items())
+            raise TrainingError(
+                ExitCode.BUDGET,
+                f"restarted {max_restarts} times at step {step} without getting further ({often}); "
+                "mend the cause and resume, or raise runtime.max_restarts",
+            )
+        return record
+
+
+def end(run_dir: str | Path, exit_code: int, node: str | None = None) -> None:
+    """Note how this start ended."""
+    with _locked(Path(run_dir)) as nodes:
+        key = node or socket.gethostname()
+        if key in nodes:
+            nodes[key]["exit_code"] = int(exit_code)
+
+
+def summary(run_dir: str | Path) -> dict[str, int]:
+    """Restarts of the run so far by exit code, those of the node that had most."""
+    try:
+        nodes = json.loads((Path(run_dir) / FILE).read_text(encoding="utf-8"))["nodes"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return max((node["reasons"] for node in nodes.values()), key=lambda reasons: sum(reasons.values()), default={})
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The nodes' entries, to change in place; written back on leaving, also by an exception."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / f".{FILE}.lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        file = run_dir / FILE
+        try:
+            nodes = json.loads(file.read_text(encoding="utf-8"))["nodes"]
+        except (OSError, ValueError, KeyError):
+            nodes = {}  # the first start; or a damaged file, which must not cost the run more than its count
+        try:
+            yield nodes
+        finally:
+            draft = file.with_name(f".{FILE}.{os.getpid()}")
+            draft.write_text(json.dumps({"nodes": nodes}, indent=1), encoding="utf-8")
+            draft.replace(file)
