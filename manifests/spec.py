@@ -258,19 +258,31 @@ def job_from(value: dict[str, Any], changes: dict[str, Any] | None = None, where
     return parse(JobSpec, deep_merge(deep_merge(base, value), changes or {}), where)
 
 
+def changes_of(preset_or_file: str) -> tuple[str, dict[str, Any]]:
+    """A preset's name (or "") and the fields that a job file changes in it (none for a preset itself).
+
+    Raises:
+        SpecError: neither a preset nor a readable file.
+    """
+    if preset_or_file in preset_names():
+        return preset_or_file, {}
+    if not Path(preset_or_file).exists():
+        raise SpecError(
+            f"'{preset_or_file}' is neither a preset ({', '.join(preset_names())}) nor a file; check the name"
+        )
+    changes = read_yaml(preset_or_file)
+    return str(changes.pop("preset", "")), changes
+
+
 def load_job(preset_or_file: str, changes: dict[str, Any] | None = None) -> JobSpec:
     """A JobSpec from a preset's name or a job file.
 
     Raises:
         SpecError: as `parse`; also a name that is neither a preset nor a file.
     """
-    if preset_or_file in preset_names():
-        return job_from({"preset": preset_or_file}, changes, preset_or_file)
-    if not Path(preset_or_file).exists():
-        raise SpecError(
-            f"'{preset_or_file}' is neither a preset ({', '.join(preset_names())}) nor a file; check the name"
-        )
-    return job_from(read_yaml(preset_or_file), changes, preset_or_file)
+    base, differences = changes_of(preset_or_file)
+    value = {"preset": base} if base else {}
+    return job_from(value, deep_merge(differences, changes or {}), preset_or_file)
 
 
 def job_from_json(text: str) -> JobSpec:
