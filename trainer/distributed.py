@@ -67,7 +67,7 @@ def start(runtime: RuntimeSpec, seed: int) -> World:
     environment = {name: int(os.environ.get(name, default)) for name, default in _ALONE.items()}
     rank, size = environment["RANK"], environment["WORLD_SIZE"]
     local_rank, local_size = environment["LOCAL_RANK"], environment["LOCAL_WORLD_SIZE"]
-    device = _device(runtime.device, local_rank)
+    device = pick_device(runtime.device, local_rank)
     _settle(device, local_size)
     torch.manual_seed(seed + rank)
     timeout = timedelta(seconds=runtime.communication_timeout_seconds)
@@ -116,7 +116,12 @@ def wait_for_host(host: str, timeout_seconds: float) -> None:
             time.sleep(pause)
 
 
-def _device(wanted: str, local_rank: int) -> torch.device:
+def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """The device for `RuntimeSpec.device`; `auto` takes the GPU of this local rank when there is one.
+
+    Raises:
+        TrainingError: 2, when `cuda` is asked for and is not there.
+    """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -98,6 +98,11 @@ class Tokenizer:
         """The text, special tokens included; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
         return self._raw.decode(list(ids), skip_special_tokens=False)
 
+    def byte_lengths(self) -> list[int]:
+        """UTF-8 bytes of text that each id stands for; special and reserved tokens stand for none."""
+        special = self._raw.get_added_tokens_decoder()
+        return [0 if n in special else len(self._raw.id_to_token(n)) for n in range(self.vocab_size)]
+
 
 def train(texts: Iterable[str], vocab_size: int) -> RawTokenizer:
     """A tokenizer of exactly `vocab_size` ids; equal texts give an equal tokenizer.
