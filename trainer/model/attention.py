@@ -1,4 +1,4 @@
-"""Grouped-query attention (Ainslie et al. 2023); by default without position embedding, which the Mamba layers make up for.
+"""Grouped-query attention (Ainslie et al. 2023), by default without position embedding: the Mamba layers know the order.
 
 Legend: B rows, T positions, D hidden, H query heads, K key/value heads, W head width.
 """
@@ -37,7 +37,8 @@ class Attention(nn.Module):
 def rotate(x_BTHW: Tensor, theta: float) -> Tensor:
     """Rotary position embedding (Su et al. 2021), half-split pairing, in fp32.
 
-    Positions count from the start of the row: only differences of positions enter the scores, so documents need no offset.
+    Positions count from the start of the row: only differences of positions enter the scores, so documents need no
+    offset.
     """
     length, width = x_BTHW.shape[1], x_BTHW.shape[3]
     rate_W = theta ** (-torch.arange(0, width, 2, device=x_BTHW.device, dtype=torch.float32) / width)

@@ -1,14 +1,15 @@
 """Engram: conditional memory by hashed n-grams (arXiv 2601.07372).
 
-The last 2..N tokens are hashed into tables of learned rows; what is found there becomes keys and values, and the hidden state
-decides by a gate how much of it to add. The indices are a function of the tokens alone, equal to the authors' reference code:
+The last 2..N tokens are hashed into tables of learned rows; what is found there becomes keys and values, and the
+hidden state decides by a gate how much of it to add. The indices are a function of the tokens alone, equal to the
+authors' reference code:
 
     idx[n, k] = (x_t·m_0 ⊕ x_{t-1}·m_1 ⊕ … ⊕ x_{t-n+1}·m_{n-1}) mod p[n, k]      n = 2..N, k = 1..K, all in int64
 
-with odd multipliers m drawn for each layer and a different prime p ≥ `rows_per_head` for each table. `x` are token classes:
-tokens whose text differs only in case, accents or spaces share one (`token_classes`). Differences from that code: n-grams stop
-at the start of their document (the class of token 0 stands in for what came before), so packing does not change them;
-projections have no bias; the convolution starts at zero, as in the paper's training recipe.
+with odd multipliers m drawn for each layer and a different prime p ≥ `rows_per_head` for each table. `x` are token
+classes: tokens whose text differs only in case, accents or spaces share one (`token_classes`). Differences from that
+code: n-grams stop at the start of their document (the class of token 0 stands in for what came before), so packing
+does not change them; projections have no bias; the convolution starts at zero, as in the paper's training recipe.
 
 Legend: B rows, T positions, D hidden, N orders, K heads (tables for each order), W row width, J = (N-1)·K tables.
 """
@@ -38,9 +39,9 @@ PAD_TOKEN = 0
 def token_classes(tokenizer_json: str | Path) -> list[int]:
     """Class of each token id, numbered in order of first appearance.
 
-    Tokens share a class when their decoded texts agree after NFKC → NFD → stripped accents → lower case → one space for each
-    run of blanks, trimmed unless it is all that there is. A token that is no valid text by itself (part of a UTF-8 sequence)
-    is classed by its raw string.
+    Tokens share a class when their decoded texts agree after NFKC → NFD → stripped accents → lower case → one space
+    for each run of blanks, trimmed unless it is all that there is. A token that is no valid text by itself (part of a
+    UTF-8 sequence) is classed by its raw string.
 
     Raises:
         ValueError: the file cannot be read as a tokenizer.
@@ -104,7 +105,7 @@ def _is_prime(number: int) -> bool:
 
 
 class NgramHash(nn.Module):
-    """Row of each table for each position. Constants are buffers: a checkpoint carries the hash that it was trained with."""
+    """Row of each table for each position. Its constants are buffers: a checkpoint carries the hash it was trained with."""
 
     class_V: Tensor
     multiplier_N: Tensor

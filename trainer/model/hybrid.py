@@ -1,18 +1,18 @@
 """The model: embedding → layers of sublayers → norm → head. Read this file first.
 
-A layer is a few sublayers in order (`ModelSpec.layers`), each x ← x + mixer(norm(x)): Mamba-2 (M), experts (E), attention (*),
-MLP (-). Engram (N) normalises the hidden state inside its gate and so has no norm in front. Every mixer respects the documents
-of a packed row; nothing crosses from one to the next.
+A layer is a few sublayers in order (`ModelSpec.layers`), each x ← x + mixer(norm(x)): Mamba-2 (M), experts (E),
+attention (*), MLP (-). Engram (N) normalises the hidden state inside its gate and so has no norm in front. Every
+mixer respects the documents of a packed row; nothing crosses from one to the next.
 
 Initialisation, all of it in `init_weights` (σ = init_std, S = number of sublayers):
 
-    embedding, head, router, input projections, Engram tables   N(0, σ)
-    projections back into the residual stream                   N(0, σ/√S)   (out, o, down, shared_down, Engram value)
-    norms, Mamba D                                              1
-    Mamba A_log                                                 log U(1, 16)
-    Mamba dt_bias                                               softplus⁻¹(dt), dt log-uniform in [1e-3, 1e-1], at least 1e-4
-    Mamba conv weight and bias                                  U(-1/√kernel, 1/√kernel)
-    Engram conv, router bias                                    0
+    embedding, head, router, input projections, Engram tables    N(0, σ)
+    projections back into the residual stream                    N(0, σ/√S)  (out, o, down, shared_down, Engram value)
+    norms, Mamba D                                               1
+    Mamba A_log                                                  log U(1, 16)
+    Mamba dt_bias                                                softplus⁻¹(dt), dt log-uniform in [1e-3, 1e-1]
+    Mamba conv weight and bias                                   U(-1/√kernel, 1/√kernel)
+    Engram conv, router bias                                     0
 
 Legend: B rows, T positions, D hidden, V vocabulary, L MoE sublayers, E experts.
 """
@@ -120,7 +120,7 @@ class HybridModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, token_classes: list[int] | None) -> None:
-        """Fill every parameter and buffer; each draws from its own generator, seeded by its name, so order does not matter."""
+        """Fill parameters and buffers; each draws from a generator seeded by its own name, so the order does not matter."""
         std = self.spec.init_std
         residual_std = std / math.sqrt(self.spec.num_sublayers)
         for name, parameter in self.named_parameters():
@@ -160,7 +160,8 @@ def build_model(
     """The initialised model on `device`; on "meta" it has shapes only and costs no memory.
 
     Args:
-        token_classes: compression table of the tokenizer (`trainer.model.engram.token_classes`), needed by Engram layers
+        token_classes: compression table of the tokenizer (`trainer.model.engram.token_classes`), needed by Engram
+        layers
             with compress_tokens.
 
     Raises:

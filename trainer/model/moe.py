@@ -1,8 +1,9 @@
 """Mixture of experts with sigmoid scores, balanced by a bias on the choice (DeepSeek-V3, arXiv 2412.19437, §2.1.2).
 
-The bias decides who is chosen and nothing else: the weights are the unbiased scores of the chosen, renormalised. Between steps
-`update_bias` raises the bias of experts that got less than the mean load and lowers the others; a small loss on each sequence
-keeps single rows from collapsing on few experts. No token is dropped. Router arithmetic is fp32.
+The bias decides who is chosen and nothing else: the weights are the unbiased scores of the chosen, renormalised.
+Between steps `update_bias` raises the bias of experts that got less than the mean load and lowers the others; a small
+loss on each sequence keeps single rows from collapsing on few experts. No token is dropped. Router arithmetic is
+fp32.
 
 Legend: B rows, T positions, S = B·T tokens, D hidden, E experts, F expert width, K chosen experts.
 """
@@ -50,7 +51,7 @@ class Moe(nn.Module):
         return MoeOutput(y_BTD, self.sequence_loss(scores_SE.view(*x_BTD.shape[:2], -1)), load_E)
 
     def route(self, x_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores of all experts [S, E], the chosen ones [S, K] and their weights [S, K], all fp32 but the int64 choice."""
+        """Scores of all experts [S, E] fp32, the chosen ones [S, K] int64 and their weights [S, K] fp32."""
         with torch.autocast(x_SD.device.type, enabled=False):
             scores_SE = torch.sigmoid(F.linear(x_SD.float(), self.router.weight.float()))
             expert_SK = (scores_SE.detach() + self.bias_E).topk(self.spec.top_k, dim=-1, sorted=False).indices
@@ -59,7 +60,7 @@ class Moe(nn.Module):
         return scores_SE, expert_SK, weight_SK
 
     def sequence_loss(self, scores_BTE: Tensor) -> Tensor:
-        """Σ over rows of weight · Σ_e f_e P_e (DeepSeek-V3 eq. 17-20); f counts the choice that unbiased scores would make."""
+        """Σ over rows of weight · Σ_e f_e P_e (DeepSeek-V3 eq. 17-20); f counts what unbiased scores would choose."""
         if not self.spec.sequence_loss_weight:
             return scores_BTE.new_zeros(())
         batch, length, num_experts = scores_BTE.shape

@@ -1,8 +1,8 @@
 """Operations with more than one implementation, and the one place that chooses among them.
 
-Every operation has a `reference` backend, plain torch that reads like its definition, and faster ones that are tested against
-it (forward, backward, ragged documents, empty experts). `resolve` chooses once, at build time, and gives a reason; a backend
-that was named explicitly and cannot run is an error, never a silent fallback.
+Every operation has a `reference` backend, plain torch that reads like its definition, and faster ones that are tested
+against it (forward, backward, ragged documents, empty experts). `resolve` chooses once, at build time, and gives a
+reason; a backend that was named explicitly and cannot run is an error, never a silent fallback.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Causal depthwise convolution over time that starts afresh at each document.
 
-y[t] = bias + Σ_k w[K-1-k] · x[t - k·dilation], where taps that fall before the document of t count as zero. The last weight
-multiplies the current position, as in torch's Conv1d with left padding.
+y[t] = bias + Σ_k w[K-1-k] · x[t - k·dilation], where taps that fall before the document of t count as zero. The last
+weight multiplies the current position, as in torch's Conv1d with left padding.
 
 Legend: B rows, T positions, C channels, K taps.
 """

@@ -1,7 +1,7 @@
 """Where documents begin and end inside packed rows: computed once for a batch, shared by every layer.
 
-Equal `seq_idx` in one row means the same document. Documents are contiguous, so two positions of one document have nothing
-of another document between them; every mask below relies on that.
+Equal `seq_idx` in one row means the same document. Documents are contiguous, so two positions of one document have
+nothing of another document between them; every mask below relies on that.
 
 Legend: B rows, T positions of a row.
 """

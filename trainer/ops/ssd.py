@@ -2,8 +2,9 @@
 
     h_t = exp(dt_t·A) h_{t-1} + dt_t B_t x_tᵀ        y_t = C_tᵀ h_t + D x_t
 
-`ssd_reference` is that recurrence. `ssd_chunked` cuts time into chunks of Q positions: within a chunk the output is a masked
-matrix product, and only one state for each chunk travels on, so there is no loop over time. Decays and states are fp32.
+`ssd_reference` is that recurrence. `ssd_chunked` cuts time into chunks of Q positions: within a chunk the output is a
+masked matrix product, and only one state for each chunk travels on, so there is no loop over time. Decays and states
+are fp32.
 
 Legend: B rows, T positions, Z chunks, Q positions of a chunk, H heads, P head width, G groups, N state width.
 """
@@ -60,7 +61,7 @@ def ssd_chunked(
 ) -> Tensor:
     """The same by chunks of `chunk_size` positions; a ragged end is padded with dt = 0, which changes no state."""
     batch, length, heads, width = x_BTHP.shape
-    groups, state = B_BTGN.shape[2:]
+    groups = B_BTGN.shape[2]
     per_group = heads // groups
     size = min(chunk_size, length)
     chunks = -(-length // size)
@@ -75,8 +76,8 @@ def ssd_chunked(
     B_BZGQN = _chunk(B_BTGN, pad, chunks).transpose(2, 3)
     C_BZGQN = _chunk(C_BTGN, pad, chunks).transpose(2, 3)
 
-    # Log-decays are summed in fp64 and counted from the start of each document within the chunk, so that what came before a
-    # document cannot reach it, not even as rounding.
+    # Log-decays are summed in fp64 and counted from the start of each document within the chunk, so that what came
+    # before a document cannot reach it, not even as rounding.
     total_BZHQ = (dt_BZHQ.double() * A_H.double()[:, None]).cumsum(-1)
     start_BZQ = _document_start(seq_BZQ)[:, :, None].expand(-1, -1, heads, -1)
     base_BZHQ = torch.where(start_BZQ > 0, total_BZHQ.gather(-1, start_BZQ), 0)
