@@ -52,7 +52,8 @@ def container(job: JobSpec, task: Task) -> Object:
         "name": CONTAINER,
         "image": job.cluster.image,
         "imagePullPolicy": job.cluster.image_pull_policy,
-        "command": ["python", "-m", "trainer.entrypoint", task, "--spec", f"{SPEC_DIR}/{SPEC_FILE}"],
+        # args, not command: the image's entry sets the umask and reaps zombies as PID 1.
+        "args": ["python", "-m", "trainer.entrypoint", task, "--spec", f"{SPEC_DIR}/{SPEC_FILE}"],
         "env": [{"name": name, "value": value} for name, value in environment(job, task).items()],
         **({"ports": ports} if ports else {}),
         "resources": resources(job, task),

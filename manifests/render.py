@@ -48,7 +48,7 @@ def pytorchjob(job: JobSpec, task: Task = "train", owner: Object | None = None) 
             "rdzvId": job_name(job, task),
             # A worker may wait for the others' images and nodes as long as the launcher waits for them.
             "rdzvConf": [{"key": "join_timeout", "value": str(cluster.start_timeout_seconds)}],
-            # The entrypoint translates exit codes and keeps the restart budget; torchrun's own restarts would hide both.
+            # The entrypoint translates exit codes and keeps the restart budget; torchrun's restarts would hide both.
             "maxRestarts": 0,
         },
         "runPolicy": {
