@@ -1,0 +1,89 @@
+"""Has a task finished, and is what it left behind whole? Answered from JSON and digests, without torch.
+
+Each task writes its JSON file last, so a missing one means unfinished; one that belongs to another checkpoint or other
+settings means "do it again".
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from manifests.spec import JobSpec
+from trainer.checkpoint import CheckpointFile, describe_files, latest, read_manifest
+from trainer.data.manifest import StageResult
+from trainer.exitcodes import ExitCode, TrainingError
+
+Task = Literal["train", "evaluate", "export"]
+
+
+def finished(job: JobSpec, task: Task) -> StageResult | None:
+    """The verified result of `task` in the run directory; None when it has to run (again).
+
+    Raises:
+        TrainingError: 66, when what is there is damaged.
+    """
+    return {"train": _trained, "evaluate": _evaluated, "export": _exported}[task](job)
+
+
+def _trained(job: JobSpec) -> StageResult | None:
+    result = read_json(Path(job.run_dir) / "result.json")
+    if result is None or result["steps"] != job.train.steps:
+        return None
+    checkpoint = latest(job.run_dir)
+    if checkpoint is None or (manifest := read_manifest(checkpoint)).digest != result["checkpoint_digest"]:
+        return None
+    numbers = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_second", "seconds")
+    summary = {name: result[name] for name in numbers}
+    return StageResult(kind="train", path=str(checkpoint), digest=manifest.digest, summary=summary)
+
+
+def _evaluated(job: JobSpec) -> StageResult | None:
+    path = Path(job.run_dir) / "eval.json"
+    result = read_json(path)
+    if result is None or result["checkpoint_digest"] != _checkpoint_digest(job):
+        return None
+    if result["settings"] != job.train.evaluate.model_dump(mode="json"):
+        return None
+    summary = {f"bits_per_byte_{domain}": value["bits_per_byte"] for domain, value in result["domains"].items()}
+    return StageResult(kind="evaluate", path=str(path), digest=result["checkpoint_digest"], summary=summary)
+
+
+def _exported(job: JobSpec) -> StageResult | None:
+    directory = Path(job.run_dir) / "export"
+    manifest = read_json(directory / "manifest.json")
+    if manifest is None or manifest["checkpoint_digest"] != _checkpoint_digest(job):
+        return None
+    expected = {name: CheckpointFile.model_validate(entry) for name, entry in manifest["files"].items()}
+    missing = [name for name in expected if not (directory / name).is_file()]
+    changed = missing or [n for n, entry in describe_files(directory, expected).items() if entry != expected[n]]
+    if changed:
+        print(f"export: {directory / changed[0]} is not what was written; exporting again", flush=True)
+        return None
+    size = sum(entry.bytes for entry in expected.values())
+    return StageResult(
+        kind="export", path=str(directory), digest=manifest["checkpoint_digest"], summary={"bytes": size}
+    )
+
+
+def _checkpoint_digest(job: JobSpec) -> str | None:
+    checkpoint = latest(job.run_dir)
+    return read_manifest(checkpoint).digest if checkpoint else None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when there is no such file.
+
+    Raises:
+        TrainingError: 66, when it is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise TrainingError(ExitCode.CHECKPOINT, f"{path}: not a JSON object; remove it and run the same command again")
+    return value

@@ -1,0 +1,93 @@
+"""Launch one task of a run (train, evaluate, export) where the spec says, and prove what it left behind.
+
+The run directory is the contract between launcher and trainer: the launcher writes `job.yaml` and `train.yaml` into it,
+the trainer adds its artefact, and only an artefact that verifies counts as success. A task whose verified artefact is
+there already does no work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from components.launch import LaunchError, local
+from components.launch.artefacts import Task, finished
+from manifests.spec import JobSpec
+from trainer.checkpoint import latest, read_manifest
+from trainer.data.manifest import StageResult, atomic_write
+from trainer.data.manifest import read_manifest as read_data_manifest
+from trainer.spec import TrainSpec
+from trainer.specbase import parse, read_yaml, to_yaml
+
+
+def run(job: JobSpec, task: Task, after: StageResult | None = None) -> StageResult:
+    """Run `task` of `job`; `after` is the result of the step before it.
+
+    Raises:
+        LaunchError: the run directory holds another run, the task failed or left no whole artefact, or what it
+            starts from changed.
+        DataError, TrainingError: shards or checkpoint cannot be read.
+    """
+    if after is not None:
+        _check_input(job, after)
+    write_specs(job)
+    done = finished(job, task)
+    if done is not None:
+        print(f"{task}: unchanged and verified, nothing to do", flush=True)
+        return done
+    if job.cluster.target == "local":
+        local.run(job, task)
+    else:
+        from components.launch import kubernetes
+
+        kubernetes.run(job, task)
+    done = finished(job, task)
+    if done is None:
+        raise LaunchError(f"{task} ended without an error, yet left no finished result in {job.run_dir}; see its logs")
+    return done
+
+
+def write_specs(job: JobSpec) -> None:
+    """Write job.yaml and train.yaml into the run directory, whole or not at all.
+
+    Raises:
+        LaunchError: the directory holds a run that computes something else, or cannot be written.
+    """
+    run_dir, spec = Path(job.run_dir), job.train_spec()
+    path = run_dir / "train.yaml"
+    if path.exists():
+        other = parse(TrainSpec, read_yaml(path), str(path))
+        changed = sorted(name for name, value in _identity(spec).items() if value != _identity(other)[name])
+        if changed:
+            raise LaunchError(
+                f"{run_dir} holds a run with other values of {', '.join(changed)}; give this job another name"
+            )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        atomic_write(run_dir / "job.yaml", to_yaml(job).encode())
+        atomic_write(path, to_yaml(spec).encode())
+    except OSError as error:
+        raise LaunchError(
+            f"{run_dir}: cannot be written ({error.strerror}); mount the checkpoints volume there or set "
+            "storage.checkpoints_dir"
+        ) from None
+
+
+def _identity(spec: TrainSpec) -> dict[str, object]:
+    """What a run computes; where its files lie and how its processes run may change between two launches."""
+    places = {"run_dir": True, "runtime": True, "evaluate": True, "tokens": {"shards", "tokenizer"}}
+    return spec.model_dump(mode="json", exclude=places)
+
+
+def _check_input(job: JobSpec, result: StageResult) -> None:
+    if result.kind == "shards":
+        digest = read_data_manifest(job.stage_dir("shards"), "shards").digest
+    elif result.kind == "train":
+        checkpoint = latest(job.run_dir)
+        digest = read_manifest(checkpoint).digest if checkpoint else "no checkpoint"
+    else:
+        raise LaunchError(f"a launched task cannot start from the result of '{result.kind}'")
+    if digest != result.digest:
+        raise LaunchError(
+            f"{result.path} changed since the step before made it ({digest[:12]} instead of {result.digest[:12]}); "
+            "run the pipeline again"
+        )

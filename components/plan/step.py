@@ -1,0 +1,88 @@
+"""Turn the fields of the form (or the command line) into one validated JobSpec: the first step of every run.
+
+A person fills a few plain fields; `overrides` can change anything else. Each fact has one place, so overrides may not
+repeat a plain field: `arguments_for` moves what a job file says about those into them, `resolve` puts them back.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from manifests.spec import JobSpec, job_from
+from trainer.specbase import SpecError, deep_merge
+
+# Plain field → its place in the JobSpec. A value in AS_PRESET leaves the preset's own.
+PLAIN = {
+    "steps": "train.steps",
+    "nodes": "cluster.nodes",
+    "gpus_per_node": "cluster.gpus_per_node",
+    "datasets_pvc": "storage.datasets_pvc",
+    "checkpoints_pvc": "storage.checkpoints_pvc",
+    "trainer_image": "cluster.image",
+}
+AS_PRESET: dict[str, str | int] = dict.fromkeys(PLAIN, "") | {"steps": 0, "nodes": 0, "gpus_per_node": -1}
+
+_EXAMPLE = '{"train": {"seed": 1}}'
+
+
+def resolve(preset: str, overrides: str = "{}", **plain: str | int | float) -> JobSpec:
+    """The JobSpec that preset, plain fields and overrides (JSON) describe.
+
+    Args:
+        preset: a preset's name, or "" when `overrides` holds a whole job.
+        overrides: a JSON object of JobSpec fields.
+        plain: fields of PLAIN; whole numbers may arrive as floats, as Kubeflow Pipelines hands them over.
+
+    Raises:
+        SpecError: one line per problem.
+    """
+    changes = _overrides(overrides)
+    repeated = [f"overrides.{path} repeats the field '{name}'" for name, path in PLAIN.items() if _holds(changes, path)]
+    if repeated:
+        raise SpecError("\n".join(f"{problem}; set it there only" for problem in repeated))
+    for name, value in plain.items():
+        if isinstance(AS_PRESET[name], int):
+            value = _whole(name, value)
+        if value != AS_PRESET[name]:
+            changes = deep_merge(changes, _nested(PLAIN[name], value))
+    return job_from({"preset": preset} if preset else {}, changes, preset)
+
+
+def arguments_for(preset: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The pipeline's arguments that `resolve` turns into preset + `changes`; unchanged plain fields are left out."""
+    plain: dict[str, Any] = {}
+    rest = json.loads(json.dumps(changes))
+    for name, path in PLAIN.items():
+        if _holds(rest, path):
+            section, field = path.split(".")
+            plain[name] = rest[section].pop(field)
+            if not rest[section]:
+                del rest[section]
+    return {"preset": preset, **plain, "overrides": json.dumps(rest, ensure_ascii=False)}
+
+
+def _overrides(text: str) -> dict[str, Any]:
+    try:
+        changes = json.loads(text or "{}")
+    except ValueError as error:
+        raise SpecError(f"overrides: not valid JSON ({error}); write an object such as {_EXAMPLE}") from None
+    if not isinstance(changes, dict):
+        raise SpecError(f"overrides: expected a JSON object such as {_EXAMPLE}, got {type(changes).__name__}")
+    return changes
+
+
+def _holds(changes: dict[str, Any], path: str) -> bool:
+    section, field = path.split(".")
+    return isinstance(changes.get(section), dict) and field in changes[section]
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    section, field = path.split(".")
+    return {section: {field: value}}
+
+
+def _whole(name: str, value: str | int | float) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise SpecError(f"{name}: expected a whole number, got {value!r}")
+    return int(value)

@@ -1,0 +1,91 @@
+"""Read a finished run's numbers from its directory, for the summary on the terminal and beside the pipeline."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.launch import LaunchError
+from components.launch.artefacts import read_json
+from trainer.checkpoint import latest
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Losses in nats per token, quality in bits per byte of held-out text by domain."""
+
+    name: str
+    steps: int
+    tokens: int
+    loss_first: float
+    loss_last: float
+    tokens_per_second: float
+    seconds: float
+    bits_per_byte: dict[str, float]
+    checkpoint: Path
+    export: Path
+    report: Path
+    samples: list[tuple[str, str]]
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers to compare runs by."""
+        names = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_second", "seconds")
+        quality = {f"bits_per_byte_{domain}": value for domain, value in self.bits_per_byte.items()}
+        return {name: float(getattr(self, name)) for name in names} | quality
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the summary."""
+        quality = "   ".join(f"{domain} {value:.3f}" for domain, value in self.bits_per_byte.items())
+        return [
+            ("tokens", f"{self.tokens:,} in {self.steps:,} steps"),
+            ("loss", f"{self.loss_first:.3f} → {self.loss_last:.3f}"),
+            ("bits per byte", quality),
+            ("speed", f"{self.tokens_per_second:,.0f} tokens/s, {self.seconds:.0f} s of training"),
+            ("checkpoint", str(self.checkpoint)),
+            ("exported model", str(self.export)),
+            ("report", str(self.report)),
+        ]
+
+
+def read_run(run_dir: str | Path) -> RunSummary:
+    """The summary of a run that has been trained, evaluated and exported.
+
+    Raises:
+        LaunchError: one of those has not finished.
+    """
+    run_dir = Path(run_dir)
+    result, evaluation = read_json(run_dir / "result.json"), read_json(run_dir / "eval.json")
+    checkpoint = latest(run_dir)
+    if result is None or evaluation is None or checkpoint is None:
+        missing = "result.json" if result is None else "eval.json" if evaluation is None else "a checkpoint"
+        raise LaunchError(f"{run_dir}: {missing} is missing; run the pipeline to its end first")
+    numbers = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_second", "seconds")
+    return RunSummary(
+        name=run_dir.name,
+        **{name: result[name] for name in numbers},
+        bits_per_byte={domain: value["bits_per_byte"] for domain, value in evaluation["domains"].items()},
+        checkpoint=checkpoint,
+        export=run_dir / "export",
+        report=run_dir / "report.html",
+        samples=[(sample["prompt"], sample["text"]) for sample in evaluation["samples"]],
+    )
+
+
+def markdown(run: RunSummary) -> str:
+    """The summary as a Markdown page with the samples at its end."""
+    table = "".join(f"| {label} | {value} |\n" for label, value in run.rows())
+    samples = "".join(f"\n**{prompt}**{text}\n".replace("\n\n", "\n") for prompt, text in run.samples)
+    return f"# {run.name}\n\n| | |\n|---|---|\n{table}\n## Samples\n{samples}"
+
+
+def publish_report(run: RunSummary, target: str | Path) -> None:
+    """Copy the HTML report, which stands alone, to `target`.
+
+    Raises:
+        LaunchError: the run has none.
+    """
+    if not run.report.is_file():
+        raise LaunchError(f"{run.report} is missing; run the evaluation again")
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run.report, target)

@@ -1,0 +1,241 @@
+"""The command `yaongi`. Heavy packages are imported where a command needs them, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from components.running import FORESEEN, one_line
+from trainer import __version__
+
+EXAMPLES = """
+Train a language model from raw text to a verified export: on this machine, or on Kubernetes.
+
+[bold]A first run[/bold], start to end on a CPU in a few minutes:
+
+    yaongi run tiny
+
+[bold]The same with a change[/bold]; any field of the job can be set:
+
+    yaongi run tiny --set train.steps=20 --set data.sources.ko.weight=0.4
+
+[bold]A job of your own[/bold] is a YAML file with a preset and what differs from it:
+
+    preset: tiny
+    name: mine
+    train: {steps: 500}
+
+    yaongi run mine.yaml
+"""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help=EXAMPLES.replace("\n    ", "\n\n    "),
+)
+
+Job = Annotated[str, typer.Argument(metavar="JOB", help="A preset's name (see `yaongi presets`) or a job file.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field: train.steps=20; repeatable."),
+]
+Workdir = Annotated[Path, typer.Option(help="Folder for data, checkpoints and logs of local runs.")]
+
+
+def _be_verbose(on: bool) -> None:
+    if on:
+        os.environ["YAONGI_VERBOSE"] = "1"
+
+
+Verbose = Annotated[
+    bool, typer.Option("--verbose", callback=_be_verbose, help="Show everything, and the traceback of an error.")
+]
+
+
+def _show_version(on: bool) -> None:
+    if on:
+        print(f"yaongi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    verbose: Verbose = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+def _changes(sets: list[str] | None) -> dict[str, Any]:
+    from trainer.specbase import changes_from_sets
+
+    return changes_from_sets(sets or [])
+
+
+@app.command()
+def run(
+    job: Job,
+    sets: Sets = None,
+    target: Annotated[str, typer.Option(help="Where the trainer runs: local or kubernetes.")] = "local",
+    workdir: Workdir = Path("work"),
+    verbose: Verbose = False,
+) -> None:
+    """Run the whole pipeline from this machine: data, tokenizer, shards, train, evaluate, export, summary."""
+    from components.summary.step import read_run
+    from pipelines.run import local_job, run_pipeline
+    from pipelines.summary import show
+
+    console = Console()
+    spec, arguments = local_job(job, _changes(sets), target=target, workdir=workdir)
+    log = run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=_verbose())
+    show(read_run(spec.run_dir), log, console)
+
+
+@app.command()
+def train(job: Job, sets: Sets = None, workdir: Workdir = Path("work"), verbose: Verbose = False) -> None:
+    """Run only the trainer on this machine, for a job whose shards exist or for a TrainSpec file."""
+    _stage("train", job, sets, workdir)
+
+
+@app.command()
+def evaluate(job: Job, sets: Sets = None, workdir: Workdir = Path("work"), verbose: Verbose = False) -> None:
+    """Measure a run's last checkpoint on held-out text, and let it write samples."""
+    _stage("evaluate", job, sets, workdir)
+
+
+@app.command()
+def export(job: Job, sets: Sets = None, workdir: Workdir = Path("work"), verbose: Verbose = False) -> None:
+    """Write a run's last checkpoint as safetensors with config and tokenizer."""
+    _stage("export", job, sets, workdir)
+
+
+def _stage(task: Any, job: str, sets: list[str] | None, workdir: Path) -> None:
+    from components.launch import local, step
+    from pipelines.run import local_job
+    from trainer.specbase import read_yaml
+
+    if Path(job).is_file() and "run_dir" in read_yaml(job):
+        local.run_entrypoint(task, job, sets=sets or [])
+        return
+    spec, _ = local_job(job, _changes(sets), target="local", workdir=workdir)
+    result = step.run(spec, task)
+    print(f"{task}: {result.path} (digest {result.digest[:12]})")
+
+
+@app.command()
+def generate(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="An export directory, a run directory or a run's name.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
+    seed: int = 0,
+    workdir: Workdir = Path("work"),
+    verbose: Verbose = False,
+) -> None:
+    """Continue a text with a trained model."""
+    from trainer.generate import from_directory
+
+    named = workdir / "checkpoints" / "runs" / source
+    texts = from_directory(
+        named if named.is_dir() else Path(source), prompt, num_tokens=tokens, temperature=temperature, seed=seed
+    )
+    for text in texts:
+        print(text)
+
+
+@app.command()
+def presets() -> None:
+    """List the presets."""
+    from manifests.spec import load_job, preset_names
+
+    for name in preset_names():
+        spec = load_job(name)
+        model = spec.train.model
+        print(f"{name:22}{len(model.layers):4} layers, hidden {model.hidden}, {spec.train.steps} steps")
+
+
+@app.command()
+def describe(job: Job, sets: Sets = None, verbose: Verbose = False) -> None:
+    """Show a model layer by layer: shapes, parameters, FLOPs per token, memory, checkpoint size."""
+    from trainer.describe import describe as describe_model
+    from trainer.describe import render as render_description
+
+    from manifests.spec import load_job
+
+    spec = load_job(job, _changes(sets))
+    render_description(describe_model(spec.train.model, spec.train.seq_len), Console())
+
+
+@app.command()
+def render(
+    job: Job,
+    sets: Sets = None,
+    task: Annotated[str, typer.Option(help="train, evaluate or export.")] = "train",
+    verbose: Verbose = False,
+) -> None:
+    """Print the Kubernetes objects of a job, ready for `kubectl apply -f -`."""
+    from manifests.generate import to_manifest
+    from manifests.render import config_map, pytorchjob
+    from manifests.spec import load_job
+
+    spec = load_job(job, _changes(sets))
+    print(to_manifest([config_map(spec, task), pytorchjob(spec, task)]), end="")
+
+
+@app.command(name="compile")
+def compile_pipeline(
+    output: Annotated[Path, typer.Argument(help="File to write.")] = Path("pretrain.yaml"), verbose: Verbose = False
+) -> None:
+    """Compile the pipeline for upload to Kubeflow Pipelines."""
+    from pipelines.compile import write
+
+    write(output)
+    print(f"wrote {output}")
+
+
+@app.command()
+def submit(
+    job: Job,
+    sets: Sets = None,
+    host: Annotated[str, typer.Option(envvar="KFP_HOST", help="Address of Kubeflow Pipelines, http://…")] = "",
+    follow: Annotated[bool, typer.Option(help="Wait for the run to end, showing its steps.")] = True,
+    verbose: Verbose = False,
+) -> None:
+    """Run the pipeline on Kubeflow Pipelines."""
+    from pipelines.submit import submit as submit_run
+
+    submit_run(job, _changes(sets), host=host, follow=follow, console=Console())
+
+
+@app.command()
+def doctor(workdir: Workdir = Path("work"), verbose: Verbose = False) -> None:
+    """Check what this machine can do: Python, PyTorch, GPUs, disk, cluster."""
+    from pipelines.doctor import report
+
+    if not report(workdir, Console()):
+        raise typer.Exit(1)
+
+
+def _verbose() -> bool:
+    return bool(os.environ.get("YAONGI_VERBOSE"))
+
+
+def main() -> None:
+    """Run the command line; a foreseen error is one line on stderr, and its traceback only with --verbose."""
+    from pipelines.run import Stopped
+
+    try:
+        app()
+    except (*FORESEEN, Stopped) as error:
+        if _verbose():
+            traceback.print_exc()
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(getattr(error, "code", 2 if isinstance(error, ValueError) else 1))

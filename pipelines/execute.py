@@ -1,0 +1,38 @@
+"""Run the pipeline object under kfp.local: the process behind `yaongi run`, which watches and shows what it prints.
+
+    python -m pipelines.execute ARGUMENTS.json PIPELINE_ROOT
+
+A process of its own, because kfp.local writes to stdout, replaces print and knows no way to be stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+
+def main() -> int:
+    arguments = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    # A signal goes to every process of this session. The steps obey it; this one stays to see how they end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    warnings.filterwarnings("ignore", message="You may be attemping to run a task that uses custom or non-Python")
+
+    from kfp import local
+
+    from pipelines.pretrain import pretrain
+
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=sys.argv[2])
+    try:
+        pretrain(**arguments)
+    except RuntimeError as error:  # how kfp.local says that a step failed; the step has said why
+        print(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
