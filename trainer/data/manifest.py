@@ -253,6 +253,19 @@ def reusable(
     return manifest, "unchanged and verified"
 
 
+def open_stage(result: StageResult) -> Manifest:
+    """The manifest behind the result of a step before, with its files present and of the right sizes.
+
+    Raises:
+        DataError: it is not what the result describes.
+    """
+    manifest = read_manifest(result.path)
+    if (manifest.kind, manifest.digest) != (result.kind, result.digest):
+        raise DataError(f"{result.path}: changed since the step before finished; run the pipeline again")
+    verify(result.path, manifest, sizes_only=True)
+    return manifest
+
+
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     return f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"

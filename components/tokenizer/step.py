@@ -1,0 +1,107 @@
+"""Tokenizer step: train on a sample of the raw text that follows the mix.
+
+The sample is a pure function of the raw manifest and the spec: each source gives its weight's share of `sample_bytes`,
+read from evenly spaced windows of its files, or all of it when it is smaller than that share.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from components.progress import ByteProgress
+from manifests.spec import JobSpec
+from trainer.data import tokenizer as bpe
+from trainer.data.jsonl import documents
+from trainer.data.manifest import (
+    Manifest,
+    StageResult,
+    atomic_write,
+    file_entry,
+    open_stage,
+    reusable,
+    write_manifest,
+)
+
+WINDOW_BYTES = 2**20
+REPORT = "report.json"
+REPORT_BYTES = 2**20  # text of each source on which the compression is reported
+
+
+def run(job: JobSpec, raw: StageResult) -> StageResult:
+    """Train the tokenizer, or say that an unchanged one is there.
+
+    Raises:
+        DataError: raw text that is missing, changed or malformed.
+    """
+    directory = Path(job.stage_dir("tokenizers"))
+    raw_manifest = open_stage(raw)
+    inputs = {"raw": raw_manifest.digest}
+    settings = {
+        "vocab_size": job.tokenizer.vocab_size,
+        "sample_bytes": job.tokenizer.sample_bytes,
+        "weights": {name: source.weight for name, source in job.data.sources.items()},
+        "pattern": bpe.PATTERN,
+        "special_tokens": list(bpe.SPECIAL_TOKENS),
+    }
+    manifest, why = reusable(directory, "tokenizer", inputs, settings)
+    if manifest is None:
+        print(f"tokenizer: training {job.tokenizer.vocab_size} tokens ({why})", flush=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        with ByteProgress("tokenizer: sampled", None) as progress:
+            trained = bpe.train(_with_progress(job, raw.path, raw_manifest, progress), job.tokenizer.vocab_size)
+        bpe.save(trained, directory)
+        report = _compression(directory, raw.path, raw_manifest)
+        atomic_write(directory / REPORT, json.dumps(report, indent=1).encode() + b"\n")
+        names = ("tokenizer.json", "tokenizer_config.json", REPORT)
+        files = [file_entry(directory, name, "sha256") for name in names]
+        manifest = Manifest(kind="tokenizer", inputs=inputs, settings=settings, files=files)
+        write_manifest(directory, manifest)
+    else:
+        print(f"tokenizer: {why}: {directory}", flush=True)
+    summary = {"vocab_size": job.tokenizer.vocab_size} | json.loads((directory / REPORT).read_bytes())
+    return StageResult(kind="tokenizer", path=str(directory), digest=manifest.digest, summary=summary)
+
+
+def sample(directory: str | Path, manifest: Manifest, source: str, budget_bytes: int) -> Iterator[str]:
+    """Texts of one source from evenly spaced windows, until they hold `budget_bytes` or the source is through."""
+    windows = [
+        (entry.path, start) for entry in manifest.select(source) for start in range(0, entry.bytes, WINDOW_BYTES)
+    ]
+    taken = 0
+    for path, start in _spread(windows):
+        for _, text in documents(Path(directory) / path, start, start + WINDOW_BYTES):
+            if taken >= budget_bytes:
+                return
+            taken += len(text.encode())
+            yield text
+
+
+def _spread(windows: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """All windows, in the order of bit-reversed positions: any first part of it is spread evenly over the whole."""
+    bits = max(len(windows) - 1, 1).bit_length()
+    for number in range(2**bits):
+        position = int(f"{number:0{bits}b}"[::-1], 2)
+        if position < len(windows):
+            yield windows[position]
+
+
+def _with_progress(job: JobSpec, directory: str, manifest: Manifest, progress: ByteProgress) -> Iterator[str]:
+    for name, source in job.data.sources.items():
+        for text in sample(directory, manifest, name, int(source.weight * job.tokenizer.sample_bytes)):
+            progress.advance(len(text.encode()))
+            yield text
+
+
+def _compression(directory: Path, raw_dir: str, manifest: Manifest) -> dict[str, float]:
+    """UTF-8 bytes of text for each token, by domain."""
+    tokenizer = bpe.Tokenizer.load(directory)
+    text_bytes: dict[str, int] = defaultdict(int)
+    tokens: dict[str, int] = defaultdict(int)
+    for name, entry in manifest.sources.items():
+        for text in sample(raw_dir, manifest, name, REPORT_BYTES):
+            text_bytes[entry.domain] += len(text.encode())
+            tokens[entry.domain] += len(tokenizer.encode(text))
+    return {f"bytes_per_token_{d}": round(text_bytes[d] / tokens[d], 3) for d in sorted(tokens) if tokens[d]}
