@@ -48,8 +48,9 @@ class Limits:
         self._next_look = 0.0
         self.reason: str | None = None
 
-    def passed(self) -> str | None:
-        if self.reason is None and time.monotonic() >= self._next_look:
+    def passed(self, *, at_once: bool = False) -> str | None:
+        """As `passed`; `at_once` looks even if the last look was a moment ago."""
+        if self.reason is None and (at_once or time.monotonic() >= self._next_look):
             self._next_look = time.monotonic() + _LOOK_SECONDS
             self.reason = passed(self._run_dir)
         return self.reason

@@ -1,0 +1,81 @@
+"""`python -m trainer [train|evaluate|export] --spec FILE [--set a.b=c]…`: one rank, or one process of a small task.
+
+Nothing but the exit code, and one line of reason, leaves this process; trainer/exitcodes.py has the table. Runs of
+several ranks are started by trainer/entrypoint.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from trainer import failures, logs
+from trainer.exitcodes import ExitCode
+from trainer.spec import TrainSpec
+from trainer.specbase import changes_from_sets, deep_merge, parse, read_yaml
+
+TASKS = ("train", "evaluate", "export")
+
+
+def parser(program: str) -> argparse.ArgumentParser:
+    """The command line, the same for one rank and for the entrypoint."""
+    made = argparse.ArgumentParser(prog=f"python -m {program}", description="Train, evaluate or export one model.")
+    made.add_argument("task", nargs="?", choices=TASKS, default="train")
+    made.add_argument("--spec", required=True, metavar="FILE", help="TrainSpec as YAML or JSON")
+    made.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated")
+    return made
+
+
+def load_spec(file: str, assignments: Sequence[str]) -> TrainSpec:
+    """The spec of a file with `--set` changes laid over it.
+
+    Raises:
+        SpecError: one line for each problem.
+    """
+    value = deep_merge(read_yaml(file), changes_from_sets(list(assignments)))
+    return parse(TrainSpec, value, file)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser("trainer").parse_args(arguments)
+    try:
+        spec = load_spec(options.spec, options.set)
+        logs.setup(spec.run_dir, int(os.environ.get("RANK", "0")))
+        return run(options.task, spec)
+    except KeyboardInterrupt:
+        code, reason = int(ExitCode.INTERRUPTED), "interrupted before a checkpoint could be saved"
+        print(reason, file=sys.stderr)
+    except Exception as error:
+        code, reason = failures.classify(error)
+        failures.show(error, code, reason)
+        logging.getLogger("trainer").debug("failed", exc_info=error)
+    failures.record(code, reason)
+    return int(code)
+
+
+def run(task: str, spec: TrainSpec) -> int:
+    """Do one task in this process; its exit code."""
+    if task == "train":
+        from trainer.loop import train
+
+        return train(spec)
+    if task == "evaluate":
+        from trainer.evaluate import run as task_run
+    else:
+        from trainer.export import run as task_run
+    print(json.dumps(task_run(spec), ensure_ascii=False))
+    return int(ExitCode.OK)
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if exit_code:
+        # Threads may hang in a collective that will never finish; nothing of theirs is worth waiting for.
+        os._exit(exit_code)
+    sys.exit(0)

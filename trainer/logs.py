@@ -1,0 +1,90 @@
+"""What a run writes while it trains: log lines, and logs/metrics.jsonl with one line for each step.
+
+metrics.jsonl is the record that reports and comparisons read, so it must show each step once whatever happened in
+between: a resumed run first drops the lines of steps that it is going to train again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def setup(run_dir: str | Path, rank: int) -> None:
+    """Rank 0 speaks on stdout, the others only warn; every rank keeps a file logs/rank-<n>.log with times."""
+    directory = Path(run_dir) / "logs"
+    directory.mkdir(parents=True, exist_ok=True)
+    console = logging.StreamHandler(sys.stdout)
+    console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    console.setFormatter(_Plain("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    file = logging.FileHandler(directory / f"rank-{rank}.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("trainer")
+    root.setLevel(logging.INFO)
+    root.handlers = [console, file]
+    root.propagate = False
+
+
+class _Plain(logging.Formatter):
+    """Messages as they are; from WARNING on with the level in front."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+class MetricsFile:
+    """logs/metrics.jsonl, open for appending after `resumed_step`.
+
+    Attributes:
+        lost_seconds: time that went into the steps whose lines were dropped.
+    """
+
+    def __init__(self, run_dir: str | Path, resumed_step: int) -> None:
+        self.path = Path(run_dir) / "logs" / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lost_seconds = 0.0
+        draft = self.path.with_suffix(".draft")
+        with draft.open("w", encoding="utf-8") as stream:
+            for record in self.records():
+                if record["step"] <= resumed_step:
+                    stream.write(json.dumps(record) + "\n")
+                else:
+                    self.lost_seconds += record["seconds"]
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(self.path)
+        self._stream = self.path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line. Numbers that JSON cannot hold (NaN, infinity) become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._stream.write(json.dumps(finite) + "\n")
+        self._stream.flush()
+
+    def sync(self) -> None:
+        """Make what was written durable; a checkpoint of a step should not outlive the step's line."""
+        os.fsync(self._stream.fileno())
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All whole lines; a process that was killed may have left half of one."""
+        try:
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return
+        for line in text.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
+
+    def close(self) -> None:
+        self._stream.close()

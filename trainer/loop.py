@@ -1,0 +1,199 @@
+"""The training loop. `train` reads top to bottom: prepare, then steps of data → gradients → update → record → save.
+
+Everything that is summed over ranks is summed exactly once: gradients by DDP, and in one vector per step the loss, the
+expert loads and the wish to stop. All ranks therefore take the same decision at the same step, whatever it is.
+
+Legend: L MoE sublayers, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer import checkpoint, distributed
+from trainer.data.loader import MicroBatch, StepBatch
+from trainer.exitcodes import ExitCode, TrainingError
+from trainer.optim import clip_gradients, learning_rate_factor
+from trainer.prepare import Run, prepare, scaler_state
+from trainer.recorder import StepRecord
+from trainer.spec import TrainSpec
+from trainer.stopping import STOP_CODES, StopWish
+from trainer.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED_STEPS = 10  # in a row; then the run has diverged
+
+
+def train(spec: TrainSpec) -> int:
+    """Train from the newest checkpoint, or the start, to `spec.steps`; every rank calls this.
+
+    Returns:
+        0 when all steps are done; 75, 130 or 143 when it was stopped, with a checkpoint of the last step.
+
+    Raises:
+        SpecError, TrainingError: see trainer/exitcodes.py.
+    """
+    stop = StopWish(spec.run_dir)
+    started = time.time()
+    world = distributed.start(spec.runtime, spec.seed)
+    with Watchdog(spec.runtime.hang_timeout_seconds) as watchdog:
+        run = prepare(spec, world, started)
+        watchdog.beat()
+        code = 0
+        for step in range(run.first_step, spec.steps):
+            with run.recorder.phase("data"):
+                batch = next(run.loader)
+            with run.recorder.phase("forward_backward"):
+                totals = forward_backward(run, batch, stop.code())
+            with run.recorder.phase("optimizer"):
+                update = apply_gradients(run, step, totals.expert_load_LE)
+            run.recorder.step(step_record(run, step, batch, totals, update), run.loader.epochs())
+            watchdog.beat()
+            last = step + 1 == spec.steps
+            code = 0 if last else totals.stop_code
+            if last or code or (step + 1) % spec.checkpoint.every_steps == 0:
+                with run.recorder.phase("checkpoint"):
+                    save_checkpoint(run, step + 1, batch)
+                watchdog.beat()
+            if code:
+                log.warning("stopping after step %d: %s", step + 1, stop.reason or "another rank was told to")
+                break
+        finish(run)
+    return int(code)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all ranks: cross-entropy per label, tokens by expert, and the agreed exit code (0: go on)."""
+
+    loss: float
+    expert_load_LE: Tensor
+    stop_code: int
+
+
+@dataclass(frozen=True)
+class Update:
+    grad_norm: float
+    clipped: bool
+    skipped: bool
+
+
+def forward_backward(run: Run, batch: StepBatch, stop_code: int) -> Totals:
+    """Gradients of the global step's mean loss, accumulated over micro-batches and averaged over ranks by DDP."""
+    device, size = run.world.device, run.world.size
+    ce_sum = torch.zeros((), dtype=torch.float64, device=device)
+    expert_load_LE: Tensor | None = None
+    for number, micro_batch in enumerate(batch.micro_batches, start=1):
+        with sync_gradients(run, last=number == len(batch.micro_batches)):
+            ids_BT, labels_BT, seq_idx_BT = on_device(micro_batch, device)
+            with run.precision.autocast(device.type):
+                output = run.step_model(ids_BT, seq_idx_BT, labels_BT)
+            # Divided by counts of the whole step, so the sum over ranks is the mean; DDP will divide it by `size`.
+            loss = size * (output.ce_sum / batch.num_labels + output.aux_sum / batch.num_rows)
+            (run.scaler.scale(loss) if run.scaler else loss).backward()
+        ce_sum += output.ce_sum.detach()
+        load_LE = output.expert_load_LE
+        expert_load_LE = load_LE if expert_load_LE is None else expert_load_LE + load_LE
+    return reduce_totals(ce_sum, expert_load_LE, stop_code, batch.num_labels)
+
+
+def reduce_totals(ce_sum: Tensor, expert_load_LE: Tensor, stop_code: int, num_labels: int) -> Totals:
+    """One all-reduce for all that the ranks must agree on; float64 holds counts to 2^53 exactly."""
+    wishes = torch.tensor([stop_code == code for code in STOP_CODES], dtype=torch.float64, device=ce_sum.device)
+    vector = torch.cat([ce_sum[None], wishes, expert_load_LE.flatten().double()])
+    dist.all_reduce(vector)
+    values = vector[: 1 + len(STOP_CODES)].tolist()
+    agreed = next((code for code, votes in zip(STOP_CODES, values[1:], strict=True) if votes), 0)
+    load_LE = vector[1 + len(STOP_CODES) :].view_as(expert_load_LE).to(torch.int64)
+    return Totals(values[0] / num_labels, load_LE, int(agreed))
+
+
+def apply_gradients(run: Run, step: int, expert_load_LE: Tensor) -> Update:
+    """Clip, update weights and router biases; a step whose gradients are not finite changes nothing.
+
+    Raises:
+        TrainingError: 70, after too many such steps in a row.
+    """
+    optimizers, spec = run.optimizers, run.spec
+    optimizers.set_learning_rate_factor(
+        learning_rate_factor(step, spec.steps, spec.schedule, optimizers.peak_learning_rate)
+    )
+    if run.scaler:
+        optimizers.unscale(run.scaler)
+    norm, clipped = clip_gradients(optimizers.parameters, spec.optimizer.clip_norm)
+    finite = norm == norm and norm != float("inf")
+    if finite:
+        optimizers.step()
+        run.model.update_router_bias(expert_load_LE)
+    if run.scaler:
+        run.scaler.update()
+    optimizers.zero_grad()
+    run.skipped_in_a_row = 0 if finite else run.skipped_in_a_row + 1
+    if run.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+        raise TrainingError(
+            ExitCode.DIVERGED,
+            f"gradients were not finite for {MAX_SKIPPED_STEPS} steps in a row, up to step {step + 1}; lower the "
+            "learning rates, or set LATEST back to an older checkpoint and pass over the data by tokens.skip",
+        )
+    return Update(norm, clipped, skipped=not finite)
+
+
+def step_record(run: Run, step: int, batch: StepBatch, totals: Totals, update: Update) -> StepRecord:
+    load_LE = totals.expert_load_LE.double()
+    ratio = float((load_LE.amax(1) / load_LE.mean(1)).max()) if load_LE.numel() else 1.0
+    seconds = run.recorder.step_seconds()
+    return StepRecord(
+        step=step + 1,
+        loss=totals.loss,
+        grad_norm=update.grad_norm,
+        learning_rate=run.optimizers.learning_rate,
+        tokens=(step + 1) * run.spec.batch.tokens_per_step,
+        tokens_per_second=run.spec.batch.tokens_per_step / seconds,
+        seconds=seconds,
+        clipped=update.clipped,
+        skipped=update.skipped,
+        expert_load_max_ratio=ratio,
+        by_source=batch.tokens_by_source,
+    )
+
+
+def save_checkpoint(run: Run, step: int, batch: StepBatch) -> None:
+    run.recorder.sync()
+    scalars = {"seconds": run.recorder.seconds(), "skipped_in_a_row": float(run.skipped_in_a_row)}
+    if run.scaler:
+        scalars |= {f"scaler.{name}": float(value) for name, value in scaler_state(run.scaler.state_dict()).items()}
+    run.checkpoints.save(step, batch.cursor.to_dict(), scalars)
+
+
+def finish(run: Run) -> None:
+    """Wait for the last checkpoint, write the result, and leave together with the other ranks."""
+    if problem := run.checkpoints.wait():
+        raise TrainingError(ExitCode.UNEXPECTED, f"{problem}; free space or mend the volume, then resume")
+    run.loader.close()
+    path = checkpoint.step_dir(run.spec.run_dir, run.checkpoints.saved_step)
+    if run.checkpoints.saved_step >= run.spec.steps:
+        run.recorder.result(path, checkpoint.read_manifest(path))
+    run.recorder.close()
+    run.checkpoints.close()
+    run.world.barrier()  # an elastic job counts as done when the first worker exits 0, so all do so at once
+    distributed.stop()
+
+
+def sync_gradients(run: Run, *, last: bool) -> AbstractContextManager:
+    """DDP averages gradients in the last backward of a step only."""
+    if last or run.world.size == 1:
+        return nullcontext()
+    return run.step_model.no_sync()
+
+
+def on_device(micro_batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (micro_batch.ids_BT, micro_batch.labels_BT, micro_batch.seq_idx_BT)
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)

@@ -1,0 +1,145 @@
+"""Everything between the spec and the first step: model, optimizers, newest checkpoint, data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer import ops, precision
+from trainer.checkpointer import Checkpointer
+from trainer.data.loader import TokenLoader
+from trainer.data.manifest import DataError, read_manifest
+from trainer.data.plan import Cursor
+from trainer.data.tokenizer import Tokenizer
+from trainer.distributed import World
+from trainer.exitcodes import ExitCode, TrainingError
+from trainer.model.engram import token_classes
+from trainer.model.hybrid import HybridModel, build_model
+from trainer.optim import Optimizers, build_optimizers, learning_rate_factor
+from trainer.optim.rules import Assignment
+from trainer.precision import Precision
+from trainer.recorder import Recorder
+from trainer.spec import TrainSpec
+from trainer.specbase import SpecError, to_yaml
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What the loop works on. `step_model` is what is called: `model` itself, or DDP around it."""
+
+    spec: TrainSpec
+    world: World
+    model: HybridModel
+    step_model: nn.Module
+    optimizers: Optimizers
+    precision: Precision
+    scaler: torch.amp.GradScaler | None
+    loader: TokenLoader
+    checkpoints: Checkpointer
+    recorder: Recorder
+    first_step: int
+    skipped_in_a_row: int
+
+
+def prepare(spec: TrainSpec, world: World, started: float) -> Run:
+    """Build everything, load the newest checkpoint, and say what was chosen and why."""
+    with users_mistakes():
+        micro_batches = spec.micro_batches(world.size)
+        recorder = Recorder(spec, world, started)
+        chosen = precision.resolve(spec.precision.dtype, precision.device_capability(world.device))
+        digests, classes = read_data(spec)
+        model = build_model(spec.model, spec.backends, device=world.device, seed=spec.seed, token_classes=classes)
+        optimizers = build_optimizers(model, spec.optimizer, spec.model)
+        learning_rate_factor(0, spec.steps, spec.schedule, optimizers.peak_learning_rate)
+    backends = {name: choice.name for name, choice in ops.resolve(spec.backends, world.device).items()}
+    log.info("ranks: %d on %s, %d micro-batches each per step", world.size, world.device, micro_batches)
+    log.info("precision: %s (%s)", chosen.name, chosen.reason)
+    for line in summary_lines(optimizers.table):
+        log.info("%s", line)
+    scaler = chosen.scaler(world.device.type)
+    checkpoints = Checkpointer(spec, world, model, optimizers, digests, recorder.checkpointed)
+    resumed = checkpoints.resume()
+    if resumed:
+        log.info("resuming from the checkpoint of step %d, saved by %d ranks", resumed.step, resumed.world_size)
+        if scaler:
+            scaler.load_state_dict({**scaler.state_dict(), **scaler_state(resumed.scalars)})
+    elif world.is_main and not (file := Path(spec.run_dir) / "train.yaml").exists():
+        file.write_text(to_yaml(spec), encoding="utf-8")
+    recorder.begin(resumed, {"device": world.device.type, "precision": chosen.name, **backends})
+    first_step = resumed.step if resumed else 0
+    loader = TokenLoader(
+        spec.tokens,
+        spec.batch,
+        rank=world.rank,
+        world_size=world.size,
+        cursor=Cursor.from_dict(resumed.cursor) if resumed else None,
+        steps=max(0, spec.steps - first_step),
+    )
+    step_model = wrap(model, spec, world)
+    skipped = int(resumed.scalars.get("skipped_in_a_row", 0)) if resumed else 0
+    return Run(
+        spec, world, model, step_model, optimizers, chosen, scaler, loader, checkpoints, recorder, first_step, skipped
+    )
+
+
+def read_data(spec: TrainSpec) -> tuple[dict[str, str], list[int] | None]:
+    """Digests of shards and tokenizer, and the token classes that Engram's hashes need (None without Engram)."""
+    try:
+        digests = {
+            "shards": read_manifest(spec.tokens.shards, "shards").digest,
+            "tokenizer": read_manifest(spec.tokens.tokenizer, "tokenizer").digest,
+        }
+        size = Tokenizer.load(spec.tokens.tokenizer).vocab_size
+    except DataError as error:
+        raise TrainingError(ExitCode.DATA, str(error)) from None
+    if size > spec.model.vocab_size:
+        raise SpecError(f"model.vocab_size {spec.model.vocab_size} is below the tokenizer's {size} entries; raise it")
+    return digests, token_classes(Path(spec.tokens.tokenizer) / "tokenizer.json") if spec.model.engram else None
+
+
+def wrap(model: HybridModel, spec: TrainSpec, world: World) -> nn.Module:
+    """The model as it is called: compiled if the spec says so, in DDP when there are several ranks."""
+    if spec.runtime.compile:
+        model.compile()
+    if world.size == 1:
+        return model
+    # Buffers are equal on all ranks by construction: router biases follow from summed loads, hashes from the seed.
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def scaler_state(values: dict[str, float]) -> dict[str, float | int]:
+    """The two values of a loss scaler that change, from its state or from a checkpoint's scalars."""
+    plain = {name.removeprefix("scaler."): value for name, value in values.items()}
+    return {"scale": plain["scale"], "_growth_tracker": int(plain["_growth_tracker"])} if "scale" in plain else {}
+
+
+def summary_lines(table: list[Assignment]) -> list[str]:
+    """One line for each optimizer: how many tensors and parameters it trains, how many without weight decay."""
+    lines = []
+    for name in sorted({entry.optimizer for entry in table}):
+        entries = [entry for entry in table if entry.optimizer == name]
+        count = sum(torch.Size(entry.shape).numel() for entry in entries)
+        undecayed = sum(not entry.decay for entry in entries)
+        lines.append(f"optimizer {name}: {count:,} parameters in {len(entries)} tensors ({undecayed} without decay)")
+    return lines
+
+
+@contextmanager
+def users_mistakes() -> Iterator[None]:
+    """While things are built from the spec, a ValueError is about the spec."""
+    try:
+        yield
+    except (SpecError, DataError):
+        raise
+    except ValueError as error:
+        raise SpecError(str(error)) from error

@@ -1,0 +1,206 @@
+"""Where the numbers of a run go: metrics.jsonl, progress line, TensorBoard, Prometheus, and result.json at the end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from trainer import restarts
+from trainer.checkpoint import CheckpointManifest
+from trainer.data.plan import Cursor
+from trainer.distributed import World
+from trainer.logs import MetricsFile
+from trainer.metrics import Metrics
+from trainer.spec import TrainSpec
+
+log = logging.getLogger(__name__)
+
+# Dense BF16 peak in FLOP/s, by what the device's name contains (vendor data sheets, without sparsity).
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "T4": 65e12}
+_GOODPUT = {"data": "data_wait", "forward_backward": "step", "optimizer": "step", "checkpoint": "checkpoint"}
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step as metrics.jsonl shows it. `loss` is the mean over all labels of the step, `tokens` is cumulative."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+    clipped: bool
+    skipped: bool
+    expert_load_max_ratio: float
+    by_source: dict[str, int]
+
+
+class Recorder:
+    """One for each rank; ranks other than 0 only export their own metrics."""
+
+    def __init__(self, spec: TrainSpec, world: World, started: float) -> None:
+        self._spec, self._world, self._started = spec, world, started
+        port = spec.runtime.metrics_port and spec.runtime.metrics_port + world.local_rank
+        self.metrics = Metrics(rank=world.rank, port=port)
+        self._file: MetricsFile | None = None
+        self._board: SummaryWriter | None = None
+        self._phases: dict[str, float] = {}
+        self._sources: dict[str, int] = {}
+        self._rate: float | None = None
+        self.seconds_before = 0.0
+
+    def begin(self, resumed: CheckpointManifest | None, build_info: dict[str, str]) -> None:
+        """Open the files for what follows the resumed step and account for the time until now."""
+        step = resumed.step if resumed else 0
+        self.seconds_before = resumed.scalars.get("seconds", 0.0) if resumed else 0.0
+        if resumed:
+            self._sources = Cursor.from_dict(resumed.cursor).trained
+        version = importlib.metadata.version("yaongi")
+        self.metrics.set("build_info", 1, version=version, torch=torch.__version__, **build_info)
+        self.metrics.add("goodput_seconds_total", time.time() - self._started, **{"class": "startup"})
+        if not self._world.is_main:
+            return
+        self._file = MetricsFile(self._spec.run_dir, step)
+        self.metrics.add("goodput_seconds_total", self._file.lost_seconds, **{"class": "lost"})
+        self._board = SummaryWriter(Path(self._spec.run_dir) / "tb", purge_step=step + 1)
+        for code, count in restarts.summary(self._spec.run_dir).items():
+            self.metrics.add("restarts_total", count, reason=code)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of a step: data, forward_backward, optimizer or checkpoint."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            self._phases[name] = self._phases.get(name, 0.0) + seconds
+            self.metrics.add("phase_seconds_total", seconds, phase=name)
+            self.metrics.add("goodput_seconds_total", seconds, **{"class": _GOODPUT[name]})
+
+    def step_seconds(self) -> float:
+        """Seconds in all phases since the last call, without checkpoints."""
+        seconds = sum(value for name, value in self._phases.items() if name != "checkpoint")
+        self._phases.clear()
+        return seconds
+
+    def step(self, record: StepRecord, epochs: dict[str, float]) -> None:
+        """Export one finished step."""
+        self._export(record, epochs)
+        if self._file is None or self._board is None:
+            return
+        self._file.write(vars(record))
+        for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "expert_load_max_ratio"):
+            self._board.add_scalar(f"train/{name}", getattr(record, name), record.step)
+        speed = record.tokens_per_second
+        self._rate = speed if self._rate is None else 0.9 * self._rate + 0.1 * speed
+        if record.step % self._spec.runtime.log_every_steps == 0 or record.step in (1, self._spec.steps):
+            left = (self._spec.steps - record.step) * self._spec.batch.tokens_per_step / self._rate
+            log.info(
+                "step %d/%d  loss %.4f  grad %.3f  lr %.2e  %s tokens/s  ETA %s%s",
+                record.step,
+                self._spec.steps,
+                record.loss,
+                record.grad_norm,
+                record.learning_rate,
+                f"{speed:,.0f}",
+                timedelta(seconds=round(left)),
+                "  (skipped: gradients not finite)" if record.skipped else "",
+            )
+
+    def checkpointed(self, step: int, seconds: float) -> None:
+        """A checkpoint was published; may come from another thread."""
+        self.metrics.set("checkpoint_seconds", seconds)
+        self.metrics.set("checkpoint_last_success_timestamp_seconds", time.time())
+        log.info("checkpoint of step %d published after %.1f s", step, seconds)
+
+    def sync(self) -> None:
+        """Make metrics.jsonl and TensorBoard durable up to here."""
+        if self._file and self._board:
+            self._file.sync()
+            self._board.flush()
+
+    def seconds(self) -> float:
+        """Wall seconds of the run, earlier processes up to their last checkpoint included."""
+        return self.seconds_before + time.time() - self._started
+
+    def result(self, checkpoint: Path, manifest: CheckpointManifest) -> None:
+        """Write result.json and say the outcome in one line."""
+        if self._file is None:
+            return
+        records = list(self._file.records())
+        tokens, spent = records[-1]["tokens"], sum(record["seconds"] for record in records)
+        result = {
+            "steps": records[-1]["step"],
+            "tokens": tokens,
+            "loss_first": records[0]["loss"],
+            "loss_last": records[-1]["loss"],
+            "tokens_per_second": tokens / spent,
+            "checkpoint": str(checkpoint),
+            "checkpoint_digest": manifest.digest,
+            "world_size": self._world.size,
+            "seconds": self.seconds(),
+            "restarts": sum(restarts.summary(self._spec.run_dir).values()),
+        }
+        file = Path(self._spec.run_dir) / "result.json"
+        draft = file.with_suffix(".draft")
+        with draft.open("w", encoding="utf-8") as stream:
+            json.dump(result, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(file)
+        log.info(
+            "done: %d steps, %s tokens, loss %.4f → %.4f, %s tokens/s, %d restarts, checkpoint %s",
+            result["steps"],
+            f"{tokens:,}",
+            result["loss_first"] or float("nan"),
+            result["loss_last"] or float("nan"),
+            f"{result['tokens_per_second']:,.0f}",
+            result["restarts"],
+            checkpoint,
+        )
+
+    def close(self) -> None:
+        self.metrics.close()
+        if self._file and self._board:
+            self._file.close()
+            self._board.close()
+
+    def _export(self, record: StepRecord, epochs: dict[str, float]) -> None:
+        metrics = self.metrics
+        for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "expert_load_max_ratio"):
+            metrics.set(name, getattr(record, name))
+        metrics.observe("step_seconds", record.seconds)
+        metrics.add("steps_total")
+        metrics.add("skipped_steps_total", record.skipped)
+        metrics.add("clips_total", record.clipped)
+        metrics.add("tokens_total", self._spec.batch.tokens_per_step)
+        for source, tokens in record.by_source.items():
+            metrics.add("source_tokens_total", max(0, tokens - self._sources.get(source, 0)), source=source)
+            metrics.set("source_epochs", epochs[source], source=source)
+        self._sources = record.by_source
+        metrics.set("heartbeat_timestamp_seconds", time.time())
+        if self._world.device.type == "cuda":
+            metrics.set("memory_bytes", torch.cuda.max_memory_allocated(self._world.device))
+            name = torch.cuda.get_device_name(self._world.device)
+            from trainer.flops import flops_per_token
+
+            if peak := next((flops for part, flops in PEAK_FLOPS.items() if part in name), None):
+                flops = flops_per_token(self._spec.model, self._spec.tokens.seq_len) * record.tokens_per_second
+                metrics.set("mfu_ratio", flops / (peak * self._world.size))
+        else:
+            metrics.set("memory_bytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
