@@ -1,0 +1,28 @@
+"""Refuse a wheel that lacks a file of the packages: presets, sample texts, templates, notices.
+
+python check_wheel.py dist/yaongi-0.1.0-py3-none-any.whl      (from the root of the sources)
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from pathlib import Path
+
+PACKAGES = ("pipelines", "components", "manifests", "trainer")
+# Applied from the sources with kubectl; no code reads them.
+NOT_PACKED = ("manifests/base/", "manifests/examples/", "pipelines/pretrain.yaml")
+
+
+def main(wheel: str) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+    sources = [path for package in PACKAGES for path in Path(package).rglob("*") if path.is_file()]
+    wanted = {str(path) for path in sources if path.suffix != ".pyc" and not str(path).startswith(NOT_PACKED)}
+    if missing := sorted(wanted - packed):
+        sys.exit(f"{wheel} lacks {', '.join(missing)}; add them to [tool.setuptools.package-data] in pyproject.toml")
+    print(f"{wheel}: all {len(wanted)} files of {', '.join(PACKAGES)}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,40 @@
+# Runs the pipeline's own steps: plan, download, tokenizer, shards, launch. Slim, without torch.
+ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
+FROM ${BASE_IMAGE}
+
+USER root
+# hadolint ignore=DL3008
+RUN set -eu; \
+    apt-get update; \
+    apt-get install -y --no-install-recommends tini; \
+    rm -rf /var/lib/apt/lists/*; \
+    getent group 1000 >/dev/null || groupadd --gid 1000 yaongi; \
+    getent passwd 1000 >/dev/null || useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp yaongi; \
+    python3 -m venv --without-pip /opt/yaongi
+
+COPY requirements-pipeline.lock /opt/yaongi/
+RUN python3 -m pip --python /opt/yaongi/bin/python install --no-cache-dir --no-deps --require-hashes \
+        -r /opt/yaongi/requirements-pipeline.lock
+
+COPY docker/entry.sh /usr/local/bin/entry
+COPY dist/yaongi-*.whl /opt/yaongi/
+RUN python3 -m pip --python /opt/yaongi/bin/python install --no-cache-dir --no-deps --no-index /opt/yaongi/yaongi-*.whl \
+    && /opt/yaongi/bin/python -c 'import kfp, kubernetes, manifests.spec; print("kfp", kfp.__version__)'
+
+ENV PATH=/opt/yaongi/bin:$PATH \
+    HOME=/tmp \
+    XDG_CACHE_HOME=/tmp/cache \
+    HF_HOME=/tmp/cache/huggingface \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+ARG VERSION=0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="yaongi pipeline" \
+      org.opencontainers.image.description="Runs the pipeline's steps: yaongi run JOB, or as the image of its KFP components" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+USER 1000:1000
+WORKDIR /tmp
+ENTRYPOINT ["/usr/local/bin/entry"]
+CMD ["yaongi", "--version"]

@@ -1,0 +1,51 @@
+"""Print the part of a lock file that an image needs; hashes stay, so `pip --require-hashes` still checks every file.
+
+    python3 select_requirements.py LOCK [--cpu-only]
+
+- A base image that brings its own torch keeps it and what that was built with: torch, triton, numpy, CUDA libraries.
+- `--cpu-only` leaves out what `import torch` does not link against (0.9 GB of 5.1): triton, cusolver, nvtx and CUDA's
+  Python bindings. Such an image trains on CPUs only.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+FROM_BASE = re.compile(r"torch|triton|numpy|(nvidia|cuda)-.*")
+NOT_ON_CPU = re.compile(r"triton|nvidia-(cusolver|nvtx)|cuda-(bindings|pathfinder|toolkit)")
+
+
+def requirements(lock: str) -> Iterator[tuple[str, str]]:
+    """(name, the requirement with its hashes and comments) in the order of the lock."""
+    for block in re.split(r"\n(?=[A-Za-z0-9])", lock):
+        if match := re.match(r"([A-Za-z0-9._-]+)==", block):
+            yield match[1], block
+
+
+def installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def main(lock: str, *flags: str) -> None:
+    skip = [FROM_BASE] if installed("torch") else []
+    if "--cpu-only" in flags:
+        skip.append(NOT_ON_CPU)
+    left_out = []
+    for name, block in requirements(Path(lock).read_text()):
+        if any(pattern.fullmatch(name) for pattern in skip):
+            left_out.append(name)
+        else:
+            print(block)
+    print("left out:", ", ".join(dict.fromkeys(left_out)) or "nothing", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

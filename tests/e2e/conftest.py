@@ -1,0 +1,58 @@
+"""A namespace as a cluster's owner would prepare one: restricted Pod Security, claims, the launcher's rights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from kube import PIPELINE_IMAGE, Namespace, Object, pod
+
+BASE = Path(__file__).parents[2] / "manifests" / "base"
+
+
+@pytest.fixture(scope="session")
+def namespace() -> Iterator[Namespace]:
+    """Deleted afterwards, unless YAONGI_E2E_KEEP is set."""
+    if shutil.which("kubectl") is None or not os.environ.get("KUBECONFIG"):
+        pytest.skip("needs kubectl and KUBECONFIG, a cluster with the training operator (make e2e)")
+    name = f"yaongi-e2e-{uuid.uuid4().hex[:6]}"
+    restricted: Object = {
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
+    }
+    space = Namespace(name)
+    space.apply(restricted)
+    try:
+        space.apply(*base_objects(name))
+        yield space
+    finally:
+        if os.environ.get("YAONGI_E2E_KEEP"):
+            print(f"kept namespace {name}")
+        else:
+            subprocess.run(["kubectl", "delete", "namespace", name, "--timeout=120s"], check=False)
+
+
+def base_objects(namespace: str) -> list[Object]:
+    """manifests/base as it is shipped, in another namespace; monitors need an operator that a test cluster lacks."""
+    found = []
+    for path in sorted(BASE.glob("*.yaml")):
+        text = path.read_text().replace("namespace: kubeflow", f"namespace: {namespace}")
+        found += [item for item in yaml.safe_load_all(text) if item and item["kind"] != "PodMonitor"]
+    assert {item["kind"] for item in found} >= {"PersistentVolumeClaim", "ServiceAccount", "Role", "RoleBinding"}
+    return found
+
+
+@pytest.fixture(scope="session")
+def volumes(namespace: Namespace) -> Iterator[Namespace]:
+    """A pod named `reader` with both volumes, to read what runs leave there."""
+    namespace.apply(pod("reader", PIPELINE_IMAGE, ["sleep", "infinity"]))
+    namespace.running("reader")
+    yield namespace
+    namespace.kubectl("delete", "pod", "reader", "--grace-period=0", "--force", check=False)

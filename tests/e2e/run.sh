@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The end-to-end test on a real cluster: builds the images, brings them to the nodes, runs tests/e2e.
+#
+#   KUBECONFIG      the cluster; it has the Kubeflow training operator (PyTorchJob v1) and ReadWriteMany volumes by default
+#   YAONGI_IMAGES   "given": the nodes have or can pull the images already (names: YAONGI_{PIPELINE,TRAINER,PROMETHEUS}_IMAGE)
+#   LOAD_IMAGE      command that brings an image to the nodes, called with its name, for kind: "kind load docker-image"
+#   YAONGI_CLUSTER  instead of a running cluster: a program that starts one, with the verbs build, up, base-image, install-operator
+#                   and build-image NAME CONTEXT ARGUMENT... (build and load); it writes KUBECONFIG
+#
+# Further arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+fail() { echo "e2e: $*" >&2; exit 1; }
+python=${PYTHON:-.venv/bin/python}
+[ -x "$python" ] || fail "no $python; run 'make setup' first or set PYTHON"
+[ -n "${KUBECONFIG:-}" ] || fail "set KUBECONFIG to a cluster with the Kubeflow training operator; for kind also LOAD_IMAGE='kind load docker-image'"
+export KUBECONFIG
+section() { echo; echo "=== e2e: $* ($(date +%T))"; }
+
+if [ -n "${YAONGI_CLUSTER:-}" ]; then
+    section "start a cluster with $YAONGI_CLUSTER"
+    "$YAONGI_CLUSTER" build
+    "$YAONGI_CLUSTER" up
+    "$YAONGI_CLUSTER" install-operator
+    export BUILD_IMAGE="$YAONGI_CLUSTER build-image"
+fi
+command -v kubectl >/dev/null || fail "kubectl is not installed"
+kubectl get --raw /readyz >/dev/null || fail "the cluster of $KUBECONFIG does not answer"
+kubectl get crd pytorchjobs.kubeflow.org >/dev/null || fail "the cluster lacks the Kubeflow training operator (PyTorchJob v1)"
+
+export YAONGI_PIPELINE_IMAGE=${YAONGI_PIPELINE_IMAGE:-localhost/yaongi-pipeline:0.1.0}
+export YAONGI_TRAINER_IMAGE=${YAONGI_TRAINER_IMAGE:-localhost/yaongi-trainer:0.1.0}
+export YAONGI_PROMETHEUS_IMAGE=${YAONGI_PROMETHEUS_IMAGE:-localhost/prometheus:2.42}
+if [ "${YAONGI_IMAGES:-}" != given ]; then
+    section "build the images"
+    docker/build.sh
+    docker/build-image.sh "$YAONGI_PROMETHEUS_IMAGE" tests/e2e/prometheus \
+        ${PIPELINE_BASE_IMAGE:+--build-arg "BASE_IMAGE=$PIPELINE_BASE_IMAGE"}
+    if [ -n "${LOAD_IMAGE:-}" ]; then
+        for image in "$YAONGI_PIPELINE_IMAGE" "$YAONGI_TRAINER_IMAGE" "$YAONGI_PROMETHEUS_IMAGE"; do $LOAD_IMAGE "$image"; done
+    fi
+fi
+
+section "the cluster"
+kubectl get nodes -o wide
+kubectl get storageclass
+section "pytest"
+exec "$python" -m pytest tests/e2e -m e2e -v -s --timeout=1800 -p no:cacheprovider "$@"

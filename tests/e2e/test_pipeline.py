@@ -1,0 +1,226 @@
+"""The whole pipeline on a real cluster: raw text to an export, under kfp.local in one pod, training in a PyTorchJob.
+
+The oracle of the training is the same job on this machine: same spec, same versions, so the same losses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kube import PIPELINE_IMAGE, TRAINER_IMAGE, Namespace, pod, wait_for
+from scrape import Prometheus
+
+from manifests.names import OPERATOR_JOB_LABEL, job_name, pod_name
+from manifests.spec import JobSpec, load_job
+from trainer.specbase import changes_from_sets
+
+pytestmark = pytest.mark.e2e
+
+ACCOUNT = "yaongi-launcher"
+STEPS = 60
+SETS = [
+    f"train.steps={STEPS}",
+    "train.checkpoint.every_steps=10",
+    "train.runtime.log_every_steps=5",
+    "train.evaluate.max_tokens=4000",
+]
+# Two workers and the test's other pods fit a node with two CPUs; still one thread for each rank.
+ON_CLUSTER = [f"cluster.image={TRAINER_IMAGE}", "cluster.cpus_per_node=0.5", "cluster.memory_gib_per_node=2"]
+RUN_TIMEOUT = 1200
+
+
+@dataclass
+class PipelineRun:
+    """`yaongi run tiny --target kubernetes` in a pod of its own, with the launcher's service account."""
+
+    namespace: Namespace
+    pod: str
+    job: JobSpec
+    code: int = -1
+    log: str = ""
+
+    @classmethod
+    def start(cls, namespace: Namespace, name: str, *changes: str) -> PipelineRun:
+        sets = [f"name={name}", *SETS, *ON_CLUSTER, *changes]
+        arguments = [part for change in sets for part in ("--set", change)]
+        command = ["yaongi", "run", "tiny", "--target", "kubernetes", "--workdir", "/tmp/work", *arguments]
+        job = load_job("tiny", changes_from_sets(sets))
+        namespace.apply(pod(name, PIPELINE_IMAGE, command, account=ACCOUNT))
+        return cls(namespace, name, job)
+
+    def finish(self, *, meanwhile: Callable[[], None] = lambda: None) -> PipelineRun:
+        self.code, self.log = self.namespace.exit_of(self.pod, RUN_TIMEOUT, meanwhile=meanwhile)
+        self.namespace.show(f"after {self.pod}")
+        return self
+
+    def read(self, file: str) -> str:
+        """A file of the run directory, or "" when there is none."""
+        return self.namespace.execute("reader", "cat", f"{self.job.run_dir}/{file}", check=False)
+
+    def read_json(self, file: str) -> Any:
+        return json.loads(self.read(file))
+
+    @property
+    def losses(self) -> list[float]:
+        return losses(self.read("logs/metrics.jsonl"))
+
+    @property
+    def condition(self) -> str:
+        """The PyTorchJob's last true condition."""
+        (found,) = self.namespace.find("pytorchjobs", "--field-selector", f"metadata.name={job_name(self.job)}")
+        return [c["type"] for c in found["status"]["conditions"] if c["status"] == "True"][-1]
+
+    @cached_property
+    def workers(self) -> list[str]:
+        return [pod_name(job_name(self.job), index) for index in range(self.job.cluster.nodes)]
+
+
+def losses(metrics_jsonl: str) -> list[float]:
+    """Loss by step; the file shows each step once and in order."""
+    lines = [json.loads(line) for line in metrics_jsonl.splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def prometheus(namespace: Namespace) -> Prometheus:
+    job = load_job("tiny", changes_from_sets(["name=first", *SETS]))
+    server = Prometheus(namespace)
+    server.start([pod_name(job_name(job), index) for index in range(job.cluster.nodes)])
+    return server
+
+
+@pytest.fixture(scope="module")
+def first(volumes: Namespace, prometheus: Prometheus) -> PipelineRun:
+    """A run that nothing disturbs, watched by Prometheus."""
+    run = PipelineRun.start(volumes, "first")
+    shown: list[str] = []
+
+    def show_once_training() -> None:
+        if not shown and volumes.find("pods", "-l", f"{OPERATOR_JOB_LABEL}={job_name(run.job)}"):
+            volumes.show("while it trains")
+            shown.append("")
+
+    return run.finish(meanwhile=show_once_training)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the same job on this machine: two processes, the versions of this environment."""
+    workdir = tmp_path_factory.mktemp("local")
+    sets = ["name=first", *SETS]
+    command = [sys.executable, "-m", "pipelines.cli", "run", "tiny", "--workdir", str(workdir)]
+    command += [part for change in sets for part in ("--set", change)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the pods: sums depend on the number of threads
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=RUN_TIMEOUT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = load_job("tiny", changes_from_sets(sets))
+    return workdir / "checkpoints" / "runs" / job.run_name
+
+
+def test_the_pipeline_succeeds_from_raw_text_to_an_export(first: PipelineRun) -> None:
+    assert first.code == 0, first.log
+    assert first.condition == "Succeeded"
+    for step in ("plan", "download", "tokenizer", "shards", "train", "evaluate", "export"):
+        assert step in first.log
+    result = first.read_json("result.json")
+    assert result["steps"] == STEPS and result["world_size"] == 2
+    assert result["loss_last"] < result["loss_first"] - 1, "the model learned nothing"
+    assert first.read_json("eval.json")
+    assert "safetensors" in first.namespace.execute("reader", "ls", f"{first.job.run_dir}/export")
+
+
+def test_losses_equal_those_of_the_same_job_on_this_machine(first: PipelineRun, here: Path) -> None:
+    import torch
+
+    assert first.code == 0, first.log
+    there = first.namespace.execute("reader", "cat", f"{first.job.stage_dir('shards')}/manifest.json")
+    here_shards = Path(here).parents[2] / "datasets" / "shards" / first.job.shards_key / "manifest.json"
+    assert json.loads(there)["files"] == json.loads(here_shards.read_text())["files"], "the data differ already"
+    local, cluster = losses((here / "logs" / "metrics.jsonl").read_text()), first.losses
+    worst = max(abs(a - b) for a, b in zip(local, cluster, strict=True))
+    name = "torch-version"
+    first.namespace.apply(pod(name, TRAINER_IMAGE, ["python", "-c", "import torch; print(torch.__version__)"]))
+    _, version = first.namespace.exit_of(name, 120)
+    print(f"torch here {torch.__version__}, there {version.strip()}; {len(local)} losses, largest difference {worst:g}")
+    if version.strip() == torch.__version__:
+        assert cluster == local
+    else:
+        assert worst <= 1e-6
+
+
+def test_prometheus_saw_both_ranks_step(first: PipelineRun, prometheus: Prometheus) -> None:
+    assert first.code == 0, first.log
+    by_rank = prometheus.query("yaongi_step_seconds_count[30m]")
+    seen = {series["metric"]["rank"]: [float(value) for _, value in series["values"]] for series in by_rank}
+    steps = prometheus.query("yaongi_steps_total[30m]")
+    print("steps seen by rank:", {rank: (values[0], values[-1], len(values)) for rank, values in seen.items()})
+    assert sorted(seen) == ["0", "1"]
+    for values in [*seen.values(), [float(value) for _, value in steps[0]["values"]]]:
+        assert values == sorted(values) and values[-1] - values[0] >= STEPS / 4, values
+    (loss,) = prometheus.query("last_over_time(yaongi_loss[30m])")
+    assert float(loss["value"][1]) == pytest.approx(first.losses[-1], abs=1.5)
+
+
+def test_a_deleted_worker_changes_neither_the_outcome_nor_the_losses(first: PipelineRun) -> None:
+    assert first.code == 0, first.log
+    run = PipelineRun.start(first.namespace, "disturbed")
+    namespace, victim = first.namespace, run.workers[1]
+
+    def steps_done() -> int:
+        return len(run.read("logs/metrics.jsonl").splitlines())
+
+    wait_for("step 15", lambda: steps_done() >= 15, RUN_TIMEOUT, every=0.5)
+    namespace.show(f"before {victim} is deleted")
+    namespace.kubectl("delete", "pod", victim, "--wait=false")
+    run.finish()
+    assert run.code == 0, run.log
+    assert run.condition == "Succeeded"
+    assert run.losses == first.losses
+    assert run.read_json("result.json")["restarts"] >= 1
+    assert "unchanged" in run.log or "nothing to do" in run.log, "the data steps worked again on what was there"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("diverging", ["train.optimizer.clip_norm=null", "train.optimizer.muon.learning_rate=1.0e+30"], "diverged"),
+        ("no-claim", ["storage.checkpoints_pvc=absent-pvc"], "'absent-pvc' does not exist"),
+        ("no-image", ["cluster.image=localhost/absent:1"], "localhost/absent:1"),
+    ],
+)
+def test_a_run_that_cannot_work_ends_red_and_says_why(
+    first: PipelineRun, name: str, changes: list[str], reason: str
+) -> None:
+    run = PipelineRun.start(first.namespace, name, *changes).finish()
+    assert run.code not in (0, -1)
+    last = [line for line in run.log.splitlines() if "error:" in line][-1]
+    assert reason in last, last
+    running = first.namespace.find(
+        "pods", "-l", f"{OPERATOR_JOB_LABEL}={job_name(run.job)}", "--field-selector", "status.phase=Running"
+    )
+    assert running == [], "a failed run left workers running"
+
+
+def test_the_launcher_step_alone_says_that_shards_are_missing(first: PipelineRun, volumes: Namespace) -> None:
+    """The step as a pod with its own service account, the way Kubeflow Pipelines runs it: job in, one line out."""
+    job = load_job("tiny", changes_from_sets(["name=no-shards", *SETS, *ON_CLUSTER, "data.heldout_fraction=0.03"]))
+    code = (
+        "import sys; from components.launch.step import run; from components.running import step;"
+        "from manifests.spec import job_from_json;\n"
+        "with step('train'): run(job_from_json(sys.argv[1]), 'train')"
+    )
+    volumes.apply(pod("no-shards", PIPELINE_IMAGE, ["python", "-c", code, job.model_dump_json()], account=ACCOUNT))
+    exit_code, log = volumes.exit_of("no-shards", RUN_TIMEOUT)
+    volumes.show("after no-shards")
+    assert exit_code not in (0, -1)
+    assert job.stage_dir("shards") in [line for line in log.splitlines() if "error:" in line][-1]
