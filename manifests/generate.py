@@ -1,6 +1,6 @@
 """Write the committed manifests, or print some of them: `python -m manifests.generate [rbac NAMESPACE]`.
 
-Without arguments `base/` and `examples/` beside this file are written anew; a test compares them with what is committed.
+Without arguments `base/` and `examples/` beside this file are written anew; a test compares them with the committed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,181 @@
+"""Run one task as a PyTorchJob: create or adopt it, have it followed to its end, and leave nothing running.
+
+The job's name is a function of the spec, so a launcher that died is replaced by starting it again. A launcher that is
+stopped, or gives up, takes its job along: nothing keeps GPUs without somebody watching.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+
+from components.launch import LaunchError
+from components.launch import kubernetes_explain as explain
+from components.launch.kubernetes_api import GROUP, VERSION, ApiUnreachable, Cluster, Object
+from components.launch.kubernetes_follow import Follower, JobFailed
+from components.launch.lease import held
+from manifests.names import DIGEST_ANNOTATION, Task
+from manifests.render import config_map, pytorchjob
+from manifests.spec import ClusterSpec, JobSpec
+from trainer.exitcodes import ExitCode
+
+
+def run(job: JobSpec, task: Task = "train") -> None:
+    """Run `task` of `job` on the cluster; returns when it has succeeded.
+
+    Raises:
+        LaunchError: it could not start or did not succeed; one line: what, where, how to mend.
+    """
+    cluster = Cluster.connect(job.cluster.namespace)
+    # A launcher outside the cluster may not have the volume; then there is no lease, as for a job applied by hand.
+    mounted = Path(job.storage.checkpoints_dir).is_dir()
+    with held(job.run_dir) if mounted else nullcontext():
+        launch(cluster, pytorchjob(job, task), config_map(job, task), job.cluster)
+
+
+def launch(
+    cluster: Cluster, job: Object, spec: Object, limits: ClusterSpec, write: Callable[[str], None] = print
+) -> None:
+    """Create or adopt the PyTorchJob `job`, whose workers mount the ConfigMap `spec`, and follow it to its end.
+
+    Args:
+        limits: the time limits and the grace period are read, nothing else.
+        write: takes each line of worker 0's log, and the launcher's own, marked `launcher:`.
+    Raises:
+        LaunchError: as `run`. Nothing is left running then.
+    """
+    name = job["metadata"]["name"]
+    write = functools.partial(write, flush=True) if write is print else write
+    _require_claims(cluster, job)
+    current = _make_room(cluster, job, limits, write)
+    settled = False
+    with _stop_on_sigterm():
+        try:
+            if current is None:
+                current = _create(cluster, job, spec)
+                write(f"launcher: created job {name} in namespace {cluster.namespace}")
+            else:
+                _adopt(cluster, current)
+                write(f"launcher: job {name} in namespace {cluster.namespace} is there already; following it")
+            Follower(cluster, current, limits, write).follow()
+            settled = True
+        except JobFailed:
+            settled = True
+            raise
+        finally:
+            if not settled:
+                _stop(cluster, name, limits.grace_seconds, write)
+
+
+def _require_claims(cluster: Cluster, job: Object) -> None:
+    volumes = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"].get("volumes", [])
+    for claim in (v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v):
+        if not cluster.claim_exists(claim):
+            raise LaunchError(
+                f"volume claim '{claim}' does not exist in namespace '{cluster.namespace}'; create it "
+                "(manifests/base/storage.yaml) or set storage.datasets_pvc and storage.checkpoints_pvc"
+            )
+
+
+def _make_room(cluster: Cluster, job: Object, limits: ClusterSpec, write: Callable[[str], None]) -> Object | None:
+    """The running job of this name; None when there is none and its pods are gone.
+
+    A finished one is deleted also if it succeeded: it would not be run again if what it made were still there.
+    """
+    name = job["metadata"]["name"]
+    current = cluster.job(name)
+    if current is not None and "deletionTimestamp" not in current["metadata"]:
+        digest = job["metadata"]["annotations"][DIGEST_ANNOTATION]
+        same = current["metadata"].get("annotations", {}).get(DIGEST_ANNOTATION) == digest
+        if explain.is_active(current) and not same:
+            raise LaunchError(
+                f"job {name} is already running in namespace '{cluster.namespace}' with other settings; wait for it, "
+                f"or stop it with: kubectl delete pytorchjob {name} -n {cluster.namespace}"
+            )
+        if explain.is_active(current):
+            return current
+        write(f"launcher: deleting the finished job {name} to run it again")
+        cluster.delete_job(name)
+    _wait_until_gone(cluster, name, limits.grace_seconds, write)
+    return None
+
+
+def _create(cluster: Cluster, job: Object, spec: Object) -> Object:
+    owner = cluster.own_pod()
+    body = {**job, "metadata": {**job["metadata"], **({"ownerReferences": [owner]} if owner else {})}}
+    cluster.replace_config_map(spec)
+    created = cluster.create_job(body)
+    cluster.own_config_map(spec["metadata"]["name"], _reference(created))
+    return created
+
+
+def _adopt(cluster: Cluster, current: Object) -> None:
+    """The launcher that made the job may be gone; from now on it lives and dies with this one."""
+    if owner := cluster.own_pod():
+        cluster.own_job(current["metadata"]["name"], owner)
+
+
+def _reference(job: Object) -> Object:
+    metadata = job["metadata"]
+    kind = {"apiVersion": f"{GROUP}/{VERSION}", "kind": "PyTorchJob"}
+    return {**kind, "name": metadata["name"], "uid": metadata["uid"]}
+
+
+def _wait_until_gone(cluster: Cluster, name: str, grace_seconds: int, write: Callable[[str], None]) -> None:
+    """A job created while pods of its predecessor still end would wait for them without saying so."""
+    patience = grace_seconds + 60
+    deadline = time.monotonic() + patience
+    told = False
+    while cluster.job(name) is not None or cluster.pods(name):
+        if time.monotonic() > deadline:
+            pods = ", ".join(pod["metadata"]["name"] for pod in cluster.pods(name)) or "the job itself"
+            raise LaunchError(
+                f"job {name} was deleted, but after {patience} s {pods} is still there; its node may be lost: "
+                f"kubectl delete pod -n {cluster.namespace} --force --grace-period=0 <pod>"
+            )
+        if not told:
+            write(f"launcher: waiting for the pods of the former job {name} to end")
+            told = True
+        time.sleep(1)
+
+
+def _stop(cluster: Cluster, name: str, grace_seconds: int, write: Callable[[str], None]) -> None:
+    """Delete the job and wait for its pods, which save a checkpoint; the error that led here is what gets raised."""
+    write(f"launcher: deleting job {name}; its workers have {grace_seconds} s to save a checkpoint")
+    try:
+        for pause in (1, 2, 4, 8, 16, 0):
+            try:
+                cluster.delete_job(name)
+                break
+            except ApiUnreachable:
+                if not pause:
+                    raise
+                time.sleep(pause)
+        _wait_until_gone(cluster, name, grace_seconds, lambda line: None)
+        write(f"launcher: job {name} is gone")
+    except LaunchError as error:
+        write(f"launcher: the job may still run: {error}")
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block like Ctrl-C does, so that it can clean up; the process then exits with 143."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(int(ExitCode.TERMINATED))
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,214 @@
+"""The few calls that the launcher makes to a cluster, with every refusal turned into one line that says how to mend it.
+
+Objects are plain dicts, as `manifests` renders them, so that what was sent and what came back can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Self
+
+import urllib3
+from kubernetes import client, config
+from kubernetes.client.exceptions import ApiException
+
+from components.launch import LaunchError
+from manifests.names import OPERATOR_JOB_LABEL
+
+Object = dict[str, Any]
+GROUP, VERSION, PLURAL = "kubeflow.org", "v1", "pytorchjobs"
+POD_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+REQUEST_TIMEOUT_SECONDS = (5, 30)  # connect, read
+Unreachable = (urllib3.exceptions.HTTPError, OSError)
+
+
+class Refused(LaunchError):
+    """The API server answered with an error; `status` is its HTTP status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ApiUnreachable(LaunchError):
+    """No answer from the API server."""
+
+
+class Cluster:
+    """One namespace of one cluster."""
+
+    def __init__(self, api_client: client.ApiClient, namespace: str) -> None:
+        self.namespace = namespace
+        self.core = client.CoreV1Api(api_client)
+        self.custom = client.CustomObjectsApi(api_client)
+        self.server: str = api_client.configuration.host
+
+    @classmethod
+    def connect(cls, namespace: str | None = None) -> Self:
+        """With $KUBECONFIG if set, else as the pod this runs in, else with ~/.kube/config.
+
+        Args:
+            namespace: None for the pod's own or the kubeconfig context's.
+        Raises:
+            LaunchError: there is no usable configuration.
+        """
+        settings = client.Configuration()
+        try:
+            if "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ:
+                config.load_incluster_config(settings)
+                default = POD_NAMESPACE_FILE.read_text().strip()
+            else:
+                config.load_kube_config(client_configuration=settings)
+                context = config.list_kube_config_contexts()[1]
+                default = context["context"].get("namespace", "default")
+        except (config.ConfigException, OSError) as error:
+            raise LaunchError(
+                f"no cluster to launch on: {_one_line(error)}; set KUBECONFIG to a readable kubeconfig, "
+                "or run on this machine with cluster.target=local"
+            ) from None
+        settings.retries = 0  # callers decide what is worth another try
+        return cls(client.ApiClient(settings), namespace or default)
+
+    def call(self, doing: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One request; `doing` is the verb and resource for error messages ("create pytorchjobs").
+
+        Raises:
+            Refused, ApiUnreachable
+        """
+        try:
+            return function(*args, _request_timeout=REQUEST_TIMEOUT_SECONDS, **kwargs)
+        except ApiException as error:
+            raise self.refusal(doing, error) from None
+        except Unreachable as error:
+            raise ApiUnreachable(
+                f"the API server {self.server} cannot be reached ({_one_line(error)}); check KUBECONFIG and the network"
+            ) from None
+
+    def refusal(self, doing: str, error: ApiException) -> Refused:
+        status, message = error.status or 0, status_message(error)
+        if status == HTTPStatus.UNAUTHORIZED:
+            text = f"{self.server} does not accept the credentials (401); renew the kubeconfig or the token"
+        elif status == HTTPStatus.FORBIDDEN and (who := re.search(r'User "([^"]+)" cannot', message)):
+            text = (
+                f"no permission to {doing} in namespace '{self.namespace}' as {who[1]}; grant it with: "
+                f"python -m manifests.generate rbac {self.namespace} | kubectl apply -f -"
+            )
+        elif status == HTTPStatus.NOT_FOUND and message.startswith("namespaces "):
+            text = f"namespace '{self.namespace}' does not exist on {self.server}; create it or set cluster.namespace"
+        elif status == HTTPStatus.NOT_FOUND and PLURAL in doing and "not found" not in message.replace("page not", ""):
+            text = (
+                f"{self.server} knows no PyTorchJob ({GROUP}/{VERSION}); install the Kubeflow training operator 1.9, "
+                "or run on this machine with cluster.target=local"
+            )
+        else:
+            text = f"cannot {doing} in namespace '{self.namespace}': {message} ({status})"
+        return Refused(status, text)
+
+    # PyTorchJobs
+
+    def job(self, name: str) -> Object | None:
+        try:
+            return self.call("get pytorchjobs", self.custom.get_namespaced_custom_object, *self._jobs, name)
+        except Refused as error:
+            if error.status == HTTPStatus.NOT_FOUND and "cannot get" in str(error):
+                return None
+            raise
+
+    def create_job(self, body: Object) -> Object:
+        return self.call("create pytorchjobs", self.custom.create_namespaced_custom_object, *self._jobs, body)
+
+    def own_job(self, name: str, owner: Object) -> None:
+        """Make `owner` the job's only owner."""
+        patch = {"metadata": {"ownerReferences": [owner]}}
+        self.call("patch pytorchjobs", self.custom.patch_namespaced_custom_object, *self._jobs, name, patch)
+
+    def delete_job(self, name: str) -> None:
+        """Delete the job with its pods, which get their grace period; absent is fine."""
+        delete = self.custom.delete_namespaced_custom_object
+        try:
+            self.call("delete pytorchjobs", delete, *self._jobs, name, propagation_policy="Background")
+        except Refused as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+
+    @property
+    def _jobs(self) -> tuple[str, str, str, str]:
+        return GROUP, VERSION, self.namespace, PLURAL
+
+    # what a job needs and has
+
+    def replace_config_map(self, body: Object) -> None:
+        """Deleted and created anew: a patched one could still belong to a deleted job and vanish with it."""
+        name = body["metadata"]["name"]
+        try:
+            self.call("delete configmaps", self.core.delete_namespaced_config_map, name, self.namespace)
+        except Refused as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+        self.call("create configmaps", self.core.create_namespaced_config_map, self.namespace, body)
+
+    def own_config_map(self, name: str, owner: Object) -> None:
+        patch = {"metadata": {"ownerReferences": [owner]}}
+        self.call("patch configmaps", self.core.patch_namespaced_config_map, name, self.namespace, patch)
+
+    def claim_exists(self, name: str) -> bool:
+        try:
+            read = self.core.read_namespaced_persistent_volume_claim
+            self.call("get persistentvolumeclaims", read, name, self.namespace)
+        except Refused as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            return False
+        return True
+
+    def pods(self, job_name: str) -> list[Object]:
+        response = self.call(
+            "list pods",
+            self.core.list_namespaced_pod,
+            self.namespace,
+            label_selector=f"{OPERATOR_JOB_LABEL}={job_name}",
+            _preload_content=False,
+        )
+        return json.loads(response.data)["items"]
+
+    def log_tail(self, pod: str, lines: int) -> list[str]:
+        """The last lines a pod has written; none if they cannot be had any more."""
+        try:
+            text = self.call("get pods/log", self.core.read_namespaced_pod_log, pod, self.namespace, tail_lines=lines)
+        except LaunchError:
+            return []
+        return text.splitlines()
+
+    def own_pod(self) -> Object | None:
+        """An ownerReference to the pod this process runs in, if it runs in one of this namespace.
+
+        The UID is asked of the API: the garbage collector deletes at once what names an owner that does not exist.
+        """
+        if not POD_NAMESPACE_FILE.exists() or POD_NAMESPACE_FILE.read_text().strip() != self.namespace:
+            return None
+        name = os.environ.get("POD_NAME") or socket.gethostname()
+        try:
+            pod = self.call("get pods", self.core.read_namespaced_pod, name, self.namespace)
+        except Refused as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+        return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": pod.metadata.uid}
+
+
+def status_message(error: ApiException) -> str:
+    """The message of the API server's Status object, or what there is instead of one."""
+    try:
+        return _one_line(json.loads(error.body)["message"])
+    except (TypeError, ValueError, KeyError):
+        return _one_line(error.body or error.reason)
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())

@@ -1,0 +1,349 @@
+"""The launcher against a real cluster, as the service account and in the restricted namespace that it is made for.
+
+The workers run shell scripts in place of the trainer, everything around them is what `manifests` renders.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from cuttable import relay
+from kube import Namespace, Object, wait_for
+from kubernetes import client, config
+
+from components.launch import LaunchError
+from components.launch.kubernetes import launch
+from components.launch.kubernetes_api import Cluster
+from components.launch.kubernetes_follow import JobFailed
+from manifests.render import config_map, pytorchjob
+from manifests.spec import JobSpec, job_from
+
+pytestmark = pytest.mark.e2e
+
+HERE = Path(__file__).parent
+BUSYBOX = os.environ.get("YAONGI_BUSYBOX_IMAGE", "localhost/busybox:1.35")
+WORKER = 'index="${HOSTNAME##*-}"; '
+SMALL = {"nodes": 2, "cpus_per_node": 0.05, "memory_gib_per_node": 0.0625, "shared_memory_gib": 0.03125}
+SHORT = {"grace_seconds": 3, "queue_timeout_seconds": 60, "start_timeout_seconds": 60, "run_timeout_seconds": 120}
+
+
+def tiny(namespace: Namespace, **changes: Any) -> JobSpec:
+    """A job of a name of its own, too small to wait for room on a node."""
+    cluster = {**SMALL, **SHORT, "namespace": namespace.name, **changes.pop("cluster", {})}
+    return job_from({"preset": "tiny", "name": f"t{uuid.uuid4().hex[:6]}"}, {"cluster": cluster, **changes})
+
+
+def scripted(job: JobSpec, script: str, image: str = BUSYBOX) -> Object:
+    """The job as rendered, with a shell script in place of the trainer."""
+    rendered = pytorchjob(job)
+    container = rendered["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
+    del container["args"]
+    container.update(image=image, command=["sh", "-c", WORKER + script])
+    return rendered
+
+
+class Launcher:
+    """Launches and keeps the lines written."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.lines: list[str] = []
+
+    def __call__(self, job: JobSpec, script: str, image: str = BUSYBOX) -> None:
+        launch(self.cluster, scripted(job, script, image), config_map(job), job.cluster, self.write)
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
+        self.lines.append(line)
+
+    def count(self, text: str) -> int:
+        return sum(text == line for line in self.lines)
+
+    def has(self, text: str) -> bool:
+        return any(text in line for line in self.lines)
+
+
+def as_account(
+    namespace: Namespace, account: str, change: Callable[[client.Configuration], None] | None = None
+) -> Cluster:
+    """The cluster as one of the namespace's service accounts sees it."""
+    settings = client.Configuration()
+    config.load_kube_config(client_configuration=settings)
+    settings.cert_file = settings.key_file = None
+    token = namespace.kubectl("create", "token", account, "--duration=3600s").strip()
+    settings.api_key = {"authorization": f"Bearer {token}"}
+    settings.retries = 0
+    if change:
+        change(settings)
+    return Cluster(client.ApiClient(settings), namespace.name)
+
+
+@pytest.fixture
+def launcher(namespace: Namespace) -> Launcher:
+    return Launcher(as_account(namespace, "yaongi-launcher"))
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def start_process(
+    namespace: Namespace, job: JobSpec, script: str, processes: list[subprocess.Popen[str]]
+) -> subprocess.Popen[str]:
+    """A launcher in its own process, as the cluster's administrator."""
+    given = {
+        "namespace": namespace.name,
+        "job": scripted(job, script),
+        "spec": config_map(job),
+        "limits": job.cluster.model_dump(mode="json"),
+    }
+    command = [sys.executable, str(HERE / "launcher_process.py")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    processes.append(process)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(given))
+    process.stdin.close()
+    return process
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if text in line:
+            return
+    raise AssertionError(f"the launcher ended without {text!r}")
+
+
+def pods_of(namespace: Namespace, job: JobSpec) -> list[Object]:
+    return namespace.find("pods", "-l", f"training.kubeflow.org/job-name={job.run_name}")
+
+
+def jobs_of(namespace: Namespace, job: JobSpec) -> list[Object]:
+    return namespace.find("pytorchjobs", "--field-selector", f"metadata.name={job.run_name}")
+
+
+def test_two_workers_succeed_and_each_line_of_worker_0_is_shown_once(namespace: Namespace, launcher: Launcher) -> None:
+    job = tiny(namespace)
+    launcher(job, 'for i in 1 2 3; do echo "worker $index line $i"; sleep 1; done; cat /etc/yaongi/train.yaml; sleep 1')
+    assert [launcher.count(f"worker 0 line {i}") for i in (1, 2, 3)] == [1, 1, 1]
+    assert not launcher.has("worker 1 line")
+    assert launcher.count(f"run: {job.run_name}") == 1, "the spec is mounted where the trainer looks for it"
+    owners = json.loads(namespace.kubectl("get", "configmap", job.run_name, "-o", "json"))["metadata"][
+        "ownerReferences"
+    ]
+    assert [(owner["kind"], owner["name"]) for owner in owners] == [("PyTorchJob", job.run_name)]
+
+
+def test_a_failure_names_worker_node_code_and_reason(namespace: Namespace, launcher: Launcher) -> None:
+    job = tiny(namespace)
+    script = (
+        'if [ "$index" = 1 ]; then sleep 2; echo "about to give up"; '
+        'echo "steps: must be positive" > /dev/termination-log; exit 2; fi; sleep 100'
+    )
+    with pytest.raises(JobFailed) as caught:
+        launcher(job, script)
+    message = str(caught.value)
+    node = namespace.find("nodes")[0]["metadata"]["name"]
+    assert f"{job.run_name}-worker-1 on node {node} exited 2 (bad spec): steps: must be positive" in message
+    assert "about to give up" in message
+    assert "\n" not in message
+    running = [pod for pod in pods_of(namespace, job) if pod["status"]["phase"] == "Running"]
+    wait_for("the other worker to end", lambda: not [p for p in running if p in pods_of(namespace, job)], 30)
+
+    launcher.lines.clear()
+    launcher(job, "echo second attempt")
+    assert launcher.has("deleting the finished job")
+    assert launcher.count("second attempt") == 1
+
+
+def test_a_retryable_exit_is_told_and_the_new_pod_followed(namespace: Namespace, launcher: Launcher) -> None:
+    job = tiny(namespace, cluster={"nodes": 1})
+    flag = f"/mnt/checkpoints/{job.run_name}"
+    launcher(job, f"if [ -e {flag} ]; then echo again; else touch {flag}; echo first; sleep 2; exit 160; fi")
+    assert (launcher.count("first"), launcher.count("again")) == (1, 1)
+    assert launcher.has("exited 160 (communication with another rank failed)")
+    assert launcher.has("(1 restarts)")
+
+
+def test_an_absent_image_is_named_soon_and_the_job_removed(namespace: Namespace, launcher: Launcher) -> None:
+    job = tiny(namespace)
+    begun = time.monotonic()
+    with pytest.raises(LaunchError, match=r"image 'localhost/absent:1' cannot be pulled .* check cluster\.image"):
+        launcher(job, "true", image="localhost/absent:1")
+    assert time.monotonic() - begun < 120
+    assert not jobs_of(namespace, job) and not pods_of(namespace, job)
+
+
+def test_an_absent_claim_is_named_before_anything_is_created(namespace: Namespace, launcher: Launcher) -> None:
+    job = tiny(namespace, storage={"datasets_pvc": "nowhere"})
+    with pytest.raises(LaunchError, match="volume claim 'nowhere' does not exist in namespace"):
+        launcher(job, "true")
+    assert not jobs_of(namespace, job)
+
+
+def test_without_rights_the_verb_and_the_remedy_are_named(namespace: Namespace) -> None:
+    launcher = Launcher(as_account(namespace, "default"))
+    remedy = rf"python -m manifests\.generate rbac {namespace.name} \| kubectl apply"
+    who = f"system:serviceaccount:{namespace.name}:default"
+    with pytest.raises(LaunchError, match=rf"no permission to get persistentvolumeclaims .* as {who}; .*{remedy}"):
+        launcher(tiny(namespace), "true")
+    with pytest.raises(LaunchError, match=f"no permission to create pytorchjobs in namespace '{namespace.name}'"):
+        launcher.cluster.create_job(pytorchjob(tiny(namespace)))
+
+
+def test_a_cluster_without_pytorchjob_is_told(namespace: Namespace) -> None:
+    """The real answer to a resource that is not there, for want of a cluster without the operator."""
+    cluster = Cluster.connect(namespace.name)
+    get = cluster.custom.get_namespaced_custom_object
+    with pytest.raises(LaunchError, match=r"knows no PyTorchJob .* install the Kubeflow training operator"):
+        cluster.call("get pytorchjobs", get, "kubeflow.org", "v1", namespace.name, "absentjobs", "x")
+
+
+def test_an_absent_namespace_is_told(namespace: Namespace) -> None:
+    cluster = Cluster.connect("no-such-namespace")
+    job = tiny(namespace, cluster={"namespace": "no-such-namespace"})
+    with pytest.raises(LaunchError, match="namespace 'no-such-namespace' does not exist"):
+        cluster.create_job(pytorchjob(job))
+
+
+def test_an_unreachable_api_is_told(namespace: Namespace) -> None:
+    def elsewhere(settings: client.Configuration) -> None:
+        settings.host = "https://127.0.0.1:1"
+
+    launcher = Launcher(as_account(namespace, "yaongi-launcher", elsewhere))
+    with pytest.raises(LaunchError, match=r"API server https://127\.0\.0\.1:1 cannot be reached"):
+        launcher(tiny(namespace), "true")
+
+
+def test_an_unschedulable_job_says_why_and_is_removed(namespace: Namespace, launcher: Launcher) -> None:
+    job = tiny(namespace, cluster={"cpus_per_node": 5000, "queue_timeout_seconds": 5})
+    with pytest.raises(LaunchError, match=r"waited \d+ s for nodes .*worker-0 cannot be scheduled: .*Insufficient cpu"):
+        launcher(job, "true")
+    assert not jobs_of(namespace, job)
+
+
+def test_a_spent_quota_is_told(namespace: Namespace, launcher: Launcher) -> None:
+    hard = {"requests.cpu": "10m"}
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "narrow"}, "spec": {"hard": hard}}
+    namespace.apply(quota)
+    try:
+        job = tiny(namespace, cluster={"queue_timeout_seconds": 8})
+        wait_for("the quota", lambda: namespace.find("resourcequotas")[0].get("status", {}).get("hard"), 20)
+        with pytest.raises(LaunchError, match=r"waited \d+ s for nodes .*exceeded quota: narrow"):
+            launcher(job, "true")
+    finally:
+        namespace.kubectl("delete", "resourcequota", "narrow")
+
+
+def test_pod_security_that_rejects_the_workers_is_told_at_once(namespace: Namespace, launcher: Launcher) -> None:
+    job = tiny(namespace)
+    rendered = scripted(job, "true")
+    rendered["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["hostNetwork"] = True
+    with pytest.raises(LaunchError, match=r"cannot start: a worker cannot be created: .*violates PodSecurity"):
+        launch(launcher.cluster, rendered, config_map(job), job.cluster, launcher.write)
+
+
+def test_the_run_timeout_ends_the_job(namespace: Namespace, launcher: Launcher) -> None:
+    job = tiny(namespace, cluster={"run_timeout_seconds": 4})
+    with pytest.raises(LaunchError, match=r"ran longer than cluster\.run_timeout_seconds = 4"):
+        launcher(job, "sleep 100")
+    assert not jobs_of(namespace, job) and not pods_of(namespace, job)
+
+
+def test_sigterm_removes_job_and_pods(namespace: Namespace, processes: list[subprocess.Popen[str]]) -> None:
+    job = tiny(namespace)
+    process = start_process(namespace, job, "echo up; sleep 100", processes)
+    read_until(process, "up")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    assert not jobs_of(namespace, job) and not pods_of(namespace, job)
+
+
+def test_a_killed_launcher_is_replaced_by_a_new_one(
+    namespace: Namespace, launcher: Launcher, processes: list[subprocess.Popen[str]]
+) -> None:
+    job = tiny(namespace)
+    script = "echo begun; sleep 8; echo done"
+    process = start_process(namespace, job, script, processes)
+    read_until(process, "begun")
+    process.kill()
+    before = {pod["metadata"]["uid"] for pod in pods_of(namespace, job)}
+    launcher(job, script)
+    assert launcher.has("is there already; following it")
+    assert launcher.count("done") == 1
+    assert before == {pod["metadata"]["uid"] for pod in pods_of(namespace, job)} | before
+
+
+def test_a_running_job_with_other_settings_is_left_alone(
+    namespace: Namespace, launcher: Launcher, processes: list[subprocess.Popen[str]]
+) -> None:
+    job = tiny(namespace)
+    process = start_process(namespace, job, "echo begun; sleep 100", processes)
+    read_until(process, "begun")
+    other = job.updated({"cluster": {"nodes": 1}})
+    assert other.run_name == job.run_name
+    with pytest.raises(LaunchError, match=r"is already running in namespace .* with other settings"):
+        launcher(other, "true")
+    assert jobs_of(namespace, job)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    assert not jobs_of(namespace, job)
+
+
+def test_a_job_deleted_by_somebody_else_is_told(namespace: Namespace, processes: list[subprocess.Popen[str]]) -> None:
+    job = tiny(namespace)
+    process = start_process(namespace, job, "echo up; sleep 100", processes)
+    read_until(process, "up")
+    namespace.kubectl("delete", "pytorchjob", job.run_name)
+    assert process.wait(timeout=60) == 1
+
+
+def test_an_api_outage_neither_ends_the_run_nor_repeats_its_log(namespace: Namespace) -> None:
+    job = tiny(namespace, cluster={"nodes": 1})
+    server = urlsplit(Cluster.connect(namespace.name).server)
+    with relay(server.hostname, server.port) as way:
+
+        def through(settings: client.Configuration) -> None:
+            settings.host = f"https://127.0.0.1:{way.port}"
+            settings.tls_server_name = server.hostname
+
+        launcher = Launcher(as_account(namespace, "yaongi-launcher", through))
+        outage: list[float] = []
+
+        def write(line: str) -> None:
+            launcher.write(line)
+            if line == "line 3":
+                outage.append(time.monotonic())
+                way.cut()
+            elif "does not answer" in line:
+                way.mend()
+
+        script = 'i=0; while [ $i -lt 12 ]; do i=$((i+1)); echo "line $i"; sleep 1; done'
+        launch(launcher.cluster, scripted(job, script), config_map(job), job.cluster, write)
+    assert outage
+    assert launcher.has("does not answer; trying again")
+    assert [launcher.count(f"line {i}") for i in range(1, 13)] == [1] * 12
+
+
+def test_the_examples_pass_the_servers_own_validation(namespace: Namespace) -> None:
+    manifests = HERE.parents[1] / "manifests"
+    for path in sorted((manifests / "examples").glob("*.yaml")):
+        said = namespace.kubectl("apply", "--dry-run=server", "-f", str(path))
+        assert "pytorchjob.kubeflow.org/" in said and "configmap/" in said
