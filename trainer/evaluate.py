@@ -1,0 +1,204 @@
+"""Held-out evaluation of a run's newest checkpoint: bits per byte by domain and source, and samples.
+
+Bits per byte is comparable between tokenizers, unlike the loss per token. What is counted, exactly:
+
+- every token of a held-out document but the first is scored, given the tokens before it in the document; the token that
+  ends the document is scored too. The first has nothing before it and is never predicted in training either;
+- a document longer than `seq_len` is cut into windows of `seq_len` inputs. As in training, a window starts with no
+  memory of the one before;
+- the bytes are those of the scored tokens (the end of a document has none), so cutting at `max_tokens` stays exact;
+- `max_tokens` of a domain is shared among its sources in proportion to their weight in the mix.
+
+Legend: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainer.data.loader import IGNORED, MicroBatch, heldout_documents
+from trainer.data.manifest import atomic_write, read_manifest
+from trainer.distributed import pick_device
+from trainer.exitcodes import ExitCode, TrainingError
+from trainer.generate import complete
+from trainer.precision import Precision, device_capability, resolve
+from trainer.report import write_report
+from trainer.spec import TokensSpec, TrainSpec
+from trainer.trained import Trained, load_trained
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Score:
+    """Sums over scored tokens; `nats` is their negative log-likelihood."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+    documents: int = 0
+
+    def __add__(self, other: Score) -> Score:
+        return Score(
+            self.nats + other.nats,
+            self.tokens + other.tokens,
+            self.bytes + other.bytes,
+            self.documents + other.documents,
+        )
+
+    def summary(self) -> dict[str, float | int]:
+        loss = self.nats / self.tokens
+        return {
+            "bits_per_byte": self.nats / math.log(2) / self.bytes,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "documents": self.documents,
+        }
+
+
+def run(spec: TrainSpec) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of the run; writes run_dir/eval.json and the report, and returns what it wrote.
+
+    Raises:
+        TrainingError: 66 no usable checkpoint, 65 held-out data missing or damaged, 2 a spec this device cannot run.
+    """
+    began = time.monotonic()
+    device = pick_device(spec.runtime.device)
+    try:
+        precision = resolve(spec.precision.dtype, device_capability(device))
+        trained = load_trained(spec, device)
+        by_source, domain_of = _score_sources(spec, trained, device, precision)
+        with precision.autocast(device.type):
+            texts = complete(
+                trained.model,
+                trained.tokenizer,
+                spec.evaluate.prompts,
+                max_tokens=spec.evaluate.sample_tokens,
+                temperature=spec.evaluate.temperature,
+                seed=spec.seed,
+            )
+    except ValueError as error:
+        raise TrainingError(ExitCode.SPEC, str(error)) from None
+    by_domain: dict[str, Score] = {}
+    for source, score in by_source.items():
+        by_domain[domain_of[source]] = by_domain.get(domain_of[source], Score()) + score
+    result = {
+        "run": spec.run,
+        "step": trained.checkpoint.step,
+        "checkpoint_digest": trained.checkpoint.digest,
+        "settings": spec.evaluate.model_dump(mode="json"),
+        "device": device.type,
+        "precision": precision.name,
+        "domains": {domain: score.summary() for domain, score in by_domain.items()},
+        "sources": {source: {"domain": domain_of[source], **score.summary()} for source, score in by_source.items()},
+        "all": sum(by_source.values(), Score()).summary(),
+        "samples": [{"prompt": p, "text": t} for p, t in zip(spec.evaluate.prompts, texts, strict=True)],
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    atomic_write(Path(spec.run_dir) / "eval.json", text.encode())
+    for domain, score in by_domain.items():
+        log.info("%s: %.4f bits per byte over %d tokens", domain, score.summary()["bits_per_byte"], score.tokens)
+    write_report(spec.run_dir)
+    return result
+
+
+def _score_sources(
+    spec: TrainSpec, trained: Trained, device: torch.device, precision: Precision
+) -> tuple[dict[str, Score], dict[str, str]]:
+    """Score of each source, and the domain of each."""
+    budgets, domain_of = source_budgets(spec.tokens, spec.evaluate.max_tokens)
+    byte_lengths = np.array(trained.tokenizer.byte_lengths())
+    scores = {source: Score() for source in budgets}
+
+    def scored_documents(source: str, documents: Iterable[NDArray]) -> Iterator[NDArray[np.int64]]:
+        """Documents cut to what is left of the budget; counts what is scored on the way."""
+        score = scores[source]
+        for document in documents:
+            ids = document[: budgets[source] - score.tokens + 1].astype(np.int64)
+            if len(ids) < 2:
+                continue
+            score.documents += 1
+            score.tokens += len(ids) - 1
+            score.bytes += int(byte_lengths[ids[1:]].sum())
+            yield ids
+
+    for source, group in groupby(heldout_documents(spec.tokens), key=itemgetter(0)):
+        documents = scored_documents(source, (ids for _, _, ids in group))
+        for batch in pack(documents, spec.tokens.seq_len, spec.batch.micro_batch_rows):
+            with torch.inference_mode(), precision.autocast(device.type):
+                arguments = (batch.ids_BT, batch.seq_idx_BT, batch.labels_BT)
+                ce_sum = trained.model(*(tensor.to(device) for tensor in arguments)).ce_sum
+            assert ce_sum is not None
+            scores[source].nats += float(ce_sum)
+    if nothing := [source for source, score in scores.items() if not score.bytes]:
+        raise TrainingError(
+            ExitCode.DATA,
+            f"{spec.tokens.shards}: no held-out text of source '{nothing[0]}' to score; raise data.heldout_fraction "
+            "or evaluate.max_tokens",
+        )
+    return scores, domain_of
+
+
+def source_budgets(tokens: TokensSpec, max_tokens: int) -> tuple[dict[str, int], dict[str, str]]:
+    """Tokens to score of each source of the mix, at least 1, and the domain of each source."""
+    sources = read_manifest(tokens.shards, "shards").sources
+    domain_of = {name: sources[name].domain for name in tokens.mix}
+    weight_of: dict[str, float] = {}
+    for name, mix in tokens.mix.items():
+        weight_of[domain_of[name]] = weight_of.get(domain_of[name], 0.0) + mix.weight
+    shares = {name: mix.weight / weight_of[domain_of[name]] for name, mix in tokens.mix.items()}
+    return {name: max(1, int(max_tokens * share + 1e-6)) for name, share in shares.items()}, domain_of
+
+
+def pack(documents: Iterable[NDArray[np.int64]], seq_len: int, num_rows: int) -> Iterator[MicroBatch]:
+    """Windows of documents, laid one after another into rows of `seq_len`; a window never crosses a row.
+
+    Every id but a document's first is exactly one label. Unused positions are documents of their own without labels.
+    """
+    rows: list[list[NDArray[np.int64]]] = [[]]
+    room = seq_len
+    for ids in documents:
+        for first in range(0, len(ids) - 1, seq_len):
+            window = ids[first : first + seq_len + 1]
+            if len(window) - 1 > room:
+                if len(rows) == num_rows:
+                    yield _batch(rows, seq_len)
+                    rows = []
+                rows.append([])
+                room = seq_len
+            rows[-1].append(window)
+            room -= len(window) - 1
+    if rows[0]:
+        yield _batch(rows, seq_len)
+
+
+def _batch(rows: list[list[NDArray[np.int64]]], seq_len: int) -> MicroBatch:
+    ids_BT = np.zeros((len(rows), seq_len), np.int64)
+    labels_BT = np.full((len(rows), seq_len), IGNORED, np.int64)
+    seq_idx_BT = np.zeros((len(rows), seq_len), np.int32)
+    for row, windows in enumerate(rows):
+        at = 0
+        for number, window in enumerate(windows):
+            end = at + len(window) - 1
+            ids_BT[row, at:end] = window[:-1]
+            labels_BT[row, at:end] = window[1:]
+            seq_idx_BT[row, at:end] = number
+            at = end
+        seq_idx_BT[row, at:] = len(windows)
+    return MicroBatch(*(torch.from_numpy(array) for array in (ids_BT, labels_BT, seq_idx_BT)))

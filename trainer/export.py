@@ -1,0 +1,160 @@
+"""A trained model as one directory that stands alone: weights, shape, tokenizer, digests and a model card.
+
+    model.safetensors   parameters and router biases in FP32, under the names of the modules
+    config.json         ModelSpec
+    tokenizer.json      as trained; tokenizer_config.json lets transformers' AutoTokenizer load it
+    README.md           model card: data and licences, shares, evaluation
+    manifest.json       where it comes from, counts, and size and digests of every other file
+
+It is written under a hidden name and renamed, so a directory named `export` is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors.torch import load_file, save_file
+
+from trainer import __version__
+from trainer.checkpoint import CheckpointFile, describe_files
+from trainer.data.manifest import checksum, sync_directory
+from trainer.data.tokenizer import Tokenizer
+from trainer.exitcodes import ExitCode, TrainingError
+from trainer.model.engram import token_classes
+from trainer.model.hybrid import HybridModel, build_model
+from trainer.modelspec import ModelSpec
+from trainer.report import write_report
+from trainer.report.run import Run, read_run
+from trainer.spec import TrainSpec
+from trainer.specbase import parse
+from trainer.trained import Trained, load_trained
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def run(spec: TrainSpec) -> dict[str, Any]:
+    """Export the newest checkpoint of the run to run_dir/export; returns the manifest and renews the report.
+
+    Raises:
+        TrainingError: 66 no usable checkpoint, 65 tokenizer missing, 2 a spec that cannot run here.
+    """
+    try:
+        trained = load_trained(spec, torch.device("cpu"))
+    except ValueError as error:
+        raise TrainingError(ExitCode.SPEC, str(error)) from None
+    final = Path(spec.run_dir) / "export"
+    draft, old = final.with_name(".export-unfinished"), final.with_name(".export-old")
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    draft.mkdir(parents=True)
+    manifest = _write(draft, spec, trained)
+    if final.exists():
+        final.rename(old)
+    draft.rename(final)
+    sync_directory(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    log.info("exported %d parameters to %s", manifest["parameters"], final)
+    write_report(spec.run_dir)
+    return manifest
+
+
+def load(directory: str | Path, device: torch.device | str = "cpu") -> tuple[HybridModel, Tokenizer]:
+    """The model and tokenizer of an exported directory, after its files were compared with the manifest.
+
+    Raises:
+        TrainingError: 66, naming the file that is missing, damaged or does not fit.
+    """
+    directory = Path(directory)
+    manifest = _read_json(directory / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise _damaged(directory / MANIFEST, f"has format {manifest.get('format')}, this version reads {FORMAT}")
+    expected = {name: CheckpointFile.model_validate(entry) for name, entry in manifest["files"].items()}
+    for name in expected:
+        if not (directory / name).is_file():
+            raise _damaged(directory / name, "is missing")
+    for name, entry in describe_files(directory, expected).items():
+        if entry != expected[name]:
+            raise _damaged(directory / name, "differs from what was written")
+    spec = parse(ModelSpec, _read_json(directory / "config.json"), str(directory / "config.json"))
+    classes = token_classes(directory / "tokenizer.json")
+    model = build_model(spec, device=device, seed=0, token_classes=classes)
+    weights = load_file(directory / "model.safetensors", device=str(device))
+    if different := sorted(weights.keys() ^ model.state_dict().keys()):
+        raise _damaged(directory / "model.safetensors", f"and config.json disagree about {different[0]}")
+    model.load_state_dict(weights, assign=True)
+    return model.eval(), Tokenizer.load(directory)
+
+
+def _write(draft: Path, spec: TrainSpec, trained: Trained) -> dict[str, Any]:
+    state = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
+    _write_text(draft / "config.json", json.dumps(spec.model.model_dump(mode="json"), indent=1) + "\n")
+    shutil.copymode(draft / "config.json", draft / "model.safetensors")  # safetensors ignores the umask
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(Path(spec.tokens.tokenizer) / name, draft / name)
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "name": spec.run,
+        "code_version": __version__,
+        "checkpoint_digest": trained.checkpoint.digest,
+        "step": trained.checkpoint.step,
+        "data": trained.checkpoint.digests,
+        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+        "tensors": len(state),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
+    }
+    _write_text(draft / "README.md", model_card(read_run(spec.run_dir), manifest))
+    names = sorted(path.name for path in draft.iterdir())
+    manifest["sha256"] = {name: checksum(draft / name, "sha256") for name in names}
+    manifest["files"] = {name: entry.model_dump() for name, entry in describe_files(draft, names).items()}
+    for name in names:
+        _sync(draft / name)
+    _write_text(draft / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    _sync(draft / MANIFEST)
+    sync_directory(draft)
+    return manifest
+
+
+def model_card(run: Run, manifest: dict[str, Any]) -> str:
+    """README.md of the export. Evaluation numbers are those of the same checkpoint, or none."""
+    evaluation = run.evaluation
+    if evaluation is not None and evaluation["checkpoint_digest"] != manifest["checkpoint_digest"]:
+        evaluation = None
+    environment = Environment(loader=PackageLoader("trainer", "report"), undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template("model_card.md.j2").render(run=run, manifest=manifest, evaluation=evaluation)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise _damaged(path, "is not a JSON object")
+    return value
+
+
+def _damaged(path: Path, what: str) -> TrainingError:
+    return TrainingError(ExitCode.CHECKPOINT, f"exported model: {path} {what}; export the run again")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,48 @@
+"""What a run has learnt, as a model in memory: for evaluation and export, in one process, without a process group."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trainer.checkpoint import CheckpointManifest, latest, load_model_weights
+from trainer.data.manifest import DataError
+from trainer.data.tokenizer import Tokenizer
+from trainer.exitcodes import ExitCode, TrainingError
+from trainer.model.engram import token_classes
+from trainer.model.hybrid import HybridModel, build_model
+from trainer.spec import TrainSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's newest verified checkpoint: the model in evaluation mode, its tokenizer, and what the checkpoint says."""
+
+    model: HybridModel
+    tokenizer: Tokenizer
+    checkpoint: CheckpointManifest
+
+
+def load_trained(spec: TrainSpec, device: torch.device) -> Trained:
+    """The model of the newest verified checkpoint of `spec.run_dir`.
+
+    Raises:
+        TrainingError: 66 no checkpoint or none that verifies, 65 the tokenizer is missing or not the checkpoint's.
+    """
+    path = latest(spec.run_dir)
+    if path is None:
+        raise TrainingError(ExitCode.CHECKPOINT, f"{spec.run_dir}: no checkpoint yet; train first")
+    try:
+        tokenizer = Tokenizer.load(spec.tokens.tokenizer)
+    except DataError as error:
+        raise TrainingError(ExitCode.DATA, str(error)) from None
+    classes = token_classes(Path(spec.tokens.tokenizer) / "tokenizer.json")
+    model = build_model(spec.model, spec.backends, device=device, seed=spec.seed, token_classes=classes)
+    checkpoint = load_model_weights(path, model)
+    log.info("loaded %s (step %d)", path, checkpoint.step)
+    return Trained(model.eval(), tokenizer, checkpoint)
