@@ -1,0 +1,122 @@
+"""Sources that are files: paths, globs and URLs through fsspec, and `sample://NAME`, the corpus shipped with yaongi."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from components.download.readers import split_suffix
+from components.download.writer import Input
+from manifests.spec import FilesSource
+from trainer.data.manifest import DataError, checksum
+
+SAMPLE = "sample://"
+ATTEMPTS = 5
+RETRY_SECONDS = 1.0
+
+
+def list_inputs(source: FilesSource, known: list[Input]) -> list[Input]:
+    """The files of a source in a fixed order, local ones with their checksum.
+
+    `known` are the inputs of an earlier run: a file with the same stamp is not hashed again.
+
+    Raises:
+        DataError: a pattern that matches nothing, a folder, an unknown suffix, an address that cannot be reached.
+    """
+    inputs: dict[str, Input] = {}
+    before = {one.name: one for one in known}
+    for pattern in source.paths:
+        for item in _matches(pattern):
+            if item.name not in inputs:
+                split_suffix(item.name)
+                inputs[item.name] = _identified(item, before.get(item.name))
+    return list(inputs.values())
+
+
+def revision(inputs: list[Input]) -> str:
+    """A digest of the names and contents of local files, or of names and sizes where the content is not known yet."""
+    text = "\n".join(f"{one.name} {one.checksum or one.bytes}" for one in inputs)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_local(one: Input) -> bool:
+    return isinstance(fsspec.core.url_to_fs(one.location)[0], LocalFileSystem)
+
+
+def fetch(one: Input, folder: Path) -> Path:
+    """A local path with the content of a file: the file itself, or a copy in `folder` that the caller removes.
+
+    Raises:
+        DataError: the address cannot be read, also after retries.
+    """
+    system, path = fsspec.core.url_to_fs(one.location)
+    if isinstance(system, LocalFileSystem):
+        return Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / hashlib.sha256(one.location.encode()).hexdigest()[:16]
+    wait = wait_exponential(multiplier=RETRY_SECONDS, max=30)
+    again = retry_if_exception_type(Exception) & ~retry_if_exception_type((FileNotFoundError, PermissionError))
+    try:
+        for attempt in Retrying(stop=stop_after_attempt(ATTEMPTS), wait=wait, retry=again, reraise=True):
+            with attempt:
+                system.get_file(path, str(copy))
+                if one.bytes and copy.stat().st_size != one.bytes:
+                    raise OSError(f"{copy.stat().st_size} of {one.bytes} bytes came")
+    except Exception as error:  # each protocol of fsspec has errors of its own
+        raise DataError(
+            f"{one.name}: cannot be fetched ({_reason(error)}); check the address and the network"
+        ) from None
+    return copy
+
+
+def _matches(pattern: str) -> list[Input]:
+    if pattern.startswith(SAMPLE):
+        path = Path(str(files("components") / "download" / "sample" / pattern.removeprefix(SAMPLE)))
+        if not path.is_file():
+            names = ", ".join(sorted(SAMPLE + p.name for p in path.parent.glob("*.jsonl.gz")))
+            raise DataError(f"{pattern}: no such sample; there are {names}")
+        return [Input(name=pattern, location=str(path), bytes=path.stat().st_size)]
+    try:
+        system, path = fsspec.core.url_to_fs(pattern)
+        paths = sorted(system.glob(path)) if any(c in path for c in "*?[") else [path]
+        infos = [(one, system.info(one)) for one in paths]
+    except FileNotFoundError:
+        infos = []
+    except Exception as error:  # each protocol of fsspec has errors of its own
+        raise DataError(f"{pattern}: cannot be listed ({_reason(error)}); check the address and the network") from None
+    if not infos:
+        raise DataError(f"{pattern}: no such file; check the path (globs such as texts/*.jsonl.gz are allowed)")
+    local = isinstance(system, LocalFileSystem)
+    found = []
+    for one, info in infos:
+        if info["type"] == "directory":
+            if len(infos) == 1:
+                raise DataError(f"{pattern}: a folder; name the files in it, such as {pattern.rstrip('/')}/*.jsonl.gz")
+            continue
+        location = one if local else system.unstrip_protocol(one)
+        # A single path is called what the person called it, so that moving the working directory changes nothing.
+        name = pattern if len(paths) == 1 and one == path else location
+        found.append(Input(name=name, location=location, bytes=info["size"] or 0))
+    return found
+
+
+def _identified(item: Input, known: Input | None) -> Input:
+    if not is_local(item):
+        return item
+    try:
+        status = Path(item.location).stat()
+        stamp = f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+        same = known is not None and known.checksum and known.stamp == stamp and known.location == item.location
+        content = known.checksum if same else checksum(item.location, "sha256")
+    except OSError as error:
+        raise DataError(f"{item.name}: cannot be read ({error.strerror}); check its permissions") from None
+    return item.model_copy(update={"checksum": content, "stamp": stamp})
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,178 @@
+"""Sources on the Hugging Face Hub: resolve a dataset to a commit and its files, fetch them with resume, prove them.
+
+Which files a config and split consist of is what the `datasets` library says, so that it is what the dataset's page
+shows. The bytes come over plain HTTP into a partial file that a later run continues; what is complete is compared with
+the checksum that the Hub keeps. The access token is taken from the environment variable HF_TOKEN only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from components.download.readers import split_suffix
+from components.download.writer import Input
+from manifests.spec import HubSource
+from trainer.data.manifest import DataError
+
+ATTEMPTS = 6
+RETRY_SECONDS, MAX_WAIT_SECONDS = 2.0, 60.0
+TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
+# The base of the HTTP client's errors, which differs between versions of huggingface_hub.
+HTTP_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
+T = TypeVar("T")
+
+
+def resolve(source: HubSource) -> tuple[str, list[Input]]:
+    """(commit, files of the config and split at that commit, with size and checksum).
+
+    Raises:
+        DataError: dataset, revision, config or split does not exist, access is refused, or the Hub cannot be reached.
+    """
+    disable_progress_bars()
+    api, name = HfApi(token=_token()), source.dataset
+    try:
+        commit = _retried(lambda: api.dataset_info(name, revision=source.revision).sha)
+    except GatedRepoError:
+        raise DataError(f"{name}: gated; accept its terms on its page on the Hub and set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise DataError(f"{name}: has no revision '{source.revision}'; give a branch, tag or commit of it") from None
+    except RepositoryNotFoundError:
+        raise DataError(
+            f"{name}: no such dataset on the Hub, or a private one; check the name, or set HF_TOKEN"
+        ) from None
+    except HTTP_ERRORS as error:
+        raise _unreachable(name, error) from None
+    assert commit is not None
+    paths = [path.rpartition(f"@{commit}/")[2] for path in _split_files(source, commit)]
+    try:
+        infos = _retried(lambda: api.get_paths_info(name, paths, revision=commit, repo_type="dataset"))
+    except HTTP_ERRORS as error:
+        raise _unreachable(name, error) from None
+    by_path: dict[str, Any] = {info.path: info for info in infos}
+    inputs = []
+    for path in paths:
+        info = by_path[path]
+        split_suffix(path)
+        proof = f"sha256:{info.lfs.sha256}" if info.lfs else f"git:{info.blob_id}"
+        inputs.append(Input(name=f"{name}/{path}", location=path, bytes=info.size, checksum=proof))
+    return commit, inputs
+
+
+def fetch(dataset: str, commit: str, one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
+    """The file's content in `folder`, proved by its checksum; what an earlier call left there is continued.
+
+    Raises:
+        DataError: it cannot be fetched, or what comes is not what the Hub's checksum says.
+        OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / hashlib.sha256(f"{commit}/{one.location}".encode()).hexdigest()[:16]
+    url = hf_hub_url(dataset, one.location, repo_type="dataset", revision=commit)
+    headers = build_hf_headers(token=_token())
+    for _ in range(2):  # a partial file of an earlier run may be damaged: start once more from nothing
+        try:
+            _retried(lambda: _continue(url, headers, target, one.bytes, advance))
+        except HTTP_ERRORS as error:
+            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+                raise
+            raise _unreachable(one.name, error) from None
+        if target.stat().st_size == one.bytes and _proof(target, one.checksum or "") == one.checksum:
+            return target
+        target.unlink()
+    raise DataError(f"{one.name}: what came differs from the Hub's checksum, twice; try later or report it to the Hub")
+
+
+def _continue(url: str, headers: dict[str, str], target: Path, size: int, advance: Callable[[int], None]) -> None:
+    class Report:
+        """The part of tqdm's interface that http_get uses, reporting to `advance`."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+        def __enter__(self) -> Report:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def update(self, count: float = 1) -> None:
+            advance(int(count))
+
+    with open(target, "ab") as file:
+        if file.tell() > size:
+            file.truncate(0)
+        http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size, tqdm_class=Report)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _proof(path: Path, like: str) -> str:
+    if like.startswith("git:"):
+        state = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    else:
+        state = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            state.update(block)
+    return f"{like.partition(':')[0]}:{state.hexdigest()}"
+
+
+def _split_files(source: HubSource, commit: str) -> list[str]:
+    import datasets  # slow to import, and only sources on the Hub need it
+
+    if os.path.exists(source.dataset):
+        raise DataError(f"{source.dataset}: a folder of that name is here and would be taken instead; run elsewhere")
+    datasets.disable_progress_bars()
+    try:
+        builder = _retried(
+            lambda: datasets.load_dataset_builder(source.dataset, source.config, revision=commit, token=_token())
+        )
+    except HTTP_ERRORS as error:
+        if isinstance(error, datasets.exceptions.DatasetNotFoundError | datasets.data_files.EmptyDatasetError):
+            raise DataError(f"{source.dataset}: holds no data files that can be read; use files of it by URL") from None
+        raise _unreachable(source.dataset, error) from None
+    except (ValueError, RuntimeError) as error:  # config unknown or not given, or a dataset made by a script
+        raise DataError(f"{source.dataset}: {_line(error)}; set origin.config to one that exists") from None
+    found = builder.config.data_files or {}
+    if source.split not in found:
+        raise DataError(
+            f"{source.dataset}: no split '{source.split}'; splits are {', '.join(map(str, found)) or 'none'}"
+        )
+    return list(map(str, found[source.split]))
+
+
+def _retried(call: Callable[[], T]) -> T:
+    wait = wait_random_exponential(multiplier=RETRY_SECONDS, max=MAX_WAIT_SECONDS)
+    for attempt in Retrying(
+        stop=stop_after_attempt(ATTEMPTS), wait=wait, retry=retry_if_exception(_is_transient), reraise=True
+    ):
+        with attempt:
+            return call()
+    raise AssertionError("tenacity raises after the last attempt")
+
+
+def _is_transient(error: BaseException) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and error.response.status_code in TRANSIENT_STATUS
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+        # Sizes that disagree after a cut connection come as a bare OSError; a full disk has a number.
+        return error.errno is None and not isinstance(error, FileNotFoundError)
+    return isinstance(error, HTTP_ERRORS)
+
+
+def _token() -> str | bool:
+    return os.environ.get("HF_TOKEN") or False
+
+
+def _unreachable(name: str, error: Exception) -> DataError:
+    return DataError(f"{name}: the Hub cannot be read ({_line(error)}); check the network and try again")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,148 @@
+"""Texts out of one file: JSON lines, Parquet or plain text, told apart by suffix, also compressed with gzip or zstd."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.data.manifest import DataError
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+COMPRESSIONS = (".gz", ".zst")
+KNOWN = ".jsonl, .ndjson, .json (one object a line), .txt (each file is one document; all also .gz or .zst), .parquet"
+BATCH_ROWS, BLOCK_BYTES = 512, 2**20
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """(format suffix, compression suffix or "") of a file name.
+
+    Raises:
+        DataError: the suffix says no format that is read here.
+    """
+    path = Path(name.lower())
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    form = Path(path.name.removesuffix(compression)).suffix
+    if form not in (*JSON_LINES, ".txt", ".parquet") or (form == ".parquet" and compression):
+        raise DataError(f"{name}: its suffix says no known format; name the file one of {KNOWN}")
+    return form, compression
+
+
+def texts(path: Path, name: str, column: str, advance: Callable[[int], None]) -> Iterator[str]:
+    """The non-empty texts of a file, in order; `name` is what messages call it, `advance` is told the bytes read.
+
+    Raises:
+        DataError: the file is damaged, lacks the column, or holds something else than text in it.
+        OSError: the file cannot be read.
+    """
+    form, compression = split_suffix(name)
+    try:
+        if form == ".parquet":
+            values = _parquet(path, name, column, advance)
+        elif form == ".txt":
+            values = _plain(path, name, compression, advance)
+        else:
+            values = _json_lines(path, name, column, compression, advance)
+        for where, value in values:
+            if value is not None and not isinstance(value, str):
+                raise DataError(f"{where}: column '{column}' holds a {type(value).__name__}; give a column of strings")
+            if value and not value.isspace():
+                yield _unicode(value)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{name}: damaged or cut-off gzip ({error}); fetch or compress the file again") from None
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        kind = {".parquet": "Parquet", ".txt": "text"}.get(form, "JSON lines") + (" in zstd" if compression else "")
+        raise DataError(f"{name}: damaged or no {kind} ({_first_line(error)}); fetch or make the file again") from None
+
+
+def _blocks(path: Path, compression: str, advance: Callable[[int], None]) -> Iterator[bytes]:
+    """Decompressed blocks of a file."""
+    at = 0
+    with open(path, "rb") as raw:
+        file: BinaryIO = raw
+        if compression == ".gz":
+            file = gzip.GzipFile(fileobj=raw, mode="rb")
+        elif compression == ".zst":
+            file = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+        while block := file.read(BLOCK_BYTES):
+            yield block
+            advance(raw.tell() - at)
+            at = raw.tell()
+
+
+def _plain(path: Path, name: str, compression: str, advance: Callable[[int], None]) -> Iterator[tuple[str, str]]:
+    try:
+        yield name, b"".join(_blocks(path, compression, advance)).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+
+
+def _json_lines(
+    path: Path, name: str, column: str, compression: str, advance: Callable[[int], None]
+) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_lines(_blocks(path, compression, advance)), start=1):
+        if not line.strip():
+            continue
+        where = f"{name}:{number}"
+        try:
+            row = json.loads(line)
+        except UnicodeDecodeError:
+            raise DataError(f"{where}: not UTF-8; convert the file to UTF-8") from None
+        except ValueError as error:
+            raise DataError(f"{where}: no JSON ({error}); each line must be one JSON object") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a {type(row).__name__}; each line must be one JSON object")
+        if column not in row:
+            raise _no_column(where, column, list(row))
+        yield where, row[column]
+
+
+def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        first, *others = block.split(b"\n")
+        rest += first
+        if others:
+            yield rest
+            yield from others[:-1]
+            rest = others[-1]
+    if rest:
+        yield rest
+
+
+def _parquet(path: Path, name: str, column: str, advance: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
+    with pq.ParquetFile(path) as file:
+        if column not in file.schema_arrow.names:
+            raise _no_column(name, column, file.schema_arrow.names)
+        size, rows, row = path.stat().st_size, file.metadata.num_rows, 0
+        for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
+            advance(size * (row + len(batch)) // rows - size * row // rows)
+            for value in batch.column(0).to_pylist():
+                row += 1
+                yield f"{name} row {row}", value
+
+
+def _no_column(where: str, column: str, columns: list[str]) -> DataError:
+    listed = ", ".join(columns[:20]) + (", …" if len(columns) > 20 else "")
+    return DataError(f"{where}: no column '{column}'; columns are {listed or 'none'}; set text_column to one of them")
+
+
+def _unicode(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, which JSON escapes can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

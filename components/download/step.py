@@ -1,0 +1,90 @@
+"""The download step: every source's documents as JSON lines on the datasets volume, described by one manifest.
+
+A run that finds everything unchanged writes nothing; one that finds finished parts continues after them (source.py).
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from components.download.source import Task, origin, prepare
+from components.download.writer import Journal
+from manifests.spec import FilesSource, JobSpec, SourceSpec
+from trainer.data.manifest import (
+    MANIFEST_NAME,
+    DataError,
+    FileEntry,
+    Manifest,
+    SourceEntry,
+    StageResult,
+    read_manifest,
+    write_manifest,
+)
+
+BYTES_PER_TOKEN = 5  # UTF-8 bytes of text that one token stands for, rounded up over the domains
+MARGIN = 1.2
+
+
+def run(job: JobSpec) -> StageResult:
+    """Bring the raw text of all sources to `job.stage_dir("raw")`.
+
+    Raises:
+        DataError: a source cannot be had or read; one line: source, file, remedy. Finished parts stay.
+    """
+    root = Path(job.stage_dir("raw"))
+    journals = dict[str, Journal]()
+    for name, spec in job.data.sources.items():
+        task = Task(name, spec, root / name, byte_budget(job, spec))
+        try:
+            journals[name] = prepare(task)
+        except DataError as error:
+            raise DataError(f"source '{name}': {error}") from None
+        except OSError as error:
+            raise _system_error(task, error) from None
+    manifest = describe(job, journals)
+    unchanged = (root / MANIFEST_NAME).exists() and _digest_of(root) == manifest.digest
+    if not unchanged:
+        write_manifest(root, manifest)
+    counts = manifest.counts()
+    state = "unchanged and verified, nothing to do" if unchanged else "done"
+    print(f"download: {state}: {counts.documents} documents, {counts.text_bytes} bytes of text", flush=True)
+    summary: dict[str, int | float | str] = {"documents": counts.documents, "text_bytes": counts.text_bytes}
+    summary |= {f"{name}_text_bytes": manifest.counts(name).text_bytes for name in journals}
+    return StageResult(kind="raw", path=str(root), digest=manifest.digest, summary=summary)
+
+
+def byte_budget(job: JobSpec, spec: SourceSpec) -> int | None:
+    """UTF-8 bytes after which a source is enough: what the job says, on the Hub else what its tokens need."""
+    if job.data.max_bytes_per_source is not None or isinstance(spec.origin, FilesSource):
+        return job.data.max_bytes_per_source
+    tokens = job.train.steps * job.train.batch.tokens_per_step * spec.weight
+    return int(tokens * BYTES_PER_TOKEN * MARGIN)
+
+
+def describe(job: JobSpec, journals: dict[str, Journal]) -> Manifest:
+    sources, entries = dict[str, SourceEntry](), list[FileEntry]()
+    for name, journal in journals.items():
+        spec = job.data.sources[name]
+        sources[name] = SourceEntry(
+            domain=spec.domain, licence=spec.licence, origin=origin(spec), revision=journal.revision
+        )
+        entries += [part.entry for part in journal.parts if part.entry.documents]
+    inputs = {name: journal.revision for name, journal in journals.items()}
+    return Manifest(kind="raw", inputs=inputs, settings={"key": job.raw_key}, sources=sources, files=entries)
+
+
+def _digest_of(root: Path) -> str | None:
+    try:
+        return read_manifest(root, "raw").digest
+    except DataError:
+        return None
+
+
+def _system_error(task: Task, error: OSError) -> DataError:
+    where = error.filename or task.directory
+    if error.errno == errno.ENOSPC:
+        return DataError(
+            f"source '{task.name}': {where}: the disk is full; make room and start again, what is done stays"
+        )
+    return DataError(f"source '{task.name}': {where}: {error.strerror or error}; check the path and its permissions")
