@@ -7,9 +7,11 @@ several ranks are started by trainer/entrypoint.py.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +21,7 @@ from trainer.spec import TrainSpec
 from trainer.specbase import changes_from_sets, deep_merge, parse, read_yaml
 
 TASKS = ("train", "evaluate", "export")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def parser(program: str) -> argparse.ArgumentParser:
@@ -41,6 +44,7 @@ def load_spec(file: str, assignments: Sequence[str]) -> TrainSpec:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    end_with_parent()
     options = parser("trainer").parse_args(arguments)
     try:
         spec = load_spec(options.spec, options.set)
@@ -55,6 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger("trainer").debug("failed", exc_info=error)
     failures.record(code, reason)
     return int(code)
+
+
+def end_with_parent() -> None:
+    """If the entrypoint is killed, its ranks get the signal that makes them save a checkpoint and go (Linux)."""
+    if sys.platform == "linux" and failures.DIRECTORY_VARIABLE in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run(task: str, spec: TrainSpec) -> int:

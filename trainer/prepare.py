@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,7 +115,10 @@ def wrap(model: HybridModel, spec: TrainSpec, world: World) -> nn.Module:
         return model
     # Buffers are equal on all ranks by construction: router biases follow from summed loads, hashes from the seed.
     devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        # torch 2.13 renames broadcast_buffers; the name that replaces it is unknown to 2.11.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def scaler_state(values: dict[str, float]) -> dict[str, float | int]:

@@ -21,8 +21,6 @@ from typing import Any
 from trainer.checkpoint import latest_step
 from trainer.exitcodes import STOPS, ExitCode, TrainingError, retryable
 
-FILE = "restarts.json"
-
 
 @dataclass
 class NodeRecord:
@@ -36,8 +34,8 @@ class NodeRecord:
     exit_code: int | None = None
 
 
-def begin(run_dir: str | Path, max_restarts: int, node: str | None = None) -> NodeRecord:
-    """Count this start.
+def begin(run_dir: str | Path, max_restarts: int, task: str = "train", node: str | None = None) -> NodeRecord:
+    """Count this start of `task` on this node.
 
     A start after success or a permanent failure is a person's decision: budget and deadline begin anew. One after a
     stop signal, or after the run has published a checkpoint since the last start, costs nothing.
@@ -45,7 +43,7 @@ def begin(run_dir: str | Path, max_restarts: int, node: str | None = None) -> No
     Raises:
         TrainingError: 71, when `max_restarts` starts in a row have not got the run any further.
     """
-    with _locked(Path(run_dir)) as nodes:
+    with _locked(_file(run_dir, task)) as nodes:
         key, step = node or socket.gethostname(), latest_step(run_dir)
         if key not in nodes:
             record = NodeRecord(step=step)
@@ -74,30 +72,33 @@ def begin(run_dir: str | Path, max_restarts: int, node: str | None = None) -> No
         return record
 
 
-def end(run_dir: str | Path, exit_code: int, node: str | None = None) -> None:
+def end(run_dir: str | Path, exit_code: int, task: str = "train", node: str | None = None) -> None:
     """Note how this start ended."""
-    with _locked(Path(run_dir)) as nodes:
+    with _locked(_file(run_dir, task)) as nodes:
         key = node or socket.gethostname()
         if key in nodes:
             nodes[key]["exit_code"] = int(exit_code)
 
 
 def summary(run_dir: str | Path) -> dict[str, int]:
-    """Restarts of the run so far by exit code, those of the node that had most."""
+    """Restarts of the training so far by exit code, those of the node that had most."""
     try:
-        nodes = json.loads((Path(run_dir) / FILE).read_text(encoding="utf-8"))["nodes"]
+        nodes = json.loads(_file(run_dir, "train").read_text(encoding="utf-8"))["nodes"]
     except (OSError, ValueError, KeyError):
         return {}
     return max((node["reasons"] for node in nodes.values()), key=lambda reasons: sum(reasons.values()), default={})
 
 
+def _file(run_dir: str | Path, task: str) -> Path:
+    return Path(run_dir) / ("restarts.json" if task == "train" else f"restarts-{task}.json")
+
+
 @contextmanager
-def _locked(run_dir: Path) -> Iterator[dict[str, Any]]:
+def _locked(file: Path) -> Iterator[dict[str, Any]]:
     """The nodes' entries, to change in place; written back on leaving, also by an exception."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / f".{FILE}.lock").open("w") as lock:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(f".{file.name}.lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        file = run_dir / FILE
         try:
             nodes = json.loads(file.read_text(encoding="utf-8"))["nodes"]
         except (OSError, ValueError, KeyError):
@@ -105,6 +106,6 @@ def _locked(run_dir: Path) -> Iterator[dict[str, Any]]:
         try:
             yield nodes
         finally:
-            draft = file.with_name(f".{FILE}.{os.getpid()}")
+            draft = file.with_name(f".{file.name}.{os.getpid()}")
             draft.write_text(json.dumps({"nodes": nodes}, indent=1), encoding="utf-8")
             draft.replace(file)

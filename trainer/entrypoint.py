@@ -1,0 +1,235 @@
+"""First process of a training container: torchrun's agent in a thin shell that keeps the exit codes' promises.
+
+    python -m trainer.entrypoint [train|evaluate|export] --spec FILE [--set a.b=c]…
+
+torchrun turns every failure into exit code 1, has no restart budget that outlives a pod, no deadline, and no word for
+the person who looks at the pod afterwards. This shell adds those and nothing else: where and how many processes to
+start, torchrun reads from PET_* variables as it does anywhere (without a rendezvous address: this machine alone).
+Evaluation and export are one process and need no torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from trainer import failures, limits, restarts
+from trainer.__main__ import load_spec, parser
+from trainer.checkpoint import latest_step
+from trainer.exitcodes import STOPS, ExitCode, TrainingError, of_process, retryable
+from trainer.failures import Failure
+from trainer.spec import TrainSpec
+
+log = logging.getLogger("trainer.entrypoint")
+
+TERMINATION_LOG_VARIABLE = "YAONGI_TERMINATION_LOG"
+TERMINATION_LOG = "/dev/termination-log"
+_TERMINATION_BYTES = 4096  # what Kubernetes keeps
+
+
+class Signalled(BaseException):
+    """A stop signal arrived; raised in the main thread wherever it is."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one task to its end; the exit code."""
+    _catch_signals()  # first of all: PID 1 has no default action for them
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    options = parser("trainer.entrypoint").parse_args(arguments)
+    spec: TrainSpec | None = None
+    counted = False
+    try:
+        spec = load_spec(options.spec, options.set)
+        if reason := limits.passed(spec.run_dir):
+            raise TrainingError(ExitCode.LIMIT, reason)
+        record = restarts.begin(spec.run_dir, spec.runtime.max_restarts, options.task)
+        counted = True
+        if spec.runtime.deadline_seconds is not None:
+            os.environ[limits.DEADLINE_VARIABLE] = str(record.first_start + spec.runtime.deadline_seconds)
+        code, reason = supervise(spec, options)
+    except Signalled as stop:
+        code, reason = _stopped(spec, stop.number)
+    except Exception as error:
+        code, reason = failures.classify(error)
+        failures.show(error, code, reason)
+    if spec is not None and counted:
+        restarts.end(spec.run_dir, code, options.task)
+    write_termination_message(code, reason)
+    if code:
+        print(f"exit {code} ({failures.meaning(code)}): {reason}", file=sys.stderr, flush=True)
+    return int(code)
+
+
+def supervise(spec: TrainSpec, options: Namespace) -> tuple[int, str]:
+    """Start the processes, wait, and explain how they ended: (exit code, one line)."""
+    directory = Path(tempfile.mkdtemp(prefix="yaongi-failures-"))
+    os.environ[failures.DIRECTORY_VARIABLE] = str(directory)
+    over = threading.Event()
+    threading.Thread(target=_watch_limits, args=(spec.run_dir, over), name="limits", daemon=True).start()
+    command = [options.task, "--spec", options.spec, *(part for each in options.set for part in ("--set", each))]
+    try:
+        if options.task == "train":
+            found = run_ranks(spec, command)
+        else:
+            found = run_one(command)
+        reported = failures.recorded(directory)
+    except Signalled as stop:
+        permanent = [failure for failure in failures.recorded(directory) if not retryable(failure.code)]
+        if not permanent:
+            return _stopped(spec, stop.number)
+        found, reported = permanent, []
+    finally:
+        over.set()
+        shutil.rmtree(directory, ignore_errors=True)
+    if not found:
+        return ExitCode.OK, f"{options.task} finished"
+    # A rank's own words say more than its exit code; but a rank that has died of a signal had no time for words.
+    by_rank = {failure.rank: failure for failure in found} | {failure.rank: failure for failure in reported}
+    cause = failures.root_cause(by_rank.values())
+    return cause.code, f"rank {cause.rank}: {cause.reason}"
+
+
+def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
+    """Run torchrun's agent in this process; returns how ranks of this node failed, nothing after success."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    arguments = torchrun.parse_args([*torchrun_options(spec), "-m", "trainer", *command])
+    if host := rendezvous_host():
+        from trainer.distributed import wait_for_host
+
+        wait_for_host(host, spec.runtime.communication_timeout_seconds)
+    # How long the agent waits between forwarding a stop signal and killing: as long as a checkpoint may take.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(spec.runtime.hang_timeout_seconds))
+    try:
+        torchrun.run(arguments)
+    except SignalException as stop:
+        raise Signalled(stop.sigval) from None
+    except ChildFailedError as error:
+        return [_describe(rank, failure.exitcode) for rank, failure in error.failures.items()]
+    except RendezvousError as error:
+        raise TrainingError(ExitCode.COMMUNICATION, f"rendezvous failed: {' '.join(str(error).split())}") from error
+    finally:
+        _catch_signals()  # the agent has put its own handlers in their place
+    return []
+
+
+def run_one(command: list[str]) -> list[Failure]:
+    """Run a task that is one process; stop signals are passed on to it."""
+    process = subprocess.Popen([sys.executable, "-m", "trainer", *command])
+    try:
+        process.wait()
+    except Signalled as stop:
+        process.send_signal(stop.number)
+        process.wait()
+        raise
+    return [_describe(0, process.returncode)] if process.returncode else []
+
+
+def torchrun_options(spec: TrainSpec) -> list[str]:
+    """What torchrun cannot know or guesses wrongly: processes per node, and that there may be no other machine.
+
+    Raises:
+        TrainingError: 2, for several nodes without an address where they meet.
+    """
+    options = []
+    wanted = os.environ.get("PET_NPROC_PER_NODE", "auto")
+    if wanted == "auto":  # torchrun would start one process for each core
+        wanted = str(_gpus() or 1) if spec.runtime.device != "cpu" else "1"
+        options += [f"--nproc-per-node={wanted}"]
+    if wanted != "1":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if rendezvous_host() is None:
+        if os.environ.get("PET_NNODES", "1") not in ("1", "1:1"):
+            raise TrainingError(
+                ExitCode.SPEC,
+                f"PET_NNODES is {os.environ['PET_NNODES']} but neither PET_RDZV_ENDPOINT nor PET_MASTER_ADDR is set; "
+                "give the job an elasticPolicy, whose operator sets them",
+            )
+        options += ["--standalone"]
+    return options
+
+
+def rendezvous_host() -> str | None:
+    """Host at which the nodes meet; None when this machine is alone."""
+    endpoint = os.environ.get("PET_RDZV_ENDPOINT")
+    return endpoint.rpartition(":")[0] or endpoint if endpoint else os.environ.get("PET_MASTER_ADDR")
+
+
+def write_termination_message(code: int, reason: str) -> None:
+    """One line of JSON where Kubernetes looks for it; elsewhere nothing."""
+    file = Path(os.environ.get(TERMINATION_LOG_VARIABLE, TERMINATION_LOG))
+    if not file.exists():
+        return
+    message = {"code": int(code), "meaning": failures.meaning(code), "retryable": retryable(code), "reason": reason}
+    while len(text := json.dumps(message, ensure_ascii=False).encode()) > _TERMINATION_BYTES:
+        message["reason"] = message["reason"][: len(message["reason"]) * 3 // 4]
+    try:
+        file.write_bytes(text)
+    except OSError as error:
+        log.warning("%s cannot be written (%s)", file, error.strerror)
+
+
+def _stopped(spec: TrainSpec | None, number: int) -> tuple[int, str]:
+    """Exit code and reason after a stop signal; a limit that has passed is what sent it."""
+    if spec is not None and (reason := limits.passed(spec.run_dir)):
+        return ExitCode.LIMIT, reason
+    code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
+    step = latest_step(spec.run_dir) if spec else 0
+    saved = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
+    return code, f"stopped by {signal.Signals(number).name}; {saved}"
+
+
+def _describe(rank: int, returncode: int) -> Failure:
+    code = of_process(returncode)
+    if returncode < 0:
+        return Failure(rank, code, f"ended by {signal.Signals(-returncode).name} ({failures.meaning(code)})")
+    if code in STOPS or code == ExitCode.LIMIT:
+        return Failure(rank, code, failures.meaning(code))
+    return Failure(rank, code, f"exit code {code} ({failures.meaning(code)})")
+
+
+def _watch_limits(run_dir: str, over: threading.Event) -> None:
+    """Ends the processes, by the signal that makes them save a checkpoint, when deadline or lease has passed."""
+    while not over.wait(1.0):
+        if limits.passed(run_dir):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+
+
+def _catch_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _raise_signalled)
+
+
+def _raise_signalled(number: int, _frame: FrameType | None) -> None:
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)  # once is enough; a second one must not interrupt the stopping
+    raise Signalled(number)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
