@@ -1,4 +1,4 @@
-"""transformers' NemotronH as an oracle: the same architecture written by other people, with our weights copied into it."""
+"""transformers' NemotronH as an oracle: the same architecture written by others, with our weights copied into it."""
 
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
@@ -36,8 +36,8 @@ def nemotron_for(spec: ModelSpec) -> NemotronHForCausalLM:
     model = NemotronHForCausalLM(config)
     for block in model.model.layers:
         if block.block_type == "linear_attention":
-            # The mixer class takes time_step_min, a constant of the initialisation, for a lower bound of dt in the forward
-            # pass; the published checkpoints and the paper have none.
+            # The mixer class takes time_step_min, a constant of the initialisation, for a lower bound of dt in the
+            # forward pass; the published checkpoints and the paper have none.
             block.mixer.time_step_limit = tuple(config.time_step_limit)
     return model
 
@@ -53,7 +53,9 @@ def paired_parameters(ours: HybridModel, theirs: NemotronHForCausalLM) -> list[t
     sublayers = [(f"layers.{i}.{j}", sub) for i, layer in enumerate(ours.layers) for j, sub in enumerate(layer)]
     for (name, sublayer), block in zip(sublayers, backbone.layers, strict=True):
         pairs.append((f"{name}.norm.weight", sublayer.norm.weight, block.norm.weight))
-        pairs += [(f"{name}.mixer.{leaf}", mine, other) for leaf, mine, other in _mixer_pairs(sublayer.mixer, block.mixer)]
+        pairs += [
+            (f"{name}.mixer.{leaf}", mine, other) for leaf, mine, other in _mixer_pairs(sublayer.mixer, block.mixer)
+        ]
     return pairs
 
 

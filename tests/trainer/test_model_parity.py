@@ -52,7 +52,9 @@ def test_logits_loss_and_gradients_equal_nemotron(backends, shared_width):
             continue
         scale = other.grad.abs().max().item()
         assert scale > 0, name
-        torch.testing.assert_close(mine.grad, other.grad, atol=2e-5 * scale, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            mine.grad, other.grad, atol=2e-5 * scale, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_pairs_cover_every_parameter():

@@ -66,7 +66,8 @@ class HybridModel(nn.Module):
     def __init__(self, spec: ModelSpec, functions: dict) -> None:
         super().__init__()
         self.spec = spec
-        self.embedding = nn.Embedding(spec.vocab_size, spec.hidden)
+        # from_pretrained: torch would otherwise draw random rows, which on "meta" imports its compiler (seconds).
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden), freeze=False)
         primes = dict(zip((e.layer for e in spec.engram), table_primes(spec.engram), strict=True))
         self.layers = nn.ModuleList(
             nn.ModuleList(_sublayer(spec, index, symbol, functions, primes) for symbol in layer)
@@ -120,7 +121,7 @@ class HybridModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, token_classes: list[int] | None) -> None:
-        """Fill parameters and buffers; each draws from a generator seeded by its own name, so the order does not matter."""
+        """Fill parameters and buffers; each draws from a generator seeded by its name, so the order is free."""
         std = self.spec.init_std
         residual_std = std / math.sqrt(self.spec.num_sublayers)
         for name, parameter in self.named_parameters():

@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """First y · silu(z), then RMSNorm within each of `num_groups` groups of channels (Mamba-2, norm_before_gate=False)."""
+    """First y · silu(z), then RMSNorm within each of `num_groups` groups of channels, as Mamba-2 does."""
 
     def __init__(self, width: int, num_groups: int, eps: float) -> None:
         super().__init__()

@@ -1,0 +1,160 @@
+"""What a ModelSpec amounts to, layer by layer: shapes, parameters, operations, memory. Arithmetic, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.flops import (
+    Parameter,
+    core_flops_per_token,
+    flops_per_token,
+    matrix_flops_per_token,
+    parameters,
+    sublayer_parameters,
+)
+from trainer.modelspec import ModelSpec
+from trainer.optim.rules import assign
+from trainer.spec import OptimizerSpec
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sublayer, or embedding, final norm or head.
+
+    Attributes:
+        params: all trainable elements; active: those under A1; flops_per_token: training operations at the given
+        length.
+    """
+
+    layer: int | None
+    kind: str
+    widths: str
+    params: int
+    active: int
+    flops_per_token: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device that holds the whole model in FP32, as the trainer keeps it; activations come on top."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Description:
+    """All figures of a model; counts are elements, sizes are bytes."""
+
+    rows: list[Row]
+    seq_len: int
+    total: int
+    active_a1: int
+    active_a2: int
+    active_a3: int
+    flops_per_token: int
+    memory: Memory
+    checkpoint_bytes: int
+
+
+def describe(spec: ModelSpec, seq_len: int, optimizer: Literal["muon", "adamw"] = "muon") -> Description:
+    """Figures of the model trained on rows of `seq_len` tokens."""
+    everything = parameters(spec)
+    total = sum(parameter.count for parameter in everything)
+    active = sum(parameter.active for parameter in everything)
+    vocabulary = spec.vocab_size * spec.hidden
+    assigned = assign([(p.name, p.shape) for p in everything], OptimizerSpec(name=optimizer), spec)
+    # Muon keeps one momentum, AdamW two moments.
+    state_tensors = [1 if assignment.optimizer == "muon" else 2 for assignment in assigned]
+    state = sum(FP32_BYTES * p.count * tensors for p, tensors in zip(everything, state_tensors, strict=True))
+    memory = Memory(weights=FP32_BYTES * total, gradients=FP32_BYTES * total, optimizer=state)
+    return Description(
+        rows=_rows(spec, seq_len, everything),
+        seq_len=seq_len,
+        total=total,
+        active_a1=active,
+        active_a2=active + vocabulary,
+        active_a3=active - vocabulary,
+        flops_per_token=flops_per_token(spec, seq_len),
+        memory=memory,
+        checkpoint_bytes=memory.weights + memory.optimizer,
+    )
+
+
+def _rows(spec: ModelSpec, seq_len: int, everything: list[Parameter]) -> list[Row]:
+    def row(layer: int | None, kind: str, widths: str, found: list[Parameter], core: int = 0) -> Row:
+        count, active = sum(p.count for p in found), sum(p.active for p in found)
+        return Row(layer, kind, widths, count, active, matrix_flops_per_token(found) + core)
+
+    rows = [row(None, "embedding", f"{spec.vocab_size} × {spec.hidden}", everything[:1])]
+    for index, layer in enumerate(spec.layers):
+        for place, symbol in enumerate(layer):
+            found = sublayer_parameters(spec, index, place, symbol)
+            core = core_flops_per_token(spec, symbol, seq_len)
+            rows.append(row(index, *_kind_and_widths(spec, index, symbol), found, core))
+    rows.append(row(None, "final norm", str(spec.hidden), everything[-2:-1]))
+    rows.append(row(None, "LM head", f"{spec.hidden} × {spec.vocab_size}", everything[-1:]))
+    return rows
+
+
+def _kind_and_widths(spec: ModelSpec, index: int, symbol: str) -> tuple[str, str]:
+    if symbol == "M" and (m := spec.mamba):
+        return "Mamba-2", f"{m.num_heads} heads × {m.head_dim}, state {m.d_state}, groups {m.num_groups}"
+    if symbol == "E" and (e := spec.moe):
+        shared = f", shared {e.shared_width}" if e.shared_width else ""
+        return "experts", f"{e.num_experts} × {e.expert_width}, top {e.top_k}{shared}"
+    if symbol == "*" and (a := spec.attention):
+        return "attention", f"{a.num_heads} query, {a.num_kv_heads} key/value heads × {a.head_dim}"
+    if symbol == "-" and (mlp := spec.mlp):
+        return "MLP", f"{mlp.width}"
+    n = next(engram for engram in spec.engram if engram.layer == index)
+    tables = f"{n.num_heads} × {n.rows_per_head} rows × {n.width_per_order // n.num_heads}"
+    return "Engram", f"orders 2..{n.max_order}, each {tables}"
+
+
+def render(description: Description, console: Console) -> None:
+    """Print the layers and the totals as two tables."""
+    layers = Table(title=f"Layers (training operations at {description.seq_len} tokens)")
+    for title in ("layer", "kind", "widths"):
+        layers.add_column(title)
+    for title in ("parameters", "active (A1)", "MFLOP/token"):
+        layers.add_column(title, justify="right")
+    for row in description.rows:
+        place = "" if row.layer is None else str(row.layer)
+        layers.add_row(
+            place, row.kind, row.widths, f"{row.params:,}", f"{row.active:,}", f"{row.flops_per_token / 1e6:,.2f}"
+        )
+    memory = description.memory
+    totals = Table(title="Totals")
+    totals.add_column("what")
+    totals.add_column("value", justify="right")
+    for what, value in (
+        ("parameters", f"{description.total:,}"),
+        ("active, all that multiplies a token (A1)", f"{description.active_a1:,}"),
+        ("active with input embedding (A2)", f"{description.active_a2:,}"),
+        ("active without LM head (A3)", f"{description.active_a3:,}"),
+        ("training operations for each token", f"{description.flops_per_token / 1e9:,.3f} GFLOP"),
+        ("memory for weights (FP32)", _gib(memory.weights)),
+        ("memory for gradients (FP32)", _gib(memory.gradients)),
+        ("memory for optimizer state (FP32)", _gib(memory.optimizer)),
+        ("memory for training, without activations", _gib(memory.total)),
+        ("checkpoint", _gib(description.checkpoint_bytes)),
+    ):
+        totals.add_row(what, value)
+    console.print(layers)
+    console.print(totals)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB"
