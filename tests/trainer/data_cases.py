@@ -1,0 +1,54 @@
+"""Small shard directories for the tests of the data path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from trainer.data.format import ShardWriter, token_dtype
+from trainer.data.manifest import Manifest, SourceEntry, file_entry, write_manifest
+from trainer.spec import MixSpec, TokensSpec
+
+VOCAB = 4096
+
+
+def random_documents(seed: int, count: int, longest: int = 120) -> list[np.ndarray]:
+    """Documents of 1 … `longest` tokens that end in EOD (0) and hold no other 0."""
+    rng = np.random.default_rng(seed)
+    documents = [rng.integers(1, VOCAB, rng.integers(1, longest + 1)).astype(np.uint16) for _ in range(count)]
+    for document in documents:
+        document[-1] = 0
+    return documents
+
+
+def write_shards(directory: Path, documents: dict[str, dict[str, list[np.ndarray]]], shards_each: int = 2) -> Manifest:
+    """`documents[source][split]` as `shards_each` shards for each source and split, with tokenizer manifest beside."""
+    (directory / "tokenizer").mkdir(parents=True)
+    (directory / "shards").mkdir()
+    tokenizer = Manifest(kind="tokenizer", files=[])
+    write_manifest(directory / "tokenizer", tokenizer)
+    files = []
+    for source, splits in documents.items():
+        for split, all_documents in splits.items():
+            for number in range(shards_each):
+                part = all_documents[number::shards_each]
+                name = f"{source}-{split}-{number:05d}"
+                with ShardWriter(directory / "shards" / name, token_dtype(VOCAB)) as writer:
+                    for document in part:
+                        writer.append(document, np.array([len(document)]))
+                counts = {"documents": writer.sequences, "tokens": writer.tokens}
+                files += [
+                    file_entry(directory / "shards", f"{name}.bin", source=source, split=split, **counts),
+                    file_entry(directory / "shards", f"{name}.idx", source=source, split=split),
+                ]
+    sources = {n: SourceEntry(domain=n[:2], licence="CC0", origin="made", revision="1") for n in documents}
+    manifest = Manifest(kind="shards", inputs={"tokenizer": tokenizer.digest}, sources=sources, files=files)
+    write_manifest(directory / "shards", manifest)
+    return manifest
+
+
+def tokens_spec(directory: Path, weights: dict[str, float], **fields: object) -> TokensSpec:
+    mix = {name: MixSpec(weight=weight, max_epochs=1000) for name, weight in weights.items()}
+    values = {"mix": mix, "seq_len": 32} | fields
+    return TokensSpec(shards=str(directory / "shards"), tokenizer=str(directory / "tokenizer"), **values)

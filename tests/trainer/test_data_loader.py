@@ -1,0 +1,198 @@
+"""Batches: independent of ranks and resumption, labels and boundaries against the documents, damage refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_cases import random_documents, tokens_spec, write_shards
+
+from trainer.data import loader as loading
+from trainer.data.loader import IGNORED, MicroBatch, StepBatch, TokenLoader, heldout_documents
+from trainer.data.manifest import Manifest, read_manifest, write_manifest
+from trainer.data.plan import Cursor
+from trainer.exitcodes import TrainingError
+from trainer.spec import BatchSpec, MixSpec, TokensSpec
+
+WEIGHTS = {"ko": 0.4, "en": 0.35, "code": 0.25}
+BATCH = BatchSpec(tokens_per_step=16 * 32, micro_batch_rows=2)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    documents = {
+        name: {"train": random_documents(n, 60), "heldout": random_documents(n + 10, 4)}
+        for n, name in enumerate(WEIGHTS)
+    }
+    write_shards(path, documents)
+    return path
+
+
+@pytest.fixture(scope="module")
+def spec(directory: Path) -> TokensSpec:
+    return tokens_spec(directory, WEIGHTS)
+
+
+def steps(
+    count: int, spec: TokensSpec, batch: BatchSpec = BATCH, world_size: int = 1, **fields: object
+) -> list[list[StepBatch]]:
+    """`count` steps of every rank."""
+    ranks = []
+    for rank in range(world_size):
+        with TokenLoader(spec, batch, rank=rank, world_size=world_size, **fields) as loader:
+            ranks.append([next(loader) for _ in range(count)])
+    return [list(step) for step in zip(*ranks, strict=True)]
+
+
+def rows(step: list[StepBatch]) -> torch.Tensor:
+    """Ids, labels and boundaries of the global step's rows: [3, rows, T]."""
+    micro = [m for rank in step for m in rank.micro_batches]
+    fields = [torch.cat([getattr(m, name) for m in micro]).long() for name in MicroBatch.__annotations__]
+    return torch.stack(fields)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("micro_batch_rows", [1, 2])
+def test_steps_are_the_same_for_every_number_of_ranks(spec: TokensSpec, world_size: int, micro_batch_rows: int) -> None:
+    batch = BatchSpec(tokens_per_step=16 * 32, micro_batch_rows=micro_batch_rows)
+    for ours, theirs in zip(steps(40, spec, batch, world_size), steps(40, spec), strict=True):
+        assert torch.equal(rows(ours), rows(theirs))
+        for rank in ours:
+            assert len(rank.micro_batches) == 16 // world_size // micro_batch_rows
+            for field in ("num_labels", "num_rows", "tokens_by_source", "cursor"):
+                assert getattr(rank, field) == getattr(theirs[0], field)
+
+
+def test_resume_after_every_step_gives_equal_batches(spec: TokensSpec) -> None:
+    straight = [step[0] for step in steps(203, spec)]
+    for k in range(201):
+        cursor = Cursor.from_dict(straight[k - 1].cursor.to_dict()) if k else None
+        world_size = (1, 2, 8)[k % 3]
+        for ahead, step in enumerate(steps(2, spec, world_size=world_size, cursor=cursor)):
+            assert torch.equal(rows(step), rows([straight[k + ahead]]))
+            assert step[0].cursor == straight[k + ahead].cursor
+
+
+def test_batches_are_the_documents_in_order_with_labels_inside_them(spec: TokensSpec, directory: Path) -> None:
+    """Reassembled from ids alone, the stream is whole documents; labels and boundaries follow from it."""
+    stream = torch.cat([rows(step).transpose(0, 1) for step in steps(60, spec)])  # [rows, 3, T]
+    ids, labels, seq_idx = stream[:, 0].flatten(), stream[:, 1].flatten(), stream[:, 2]
+    ends = ids == 0
+    expected = torch.where(ends[:-1], torch.tensor(IGNORED), ids[1:])
+    assert torch.equal(labels[:-1], expected)
+    assert torch.equal(seq_idx, torch.cumsum(stream[:, 0].roll(1, 1).eq(0).index_fill(1, torch.tensor([0]), False), 1))
+    known = {tuple(d.tolist()) for n, _ in enumerate(WEIGHTS) for d in random_documents(n, 60)}
+    pieces = np.split(ids.numpy(), np.flatnonzero(ends.numpy()) + 1)[:-1]
+    assert len(pieces) > 300 and all(tuple(piece.tolist()) in known for piece in pieces)
+
+
+def test_counts_are_those_of_the_whole_step(spec: TokensSpec) -> None:
+    total = dict.fromkeys(WEIGHTS, 0)
+    for number, step in enumerate(steps(20, spec, world_size=4), 1):
+        assert step[0].num_labels == int((rows(step)[1] != IGNORED).sum())
+        assert step[0].num_rows == 16
+        assert sum(step[0].tokens_by_source.values()) == number * 512
+        assert all(step[0].tokens_by_source[name] >= total[name] for name in WEIGHTS)
+        total = step[0].tokens_by_source
+
+
+def test_sequence_length_may_change_on_the_way(spec: TokensSpec) -> None:
+    first, second = (step[0] for step in steps(2, spec))
+    longer = spec.updated({"seq_len": 128})
+    (step,) = steps(1, longer, BatchSpec(tokens_per_step=512, micro_batch_rows=1), cursor=first.cursor)
+    assert torch.equal(rows(step)[0].flatten(), rows([second])[0].flatten())
+    assert step[0].cursor == second.cursor
+
+
+def test_skipped_tokens_are_not_in_any_batch(spec: TokensSpec) -> None:
+    plain = torch.cat([rows(step)[0].flatten() for step in steps(4, spec)])
+    skipping = torch.cat([rows(step)[0].flatten() for step in steps(3, spec.updated({"skip": [[700, 1212]]}))])
+    assert torch.equal(skipping, torch.cat([plain[:700], plain[1212:]]))
+
+
+def test_heldout_documents(spec: TokensSpec) -> None:
+    found = [(source, domain, tokens.tolist()) for source, domain, tokens in heldout_documents(spec)]
+    expected = [
+        (name, name[:2], document.tolist())
+        for n, name in enumerate(WEIGHTS)
+        for part in (0, 1)
+        for document in random_documents(n + 10, 4)[part::2]
+    ]
+    assert found == expected
+
+
+def test_digests_are_those_of_the_manifests(spec: TokensSpec) -> None:
+    with TokenLoader(spec, BATCH, rank=0, world_size=1) as loader:
+        assert loader.digests == {
+            "shards": read_manifest(spec.shards).digest,
+            "tokenizer": read_manifest(spec.tokenizer).digest,
+        }
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A directory that a test may damage."""
+    write_shards(tmp_path / "own", {"ko": {"train": random_documents(0, 10), "heldout": random_documents(1, 2)}})
+    return tmp_path / "own"
+
+
+def refused(directory: Path, **fields: object) -> str:
+    """The one line with which a loader on `directory` ends; its code is 65."""
+    with pytest.raises(TrainingError) as caught:
+        loader = TokenLoader(tokens_spec(directory, {"ko": 1.0}), BATCH, rank=0, world_size=1, **fields)
+        try:
+            for _ in range(1000):
+                next(loader)
+        finally:
+            loader.close()
+    assert caught.value.code == 65 and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ko-train-00001.bin", "ko-train-00000.idx"])
+@pytest.mark.parametrize("small", [True, False])
+def test_a_flipped_byte_stops_the_run_and_names_the_file(
+    own: Path, monkeypatch: pytest.MonkeyPatch, name: str, small: bool
+) -> None:
+    if not small:
+        monkeypatch.setattr(loading, "SMALL_BYTES", 0)
+    path = own / "shards" / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert name in refused(own)
+
+
+@pytest.mark.parametrize("name", ["ko-train-00001.bin", "ko-train-00000.idx", "ko-heldout-00000.bin"])
+def test_a_truncated_or_missing_file_is_refused(own: Path, name: str) -> None:
+    path = own / "shards" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    assert name in refused(own)
+    path.unlink()
+    assert f"{name}: missing" in refused(own)
+
+
+def test_another_tokenizer_is_refused(own: Path) -> None:
+    write_manifest(own / "tokenizer", Manifest(kind="tokenizer", settings={"other": 1}, files=[]))
+    assert "not the tokenizer that" in refused(own)
+
+
+def test_a_mix_that_the_shards_cannot_serve_is_refused(own: Path) -> None:
+    spec = tokens_spec(own, {"ko": 0.5, "jp": 0.5})
+    with pytest.raises(TrainingError, match="has no source 'jp' of the mix; it has ko"):
+        TokenLoader(spec, BATCH, rank=0, world_size=1)
+    capped = spec.model_copy(update={"mix": {"ko": MixSpec(weight=1, max_epochs=2)}})
+    with pytest.raises(TrainingError, match="'ko' would need"):
+        TokenLoader(capped, BATCH, rank=0, world_size=1, steps=1000)
+
+
+def test_a_cursor_of_other_shards_is_refused(own: Path, spec: TokensSpec) -> None:
+    (step,) = steps(1, spec)
+    assert "other shards" in refused(own, cursor=step[0].cursor)
+
+
+def test_a_missing_directory_says_which_step_makes_it(tmp_path: Path) -> None:
+    assert "run the step that makes this directory" in refused(tmp_path / "nowhere")

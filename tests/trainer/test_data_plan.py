@@ -1,0 +1,184 @@
+"""The order of the token stream against a naive definition of it, and its ledger, caps, resumption and skips."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import groupby
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.data.manifest import DataError
+from trainer.data.plan import Cursor, Segment, SourceOrder, TokenStream
+from trainer.spec import MixSpec
+
+WEIGHTS = {"ko": 0.4, "en": 0.35, "code": 0.25}
+LENGTHS = {
+    "ko": np.array([5, 1, 9, 3, 3, 17], np.int32),
+    "en": np.array([2, 2, 40], np.int32),
+    "code": np.array([7, 11, 1, 1], np.int32),
+}
+
+
+def stream(cursor: Cursor | None = None, caps: float = 1000, seed: int = 3, **fields: object) -> TokenStream:
+    mix = {name: MixSpec(weight=weight, max_epochs=caps) for name, weight in WEIGHTS.items()}
+    return TokenStream(LENGTHS, mix, seed, "digest", cursor=cursor, **fields)
+
+
+def tokens_of(segments: list[Segment]) -> list[tuple[int, int, int]]:
+    """Every token as (source, document, position in it)."""
+    return [(s.source, s.document, at) for s in segments for at in range(s.start, s.stop)]
+
+
+def naive_order(count: int, seed: int = 3) -> list[tuple[int, int, int]]:
+    """The definition, with fractions: whenever a document ends, the source with the largest deficit is next."""
+    names = list(WEIGHTS)
+    shares = [Fraction(str(w)) for w in WEIGHTS.values()]
+    orders = [SourceOrder(name, LENGTHS[name], seed) for name in names]
+    queues: list[list[int]] = [[] for _ in names]
+    epochs = [0] * len(names)
+    given_by = [0] * len(names)
+    out: list[tuple[int, int, int]] = []
+    while len(out) < count:
+        deficits = [share * len(out) - have for share, have in zip(shares, given_by, strict=True)]
+        source = max(range(len(names)), key=lambda s: (deficits[s], -s))
+        if not queues[source]:
+            queues[source] = orders[source].permutation(epochs[source]).tolist()
+            epochs[source] += 1
+        document = queues[source].pop(0)
+        length = int(LENGTHS[names[source]][document])
+        out += [(source, document, at) for at in range(length)]
+        given_by[source] += length
+    return out[:count]
+
+
+def test_order_is_the_definition() -> None:
+    assert tokens_of(stream().take(3000)) == naive_order(3000)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60))
+def test_cuts_do_not_change_the_order(cuts: list[int]) -> None:
+    one = stream()
+    pieces = [segment for count in cuts for segment in one.take(count)]
+    assert tokens_of(pieces) == naive_order(sum(cuts))
+
+
+def test_resume_at_every_token_gives_the_same_stream() -> None:
+    whole = tokens_of(stream().take(600))
+    running = stream()
+    for at in range(400):
+        resumed = stream(Cursor.from_dict(running.cursor().to_dict()))
+        assert tokens_of(resumed.take(200)) == whole[at : at + 200]
+        running.take(1)
+
+
+def test_ledger_is_exact_and_no_source_runs_ahead_by_a_document() -> None:
+    running, counts = stream(), dict.fromkeys(WEIGHTS, 0)
+    for at in range(1, 4000):
+        for source, _, _ in tokens_of(running.take(1)):
+            counts[list(WEIGHTS)[source]] += 1
+        assert running.cursor().drawn == running.cursor().trained == counts
+        assert running.position == sum(counts.values()) == at
+        for name, weight in WEIGHTS.items():
+            ahead = counts[name] - weight * at
+            others = sum(int(LENGTHS[n].max()) for n in WEIGHTS if n != name)
+            assert -others < ahead < LENGTHS[name].max()
+
+
+def test_each_epoch_holds_each_document_once_in_its_own_order() -> None:
+    order = SourceOrder("ko", np.ones(5000, np.int32), seed=0)
+    epochs = [[order.next()[0] for _ in range(5000)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(5000)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert abs(np.corrcoef(epochs[0], range(5000))[0, 1]) < 0.05
+
+
+def test_the_order_is_frozen() -> None:
+    """A change here is a change of every run's data: raise ORDER_VERSION with it."""
+    assert SourceOrder("ko", np.ones(10, np.int32), seed=0).permutation(0).tolist() == [5, 3, 1, 7, 8, 6, 2, 0, 9, 4]
+    documents = [document for (_, document), _ in groupby((s.source, s.document) for s in stream().take(100))]
+    assert documents == [1, 0, 3, 3, 0, 2, 4, 0, 5, 2, 1, 2]
+
+
+def test_seed_and_weights_change_the_order() -> None:
+    assert tokens_of(stream(seed=4).take(100)) != tokens_of(stream().take(100))
+    assert stream(seed=4).digest != stream().digest
+    assert stream(caps=2).digest == stream().digest, "caps may be raised on the way"
+
+
+def test_an_impossible_cap_is_refused_with_the_way_out() -> None:
+    # ko: 38 tokens × 2 epochs = 76 at most; 1000 tokens need 400 and, at worst, one document of 17 less a token more.
+    with pytest.raises(
+        DataError, match=r"'ko' would need 416 tokens, but 38 × max_epochs 2 = 76; .*max_epochs to 10\.95"
+    ):
+        stream(caps=2).check_caps(1000)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3000), st.sampled_from([1, 1.5, 4, 10, 40]))
+def test_a_run_that_passes_the_check_keeps_every_cap(tokens: int, caps: float) -> None:
+    running = stream(caps=caps)
+    try:
+        running.check_caps(tokens)
+    except DataError:
+        return
+    running.take(tokens)
+    assert all(epochs <= caps for epochs in running.epochs().values())
+
+
+def test_caps_count_what_is_left_and_skips() -> None:
+    limit = max(t for t in range(1, 500) if _passes(stream(caps=4), t))
+    half = stream(caps=4)
+    half.take(limit // 2)
+    assert _passes(half, limit - limit // 2) and not _passes(half, limit - limit // 2 + 1)
+    assert not _passes(stream(caps=4, skip=[(3, 5)]), limit - 1) and _passes(stream(caps=4, skip=[(3, 5)]), limit - 2)
+
+
+def _passes(running: TokenStream, tokens: int) -> bool:
+    try:
+        running.check_caps(tokens)
+    except DataError:
+        return False
+    return True
+
+
+def test_skipped_ranges_are_passed_over_and_accounted() -> None:
+    whole = naive_order(1000)
+    kept = whole[:50] + whole[57:300] + whole[420:900]
+    running = stream(skip=[(50, 57), (300, 420)])
+    segments = running.take(len(kept))
+    assert tokens_of(segments) == kept
+    cursor = running.cursor()
+    assert sum(cursor.trained.values()) == len(kept) and sum(cursor.drawn.values()) == 900
+    resumed = stream(cursor, skip=[(50, 57), (300, 420)])
+    assert tokens_of(resumed.take(100)) == whole[900:1000]
+
+
+def test_no_label_reaches_into_a_skipped_range() -> None:
+    whole = naive_order(1000)
+    kept = [at for at in range(900) if not (50 <= at < 57 or 300 <= at < 420)]
+    running = stream(skip=[(50, 57), (300, 420)])
+    taken = 0
+    for _ in range(70):
+        for segment in running.take(10):
+            taken += segment.stop - segment.start
+            following = kept[taken - 1] + 1
+            same_document = whole[following] == (segment.source, segment.document, segment.stop)
+            assert segment.continues == (same_document and following in kept)
+
+
+def test_a_cursor_of_another_plan_is_refused() -> None:
+    cursor = stream().cursor()
+    with pytest.raises(DataError, match="other shards, mix weights or data seed"):
+        stream(cursor, seed=4)
+    with pytest.raises(DataError, match="data order has version 0"):
+        stream(Cursor(0, cursor.plan_digest, cursor.drawn, cursor.skipped))
+    with pytest.raises(DataError, match="cursor cannot be read"):
+        Cursor.from_dict({"drawn": 1})
+
+
+def test_a_source_without_tokens_is_refused() -> None:
+    with pytest.raises(DataError, match="source 'ko' has no training tokens"):
+        TokenStream({"ko": np.empty(0, np.int32)}, {"ko": MixSpec(weight=1)}, 0, "digest")
