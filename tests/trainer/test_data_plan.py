@@ -58,6 +58,7 @@ def test_order_is_the_definition() -> None:
     assert tokens_of(stream().take(3000)) == naive_order(3000)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60))
 def test_cuts_do_not_change_the_order(cuts: list[int]) -> None:
     one = stream()

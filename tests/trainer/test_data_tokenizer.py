@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as RawTokenizer
 
 from trainer.data.format import Shard, ShardWriter, token_dtype
 from trainer.data.manifest import DataError
@@ -35,10 +36,11 @@ def tokenizer(directory: Path) -> Tokenizer:
     return Tokenizer.load(directory)
 
 
-@given(
-    st.text()
-    | st.text(alphabet=st.sampled_from(["<|endoftext|>", "가", "각", " ", "\t", "\r", "\n", "a", "1", "🐈‍⬛", "\0"]))
-)
+ODD_PIECES = [EOD, "<|reserved_0|>", "가", "각", "ㅋ", " ", "\t", "\r", "\n", "a", "12", "🐈\u200d⬛", "e\u0301", "\0"]
+
+
+@settings(deadline=None)
+@given(st.text() | st.lists(st.sampled_from(ODD_PIECES)).map("".join))
 def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -46,6 +48,7 @@ def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert all(len(SPECIAL_TOKENS) <= i < tokenizer.vocab_size for i in ids)
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_any_bytes_come_back(tokenizer: Tokenizer, data: bytes) -> None:
     """Every byte has a token: text of all code points up to U+00FF reaches all continuation and lead bytes of two."""
@@ -60,17 +63,11 @@ def test_end_of_document_is_zero_and_no_text_can_write_it(tokenizer: Tokenizer) 
     assert 0 not in tokenizer.encode(EOD), "specials hold for one call only"
 
 
-def test_pattern_cuts_words_digits_and_indentation(tokenizer: Tokenizer, directory: Path) -> None:
-    from tokenizers import Tokenizer as Raw
-
-    raw = Raw.from_file(str(directory / "tokenizer.json"))
+def test_pattern_cuts_words_digits_and_indentation(directory: Path) -> None:
+    raw = RawTokenizer.from_file(str(directory / "tokenizer.json"))
     text = "GPU를 서울에서는 12345개\n\n        x.append(_y)"
     pieces = [text[a:b] for _, (a, b) in raw.pre_tokenizer.pre_tokenize_str(text)]
-    assert pieces == [
-        *("GPU", "를", " 서울에서는", " ", "123", "45", "개", "\n\n", "       ", " x", ".append", "(_", "y", ")"),
-    ] or pieces == [
-        *("GPU", "를", " 서울에서는", " ", "123", "45", "개", "\n\n", "       ", " x", ".append", "(", "_y", ")")
-    ]
+    assert "|".join(pieces) == "GPU|를| 서울에서는| |123|45|개|\n\n|       | x|.append|(_|y|)"
 
 
 @pytest.mark.parametrize("vocab_size", [264, 300, 4096])
