@@ -39,7 +39,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help=EXAMPLES.replace("\n    ", "\n\n    "),
+    help=EXAMPLES,
 )
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A preset's name (see `yaongi presets`) or a job file.")]
@@ -123,7 +123,8 @@ def _stage(task: Any, job: str, sets: list[str] | None, workdir: Path) -> None:
     from trainer.specbase import read_yaml
 
     if Path(job).is_file() and "run_dir" in read_yaml(job):
-        local.run_entrypoint(task, job, sets=sets or [])
+        # torchrun's own variable says how many processes; a job's spec does so by itself.
+        local.run_entrypoint(task, job, int(os.environ.get("PET_NPROC_PER_NODE", "1")), sets or [])
         return
     spec, _ = local_job(job, _changes(sets), target="local", workdir=workdir)
     result = step.run(spec, task)
@@ -132,7 +133,7 @@ def _stage(task: Any, job: str, sets: list[str] | None, workdir: Path) -> None:
 
 @app.command()
 def generate(
-    source: Annotated[str, typer.Argument(metavar="RUN", help="An export directory, a run directory or a run's name.")],
+    source: Annotated[str, typer.Argument(metavar="RUN", help="A job, or a run's name or directory.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
@@ -141,14 +142,14 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Continue a text with a trained model."""
-    from trainer.generate import from_directory
+    from pipelines.models import find
+    from trainer.export import load
+    from trainer.generate import complete
 
-    named = workdir / "checkpoints" / "runs" / source
-    texts = from_directory(
-        named if named.is_dir() else Path(source), prompt, num_tokens=tokens, temperature=temperature, seed=seed
-    )
-    for text in texts:
-        print(text)
+    model, tokenizer = load(find(source, workdir))
+    texts = complete(model, tokenizer, prompt, max_tokens=tokens, temperature=temperature, seed=seed)
+    for beginning, text in zip(prompt, texts, strict=True):
+        print(beginning + text)
 
 
 @app.command()
@@ -165,10 +166,9 @@ def presets() -> None:
 @app.command()
 def describe(job: Job, sets: Sets = None, verbose: Verbose = False) -> None:
     """Show a model layer by layer: shapes, parameters, FLOPs per token, memory, checkpoint size."""
+    from manifests.spec import load_job
     from trainer.describe import describe as describe_model
     from trainer.describe import render as render_description
-
-    from manifests.spec import load_job
 
     spec = load_job(job, _changes(sets))
     render_description(describe_model(spec.train.model, spec.train.seq_len), Console())

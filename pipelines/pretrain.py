@@ -58,9 +58,7 @@ def pretrain(
     def launched(name: str, job: str, after: str) -> dsl.PipelineTask:
         """A task of the trainer; the job it creates belongs to the launcher's pod."""
         task = placed(launch(job=job, task=name, after=after)).set_display_name(name)
-        for variable, field in {"POD_NAME": "name", "POD_UID": "uid", "POD_NAMESPACE": "namespace"}.items():
-            kubernetes.use_field_path_as_env(task, variable, f"metadata.{field}")
-        return task
+        return kubernetes.use_field_path_as_env(task, "POD_NAME", "metadata.name")
 
     job = placed(
         plan(
@@ -79,5 +77,5 @@ def pretrain(
     tokens = placed(shards(job=job, raw=raw, tokenizer=vocabulary)).output
     model = launched("train", job, tokens).output
     quality = launched("evaluate", job, model).output
-    weights = launched("export", job, model).output
-    placed(summary(job=job, evaluated=quality, exported=weights))
+    exported = launched("export", job, quality).output
+    placed(summary(job=job, exported=exported))

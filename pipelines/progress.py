@@ -19,13 +19,14 @@ INDENT = " " * 4  # kfp.local puts it before every line of a step
 
 
 class Watcher:
-    """Follows the output of `pipelines.execute`; afterwards `failure` is the line to show, or "" when none was seen."""
+    """Follows the output of `pipelines.execute`; then `failure` says which step failed and why ("" if none said)."""
 
     def __init__(self, console: Console, log: TextIO, *, verbose: bool = False) -> None:
         self.console, self.log, self.verbose = console, log, verbose
         self.step = ""
         self.failure = ""
         self.last_line = ""
+        self.in_traceback = False
         self.seconds: dict[str, float] = {}
 
     def follow(self, lines: Iterable[str]) -> None:
@@ -51,13 +52,26 @@ class Watcher:
             self._print(text, style="green")
             self.step = ""
         elif self.step and text.startswith(FAILED):
-            self.failure, self.step = text, ""
+            self.failure, self.step = text.removeprefix(FAILED), ""
         elif self.verbose:
             self._print(line)
-        elif self.step and line.startswith(INDENT) and text:
+        elif self.step and line.startswith(INDENT) and text and not self._for_the_log(text):
             self._print(f"  {text}")
-        if self.step and line.startswith(INDENT) and text:
-            self.last_line = f"{FAILED}{self.step}: {text.strip()}"
+        if line.startswith(INDENT) and text:
+            # What a step that dies of something unforeseen said last, which is the end of its traceback.
+            self.last_line = f"{self.step}: {text.strip()}" if self.step else text.strip()
+
+    def _for_the_log(self, text: str) -> bool:
+        """Whether `text` is a result as JSON or belongs to a traceback; the last line of one is not indented."""
+        if text.startswith("{") and text.endswith("}"):
+            return True
+        if text.startswith("Traceback (most recent call last)"):
+            self.in_traceback = True
+        elif self.in_traceback and not text.startswith(" "):
+            self.in_traceback = False
+        else:
+            return self.in_traceback
+        return True
 
     def _print(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)

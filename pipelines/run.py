@@ -102,7 +102,7 @@ def run_pipeline(
     if received:
         raise Stopped(128 + received[0])
     if code:
-        line = (watcher.failure or watcher.last_line).removeprefix("error: ")
+        line = watcher.failure or watcher.last_line
         raise LaunchError(f"{line or f'the pipeline ended with exit code {code}'} (full log: {log_path})")
     return log_path
 

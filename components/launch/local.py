@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -29,9 +29,10 @@ def run(job: JobSpec, task: str) -> None:
     run_entrypoint(task, f"{job.run_dir}/train.yaml", ranks)
 
 
-def run_entrypoint(task: str, spec_file: str, ranks: int) -> None:
-    """As `run`, for a TrainSpec file and a number of processes."""
-    command = [sys.executable, "-m", "trainer.entrypoint", task, "--spec", spec_file]
+def run_entrypoint(task: str, spec_file: str, ranks: int, sets: Sequence[str] = ()) -> None:
+    """As `run`, for a TrainSpec file, a number of processes and changes `a.b=c`."""
+    changes = [argument for change in sets for argument in ("--set", change)]
+    command = [sys.executable, "-m", "trainer.entrypoint", task, "--spec", spec_file, *changes]
     reason = ""
     # Its own session: a Ctrl-C in the terminal reaches it once, through us, and not every rank a second time.
     with (

@@ -81,7 +81,7 @@ def _identity(spec: TrainSpec) -> dict[str, object]:
 def _check_input(job: JobSpec, result: StageResult) -> None:
     if result.kind == "shards":
         digest = read_data_manifest(job.stage_dir("shards"), "shards").digest
-    elif result.kind == "train":
+    elif result.kind in ("train", "evaluate"):
         checkpoint = latest(job.run_dir)
         digest = read_manifest(checkpoint).digest if checkpoint else "no checkpoint"
     else:

@@ -6,7 +6,6 @@ from components.images import PIPELINE_IMAGE
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
 def summary(
     job: str,
-    evaluated: str,
     exported: str,
     report: dsl.Output[dsl.HTML],
     overview: dsl.Output[dsl.Markdown],

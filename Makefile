@@ -1,0 +1,69 @@
+# Commands for people and for CI. Everything runs from .venv, which `make setup` builds from the lock file.
+SHELL := /bin/bash
+PYTHON ?= python3
+WORKDIR ?= work
+BIN := .venv/bin
+READY := .venv/.ready
+UV_VERSION := 0.13.9
+UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
+FAST := not slow and not e2e and not gpu
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint test-slow test-gpu images e2e gen lock
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## build .venv from requirements.lock (needs Python 3.11 or newer and 6 GB)
+
+run: setup ## train the tiny preset on this machine, start to end; WORKDIR=work
+	$(BIN)/yaongi run tiny --workdir $(WORKDIR)
+
+lint: setup ## style and import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+test: lint ## everything that needs neither a cluster nor a GPU, nor more than a minute each
+	$(BIN)/pytest -m "$(FAST)"
+
+test-slow: setup ## the long tests
+	$(BIN)/pytest -m "slow and not e2e and not gpu"
+
+test-gpu: setup ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
+images: setup ## both container images; see docker/build.sh for BASE_IMAGE, TAG and the rest
+	docker/build.sh
+
+e2e: setup ## the real thing on the cluster of KUBECONFIG; see tests/e2e/run.sh
+	tests/e2e/run.sh
+
+gen: setup ## write what is generated: compiled pipeline, manifests, JSON schema
+	$(BIN)/python -m pipelines.compile
+	$(BIN)/python -m manifests.generate
+	$(BIN)/python -m manifests.schema
+
+LOCK := pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url
+lock: $(UV) ## resolve the dependencies anew
+	$(UV) $(LOCK) --extra train --extra data --extra cluster --extra dev -o requirements.lock
+	$(UV) $(LOCK) --extra data --extra cluster -o requirements-pipeline.lock
+	$(UV) $(LOCK) --extra train -o requirements-trainer.lock
+
+$(READY): requirements.lock pyproject.toml | $(UV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; set PYTHON, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@[ -x $(BIN)/python ] || $(UV) venv --quiet --no-python-downloads --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv
+	$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+.uv/bin/uv:
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) cannot make virtual environments; install its venv package: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .uv
+	.uv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+.PHONY: uv
+uv:
+	@true
