@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +18,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trainer.data.manifest import atomic_write, checksum, sync_directory
 from trainer.exitcodes import ExitCode, TrainingError
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 LATEST = "LATEST"
-_READ_BYTES = 4 << 20
 
 log = logging.getLogger(__name__)
 
@@ -177,19 +175,14 @@ def load_model_weights(path: str | Path, model: nn.Module) -> CheckpointManifest
 
 
 def describe_files(directory: Path, names: Iterable[str]) -> dict[str, CheckpointFile]:
-    """Size and digest of files; hashing leaves the GIL, so four threads read at four times the speed of one."""
+    """Size and digest of files; hashing leaves the GIL, so threads share it."""
     names = sorted(names)
     with ThreadPoolExecutor(max_workers=4) as pool:
         return dict(zip(names, pool.map(lambda name: _describe(directory / name), names), strict=True))
 
 
 def _describe(file: Path) -> CheckpointFile:
-    digest, size = xxhash.xxh3_128(), 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(_READ_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-    return CheckpointFile(bytes=size, xxh3_128=digest.hexdigest())
+    return CheckpointFile(bytes=file.stat().st_size, xxh3_128=checksum(file, "xxh3_128"))
 
 
 def publish(run_dir: str | Path, manifest: CheckpointManifest) -> Path:
@@ -199,16 +192,12 @@ def publish(run_dir: str | Path, manifest: CheckpointManifest) -> Path:
     """
     hidden, visible = unfinished_dir(run_dir, manifest.step), step_dir(run_dir, manifest.step)
     complete = manifest.model_copy(update={"digest": manifest.content_digest()})
-    _write_synced(hidden / MANIFEST, complete.model_dump_json(indent=1))
-    _sync(hidden)
+    atomic_write(hidden / MANIFEST, complete.model_dump_json(indent=1).encode())
     if visible.exists():  # a step trained again after falling back to an older checkpoint
         _remove(visible)
     hidden.rename(visible)
-    _sync(visible.parent)
-    draft = visible.parent / f".{LATEST}"
-    _write_synced(draft, visible.name + "\n")
-    draft.replace(visible.parent / LATEST)
-    _sync(visible.parent)
+    sync_directory(visible.parent)
+    atomic_write(visible.parent / LATEST, visible.name.encode() + b"\n")
     return visible
 
 
@@ -234,18 +223,3 @@ def _remove(path: Path) -> None:
 
 def _damaged(file: Path, what: str) -> TrainingError:
     return TrainingError(ExitCode.CHECKPOINT, f"checkpoint {file.parent.name}: {file} {what}")
-
-
-def _write_synced(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -33,6 +33,7 @@ from trainer.spec import TrainSpec
 
 log = logging.getLogger("trainer.entrypoint")
 
+RANK_PROGRAM = ("-m", "trainer")
 TERMINATION_LOG_VARIABLE = "YAONGI_TERMINATION_LOG"
 TERMINATION_LOG = "/dev/termination-log"
 _TERMINATION_BYTES = 4096  # what Kubernetes keeps
@@ -111,7 +112,7 @@ def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    arguments = torchrun.parse_args([*torchrun_options(spec), "-m", "trainer", *command])
+    arguments = torchrun.parse_args([*torchrun_options(spec), *RANK_PROGRAM, *command])
     if host := rendezvous_host():
         from trainer.distributed import wait_for_host
 
@@ -133,7 +134,7 @@ def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
 
 def run_one(command: list[str]) -> list[Failure]:
     """Run a task that is one process; stop signals are passed on to it."""
-    process = subprocess.Popen([sys.executable, "-m", "trainer", *command])
+    process = subprocess.Popen([sys.executable, *RANK_PROGRAM, *command])
     try:
         process.wait()
     except Signalled as stop:

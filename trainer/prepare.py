@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer import ops, precision
 from trainer.checkpointer import Checkpointer
 from trainer.data.loader import TokenLoader
-from trainer.data.manifest import DataError, read_manifest
+from trainer.data.manifest import DataError, atomic_write, read_manifest
 from trainer.data.plan import Cursor
 from trainer.data.tokenizer import Tokenizer
 from trainer.distributed import World
@@ -74,7 +74,8 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         if scaler:
             scaler.load_state_dict({**scaler.state_dict(), **scaler_state(resumed.scalars)})
     elif world.is_main and not (file := Path(spec.run_dir) / "train.yaml").exists():
-        file.write_text(to_yaml(spec), encoding="utf-8")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, to_yaml(spec).encode())
     recorder.begin(resumed, {"device": world.device.type, "precision": chosen.name, **backends})
     first_step = resumed.step if resumed else 0
     loader = TokenLoader(
@@ -113,12 +114,20 @@ def wrap(model: HybridModel, spec: TrainSpec, world: World) -> nn.Module:
         model.compile()
     if world.size == 1:
         return model
-    # Buffers are equal on all ranks by construction: router biases follow from summed loads, hashes from the seed.
-    devices = [world.device.index] if world.device.type == "cuda" else None
+    on_cpu = world.device.type == "cpu"
     with warnings.catch_warnings():
         # torch 2.13 renames broadcast_buffers; the name that replaces it is unknown to 2.11.
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model,
+            device_ids=None if on_cpu else [world.device.index],
+            # Equal on all ranks by construction: router biases follow from summed loads, hashes from the seed.
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            # Without it DDP rearranges its buckets after the first step, so that a resumed run would sum in another
+            # order than an undisturbed one; on a CPU that order is promised.
+            find_unused_parameters=on_cpu,
+        )
 
 
 def scaler_state(values: dict[str, float]) -> dict[str, float | int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
 import resource
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from trainer import restarts
 from trainer.checkpoint import CheckpointManifest
+from trainer.data.manifest import atomic_write
 from trainer.data.plan import Cursor
 from trainer.distributed import World
 from trainer.logs import MetricsFile
@@ -156,13 +156,7 @@ class Recorder:
             "seconds": self.seconds(),
             "restarts": sum(restarts.summary(self._spec.run_dir).values()),
         }
-        file = Path(self._spec.run_dir) / "result.json"
-        draft = file.with_suffix(".draft")
-        with draft.open("w", encoding="utf-8") as stream:
-            json.dump(result, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(file)
+        atomic_write(Path(self._spec.run_dir) / "result.json", json.dumps(result, indent=1).encode())
         log.info(
             "done: %d steps, %s tokens, loss %.4f → %.4f, %s tokens/s, %d restarts, checkpoint %s",
             result["steps"],

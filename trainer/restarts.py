@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import socket
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint import latest_step
+from trainer.data.manifest import atomic_write
 from trainer.exitcodes import STOPS, ExitCode, TrainingError, retryable
 
 
@@ -106,6 +106,4 @@ def _locked(file: Path) -> Iterator[dict[str, Any]]:
         try:
             yield nodes
         finally:
-            draft = file.with_name(f".{file.name}.{os.getpid()}")
-            draft.write_text(json.dumps({"nodes": nodes}, indent=1), encoding="utf-8")
-            draft.replace(file)
+            atomic_write(file, json.dumps({"nodes": nodes}, indent=1).encode())

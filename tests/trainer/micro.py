@@ -22,9 +22,9 @@ VOCAB = 320
 WORDS = ["river", "stone", "다리", "moon", "강물", "light", "seven", "def", "return", "x", "바람", "12"]
 
 
-def make_data(directory: Path) -> None:
+def make_data(directory: Path, seed: int = 7) -> None:
     """`directory/{tokenizer,shards}`: two sources of random sentences."""
-    rng = random.Random(7)
+    rng = random.Random(seed)
     texts = {
         source: [" ".join(rng.choices(WORDS, k=rng.randrange(5, 60))) for _ in range(150)] for source in ("ko", "en")
     }

@@ -1,0 +1,140 @@
+"""The loop in this process, one rank: what it computes, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import micro
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - imported here so that no test's time contains it
+
+from trainer import checkpoint, limits
+from trainer.data.loader import TokenLoader
+from trainer.exitcodes import ExitCode, TrainingError
+from trainer.loop import train
+from trainer.model.engram import token_classes
+from trainer.model.hybrid import build_model
+from trainer.spec import TrainSpec
+from trainer.specbase import SpecError
+
+
+@pytest.fixture(autouse=True)
+def leave_no_traces() -> Iterator[None]:
+    """Training changes signal handlers, threads and determinism of its process; it owns the process elsewhere."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_first_loss_and_gradient_norm_are_those_of_the_whole_step(micro_data: Path, tmp_path: Path):
+    """Oracle: one backward of the mean loss over all rows at once, without micro-batches, loop or DDP."""
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=1)
+    assert train(spec) == 0
+    classes = token_classes(micro_data / "tokenizer" / "tokenizer.json")
+    model = build_model(spec.model, spec.backends, seed=spec.seed, token_classes=classes)
+    whole = spec.batch.updated({"micro_batch_rows": 8})
+    with TokenLoader(spec.tokens, whole, rank=0, world_size=1) as loader:
+        batch = next(loader)
+    (rows,) = batch.micro_batches
+    output = model(rows.ids_BT, rows.seq_idx_BT, rows.labels_BT)
+    labels = int((rows.labels_BT != -100).sum())
+    (output.ce_sum / labels + output.aux_sum / 8).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    (line,) = micro.metrics(spec)
+    assert line["loss"] == pytest.approx(output.ce_sum.item() / labels, rel=1e-6)
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert line["expert_load_max_ratio"] >= 1
+    assert line["tokens"] == sum(line["by_source"].values()) == 256
+
+
+def test_outputs_of_a_finished_run(micro_data: Path, tmp_path: Path):
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=10, checkpoint={"keep_last": 1})
+    assert train(spec) == 0
+    run_dir = Path(spec.run_dir)
+    lines = micro.metrics(spec)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["loss_last"] == lines[-1]["loss"] < lines[0]["loss"] == result["loss_first"]
+    assert [path.name for path in checkpoint.published(run_dir)] == ["step-00000010"], "keep_last is 1"
+    assert result["checkpoint_digest"] == checkpoint.verify(result["checkpoint"]).digest
+    assert list((run_dir / "tb").glob("events.*"))
+    assert (run_dir / "train.yaml").exists()
+    model = build_model(spec.model, seed=99, token_classes=token_classes(micro_data / "tokenizer" / "tokenizer.json"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert checkpoint.load_model_weights(result["checkpoint"], model).step == 10
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert "embedding.weight" in changed and any(name.endswith("bias_E") for name in changed)
+
+
+def test_finished_run_has_nothing_left_to_do(micro_data: Path, tmp_path: Path):
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=2)
+    assert train(spec) == 0
+    first = (Path(spec.run_dir) / "logs" / "metrics.jsonl").read_bytes()
+    assert train(spec) == 0
+    assert (Path(spec.run_dir) / "logs" / "metrics.jsonl").read_bytes() == first
+
+
+def test_gradients_that_stay_infinite_end_the_run_with_70(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from trainer.model import hybrid
+
+    plain = hybrid.cross_entropy_sum
+    monkeypatch.setattr(hybrid, "cross_entropy_sum", lambda *tensors: plain(*tensors) * float("inf"))
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=30, checkpoint={"every_steps": 30})
+    with pytest.raises(TrainingError) as error:
+        train(spec)
+    assert error.value.code == ExitCode.DIVERGED
+    assert "10 steps in a row" in str(error.value) and "\n" not in str(error.value)
+    lines = micro.metrics(spec)
+    assert len(lines) == 9 and all(line["skipped"] and line["loss"] is None for line in lines)
+
+
+def test_lapsed_lease_and_passed_deadline_save_and_stop_with_75(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spec = micro.micro_spec(micro_data, tmp_path / "run")
+    lease = Path(spec.run_dir) / limits.LEASE
+    lease.parent.mkdir(parents=True)
+    lease.write_text(json.dumps({"expires": 1000.0}))
+    assert train(spec) == ExitCode.LIMIT
+    assert checkpoint.latest_step(spec.run_dir) == 1, "the step it stopped at is saved"
+    lease.write_text(json.dumps({"expires": 4e9}))
+    monkeypatch.setenv(limits.DEADLINE_VARIABLE, "1000")
+    assert train(spec) == ExitCode.LIMIT
+    assert checkpoint.latest_step(spec.run_dir) == 2
+    monkeypatch.delenv(limits.DEADLINE_VARIABLE)
+    assert train(spec) == 0
+
+
+def test_other_data_or_another_model_is_refused(micro_data: Path, tmp_path: Path):
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=1)
+    assert train(spec) == 0
+    wider: TrainSpec = spec.updated({"model": {"mlp": {"width": 64}}, "steps": 2})
+    with pytest.raises(TrainingError, match=r"model\.mlp is .*64.*use the same model") as error:
+        train(wider)
+    assert error.value.code == ExitCode.SPEC
+    dist.destroy_process_group()
+    micro.make_data(tmp_path / "other", seed=8)
+    other = micro.micro_spec(tmp_path / "other", tmp_path / "run", steps=2)
+    with pytest.raises(TrainingError, match="use the same data") as error:
+        train(other)
+    assert error.value.code == ExitCode.DATA
+
+
+def test_spec_that_this_machine_cannot_run_is_a_spec_error(micro_data: Path, tmp_path: Path):
+    spec = micro.micro_spec(micro_data, tmp_path / "run", precision={"dtype": "fp8"})
+    with pytest.raises(SpecError, match="write auto or bf16"):
+        train(spec)

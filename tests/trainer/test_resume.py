@@ -1,0 +1,114 @@
+"""A run that was killed, stopped and started again repeats an undisturbed one bit for bit; all by real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import micro
+import pytest
+import torch
+
+from trainer import checkpoint
+from trainer.checkpointer import _Reader
+from trainer.exitcodes import ExitCode
+from trainer.spec import TrainSpec
+
+EVERYTHING = {"checkpoint": {"keep_last": 9}, "steps": 14}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(micro_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
+    """Two ranks, 14 steps, all checkpoints kept."""
+    spec = micro.micro_spec(micro_data, tmp_path_factory.mktemp("runs") / "undisturbed", **EVERYTHING)
+    code, output = micro.finish(micro.start(spec, ranks=2))
+    assert code == 0, output
+    return spec
+
+
+def losses(spec: TrainSpec) -> list[tuple[int, str]]:
+    return [(line["step"], repr(line["loss"])) for line in micro.metrics(spec)]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by torch's own reader."""
+    index = _Reader(path).read_metadata().state_dict_metadata
+    loaded = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in index.items()}
+    torch.distributed.checkpoint.load(loaded, checkpoint_id=path, no_dist=True)
+    return loaded
+
+
+def wait_for_step(spec: TrainSpec, step: int, process: subprocess.Popen) -> None:
+    file = Path(spec.run_dir) / "logs" / "metrics.jsonl"
+    for _ in range(3000):
+        if file.exists() and any(line["step"] >= step for line in micro.metrics(spec)):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """Pids of the ranks that an entrypoint has started."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    return [int(pid) for pid in listed if b"trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_killed_and_stopped_run_equals_undisturbed_one(undisturbed: TrainSpec, micro_data: Path, tmp_path: Path):
+    spec = micro.micro_spec(micro_data, tmp_path / "disturbed", **EVERYTHING)
+    rng = random.Random()
+
+    killed = micro.start(spec, ranks=2)
+    step = rng.randrange(5, 8)  # between two checkpoints, so that steps are lost and trained again
+    wait_for_step(spec, step, killed)
+    for pid in [*ranks_of(killed), killed.pid]:
+        os.kill(pid, signal.SIGKILL)
+    killed.communicate()
+
+    stopped = micro.start(spec, ranks=2)
+    wait_for_step(spec, 9, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    code, output = micro.finish(stopped)
+    assert code == ExitCode.TERMINATED, output
+    assert "resuming from the checkpoint of step 4" in output, f"killed after step {step}: {output}"
+    saved = checkpoint.latest_step(spec.run_dir)
+    assert saved >= 9 and micro.metrics(spec)[-1]["step"] == saved, "SIGTERM saves the step it stopped at"
+
+    code, output = micro.finish(micro.start(spec, ranks=2))
+    assert code == 0, output
+    assert f"resuming from the checkpoint of step {saved}" in output
+    assert losses(spec) == losses(undisturbed)
+
+    ours, theirs = (checkpoint.latest(each.run_dir) for each in (spec, undisturbed))
+    assert ours is not None and theirs is not None and ours.name == theirs.name == "step-00000014"
+    expected = tensors(theirs)
+    found = tensors(ours)
+    assert found.keys() == expected.keys() and any(key.startswith("optimizer.muon") for key in found)
+    different = [key for key, value in expected.items() if not torch.equal(found[key], value)]
+    assert not different
+    assert checkpoint.read_manifest(ours).cursor == checkpoint.read_manifest(theirs).cursor
+
+    result = json.loads((Path(spec.run_dir) / "result.json").read_text())
+    assert result["steps"] == 14 and result["restarts"] == 2
+    assert result["checkpoint_digest"] == checkpoint.read_manifest(ours).digest
+
+
+def test_world_size_may_change_on_the_way(undisturbed: TrainSpec, micro_data: Path, tmp_path: Path):
+    spec = micro.micro_spec(micro_data, tmp_path / "run", **EVERYTHING)
+    target = checkpoint.step_dir(spec.run_dir, 4)
+    shutil.copytree(checkpoint.step_dir(undisturbed.run_dir, 4), target)
+    code, output = micro.finish(micro.start(spec, ranks=1, module="trainer"))
+    assert code == 0, output
+    assert "resuming from the checkpoint of step 4, saved by 2 ranks" in output
+    two = {line["step"]: line for line in micro.metrics(undisturbed)}
+    one = micro.metrics(spec)
+    assert [line["step"] for line in one] == list(range(5, 15))
+    for line in one:
+        assert line["loss"] == pytest.approx(two[line["step"]]["loss"], rel=1e-5)
+        assert line["by_source"] == two[line["step"]]["by_source"]
