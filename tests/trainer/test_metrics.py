@@ -1,11 +1,14 @@
 """Metrics as a Prometheus server sees them: scraped over HTTP and parsed."""
 
+import ast
+import pathlib
 import socket
 import urllib.request
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from trainer import metrics as metrics_module
 from trainer.metrics import METRICS, PREFIX, Metrics
 
 
@@ -119,3 +122,13 @@ def test_conventions():
         assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
         assert metric.help.endswith("."), metric.name
         assert not {"run", "run_id", "step", "pod", "host", "rank"} & set(metric.labels), metric.name
+
+
+def test_every_metric_of_the_table_is_recorded_somewhere():
+    """A name in the table that no code passes on would be a panel that stays empty."""
+    table = pathlib.Path(metrics_module.__file__)
+    literals = set()
+    for path in table.parent.rglob("*.py"):
+        if path != table:
+            literals |= {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+    assert {metric.name for metric in METRICS} <= literals

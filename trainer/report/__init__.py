@@ -6,6 +6,7 @@ Written after evaluation and after export; what a run does not have yet is left 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -68,30 +69,38 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
         tiles.append(("Parameters", compact(run.export["parameters"]), f"{run.export['parameters']:,}"))
     if run.result:
         tiles.append(("Speed", compact(run.result["tokens_per_second"]), "tokens/s, mean"))
-        tiles.append(("Time", duration(run.result["seconds"]), f"on {run.result['world_size']} rank(s)"))
+        tiles.append(
+            (
+                "Time",
+                duration(run.result["seconds"]),
+                "1 rank" if run.result["world_size"] == 1 else f"{run.result['world_size']} ranks",
+            )
+        )
         tiles.append(("Restarts", str(run.result["restarts"]), ""))
     return tiles
 
 
-def charts(run: Run) -> list[tuple[str, str, bool]]:
-    """(title, svg, wide) of each chart."""
+def charts(run: Run) -> list[dict[str, str]]:
+    """Title, unit and SVG of each chart; the first also in a wide version."""
     if not run.steps:
         return []
     steps = [line["step"] for line in run.steps]
     clipped = [line["step"] for line in run.steps if line["clipped"]]
 
-    def chart(title: str, key: str, label: str, *, wide: bool = False, **marks: object) -> tuple[str, str, bool]:
+    def chart(title: str, key: str, unit: str, **options: Any) -> dict[str, str]:
         values = [line[key] for line in run.steps]
-        return title, line_chart(steps, values, label=label, name=key, wide=wide, **marks), wide
+        return {"title": title, "unit": unit, "svg": line_chart(steps, values, title=title, name=key, **options)}
 
+    losses = [line["loss"] for line in run.steps]
     made = [
-        chart("Training loss", "loss", "nats per token", wide=True),
-        chart("Learning rate", "learning_rate", "learning rate"),
+        chart("Training loss", "loss", "nats per token"),
+        chart("Learning rate", "learning_rate", "of the matrices", smooth=False),
         chart("Throughput", "tokens_per_second", "tokens per second"),
-        chart("Gradient norm before clipping", "grad_norm", "2-norm", marks=clipped, mark_label="clipped"),
+        chart("Gradient norm", "grad_norm", "before clipping", marks=clipped, mark_label="clipped"),
     ]
+    made[0]["wide"] = line_chart(steps, losses, title="Training loss", name="loss-wide", wide=True)
     if run.spec.model.moe:
-        made.append(chart("Fullest expert, worst layer", "expert_load_max_ratio", "load / mean load"))
+        made.append(chart("Fullest expert", "expert_load_max_ratio", "load / mean load, worst layer"))
     return made
 
 

@@ -22,44 +22,53 @@ def line_chart(
     steps: Sequence[int],
     values: Sequence[float | None],
     *,
-    label: str,
+    title: str,
     name: str,
     wide: bool = False,
+    smooth: bool = True,
     marks: Sequence[int] = (),
     mark_label: str = "",
 ) -> str:
     """Values over steps as an `<svg>` element.
 
-    Long runs are averaged into at most MAX_POINTS points; noisy ones get their moving average on top. Missing values
-    are gaps. `marks` are steps to be marked below the line. `name` makes ids inside the SVG unique in the page.
+    Long runs are averaged into at most MAX_POINTS points. Missing values are gaps.
+
+    Args:
+        title: for screen readers; the page says it too, with the unit, so that the picture needs no second axis label.
+        name: unique in the page; ids inside the SVG are made from it.
+        smooth: draw a moving average over noisy values.
+        marks: steps to be marked below the line, explained by `mark_label`.
     """
     x, y = _averaged(np.array(steps, float), np.array([np.nan if v is None else v for v in values], float))
-    trend = _moving_average(y)
+    trend = _moving_average(y) if smooth else None
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
         figure = Figure(figsize=(9.2, 3.3) if wide else (5.2, 2.7), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot(x, y, color=LINE, linewidth=1, alpha=0.3 if trend is not None else 1)
-        if trend is not None:
-            axes.plot(x, trend, color=LINE, linewidth=2)
+        if trend is None:
+            axes.plot(x, y, color=LINE, linewidth=1.8)
+        else:
+            axes.plot(x, y, color=LINE, linewidth=1, alpha=0.3)
+            axes.plot(x, trend, color=LINE, linewidth=1.8)
         _limit(axes, y)
         if len(marks):
             bottom = np.full(len(marks), 0.03)
-            axes.plot(
-                marks, bottom, "|", color=MARK, markersize=5, transform=axes.get_xaxis_transform(), label=mark_label
-            )
-            axes.legend(frameon=False, loc="upper right", fontsize=9, labelcolor=MUTED)
+            where = axes.get_xaxis_transform()
+            axes.plot(marks, bottom, "|", color=MARK, markersize=5, transform=where, label=mark_label)
+            axes.legend(frameon=False, loc="upper right", fontsize=9, labelcolor=MUTED, handletextpad=0)
         axes.set_xlabel("step", color=MUTED)
-        axes.set_ylabel(label, color=MUTED)
         axes.grid(color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(colors=MUTED, length=0)
         axes.spines[:].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if wide else 5, integer=True))
-        if np.nanmax(np.abs(y), initial=0) >= 1e4 or 0 < np.nanmax(np.abs(y), initial=0) < 1e-2:
-            axes.yaxis.set_major_formatter(EngFormatter(sep="") if np.nanmax(y) >= 1e4 else "{x:.1e}")
+        largest = np.nanmax(np.abs(y), initial=0)
+        if largest >= 1e4:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        elif largest < 0.1:
+            axes.yaxis.set_major_formatter("{x:g}")
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-    return _inline(buffer.getvalue(), f"{label} over steps")
+    return _inline(buffer.getvalue(), f"{title} over steps")
 
 
 def _averaged(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -76,12 +85,9 @@ def _averaged(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[n
 
 
 def _moving_average(y: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """Centred mean over 3% of the points; None for too few points or a line that is smooth already."""
-    half = len(y) // 66
+    """Centred mean over 1.5% of the points; None for too few of them."""
+    half = len(y) // 132
     if half < 1 or not np.isfinite(y).any():
-        return None
-    roughness = np.nanmean(np.abs(np.diff(y))) if len(y) > 1 else 0
-    if roughness <= 0.002 * max(np.nanmax(y) - np.nanmin(y), 1e-30) or roughness == 0:
         return None
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(y, half, constant_values=np.nan), 2 * half + 1)
     present = np.isfinite(windows)
@@ -101,8 +107,9 @@ def _limit(axes: matplotlib.axes.Axes, y: NDArray[np.float64]) -> None:
 
 
 def _inline(svg: str, description: str) -> str:
-    """The bare element: no XML prologue, no fixed size, a description for screen readers."""
+    """The bare element: no XML prologue, no fixed size, only ids that are used, a description for screen readers."""
     svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -1,0 +1,107 @@
+"""An exported directory gives back the checkpoint's logits, refuses damage, and says what it is made of."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from made_run import make_run, save_checkpoint
+
+from trainer import evaluate, export
+from trainer.exitcodes import TrainingError
+from trainer.specbase import parse
+
+
+@pytest.fixture
+def exported(tmp_path):
+    spec, model = make_run(tmp_path, evaluate={"max_tokens": 50})
+    manifest = export.run(spec)
+    return spec, model, manifest, Path(spec.run_dir) / "export"
+
+
+def test_logits_equal_the_checkpoints(exported):
+    _, model, manifest, directory = exported
+    loaded, tokenizer = export.load(directory)
+    ids = torch.randint(0, 320, (2, 32), generator=torch.Generator().manual_seed(1))
+    seq_idx = torch.zeros_like(ids, dtype=torch.int32)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, seq_idx).logits_BTV, model(ids, seq_idx).logits_BTV)
+    assert manifest["parameters"] == sum(p.numel() for p in model.parameters())
+    assert tokenizer.decode(tokenizer.encode("다리 river")) == "다리 river"
+
+
+def test_manifest_has_the_digest_of_every_file(exported):
+    _, _, manifest, directory = exported
+    assert json.loads((directory / "manifest.json").read_text()) == manifest
+    present = {path.name for path in directory.iterdir()} - {"manifest.json"}
+    assert present == {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    for name in present:
+        data = (directory / name).read_bytes()
+        assert manifest["sha256"][name] == hashlib.sha256(data).hexdigest()
+        assert manifest["files"][name]["bytes"] == len(data)
+
+
+def test_config_is_the_model_spec(exported):
+    spec, _, _, directory = exported
+    assert parse(type(spec.model), json.loads((directory / "config.json").read_text())) == spec.model
+
+
+def test_transformers_reads_the_tokenizer(exported):
+    transformers = pytest.importorskip("transformers")
+    _, _, _, directory = exported
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(directory))
+    _, ours = export.load(directory)
+    text = "다리 river <x> 12"
+    assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "README.md"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_named(exported, name, damage):
+    path = exported[3] / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data if damage == "flip" else data[:-1])
+    with pytest.raises(TrainingError, match=name) as caught:
+        export.load(exported[3])
+    assert caught.value.code == 66 and "\n" not in str(caught.value)
+
+
+def test_export_again_replaces_and_leaves_nothing_behind(exported):
+    spec, model, first, directory = exported
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    save_checkpoint(spec, model, 16)
+    second = export.run(spec)
+    assert second["step"] == 16 and second["sha256"] != first["sha256"]
+    assert torch.equal(export.load(directory)[0].head.weight, model.head.weight)
+    assert not list(Path(spec.run_dir).glob(".export*"))
+
+
+def test_failed_export_leaves_the_old_one(exported, monkeypatch):
+    spec, model, _, directory = exported
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        export.run(spec)
+    assert torch.equal(export.load(directory)[0].head.weight, model.head.weight)
+
+
+def test_model_card_has_licences_shares_and_this_checkpoints_numbers(exported):
+    spec, model, _, directory = exported
+    assert "This checkpoint was not evaluated." in (directory / "README.md").read_text()
+    result = evaluate.run(spec)
+    export.run(spec)
+    card = (directory / "README.md").read_text()
+    assert "| ko | en | 50.0% | CC0-1.0 | random words | 1 |" in card
+    assert f"{result['all']['bits_per_byte']:.4f}" in card
+    save_checkpoint(spec, model, 16)  # a newer checkpoint, which eval.json does not speak of
+    export.run(spec)
+    assert "This checkpoint was not evaluated." in (directory / "README.md").read_text()
