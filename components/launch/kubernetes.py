@@ -6,7 +6,6 @@ stopped, or gives up, takes its job along: nothing keeps GPUs without somebody w
 
 from __future__ import annotations
 
-import functools
 import signal
 import sys
 import threading
@@ -27,6 +26,10 @@ from manifests.spec import ClusterSpec, JobSpec
 from trainer.exitcodes import ExitCode
 
 
+def show(line: str) -> None:
+    print(line, flush=True)
+
+
 def run(job: JobSpec, task: Task = "train") -> None:
     """Run `task` of `job` on the cluster; returns when it has succeeded.
 
@@ -41,7 +44,7 @@ def run(job: JobSpec, task: Task = "train") -> None:
 
 
 def launch(
-    cluster: Cluster, job: Object, spec: Object, limits: ClusterSpec, write: Callable[[str], None] = print
+    cluster: Cluster, job: Object, spec: Object, limits: ClusterSpec, write: Callable[[str], None] = show
 ) -> None:
     """Create or adopt the PyTorchJob `job`, whose workers mount the ConfigMap `spec`, and follow it to its end.
 
@@ -52,7 +55,6 @@ def launch(
         LaunchError: as `run`. Nothing is left running then.
     """
     name = job["metadata"]["name"]
-    write = functools.partial(write, flush=True) if write is print else write
     _require_claims(cluster, job)
     current = _make_room(cluster, job, limits, write)
     settled = False

@@ -83,21 +83,20 @@ class Obstacle:
 
 
 def obstacle(pod: Object) -> Obstacle | None:
-    name = pod["metadata"]["name"]
     waiting = container_state(pod).get("waiting", {})
     reason, message = waiting.get("reason", ""), one_line(waiting.get("message", ""))
     if reason in IMAGE_WAITING:
         text = (
-            f"{name}: image '{container_image(pod)}' cannot be pulled ({reason}: {message}); "
+            f"image '{container_image(pod)}' cannot be pulled ({reason}: {message}); "
             "check cluster.image, and that the nodes can reach its registry"
         )
         absent = any(word in message.lower() for word in ABSENT_IMAGE_WORDS)
         return Obstacle(text, reason in HOPELESS_WAITING or absent, pulling=True)
     if reason in HOPELESS_WAITING:
-        return Obstacle(f"{name}: container cannot be made ({reason}: {message})", True)
+        return Obstacle(f"container cannot be made ({reason}: {message})", True)
     for condition in pod.get("status", {}).get("conditions", []):
         if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
-            return Obstacle(f"{name} cannot be scheduled: {one_line(condition.get('message', ''))}", False)
+            return Obstacle(f"cannot be scheduled: {one_line(condition.get('message', ''))}", False)
     return None
 
 
@@ -127,6 +126,11 @@ class Exit:
         return f"{where} exited {self.code} ({self.meaning}){_detail(self.message)}"
 
     @property
+    def final(self) -> bool:
+        """Whether the operator ends the job for it instead of recreating the pod."""
+        return self.code is not None and self.code != 0 and not retryable(self.code)
+
+    @property
     def meaning(self) -> str:
         if self.reason == "OOMKilled":
             return "out of memory; raise cluster.memory_gib_per_node or lower train.batch.micro_batch_rows"
@@ -153,17 +157,25 @@ def exit_of(pod: Object) -> Exit | None:
 def culprit(exits: Iterable[Exit]) -> Exit | None:
     """The exit that ended the job: the first that is final; the others' are mostly its consequences."""
     failed = [found for found in exits if found.code != 0]
-    final = [found for found in failed if found.code is not None and not retryable(found.code)]
+    final = [found for found in failed if found.final]
     return min(final or failed, key=lambda found: found.finished, default=None)
 
 
-def is_about(event: Object, job_name: str) -> bool:
-    """Whether an event concerns the job or one of its pods."""
-    about = event.get("involvedObject", {})
-    name = about.get("name", "")
-    return (about.get("kind") == "PyTorchJob" and name == job_name) or (
-        about.get("kind") == "Pod" and name.startswith(f"{job_name}-worker-")
-    )
+def is_about(event: Object, job: Object) -> bool:
+    """Whether an event concerns the job or one of its pods, and not a former job of the same name."""
+    metadata, about = job["metadata"], event.get("involvedObject", {})
+    if about.get("kind") == "PyTorchJob":
+        return about.get("uid") == metadata["uid"]
+    # Both are UTC to the second and sort as text; events of the newer API have a time in eventTime only.
+    time = event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
+    is_its_pod = about.get("kind") == "Pod" and about.get("name", "").startswith(f"{metadata['name']}-worker-")
+    return is_its_pod and time[:19] >= metadata["creationTimestamp"][:19]
+
+
+def is_news(event: Object) -> bool:
+    """Whether an event says what the pods' own state does not say already."""
+    echoes = event.get("involvedObject", {}).get("kind") == "PyTorchJob" and "Error pod" in event.get("message", "")
+    return not echoes and event.get("reason") not in ("FailedScheduling", "Failed", "BackOff", "InspectFailed")
 
 
 def age_seconds(job: Object) -> float:

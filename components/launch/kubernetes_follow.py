@@ -19,9 +19,10 @@ from manifests.names import OPERATOR_JOB_LABEL, pod_name
 from manifests.spec import ClusterSpec
 
 # A registry that is down may come back; GPUs reserved for pods that pull in vain are not worth a longer wait.
-PULL_PATIENCE_SECONDS = 90
+PULL_PATIENCE_SECONDS = 60
 LOG_TAIL_LINES = 20
-LOG_DRAIN_SECONDS = 15
+# What is left of the log after success; after anything else worker 0 may go on writing until it is stopped.
+LOG_DRAIN_SECONDS, LOG_DRAIN_AFTER_FAILURE_SECONDS = 15, 3
 
 
 class JobFailed(LaunchError):
@@ -46,10 +47,12 @@ class Follower:
 
     def __init__(self, cluster: Cluster, job: Object, limits: ClusterSpec, write: Callable[[str], None]) -> None:
         self.cluster, self.limits, self.write = cluster, limits, write
+        self.job = job
         self.name: str = job["metadata"]["name"]
         self.uid: str = job["metadata"]["uid"]
         self.workers: int = job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"]
         self.pods: dict[str, Object] = {}  # by name
+        self.uids: dict[str, str] = {}  # of each worker's latest pod, by name
         self.ended: dict[str, explain.Exit] = {}  # by UID; a restarted worker's pod is soon gone
         self.obstacles: dict[str, explain.Obstacle] = {}  # by pod, or "" for the job
         self.pulling_since: dict[str, float] = {}
@@ -87,13 +90,15 @@ class Follower:
         """
         for thread in (self.log, *self.watchers):
             thread.start()
+        drain_seconds = LOG_DRAIN_AFTER_FAILURE_SECONDS
         try:
             while not self._step():
                 pass
+            drain_seconds = LOG_DRAIN_SECONDS
         finally:
             for watcher in self.watchers:
                 watcher.stop()
-            self.log.finish(LOG_DRAIN_SECONDS)
+            self.log.finish(drain_seconds)
 
     def _step(self) -> bool:
         """Take in one change; True when the job has succeeded."""
@@ -120,6 +125,7 @@ class Follower:
         if gone:
             raise LaunchError(f"job {self.name} was deleted in namespace '{self.cluster.namespace}' by somebody else")
         for job in mine:
+            self.job = job
             if explain.has_condition(job, "Succeeded"):
                 self.write(f"launcher: job {self.name} succeeded ({self.restarts} restarts)")
                 return True
@@ -136,16 +142,22 @@ class Follower:
         if phase != self.clock.phase:
             self.clock = _Clock(phase, time.monotonic())
             self.write(f"launcher: job {self.name} is {phase}")
+            if phase != "queued":
+                self.obstacles.pop("", None)  # all workers could be created
             if phase == "running" and self.running_since is None:
                 self.running_since = time.monotonic()
 
     def _see_pod(self, pod: Object, *, gone: bool) -> None:
         name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
+        if self.uids.setdefault(name, uid) != uid and not gone:
+            if self.uids[name] not in self.ended:
+                self.write(f"launcher: {name} was removed from outside")
+            self.uids[name] = uid
+            self.restarts += 1
         end = explain.exit_of(pod)
         if end is not None and uid not in self.ended:
             self.ended[uid] = end
             if end.code != 0:
-                self.restarts += 1
                 self.write(f"launcher: {end.describe()}")
         if name == pod_name(self.name, 0) and explain.has_started(pod):
             self.log.add(pod)
@@ -168,34 +180,38 @@ class Follower:
             self.pulling_since.pop(name, None)
 
     def _see_event(self, event: Object) -> None:
-        if not explain.is_about(event, self.name):
-            return
-        # Events outlive the job they are about, and a job of this name may have been here before.
-        about = event["involvedObject"]
-        if about["kind"] == "PyTorchJob" and about.get("uid") != self.uid:
+        if not explain.is_about(event, self.job):
             return
         if found := explain.creation_obstacle(event):
             self._note("", found)
-            return
-        self._tell(f"{about['name']}: {event.get('reason')}: {explain.one_line(event.get('message', ''))}")
+        elif explain.is_news(event):
+            text = f"{event.get('reason')}: {explain.one_line(event.get('message', ''))}"
+            self._tell(event["involvedObject"]["name"], text)
 
-    def _note(self, where: str, found: explain.Obstacle) -> None:
-        self.obstacles[where] = found
+    def _note(self, pod: str, found: explain.Obstacle) -> None:
+        self.obstacles[pod] = found
         if found.hopeless:
-            raise LaunchError(f"job {self.name} cannot start: {found.text}")
-        self._tell(found.text)
+            raise LaunchError(f"job {self.name} cannot start: {self._named(pod, found.text)}")
+        self._tell(pod, found.text)
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, pod: str, text: str) -> None:
+        """Say it once, for the first pod that it is true of."""
         if text not in self.told:
             self.told.add(text)
-            self.write(f"launcher: {text}")
+            self.write(f"launcher: {self._named(pod, text)}")
+
+    @staticmethod
+    def _named(pod: str, text: str) -> str:
+        return f"{pod}: {text}" if pod else text
 
     def _fail(self, job: Object) -> None:
         for pod in self.cluster.pods(self.name):
             self._see_pod(pod, gone=False)
         cause = explain.culprit(self.ended.values())
-        if cause is None:
-            raise JobFailed(f"job {self.name} failed: {explain.condition_message(job, 'Failed')}")
+        if cause is None or not cause.final:
+            # Not for a worker's exit then: the operator's own deadline, or an eviction under another restart policy.
+            before = f"; before that {cause.describe()}" if cause else ""
+            raise JobFailed(f"job {self.name} failed: {explain.condition_message(job, 'Failed')}{before}")
         tail = self.cluster.log_tail(cause.pod, LOG_TAIL_LINES)
         if cause.pod != pod_name(self.name, 0):
             for line in tail:
@@ -205,15 +221,17 @@ class Follower:
         raise JobFailed(f"job {self.name} failed: {cause.describe()}{said}")
 
     def _check_clocks(self) -> None:
+        silence = f"the API server {self.cluster.server} does not answer; trying again, the job runs on"
         if any(watcher.unreachable_since is not None for watcher in self.watchers):
-            self._tell(f"the API server {self.cluster.server} does not answer; trying again, the job runs on")
+            # What is known may be out of date, so nothing is given up for it.
+            self._tell("", silence)
             return
-        self.told.discard(f"the API server {self.cluster.server} does not answer; trying again, the job runs on")
+        self.told.discard(silence)
         now = time.monotonic()
-        why = "; ".join(found.text for found in self.obstacles.values()) or "no reason given by the cluster"
+        why = "; ".join(self._named(pod, found.text) for pod, found in self.obstacles.items()) or self._no_reason()
+        spent = now - self.clock.since
         if any(now - since > PULL_PATIENCE_SECONDS for since in self.pulling_since.values()):
             raise LaunchError(f"job {self.name} cannot start: {why}")
-        spent = now - self.clock.since
         if self.clock.phase == "queued" and spent > self.limits.queue_timeout_seconds:
             raise LaunchError(f"job {self.name} waited {spent:.0f} s for nodes (cluster.queue_timeout_seconds): {why}")
         if self.clock.phase == "starting" and spent > self.limits.start_timeout_seconds:
@@ -225,3 +243,10 @@ class Follower:
                 f"job {self.name} ran longer than cluster.run_timeout_seconds = {self.limits.run_timeout_seconds}; "
                 "start it again to go on from its last checkpoint"
             )
+
+    def _no_reason(self) -> str:
+        if explain.has_condition(self.job, "Suspended"):
+            return "the job is suspended, as jobs are that wait in a queue"
+        if not self.job.get("status", {}).get("conditions"):
+            return "the training operator has not taken it up; check that it runs"
+        return "no reason given by the cluster"

@@ -183,7 +183,7 @@ def test_a_retryable_exit_is_told_and_the_new_pod_followed(namespace: Namespace,
 
 
 def test_an_absent_image_is_named_soon_and_the_job_removed(namespace: Namespace, launcher: Launcher) -> None:
-    job = tiny(namespace)
+    job = tiny(namespace, cluster={"start_timeout_seconds": 600})
     begun = time.monotonic()
     with pytest.raises(LaunchError, match=r"image 'localhost/absent:1' cannot be pulled .* check cluster\.image"):
         launcher(job, "true", image="localhost/absent:1")
@@ -234,7 +234,9 @@ def test_an_unreachable_api_is_told(namespace: Namespace) -> None:
 
 def test_an_unschedulable_job_says_why_and_is_removed(namespace: Namespace, launcher: Launcher) -> None:
     job = tiny(namespace, cluster={"cpus_per_node": 5000, "queue_timeout_seconds": 5})
-    with pytest.raises(LaunchError, match=r"waited \d+ s for nodes .*worker-0 cannot be scheduled: .*Insufficient cpu"):
+    with pytest.raises(
+        LaunchError, match=r"waited \d+ s for nodes .*worker-0: cannot be scheduled: .*Insufficient cpu"
+    ):
         launcher(job, "true")
     assert not jobs_of(namespace, job)
 
