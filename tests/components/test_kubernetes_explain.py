@@ -1,0 +1,128 @@
+"""From pods and events, as the API server returns them, to what the launcher tells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from components.launch import kubernetes_explain as explain
+
+Object = dict[str, Any]
+
+
+def pod(name: str = "run-worker-0", node: str | None = "gpu-1", state: Object | None = None, **status: Any) -> Object:
+    statuses = [{"name": "sidecar", "state": {}}, {"name": "pytorch", "state": state}] if state else []
+    spec: Object = {"containers": [{"name": "pytorch", "image": "registry/trainer:1"}]}
+    if node:
+        spec["nodeName"] = node
+    return {"metadata": {"name": name}, "spec": spec, "status": {"containerStatuses": statuses, **status}}
+
+
+def ended(code: int, at: str = "2026-01-01T00:00:00Z", **fields: str) -> Object:
+    return {"terminated": {"exitCode": code, "finishedAt": at, **fields}}
+
+
+def ends(*pods: Object) -> list[explain.Exit]:
+    return [found for found in map(explain.exit_of, pods) if found is not None]
+
+
+RUNNING: Object = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+
+
+def test_phase_needs_every_worker() -> None:
+    waiting: Object = {"waiting": {"reason": "ContainerCreating"}}
+    assert explain.phase_of([pod(state=RUNNING)], 2) == "queued", "a pod that is not created yet has no node either"
+    assert explain.phase_of([pod(state=RUNNING), pod(node=None)], 2) == "queued"
+    assert explain.phase_of([pod(state=RUNNING), pod(state=waiting)], 2) == "starting"
+    assert explain.phase_of([pod(state=RUNNING), pod(state=ended(0))], 2) == "running"
+
+
+def test_the_final_exit_is_blamed_and_not_the_ones_it_caused() -> None:
+    exits = ends(
+        pod("run-worker-0", state=ended(160, "2026-01-01T00:00:01Z")),
+        pod("run-worker-1", state=ended(70, "2026-01-01T00:00:03Z", message="loss is NaN at step 7\n")),
+        pod("run-worker-2", state=ended(2, "2026-01-01T00:00:09Z")),
+        pod("run-worker-3", state=ended(0, "2026-01-01T00:00:00Z")),
+    )
+    cause = explain.culprit(exits)
+    assert cause is not None and cause.final
+    assert cause.describe() == "run-worker-1 on node gpu-1 exited 70 (training diverged): loss is NaN at step 7"
+
+
+def test_without_a_final_exit_the_first_failure_is_blamed() -> None:
+    cause = explain.culprit(ends(pod("b", state=ended(143, "2026-01-02T00:00:00Z")), pod("a", state=ended(137))))
+    assert cause is not None and cause.pod == "a" and not cause.final
+    assert explain.culprit(ends(pod(state=ended(0)))) is None
+
+
+def test_an_eviction_has_no_exit_code() -> None:
+    evicted = pod(phase="Failed", reason="Evicted", message="The node was low on resource: memory.")
+    (found,) = ends(evicted)
+    assert found.describe() == "run-worker-0 on node gpu-1: Evicted: The node was low on resource: memory."
+    assert not ends(pod(phase="Running", state=RUNNING))
+
+
+def test_memory_is_named_with_the_remedy() -> None:
+    (found,) = ends(pod(state=ended(137, reason="OOMKilled")))
+    assert "out of memory; raise cluster.memory_gib_per_node" in found.describe()
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "hopeless"),
+    [
+        ("ErrImagePull", "manifest for registry/trainer:1 not found: manifest unknown", True),
+        ("ImagePullBackOff", "pull access denied, repository does not exist", True),
+        ("InvalidImageName", "couldn't parse image name", True),
+        ("ImagePullBackOff", "dial tcp 10.0.0.1:443: connect: connection refused", False),
+    ],
+)
+def test_an_image_is_waited_for_only_if_it_may_come(reason: str, message: str, hopeless: bool) -> None:
+    found = explain.obstacle(pod(state={"waiting": {"reason": reason, "message": message}}))
+    assert found is not None and found.pulling and found.hopeless is hopeless
+    assert "registry/trainer:1" in found.text and message in found.text
+
+
+def test_waiting_for_a_node_is_an_obstacle_but_creating_a_container_is_none() -> None:
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes: no GPU"}
+    found = explain.obstacle(pod(node=None, conditions=[condition]))
+    assert found == explain.Obstacle("cannot be scheduled: 0/3 nodes: no GPU", hopeless=False)
+    assert explain.obstacle(pod(state={"waiting": {"reason": "ContainerCreating"}})) is None
+
+
+@pytest.mark.parametrize(
+    ("message", "hopeless"),
+    [('pods "x" is forbidden: violates PodSecurity "restricted:latest"', True), ("exceeded quota: team", False)],
+)
+def test_a_quota_may_be_freed_but_a_rule_stays(message: str, hopeless: bool) -> None:
+    found = explain.creation_obstacle({"reason": "FailedCreatePod", "message": f"Error creating: {message}"})
+    assert found is not None and found.hopeless is hopeless and message in found.text
+    assert explain.creation_obstacle({"reason": "SuccessfulCreatePod", "message": "Created pod: x"}) is None
+
+
+JOB: Object = {"metadata": {"name": "run", "uid": "1", "creationTimestamp": "2026-01-01T12:00:00Z"}}
+
+
+@pytest.mark.parametrize(
+    ("about", "time", "expected"),
+    [
+        ({"kind": "Pod", "name": "run-worker-3"}, "2026-01-01T12:00:00Z", True),
+        ({"kind": "Pod", "name": "run-worker-3"}, "2026-01-01T11:59:59Z", False),  # a former job of the name
+        ({"kind": "Pod", "name": "run-evaluate-worker-0"}, "2026-01-01T12:00:05Z", False),
+        ({"kind": "PyTorchJob", "name": "run", "uid": "1"}, "2026-01-01T12:00:05Z", True),
+        ({"kind": "PyTorchJob", "name": "run", "uid": "0"}, "2026-01-01T12:00:05Z", False),
+        ({"kind": "Node", "name": "run-worker-3"}, "2026-01-01T12:00:05Z", False),
+    ],
+)
+def test_events_of_others_are_not_told(about: Object, time: str, expected: bool) -> None:
+    event = {"metadata": {"creationTimestamp": time}, "involvedObject": about, "lastTimestamp": time}
+    assert explain.is_about(event, JOB) is expected
+    newer_api = {**event, "lastTimestamp": None, "eventTime": f"{time[:-1]}.123456Z"}
+    assert explain.is_about(newer_api, JOB) is expected
+
+
+def test_long_messages_keep_their_end_on_one_line() -> None:
+    text = "\n".join(f"line {number}" for number in range(1000))
+    shown = explain.one_line(text)
+    assert shown.startswith("…") and shown.endswith("line 998 | line 999") and "\n" not in shown
+    assert len(shown) <= explain.LONGEST_MESSAGE_CHARACTERS + 1

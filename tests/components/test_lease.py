@@ -1,0 +1,50 @@
+"""The launcher's lease, as the trainer reads it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from components.launch import LaunchError
+from components.launch.lease import held
+from trainer.limits import lease_expires, passed
+
+
+def test_a_held_lease_is_renewed_and_given_back(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "r"
+    with held(run, lease_seconds=1.0, renewal_seconds=0.1):
+        first = lease_expires(run)
+        time.sleep(1.3)
+        assert passed(run) is None, "renewed before it lapsed"
+        assert lease_expires(run) > first
+    assert lease_expires(run) is None
+    assert passed(run) is None, "a run that nobody launched any more has no limit"
+
+
+def test_a_dead_launchers_lease_ends_the_run_and_is_taken_over(tmp_path: Path) -> None:
+    lease = tmp_path / "lease"
+    lease.write_text(json.dumps({"expires": time.time() + 1.5, "holder": "gone"}))
+    begun = time.monotonic()
+    with held(tmp_path):
+        assert 1.0 < time.monotonic() - begun < 10
+        assert json.loads(lease.read_text())["holder"] != "gone"
+    lease.write_text(json.dumps({"expires": time.time() - 3, "holder": "gone"}))
+    assert "lease lapsed" in str(passed(tmp_path))
+
+
+def test_a_second_launcher_refuses(tmp_path: Path) -> None:
+    with (
+        held(tmp_path, lease_seconds=30, renewal_seconds=0.2),
+        pytest.raises(LaunchError, match=r"another launcher \(.+\) follows the run in"),
+        held(tmp_path),
+    ):
+        pass
+
+
+def test_the_lease_is_given_back_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), held(tmp_path):
+        raise RuntimeError
+    assert not (tmp_path / "lease").exists()
