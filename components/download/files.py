@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeVar
 
 import fsspec
+from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_exponential
 
 from components.download.readers import split_suffix
 from components.download.writer import Input
@@ -18,6 +23,7 @@ from trainer.data.manifest import DataError, checksum
 SAMPLE = "sample://"
 ATTEMPTS = 5
 RETRY_SECONDS = 1.0
+T = TypeVar("T")
 
 
 def list_inputs(source: FilesSource, known: list[Input]) -> list[Input]:
@@ -48,30 +54,43 @@ def is_local(one: Input) -> bool:
     return isinstance(fsspec.core.url_to_fs(one.location)[0], LocalFileSystem)
 
 
-def fetch(one: Input, folder: Path) -> Path:
-    """A local path with the content of a file: the file itself, or a copy in `folder` that the caller removes.
+def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
+    """A copy of a remote file in `folder`; `advance` is told the bytes that come.
 
     Raises:
         DataError: the address cannot be read, also after retries.
+        OSError: the copy cannot be written.
     """
     system, path = fsspec.core.url_to_fs(one.location)
-    if isinstance(system, LocalFileSystem):
-        return Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / hashlib.sha256(one.location.encode()).hexdigest()[:16]
-    wait = wait_exponential(multiplier=RETRY_SECONDS, max=30)
-    again = retry_if_exception_type(Exception) & ~retry_if_exception_type((FileNotFoundError, PermissionError))
+
+    class Report(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            advance(inc)
+
+    def get() -> None:
+        system.get_file(path, str(copy), callback=Report())
+        if one.bytes and copy.stat().st_size != one.bytes:
+            raise OSError(f"{copy.stat().st_size} of {one.bytes} bytes came")
+
     try:
-        for attempt in Retrying(stop=stop_after_attempt(ATTEMPTS), wait=wait, retry=again, reraise=True):
-            with attempt:
-                system.get_file(path, str(copy))
-                if one.bytes and copy.stat().st_size != one.bytes:
-                    raise OSError(f"{copy.stat().st_size} of {one.bytes} bytes came")
+        _retried(get)
     except Exception as error:  # each protocol of fsspec has errors of its own
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         raise DataError(
             f"{one.name}: cannot be fetched ({_reason(error)}); check the address and the network"
         ) from None
     return copy
+
+
+def _retried(call: Callable[[], T]) -> T:
+    wait = wait_exponential(multiplier=RETRY_SECONDS, max=30)
+    final = retry_if_not_exception_type(
+        (FileNotFoundError, PermissionError, NotImplementedError, ValueError, ImportError)
+    )
+    return Retrying(stop=stop_after_attempt(ATTEMPTS), wait=wait, retry=final, reraise=True)(call)
 
 
 def _matches(pattern: str) -> list[Input]:
@@ -83,8 +102,8 @@ def _matches(pattern: str) -> list[Input]:
         return [Input(name=pattern, location=str(path), bytes=path.stat().st_size)]
     try:
         system, path = fsspec.core.url_to_fs(pattern)
-        paths = sorted(system.glob(path)) if any(c in path for c in "*?[") else [path]
-        infos = [(one, system.info(one)) for one in paths]
+        paths = sorted(_retried(lambda: system.glob(path))) if any(c in path for c in "*?[") else [path]
+        infos = [(one, _retried(partial(system.info, one))) for one in paths]
     except FileNotFoundError:
         infos = []
     except Exception as error:  # each protocol of fsspec has errors of its own

@@ -134,7 +134,7 @@ def _split_files(source: HubSource, commit: str) -> list[str]:
             lambda: datasets.load_dataset_builder(source.dataset, source.config, revision=commit, token=_token())
         )
     except HTTP_ERRORS as error:
-        if isinstance(error, datasets.exceptions.DatasetNotFoundError | datasets.data_files.EmptyDatasetError):
+        if isinstance(error, datasets.exceptions.DatasetsError | datasets.data_files.EmptyDatasetError):
             raise DataError(f"{source.dataset}: holds no data files that can be read; use files of it by URL") from None
         raise _unreachable(source.dataset, error) from None
     except (ValueError, RuntimeError) as error:  # config unknown or not given, or a dataset made by a script
@@ -149,12 +149,8 @@ def _split_files(source: HubSource, commit: str) -> list[str]:
 
 def _retried(call: Callable[[], T]) -> T:
     wait = wait_random_exponential(multiplier=RETRY_SECONDS, max=MAX_WAIT_SECONDS)
-    for attempt in Retrying(
-        stop=stop_after_attempt(ATTEMPTS), wait=wait, retry=retry_if_exception(_is_transient), reraise=True
-    ):
-        with attempt:
-            return call()
-    raise AssertionError("tenacity raises after the last attempt")
+    again = retry_if_exception(_is_transient)
+    return Retrying(stop=stop_after_attempt(ATTEMPTS), wait=wait, retry=again, reraise=True)(call)
 
 
 def _is_transient(error: BaseException) -> bool:

@@ -143,12 +143,15 @@ def _make_part(task: Task, journal: Journal, unit: list[Input]) -> Part:
 
 
 def _fetched(task: Task, revision: str, one: Input) -> Path:
+    """Where the file's content is on this machine."""
+    if _is_here(task, one):
+        return Path(one.location)
     origin = task.spec.origin
-    if isinstance(origin, FilesSource):
-        return files.fetch(one, task.scratch)
-    from components.download import hub
+    with ByteProgress(f"fetch {one.name}", one.bytes or None) as progress:
+        if isinstance(origin, FilesSource):
+            return files.fetch(one, task.scratch, progress.advance)
+        from components.download import hub
 
-    with ByteProgress(f"fetch {one.name}", one.bytes) as progress:
         return hub.fetch(origin.dataset, revision, one, task.scratch, progress.advance)
 
 

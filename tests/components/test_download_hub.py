@@ -1,0 +1,222 @@
+"""Sources on the Hub, against a server on this machine that speaks its API and fails on request."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub_server import COMMIT, HubServer
+
+from trainer.data.manifest import read_manifest, verify
+
+CARD = b"""---
+configs:
+- config_name: ko
+  data_files:
+  - {split: train, path: ko/train-*}
+  - {split: test, path: ko/test-*}
+- config_name: en
+  data_files: en/*
+---
+# Texts
+"""
+FIRST, SECOND = "ko/train-00000.parquet", "ko/train-00001.parquet"
+
+# Reads jobs as JSON lines and answers each with its result or its error. The Hub's address is fixed when the library is
+# imported, hence a process of its own; one for all tests, because the import takes seconds.
+WORKER = """
+import contextlib, json, sys
+import huggingface_hub.constants as constants
+from components.download import hub
+from components.download.step import run
+from manifests.spec import JobSpec, parse
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 16
+hub.RETRY_SECONDS = hub.MAX_WAIT_SECONDS = 0.01
+for line in sys.stdin:
+    answer = {}
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            answer["result"] = run(parse(JobSpec, json.loads(line))).model_dump()
+        except ValueError as error:
+            answer["error"] = str(error)
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def texts_of(number: int, count: int) -> list[str]:
+    return [f"문서 {number}-{i} " + "본문 " * 60 for i in range(count)]
+
+
+def parquet(texts: list[str]) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), out, compression="none", use_dictionary=False)
+    return out.getvalue()
+
+
+FILES = {
+    "README.md": CARD,
+    FIRST: parquet(texts_of(0, 1200)),
+    SECOND: parquet(texts_of(1, 300)),
+    "ko/test-00000.parquet": parquet(texts_of(2, 3)),
+    "en/a.jsonl": b'{"text": "One."}\n{"text": "Two."}\n',
+}
+
+
+class Hub:
+    """The server and the worker process; `run` gives (result, error)."""
+
+    def __init__(self, server: HubServer, worker: subprocess.Popen[str], root: Path) -> None:
+        self.server, self.worker, self.root = server, worker, root
+
+    def run(self, job: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+        assert self.worker.stdin and self.worker.stdout
+        self.worker.stdin.write(json.dumps(job) + "\n")
+        self.worker.stdin.flush()
+        answer = json.loads(self.worker.stdout.readline())
+        return answer.get("result"), answer.get("error")
+
+
+@pytest.fixture(scope="module")
+def worker_and_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    home = tmp_path_factory.mktemp("hub")
+    with HubServer(dict(FILES)) as server:
+        environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": "hf_secret"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        yield Hub(server, process, home)
+        process.stdin.close()  # type: ignore[union-attr]
+        process.wait(timeout=30)
+
+
+@pytest.fixture
+def hub(worker_and_server: Hub) -> Hub:
+    worker_and_server.server.faults = {}
+    worker_and_server.server.files = dict(FILES)
+    worker_and_server.server.requests.clear()
+    worker_and_server.server.tokens.clear()
+    return worker_and_server
+
+
+def raw_texts(directory: Path) -> list[str]:
+    parts = sorted((directory / "web").glob("part-*.jsonl"))
+    return [json.loads(line)["text"] for part in parts for line in part.read_bytes().splitlines()]
+
+
+def job(make_job, tmp_path: Path, max_bytes: int | None = None, **origin: str) -> dict[str, Any]:
+    chosen = {"kind": "hub", "dataset": "org/texts", "config": "ko"} | origin
+    return make_job({"web": chosen}, tmp_path, max_bytes).model_dump(mode="json")
+
+
+def test_reads_config_and_split_through_a_reset_and_a_server_error(hub: Hub, make_job, tmp_path: Path) -> None:
+    hub.server.faults = {"api": ["500"], FIRST: ["429", "reset", "503"]}
+    result, error = hub.run(job(make_job, tmp_path))
+    assert error is None and result is not None
+    directory = Path(result["path"])
+    assert raw_texts(directory) == texts_of(0, 1200) + texts_of(1, 300)
+    manifest = read_manifest(directory, "raw")
+    verify(directory, manifest)
+    assert manifest.sources["web"].revision == COMMIT
+    assert result["summary"]["documents"] == 1500
+    continued = [wanted for wanted in hub.server.ranges_of(FIRST) if wanted]
+    assert continued and all(int(wanted.removeprefix("bytes=").rstrip("-")) > 0 for wanted in continued)
+    assert hub.server.ranges_of("test-00000.parquet") == []
+    assert hub.server.tokens <= {None, "Bearer hf_secret"} and "Bearer hf_secret" in hub.server.tokens
+    assert not (directory / "web" / ".fetch").exists()
+
+    hub.server.requests.clear()
+    again, _ = hub.run(job(make_job, tmp_path))
+    assert again == result
+    assert hub.server.requests == []
+
+
+def test_other_bytes_than_the_checksum_says_are_refused(hub: Hub, make_job, tmp_path: Path) -> None:
+    hub.server.faults = {FIRST: ["wrong", "wrong"]}
+    result, error = hub.run(job(make_job, tmp_path))
+    assert result is None and error is not None
+    assert error.startswith(f"source 'web': org/texts/{FIRST}: what came differs from the Hub's checksum")
+    assert "\n" not in error
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["journal.json"]
+
+    hub.server.faults = {FIRST: ["wrong"]}  # once only: fetched again and accepted
+    result, error = hub.run(job(make_job, tmp_path))
+    assert error is None and result is not None and result["summary"]["documents"] == 1500
+
+
+def test_small_files_outside_lfs_are_proved_by_their_git_id(hub: Hub, make_job, tmp_path: Path) -> None:
+    hub.server.faults = {"en/a.jsonl": ["wrong", "wrong"]}
+    assert "checksum" in (hub.run(job(make_job, tmp_path, config="en"))[1] or "")
+    assert hub.run(job(make_job, tmp_path, config="en"))[0] is not None
+
+
+def test_what_a_failed_run_fetched_is_continued(hub: Hub, make_job, tmp_path: Path) -> None:
+    hub.server.faults = {SECOND: ["reset", "403"]}
+    result, error = hub.run(job(make_job, tmp_path))
+    assert result is None and error is not None and SECOND in error and "\n" not in error
+    hub.server.requests.clear()
+    result, error = hub.run(job(make_job, tmp_path))
+    assert error is None and result is not None and result["summary"]["documents"] == 1500
+    assert hub.server.ranges_of(FIRST) == []  # its part was finished
+    (wanted,) = hub.server.ranges_of(SECOND)
+    assert wanted and wanted.startswith("bytes=") and wanted != "bytes=0-"
+
+
+def test_stops_at_the_byte_budget(hub: Hub, make_job, tmp_path: Path) -> None:
+    result, error = hub.run(job(make_job, tmp_path, max_bytes=20_000))
+    assert error is None and result is not None
+    longest = max(len(text.encode()) for text in texts_of(0, 1200))
+    assert 20_000 <= result["summary"]["text_bytes"] < 20_000 + longest
+    assert hub.server.ranges_of(SECOND) == []
+
+
+def test_more_steps_extend_a_source_that_the_tokens_needed_had_cut(hub: Hub, make_job, tmp_path: Path) -> None:
+    few = job(make_job, tmp_path)
+    few["train"]["steps"] = 4
+    result, error = hub.run(few)
+    assert error is None and result is not None
+    needed = 4 * few["train"]["batch"]["tokens_per_step"] * 5
+    assert needed <= result["summary"]["text_bytes"] < 2 * needed
+    result, error = hub.run(job(make_job, tmp_path))
+    assert error is None and result is not None and result["summary"]["documents"] == 1500
+    assert raw_texts(Path(result["path"])) == texts_of(0, 1200) + texts_of(1, 300)
+
+
+@pytest.mark.parametrize(
+    ("origin", "said"),
+    [
+        ({"dataset": "org/none"}, "org/none: no such dataset on the Hub"),
+        ({"revision": "v9"}, "org/texts: has no revision 'v9'"),
+        ({"config": "fr"}, "Available: ['ko', 'en']"),
+        ({"split": "dev"}, "no split 'dev'; splits are train, test"),
+    ],
+)
+def test_what_does_not_exist_is_named(hub: Hub, make_job, tmp_path: Path, origin: dict[str, str], said: str) -> None:
+    result, error = hub.run(job(make_job, tmp_path, **origin))
+    assert result is None and error is not None
+    assert error.startswith("source 'web': ") and said in error and "\n" not in error
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_an_unreachable_hub_is_one_line(make_job, tmp_path: Path) -> None:
+    with HubServer({}) as gone:
+        address = gone.url
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER],
+        input=json.dumps(job(make_job, tmp_path)) + "\n",
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    error = json.loads(done.stdout)["error"]
+    assert error.startswith("source 'web': org/texts: the Hub cannot be read") and "\n" not in error
