@@ -77,9 +77,10 @@ def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
             )
             _check_counts(raw_manifest, manifest)
             write_manifest(directory, manifest)
-            shutil.rmtree(directory / UNITS_DIR)
     else:
         print(f"shards: {why}: {directory}", flush=True)
+    # Also after a run that was killed between its manifest and this line.
+    shutil.rmtree(directory / UNITS_DIR, ignore_errors=True)
     return StageResult(kind="shards", path=str(directory), digest=manifest.digest, summary=_summary(manifest))
 
 
