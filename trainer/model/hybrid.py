@@ -125,7 +125,8 @@ class HybridModel(nn.Module):
         std = self.spec.init_std
         residual_std = std / math.sqrt(self.spec.num_sublayers)
         for name, parameter in self.named_parameters():
-            generator = torch.Generator(parameter.device).manual_seed((seed << 32) + zlib.crc32(name.encode()))
+            # A checksum of both, because torch's CPU generator looks at the low 32 bits of a seed only.
+            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             owner, _, leaf = name.rpartition(".")
             if "norm" in owner.rpartition(".")[2] or leaf == "D":
                 parameter.fill_(1)
