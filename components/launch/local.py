@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from components.launch import LaunchError
 from manifests.spec import JobSpec
-from trainer.exitcodes import MEANING, STOPS, ExitCode, of_process
+from trainer.exitcodes import STOPS, ExitCode, of_process
+from trainer.failures import meaning
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
+# The trainer's last words, which the launcher's own error repeats.
+LAST_WORDS = re.compile(r"(error|exit) \d+ \(")
 
 
 def run(job: JobSpec, task: str) -> None:
@@ -33,12 +39,12 @@ def run_entrypoint(task: str, spec_file: str, ranks: int, sets: Sequence[str] = 
     """As `run`, for a TrainSpec file, a number of processes and changes `a.b=c`."""
     changes = [argument for change in sets for argument in ("--set", change)]
     command = [sys.executable, "-m", "trainer.entrypoint", task, "--spec", spec_file, *changes]
-    reason = ""
     # Its own session: a Ctrl-C in the terminal reaches it once, through us, and not every rank a second time.
     with (
+        tempfile.NamedTemporaryFile("r", prefix="yaongi-reason-") as told,
         subprocess.Popen(
             command,
-            env=environment(ranks),
+            env=environment(ranks) | {"YAONGI_TERMINATION_LOG": told.name},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -49,10 +55,10 @@ def run_entrypoint(task: str, spec_file: str, ranks: int, sets: Sequence[str] = 
     ):
         assert child.stdout is not None
         for line in child.stdout:
-            print(line, end="", flush=True)
-            if "error:" in line:
-                reason = line.partition("error:")[2].strip()
+            if not LAST_WORDS.match(line):
+                print(line, end="", flush=True)
         code = of_process(child.wait())
+        reason = _reason(told.read())
     if code != ExitCode.OK:
         raise LaunchError(_sentence(task, code, reason), code if code in STOPS else ExitCode.UNEXPECTED)
 
@@ -82,8 +88,16 @@ def _forwarding_to(child: subprocess.Popen[str]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _reason(termination_message: str) -> str:
+    """What the entrypoint wrote for the person who looks; "" when it died before it could."""
+    try:
+        return str(json.loads(termination_message)["reason"])
+    except (ValueError, KeyError):
+        return ""
+
+
 def _sentence(task: str, code: int, reason: str) -> str:
-    meaning = MEANING[ExitCode(code)] if code in set(ExitCode) else "unknown exit code"
+    said = f": {reason}" if reason else ""
     if code in STOPS:
-        return f"{task} was stopped: {meaning}; run the same command again to continue"
-    return f"{task} ended with exit code {code} ({meaning}){': ' + reason if reason else ''}"
+        return f"{task} was stopped{said}; run the same command again to continue"
+    return f"{task} ended with exit code {code} ({meaning(code)}){said}"

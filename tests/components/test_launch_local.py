@@ -1,0 +1,100 @@
+"""The local launcher against a stand-in for the trainer's entrypoint, found first: it lies in the current folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from components.launch import LaunchError, local
+
+STAND_IN = """
+import json, os, signal, sys, time
+behaviour = open(sys.argv[3]).read().strip()
+if behaviour == "wait":
+    def save(number, frame):
+        print("saved after signal", number, flush=True)
+        sys.exit(128 + number)
+    signal.signal(signal.SIGTERM, save)
+    signal.signal(signal.SIGINT, save)
+    print("ready", os.getpid(), os.getsid(0), flush=True)
+    while True:
+        time.sleep(0.05)
+print(*sys.argv[1:], os.environ["PET_NNODES"], os.environ["PET_NPROC_PER_NODE"], os.environ["OMP_NUM_THREADS"])
+code, _, reason = behaviour.partition(" ")
+if reason:
+    print(f"error {code} (training diverged): {reason}", file=sys.stderr)
+    with open(os.environ["YAONGI_TERMINATION_LOG"], "w") as file:
+        json.dump({"reason": reason}, file)
+sys.exit(int(code))
+"""
+
+
+@pytest.fixture
+def spec_file(tmp_path, monkeypatch):
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").touch()
+    (tmp_path / "trainer" / "entrypoint.py").write_text(STAND_IN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "train.yaml"
+
+
+def test_the_trainer_is_started_on_the_spec_with_as_many_processes_as_ranks(spec_file, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    spec_file.write_text("0")
+    local.run_entrypoint("train", "train.yaml", 2, ["steps=4"])
+    assert capsys.readouterr().out == "train --spec train.yaml --set steps=4 1 2 3\n"
+
+
+def test_cores_are_shared_out_between_ranks(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert [local.environment(ranks)["OMP_NUM_THREADS"] for ranks in (1, 2, 3, 16)] == ["8", "4", "2", "1"]
+
+
+def test_a_failure_is_one_line_with_the_codes_meaning_and_the_trainers_reason(spec_file, capsys):
+    spec_file.write_text("70 loss is not finite at step 12; lower the learning rate")
+    with pytest.raises(LaunchError) as error:
+        local.run_entrypoint("train", "train.yaml", 1)
+    assert str(error.value) == (
+        "train ended with exit code 70 (training diverged): loss is not finite at step 12; lower the learning rate"
+    )
+    assert error.value.code == 1
+    assert "loss is not finite" not in capsys.readouterr().out, "the reason is said once"
+
+
+def test_the_real_entrypoint_refuses_a_bad_spec(tmp_path):
+    (tmp_path / "train.yaml").write_text("stepz: 3")
+    with pytest.raises(LaunchError, match=r"(?s)exit code 2 \(bad spec\): .*stepz: unknown field; did you mean"):
+        local.run_entrypoint("train", str(tmp_path / "train.yaml"), 1)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_reaches_the_trainer_which_saves_before_the_launcher_ends(spec_file, number, code):
+    spec_file.write_text("wait")
+    launcher = """
+        import sys
+        from components.launch import LaunchError, local
+        try:
+            local.run_entrypoint("train", "train.yaml", 1)
+        except LaunchError as error:
+            print(error, flush=True)
+            sys.exit(error.code)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(launcher)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        _, pid, session = process.stdout.readline().split()
+        assert pid == session, "the trainer has a session of its own"
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"saved after signal {int(number)}" in output
+    assert "train was stopped" in output and "run the same command again" in output
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{pid}"):
+            break
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{pid}")

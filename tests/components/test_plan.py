@@ -1,0 +1,89 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.plan.step import arguments_for, resolve
+from manifests.spec import job_from, load_job
+from trainer.specbase import SpecError
+
+
+def test_untouched_fields_leave_the_preset_as_it_is():
+    nothing = {"steps": 0, "nodes": 0, "gpus_per_node": -1, "datasets_pvc": "", "checkpoints_pvc": ""}
+    assert resolve("tiny", **nothing, trainer_image="") == load_job("tiny")
+
+
+def test_whole_numbers_may_arrive_as_floats():
+    job = resolve("tiny", steps=8.0, nodes=1.0, gpus_per_node=0.0)
+    assert (job.train.steps, job.cluster.nodes, job.cluster.gpus_per_node) == (8, 1, 0)
+    assert isinstance(job.train.steps, int)
+
+
+def test_a_fraction_of_a_step_is_refused():
+    with pytest.raises(SpecError, match=r"^steps: expected a whole number, got 1\.5$"):
+        resolve("tiny", steps=1.5)
+
+
+def test_zero_gpus_differ_from_the_presets_number():
+    assert resolve("h100-4b", gpus_per_node=0).cluster.gpus_per_node == 0
+    assert resolve("h100-4b", gpus_per_node=-1).cluster.gpus_per_node == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ({"train": {"steps": 5}}, "steps"),
+        ({"cluster": {"image": "other:1"}}, "trainer_image"),
+        ({"storage": {"datasets_pvc": "mine"}}, "datasets_pvc"),
+    ],
+)
+def test_overrides_may_not_repeat_a_plain_field(overrides, field):
+    with pytest.raises(SpecError) as error:
+        resolve("tiny", json.dumps(overrides), steps=7)
+    assert f"repeats the field '{field}'" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ['{"train": ', "[1]", '"train"'])
+def test_overrides_that_are_no_json_object_are_refused(text):
+    with pytest.raises(SpecError, match=r"^overrides: "):
+        resolve("tiny", text)
+
+
+def test_an_unknown_field_is_answered_with_the_nearest_name():
+    with pytest.raises(SpecError, match=r"train\.sed: unknown field; did you mean 'seed'\?"):
+        resolve("tiny", '{"train": {"sed": 1}}')
+
+
+def test_a_whole_job_needs_no_preset():
+    whole = load_job("tiny").model_dump(mode="json")
+    assert resolve(**arguments_for("", whole)) == load_job("tiny")
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "name": st.sampled_from(["one", "two"]),
+            "train": st.fixed_dictionaries({}, optional={"steps": st.integers(1, 10**9), "seed": st.integers(0, 9)}),
+            "cluster": st.fixed_dictionaries(
+                {},
+                optional={
+                    "nodes": st.sampled_from([1, 2]),
+                    "gpus_per_node": st.just(0),
+                    "image": st.sampled_from(["a:1", "b:2"]),
+                    "queue": st.sampled_from(["q", None]),
+                },
+            ),
+            "storage": st.fixed_dictionaries(
+                {}, optional={"datasets_pvc": st.just("mine"), "datasets_dir": st.just("/data")}
+            ),
+        },
+    )
+)
+def test_a_job_files_changes_survive_the_way_through_the_pipelines_arguments(changes):
+    arguments = arguments_for("tiny", changes)
+    assert resolve(**arguments) == job_from({"preset": "tiny"}, changes)
+    assert all(isinstance(value, str | int) for value in arguments.values())

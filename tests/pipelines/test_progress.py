@@ -1,0 +1,63 @@
+import io
+
+from rich.console import Console
+
+from pipelines.progress import Watcher
+
+LINES = """\
+13:00:00.000 - INFO - Running pipeline: 'yaongi-pretrain'
+    [KFP Executor 2026-01-01 INFO]: Looking for component `download`
+    {
+        "inputs": {}
+    }
+    ▶ download
+    download ko: 1.0 MB, 2.0 MB/s
+    ✓ download (1.0 s)
+    [KFP Executor 2026-01-01 INFO]: Wrote executor output file
+13:00:01.000 - INFO - Task 'download' finished
+    ▶ train
+    step 1/4  loss 8.3
+"""
+CRASH = """\
+    Traceback (most recent call last):
+      File "loop.py", line 1, in run
+        raise RuntimeError("boom")
+    RuntimeError: boom
+"""
+
+
+def watch(text: str, *, verbose: bool = False) -> tuple[Watcher, str, str]:
+    shown, log = io.StringIO(), io.StringIO()
+    watcher = Watcher(Console(file=shown, width=100), log, verbose=verbose)
+    watcher.follow(text.splitlines(keepends=True))
+    return watcher, shown.getvalue(), log.getvalue()
+
+
+def test_only_the_steps_and_their_lines_are_shown_and_everything_is_logged():
+    _, shown, log = watch(LINES)
+    assert shown.splitlines() == [
+        "▶ download",
+        "  download ko: 1.0 MB, 2.0 MB/s",
+        "✓ download (1.0 s)",
+        "▶ train",
+        "  step 1/4  loss 8.3",
+    ]
+    assert log == LINES
+
+
+def test_a_foreseen_failure_is_the_steps_own_line():
+    watcher, shown, _ = watch(LINES + "    error: train: ended with exit code 70: loss is nan\n    after\n")
+    assert watcher.failure == "train: ended with exit code 70: loss is nan"
+    assert "error" not in shown
+
+
+def test_of_a_crash_the_last_line_remains_and_the_traceback_goes_to_the_log():
+    watcher, shown, log = watch(LINES + CRASH)
+    assert (watcher.failure, watcher.last_line) == ("", "train: RuntimeError: boom")
+    assert "Traceback" not in shown and "boom" not in shown
+    assert CRASH in log
+
+
+def test_verbose_shows_everything():
+    _, shown, _ = watch(LINES + CRASH, verbose=True)
+    assert "KFP Executor" in shown and "Traceback" in shown
