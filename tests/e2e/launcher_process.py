@@ -1,4 +1,4 @@
-"""A launcher in a process of its own, for tests that signal it: reads {namespace, job, spec, limits} from stdin."""
+"""A launcher in a process of its own, for tests that end it: its argument is {namespace, job, spec, limits} as JSON."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from components.launch.kubernetes_api import Cluster
 from manifests.spec import ClusterSpec
 
 if __name__ == "__main__":
-    given = json.load(sys.stdin)
+    given = json.loads(sys.argv[1])
     launch(Cluster.connect(given["namespace"]), given["job"], given["spec"], ClusterSpec(**given["limits"]))

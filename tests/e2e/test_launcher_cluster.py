@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from cuttable import relay
-from kube import Namespace, Object, wait_for
+from kube import PIPELINE_IMAGE, Namespace, Object, pod, wait_for
 from kubernetes import client, config
 
 from components.launch import LaunchError
@@ -103,26 +103,25 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
         process.wait()
 
 
+def process_arguments(job: JobSpec, script: str, namespace: str | None) -> str:
+    """What launcher_process.py takes; without a namespace it looks for its own."""
+    limits = job.cluster.model_dump(mode="json")
+    return json.dumps({"namespace": namespace, "job": scripted(job, script), "spec": config_map(job), "limits": limits})
+
+
 def start_process(
     namespace: Namespace, job: JobSpec, script: str, processes: list[subprocess.Popen[str]]
 ) -> subprocess.Popen[str]:
     """A launcher in its own process, as the cluster's administrator."""
-    given = {
-        "namespace": namespace.name,
-        "job": scripted(job, script),
-        "spec": config_map(job),
-        "limits": job.cluster.model_dump(mode="json"),
-    }
-    command = [sys.executable, str(HERE / "launcher_process.py")]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    arguments = process_arguments(job, script, namespace.name)
+    command = [sys.executable, str(HERE / "launcher_process.py"), arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     processes.append(process)
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(given))
-    process.stdin.close()
     return process
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> None:
+    """Let the launcher run until it has said `text`."""
     assert process.stdout is not None
     for line in process.stdout:
         print(line, end="", flush=True)
@@ -164,7 +163,7 @@ def test_a_failure_names_worker_node_code_and_reason(namespace: Namespace, launc
     assert f"{job.run_name}-worker-1 on node {node} exited 2 (bad spec): steps: must be positive" in message
     assert "about to give up" in message
     assert "\n" not in message
-    running = [pod for pod in pods_of(namespace, job) if pod["status"]["phase"] == "Running"]
+    running = [p for p in pods_of(namespace, job) if p["status"]["phase"] == "Running"]
     wait_for("the other worker to end", lambda: not [p for p in running if p in pods_of(namespace, job)], 30)
 
     launcher.lines.clear()
@@ -286,11 +285,27 @@ def test_a_killed_launcher_is_replaced_by_a_new_one(
     process = start_process(namespace, job, script, processes)
     read_until(process, "begun")
     process.kill()
-    before = {pod["metadata"]["uid"] for pod in pods_of(namespace, job)}
+    before = {p["metadata"]["uid"] for p in pods_of(namespace, job)}
     launcher(job, script)
     assert launcher.has("is there already; following it")
     assert launcher.count("done") == 1
-    assert before == {pod["metadata"]["uid"] for pod in pods_of(namespace, job)} | before
+    after = {p["metadata"]["uid"] for p in pods_of(namespace, job)}
+    assert len(before) == 2 and after <= before, "the workers were not started again"
+
+
+def test_a_launcher_in_a_pod_owns_its_job(namespace: Namespace) -> None:
+    """As on Kubeflow Pipelines: in-cluster configuration, and no signal when the pod is taken away."""
+    job = tiny(namespace)
+    command = ["python", "-c", (HERE / "launcher_process.py").read_text(), process_arguments(job, "sleep 100", None)]
+    namespace.apply(pod("owner", PIPELINE_IMAGE, command, account="yaongi-launcher", mounts={}))
+    wait_for("both workers", lambda: len(pods_of(namespace, job)) == 2, 120)
+    (found,) = jobs_of(namespace, job)
+    (owner,) = found["metadata"]["ownerReferences"]
+    launcher_pod = json.loads(namespace.kubectl("get", "pod", "owner", "-o", "json"))
+    assert (owner["kind"], owner["name"]) == ("Pod", "owner")
+    assert owner["uid"] == launcher_pod["metadata"]["uid"]
+    namespace.kubectl("delete", "pod", "owner", "--grace-period=0", "--force")
+    wait_for("the job to be collected", lambda: not jobs_of(namespace, job) and not pods_of(namespace, job), 60)
 
 
 def test_a_running_job_with_other_settings_is_left_alone(
@@ -314,6 +329,7 @@ def test_a_job_deleted_by_somebody_else_is_told(namespace: Namespace, processes:
     process = start_process(namespace, job, "echo up; sleep 100", processes)
     read_until(process, "up")
     namespace.kubectl("delete", "pytorchjob", job.run_name)
+    read_until(process, f"job {job.run_name} was deleted in namespace '{namespace.name}' by somebody else")
     assert process.wait(timeout=60) == 1
 
 
