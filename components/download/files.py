@@ -45,8 +45,8 @@ def list_inputs(source: FilesSource, known: list[Input]) -> list[Input]:
 
 
 def revision(inputs: list[Input]) -> str:
-    """A digest of the names and contents of local files, or of names and sizes where the content is not known yet."""
-    text = "\n".join(f"{one.name} {one.checksum or one.bytes}" for one in inputs)
+    """A digest of the contents of local files, wherever they lie, and of the addresses and sizes of remote ones."""
+    text = "\n".join(one.checksum or f"{one.name} {one.bytes}" for one in inputs)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -102,7 +102,8 @@ def _matches(pattern: str) -> list[Input]:
         return [Input(name=pattern, location=str(path), bytes=path.stat().st_size)]
     try:
         system, path = fsspec.core.url_to_fs(pattern)
-        paths = sorted(_retried(lambda: system.glob(path))) if any(c in path for c in "*?[") else [path]
+        magic = "*[" if path.startswith("http") else "*?["  # in a web address ? begins the query
+        paths = sorted(_retried(lambda: system.glob(path))) if any(c in path for c in magic) else [path]
         infos = [(one, _retried(partial(system.info, one))) for one in paths]
     except FileNotFoundError:
         infos = []

@@ -11,10 +11,16 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from huggingface_hub import HfApi, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -42,22 +48,15 @@ def resolve(source: HubSource) -> tuple[str, list[Input]]:
     api, name = HfApi(token=_token()), source.dataset
     try:
         commit = _retried(lambda: api.dataset_info(name, revision=source.revision).sha)
-    except GatedRepoError:
-        raise DataError(f"{name}: gated; accept its terms on its page on the Hub and set HF_TOKEN") from None
+        assert commit is not None
+        paths = [path.rpartition(f"@{commit}/")[2] for path in _split_files(source, commit)]
+        infos = _retried(lambda: api.get_paths_info(name, paths, revision=commit, repo_type="dataset"))
+    except HFValidationError:
+        raise DataError(f"{name}: no dataset name; it is written owner/name") from None
     except RevisionNotFoundError:
         raise DataError(f"{name}: has no revision '{source.revision}'; give a branch, tag or commit of it") from None
-    except RepositoryNotFoundError:
-        raise DataError(
-            f"{name}: no such dataset on the Hub, or a private one; check the name, or set HF_TOKEN"
-        ) from None
     except HTTP_ERRORS as error:
-        raise _unreachable(name, error) from None
-    assert commit is not None
-    paths = [path.rpartition(f"@{commit}/")[2] for path in _split_files(source, commit)]
-    try:
-        infos = _retried(lambda: api.get_paths_info(name, paths, revision=commit, repo_type="dataset"))
-    except HTTP_ERRORS as error:
-        raise _unreachable(name, error) from None
+        raise _refused(name, error) from None
     by_path: dict[str, Any] = {info.path: info for info in infos}
     inputs = []
     for path in paths:
@@ -75,6 +74,7 @@ def fetch(dataset: str, commit: str, one: Input, folder: Path, advance: Callable
         DataError: it cannot be fetched, or what comes is not what the Hub's checksum says.
         OSError: it cannot be written.
     """
+    disable_progress_bars()
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / hashlib.sha256(f"{commit}/{one.location}".encode()).hexdigest()[:16]
     url = hf_hub_url(dataset, one.location, repo_type="dataset", revision=commit)
@@ -85,7 +85,7 @@ def fetch(dataset: str, commit: str, one: Input, folder: Path, advance: Callable
         except HTTP_ERRORS as error:
             if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
                 raise
-            raise _unreachable(one.name, error) from None
+            raise _refused(one.name, error) from None
         if target.stat().st_size == one.bytes and _proof(target, one.checksum or "") == one.checksum:
             return target
         target.unlink()
@@ -93,23 +93,26 @@ def fetch(dataset: str, commit: str, one: Input, folder: Path, advance: Callable
 
 
 def _continue(url: str, headers: dict[str, str], target: Path, size: int, advance: Callable[[int], None]) -> None:
-    class Report:
-        """The part of tqdm's interface that http_get uses, reporting to `advance`."""
-
-        def __init__(self, *_: object, **__: object) -> None: ...
-        def __enter__(self) -> Report:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-        def update(self, count: float = 1) -> None:
-            advance(int(count))
-
     with open(target, "ab") as file:
         if file.tell() > size:
             file.truncate(0)
-        http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size, tqdm_class=Report)
+        http_get(url, _Told(file, advance), resume_size=file.tell(), headers=headers, expected_size=size)
         file.flush()
         os.fsync(file.fileno())
+
+
+class _Told:
+    """A file that tells what is written to it: http_get draws bars of its own or is silent."""
+
+    def __init__(self, file: BinaryIO, advance: Callable[[int], None]) -> None:
+        self._file, self._advance = file, advance
+
+    def write(self, data: bytes) -> int:
+        self._advance(len(data))
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _proof(path: Path, like: str) -> str:
@@ -133,12 +136,13 @@ def _split_files(source: HubSource, commit: str) -> list[str]:
         builder = _retried(
             lambda: datasets.load_dataset_builder(source.dataset, source.config, revision=commit, token=_token())
         )
-    except HTTP_ERRORS as error:
-        if isinstance(error, datasets.exceptions.DatasetsError | datasets.data_files.EmptyDatasetError):
-            raise DataError(f"{source.dataset}: holds no data files that can be read; use files of it by URL") from None
-        raise _unreachable(source.dataset, error) from None
-    except (ValueError, RuntimeError) as error:  # config unknown or not given, or a dataset made by a script
-        raise DataError(f"{source.dataset}: {_line(error)}; set origin.config to one that exists") from None
+    except (datasets.exceptions.DatasetsError, datasets.data_files.EmptyDatasetError):
+        raise DataError(f"{source.dataset}: holds no data files that can be read; name files of it by URL") from None
+    except (ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split("\n")[:2])
+        if "config" in said.lower():
+            raise DataError(f"{source.dataset}: {said}; set origin.config to one that exists") from None
+        raise DataError(f"{source.dataset}: {said}; name files of it by URL instead") from None
     found = builder.config.data_files or {}
     if source.split not in found:
         raise DataError(
@@ -166,7 +170,12 @@ def _token() -> str | bool:
     return os.environ.get("HF_TOKEN") or False
 
 
-def _unreachable(name: str, error: Exception) -> DataError:
+def _refused(name: str, error: Exception) -> DataError:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if isinstance(error, GatedRepoError) or status == 403:
+        return DataError(f"{name}: access refused; accept the dataset's terms on its page on the Hub and set HF_TOKEN")
+    if isinstance(error, RepositoryNotFoundError):
+        return DataError(f"{name}: no such dataset on the Hub, or a private one; check the name, or set HF_TOKEN")
     return DataError(f"{name}: the Hub cannot be read ({_line(error)}); check the network and try again")
 
 

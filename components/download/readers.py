@@ -26,7 +26,7 @@ def split_suffix(name: str) -> tuple[str, str]:
     Raises:
         DataError: the suffix says no format that is read here.
     """
-    path = Path(name.lower())
+    path = Path((name.split("?")[0] if "://" in name else name).lower())
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     form = Path(path.name.removesuffix(compression)).suffix
     if form not in (*JSON_LINES, ".txt", ".parquet") or (form == ".parquet" and compression):

@@ -44,7 +44,7 @@ def prepare(task: Task) -> Journal:
     now = _listing(task, before)
     journal = now.model_copy(update={"parts": _kept(task, before, now)})
     units = _units(now.inputs)[len(journal.parts) :]
-    enough = journal.exhausted or (task.budget is not None and journal.text_bytes >= task.budget)
+    enough = _enough(task, journal)
     if enough and before is not None and journal.parts == before.parts:
         if journal != before:
             journal.write(task.directory)  # a file was touched, its content is the same
@@ -79,7 +79,8 @@ def _listing(task: Task, before: Journal | None) -> Journal:
     """The source's files as they are to be read: as recorded for remote origins, as they are now for local ones."""
     origin = task.spec.origin
     if isinstance(origin, FilesSource):
-        if before and before.inputs and not any(files.is_local(one) for one in before.inputs):
+        remote = before is not None and not any(files.is_local(one) for one in before.inputs)
+        if before and remote and _enough(task, before):
             return before.model_copy(update={"parts": []})
         inputs = files.list_inputs(origin, before.inputs if before else [])
         return Journal(revision=files.revision(inputs), inputs=inputs)
@@ -90,6 +91,10 @@ def _listing(task: Task, before: Journal | None) -> Journal:
     print(f"download {task.name}: resolving {origin.dataset} at {origin.revision}", flush=True)
     commit, inputs = hub.resolve(origin)
     return Journal(revision=commit, inputs=inputs)
+
+
+def _enough(task: Task, journal: Journal) -> bool:
+    return journal.exhausted or (task.budget is not None and journal.text_bytes >= task.budget)
 
 
 def _kept(task: Task, before: Journal | None, now: Journal) -> list[Part]:

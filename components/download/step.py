@@ -6,6 +6,9 @@ A run that finds everything unchanged writes nothing; one that finds finished pa
 from __future__ import annotations
 
 import errno
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from components.download.source import Task, origin, prepare
@@ -33,19 +36,12 @@ def run(job: JobSpec) -> StageResult:
         DataError: a source cannot be had or read; one line: source, file, remedy. Finished parts stay.
     """
     root = Path(job.stage_dir("raw"))
-    journals = dict[str, Journal]()
-    for name, spec in job.data.sources.items():
-        task = Task(name, spec, root / name, byte_budget(job, spec))
-        try:
-            journals[name] = prepare(task)
-        except DataError as error:
-            raise DataError(f"source '{name}': {error}") from None
-        except OSError as error:
-            raise _system_error(task, error) from None
-    manifest = describe(job, journals)
-    unchanged = (root / MANIFEST_NAME).exists() and _digest_of(root) == manifest.digest
-    if not unchanged:
-        write_manifest(root, manifest)
+    with _alone(root):
+        journals = {name: _source(job, name, spec) for name, spec in job.data.sources.items()}
+        manifest = describe(job, journals)
+        unchanged = (root / MANIFEST_NAME).exists() and _digest_of(root) == manifest.digest
+        if not unchanged:
+            write_manifest(root, manifest)
     counts = manifest.counts()
     state = "unchanged and verified, nothing to do" if unchanged else "done"
     print(f"download: {state}: {counts.documents} documents, {counts.text_bytes} bytes of text", flush=True)
@@ -72,6 +68,32 @@ def describe(job: JobSpec, journals: dict[str, Journal]) -> Manifest:
         entries += [part.entry for part in journal.parts if part.entry.documents]
     inputs = {name: journal.revision for name, journal in journals.items()}
     return Manifest(kind="raw", inputs=inputs, settings={"key": job.raw_key}, sources=sources, files=entries)
+
+
+def _source(job: JobSpec, name: str, spec: SourceSpec) -> Journal:
+    task = Task(name, spec, Path(job.stage_dir("raw")) / name, byte_budget(job, spec))
+    try:
+        return prepare(task)
+    except DataError as error:
+        raise DataError(f"source '{name}': {error}") from None
+    except OSError as error:
+        raise _system_error(task, error) from None
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Hold the directory's lock; the kernel drops it when the process dies, however it dies."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / ".lock", "a")  # noqa: SIM115 - closed below; "a" leaves the file's time alone
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; check storage.datasets_dir and its permissions") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{root}: another process is downloading there; wait for it or stop it") from None
+        yield
 
 
 def _digest_of(root: Path) -> str | None:

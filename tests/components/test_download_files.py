@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gzip
 import json
 import os
@@ -183,7 +184,7 @@ def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 def test_urls_are_fetched_once(web: tuple[str, Path], make_job: Callable[..., JobSpec], tmp_path: Path) -> None:
     address, folder = web
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS)))
-    job = make_job({"web": from_files(f"{address}/a.jsonl.gz")}, tmp_path / "data")
+    job = make_job({"web": from_files(f"{address}/a.jsonl.gz?download=1")}, tmp_path / "data")
     result = run(job)
     assert raw_texts(Path(result.path), "web") == TEXTS
     assert not list(Path(result.path).rglob(".fetch"))
@@ -330,6 +331,30 @@ def test_the_named_column_is_read(make_job: Callable[..., JobSpec], tmp_path: Pa
     parquet(list(TEXTS), tmp_path / "a.parquet", "content")
     result = run(make_job({"web": from_files(tmp_path / "a.parquet")}, tmp_path / "data", None, "content"))
     assert raw_texts(Path(result.path), "web") == TEXTS
+
+
+def test_two_downloads_of_the_same_data_do_not_meet(make_job: Callable[..., JobSpec], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    job = make_job({"web": from_files(tmp_path / "a.jsonl")}, tmp_path / "data")
+    result = run(job)
+    with open(Path(result.path) / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process is downloading there; wait for it or stop it"):
+            run(job)
+    assert run(job) == result
+
+
+def test_the_digest_does_not_depend_on_where_the_files_lie(
+    make_job: Callable[..., JobSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = set()
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        for i in range(2):
+            Path(f"{i}.jsonl").write_bytes(json_lines([f"text {i}"]))
+        digests.add(run(make_job({"web": from_files("*.jsonl")}, tmp_path / place / "data")).digest)
+    assert len(digests) == 1
 
 
 def test_a_disk_too_small_is_refused_before_any_work(
