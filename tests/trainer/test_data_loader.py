@@ -70,7 +70,7 @@ def test_resume_after_every_step_gives_equal_batches(spec: TokensSpec) -> None:
     straight = [step[0] for step in steps(203, spec)]
     for k in range(201):
         cursor = Cursor.from_dict(straight[k - 1].cursor.to_dict()) if k else None
-        world_size = (1, 2, 8)[k % 3]
+        world_size = 8 if k % 20 == 0 else 1 + k % 2
         for ahead, step in enumerate(steps(2, spec, world_size=world_size, cursor=cursor)):
             assert torch.equal(rows(step), rows([straight[k + ahead]]))
             assert step[0].cursor == straight[k + ahead].cursor
@@ -97,6 +97,24 @@ def test_counts_are_those_of_the_whole_step(spec: TokensSpec) -> None:
         assert sum(step[0].tokens_by_source.values()) == number * 512
         assert all(step[0].tokens_by_source[name] >= total[name] for name in WEIGHTS)
         total = step[0].tokens_by_source
+
+
+def test_epochs_are_those_of_the_steps_given_out(spec: TokensSpec) -> None:
+    with TokenLoader(spec, BATCH, rank=0, world_size=1) as loader:
+        assert loader.epochs() == dict.fromkeys(WEIGHTS, 0.0)
+        for _ in range(30):
+            ledger = next(loader).tokens_by_source
+        available = {name: sum(map(len, random_documents(n, 60))) for n, name in enumerate(WEIGHTS)}
+        assert loader.epochs() == {name: ledger[name] / available[name] for name in WEIGHTS}
+
+
+def test_a_failure_of_the_thread_reaches_the_caller(spec: TokensSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("volume gone")
+
+    monkeypatch.setattr(loading.SourceDocuments, "tokens", fail)
+    with TokenLoader(spec, BATCH, rank=0, world_size=1) as loader, pytest.raises(OSError, match="volume gone"):
+        next(loader)
 
 
 def test_sequence_length_may_change_on_the_way(spec: TokensSpec) -> None:

@@ -126,7 +126,7 @@ def test_a_run_that_passes_the_check_keeps_every_cap(tokens: int, caps: float) -
     except DataError:
         return
     running.take(tokens)
-    assert all(epochs <= caps for epochs in running.epochs().values())
+    assert all(epochs <= caps for epochs in running.epochs(running.cursor()).values())
 
 
 def test_caps_count_what_is_left_and_skips() -> None:

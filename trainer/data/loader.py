@@ -113,6 +113,8 @@ class TokenLoader:
             self._verify(directory, manifest)
         except DataError as error:
             raise TrainingError(ExitCode.DATA, str(error)) from None
+        self._cursor = self._stream.cursor()
+        self._failure: Exception | None = None
         self._ready: queue.Queue[StepBatch] = queue.Queue(PREFETCH_STEPS)
         self._prefetcher = threading.Thread(target=self._prefetch, name="prefetch", daemon=True)
         self._prefetcher.start()
@@ -126,9 +128,13 @@ class TokenLoader:
             if self._errors:
                 raise TrainingError(ExitCode.DATA, str(self._errors[0]))
             try:
-                return self._ready.get(timeout=0.5)
+                step = self._ready.get(timeout=0.5)
             except queue.Empty:
-                assert self._prefetcher.is_alive(), "the prefetch thread died; its traceback is above"
+                if self._failure:
+                    raise self._failure from None
+            else:
+                self._cursor = step.cursor
+                return step
 
     def close(self) -> None:
         """Stop the threads; idempotent."""
@@ -142,8 +148,8 @@ class TokenLoader:
         self.close()
 
     def epochs(self) -> dict[str, float]:
-        """How often each source has been gone through, up to the steps prepared so far."""
-        return self._stream.epochs()
+        """How often each source has been gone through, up to the last step given out."""
+        return self._stream.epochs(self._cursor)
 
     def _verify(self, directory: Path, manifest: Manifest) -> None:
         """Checksums: at once when that is quick, else by one process of each node while it trains."""
@@ -164,7 +170,11 @@ class TokenLoader:
 
     def _prefetch(self) -> None:
         while not self._closed.is_set():
-            step = self._next_step()
+            try:
+                step = self._next_step()
+            except Exception as error:  # belongs to whoever asks for the next step
+                self._failure = error
+                return
             while not self._closed.is_set():
                 try:
                     self._ready.put(step, timeout=0.1)

@@ -217,9 +217,9 @@ class TokenStream:
                     f"{ceil(100 * needed / order.tokens) / 100:g} or train for fewer steps"
                 )
 
-    def epochs(self) -> dict[str, float]:
-        """How often each source has been gone through."""
-        return {o.name: drawn / o.tokens for o, drawn in zip(self._orders, self._drawn, strict=True)}
+    def epochs(self, cursor: Cursor) -> dict[str, float]:
+        """How often each source had been gone through when the stream stood at `cursor`."""
+        return {order.name: cursor.drawn[order.name] / order.tokens for order in self._orders}
 
     def _choose(self) -> tuple[int, int, int, int]:
         total = sum(self._drawn)
