@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
 
 from components.launch import LaunchError
 from components.launch import kubernetes_explain as explain
-from components.launch.kubernetes_api import GROUP, VERSION, ApiUnreachable, Cluster, Object
+from components.launch.kubernetes_api import GROUP, VERSION, ApiUnreachable, Cluster, Object, Refused
 from components.launch.kubernetes_follow import Follower, JobFailed
 from components.launch.lease import held
 from manifests.names import DIGEST_ANNOTATION, Task
@@ -57,23 +58,27 @@ def launch(
     name = job["metadata"]["name"]
     _require_claims(cluster, job)
     current = _make_room(cluster, job, limits, write)
-    settled = False
+    ours = current is not None  # to be stopped if this launcher gives up
     with _stop_on_sigterm():
         try:
             if current is None:
                 current = _create(cluster, job, spec)
+                ours = True
+                cluster.own_config_map(spec["metadata"]["name"], _reference(current))
                 write(f"launcher: created job {name} in namespace {cluster.namespace}")
             else:
                 _adopt(cluster, current)
                 write(f"launcher: job {name} in namespace {cluster.namespace} is there already; following it")
             Follower(cluster, current, limits, write).follow()
-            settled = True
         except JobFailed:
-            settled = True
             raise
-        finally:
-            if not settled:
+        except LaunchError:
+            if ours:
                 _stop(cluster, name, limits.grace_seconds, write)
+            raise
+        except BaseException:  # a signal; it may have come while the job was being created
+            _stop(cluster, name, limits.grace_seconds, write)
+            raise
 
 
 def _require_claims(cluster: Cluster, job: Object) -> None:
@@ -112,10 +117,14 @@ def _make_room(cluster: Cluster, job: Object, limits: ClusterSpec, write: Callab
 def _create(cluster: Cluster, job: Object, spec: Object) -> Object:
     owner = cluster.own_pod()
     body = {**job, "metadata": {**job["metadata"], **({"ownerReferences": [owner]} if owner else {})}}
+    # Before the job, whose pods would otherwise fail to mount it at first.
     cluster.replace_config_map(spec)
-    created = cluster.create_job(body)
-    cluster.own_config_map(spec["metadata"]["name"], _reference(created))
-    return created
+    try:
+        return cluster.create_job(body)
+    except Refused as error:
+        if error.status != HTTPStatus.CONFLICT:  # then another launcher was faster, and it is that one's
+            cluster.delete_config_map(spec["metadata"]["name"])
+        raise
 
 
 def _adopt(cluster: Cluster, current: Object) -> None:

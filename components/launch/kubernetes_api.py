@@ -145,15 +145,19 @@ class Cluster:
 
     def replace_config_map(self, body: Object) -> None:
         """Deleted and created anew: a patched one could still belong to a deleted job and vanish with it."""
-        name = body["metadata"]["name"]
+        self.delete_config_map(body["metadata"]["name"])
+        self.call("create configmaps", self.core.create_namespaced_config_map, self.namespace, body)
+
+    def delete_config_map(self, name: str) -> None:
+        """Absent is fine."""
         try:
             self.call("delete configmaps", self.core.delete_namespaced_config_map, name, self.namespace)
         except Refused as error:
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
-        self.call("create configmaps", self.core.create_namespaced_config_map, self.namespace, body)
 
     def own_config_map(self, name: str, owner: Object) -> None:
+        """Make `owner` the ConfigMap's only owner, with which it is collected."""
         patch = {"metadata": {"ownerReferences": [owner]}}
         self.call("patch configmaps", self.core.patch_namespaced_config_map, name, self.namespace, patch)
 

@@ -173,9 +173,11 @@ def is_about(event: Object, job: Object) -> bool:
 
 
 def is_news(event: Object) -> bool:
-    """Whether an event says what the pods' own state does not say already."""
-    echoes = event.get("involvedObject", {}).get("kind") == "PyTorchJob" and "Error pod" in event.get("message", "")
-    return not echoes and event.get("reason") not in ("FailedScheduling", "Failed", "BackOff", "InspectFailed")
+    """Whether an event says what the state of job and pods does not say already."""
+    reason = event.get("reason") or ""
+    if event.get("involvedObject", {}).get("kind") == "PyTorchJob":
+        return not reason.startswith("PyTorchJob") and "Error pod" not in event.get("message", "")
+    return reason not in ("FailedScheduling", "Failed", "BackOff", "InspectFailed")
 
 
 def age_seconds(job: Object) -> float:
