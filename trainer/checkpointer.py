@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import pickle
+import shutil
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -191,7 +193,8 @@ class Checkpointer:
             files = {name: file for part in described for name, file in part.items()}
             self._together(lambda: self._publish(manifest.model_copy(update={"files": files}), began))
         except (CheckpointException, _SaveFailed) as error:
-            problem = f"checkpoint of step {step} was not saved: {_first_cause(error)}"
+            free = shutil.disk_usage(run_dir).free / 2**30
+            problem = f"checkpoint of step {step} was not saved: {_first_cause(error)} ({free:.1f} GiB free)"
             if self._world.is_main:
                 checkpoint.clean_unfinished(run_dir)
                 log.error("%s; training goes on, the newest checkpoint stays the one before", problem)
@@ -266,7 +269,9 @@ def _load(path: Path, tensors: dict[str, Tensor], stored: dict[str, torch.Size],
                 f"{path}: {key} should have shape {tuple(tensor.shape)}, the checkpoint has {have}; "
                 "use the model and the optimizer that it was written with",
             )
-    dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=alone)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what `alone` says
+        dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=alone)
 
 
 def _read_index(path: Path) -> dict[str, torch.Size]:

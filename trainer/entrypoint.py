@@ -152,9 +152,12 @@ def torchrun_options(spec: TrainSpec) -> list[str]:
     """
     options = []
     wanted = os.environ.get("PET_NPROC_PER_NODE", "auto")
+    gpus = _gpus() if spec.runtime.device != "cpu" else 0
     if wanted == "auto":  # torchrun would start one process for each core
-        wanted = str(_gpus() or 1) if spec.runtime.device != "cpu" else "1"
+        wanted = str(gpus or 1)
         options += [f"--nproc-per-node={wanted}"]
+    if not gpus:  # DDP's C++ side advises against the setting that keeps its sums in one order on a CPU
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if wanted != "1":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     if rendezvous_host() is None:

@@ -108,7 +108,7 @@ def start(spec: TrainSpec, *arguments: str, ranks: int = 1, module: str = "train
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str]:
+def finish(process: subprocess.Popen, timeout: float = 400) -> tuple[int, str]:
     """Exit code and output."""
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import micro
 import pytest
@@ -14,6 +17,8 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - imported here so that no test's time contains it
 
 from trainer import checkpoint, limits
+from trainer.checkpoint import CheckpointManifest
+from trainer.checkpointer import Checkpointer
 from trainer.data.loader import TokenLoader
 from trainer.exitcodes import ExitCode, TrainingError
 from trainer.loop import train
@@ -21,6 +26,13 @@ from trainer.model.engram import token_classes
 from trainer.model.hybrid import build_model
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError
+
+
+@pytest.fixture(autouse=True)
+def quiet_checkpoint_library() -> None:
+    """It logs every call at DEBUG, which a failing test would show instead of the failure."""
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
+    logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
 
 
 @pytest.fixture(autouse=True)
@@ -138,3 +150,36 @@ def test_spec_that_this_machine_cannot_run_is_a_spec_error(micro_data: Path, tmp
     spec = micro.micro_spec(micro_data, tmp_path / "run", precision={"dtype": "fp8"})
     with pytest.raises(SpecError, match="write auto or bf16"):
         train(spec)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_save_on_a_full_disk_leaves_the_older_checkpoint_and_training_goes_on(
+    micro_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    asynchronous: bool,
+):
+    """A limit on file sizes stands in for the full disk: the write itself fails, half-way through a file."""
+    plain = Checkpointer._write
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_full_disk(self: Checkpointer, manifest: CheckpointManifest, *rest: Any) -> str | None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, unlimited[1]) if manifest.step == 8 else unlimited)
+        try:
+            return plain(self, manifest, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    monkeypatch.setattr(Checkpointer, "_write", on_full_disk)
+    options = {"keep_last": 5, "asynchronous": asynchronous}
+    spec = micro.micro_spec(micro_data, tmp_path / "run", checkpoint=options)
+    with caplog.at_level(logging.ERROR, logger="trainer"):
+        assert train(spec) == 0
+    assert "checkpoint of step 8 was not saved" in caplog.text and "GiB free" in caplog.text
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["LATEST", "step-00000004", "step-00000012"]
+    last = micro.micro_spec(micro_data, tmp_path / "run8", steps=8, checkpoint=options)
+    with pytest.raises(TrainingError, match=r"step 8 was not saved: .*; free space") as error:
+        train(last)
+    assert error.value.code == ExitCode.UNEXPECTED

@@ -20,6 +20,9 @@ from trainer.checkpointer import _Reader
 from trainer.exitcodes import ExitCode
 from trainer.spec import TrainSpec
 
+pytestmark = pytest.mark.timeout(
+    1200
+)  # mostly imports, by up to three processes at a time, on whatever cores there are
 EVERYTHING = {"checkpoint": {"keep_last": 9}, "steps": 14}
 
 
@@ -46,7 +49,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def wait_for_step(spec: TrainSpec, step: int, process: subprocess.Popen) -> None:
     file = Path(spec.run_dir) / "logs" / "metrics.jsonl"
-    for _ in range(3000):
+    for _ in range(15_000):
         if file.exists() and any(line["step"] >= step for line in micro.metrics(spec)):
             return
         assert process.poll() is None, process.communicate()[0]

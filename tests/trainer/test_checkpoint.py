@@ -1,0 +1,133 @@
+"""Checkpoints on a disk that lies, fills up or loses bytes."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointManifest, latest, verify
+from trainer.checkpointer import load_model
+from trainer.exitcodes import ExitCode, TrainingError
+
+
+def write_checkpoint(run_dir: Path, step: int) -> Path:
+    """A checkpoint of a small module, made of the same parts as a real one."""
+    torch.manual_seed(step)
+    tensors = {f"model.{name}": tensor for name, tensor in nn.Linear(64, 64).state_dict().items()}
+    hidden = checkpoint.unfinished_dir(run_dir, step)
+    hidden.mkdir(parents=True)
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(hidden), no_dist=True)
+    files = checkpoint.describe_files(hidden, [entry.name for entry in hidden.iterdir()])
+    manifest = CheckpointManifest(
+        step=step, spec={}, code_version="test", digests={}, cursor={}, world_size=1, scalars={}, files=files
+    )
+    return checkpoint.publish(run_dir, manifest)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("run")
+    for step in (4, 8):
+        write_checkpoint(run_dir, step)
+    return run_dir
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "checkpoint.json"])
+@pytest.mark.parametrize("damage", [flip, truncate, empty, Path.unlink])
+def test_damaged_file_is_named_and_the_older_checkpoint_used(two_checkpoints: Path, tmp_path: Path, name, damage):
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    newest = run_dir / "checkpoints" / "step-00000008"
+    assert latest(run_dir) == newest
+    damage(newest / name)
+    with pytest.raises(TrainingError, match=name.replace(".", r"\.")) as error:
+        verify(newest)
+    assert error.value.code == ExitCode.CHECKPOINT and "\n" not in str(error.value)
+    assert latest(run_dir) == run_dir / "checkpoints" / "step-00000004"
+    damage(run_dir / "checkpoints" / "step-00000004" / name)
+    with pytest.raises(TrainingError, match="none of 2 checkpoints verifies") as error:
+        latest(run_dir)
+    assert error.value.code == ExitCode.CHECKPOINT
+
+
+def test_file_that_does_not_belong_is_named(two_checkpoints: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    (run_dir / "checkpoints" / "step-00000008" / "__9_9.distcp").write_bytes(b"?")
+    with pytest.raises(TrainingError, match="__9_9"):
+        verify(run_dir / "checkpoints" / "step-00000008")
+
+
+def test_latest_follows_the_pointer_that_a_person_sets_back(two_checkpoints: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    (run_dir / "checkpoints" / "LATEST").write_text("step-00000004\n")
+    assert latest(run_dir) == run_dir / "checkpoints" / "step-00000004"
+    for text in ("", "nonsense", "step-00000099\n"):
+        (run_dir / "checkpoints" / "LATEST").write_text(text)
+        assert latest(run_dir) == run_dir / "checkpoints" / "step-00000008"
+
+
+def test_unfinished_checkpoints_are_invisible_and_cleaned(two_checkpoints: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    source = run_dir / "checkpoints" / "step-00000008"
+    shutil.copytree(source, checkpoint.unfinished_dir(run_dir, 12))
+    assert latest(run_dir) == source
+    checkpoint.clean_unfinished(run_dir)
+    assert sorted(p.name for p in source.parent.iterdir()) == ["LATEST", "step-00000004", "step-00000008"]
+
+
+def test_run_without_checkpoints_starts_from_the_beginning(tmp_path: Path):
+    assert latest(tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert latest(tmp_path) is None
+    assert checkpoint.latest_step(tmp_path) == 0
+
+
+def test_index_with_foreign_classes_is_not_unpickled(two_checkpoints: Path, tmp_path: Path):
+    path = tmp_path / "step-00000008"
+    shutil.copytree(two_checkpoints / "checkpoints" / "step-00000008", path)
+    (path / ".metadata").write_bytes(pickle.dumps(print))
+    with pytest.raises(TrainingError, match=r"builtins\.print.*not loaded"):
+        load_model(path, nn.Linear(64, 64))
+
+
+def test_weights_come_back_and_another_shape_is_refused(two_checkpoints: Path):
+    path = two_checkpoints / "checkpoints" / "step-00000008"
+    torch.manual_seed(8)
+    expected = nn.Linear(64, 64)
+    found = nn.Linear(64, 64)
+    assert checkpoint.load_model_weights(path, found).step == 8
+    assert torch.equal(found.weight, expected.weight) and torch.equal(found.bias, expected.bias)
+    with pytest.raises(TrainingError, match=r"model\.weight should have shape \(32, 64\)") as error:
+        checkpoint.load_model_weights(path, nn.Linear(64, 32))
+    assert error.value.code == ExitCode.CHECKPOINT
+
+
+def test_launchers_can_verify_without_torch():
+    code = "import sys, trainer.checkpoint, trainer.restarts, trainer.exitcodes; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

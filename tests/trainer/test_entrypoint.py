@@ -1,0 +1,260 @@
+"""The entrypoint: how the ends of real child processes become exit codes, restarts and a termination message."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import micro
+import pytest
+
+from trainer import distributed, entrypoint, failures, limits, restarts
+from trainer.exitcodes import MEANING, ExitCode, TrainingError, of_process, retryable
+from trainer.failures import Failure, classify, root_cause
+from trainer.spec import TrainSpec
+
+# A rank that does what its local environment says, and needs no torch to do so.
+RANK = """
+import json, os, signal, sys, time
+rank, directory = int(os.environ.get("RANK", 0)), os.environ["YAONGI_FAILURES"]
+def fail(code, reason):
+    record = {"rank": rank, "code": code, "reason": reason, "time": time.time()}
+    open(f"{directory}/rank-{rank}.json", "w").write(json.dumps(record))
+    os._exit(code)
+def wait():
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+    open(os.environ["STARTED"] + str(rank), "w").close()
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def shim(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[int, dict]]]:
+    """Runs the entrypoint in this process on children that run `body`; gives exit code and termination message."""
+    for name in list(os.environ):
+        if name.startswith(("PET_", "YAONGI", "OMP_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "20")
+    monkeypatch.setenv("STARTED", str(tmp_path / "started-"))
+    message = tmp_path / "termination-log"
+    message.touch()
+    monkeypatch.setenv(entrypoint.TERMINATION_LOG_VARIABLE, str(message))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    quits = signal.getsignal(signal.SIGQUIT)
+
+    def run(body: str, *, task: str = "train", ranks: int = 1, **changes) -> tuple[int, dict]:
+        program = tmp_path / "rank.py"
+        program.write_text(RANK + body)
+        monkeypatch.setattr(entrypoint, "RANK_PROGRAM", (str(program),))
+        monkeypatch.setenv("PET_NPROC_PER_NODE", str(ranks))
+        spec = micro.micro_spec(micro_data, tmp_path / "run", **changes)
+        file = micro.write_spec(spec, tmp_path / "spec.yaml")
+        code = entrypoint.main([task, "--spec", str(file)])
+        return code, json.loads(message.read_text())
+
+    yield run
+    for number, handler in {**handlers, signal.SIGQUIT: quits}.items():
+        signal.signal(number, handler)
+    # What the entrypoint and torchrun set for their children.
+    for name in (failures.DIRECTORY_VARIABLE, limits.DEADLINE_VARIABLE, "TORCHELASTIC_SIGNALS_TO_HANDLE"):
+        os.environ.pop(name, None)
+    logging.getLogger("trainer").handlers = []
+
+
+CASES = {
+    "success": ("pass", 0),
+    "bad data": ("fail(65, 'shard x.bin is missing')", 65),
+    "unexpected": ("sys.exit(1)", 1),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", 137),
+    "segmentation fault": ("os.kill(os.getpid(), signal.SIGSEGV)", 139),
+    "abort": ("os.abort()", 139),
+    "communication": ("fail(160, 'connection closed by peer')", 160),
+    "hang": ("fail(161, 'no step finished')", 161),
+    "gpu": ("fail(162, 'CUDA error')", 162),
+    "stopped elsewhere": ("os._exit(143)", 143),
+    # One rank fails and the other only notices, in either order.
+    "peer killed": ("wait() if rank else os.kill(os.getpid(), signal.SIGKILL)", 137),
+    "peer has bad data": ("time.sleep(.3); fail(160, 'peer gone') if rank else fail(65, 'bad shard')", 65),
+    "echo comes first": ("fail(160, 'peer gone') if rank else (time.sleep(.05), fail(70, 'diverged'))", 70),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ends_of_ranks_become_exit_codes(shim, case: str):
+    body, expected = CASES[case]
+    code, message = shim(body, ranks=2 if "rank" in body else 1)
+    assert code == expected
+    assert message["code"] == expected and message["retryable"] == (expected >= 128)
+    assert message["meaning"] == MEANING[ExitCode(expected)]
+    if "fail(65" in body:
+        assert "shard" in message["reason"]
+
+
+def test_single_process_task(shim):
+    code, message = shim("fail(66, 'step-00000004 is damaged') if sys.argv[1] == 'evaluate' else 0", task="evaluate")
+    assert (code, message["reason"]) == (66, "rank 0: step-00000004 is damaged")
+    assert shim("assert sys.argv[1] == 'export'", task="export")[0] == 0
+
+
+def stop_when_started(tmp_path: Path, number: int) -> None:
+    def stop() -> None:
+        while len(list(tmp_path.glob("started-*"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop, daemon=True).start()
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stop_signal_reaches_the_ranks(shim, tmp_path: Path, number: int, expected: int):
+    stop_when_started(tmp_path, number)
+    began = time.monotonic()
+    code, message = shim("signal.signal(signal.SIGINT, lambda *_: os._exit(130)); wait()", ranks=2)
+    assert code == expected and "no checkpoint yet" in message["reason"]
+    assert time.monotonic() - began < 20
+
+
+def test_deadline_and_lease_end_a_run_with_75(shim, tmp_path: Path):
+    began = time.monotonic()
+    code, message = shim("wait()", runtime={"deadline_seconds": 1})
+    assert code == 75 and "deadline" in message["reason"] and time.monotonic() - began < 20
+    os.environ.pop(limits.DEADLINE_VARIABLE)
+    (tmp_path / "run" / limits.LEASE).write_text(json.dumps({"expires": time.time() + 2}))
+    code, message = shim("wait()")
+    assert code == 75 and "lease" in message["reason"]
+    code, message = shim("sys.exit(1)")
+    assert code == 75, "a lapsed lease starts nothing"
+
+
+def test_budget_is_for_restarts_without_progress(shim, tmp_path: Path):
+    runtime = {"max_restarts": 2}
+    killed = "os.kill(os.getpid(), signal.SIGKILL)"
+    assert [shim(killed, runtime=runtime)[0] for _ in range(3)] == [137, 137, 137]
+    latest = tmp_path / "run" / "checkpoints" / "LATEST"
+    latest.parent.mkdir(parents=True)
+    latest.write_text("step-00000004\n")
+    assert [shim(killed, runtime=runtime)[0] for _ in range(3)] == [137, 137, 137], "progress gives a new budget"
+    code, message = shim(killed, runtime=runtime)
+    assert code == 71 and "step 4" in message["reason"] and "6× code 137" in message["reason"]
+    assert shim("pass", runtime=runtime)[0] == 0, "a start after a permanent end is a person's decision"
+    assert restarts.summary(tmp_path / "run") == {"137": 6}
+
+
+def test_killed_entrypoint_and_stop_signals_in_the_books(tmp_path: Path):
+    restarts.begin(tmp_path, 1, node="a")
+    restarts.begin(tmp_path, 1, node="a")  # the first start never said how it ended
+    assert restarts.summary(tmp_path) == {"137": 1}
+    for _ in range(5):
+        restarts.end(tmp_path, ExitCode.TERMINATED, node="a")
+        restarts.begin(tmp_path, 1, node="a")
+    restarts.begin(tmp_path, 1, node="b")
+    restarts.begin(tmp_path, 1, "evaluate", node="b")
+    assert restarts.summary(tmp_path) == {"137": 1, "143": 5}
+    with pytest.raises(TrainingError, match="restarted 1 times at step 0") as error:
+        restarts.begin(tmp_path, 1, node="a")
+    assert error.value.code == ExitCode.BUDGET
+
+
+def test_bad_spec_ends_with_2_before_anything_starts(tmp_path: Path, micro_data: Path):
+    file = micro.write_spec(micro.micro_spec(micro_data, tmp_path / "run"), tmp_path / "spec.yaml")
+    command = [sys.executable, "-m", "trainer.entrypoint", "--spec", str(file), "--set", "runtime.max_restart=3"]
+    done = subprocess.run(command, env=micro.environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "runtime.max_restart: unknown field; did you mean 'max_restarts'?" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_missing_shards_end_with_65_in_one_line(tmp_path: Path, micro_data: Path):
+    spec = micro.micro_spec(micro_data, tmp_path / "run", tokens={"shards": str(tmp_path / "nowhere")})
+    process = micro.start(spec)
+    code, output = micro.finish(process)
+    assert code == 65 and "Traceback" not in output
+    (line,) = (line for line in output.splitlines() if line.startswith("exit 65"))
+    assert f"{tmp_path / 'nowhere' / 'manifest.json'}: not there; run the step" in line
+
+
+def test_nodes_without_a_meeting_point_are_refused(shim, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PET_NNODES", "2:2")
+    code, message = shim("pass")
+    assert code == 2 and "elasticPolicy" in message["reason"]
+
+
+def test_rendezvous_host_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    asked: list[float] = []
+
+    def resolve(host: str, port: None) -> list:
+        asked.append(time.monotonic())
+        if len(asked) < 3:
+            raise socket.gaierror(-2, "Name or service not known")
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(distributed, "_DNS_RETRY_SECONDS", (0.01, 0.02))
+    distributed.wait_for_host("job-worker-0", 5)
+    assert len(asked) == 3
+    asked.clear()
+    with pytest.raises(TrainingError, match="job-worker-0 has no address") as error:
+        distributed.wait_for_host("job-worker-0", 0.015)
+    assert error.value.code == ExitCode.COMMUNICATION
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TrainingError(70, "diverged"), 70),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4711"), 160),
+        (RuntimeError("Timed out waiting 60000ms for recv operation to complete"), 160),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), 162),
+        (RuntimeError("shape '[2, 3]' is invalid for input of size 7"), 1),
+        (MemoryError(), 137),
+        (KeyError("x"), 1),
+    ],
+)
+def test_exceptions_have_exit_codes(error: Exception, code: int):
+    assert classify(error)[0] == code
+
+
+def test_process_return_codes():
+    assert [of_process(code) for code in (0, 65, -9, -11, -6, -15)] == [0, 65, 137, 139, 139, 143]
+    assert [code for code in MEANING if retryable(code)] == [130, 137, 139, 143, 160, 161, 162]
+
+
+def test_permanent_failure_explains_the_others():
+    echo, hang, bad = Failure(0, 160, "peer gone", 1.0), Failure(1, 161, "hang", 3.0), Failure(2, 65, "shard", 4.0)
+    stopped = Failure(3, 143, "terminated", 0.5)
+    assert root_cause([stopped, echo, hang, bad]) is bad
+    assert root_cause([stopped, echo, hang]) is hang
+    assert root_cause([stopped, echo]) is echo
+
+
+def test_watchdog_says_where_it_hangs_and_ends_with_161(tmp_path: Path):
+    program = (
+        "import time\nfrom trainer.watchdog import Watchdog\n"
+        "def stuck():\n    time.sleep(30)\n"
+        "with Watchdog(0.5) as dog:\n    dog.beat()\n    stuck()\n"
+    )
+    environment = micro.environment(YAONGI_FAILURES=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=25)
+    assert done.returncode == ExitCode.HANG
+    assert "in stuck" in done.stderr
+    (failure,) = failures.recorded(tmp_path)
+    assert failure.code == ExitCode.HANG and "hang_timeout_seconds" in failure.reason
+
+
+def test_spec_is_one_screen_of_options(micro_data: Path, tmp_path: Path):
+    spec: TrainSpec = micro.micro_spec(micro_data, tmp_path / "run")
+    file = micro.write_spec(spec, tmp_path / "spec.yaml")
+    changed = entrypoint.load_spec(str(file), ["steps=5", "optimizer.muon.steps=4"])
+    assert (changed.steps, changed.optimizer.muon.steps) == (5, 4)
