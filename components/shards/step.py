@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import shutil
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from trainer.data.manifest import (
 from trainer.data.tokenizer import Tokenizer
 
 UNITS_DIR = "units"
+ENCODING_VERSION = 1  # raise it with every change that alters the bytes; shards of another version are made again
 
 
 def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
@@ -42,6 +44,7 @@ def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
     inputs = {"raw": raw_manifest.digest, "tokenizer": tokenizer_manifest.digest}
     eod_id, vocab_size = Tokenizer.eod_id, Tokenizer.load(tokenizer.path).vocab_size
     settings = {
+        "encoding_version": ENCODING_VERSION,
         "unit_bytes": job.shards.unit_bytes,
         "max_shard_bytes": job.shards.max_shard_bytes,
         "heldout_fraction": job.data.heldout_fraction,
@@ -53,7 +56,7 @@ def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
     if manifest is None:
         print(f"shards: encoding {len(raw_manifest.files)} files ({why})", flush=True)
         (directory / UNITS_DIR).mkdir(parents=True, exist_ok=True)
-        with _alone(directory):
+        with _alone(directory), _full_volume_explained(directory):
             _clear(directory)
             units = plan_units(raw_manifest, job.shards.unit_bytes)
             encoder = UnitEncoder(
@@ -148,6 +151,16 @@ def _clear(directory: Path) -> None:
     for path in directory.iterdir():
         if path.suffix in (".bin", ".idx", ".tmp"):
             path.unlink()
+
+
+@contextmanager
+def _full_volume_explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"{directory}: the volume is full; make room and run again, what is done stays") from None
 
 
 @contextmanager

@@ -238,6 +238,16 @@ def test_a_bad_line_is_one_clear_message_and_leaves_no_manifest(tmp_path: Path, 
     assert not (Path(job.stage_dir("shards")) / "manifest.json").exists()
 
 
+def test_a_full_volume_is_one_clear_message(
+    inputs: tuple[Path, StageResult, StageResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = small_job(tmp_path)
+    monkeypatch.setattr(units, "_save", lambda *_: Path("/dev/full").write_bytes(bytes(10**5)))
+    with pytest.raises(OSError, match=r"shards/\w+: the volume is full; make room and run again"):
+        step.run(job, *inputs[1:])
+    assert not (Path(job.stage_dir("shards")) / "manifest.json").exists()
+
+
 def test_a_document_larger_than_a_shard_is_refused(tmp_path: Path) -> None:
     job = small_job(tmp_path)
     raw = write_raw(job)

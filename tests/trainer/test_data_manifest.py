@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,12 @@ from trainer.data.manifest import (
     verify,
     write_manifest,
 )
+
+
+def test_data_code_of_the_slim_image_needs_no_torch() -> None:
+    modules = "trainer.data.plan, trainer.data.tokenizer, components.shards.step, components.tokenizer.step"
+    code = f"import sys, {modules}; print(*({{'torch', 'kfp', 'transformers'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 @pytest.fixture
