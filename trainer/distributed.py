@@ -140,7 +140,6 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
 def _settle(device: torch.device, local_size: int) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
         return
     threads = os.environ.get("OMP_NUM_THREADS") or ("1" if local_size > 1 else None)
     if threads:  # processes that share cores and each take all of them are many times slower

@@ -134,7 +134,7 @@ def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
 
 def run_one(command: list[str]) -> list[Failure]:
     """Run a task that is one process; stop signals are passed on to it."""
-    process = subprocess.Popen([sys.executable, *RANK_PROGRAM, *command])
+    process = subprocess.Popen([sys.executable, "-u", *RANK_PROGRAM, *command])
     try:
         process.wait()
     except Signalled as stop:

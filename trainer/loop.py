@@ -64,7 +64,7 @@ def train(spec: TrainSpec) -> int:
                     save_checkpoint(run, step + 1, batch)
                 watchdog.beat()
             if code:
-                log.warning("stopping after step %d: %s", step + 1, stop.reason or "another rank was told to")
+                log.info("stopping after step %d: %s", step + 1, stop.reason or "another rank was told to")
                 break
         finish(run)
     return int(code)

@@ -21,6 +21,7 @@ from trainer.checkpoint import CheckpointManifest
 from trainer.data.manifest import atomic_write
 from trainer.data.plan import Cursor
 from trainer.distributed import World
+from trainer.flops import flops_per_token
 from trainer.logs import MetricsFile
 from trainer.metrics import Metrics
 from trainer.spec import TrainSpec
@@ -30,6 +31,12 @@ log = logging.getLogger(__name__)
 # Dense BF16 peak in FLOP/s, by what the device's name contains (vendor data sheets, without sparsity).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "T4": 65e12}
 _GOODPUT = {"data": "data_wait", "forward_backward": "step", "optimizer": "step", "checkpoint": "checkpoint"}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of one device by its name; None for a CPU and for a GPU that the table does not know."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ class Recorder:
         self._phases: dict[str, float] = {}
         self._sources: dict[str, int] = {}
         self._rate: float | None = None
+        self._flops_per_token = flops_per_token(spec.model, spec.tokens.seq_len)
+        self._peak_flops = peak_flops(world.device)
         self.seconds_before = 0.0
 
     def begin(self, resumed: CheckpointManifest | None, build_info: dict[str, str]) -> None:
@@ -190,11 +199,8 @@ class Recorder:
         metrics.set("heartbeat_timestamp_seconds", time.time())
         if self._world.device.type == "cuda":
             metrics.set("memory_bytes", torch.cuda.max_memory_allocated(self._world.device))
-            name = torch.cuda.get_device_name(self._world.device)
-            from trainer.flops import flops_per_token
-
-            if peak := next((flops for part, flops in PEAK_FLOPS.items() if part in name), None):
-                flops = flops_per_token(self._spec.model, self._spec.tokens.seq_len) * record.tokens_per_second
-                metrics.set("mfu_ratio", flops / (peak * self._world.size))
+            if self._peak_flops:
+                flops = self._flops_per_token * record.tokens_per_second
+                metrics.set("mfu_ratio", flops / (self._peak_flops * self._world.size))
         else:
             metrics.set("memory_bytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
