@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 
 def experts_reference(x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, expert_SK: Tensor, weight_SK: Tensor) -> Tensor:
@@ -21,19 +22,62 @@ def experts_reference(x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, expert_SK:
 
 
 def experts_grouped(x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, expert_SK: Tensor, weight_SK: Tensor) -> Tensor:
-    """The same with the routed copies sorted by expert and one grouped matrix product for each projection."""
-    num_experts, top_k = up_EFD.shape[0], expert_SK.shape[1]
-    expert_R = expert_SK.reshape(-1)
+    """The same with the routed copies sorted by expert and one grouped matrix product for each projection.
+
+    The weights multiply the hidden layer instead of the output: it is narrower, and the copies of a token then only
+    add up.
+    """
+    expert_R = expert_SK.flatten()
     order_R = expert_R.argsort(stable=True)
-    ends_E = torch.bincount(expert_R, minlength=num_experts).cumsum(0).to(torch.int32)
-    dtype = torch.get_autocast_dtype(x_SD.device.type) if torch.is_autocast_enabled(x_SD.device.type) else x_SD.dtype
-    x_RD = x_SD.to(dtype)[order_R // top_k]
-    hidden_RF = F.grouped_mm(x_RD, up_EFD.to(dtype).transpose(1, 2), offs=ends_E).relu().square()
-    y_RD = F.grouped_mm(hidden_RF, down_EDF.to(dtype).transpose(1, 2), offs=ends_E)
     place_R = torch.empty_like(order_R)
     place_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    y_SKD = y_RD[place_R].view(*expert_SK.shape, -1)
-    return torch.einsum("skd,sk->sd", y_SKD.float(), weight_SK).to(x_SD.dtype)
+    ends_E = torch.bincount(expert_R, minlength=up_EFD.shape[0]).cumsum(0).to(torch.int32)
+    device_type = x_SD.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_SD.dtype
+
+    x_RD = _Dispatch.apply(x_SD.to(dtype), order_R, place_R, expert_SK.shape[1])
+    hidden_RF = F.relu(F.grouped_mm(x_RD, up_EFD.to(dtype).transpose(1, 2), offs=ends_E)).square()
+    hidden_RF = hidden_RF * weight_SK.flatten().index_select(0, order_R)[:, None].to(dtype)
+    y_RD = F.grouped_mm(hidden_RF, down_EDF.to(dtype).transpose(1, 2), offs=ends_E)
+    return _Combine.apply(y_RD, order_R, place_R, expert_SK.shape[1]).to(x_SD.dtype)
+
+
+def _copies(x_SD: Tensor, order_R: Tensor, top_k: int) -> Tensor:
+    return x_SD.index_select(0, order_R // top_k)
+
+
+def _sums(y_RD: Tensor, place_R: Tensor, top_k: int) -> Tensor:
+    return y_RD.index_select(0, place_R).view(-1, top_k, y_RD.shape[-1]).sum(1)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Copies of each token in expert order. Its gradient gathers and sums where autograd would scatter and add."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_SD: Tensor, order_R: Tensor, place_R: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(place_R)
+        ctx.top_k = top_k
+        return _copies(x_SD, order_R, top_k)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        (place_R,) = ctx.saved_tensors
+        return _sums(grad_RD, place_R, ctx.top_k), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Sum of the copies of each token, in token order; the transpose of `_Dispatch`."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, y_RD: Tensor, order_R: Tensor, place_R: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order_R)
+        ctx.top_k = top_k
+        return _sums(y_RD, place_R, top_k)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
+        (order_R,) = ctx.saved_tensors
+        return _copies(grad_SD, order_R, ctx.top_k), None, None, None
 
 
 def grouped_unsupported(device: torch.device) -> str | None:

@@ -6,7 +6,8 @@
 masked matrix product, and only one state for each chunk travels on, so there is no loop over time. Decays and states
 are fp32.
 
-Legend: B rows, T positions, Z chunks, Q positions of a chunk, H heads, P head width, G groups, N state width.
+Legend: B rows, T positions, Z chunks, Q positions of a chunk, H = G·R heads, G groups, R heads of a group,
+P head width, S = R·P, N state width.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trainer.ops.documents import Documents
 
@@ -62,7 +64,7 @@ def ssd_chunked(
     """The same by chunks of `chunk_size` positions; a ragged end is padded with dt = 0, which changes no state."""
     batch, length, heads, width = x_BTHP.shape
     groups = B_BTGN.shape[2]
-    per_group = heads // groups
+    by_group = (groups, heads // groups)
     size = min(chunk_size, length)
     chunks = -(-length // size)
     pad = chunks * size - length
@@ -71,50 +73,74 @@ def ssd_chunked(
         seq_BT = torch.cat([seq_BT, seq_BT[:, -1:].expand(-1, pad)], dim=1)
     seq_BZQ = seq_BT.view(batch, chunks, size)
 
-    x_BZGRQP = _chunk(x_BTHP, pad, chunks).unflatten(3, (groups, per_group)).permute(0, 1, 3, 4, 2, 5)
-    dt_BZHQ = _chunk(dt_BTH, pad, chunks).transpose(2, 3)
+    x_BZGQRP = _chunk(x_BTHP, pad, chunks).unflatten(3, by_group).transpose(2, 3)
+    dt_BZQH = _chunk(dt_BTH, pad, chunks)
     B_BZGQN = _chunk(B_BTGN, pad, chunks).transpose(2, 3)
     C_BZGQN = _chunk(C_BTGN, pad, chunks).transpose(2, 3)
 
     # Log-decays are summed in fp64 and counted from the start of each document within the chunk, so that what came
     # before a document cannot reach it, not even as rounding.
-    total_BZHQ = (dt_BZHQ.double() * A_H.double()[:, None]).cumsum(-1)
-    start_BZQ = _document_start(seq_BZQ)[:, :, None].expand(-1, -1, heads, -1)
-    base_BZHQ = torch.where(start_BZQ > 0, total_BZHQ.gather(-1, start_BZQ), 0)
-    log_BZHQ = (total_BZHQ - base_BZHQ).float()
+    total_BZQH = (dt_BZQH.double() * A_H.double()).cumsum(2)
+    start_BZQH = _document_start(seq_BZQ)[..., None].expand(-1, -1, -1, heads)
+    base_BZQH = torch.where(start_BZQH > 0, total_BZQH.gather(2, start_BZQH), 0)
+    log_BZGQR = (total_BZQH - base_BZQH).float().unflatten(3, by_group).transpose(2, 3)
 
-    # Within a chunk: y_i += Σ_{j ≤ i} (C_i·B_j) exp(log_i - log_j) dt_j x_j over the positions of one document.
-    seen_BZ1QQ = (seq_BZQ[:, :, :, None] == seq_BZQ[:, :, None, :]).tril()[:, :, None]
-    between_BZHQQ = (log_BZHQ[..., :, None] - log_BZHQ[..., None, :]).masked_fill(~seen_BZ1QQ, -math.inf).exp()
-    mix_BZHQQ = between_BZHQQ * dt_BZHQ[..., None, :]
-    scores_BZGQQ = (C_BZGQN @ B_BZGQN.transpose(-1, -2)).float()
-    mix_BZGRQQ = mix_BZHQQ.unflatten(2, (groups, per_group)) * scores_BZGQQ[:, :, :, None]
-    y_BZGRQP = mix_BZGRQQ.to(x_BZGRQP.dtype) @ x_BZGRQP
+    # Within a chunk: y_i = Σ_{j ≤ i} (C_i·B_j) exp(log_i - log_j) dt_j x_j over the positions of one document.
+    seen_BZ11QQ = (seq_BZQ[:, :, :, None] == seq_BZQ[:, :, None, :]).tril()[:, :, None, None]
+    dt_BZGQR = dt_BZQH.unflatten(3, by_group).transpose(2, 3)
+    dtx_BZGQRP = dt_BZGQR[..., None] * x_BZGQRP.float()
+    log_BZGRQ = log_BZGQR.transpose(3, 4).contiguous()
+    dtx_BZGRQP = dtx_BZGQRP.to(x_BTHP.dtype).transpose(3, 4)
+    y_BZGQRP = _WithinChunk.apply(dtx_BZGRQP, log_BZGRQ, B_BZGQN, C_BZGQN, seen_BZ11QQ).transpose(3, 4)
 
     if chunks > 1:
         # What each chunk adds to the state at its end: positions of the document that is open there.
-        last_BZ1 = seq_BZQ[:, :, -1:]
-        to_end_BZHQ = (log_BZHQ[..., -1:] - log_BZHQ).masked_fill(
-            (seq_BZQ != last_BZ1)[:, :, None], -math.inf
-        ).exp() * dt_BZHQ
-        weighted_BZGRQP = to_end_BZHQ.unflatten(2, (groups, per_group))[..., None] * x_BZGRQP.float()
-        added_BZGRNP = B_BZGQN.float().transpose(-1, -2)[:, :, :, None] @ weighted_BZGRQP
+        open_BZ = seq_BZQ[:, :, -1]
+        closed_BZ1Q1 = (seq_BZQ != open_BZ[:, :, None])[:, :, None, :, None]
+        to_end_BZGQR = (log_BZGQR[:, :, :, -1:] - log_BZGQR).masked_fill(closed_BZ1Q1, -math.inf).exp()
+        weighted_BZGQS = (to_end_BZGQR[..., None] * dtx_BZGQRP).flatten(4)
+        added_BZGNS = B_BZGQN.float().transpose(-1, -2) @ weighted_BZGQS
         # State before chunk z: Σ over earlier chunks c whose open document still lasts at the end of chunk z - 1.
-        open_BZ = last_BZ1[:, :-1, 0]
-        kept_B1ZZ = (open_BZ[:, :, None] == open_BZ[:, None, :]).tril()[:, None]
-        sum_BHZ = total_BZHQ[:, :-1, :, -1].cumsum(1).transpose(1, 2)
+        kept_B1ZZ = (open_BZ[:, :-1, None] == open_BZ[:, None, :-1]).tril()[:, None]
+        sum_BHZ = total_BZQH[:, :-1, -1].cumsum(1).transpose(1, 2)
         carry_BHZZ = (sum_BHZ[..., :, None] - sum_BHZ[..., None, :]).masked_fill(~kept_B1ZZ, -math.inf).exp().float()
-        carry_BGRZZ = carry_BHZZ.unflatten(1, (groups, per_group))
-        states_BZGRNP = torch.einsum("bgrzc,bcgrnp->bzgrnp", carry_BGRZZ, added_BZGRNP[:, :-1])
+        added_BZGNRP = added_BZGNS[:, :-1].unflatten(4, (by_group[1], width))
+        state_BZGNRP = torch.einsum("bgrzc,bcgnrp->bzgnrp", carry_BHZZ.unflatten(1, by_group), added_BZGNRP)
+        state_BZGNS = F.pad(state_BZGNRP.flatten(4), (0, 0, 0, 0, 0, 0, 1, 0))
         # Positions of the document that was open when the chunk began read that state.
-        reads_BZ1Q = (seq_BZQ[:, 1:] == open_BZ[:, :, None])[:, :, None]
-        decay_BZHQ = log_BZHQ[:, 1:].masked_fill(~reads_BZ1Q, -math.inf).exp()
-        decay_BZGRQ1 = decay_BZHQ.unflatten(2, (groups, per_group))[..., None]
-        recalled_BZGRQP = (C_BZGQN[:, 1:, :, None].float() @ states_BZGRNP) * decay_BZGRQ1
-        y_BZGRQP = torch.cat([y_BZGRQP[:, :1], y_BZGRQP[:, 1:] + recalled_BZGRQP.to(y_BZGRQP.dtype)], dim=1)
+        before_BZ1 = F.pad(open_BZ[:, :-1], (1, 0))[:, :, None]
+        foreign_BZ1Q1 = (seq_BZQ != before_BZ1)[:, :, None, :, None]
+        decay_BZGQR = log_BZGQR.masked_fill(foreign_BZ1Q1, -math.inf).exp()
+        recalled_BZGQRP = (C_BZGQN.float() @ state_BZGNS).unflatten(4, (by_group[1], width))
+        y_BZGQRP = torch.addcmul(y_BZGQRP.float(), recalled_BZGQRP, decay_BZGQR[..., None])
 
-    y_BTHP = y_BZGRQP.permute(0, 1, 4, 2, 3, 5).reshape(batch, chunks * size, heads, width)[:, :length]
-    return (y_BTHP + D_H[:, None] * x_BTHP).to(x_BTHP.dtype)
+    y_BTHP = y_BZGQRP.transpose(2, 3).reshape(batch, chunks * size, heads, width)[:, :length]
+    return torch.addcmul(y_BTHP.float(), D_H[:, None], x_BTHP.float()).to(x_BTHP.dtype)
+
+
+class _WithinChunk(torch.autograd.Function):
+    """y = (exp(log_i - log_j) ∘ C Bᵀ) dtx over `seen` pairs; the Q × Q tensors are made in place and few are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, dtx_GRQP: Tensor, log_GRQ: Tensor, B_GQN: Tensor, C_GQN: Tensor, seen_11QQ: Tensor
+    ) -> Tensor:
+        decay_GRQQ = (log_GRQ[..., :, None] - log_GRQ[..., None, :]).masked_fill_(~seen_11QQ, -math.inf).exp_()
+        mix_GRQQ = decay_GRQQ * (C_GQN @ B_GQN.transpose(-1, -2)).float()[..., None, :, :]
+        ctx.save_for_backward(dtx_GRQP, B_GQN, C_GQN, decay_GRQQ, mix_GRQQ)
+        return mix_GRQQ.to(dtx_GRQP.dtype) @ dtx_GRQP
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_GRQP: Tensor) -> tuple[Tensor | None, ...]:
+        dtx_GRQP, B_GQN, C_GQN, decay_GRQQ, mix_GRQQ = ctx.saved_tensors
+        grad_dtx_GRQP = mix_GRQQ.to(grad_GRQP.dtype).transpose(-1, -2) @ grad_GRQP
+        grad_mix_GRQQ = (grad_GRQP @ dtx_GRQP.transpose(-1, -2)).float()
+        by_log_GRQQ = grad_mix_GRQQ * mix_GRQQ
+        grad_log_GRQ = by_log_GRQQ.sum(-1) - by_log_GRQQ.sum(-2)
+        grad_scores_GQQ = grad_mix_GRQQ.mul_(decay_GRQQ).sum(-3).to(B_GQN.dtype)
+        grad_B_GQN = grad_scores_GQQ.transpose(-1, -2) @ C_GQN
+        return grad_dtx_GRQP, grad_log_GRQ, grad_B_GQN, grad_scores_GQQ @ B_GQN, None
 
 
 def _chunk(tensor: Tensor, pad: int, chunks: int) -> Tensor:
