@@ -45,6 +45,7 @@ def load_spec(file: str, assignments: Sequence[str]) -> TrainSpec:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     end_with_parent()
+    failures.forget()
     options = parser("trainer").parse_args(arguments)
     try:
         spec = load_spec(options.spec, options.set)

@@ -204,7 +204,7 @@ def _stopped(spec: TrainSpec | None, number: int) -> tuple[int, str]:
 def _describe(rank: int, returncode: int) -> Failure:
     code = of_process(returncode)
     if returncode < 0:
-        return Failure(rank, code, f"ended by {signal.Signals(-returncode).name} ({failures.meaning(code)})")
+        return Failure(rank, code, f"ended by {signal.Signals(-returncode).name}")
     if code in STOPS or code == ExitCode.LIMIT:
         return Failure(rank, code, failures.meaning(code))
     return Failure(rank, code, f"exit code {code} ({failures.meaning(code)})")

@@ -82,6 +82,12 @@ def record(code: int, reason: str) -> None:
         print(f"the reason could not be recorded: {error}", file=sys.stderr)
 
 
+def forget() -> None:
+    """Remove what an earlier attempt of this rank has recorded; torchrun may restart ranks in place."""
+    if directory := os.environ.get(DIRECTORY_VARIABLE):
+        (Path(directory) / f"rank-{os.environ.get('RANK', '0')}.json").unlink(missing_ok=True)
+
+
 def recorded(directory: Path) -> list[Failure]:
     """All failures that ranks have recorded."""
     return [Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in sorted(directory.glob("rank-*.json"))]
