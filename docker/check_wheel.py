@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 
 PACKAGES = ("pipelines", "components", "manifests", "trainer")
-# Applied from the sources with kubectl; no code reads them.
-NOT_PACKED = ("manifests/base/", "manifests/examples/", "pipelines/pretrain.yaml")
+# Generated for people to apply, upload or point an editor at; no code reads them.
+NOT_PACKED = ("manifests/base/", "manifests/examples/", "manifests/job.schema.json", "pipelines/pretrain.yaml")
 
 
 def main(wheel: str) -> None:

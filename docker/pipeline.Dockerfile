@@ -19,7 +19,8 @@ RUN python3 -m pip --python /opt/yaongi/bin/python install --no-cache-dir --no-d
 COPY docker/entry.sh /usr/local/bin/entry
 COPY dist/yaongi-*.whl /opt/yaongi/
 RUN python3 -m pip --python /opt/yaongi/bin/python install --no-cache-dir --no-deps --no-index /opt/yaongi/yaongi-*.whl \
-    && /opt/yaongi/bin/python -c 'import kfp, kubernetes, manifests.spec; print("kfp", kfp.__version__)'
+    && /opt/yaongi/bin/python -c 'import kfp, kubernetes; print("kfp", kfp.__version__)' \
+    && /opt/yaongi/bin/yaongi --version
 
 ENV PATH=/opt/yaongi/bin:$PATH \
     HOME=/tmp \

@@ -24,7 +24,8 @@ RUN set -eu; \
 COPY docker/entry.sh /usr/local/bin/entry
 COPY dist/yaongi-*.whl /opt/yaongi/
 RUN python3 -m pip --python /opt/yaongi/bin/python install --no-cache-dir --no-deps --no-index /opt/yaongi/yaongi-*.whl \
-    && /opt/yaongi/bin/python -c 'import torch, trainer.spec, manifests.spec; print("torch", torch.__version__)'
+    && /opt/yaongi/bin/python -c 'import torch; print("torch", torch.__version__)' \
+    && /opt/yaongi/bin/yaongi --version
 
 ENV PATH=/opt/yaongi/bin:$PATH \
     HOME=/tmp \
@@ -44,4 +45,4 @@ LABEL org.opencontainers.image.title="yaongi trainer" \
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["/usr/local/bin/entry"]
-CMD ["python", "-m", "trainer.entrypoint", "--version"]
+CMD ["yaongi", "--version"]
