@@ -1,4 +1,6 @@
-"""JobSpec: data + tokenizer + shards + train + cluster + observability. One file a person writes, everything else is derived.
+"""JobSpec: data + tokenizer + shards + train + cluster + observability.
+
+One file that a person writes; everything else is derived from it.
 
 A job file names a preset and what differs from it:
 
@@ -35,18 +37,20 @@ from trainer.spec import (
 from trainer.specbase import Spec, SpecError, canonical_digest, deep_merge, parse, read_yaml
 
 PRESETS = files("manifests") / "presets"
+BYTES_PER_TOKEN = 5  # UTF-8 bytes of text that one token stands for, rounded up over the domains
+DOWNLOAD_MARGIN = 1.2
 Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
 
 
 class FilesSource(Spec):
-    """Local or remote files: paths or URLs (fsspec), globs allowed; `sample://NAME` is the corpus shipped with yaongi."""
+    """Files by path or URL (fsspec), globs allowed; `sample://NAME` is a file of the corpus shipped with yaongi."""
 
     kind: Literal["files"] = "files"
     paths: list[str] = Field(min_length=1)
 
 
 class HubSource(Spec):
-    """A dataset on the Hugging Face Hub; `revision` is a commit id, or a branch that is resolved and recorded at download."""
+    """A dataset on the Hugging Face Hub; `revision` is a commit id, or a branch, resolved and recorded at download."""
 
     kind: Literal["hub"] = "hub"
     dataset: str
@@ -67,7 +71,7 @@ class SourceSpec(Spec):
 
 
 class DataSpec(Spec):
-    """Sources by name; their weights sum to 1. `max_bytes_per_source` stops a download early (None: by the tokens needed)."""
+    """Sources by name; their weights sum to 1. `max_bytes_per_source` stops a download early."""
 
     sources: dict[Name, SourceSpec] = Field(min_length=1)
     heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.005
@@ -184,11 +188,21 @@ class JobSpec(Spec):
         return self
 
     # Keys of the stages: a pure function of the spec, so that a manifest can be rendered before any data exists.
+    def byte_budget(self, source: SourceSpec) -> int | None:
+        """UTF-8 bytes after which a source is enough: what the job says, on the Hub else what its tokens need."""
+        if self.data.max_bytes_per_source is not None or isinstance(source.origin, FilesSource):
+            return self.data.max_bytes_per_source
+        tokens = self.train.steps * self.train.batch.tokens_per_step * source.weight
+        return int(tokens * BYTES_PER_TOKEN * DOWNLOAD_MARGIN)
+
     @property
     def raw_key(self) -> str:
         mixed = {"weight", "max_epochs"}
-        sources = {name: source.model_dump(mode="json", exclude=mixed) for name, source in self.data.sources.items()}
-        return canonical_digest(["raw", sources, self.data.max_bytes_per_source])
+        sources = {
+            name: [source.model_dump(mode="json", exclude=mixed), self.byte_budget(source)]
+            for name, source in self.data.sources.items()
+        }
+        return canonical_digest(["raw", sources])
 
     @property
     def tokenizer_key(self) -> str:
@@ -202,7 +216,7 @@ class JobSpec(Spec):
 
     @property
     def run_name(self) -> str:
-        """`<name>-<hash>`: also the name of the PyTorchJob. Where it runs and how it is watched do not change the run."""
+        """`<name>-<hash>`, also the PyTorchJob's name. Where it runs and how it is watched do not change the run."""
         identity = {
             "shards": self.shards_key,
             "train": self.train.model_dump(mode="json", exclude={"runtime", "evaluate"}),

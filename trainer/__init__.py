@@ -1,4 +1,4 @@
-"""The trainer: model, operations, data reader, optimizers and the training loop. Knows tensors and files, never kfp or kubernetes."""
+"""The trainer: model, operations, data reader, optimizers, training loop. Knows tensors and files, no cluster."""
 
 from importlib.metadata import PackageNotFoundError, version
 

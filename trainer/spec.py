@@ -69,7 +69,7 @@ class MuonSpec(Spec):
 
 
 class AdamWSpec(Spec):
-    """AdamW for embedding, head, norms, convolutions, 1-D parameters and (at a higher rate, undecayed) Engram tables."""
+    """AdamW for embedding, head, norms, convolutions, 1-D parameters and, at a higher rate, Engram tables."""
 
     learning_rate: Positive = 2e-3
     beta1: Fraction = 0.9
@@ -115,7 +115,7 @@ class CheckpointSpec(Spec):
 
 
 class BackendsSpec(Spec):
-    """Implementation of each operation; `auto` takes the fastest proven one, a named one that cannot run is an error."""
+    """Implementation of each operation; `auto` takes the fastest proven one, a named one must be able to run."""
 
     ssd: Literal["auto", "reference", "chunked"] = "auto"
     conv: Literal["auto", "reference", "torch"] = "auto"
@@ -146,7 +146,7 @@ class EvaluateSpec(Spec):
 
 
 class TrainSpec(Spec):
-    """One training run. `run_dir` holds checkpoints, logs, metrics and results; the same spec in another place is the same run."""
+    """One training run; `run_dir` holds its checkpoints, logs, metrics and results."""
 
     run: str
     run_dir: str
@@ -184,6 +184,7 @@ class TrainSpec(Spec):
         if step_rows % per_round:
             raise ValueError(
                 f"a step of {step_rows} rows cannot be shared by {world_size} ranks in micro-batches of "
-                f"{self.batch.micro_batch_rows} rows; make batch.tokens_per_step a multiple of {per_round * self.tokens.seq_len}"
+                f"{self.batch.micro_batch_rows} rows; make batch.tokens_per_step a multiple of "
+                f"{per_round * self.tokens.seq_len}"
             )
         return step_rows // per_round

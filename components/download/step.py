@@ -13,7 +13,7 @@ from pathlib import Path
 
 from components.download.source import Task, origin, prepare
 from components.download.writer import Journal
-from manifests.spec import FilesSource, JobSpec, SourceSpec
+from manifests.spec import JobSpec, SourceSpec
 from trainer.data.manifest import (
     MANIFEST_NAME,
     DataError,
@@ -24,9 +24,6 @@ from trainer.data.manifest import (
     read_manifest,
     write_manifest,
 )
-
-BYTES_PER_TOKEN = 5  # UTF-8 bytes of text that one token stands for, rounded up over the domains
-MARGIN = 1.2
 
 
 def run(job: JobSpec) -> StageResult:
@@ -50,14 +47,6 @@ def run(job: JobSpec) -> StageResult:
     return StageResult(kind="raw", path=str(root), digest=manifest.digest, summary=summary)
 
 
-def byte_budget(job: JobSpec, spec: SourceSpec) -> int | None:
-    """UTF-8 bytes after which a source is enough: what the job says, on the Hub else what its tokens need."""
-    if job.data.max_bytes_per_source is not None or isinstance(spec.origin, FilesSource):
-        return job.data.max_bytes_per_source
-    tokens = job.train.steps * job.train.batch.tokens_per_step * spec.weight
-    return int(tokens * BYTES_PER_TOKEN * MARGIN)
-
-
 def describe(job: JobSpec, journals: dict[str, Journal]) -> Manifest:
     sources, entries = dict[str, SourceEntry](), list[FileEntry]()
     for name, journal in journals.items():
@@ -71,7 +60,7 @@ def describe(job: JobSpec, journals: dict[str, Journal]) -> Manifest:
 
 
 def _source(job: JobSpec, name: str, spec: SourceSpec) -> Journal:
-    task = Task(name, spec, Path(job.stage_dir("raw")) / name, byte_budget(job, spec))
+    task = Task(name, spec, Path(job.stage_dir("raw")) / name, job.byte_budget(spec))
     try:
         return prepare(task)
     except DataError as error:
