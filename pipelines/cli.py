@@ -143,10 +143,12 @@ def generate(
 ) -> None:
     """Continue a text with a trained model."""
     from pipelines.models import find
+
+    directory = find(source, workdir)
     from trainer.export import load
     from trainer.generate import complete
 
-    model, tokenizer = load(find(source, workdir))
+    model, tokenizer = load(directory)
     texts = complete(model, tokenizer, prompt, max_tokens=tokens, temperature=temperature, seed=seed)
     for beginning, text in zip(prompt, texts, strict=True):
         print(beginning + text)
@@ -167,10 +169,11 @@ def presets() -> None:
 def describe(job: Job, sets: Sets = None, verbose: Verbose = False) -> None:
     """Show a model layer by layer: shapes, parameters, FLOPs per token, memory, checkpoint size."""
     from manifests.spec import load_job
+
+    spec = load_job(job, _changes(sets))  # a wrong field is told before PyTorch is loaded
     from trainer.describe import describe as describe_model
     from trainer.describe import render as render_description
 
-    spec = load_job(job, _changes(sets))
     render_description(describe_model(spec.train.model, spec.train.seq_len), Console())
 
 

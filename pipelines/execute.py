@@ -8,8 +8,11 @@ A process of its own, because kfp.local writes to stdout, replaces print and kno
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -19,6 +22,7 @@ def main() -> int:
     # A signal goes to every process of this session. The steps obey it; this one stays to see how they end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     warnings.filterwarnings("ignore", message="You may be attemping to run a task that uses custom or non-Python")
 
     from kfp import local
@@ -32,6 +36,13 @@ def main() -> int:
         print(error)
         return 1
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """If `yaongi run` was killed, stop what it started: nobody watches it any more."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGTERM)
 
 
 if __name__ == "__main__":

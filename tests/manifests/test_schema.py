@@ -1,0 +1,20 @@
+import json
+
+from manifests.schema import COMMITTED, job_schema
+from manifests.spec import preset, preset_names
+
+
+def test_the_committed_schema_is_the_generated_one():
+    assert COMMITTED.read_text(encoding="utf-8") == job_schema(), "job.schema.json is stale; run `make gen`"
+
+
+def test_the_schema_knows_the_presets_and_every_field_that_they_use():
+    schema = json.loads(job_schema())
+    assert schema["properties"]["preset"]["enum"] == preset_names()
+    for name in preset_names():
+        assert preset(name).keys() <= schema["properties"].keys()
+
+
+def test_a_job_file_needs_no_field():
+    assert "required" not in json.loads(job_schema())
+    assert '"required": [' not in job_schema()

@@ -1,0 +1,128 @@
+import sys
+
+import pytest
+import yaml
+
+from pipelines import cli, doctor
+from pipelines.compile import COMMITTED
+from trainer import __version__
+
+
+@pytest.fixture
+def yaongi(monkeypatch, capsys, tmp_path):
+    """Runs the command line in an empty folder; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("YAONGI_VERBOSE", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["yaongi", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+def test_the_version_is_the_packages(yaongi):
+    assert yaongi("--version") == (0, f"yaongi {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["run", "train", "render", "describe", "submit"])
+def test_an_unknown_field_is_one_line_that_names_the_nearest(yaongi, command):
+    code, _, error = yaongi(command, "tiny", "--set", "train.stepz=5")
+    assert (code, error) == (2, "error: tiny: train.stepz: unknown field; did you mean 'steps'?\n")
+
+
+def test_several_problems_of_a_job_file_are_named_with_the_file(yaongi, tmp_path):
+    (tmp_path / "mine.yaml").write_text("preset: tiny\nname: Mine\ntrain: {steps: 0}\n")
+    code, _, error = yaongi("run", "mine.yaml")
+    assert code == 2
+    assert error.count("\n") == 1
+    assert "mine.yaml: name: " in error and "mine.yaml: train.steps: " in error
+
+
+def test_a_job_that_is_neither_preset_nor_file_lists_the_presets(yaongi):
+    code, _, error = yaongi("run", "tinny")
+    assert code == 2
+    assert error.startswith("error: 'tinny' is neither a preset (h100-4b, ") and error.count("\n") == 1
+
+
+def test_a_target_that_does_not_exist_names_those_that_do(yaongi):
+    code, _, error = yaongi("run", "tiny", "--target", "slurm")
+    assert code == 2
+    assert "cluster.target" in error and "'kubernetes' or 'local'" in error
+
+
+def test_a_volume_that_is_not_mounted_here_is_named(yaongi, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    place = f"storage.datasets_dir={tmp_path}/taken/datasets"
+    code, _, error = yaongi("run", "tiny", "--target", "kubernetes", "--set", place)
+    assert code == 2
+    assert error.startswith("error: storage.datasets_dir: ") and "mount the volume" in error
+
+
+def test_verbose_adds_the_traceback_and_nothing_else_does(yaongi):
+    assert "Traceback" not in yaongi("render", "tinny")[2]
+    code, _, error = yaongi("render", "tinny", "--verbose")
+    assert code == 2
+    assert "Traceback" in error and error.splitlines()[-1].startswith("error: 'tinny' is neither")
+
+
+def test_presets_are_listed(yaongi):
+    _, output, _ = yaongi("presets")
+    assert [line.split()[0] for line in output.splitlines()] == ["h100-4b", "h100-4b-interleaved", "small", "tiny"]
+
+
+def test_describe_shows_the_requested_model(yaongi):
+    _, output, _ = yaongi("describe", "h100-4b")
+    assert "4,197,820,016" in output and "603,252,208" in output
+
+
+def test_render_prints_what_kubectl_takes(yaongi):
+    _, output, _ = yaongi("render", "tiny", "--set", "cluster.nodes=1", "--set", "cluster.image=mine:7")
+    config_map, job = yaml.safe_load_all(output)
+    assert (config_map["kind"], job["kind"]) == ("ConfigMap", "PyTorchJob")
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    assert worker["replicas"] == 1
+    assert worker["template"]["spec"]["containers"][0]["image"] == "mine:7"
+
+
+def test_compile_writes_the_committed_pipeline(yaongi, tmp_path):
+    assert yaongi("compile", "new.yaml")[0] == 0
+    assert (tmp_path / "new.yaml").read_text() == COMMITTED.read_text()
+
+
+def test_generate_needs_an_exported_model(yaongi, tmp_path):
+    code, _, error = yaongi("generate", "tiny", "--prompt", "a")
+    assert code == 2 and "holds no exported model; export it first" in error
+    code, _, error = yaongi("generate", "nothing", "--prompt", "a")
+    assert code == 2 and error.startswith("error: 'nothing' is no run below work/checkpoints/runs")
+
+
+def test_submit_needs_a_host_that_answers(yaongi, monkeypatch):
+    monkeypatch.delenv("KFP_HOST", raising=False)
+    assert yaongi("submit", "tiny")[2].startswith("error: --host is missing")
+    code, _, error = yaongi("submit", "tiny", "--host", "http://localhost:9")
+    assert code == 1
+    assert (
+        error.startswith("error: Kubeflow Pipelines does not answer at http://localhost:9") and error.count("\n") == 1
+    )
+
+
+def test_doctor_tells_what_is_missing_without_failing_for_it(yaongi, monkeypatch):
+    monkeypatch.setenv("KUBECONFIG", "/nowhere/config")
+    code, output, _ = yaongi("doctor")
+    assert code == 0
+    assert "PyTorch  ok" in output and "cluster  missing  no cluster to launch on" in output
+
+
+def test_doctor_fails_on_a_machine_that_cannot_run(yaongi, monkeypatch):
+    monkeypatch.setattr(doctor, "MIN_FREE_GIB", 1e9)
+    code, output, _ = yaongi("doctor")
+    assert code == 1
+    assert "disk     no" in output

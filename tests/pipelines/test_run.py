@@ -1,0 +1,174 @@
+"""The pipeline itself on this machine, with a job as small as the data path and the model allow."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer.checkpoint import latest_step
+
+YAONGI = Path(sys.executable).with_name("yaongi")
+STEPS = ["plan", "download", "tokenizer", "shards", "train", "evaluate", "export", "summary"]
+
+
+def small_job(folder: Path, **train) -> Path:
+    """A job file with its texts: two sources of a few hundred short documents, one layer of each kind."""
+    words = random.Random(7).sample([f"{a}{b}{c}" for a in "bcdf" for b in "aeiou" for c in "lmnr"], 60)
+    sources = {}
+    for number, (name, domain) in enumerate([("prose", "en"), ("programs", "code")]):
+        draw = random.Random(number)
+        lines = [json.dumps({"text": " ".join(draw.choices(words, k=60)) + "."}) for _ in range(300)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        origin = {"kind": "files", "paths": [str(folder / f"{name}.jsonl")]}
+        sources[name] = {"domain": domain, "weight": 0.5, "licence": "CC0-1.0", "origin": origin}
+    job = {
+        "preset": "tiny",
+        "name": "small",
+        "data": {"sources": sources, "heldout_fraction": 0.1},
+        "tokenizer": {"vocab_size": 512},
+        "train": {
+            "steps": 4,
+            "seq_len": 32,
+            "batch": {"tokens_per_step": 128, "micro_batch_rows": 4},
+            "checkpoint": {"every_steps": 2},
+            "evaluate": {"max_tokens": 300, "sample_tokens": 4, "prompts": ["bal"]},
+            "runtime": {"log_every_steps": 1, "metrics_port": 0},
+            **train,
+        },
+        "cluster": {"nodes": 1},
+    }
+    job["train"]["model"] = {"vocab_size": 512, "hidden": 32, "layers": ["ME", "*-", "N"]}
+    job["train"]["model"] |= {"mamba": {"num_heads": 2, "head_dim": 16, "d_state": 8, "chunk_size": 16}}
+    job["train"]["model"] |= {"attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16}, "mlp": {"width": 32}}
+    job["train"]["model"] |= {"moe": {"num_experts": 4, "top_k": 2, "expert_width": 16}}
+    engram = {"layer": 2, "max_order": 3, "rows_per_head": 50, "width_per_order": 16, "num_heads": 2}
+    job["train"]["model"] |= {"engram": [engram]}
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(whole(job)))
+    return path
+
+
+def whole(job: dict) -> dict:
+    """The job without its preset: the preset's sources would stay beside ours."""
+    from manifests.spec import preset
+    from trainer.specbase import deep_merge
+
+    base = preset(job.pop("preset"))
+    del base["data"]
+    return deep_merge(base, job)
+
+
+# Seven processes import PyTorch, one after another; on a busy machine that takes its time.
+pytestmark = pytest.mark.timeout(600)
+
+
+def yaongi(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+    command = [YAONGI, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def artefacts(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of everything that the steps made, except what every launch writes anew."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for tree in ("datasets", "checkpoints")
+        for path in sorted((folder / "work" / tree).rglob("*"))
+        if path.is_file() and path.name not in ("job.yaml", "train.yaml")
+    }
+
+
+def test_a_job_runs_from_text_to_export_and_a_second_time_does_nothing(tmp_path):
+    job = small_job(tmp_path)
+    first = yaongi("run", job, cwd=tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert [line.split()[1] for line in first.stdout.splitlines() if line.startswith("✓")] == STEPS
+    assert "KFP Executor" not in first.stdout
+    for label in ("tokens          512 in 4 steps", "loss            ", "bits per byte   en ", "report          "):
+        assert f"\n{label}" in first.stdout
+    (run_dir,) = (tmp_path / "work/checkpoints/runs").iterdir()
+    assert latest_step(run_dir) == 4
+    assert (run_dir / "report.html").is_file() and (run_dir / "export/model.safetensors").is_file()
+    (log,) = (tmp_path / "work/logs").iterdir()
+    assert "KFP Executor" in log.read_text()
+
+    made = artefacts(tmp_path)
+    second = yaongi("run", job, cwd=tmp_path)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert artefacts(tmp_path) == made
+    for task in ("train", "evaluate", "export"):
+        assert f"{task}: unchanged and verified, nothing to do" in second.stdout
+
+    written = yaongi("generate", run_dir.name, "--prompt", "bal", "--tokens", "3", cwd=tmp_path)
+    assert written.returncode == 0 and written.stdout.startswith("bal"), written.stderr
+
+
+def test_a_step_that_fails_is_one_line_on_stderr_that_names_it(tmp_path):
+    job = small_job(tmp_path)
+    (tmp_path / "prose.jsonl").unlink()
+    done = yaongi("run", job, cwd=tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: download: ") and "prose" in line and "(full log: work/logs/" in line
+    assert "Traceback" not in done.stdout
+    assert [line for line in done.stdout.splitlines() if line.startswith("✓")] == ["✓ plan (0.0 s)"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_nothing_behind_but_a_checkpoint(tmp_path):
+    job = small_job(tmp_path, steps=100_000)
+    command = [YAONGI, "run", job]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("  step 5/"):
+                break
+        process.kill()
+    deadline = time.monotonic() + 60
+    while running := processes_naming(str(tmp_path)):
+        assert time.monotonic() < deadline, running
+        time.sleep(0.5)
+    (run_dir,) = (tmp_path / "work/checkpoints/runs").iterdir()
+    assert latest_step(run_dir) >= 5
+
+
+def processes_naming(text: str) -> list[str]:
+    """Command lines, of processes that run, in which `text` occurs."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = file.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if text in line:
+            found.append(line)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_has_saved_a_checkpoint_and_goes_on_from_it(tmp_path, number, code):
+    job = small_job(tmp_path, steps=2000)
+    with subprocess.Popen(
+        [YAONGI, "run", job], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("  step 5/"):
+                break
+        process.send_signal(number)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == code, error
+    assert error == "error: stopped; run the same command again to continue\n"
+    (run_dir,) = (tmp_path / "work/checkpoints/runs").iterdir()
+    stopped_at = latest_step(run_dir)
+    assert stopped_at >= 5
+    again = yaongi("run", job, "--set", "train.runtime.log_every_steps=100", cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    steps = [json.loads(line)["step"] for line in (run_dir / "logs/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 2001))
