@@ -179,17 +179,21 @@ def test_workers_die_with_their_parent_and_the_rest_is_kept(
         "run(job_from_json(sys.argv[1]), *map(StageResult.from_json, sys.argv[2:]))\n"
     )
     command = [sys.executable, "-c", code, job.model_dump_json(), *(r.to_json() for r in inputs[1:])]
-    process = subprocess.Popen(command, start_new_session=True)
     directory = Path(job.stage_dir("shards"))
-    while len(_journalled(directory)) < 3 and process.poll() is None:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 20
-    while _group_lives(process.pid):
-        assert time.monotonic() < deadline, "a worker outlived its parent"
-        time.sleep(0.02)
-    kept = _journalled(directory)
+    kept: dict[int, int] = {}
+    for _ in range(10):  # on a busy machine a run may end before it is seen working
+        shutil.rmtree(directory, ignore_errors=True)
+        process = subprocess.Popen(command, start_new_session=True)
+        while len(_journalled(directory)) < 3 and process.poll() is None:
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + 60
+        while _group_lives(process.pid):
+            assert time.monotonic() < deadline, "a worker outlived its parent"
+            time.sleep(0.02)
+        if kept := _journalled(directory):
+            break
     assert len(kept) >= 3
     assert subprocess.run(command, check=False).returncode == 0
     assert contents(directory) == golden
