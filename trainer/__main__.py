@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import logging
 import os
 import signal
 import sys
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         code, reason = failures.classify(error)
         failures.show(error, code, reason)
-        logging.getLogger("trainer").debug("failed", exc_info=error)
+        logs.note(f"ended with exit code {int(code)}: {reason}", error)
     failures.record(code, reason)
     return int(code)
 

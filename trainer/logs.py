@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_FILE_ONLY = "file_only"
+
 
 def setup(run_dir: str | Path, rank: int) -> None:
     """Rank 0 speaks on stdout, the others only warn; every rank keeps a file logs/rank-<n>.log with times."""
@@ -23,12 +25,20 @@ def setup(run_dir: str | Path, rank: int) -> None:
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     console.setFormatter(_Plain("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    console.addFilter(lambda record: not getattr(record, _FILE_ONLY, False))
     file = logging.FileHandler(directory / f"rank-{rank}.log", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("trainer")
     root.setLevel(logging.INFO)
     root.handlers = [console, file]
     root.propagate = False
+
+
+def note(text: str, error: BaseException) -> None:
+    """Into the rank's file only, with the traceback: the pod's own output may be gone when somebody looks."""
+    root = logging.getLogger("trainer")
+    if root.handlers:  # else there is no run directory yet
+        root.error(text, exc_info=error, extra={_FILE_ONLY: True})
 
 
 class _Plain(logging.Formatter):

@@ -14,6 +14,7 @@ import micro
 import pytest
 import torch
 import torch.distributed as dist
+from prometheus_client import generate_latest
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - imported here so that no test's time contains it
 
 from trainer import checkpoint, limits
@@ -22,8 +23,10 @@ from trainer.checkpointer import Checkpointer
 from trainer.data.loader import TokenLoader
 from trainer.exitcodes import ExitCode, TrainingError
 from trainer.loop import train
+from trainer.metrics import METRICS, Metrics
 from trainer.model.engram import token_classes
 from trainer.model.hybrid import build_model
+from trainer.restarts import NodeRecord
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError
 
@@ -183,3 +186,51 @@ def test_save_on_a_full_disk_leaves_the_older_checkpoint_and_training_goes_on(
     with pytest.raises(TrainingError, match=r"step 8 was not saved: .*; free space") as error:
         train(last)
     assert error.value.code == ExitCode.UNEXPECTED
+
+
+def test_every_metric_of_the_table_is_exported(micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pages: list[str] = []
+    monkeypatch.setattr(Metrics, "close", lambda self: pages.append(generate_latest(self.registry).decode()))
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=3)
+    Path(spec.run_dir).mkdir()
+    nodes = {"pod": NodeRecord(total=2, reasons={"137": 2})}
+    (tmp_path / "run" / "restarts.json").write_text(json.dumps({"nodes": {k: vars(v) for k, v in nodes.items()}}))
+    assert train(spec) == 0
+    (page,) = pages
+    lines = [line for line in page.splitlines() if not line.startswith("#")]
+    for metric in METRICS:
+        exported = any(line.startswith(f"yaongi_{metric.name}") for line in lines)
+        assert exported == (metric.name != "mfu_ratio"), metric.name
+    assert 'yaongi_restarts_total{reason="137"} 2.0' in lines
+    assert "yaongi_tokens_total 768.0" in lines and "yaongi_steps_total 3.0" in lines
+    values = {line.split()[0]: float(line.split()[1]) for line in lines}
+    for name in ("step", "startup", "data_wait", "checkpoint"):
+        assert values[f'yaongi_goodput_seconds_total{{class="{name}"}}'] > 0
+    assert sum(values[f'yaongi_source_tokens_total{{source="{name}"}}'] for name in ("ko", "en")) == 768
+
+
+def test_skipped_step_changes_nothing_and_training_goes_on(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The third of four micro-batches of step 2 overflows; step 3 must see the weights of step 1."""
+    from trainer.model import hybrid
+
+    calls = []
+    plain = hybrid.cross_entropy_sum
+
+    def overflowing(*tensors: torch.Tensor) -> torch.Tensor:
+        calls.append(0)
+        return plain(*tensors) * (float("inf") if len(calls) == 7 else 1)
+
+    monkeypatch.setattr(hybrid, "cross_entropy_sum", overflowing)
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=3, checkpoint={"every_steps": 1, "keep_last": 3})
+    assert train(spec) == 0
+    assert [line["skipped"] for line in micro.metrics(spec)] == [False, True, False]
+    classes = token_classes(micro_data / "tokenizer" / "tokenizer.json")
+    states = []
+    for step in (1, 2, 3):
+        model = build_model(spec.model, seed=0, token_classes=classes)
+        checkpoint.load_model_weights(checkpoint.step_dir(spec.run_dir, step), model)
+        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[1]["head.weight"], states[2]["head.weight"])
