@@ -7,7 +7,7 @@
 #   YAONGI_CLUSTER  instead of a running cluster: a program that starts one, with the verbs build, up, base-image, install-operator
 #                   and build-image NAME CONTEXT ARGUMENT... (build and load); it writes KUBECONFIG
 #
-# Further arguments go to pytest.
+# Arguments go to pytest in place of tests/e2e.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 fail() { echo "e2e: $*" >&2; exit 1; }
@@ -45,4 +45,4 @@ section "the cluster"
 kubectl get nodes -o wide
 kubectl get storageclass
 section "pytest"
-exec "$python" -m pytest tests/e2e -m e2e -v -s --timeout=1800 -p no:cacheprovider "$@"
+exec "$python" -m pytest -m e2e -v -s --timeout=1800 -p no:cacheprovider "${@:-tests/e2e}"

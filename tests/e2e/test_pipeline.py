@@ -26,7 +26,7 @@ from trainer.specbase import changes_from_sets
 pytestmark = pytest.mark.e2e
 
 ACCOUNT = "yaongi-launcher"
-STEPS = 60
+STEPS = 40
 SETS = [
     f"train.steps={STEPS}",
     "train.checkpoint.every_steps=10",
