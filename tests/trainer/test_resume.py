@@ -23,12 +23,12 @@ from trainer.spec import TrainSpec
 pytestmark = pytest.mark.timeout(
     1200
 )  # mostly imports, by up to three processes at a time, on whatever cores there are
-EVERYTHING = {"checkpoint": {"keep_last": 9}, "steps": 14}
+EVERYTHING = {"checkpoint": {"keep_last": 9}, "steps": 24}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(micro_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
-    """Two ranks, 14 steps, all checkpoints kept."""
+    """Two ranks, 24 steps, all checkpoints kept."""
     spec = micro.micro_spec(micro_data, tmp_path_factory.mktemp("runs") / "undisturbed", **EVERYTHING)
     code, output = micro.finish(micro.start(spec, ranks=2))
     assert code == 0, output
@@ -65,23 +65,25 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 
 def test_killed_and_stopped_run_equals_undisturbed_one(undisturbed: TrainSpec, micro_data: Path, tmp_path: Path):
     spec = micro.micro_spec(micro_data, tmp_path / "disturbed", **EVERYTHING)
-    rng = random.Random()
 
     killed = micro.start(spec, ranks=2)
-    step = rng.randrange(5, 8)  # between two checkpoints, so that steps are lost and trained again
-    wait_for_step(spec, step, killed)
+    wait_for_step(spec, 5, killed)
+    while not checkpoint.latest_step(spec.run_dir):
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.6))  # in the middle of a step, or of the next checkpoint
     for pid in [*ranks_of(killed), killed.pid]:
         os.kill(pid, signal.SIGKILL)
     killed.communicate()
+    published, reached = checkpoint.latest_step(spec.run_dir), micro.metrics(spec)[-1]["step"]
 
     stopped = micro.start(spec, ranks=2)
-    wait_for_step(spec, 9, stopped)
+    wait_for_step(spec, reached + 2, stopped)
     stopped.send_signal(signal.SIGTERM)
     code, output = micro.finish(stopped)
     assert code == ExitCode.TERMINATED, output
-    assert "resuming from the checkpoint of step 4" in output, f"killed after step {step}: {output}"
+    assert f"resuming from the checkpoint of step {published}" in output, f"killed after step {reached}: {output}"
     saved = checkpoint.latest_step(spec.run_dir)
-    assert saved >= 9 and micro.metrics(spec)[-1]["step"] == saved, "SIGTERM saves the step it stopped at"
+    assert saved >= reached + 2 and micro.metrics(spec)[-1]["step"] == saved, "SIGTERM saves the step it stopped at"
 
     code, output = micro.finish(micro.start(spec, ranks=2))
     assert code == 0, output
@@ -89,7 +91,7 @@ def test_killed_and_stopped_run_equals_undisturbed_one(undisturbed: TrainSpec, m
     assert losses(spec) == losses(undisturbed)
 
     ours, theirs = (checkpoint.latest(each.run_dir) for each in (spec, undisturbed))
-    assert ours is not None and theirs is not None and ours.name == theirs.name == "step-00000014"
+    assert ours is not None and theirs is not None and ours.name == theirs.name == "step-00000024"
     expected = tensors(theirs)
     found = tensors(ours)
     assert found.keys() == expected.keys() and any(key.startswith("optimizer.muon") for key in found)
@@ -98,7 +100,7 @@ def test_killed_and_stopped_run_equals_undisturbed_one(undisturbed: TrainSpec, m
     assert checkpoint.read_manifest(ours).cursor == checkpoint.read_manifest(theirs).cursor
 
     result = json.loads((Path(spec.run_dir) / "result.json").read_text())
-    assert result["steps"] == 14 and result["restarts"] == 2
+    assert result["steps"] == 24 and result["restarts"] == 2
     assert result["checkpoint_digest"] == checkpoint.read_manifest(ours).digest
 
 
@@ -111,7 +113,7 @@ def test_world_size_may_change_on_the_way(undisturbed: TrainSpec, micro_data: Pa
     assert "resuming from the checkpoint of step 4, saved by 2 ranks" in output
     two = {line["step"]: line for line in micro.metrics(undisturbed)}
     one = micro.metrics(spec)
-    assert [line["step"] for line in one] == list(range(5, 15))
-    for line in one:
+    assert [line["step"] for line in one] == list(range(5, 25))
+    for line in one[:10]:  # later on, a rounding error may send a token to another expert
         assert line["loss"] == pytest.approx(two[line["step"]]["loss"], rel=1e-5)
         assert line["by_source"] == two[line["step"]]["by_source"]
