@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta, TensorStorageMetadata
 
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointManifest
@@ -292,12 +292,24 @@ class _Reader(dcp.FileSystemReader):
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         if name not in _INDEX_CLASSES.get(module, ()):
-            raise TrainingError(
-                ExitCode.CHECKPOINT,
-                f"the checkpoint's index names {module}.{name}, which no index contains; not loaded",
-            )
+            raise _not_an_index(f"{module}.{name}")
         return super().find_class(module, name)
+
+
+def _memory_format(of: Any, name: str) -> _MEM_FORMAT_ENCODING:
+    """In place of getattr, as which Python before 3.11.4 pickles an enum's member; good for this one enum only."""
+    if of is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise _not_an_index(f"{of}.{name}")
+    return _MEM_FORMAT_ENCODING[name]
+
+
+def _not_an_index(found: str) -> TrainingError:
+    return TrainingError(
+        ExitCode.CHECKPOINT, f"the checkpoint's index names {found}, which no index contains; not loaded"
+    )
 
 
 def _first_cause(error: BaseException) -> str:
