@@ -1,0 +1,63 @@
+"""What goes into the images: the part of the lock that a base image needs, and a wheel with every file."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LOCK = ROOT / "requirements-trainer.lock"
+
+
+def selected(*flags: str, installed: Path | None = None) -> dict[str, str]:
+    """Requirement by package name; `installed` is a folder of the base image's own packages."""
+    environment = {"PATH": os.environ["PATH"]} | ({"PYTHONPATH": str(installed)} if installed else {})
+    # -S: without this environment's packages, as in a bare base image.
+    command = [sys.executable, "-S", str(ROOT / "docker" / "select_requirements.py"), str(LOCK), *flags]
+    text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return {re.split("==", block)[0]: block for block in re.split(r"\n(?=[a-z])", text) if "==" in block}
+
+
+def test_a_bare_base_gets_the_whole_lock_with_hashes() -> None:
+    found = selected()
+    locked = set(re.findall(r"^([a-z0-9-]+)==", LOCK.read_text(), re.MULTILINE))
+    assert set(found) == locked and len(locked) > 50
+    assert all("--hash=sha256:" in block for block in found.values())
+
+
+def test_a_cpu_image_leaves_out_only_what_torch_does_not_link_against() -> None:
+    left_out = set(selected()) - set(selected("--cpu-only"))
+    assert left_out == {
+        "triton", "nvidia-cusolver", "nvidia-nvtx", "cuda-bindings", "cuda-pathfinder", "cuda-toolkit",
+    }  # fmt: skip
+
+
+def test_a_base_with_torch_keeps_it_and_what_it_was_built_with(tmp_path: Path) -> None:
+    metadata = tmp_path / "torch-2.11.0a0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0a0\n")
+    found = set(selected(installed=tmp_path))
+    assert found & {"torch", "numpy", "triton", "nvidia-cublas", "nvidia-nccl-cu13"} == set()
+    assert found >= {"pydantic", "safetensors", "tensorboard", "tokenizers"}
+
+
+@pytest.mark.parametrize("missing", [None, "manifests/presets/tiny.yaml"])
+def test_a_wheel_without_a_preset_is_refused(missing: str | None, tmp_path: Path) -> None:
+    packages = ("pipelines", "components", "manifests", "trainer")
+    wheel = tmp_path / "yaongi-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in (path for package in packages for path in (ROOT / package).rglob("*") if path.is_file()):
+            if (name := str(path.relative_to(ROOT))) != missing:
+                archive.write(path, name)
+    done = subprocess.run(
+        [sys.executable, ROOT / "docker" / "check_wheel.py", wheel], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode == 0) == (missing is None), done.stderr
+    if missing:
+        assert missing in done.stderr
