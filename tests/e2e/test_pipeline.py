@@ -118,7 +118,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of the same job on this machine: two processes, the versions of this environment."""
     workdir = tmp_path_factory.mktemp("local")
     sets = ["name=first", *SETS]
-    command = [sys.executable, "-m", "pipelines.cli", "run", "tiny", "--workdir", str(workdir)]
+    command = [str(Path(sys.executable).with_name("yaongi")), "run", "tiny", "--workdir", str(workdir)]
     command += [part for change in sets for part in ("--set", change)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the pods: sums depend on the number of threads
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=RUN_TIMEOUT)
@@ -137,6 +137,13 @@ def test_the_pipeline_succeeds_from_raw_text_to_an_export(first: PipelineRun) ->
     assert result["loss_last"] < result["loss_first"] - 1, "the model learned nothing"
     assert first.read_json("eval.json")
     assert "safetensors" in first.namespace.execute("reader", "ls", f"{first.job.run_dir}/export")
+
+
+def test_what_it_leaves_belongs_to_user_and_group_1000_and_the_group_may_write_it(first: PipelineRun) -> None:
+    assert first.code == 0, first.log
+    made = [f"{first.job.run_dir}/{name}" for name in ("job.yaml", "result.json", "logs/metrics.jsonl")]
+    made.append(f"{first.job.stage_dir('shards')}/manifest.json")
+    assert set(first.namespace.execute("reader", "stat", "-c", "%u:%g %a", *made).split("\n")) == {"1000:1000 664", ""}
 
 
 def test_losses_equal_those_of_the_same_job_on_this_machine(first: PipelineRun, here: Path) -> None:
