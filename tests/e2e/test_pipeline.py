@@ -117,7 +117,7 @@ def first(volumes: Namespace, prometheus: Prometheus) -> PipelineRun:
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of the same job on this machine: two processes, the versions of this environment."""
     workdir = tmp_path_factory.mktemp("local")
-    sets = ["name=first", *SETS]
+    sets = ["name=first", *SETS, "train.runtime.metrics_port=0"]  # another run may have the port here
     command = [str(Path(sys.executable).with_name("yaongi")), "run", "tiny", "--workdir", str(workdir)]
     command += [part for change in sets for part in ("--set", change)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the pods: sums depend on the number of threads
