@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -145,13 +146,21 @@ def exit_of(pod: Object) -> Exit | None:
     ended = container_state(pod).get("terminated")
     node = pod["spec"].get("nodeName", "")
     if ended is not None:
-        message = one_line(ended.get("message", ""))
+        message = own_reason(ended.get("message", ""))
         reason, finished = ended.get("reason", ""), ended.get("finishedAt") or ""
         return Exit(metadata["name"], node, ended["exitCode"], reason, message, finished)
     if status.get("phase") == "Failed":
         message = one_line(status.get("message", ""))
         return Exit(metadata["name"], node, None, status.get("reason", ""), message, "")
     return None
+
+
+def own_reason(termination_message: str) -> str:
+    """The reason in what the trainer's entrypoint writes, a JSON object; any other text as one line."""
+    try:
+        return one_line(json.loads(termination_message)["reason"])
+    except (TypeError, ValueError, KeyError):
+        return one_line(termination_message)
 
 
 def culprit(exits: Iterable[Exit]) -> Exit | None:

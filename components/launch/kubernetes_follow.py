@@ -217,7 +217,8 @@ class Follower:
             for line in tail:
                 self.write(f"{cause.pod}: {line}")
         last = explain.one_line("\n".join(tail[-3:]))
-        said = f"; last lines: {last}" if last and last != cause.message else ""
+        told = not last or (cause.message and cause.message in last)
+        said = "" if told else f"; last lines: {last}"
         raise JobFailed(f"job {self.name} failed: {cause.describe()}{said}")
 
     def _check_clocks(self) -> None:

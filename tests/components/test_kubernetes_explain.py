@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from components.launch import kubernetes_explain as explain
+from trainer import entrypoint
 
 Object = dict[str, Any]
 
@@ -54,6 +55,15 @@ def test_without_a_final_exit_the_first_failure_is_blamed() -> None:
     cause = explain.culprit(ends(pod("b", state=ended(143, "2026-01-02T00:00:00Z")), pod("a", state=ended(137))))
     assert cause is not None and cause.pod == "a" and not cause.final
     assert explain.culprit(ends(pod(state=ended(0)))) is None
+
+
+def test_of_the_entrypoints_termination_message_only_the_reason_is_told(tmp_path, monkeypatch) -> None:
+    written = tmp_path / "termination-log"
+    written.touch()
+    monkeypatch.setenv(entrypoint.TERMINATION_LOG_VARIABLE, str(written))
+    entrypoint.write_termination_message(65, "rank 1: tokens are missing")
+    (found,) = ends(pod(state=ended(65, message=written.read_text())))
+    assert found.describe() == "run-worker-0 on node gpu-1 exited 65 (bad data): rank 1: tokens are missing"
 
 
 def test_an_eviction_has_no_exit_code() -> None:
