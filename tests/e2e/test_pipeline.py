@@ -184,6 +184,8 @@ def test_a_deleted_worker_changes_neither_the_outcome_nor_the_losses(first: Pipe
     namespace, victim = first.namespace, run.workers[1]
 
     def steps_done() -> int:
+        (driver,) = namespace.find("pods", "--field-selector", f"metadata.name={run.pod}")
+        assert driver["status"]["phase"] in ("Pending", "Running"), namespace.kubectl("logs", run.pod)
         return len(run.read("logs/metrics.jsonl").splitlines())
 
     wait_for("step 15", lambda: steps_done() >= 15, RUN_TIMEOUT, every=0.5)
