@@ -319,7 +319,7 @@ def test_a_running_job_with_other_settings_is_left_alone(
     with pytest.raises(LaunchError, match=r"is already running in namespace .* with other settings"):
         launcher(other, "true")
     assert jobs_of(namespace, job)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) != 0
     assert not jobs_of(namespace, job)
 
