@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ import yaml
 from kube import PIPELINE_IMAGE, Namespace, Object, pod
 
 BASE = Path(__file__).parents[2] / "manifests" / "base"
+
+# A shell starts its background jobs with SIGINT ignored, and so would be the launchers that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
