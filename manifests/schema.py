@@ -14,6 +14,9 @@ COMMITTED = Path(__file__).with_name("job.schema.json")
 def job_schema() -> str:
     """JSON schema (draft 2020-12) of a job file: JobSpec with everything optional beside the preset it starts from."""
     schema = _all_optional(JobSpec.model_json_schema())
+    named = schema["$defs"]["DataSpec"]["properties"]["sources"]["patternProperties"]
+    for pattern, source in named.items():
+        named[pattern] = {"anyOf": [source, {"type": "null", "description": "removes a source of the preset"}]}
     schema["properties"] = {"preset": {"type": "string", "enum": preset_names()}} | schema["properties"]
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"

@@ -264,12 +264,22 @@ def preset(name: str) -> dict[str, Any]:
 def job_from(value: dict[str, Any], changes: dict[str, Any] | None = None, where: str = "") -> JobSpec:
     """A JobSpec from a job file's mapping (`preset:` plus differences) and further changes on top.
 
+    A source of `data.sources` set to null is removed, so that a preset's model can be trained on other data alone.
+
     Raises:
         SpecError: as `parse`.
     """
     value = dict(value)
     base = preset(value.pop("preset")) if "preset" in value else {}
-    return parse(JobSpec, deep_merge(deep_merge(base, value), changes or {}), where)
+    return parse(JobSpec, _without_removed(deep_merge(deep_merge(base, value), changes or {})), where)
+
+
+def _without_removed(job: dict[str, Any]) -> dict[str, Any]:
+    data = job.get("data")
+    if not (isinstance(data, dict) and isinstance(data.get("sources"), dict)):
+        return job  # `parse` says what is wrong with it
+    left = {name: source for name, source in data["sources"].items() if source is not None}
+    return job | {"data": data | {"sources": left}}
 
 
 def changes_of(preset_or_file: str) -> tuple[str, dict[str, Any]]:

@@ -42,14 +42,22 @@ def canonical_digest(value: Any) -> str:
 
 
 def deep_merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` laid over `base`; dicts merge key by key, everything else (lists too) is replaced."""
+    """`changes` laid over `base`; dicts merge key by key, everything else (lists too) is replaced.
+
+    A dict that names another `kind` than the one below it is a different thing with other fields: it replaces it.
+    """
     merged = dict(base)
     for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = deep_merge(merged[key], value)
+        below = merged.get(key)
+        if isinstance(value, dict) and isinstance(below, dict) and not _differs_in_kind(below, value):
+            merged[key] = deep_merge(below, value)
         else:
             merged[key] = value
     return merged
+
+
+def _differs_in_kind(base: dict[str, Any], changes: dict[str, Any]) -> bool:
+    return "kind" in base and "kind" in changes and base["kind"] != changes["kind"]
 
 
 def parse(spec_type: type[SpecT], value: Any, where: str = "") -> SpecT:
@@ -123,14 +131,20 @@ def changes_from_sets(assignments: list[str]) -> dict[str, Any]:
     """`["train.steps=20", "a.b=c"]` → nested dict; values are read as YAML, so numbers, lists and null work.
 
     Raises:
-        SpecError: an assignment without '='.
+        SpecError: an assignment without '=', or whose value is not YAML.
     """
     changes: dict[str, Any] = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path:
             raise SpecError(f"--set {assignment}: write it as field.subfield=value")
-        value: Any = yaml.safe_load(text)
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise SpecError(
+                f"--set {assignment}: the value is not valid YAML ({reason}); quote or complete it"
+            ) from None
         for part in reversed(path.strip().split(".")):
             value = {part: value}
         changes = deep_merge(changes, value)

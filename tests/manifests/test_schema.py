@@ -18,3 +18,9 @@ def test_the_schema_knows_the_presets_and_every_field_that_they_use():
 def test_a_job_file_needs_no_field():
     assert "required" not in json.loads(job_schema())
     assert '"required": [' not in job_schema()
+
+
+def test_a_source_may_be_null_as_in_a_job_file():
+    sources = json.loads(job_schema())["$defs"]["DataSpec"]["properties"]["sources"]
+    (source,) = sources["patternProperties"].values()
+    assert [option.get("$ref", option.get("type")) for option in source["anyOf"]] == ["#/$defs/SourceSpec", "null"]

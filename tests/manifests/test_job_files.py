@@ -1,0 +1,73 @@
+"""What a job file and --set may say about a preset: replace a source's origin, remove a source, mistakes in one line."""
+
+import pytest
+import yaml
+
+from components.plan.step import arguments_for, resolve
+from manifests.spec import changes_of, load_job
+from trainer.specbase import SpecError, changes_from_sets, deep_merge
+
+OWN = {"domain": "ko", "weight": 1, "licence": "CC0-1.0", "origin": {"kind": "files", "paths": ["mine.jsonl"]}}
+
+
+@pytest.fixture
+def job_file(tmp_path):
+    def write(**fields) -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump({"preset": "tiny", **fields}))
+        return str(path)
+
+    return write
+
+
+def test_an_origin_of_another_kind_replaces_the_presets(job_file):
+    hub = {"kind": "hub", "dataset": "a/b", "revision": "0123abc"}
+    origin = load_job(job_file(data={"sources": {"ko": {"origin": hub}}})).data.sources["ko"].origin
+    assert origin.model_dump() == hub | {"config": None, "split": "train"}
+    by_sets = changes_from_sets([f"data.sources.ko.origin.{field}={value}" for field, value in hub.items()])
+    assert load_job("tiny", by_sets).data.sources["ko"].origin == origin
+
+
+def test_an_origin_of_the_same_kind_is_changed_field_by_field():
+    change = changes_from_sets(
+        ["data.sources.ko-wikipedia.origin.kind=hub", "data.sources.ko-wikipedia.origin.split=x"]
+    )
+    origin = load_job("h100-4b", change).data.sources["ko-wikipedia"].origin
+    assert (origin.dataset, origin.split) == ("wikimedia/wikipedia", "x")
+
+
+def test_null_removes_a_presets_source(job_file):
+    path = job_file(data={"sources": {"mine": OWN, **dict.fromkeys(["ko", "en", "code", "math"])}})
+    job = load_job(path)
+    assert list(job.data.sources) == ["mine"] and list(job.train_spec().tokens.mix) == ["mine"]
+    # The same through the arguments of the pipeline, where the changes travel as JSON.
+    assert resolve(**arguments_for(*changes_of(path))) == job
+
+
+def test_null_on_the_command_line_removes_a_source():
+    sets = [*(f"data.sources.{name}=null" for name in ("en", "code", "math")), "data.sources.ko.weight=1"]
+    assert list(load_job("tiny", changes_from_sets(sets)).data.sources) == ["ko"]
+
+
+def test_the_weights_that_are_left_must_still_be_whole():
+    with pytest.raises(SpecError, match="weights of sources sum to 0.8; they must sum to 1"):
+        load_job("tiny", changes_from_sets(["data.sources.en=null"]))
+
+
+def test_not_every_source_can_be_removed(job_file):
+    with pytest.raises(SpecError, match="data.sources"):
+        load_job(job_file(data={"sources": dict.fromkeys(["ko", "en", "code", "math"])}))
+
+
+def test_a_merge_changes_neither_side():
+    base, changes = {"a": {"kind": "x", "b": 1}}, {"a": {"kind": "y"}}
+    assert deep_merge(base, changes) == {"a": {"kind": "y"}}
+    assert (base, changes) == ({"a": {"kind": "x", "b": 1}}, {"a": {"kind": "y"}})
+
+
+@pytest.mark.parametrize("assignment", ["train={", "train.steps=[1", "name='a"])
+def test_a_value_that_is_not_yaml_is_one_line(assignment):
+    with pytest.raises(SpecError) as error:
+        changes_from_sets([assignment])
+    assert str(error.value).startswith(f"--set {assignment}: the value is not valid YAML (")
+    assert len(str(error.value).splitlines()) == 1
