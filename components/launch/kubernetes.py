@@ -40,20 +40,32 @@ def run(job: JobSpec, task: Task = "train") -> None:
     cluster = Cluster.connect(job.cluster.namespace)
     # A launcher outside the cluster may not have the volume; then there is no lease, as for a job applied by hand.
     mounted = Path(job.storage.checkpoints_dir).is_dir()
-    with held(job.run_dir) if mounted else nullcontext():
-        launch(cluster, pytorchjob(job, task), config_map(job, task), job.cluster)
+    with held(job.run_dir) if mounted else nullcontext(_nothing) as let_lease_lapse:
+        objects = pytorchjob(job, task), config_map(job, task)
+        launch(cluster, *objects, job.cluster, on_leftover=let_lease_lapse)
+
+
+def _nothing() -> None:
+    pass
 
 
 def launch(
-    cluster: Cluster, job: Object, spec: Object, limits: ClusterSpec, write: Callable[[str], None] = show
+    cluster: Cluster,
+    job: Object,
+    spec: Object,
+    limits: ClusterSpec,
+    write: Callable[[str], None] = show,
+    on_leftover: Callable[[], None] = _nothing,
 ) -> None:
     """Create or adopt the PyTorchJob `job`, whose workers mount the ConfigMap `spec`, and follow it to its end.
 
     Args:
         limits: the time limits and the grace period are read, nothing else.
         write: takes each line of worker 0's log, and the launcher's own, marked `launcher:`.
+        on_leftover: called when the job may still run although it was to be stopped.
+
     Raises:
-        LaunchError: as `run`. Nothing is left running then.
+        LaunchError: as `run`. Nothing is left running then, unless `on_leftover` was called.
     """
     name = job["metadata"]["name"]
     _require_claims(cluster, job)
@@ -62,8 +74,12 @@ def launch(
     with _stop_on_sigterm():
         try:
             if current is None:
-                current = _create(cluster, job, spec)
-                ours = True
+                ours = True  # from here on: a creation whose answer is lost may have taken place
+                try:
+                    current = _create(cluster, job, spec)
+                except Refused:
+                    ours = False
+                    raise
                 cluster.own_config_map(spec["metadata"]["name"], _reference(current))
                 write(f"launcher: created job {name} in namespace {cluster.namespace}")
             else:
@@ -72,12 +88,10 @@ def launch(
             Follower(cluster, current, limits, write).follow()
         except JobFailed:
             raise
-        except LaunchError:
-            if ours:
-                _stop(cluster, name, limits.grace_seconds, write)
-            raise
-        except BaseException:  # a signal; it may have come while the job was being created
-            _stop(cluster, name, limits.grace_seconds, write)
+        except BaseException as error:  # also a signal; it may have come while the job was being created
+            stop = ours or not isinstance(error, LaunchError)
+            if stop and not _stop(cluster, name, limits.grace_seconds, write):
+                on_leftover()
             raise
 
 
@@ -157,8 +171,11 @@ def _wait_until_gone(cluster: Cluster, name: str, grace_seconds: int, write: Cal
         time.sleep(1)
 
 
-def _stop(cluster: Cluster, name: str, grace_seconds: int, write: Callable[[str], None]) -> None:
-    """Delete the job and wait for its pods, which save a checkpoint; the error that led here is what gets raised."""
+def _stop(cluster: Cluster, name: str, grace_seconds: int, write: Callable[[str], None]) -> bool:
+    """Delete the job and wait for its pods, which save a checkpoint; whether all are gone.
+
+    Raises nothing of its own: the error that led here is what gets raised.
+    """
     write(f"launcher: deleting job {name}; its workers have {grace_seconds} s to save a checkpoint")
     try:
         for pause in (1, 2, 4, 8, 16, 0):
@@ -171,8 +188,10 @@ def _stop(cluster: Cluster, name: str, grace_seconds: int, write: Callable[[str]
                 time.sleep(pause)
         _wait_until_gone(cluster, name, grace_seconds, lambda line: None)
         write(f"launcher: job {name} is gone")
+        return True
     except LaunchError as error:
         write(f"launcher: the job may still run: {error}")
+        return False
 
 
 @contextmanager

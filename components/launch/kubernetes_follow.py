@@ -58,10 +58,13 @@ class Follower:
         self.pulling_since: dict[str, float] = {}
         self.told: set[str] = set()
         self.restarts = 0
-        age = explain.age_seconds(job)
-        self.clock = _Clock("queued", time.monotonic() - age)
-        # Of a job found running, the time it has run already counts.
-        self.running_since = self.clock.since if explain.has_condition(job, "Running") else None
+        # Of a job found running, the time it has run already counts, and a worker that is just then replaced has not
+        # waited that long; of any other job, the time it has waited counts.
+        begun = time.monotonic() - explain.age_seconds(job)
+        is_running = explain.has_condition(job, "Running")
+        self.clock = _Clock("queued", time.monotonic() if is_running else begun)
+        self.running_since = begun if is_running else None
+        self.pods_known = False
         self.changes: queue.Queue[Change | LaunchError] = queue.Queue()
         self.log = LogFollower(cluster, write)
         core, custom, space = cluster.core, cluster.custom, cluster.namespace
@@ -135,7 +138,7 @@ class Follower:
 
     def _see_pods(self, change: Change) -> None:
         if change.type == "LISTED":
-            self.pods = {}
+            self.pods, self.pods_known = {}, True
         for pod in change.objects:
             self._see_pod(pod, gone=change.type == "DELETED")
         phase = explain.phase_of(self.pods.values(), self.workers)
@@ -228,6 +231,8 @@ class Follower:
             self._tell("", silence)
             return
         self.told.discard(silence)
+        if not self.pods_known:
+            return
         now = time.monotonic()
         why = "; ".join(self._named(pod, found.text) for pod, found in self.obstacles.items()) or self._no_reason()
         spent = now - self.clock.since

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,23 +22,28 @@ from trainer.limits import LEASE, lease_expires
 
 LEASE_SECONDS = 180.0
 RENEWAL_SECONDS = 30.0
+MISSED_RENEWALS = 2.5  # after so many a holder is taken for dead
 
 
 @contextmanager
 def held(
     run_dir: str | Path, lease_seconds: float = LEASE_SECONDS, renewal_seconds: float = RENEWAL_SECONDS
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """Hold the run's lease during the block; given back afterwards.
 
-    A former launcher's lease is waited for: it lapses if that launcher is dead.
+    A dead launcher's lease is taken over before it lapses, so that the run it watched goes on.
+
+    Yields:
+        A function that says: do not give it back, let it lapse. For a launcher that cannot tell whether its job still
+        runs; without a lease such a job would run on unwatched.
 
     Raises:
         LaunchError: another launcher renews it.
     """
     path = Path(run_dir) / LEASE
-    _wait_for(path)
+    _wait_for(path, dead_when_left=lease_seconds - MISSED_RENEWALS * renewal_seconds)
     holder = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    ended = threading.Event()
+    ended, abandoned = threading.Event(), threading.Event()
 
     def renew() -> None:
         entry = {"expires": time.time() + lease_seconds, "holder": holder}
@@ -57,25 +62,29 @@ def held(
     keeper = threading.Thread(target=keep, name="lease", daemon=True)
     keeper.start()
     try:
-        yield
+        yield abandoned.set
     finally:
         ended.set()
         keeper.join()
-        path.unlink(missing_ok=True)
+        if not abandoned.is_set():
+            path.unlink(missing_ok=True)
 
 
-def _wait_for(path: Path) -> None:
+def _wait_for(path: Path, dead_when_left: float) -> None:
+    """Return once nobody holds the lease: there is none, or so little of it is left that its holder must be dead."""
+
+    def left(expires: float) -> float:
+        return expires - dead_when_left - time.time()
+
     first = lease_expires(path.parent)
-    if first is not None and first > time.time():
-        print(
-            f"launcher: waiting up to {first - time.time():.0f} s for the former launcher's lease to lapse", flush=True
-        )
-    while (expires := lease_expires(path.parent)) is not None and expires > time.time():
+    if first is not None and left(first) > 0:
+        print(f"launcher: waiting up to {left(first):.0f} s to see whether the former launcher is alive", flush=True)
+    while (expires := lease_expires(path.parent)) is not None and left(expires) > 0:
         if expires != first:
             raise LaunchError(
                 f"another launcher ({_holder(path)}) follows the run in {path.parent}; wait for it or stop it"
             )
-        time.sleep(1)
+        time.sleep(min(1, max(left(expires), 0.01)))
 
 
 def _holder(path: Path) -> str:
