@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint import CheckpointManifest, latest, load_model_weights
-from trainer.data.manifest import DataError
+from trainer.checkpoint import read_manifest as read_checkpoint_manifest
+from trainer.data.manifest import DataError, read_manifest, verify
 from trainer.data.tokenizer import Tokenizer
 from trainer.exitcodes import ExitCode, TrainingError
 from trainer.model.engram import token_classes
@@ -32,17 +33,31 @@ def load_trained(spec: TrainSpec, device: torch.device) -> Trained:
     """The model of the newest verified checkpoint of `spec.run_dir`.
 
     Raises:
-        TrainingError: 66 no checkpoint or none that verifies, 65 the tokenizer is missing or not the checkpoint's.
+        TrainingError: 66 no checkpoint or none that verifies, 65 the tokenizer is missing, damaged or not the
+            checkpoint's.
     """
     path = latest(spec.run_dir)
     if path is None:
         raise TrainingError(ExitCode.CHECKPOINT, f"{spec.run_dir}: no checkpoint yet; train first")
-    try:
-        tokenizer = Tokenizer.load(spec.tokens.tokenizer)
-    except DataError as error:
-        raise TrainingError(ExitCode.DATA, str(error)) from None
+    tokenizer = _tokenizer_of(path, spec.tokens.tokenizer)
     classes = token_classes(Path(spec.tokens.tokenizer) / "tokenizer.json")
     model = build_model(spec.model, spec.backends, device=device, seed=spec.seed, token_classes=classes)
     checkpoint = load_model_weights(path, model)
     log.info("loaded %s (step %d)", path, checkpoint.step)
     return Trained(model.eval(), tokenizer, checkpoint)
+
+
+def _tokenizer_of(checkpoint: Path, directory: str) -> Tokenizer:
+    """The tokenizer in `directory`, proved to be whole and the one the checkpoint was trained with."""
+    trained_with = read_checkpoint_manifest(checkpoint).digests.get("tokenizer", "an unknown one")
+    try:
+        manifest = read_manifest(directory, "tokenizer")
+        if manifest.digest != trained_with:
+            raise DataError(
+                f"{directory}: is tokenizer {manifest.digest[:12]}, {checkpoint} was trained with {trained_with[:12]}; "
+                "set tokens.tokenizer to that one"
+            )
+        verify(directory, manifest)
+        return Tokenizer.load(directory)
+    except DataError as error:
+        raise TrainingError(ExitCode.DATA, str(error)) from None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from made_run import make_run, save_checkpoint
+from micro import make_data
 
 from trainer import evaluate, export
 from trainer.exitcodes import TrainingError
@@ -105,3 +106,28 @@ def test_model_card_has_licences_shares_and_this_checkpoints_numbers(exported):
     save_checkpoint(spec, model, 16)  # a newer checkpoint, which eval.json does not speak of
     export.run(spec)
     assert "This checkpoint was not evaluated." in (directory / "README.md").read_text()
+
+
+@pytest.mark.parametrize("task", [evaluate, export])
+def test_a_tokenizer_other_than_the_checkpoints_is_refused(tmp_path, task):
+    spec, _ = make_run(tmp_path)
+    make_data(tmp_path / "other", seed=8)
+    other = spec.updated({"tokens": {"tokenizer": str(tmp_path / "other" / "tokenizer")}})
+    with pytest.raises(TrainingError, match=r"is tokenizer \w{12}, .*step-00000012 was trained with") as caught:
+        task.run(other)
+    assert caught.value.code == 65
+
+
+@pytest.mark.parametrize("task", [evaluate, export])
+def test_a_tokenizer_changed_since_it_was_made_is_refused(tmp_path, task):
+    spec, _ = make_run(tmp_path)
+    path = Path(spec.tokens.tokenizer) / "tokenizer.json"
+    text = path.read_text(encoding="utf-8")
+    first, second = sorted(json.loads(text)["model"]["vocab"].items(), key=lambda item: item[1])[-2:]
+    swapped = json.loads(text)
+    swapped["model"]["vocab"] |= {first[0]: second[1], second[0]: first[1]}  # still a tokenizer, of the same size
+    path.write_text(json.dumps(swapped, indent=2, ensure_ascii=False), encoding="utf-8")
+    assert path.stat().st_size == len(text.encode())
+    with pytest.raises(TrainingError, match=r"tokenizer\.json: its content differs from the manifest") as caught:
+        task.run(spec)
+    assert caught.value.code == 65
