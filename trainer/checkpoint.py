@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -71,8 +72,13 @@ def unfinished_dir(run_dir: str | Path, step: int) -> Path:
 
 
 def published(run_dir: str | Path) -> list[Path]:
-    """Checkpoint directories of the run, newest first; none of them read yet."""
-    return sorted((Path(run_dir) / "checkpoints").glob("step-*"), reverse=True)
+    """Checkpoint directories of the run, newest first; none of them read yet. Copies under other names do not count."""
+    found = (Path(run_dir) / "checkpoints").glob("step-*")
+    return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def latest_step(run_dir: str | Path) -> int:
@@ -87,18 +93,25 @@ def latest_step(run_dir: str | Path) -> int:
 def latest(run_dir: str | Path) -> Path | None:
     """The checkpoint to resume from: the one LATEST names, or else the newest older one that verifies.
 
+    Never a newer one: a person may have set LATEST back on purpose. Without a readable LATEST all are candidates.
+
     Returns:
         None when the run has no checkpoint.
 
     Raises:
-        TrainingError: 66, when there are checkpoints and none of them verifies.
+        TrainingError: 66, when there are checkpoints and none of those that LATEST allows verifies.
     """
-    candidates = published(run_dir)
-    if not candidates:
+    candidates = existing = published(run_dir)
+    if not existing:
         return None
-    named = step_dir(run_dir, latest_step(run_dir))
-    if named in candidates:  # a person may have set LATEST back on purpose
-        candidates = candidates[candidates.index(named) :]
+    if step := latest_step(run_dir):
+        candidates = [path for path in existing if _step_of(path) <= step]
+    if not candidates:
+        raise TrainingError(
+            ExitCode.CHECKPOINT,
+            f"{Path(run_dir) / 'checkpoints' / LATEST} names step {step}, which is not there, nor is an older one; "
+            f"write {existing[0].name} into it to resume from the newest",
+        )
     problems = []
     for path in candidates:
         try:
@@ -144,7 +157,14 @@ def verify(path: str | Path) -> CheckpointManifest:
         TrainingError: 66, naming the first damaged, missing or surplus file.
     """
     manifest = read_manifest(path)
-    directory = Path(path)
+    try:
+        _compare(Path(path), manifest)
+    except OSError as error:  # a disk that cannot read a file has lost it as well
+        raise _damaged(Path(error.filename or path), f"cannot be read ({error.strerror})") from None
+    return manifest
+
+
+def _compare(directory: Path, manifest: CheckpointManifest) -> None:
     surplus = sorted(entry.name for entry in directory.iterdir() if entry.name not in {*manifest.files, MANIFEST})
     if surplus:
         raise _damaged(directory / surplus[0], "does not belong to the checkpoint")
@@ -158,7 +178,6 @@ def verify(path: str | Path) -> CheckpointManifest:
     for name, expected in manifest.files.items():
         if actual[name] != expected:
             raise _damaged(directory / name, f"differs from what was written (xxh3 {actual[name].xxh3_128})")
-    return manifest
 
 
 def load_model_weights(path: str | Path, model: nn.Module) -> CheckpointManifest:
@@ -188,7 +207,8 @@ def _describe(file: Path) -> CheckpointFile:
 def publish(run_dir: str | Path, manifest: CheckpointManifest) -> Path:
     """Make the finished hidden directory of `manifest.step` the run's newest checkpoint.
 
-    The manifest goes in last, everything is synced, one rename makes it visible, then LATEST follows.
+    The manifest goes in last, everything is synced, one rename makes it visible, then LATEST follows. Checkpoints of
+    later steps belong to a branch that was given up by going back to an older one; they go.
     """
     hidden, visible = unfinished_dir(run_dir, manifest.step), step_dir(run_dir, manifest.step)
     complete = manifest.model_copy(update={"digest": manifest.content_digest()})
@@ -198,13 +218,18 @@ def publish(run_dir: str | Path, manifest: CheckpointManifest) -> Path:
     hidden.rename(visible)
     sync_directory(visible.parent)
     atomic_write(visible.parent / LATEST, visible.name.encode() + b"\n")
+    for path in published(run_dir):
+        if _step_of(path) > manifest.step:
+            _remove(path)
     return visible
 
 
 def prune(run_dir: str | Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints; call only after a newer one is published."""
+    """Delete all but the newest `keep_last` checkpoints, never the one that LATEST names."""
+    step = latest_step(run_dir)
     for path in published(run_dir)[keep_last:]:
-        _remove(path)
+        if _step_of(path) != step:
+            _remove(path)
 
 
 def clean_unfinished(run_dir: str | Path) -> None:
@@ -214,10 +239,16 @@ def clean_unfinished(run_dir: str | Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint; hidden first, so that a crash in the middle leaves no damaged one with a visible name."""
+    """Delete a checkpoint; hidden first, so that a crash in the middle leaves no damaged one with a visible name.
+
+    One that cannot be deleted is only worth a warning: what needs its name fails by itself.
+    """
     doomed = path.with_name(f".deleted-{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
+    try:
+        path.rename(doomed)
+    except OSError as error:
+        log.warning("the old checkpoint %s cannot be deleted (%s)", path, error.strerror)
     shutil.rmtree(doomed, ignore_errors=True)
 
 

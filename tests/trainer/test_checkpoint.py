@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import shutil
 import subprocess
@@ -89,6 +90,53 @@ def test_latest_follows_the_pointer_that_a_person_sets_back(two_checkpoints: Pat
     for text in ("", "nonsense", "step-00000099\n"):
         (run_dir / "checkpoints" / "LATEST").write_text(text)
         assert latest(run_dir) == run_dir / "checkpoints" / "step-00000008"
+
+
+def test_branch_that_was_given_up_goes_with_the_next_checkpoint(tmp_path: Path):
+    directory = tmp_path / "checkpoints"
+    for step in (20, 40, 60):
+        write_checkpoint(tmp_path, step)
+    (directory / "LATEST").write_text("step-00000020\n")
+    (directory / "step-00000060-copy").mkdir()
+    checkpoint.prune(tmp_path, keep_last=2)
+    assert latest(tmp_path) == checkpoint.step_dir(tmp_path, 20), "pruning keeps what LATEST names"
+    newest = write_checkpoint(tmp_path, 30)
+    checkpoint.prune(tmp_path, keep_last=2)
+    names = sorted(path.name for path in directory.iterdir())
+    assert names == ["LATEST", "step-00000020", "step-00000030", "step-00000060-copy"]
+    assert latest(tmp_path) == newest
+
+
+def test_missing_target_of_latest_is_never_replaced_by_a_newer_one(two_checkpoints: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    (run_dir / "checkpoints" / "LATEST").write_text("step-00000006\n")
+    assert latest(run_dir) == run_dir / "checkpoints" / "step-00000004"
+    (run_dir / "checkpoints" / "LATEST").write_text("step-00000002\n")
+    with pytest.raises(TrainingError, match="names step 2, which is not there") as error:
+        latest(run_dir)
+    assert error.value.code == ExitCode.CHECKPOINT
+
+
+@pytest.mark.parametrize("broken", ["checksum", "iterdir"])
+def test_disk_that_cannot_read_a_checkpoint_costs_only_that_one(
+    two_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    owner = checkpoint if broken == "checksum" else Path
+    plain = getattr(owner, broken)
+
+    def failing(file: Path, *rest: str) -> object:
+        if "step-00000008" in str(file):
+            raise OSError(errno.EIO, "Input/output error", str(file))
+        return plain(file, *rest)
+
+    monkeypatch.setattr(owner, broken, failing)
+    with pytest.raises(TrainingError, match=r"step-00000008.* cannot be read \(Input/output error\)") as error:
+        verify(run_dir / "checkpoints" / "step-00000008")
+    assert error.value.code == ExitCode.CHECKPOINT
+    assert latest(run_dir) == run_dir / "checkpoints" / "step-00000004"
 
 
 def test_unfinished_checkpoints_are_invisible_and_cleaned(two_checkpoints: Path, tmp_path: Path):
