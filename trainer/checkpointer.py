@@ -271,7 +271,10 @@ def _load(path: Path, tensors: dict[str, Tensor], stored: dict[str, torch.Size],
             )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what `alone` says
-        dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=alone)
+        try:
+            dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=alone)
+        except CheckpointException as error:  # no Exception, so nobody else would put it in one line
+            raise TrainingError(ExitCode.CHECKPOINT, f"{path} cannot be loaded: {_first_cause(error)}") from None
 
 
 def _read_index(path: Path) -> dict[str, torch.Size]:

@@ -64,12 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ[limits.DEADLINE_VARIABLE] = str(record.first_start + spec.runtime.deadline_seconds)
         code, reason = supervise(spec, options)
     except Signalled as stop:
+        _ignore_signals()
         code, reason = _stopped(spec, stop.number)
     except Exception as error:
         code, reason = failures.classify(error)
         failures.show(error, code, reason)
+    _ignore_signals()  # what is left takes a moment, and must come out
     if spec is not None and counted:
-        restarts.end(spec.run_dir, code, options.task)
+        try:
+            restarts.end(spec.run_dir, code, options.task)
+        except OSError as error:
+            log.warning("%s: how this start ended could not be noted (%s)", spec.run_dir, error.strerror)
     write_termination_message(code, reason)
     if code:
         print(f"exit {code} ({failures.meaning(code)}): {reason}", file=sys.stderr, flush=True)
@@ -224,9 +229,13 @@ def _catch_signals() -> None:
 
 
 def _raise_signalled(number: int, _frame: FrameType | None) -> None:
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, signal.SIG_IGN)  # once is enough; a second one must not interrupt the stopping
+    _ignore_signals()  # once is enough; a second one must not interrupt the stopping
     raise Signalled(number)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _gpus() -> int:

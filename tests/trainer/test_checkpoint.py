@@ -176,6 +176,16 @@ def test_weights_come_back_and_another_shape_is_refused(two_checkpoints: Path):
     assert error.value.code == ExitCode.CHECKPOINT
 
 
+def test_tensors_that_cannot_be_read_are_one_line(two_checkpoints: Path, tmp_path: Path):
+    """What happens to a file between verification and loading, or on another node than the one that verified."""
+    path = tmp_path / "step-00000008"
+    shutil.copytree(two_checkpoints / "checkpoints" / "step-00000008", path)
+    (path / "__0_0.distcp").unlink()
+    with pytest.raises(TrainingError, match=r"step-00000008 cannot be loaded: .*__0_0\.distcp") as error:
+        load_model(path, nn.Linear(64, 64))
+    assert error.value.code == ExitCode.CHECKPOINT and "\n" not in str(error.value)
+
+
 def test_launchers_can_verify_without_torch():
     code = "import sys, trainer.checkpoint, trainer.restarts, trainer.exitcodes; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

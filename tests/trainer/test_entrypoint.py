@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -124,6 +125,21 @@ def test_stop_signal_reaches_the_ranks(shim, tmp_path: Path, number: int, expect
     code, message = shim("signal.signal(signal.SIGINT, lambda *_: os._exit(130)); wait()", ranks=2)
     assert code == expected and "no checkpoint yet" in message["reason"]
     assert time.monotonic() - began < 20
+
+
+def test_code_and_reason_come_out_whatever_happens_at_the_end(
+    shim, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A full disk and a late stop signal, both after the run has found bad data."""
+
+    def end_on_full_disk(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(restarts, "end", end_on_full_disk)
+    code, message = shim("fail(65, 'shard x.bin is missing')")
+    assert (code, message["reason"]) == (65, "rank 0: shard x.bin is missing")
+    assert "exit 65" in capsys.readouterr().err
 
 
 def test_deadline_and_lease_end_a_run_with_75(shim, tmp_path: Path):
