@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +54,14 @@ Workdir = Annotated[Path, typer.Option(help="Folder for data, checkpoints and lo
 def _be_verbose(on: bool) -> None:
     if on:
         os.environ["YAONGI_VERBOSE"] = "1"
+
+
+class Task(StrEnum):
+    """What the trainer can be asked to do."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    EXPORT = "export"
 
 
 Verbose = Annotated[
@@ -181,7 +190,7 @@ def describe(job: Job, sets: Sets = None, verbose: Verbose = False) -> None:
 def render(
     job: Job,
     sets: Sets = None,
-    task: Annotated[str, typer.Option(help="train, evaluate or export.")] = "train",
+    task: Annotated[Task, typer.Option(help="Which of the trainer's tasks.")] = Task.TRAIN,
     verbose: Verbose = False,
 ) -> None:
     """Print the Kubernetes objects of a job, ready for `kubectl apply -f -`."""
@@ -190,7 +199,7 @@ def render(
     from manifests.spec import load_job
 
     spec = load_job(job, _changes(sets))
-    print(to_manifest([config_map(spec, task), pytorchjob(spec, task)]), end="")
+    print(to_manifest([config_map(spec, task.value), pytorchjob(spec, task.value)]), end="")
 
 
 @app.command(name="compile")
@@ -209,13 +218,16 @@ def submit(
     job: Job,
     sets: Sets = None,
     host: Annotated[str, typer.Option(envvar="KFP_HOST", help="Address of Kubeflow Pipelines, http://…")] = "",
+    image: Annotated[
+        str, typer.Option(help="Image of the pipeline's steps; the trainer's is --set cluster.image=…")
+    ] = "",
     follow: Annotated[bool, typer.Option(help="Wait for the run to end, showing its steps.")] = True,
     verbose: Verbose = False,
 ) -> None:
     """Run the pipeline on Kubeflow Pipelines."""
     from pipelines.submit import submit as submit_run
 
-    submit_run(job, _changes(sets), host=host, follow=follow, console=Console())
+    submit_run(job, _changes(sets), host=host, image=image, follow=follow, console=Console())
 
 
 @app.command()

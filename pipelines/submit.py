@@ -22,8 +22,13 @@ POLL_SECONDS = 5.0
 ENDED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
 
 
-def submit(preset_or_file: str, changes: dict[str, Any], *, host: str, follow: bool, console: Console) -> str:
+def submit(
+    preset_or_file: str, changes: dict[str, Any], *, host: str, follow: bool, console: Console, image: str = ""
+) -> str:
     """Create a run of the pipeline on `host`; returns its id.
+
+    Args:
+        image: what the pipeline's steps run in; "" for the compiled pipeline's own. The trainer's is `cluster.image`.
 
     Raises:
         SpecError: the job is wrong, or no host was given.
@@ -43,7 +48,7 @@ def submit(preset_or_file: str, changes: dict[str, Any], *, host: str, follow: b
         try:
             run = client.create_run_from_pipeline_package(
                 str(package),
-                arguments=arguments_for(preset, wanted),
+                arguments=arguments_for(preset, wanted) | ({"image": image} if image else {}),
                 run_name=job.run_name,
                 experiment_name=EXPERIMENT,
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import urllib3
+import yaml
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
@@ -25,6 +26,8 @@ Object = dict[str, Any]
 GROUP, VERSION, PLURAL = "kubeflow.org", "v1", "pytorchjobs"
 POD_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 REQUEST_TIMEOUT_SECONDS = (5, 30)  # connect, read
+# What the client lets through for a kubeconfig that is no YAML, no text, or of another shape, beside its own error.
+UNUSABLE = (config.ConfigException, OSError, yaml.YAMLError, ValueError, TypeError)
 Unreachable = (urllib3.exceptions.HTTPError, OSError)
 
 
@@ -67,7 +70,7 @@ class Cluster:
                 config.load_kube_config(client_configuration=settings)
                 context = config.list_kube_config_contexts()[1]
                 default = context["context"].get("namespace", "default")
-        except (config.ConfigException, OSError) as error:
+        except UNUSABLE as error:
             raise LaunchError(
                 f"no cluster to launch on: {_one_line(error)}; set KUBECONFIG to a readable kubeconfig, "
                 "or run on this machine with cluster.target=local"

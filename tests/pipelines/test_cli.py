@@ -92,6 +92,23 @@ def test_render_prints_what_kubectl_takes(yaongi):
     assert worker["template"]["spec"]["containers"][0]["image"] == "mine:7"
 
 
+def test_render_refuses_a_task_that_does_not_exist(yaongi):
+    code, output, error = yaongi("render", "tiny", "--task", "foo")
+    assert (code, output) == (2, "")
+    assert "'foo'" in error and "train" in error and "export" in error
+    config_map, _ = yaml.safe_load_all(yaongi("render", "tiny", "--task", "evaluate")[1])
+    assert config_map["metadata"]["name"].endswith("-evaluate")
+
+
+def test_submit_takes_both_images(yaongi, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        "pipelines.submit.submit", lambda job, changes, **options: asked.update(options, changes=changes)
+    )
+    yaongi("submit", "tiny", "--image", "r/pipeline:2", "--set", "cluster.image=r/trainer:2")
+    assert asked["image"] == "r/pipeline:2" and asked["changes"] == {"cluster": {"image": "r/trainer:2"}}
+
+
 def test_compile_writes_the_committed_pipeline(yaongi, tmp_path):
     assert yaongi("compile", "new.yaml")[0] == 0
     assert (tmp_path / "new.yaml").read_text() == COMMITTED.read_text()
@@ -119,6 +136,18 @@ def test_doctor_tells_what_is_missing_without_failing_for_it(yaongi, monkeypatch
     code, output, _ = yaongi("doctor")
     assert code == 0
     assert "PyTorch  ok" in output and "cluster  missing  no cluster to launch on" in output
+
+
+@pytest.mark.parametrize("text", ["a: {", "[1]", "hello", "", "current-context: x\ncontexts: 3\n"])
+def test_doctor_tells_a_broken_kubeconfig_in_its_line(yaongi, monkeypatch, tmp_path, text):
+    (tmp_path / "kubeconfig").write_text(text)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    monkeypatch.setenv("COLUMNS", "1000")
+    code, output, error = yaongi("doctor")
+    assert (code, error) == (0, "")
+    assert [line.split()[1:6] for line in output.splitlines() if line.lstrip().startswith("cluster ")] == [
+        ["missing", "no", "cluster", "to", "launch"]
+    ]
 
 
 def test_doctor_fails_on_a_machine_that_cannot_run(yaongi, monkeypatch):

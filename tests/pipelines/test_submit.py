@@ -83,9 +83,10 @@ def backend(monkeypatch):
     made.shutdown()
 
 
-def run(backend: Backend, changes: dict, *, follow: bool = True) -> str:
+def run(backend: Backend, changes: dict, *, follow: bool = True, image: str = "") -> str:
     output = io.StringIO()
-    submit.submit("tiny", changes, host=backend.url, follow=follow, console=Console(file=output, width=200))
+    console = Console(file=output, width=200)
+    submit.submit("tiny", changes, host=backend.url, image=image, follow=follow, console=console)
     return output.getvalue()
 
 
@@ -105,6 +106,14 @@ def test_a_run_is_created_from_the_compiled_pipeline_and_followed_to_its_end(bac
         "train: running",
         "train: succeeded",
     ]
+
+
+def test_images_of_the_steps_and_of_the_trainer_are_the_runs_parameters(backend):
+    run(backend, {"cluster": {"image": "registry/trainer:2"}}, image="registry/pipeline:2")
+    parameters = backend.created["runtime_config"]["parameters"]
+    assert parameters["image"] == "registry/pipeline:2" and parameters["trainer_image"] == "registry/trainer:2"
+    declared = backend.created["pipeline_spec"]["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]
+    assert parameters.keys() <= declared.keys()
 
 
 def test_a_run_that_fails_names_the_step(backend):
