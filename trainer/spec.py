@@ -140,7 +140,7 @@ class EvaluateSpec(Spec):
     """Held-out evaluation: at most `max_tokens` tokens of each domain, and one generated sample per prompt."""
 
     max_tokens: Count = 200_000
-    prompts: list[str] = []
+    prompts: list[Annotated[str, Field(min_length=1)]] = []
     sample_tokens: Count = 64
     temperature: NonNegative = 0.8
 
