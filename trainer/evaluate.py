@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.data.loader import IGNORED, MicroBatch, heldout_documents
-from trainer.data.manifest import atomic_write, read_manifest
+from trainer.data.manifest import DataError, atomic_write, read_manifest
 from trainer.distributed import pick_device
 from trainer.exitcodes import ExitCode, TrainingError
 from trainer.generate import complete
@@ -92,6 +92,8 @@ def run(spec: TrainSpec) -> dict[str, Any]:
                 temperature=spec.evaluate.temperature,
                 seed=spec.seed,
             )
+    except DataError as error:
+        raise TrainingError(ExitCode.DATA, str(error)) from None
     except ValueError as error:
         raise TrainingError(ExitCode.SPEC, str(error)) from None
     by_domain: dict[str, Score] = {}
@@ -110,11 +112,12 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         "samples": [{"prompt": p, "text": t} for p, t in zip(spec.evaluate.prompts, texts, strict=True)],
         "seconds": round(time.monotonic() - began, 3),
     }
+    write_report(spec.run_dir, result)
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    # last, because it declares the task finished
     atomic_write(Path(spec.run_dir) / "eval.json", text.encode())
     for domain, score in by_domain.items():
         log.info("%s: %.4f bits per byte over %d tokens", domain, score.summary()["bits_per_byte"], score.tokens)
-    write_report(spec.run_dir)
     return result
 
 
@@ -156,8 +159,14 @@ def _score_sources(
 
 
 def source_budgets(tokens: TokensSpec, max_tokens: int) -> tuple[dict[str, int], dict[str, str]]:
-    """Tokens to score of each source of the mix, at least 1, and the domain of each source."""
+    """Tokens to score of each source of the mix, at least 1, and the domain of each source.
+
+    Raises:
+        DataError: no manifest of shards, or one without a source of the mix.
+    """
     sources = read_manifest(tokens.shards, "shards").sources
+    if absent := [name for name in tokens.mix if name not in sources]:
+        raise DataError(f"{tokens.shards}: has no source '{absent[0]}' of the mix; it has {', '.join(sorted(sources))}")
     domain_of = {name: sources[name].domain for name in tokens.mix}
     weight_of: dict[str, float] = {}
     for name, mix in tokens.mix.items():

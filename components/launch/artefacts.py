@@ -7,6 +7,7 @@ settings means "do it again".
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from trainer.data.manifest import StageResult
 from trainer.exitcodes import ExitCode, TrainingError
 
 Task = Literal["train", "evaluate", "export"]
+NUMBERS = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_second", "seconds")
 
 
 def finished(job: JobSpec, task: Task) -> StageResult | None:
@@ -28,21 +30,24 @@ def finished(job: JobSpec, task: Task) -> StageResult | None:
 
 
 def _trained(job: JobSpec) -> StageResult | None:
-    result = read_json(Path(job.run_dir) / "result.json")
+    result = read_json(Path(job.run_dir) / "result.json", (*NUMBERS, "checkpoint_digest"))
     if result is None or result["steps"] != job.train.steps:
         return None
     checkpoint = latest(job.run_dir)
     if checkpoint is None or (manifest := read_manifest(checkpoint)).digest != result["checkpoint_digest"]:
         return None
-    numbers = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_second", "seconds")
-    summary = {name: result[name] for name in numbers}
+    summary = {name: result[name] for name in NUMBERS if result[name] is not None}  # a skipped step has no loss
     return StageResult(kind="train", path=str(checkpoint), digest=manifest.digest, summary=summary)
 
 
 def _evaluated(job: JobSpec) -> StageResult | None:
     path = Path(job.run_dir) / "eval.json"
-    result = read_json(path)
-    if result is None or result["checkpoint_digest"] != _checkpoint_digest(job):
+    result = read_json(path, ("checkpoint_digest", "settings", "domains"))
+    if (
+        result is None
+        or not path.with_name("report.html").is_file()
+        or result["checkpoint_digest"] != _checkpoint_digest(job)
+    ):
         return None
     if result["settings"] != job.train.evaluate.model_dump(mode="json"):
         return None
@@ -52,7 +57,7 @@ def _evaluated(job: JobSpec) -> StageResult | None:
 
 def _exported(job: JobSpec) -> StageResult | None:
     directory = Path(job.run_dir) / "export"
-    manifest = read_json(directory / "manifest.json")
+    manifest = read_json(directory / "manifest.json", ("checkpoint_digest", "files"))
     if manifest is None or manifest["checkpoint_digest"] != _checkpoint_digest(job):
         return None
     expected = {name: CheckpointFile.model_validate(entry) for name, entry in manifest["files"].items()}
@@ -72,11 +77,11 @@ def _checkpoint_digest(job: JobSpec) -> str | None:
     return read_manifest(checkpoint).digest if checkpoint else None
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, names: Iterable[str] = ()) -> dict[str, Any] | None:
     """The object in a JSON file; None when there is no such file.
 
     Raises:
-        TrainingError: 66, when it is not a JSON object.
+        TrainingError: 66, when it is not a JSON object or lacks one of `names`.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -86,4 +91,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         value = None
     if not isinstance(value, dict):
         raise TrainingError(ExitCode.CHECKPOINT, f"{path}: not a JSON object; remove it and run the same command again")
+    if lacking := [name for name in names if name not in value]:
+        raise TrainingError(
+            ExitCode.CHECKPOINT, f"{path}: has no '{lacking[0]}'; remove it and run the same command again"
+        )
     return value

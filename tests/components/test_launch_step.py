@@ -49,6 +49,7 @@ def leave_training(job: JobSpec, weights: bytes = b"weights") -> str:
 def leave_evaluation(job: JobSpec, digest: str) -> None:
     value = {"checkpoint_digest": digest, "settings": job.train.evaluate.model_dump(mode="json")}
     value["domains"] = {"ko": {"bits_per_byte": 2.5}}
+    (Path(job.run_dir) / "report.html").write_text("report")
     (Path(job.run_dir) / "eval.json").write_text(json.dumps(value))
 
 
@@ -131,6 +132,36 @@ def test_evaluation_is_done_again_for_other_settings_or_another_checkpoint(job, 
     digest = leave_training(job, b"other weights")
     run(changed, "evaluate")
     assert launched == ["evaluate", "evaluate"]
+
+
+def test_evaluation_is_done_again_when_its_report_is_missing(job, launched):
+    digest = leave_training(job)
+    leave_evaluation(job, digest)
+    (Path(job.run_dir) / "report.html").unlink()
+    launched.effects["evaluate"] = lambda job: leave_evaluation(job, digest)
+    run(job, "evaluate")
+    assert launched == ["evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("task", "file"), [("train", "result.json"), ("evaluate", "eval.json"), ("export", "export/manifest.json")]
+)
+def test_an_artefact_without_its_fields_is_one_clear_line(job, launched, task, file):
+    digest = leave_training(job)
+    leave_evaluation(job, digest)
+    leave_export(job, digest)
+    (Path(job.run_dir) / file).write_text("{}")
+    with pytest.raises(TrainingError, match=f"{file}: has no '.*'; remove it and run the same command again") as error:
+        run(job, task)
+    assert error.value.code == 66 and launched == []
+
+
+def test_training_whose_first_step_was_skipped_is_finished(job, launched):
+    leave_training(job)
+    path = Path(job.run_dir) / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"loss_first": None}))
+    assert "loss_first" not in run(job, "train").summary
+    assert launched == []
 
 
 def test_a_changed_export_is_written_again(job, launched):

@@ -15,6 +15,7 @@ from trainer import evaluate
 from trainer.data.loader import IGNORED, heldout_documents
 from trainer.data.tokenizer import Tokenizer
 from trainer.exitcodes import TrainingError
+from trainer.specbase import SpecError
 
 EVALUATE = {"max_tokens": 100_000, "prompts": ["river", "다리 강물"], "sample_tokens": 6, "temperature": 0.7}
 
@@ -72,6 +73,19 @@ def test_writes_what_it_returns(run):
     assert not list(Path(spec.run_dir).glob("*.tmp"))
 
 
+def test_eval_json_comes_last_and_the_report_already_shows_it(tmp_path, monkeypatch):
+    spec, _ = make_run(tmp_path, evaluate={"max_tokens": 50})
+
+    def killed(path, data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "atomic_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(spec)
+    assert not (Path(spec.run_dir) / "eval.json").exists()
+    assert "bits per byte, all domains" in (Path(spec.run_dir) / "report.html").read_text(encoding="utf-8")
+
+
 def test_is_repeatable(run):
     spec, _, result = run
     again = evaluate.run(spec)
@@ -112,6 +126,28 @@ def test_no_checkpoint_is_one_clear_line(tmp_path):
     with pytest.raises(TrainingError, match="no checkpoint yet; train first") as caught:
         evaluate.run(spec.updated({"run_dir": str(tmp_path / "other")}))
     assert caught.value.code == 66
+
+
+def test_shards_that_cannot_be_used_are_bad_data(tmp_path):
+    spec, _ = make_run(tmp_path)
+    mix = {"ko": {"weight": 0.25}, "en": {"weight": 0.25}, "other": {"weight": 0.5}}
+    cases = {
+        "has no source 'other' of the mix; it has en, ko": spec.updated({"tokens": {"mix": mix}}),
+        "manifest.json: not there": spec.updated({"tokens": {"shards": str(tmp_path / "nowhere")}}),
+    }
+    for message, changed in cases.items():
+        with pytest.raises(TrainingError, match=message) as caught:
+            evaluate.run(changed)
+        assert caught.value.code == 65
+    (Path(spec.tokens.shards) / "manifest.json").write_text("{}")
+    with pytest.raises(TrainingError, match="not a manifest") as caught:
+        evaluate.run(spec)
+    assert caught.value.code == 65
+
+
+def test_an_empty_prompt_is_refused(run):
+    with pytest.raises(SpecError, match=r"evaluate\.prompts\.1"):
+        run[0].updated({"evaluate": {"prompts": ["river", ""]}})
 
 
 def test_precision_that_cannot_run_is_a_spec_error(run):

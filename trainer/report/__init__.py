@@ -5,6 +5,7 @@ Written after evaluation and after export; what a run does not have yet is left 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,20 @@ from trainer.specbase import to_yaml
 REPORT = "report.html"
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, evaluation: dict[str, Any] | None = None) -> Path:
     """Write run_dir/report.html from what lies in the directory; returns its path.
+
+    Args:
+        evaluation: shown instead of the directory's eval.json, by whoever is about to write that.
 
     Raises:
         SpecError: train.yaml is missing or unusable.
         TrainingError: 66, when a file of the run is damaged.
     """
-    path = Path(run_dir) / REPORT
-    atomic_write(path, render(read_run(run_dir)).encode())
+    path, run = Path(run_dir) / REPORT, read_run(run_dir)
+    if evaluation is not None:
+        run = replace(run, evaluation=evaluation)
+    atomic_write(path, render(run).encode())
     return path
 
 
