@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from components.launch import LaunchError
-from components.plan.step import arguments_for
+from components.plan.step import arguments_for, runnable_here
 from manifests.spec import JobSpec, changes_of, job_from
 from pipelines.progress import Watcher
 from trainer.exitcodes import of_process
@@ -55,15 +55,17 @@ def local_job(
         places = {"datasets_dir": f"{root}/datasets", "checkpoints_dir": f"{root}/checkpoints"}
         wanted = deep_merge({"storage": places}, wanted)
     job = job_from({"preset": preset} if preset else {}, wanted, preset_or_file)
+    runnable_here(job)
     for name in ("datasets_dir", "checkpoints_dir"):
-        _require_writable(f"storage.{name}", Path(getattr(job.storage, name)))
+        _require_writable(f"storage.{name}", Path(getattr(job.storage, name)), target)
     return job, arguments_for(preset, wanted)
 
 
-def _require_writable(field: str, directory: Path) -> None:
+def _require_writable(field: str, directory: Path, target: str) -> None:
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise SpecError(f"{field}: {directory} cannot be written here; mount the volume there or give --workdir")
+        mend = "give another --workdir" if target == "local" else "the volume must be writable for this user"
+        raise SpecError(f"{field}: {directory} cannot be written here; {mend}")
 
 
 def run_pipeline(

@@ -16,10 +16,10 @@ def plan(
 ) -> str:
     """Resolve the form's fields into one validated JobSpec (JSON)."""
     fields = {name: value for name, value in locals().items() if name not in ("preset", "overrides")}
-    from components.plan.step import resolve
+    from components.plan.step import resolve, runnable_here
     from components.running import step
 
     with step("plan"):
-        job = resolve(preset, overrides, **fields)
+        job = runnable_here(resolve(preset, overrides, **fields))
         print(f"run {job.run_name}: {job.train.steps} steps of {job.train.batch.tokens_per_step} tokens", flush=True)
         return job.model_dump_json()

@@ -7,6 +7,8 @@ repeat a plain field: `arguments_for` moves what a job file says about those int
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from manifests.spec import JobSpec, job_from
@@ -47,6 +49,29 @@ def resolve(preset: str, overrides: str = "{}", **plain: str | int | float) -> J
         if value != AS_PRESET[name]:
             changes = deep_merge(changes, _nested(PLAIN[name], value))
     return job_from({"preset": preset} if preset else {}, changes, preset)
+
+
+def runnable_here(job: JobSpec) -> JobSpec:
+    """The job itself, if the steps that run where this runs can do their part of it.
+
+    Raises:
+        SpecError: the trainer is to run here without PyTorch; or it is to run in pods, and what these mount is not
+            mounted here, so that the steps would write where nobody reads, or find nothing.
+    """
+    if job.cluster.target == "local":
+        if find_spec("torch") is None:
+            raise SpecError("cluster.target: local trains in this very place, which has no PyTorch; write kubernetes")
+        return job
+    storage = job.storage
+    places = {"datasets": (storage.datasets_dir, storage.datasets_pvc)}
+    places["checkpoints"] = (storage.checkpoints_dir, storage.checkpoints_pvc)
+    for name, (directory, claim) in places.items():
+        if not Path(directory).is_dir():
+            raise SpecError(
+                f"storage.{name}_dir: {directory} is no folder here; the trainer's pods find the volume of claim "
+                f"'{claim}' there, so it must be mounted there where the other steps run too"
+            )
+    return job
 
 
 def arguments_for(preset: str, changes: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.plan.step import arguments_for, resolve
+from components.plan import step
+from components.plan.step import arguments_for, resolve, runnable_here
 from manifests.spec import job_from, load_job
 from trainer.specbase import SpecError
 
@@ -87,3 +88,35 @@ def test_a_job_files_changes_survive_the_way_through_the_pipelines_arguments(cha
     arguments = arguments_for("tiny", changes)
     assert resolve(**arguments) == job_from({"preset": "tiny"}, changes)
     assert all(isinstance(value, str | int) for value in arguments.values())
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Overrides of storage whose two folders exist, as in a pod that mounts both claims."""
+    places = {f"{name}_dir": str(tmp_path / name) for name in ("datasets", "checkpoints")}
+    for place in places.values():
+        (tmp_path / place).mkdir()
+    return places
+
+
+def test_a_run_whose_volumes_are_mounted_may_start(mounted):
+    job = resolve("tiny", json.dumps({"storage": mounted}))
+    assert runnable_here(job) is job
+
+
+@pytest.mark.parametrize("name", ["datasets", "checkpoints"])
+def test_a_folder_that_is_no_mount_is_refused_before_any_work(mounted, tmp_path, name):
+    elsewhere = mounted | {f"{name}_dir": str(tmp_path / "elsewhere")}
+    with pytest.raises(SpecError) as error:
+        runnable_here(resolve("tiny", json.dumps({"storage": elsewhere})))
+    assert str(error.value).startswith(f"storage.{name}_dir: {tmp_path}/elsewhere is no folder here; ")
+    assert f"claim 'llm-{name}-pvc'" in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_training_in_place_needs_pytorch_there(monkeypatch):
+    job = resolve("tiny", '{"cluster": {"target": "local"}}')
+    assert runnable_here(job) is job
+    monkeypatch.setattr(step, "find_spec", lambda name: None)
+    with pytest.raises(SpecError, match=r"^cluster\.target: local trains in this very place, which has no PyTorch"):
+        runnable_here(job)

@@ -63,7 +63,15 @@ def test_a_volume_that_is_not_mounted_here_is_named(yaongi, tmp_path):
     place = f"storage.datasets_dir={tmp_path}/taken/datasets"
     code, _, error = yaongi("run", "tiny", "--target", "kubernetes", "--set", place)
     assert code == 2
-    assert error.startswith("error: storage.datasets_dir: ") and "mount the volume" in error
+    assert error.startswith(f"error: storage.datasets_dir: {tmp_path}/taken/datasets is no folder here; ")
+    assert "claim 'llm-datasets-pvc'" in error and "--workdir" not in error and error.count("\n") == 1
+
+
+def test_a_workdir_that_cannot_be_written_is_named(yaongi, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    code, _, error = yaongi("run", "tiny", "--workdir", str(tmp_path / "taken"))
+    assert code == 2
+    assert error.startswith("error: storage.datasets_dir: ") and "give another --workdir" in error
 
 
 def test_verbose_adds_the_traceback_and_nothing_else_does(yaongi):
