@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.ops import OPS, Documents, functions, resolve
 from trainer.ops.cross_entropy import cross_entropy_sum
@@ -189,6 +190,28 @@ def test_cross_entropy_equals_torch(chunk_tokens):
     assert_all_close(values_and_gradients(ours, inputs), values_and_gradients(theirs, inputs), 1e-5)
     with torch.no_grad():
         torch.testing.assert_close(ours(*inputs), theirs(*inputs))
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_cross_entropy_makes_no_gradient_buffer_when_none_is_wanted(off):
+    h_ND, weight_VD = torch.randn(100, 16), torch.randn(50, 16, requires_grad=True)
+    labels_N = torch.randint(0, 50, (100,))
+
+    class NewOfWeightSize(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.numel() == weight_VD.numel():
+                self.count += result.data_ptr() != weight_VD.data_ptr()
+            return result
+
+    with NewOfWeightSize() as trained:
+        wanted = cross_entropy_sum(h_ND, weight_VD, labels_N, chunk_tokens=4)
+    with off(), NewOfWeightSize() as evaluated:
+        total = cross_entropy_sum(h_ND, weight_VD, labels_N, chunk_tokens=4)
+    assert trained.count > 0 and evaluated.count == 0
+    assert total == wanted.detach()
 
 
 def test_cross_entropy_of_no_labels_is_zero():

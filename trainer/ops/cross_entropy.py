@@ -18,21 +18,28 @@ IGNORE = -100
 
 
 def cross_entropy_sum(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int = 1024) -> Tensor:
-    """Σ of -log softmax(W h)[label] over labels other than -100; a 0-d fp32 tensor.
+    """Σ of -log softmax(W h)[label] over labels other than -100; a 0-d fp32 tensor. No gradients under no_grad.
 
     The matrix products run in the autocast dtype when autocast is on, the softmax and all sums over chunks in fp32.
     """
     device_type = h_ND.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else h_ND.dtype
-    return _ChunkedCrossEntropy.apply(h_ND, weight_VD, labels_N, chunk_tokens, dtype)
+    return _ChunkedCrossEntropy.apply(h_ND, weight_VD, labels_N, chunk_tokens, dtype, torch.is_grad_enabled())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int, dtype: torch.dtype
+        ctx: FunctionCtx,
+        h_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+        with_gradients: bool,
     ) -> Tensor:
-        needs_h, needs_weight = ctx.needs_input_grad[:2]
+        # needs_input_grad is true of parameters also under no_grad, and the grad mode is always off in here
+        needs_h, needs_weight = (needed and with_gradients for needed in ctx.needs_input_grad[:2])
         grad_h_ND = torch.empty_like(h_ND) if needs_h else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
@@ -65,4 +72,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         stored = iter(ctx.saved_tensors)
         grad_h_ND = next(stored) * grad if ctx.needs[0] else None
         grad_weight_VD = (next(stored) * grad).to(ctx.weight_dtype) if ctx.needs[1] else None
-        return grad_h_ND, grad_weight_VD, None, None, None
+        return grad_h_ND, grad_weight_VD, None, None, None, None
