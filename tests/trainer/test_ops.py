@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.ops import OPS, Documents, functions, resolve
 from trainer.ops.cross_entropy import cross_entropy_sum
-from trainer.ops.experts import experts_reference
+from trainer.ops.experts import count_choices, experts_reference
 from trainer.ops.ssd import ssd_chunked, ssd_reference
 from trainer.spec import BackendsSpec
 
@@ -162,6 +162,12 @@ def test_experts_equal_reference_with_an_empty_expert(backend, dtype, tolerance)
     found, expected = run(function), run(experts_reference)
     assert_all_close(found, expected, tolerance)
     assert found[2][2].eq(0).all() and found[3][2].eq(0).all()  # no tokens, no gradient, and no rubbish either
+
+
+def test_choices_are_counted_as_bincount_does():
+    _, choices = expert_inputs()
+    found = count_choices(choices.flatten(), 6)
+    assert torch.equal(found, torch.bincount(choices.flatten(), minlength=6)) and found[2] == 0
 
 
 def test_experts_reference_equals_a_loop_over_tokens():

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.modelspec import MoeSpec
+from trainer.ops.experts import count_choices
 
 
 class MoeOutput(NamedTuple):
@@ -47,7 +48,7 @@ class Moe(nn.Module):
         y_BTD = self.run_experts(x_SD, self.up_EFD, self.down_EDF, expert_SK, weight_SK).view_as(x_BTD)
         if self.spec.shared_width:
             y_BTD = y_BTD + self.shared_down(F.relu(self.shared_up(x_BTD)).square())
-        load_E = torch.bincount(expert_SK.flatten(), minlength=self.spec.num_experts)
+        load_E = count_choices(expert_SK.flatten(), self.spec.num_experts)
         return MoeOutput(y_BTD, self.sequence_loss(scores_SE.view(*x_BTD.shape[:2], -1)), load_E)
 
     def route(self, x_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,9 +67,7 @@ class Moe(nn.Module):
         batch, length, num_experts = scores_BTE.shape
         wanted_BTK = scores_BTE.detach().topk(self.spec.top_k, dim=-1, sorted=False).indices
         offset_B1 = torch.arange(batch, device=scores_BTE.device)[:, None] * num_experts
-        count_BE = torch.bincount((wanted_BTK.flatten(1) + offset_B1).flatten(), minlength=batch * num_experts).view(
-            batch, -1
-        )
+        count_BE = count_choices((wanted_BTK.flatten(1) + offset_B1).flatten(), batch * num_experts).view(batch, -1)
         f_BE = count_BE * (num_experts / (self.spec.top_k * length))
         P_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
         return self.spec.sequence_loss_weight * (f_BE * P_BE).sum()

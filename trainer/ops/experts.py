@@ -1,6 +1,7 @@
 """Routed squared-ReLU experts: y[s] = Σ_k weight[s, k] · down[e] · relu(up[e] · x[s])², e = expert[s, k]. Dropless.
 
-Legend: S tokens, D hidden, E experts, F expert width, K experts chosen for each token, R = S·K routed copies.
+Legend: S tokens, D hidden, E experts, F expert width, K experts chosen for each token, R = S·K routed copies,
+N choices in any order.
 """
 
 from __future__ import annotations
@@ -9,6 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+
+
+def count_choices(expert_N: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs; int64 [E]. torch.bincount does the same, but on a GPU the host waits for it."""
+    count_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_N.device)
+    return count_E.scatter_add_(0, expert_N, torch.ones_like(expert_N))
 
 
 def experts_reference(x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, expert_SK: Tensor, weight_SK: Tensor) -> Tensor:
@@ -31,7 +38,7 @@ def experts_grouped(x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, expert_SK: T
     order_R = expert_R.argsort(stable=True)
     place_R = torch.empty_like(order_R)
     place_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    ends_E = torch.bincount(expert_R, minlength=up_EFD.shape[0]).cumsum(0).to(torch.int32)
+    ends_E = count_choices(expert_R, up_EFD.shape[0]).cumsum(0).to(torch.int32)
     device_type = x_SD.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_SD.dtype
 
