@@ -37,7 +37,7 @@ def pod_template(job: JobSpec, task: Task) -> Object:
     if cluster.node_selector:
         spec["nodeSelector"] = dict(cluster.node_selector)
     if cluster.tolerations:
-        spec["tolerations"] = [dict(toleration) for toleration in cluster.tolerations]
+        spec["tolerations"] = [toleration.model_dump(exclude_none=True) for toleration in cluster.tolerations]
     metadata = {
         "labels": labels(job, task),
         # A mesh's sidecar outlives the training process and encrypts NCCL's traffic: the pod would never finish.

@@ -126,10 +126,21 @@ class StorageSpec(Spec):
     checkpoints_pvc: Name = "llm-checkpoints-pvc"
 
 
+class TolerationSpec(Spec):
+    """A toleration of the training pods, named as Kubernetes names its fields."""
+
+    key: str | None = None
+    operator: Literal["Exists", "Equal"] | None = None
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    tolerationSeconds: int | None = None
+
+
 class ClusterSpec(Spec):
     """What the training job asks of the cluster, or of this machine when `target` is local.
 
-    Ranks = nodes × max(gpus_per_node, 1).
+    Ranks = nodes × max(gpus_per_node, 1). `gpu_memory_gib` is what each GPU has: a model that cannot fit is refused
+    before any work.
     """
 
     target: Literal["kubernetes", "local"] = "kubernetes"
@@ -144,7 +155,7 @@ class ClusterSpec(Spec):
     namespace: str | None = None
     queue: str | None = None
     node_selector: dict[str, str] = {}
-    tolerations: list[dict[str, str]] = []
+    tolerations: list[TolerationSpec] = []
     queue_timeout_seconds: Count = 86_400
     start_timeout_seconds: Count = 1_800
     run_timeout_seconds: Count = 14 * 86_400
@@ -185,6 +196,21 @@ class JobSpec(Spec):
                 f"{self.train.model.vocab_size}; make them equal"
             )
         self.train_spec().micro_batches(self.cluster.world_size)
+        return self
+
+    @model_validator(mode="after")
+    def _model_fits_the_gpus(self) -> Self:
+        if self.cluster.gpus_per_node == 0:
+            return self
+        from trainer.describe import training_memory  # reads what most users of a spec never need
+
+        needed = training_memory(self.train.model, self.train.optimizer.name).total / 2**30
+        if needed > self.cluster.gpu_memory_gib:
+            raise ValueError(
+                f"cluster.gpu_memory_gib {self.cluster.gpu_memory_gib:g} is too little: weights, gradients and "
+                f"optimizer state take {needed:.1f} GiB on each GPU, before activations; use larger GPUs or a smaller "
+                "train.model"
+            )
         return self
 
     # Keys of the stages: a pure function of the spec, so that a manifest can be rendered before any data exists.

@@ -1,4 +1,4 @@
-"""What a ModelSpec amounts to, layer by layer: shapes, parameters, operations, memory. Arithmetic, no tensors."""
+"""What a ModelSpec amounts to, layer by layer: shapes, parameters, operations, memory. Arithmetic; imports no torch."""
 
 from __future__ import annotations
 
@@ -68,17 +68,24 @@ class Description:
     checkpoint_bytes: int
 
 
+def training_memory(spec: ModelSpec, optimizer: Literal["muon", "adamw"] = "muon") -> Memory:
+    """What every rank holds between two steps; all ranks hold the whole model."""
+    everything = parameters(spec)
+    weights = FP32_BYTES * sum(parameter.count for parameter in everything)
+    assigned = assign([(p.name, p.shape) for p in everything], OptimizerSpec(name=optimizer), spec)
+    # Muon keeps one momentum, AdamW two moments.
+    state_tensors = [1 if assignment.optimizer == "muon" else 2 for assignment in assigned]
+    state = sum(FP32_BYTES * p.count * tensors for p, tensors in zip(everything, state_tensors, strict=True))
+    return Memory(weights=weights, gradients=weights, optimizer=state)
+
+
 def describe(spec: ModelSpec, seq_len: int, optimizer: Literal["muon", "adamw"] = "muon") -> Description:
     """Figures of the model trained on rows of `seq_len` tokens."""
     everything = parameters(spec)
     total = sum(parameter.count for parameter in everything)
     active = sum(parameter.active for parameter in everything)
     vocabulary = spec.vocab_size * spec.hidden
-    assigned = assign([(p.name, p.shape) for p in everything], OptimizerSpec(name=optimizer), spec)
-    # Muon keeps one momentum, AdamW two moments.
-    state_tensors = [1 if assignment.optimizer == "muon" else 2 for assignment in assigned]
-    state = sum(FP32_BYTES * p.count * tensors for p, tensors in zip(everything, state_tensors, strict=True))
-    memory = Memory(weights=FP32_BYTES * total, gradients=FP32_BYTES * total, optimizer=state)
+    memory = training_memory(spec, optimizer)
     return Description(
         rows=_rows(spec, seq_len, everything),
         seq_len=seq_len,

@@ -172,11 +172,13 @@ def test_digest_changes_with_what_runs_and_with_nothing_else() -> None:
 
 
 def test_places_on_the_cluster_come_from_the_spec() -> None:
-    taint = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
-    rendered = pytorchjob(job(cluster={"queue": "team-a", "node_selector": {"zone": "b"}, "tolerations": [taint]}))
+    taint = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60}
+    any_taint = {"operator": "Exists"}
+    places = {"queue": "team-a", "node_selector": {"zone": "b"}, "tolerations": [taint, any_taint]}
+    rendered = pytorchjob(job(cluster=places))
     assert rendered["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
     assert pod_spec(rendered)["nodeSelector"] == {"zone": "b"}
-    assert pod_spec(rendered)["tolerations"] == [taint]
+    assert pod_spec(rendered)["tolerations"] == [taint, any_taint]
     assert "kueue.x-k8s.io/queue-name" not in pytorchjob(job())["metadata"]["labels"]
 
 

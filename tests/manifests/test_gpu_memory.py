@@ -1,0 +1,51 @@
+"""A model whose training state cannot lie in a GPU is refused; the sizes are counted here from the built parameters."""
+
+import subprocess
+import sys
+
+import pytest
+
+from manifests.spec import load_job
+from trainer.specbase import SpecError
+
+GIB = 2**30
+
+
+def job(gib: float, gpus: int = 1, **train):
+    return load_job("tiny", {"cluster": {"nodes": 1, "gpus_per_node": gpus, "gpu_memory_gib": gib}, "train": train})
+
+
+def state_bytes(optimizer: str) -> int:
+    """FP32 weights, gradients and what the real optimizers hold."""
+    from trainer.model.hybrid import build_model
+    from trainer.optim import build_optimizers
+    from trainer.spec import OptimizerSpec
+
+    model_spec = load_job("tiny").train.model
+    model = build_model(model_spec, seed=0, token_classes=list(range(model_spec.vocab_size)))
+    optimizers = build_optimizers(model, OptimizerSpec(name=optimizer), model_spec)
+    states = [tensor for tensor in optimizers.state_dict().values() if tensor.ndim > 0]  # without the step counts
+    return 4 * (2 * sum(p.numel() for p in model.parameters()) + sum(tensor.numel() for tensor in states))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_limit_is_the_size_of_the_training_state(optimizer):
+    needed = state_bytes(optimizer) / GIB
+    job(needed * 1.0001, optimizer={"name": optimizer})
+    with pytest.raises(SpecError) as error:
+        job(needed * 0.9999, optimizer={"name": optimizer})
+    assert "cluster.gpu_memory_gib" in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_the_message_says_how_much_is_needed_and_what_to_change():
+    with pytest.raises(SpecError, match=r"gpu_memory_gib 40 is too little: .* take 51\.0 GiB on each GPU.*larger GPUs"):
+        load_job("h100-4b", {"cluster": {"gpu_memory_gib": 40}})
+
+
+def test_without_gpus_the_field_says_nothing():
+    assert job(1e-6, gpus=0).cluster.gpu_memory_gib == 1e-6
+
+
+def test_the_check_needs_no_pytorch():
+    code = "import sys; sys.modules['torch'] = None; from manifests.spec import load_job; load_job('h100-4b')"
+    subprocess.run([sys.executable, "-c", code], check=True)
