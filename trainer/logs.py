@@ -17,6 +17,8 @@ from typing import Any
 
 _FILE_ONLY = "file_only"
 
+log = logging.getLogger(__name__)
+
 
 def setup(run_dir: str | Path, rank: int) -> None:
     """Rank 0 speaks on stdout, the others only warn; every rank keeps a file logs/rank-<n>.log with times."""
@@ -60,6 +62,8 @@ class MetricsFile:
         self.path = Path(run_dir) / "logs" / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lost_seconds = 0.0
+        self._unwritten = b""
+        self._warned = False
         draft = self.path.with_suffix(".draft")
         with draft.open("w", encoding="utf-8") as stream:
             for record in self.records():
@@ -70,25 +74,42 @@ class MetricsFile:
             stream.flush()
             os.fsync(stream.fileno())
         draft.replace(self.path)
-        self._stream = self.path.open("a", encoding="utf-8")
+        # Without a buffer, so that a write which fails half-way tells how much of it the disk has taken.
+        self._stream = self.path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line. Numbers that JSON cannot hold (NaN, infinity) become null."""
+        """Append one line. Numbers that JSON cannot hold (NaN, infinity) become null.
+
+        A disk that refuses costs a warning; the line waits in memory for a later call.
+        """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._stream.write(json.dumps(finite) + "\n")
-        self._stream.flush()
+        self._unwritten += json.dumps(finite).encode() + b"\n"
+        self._flush()
 
     def sync(self) -> None:
         """Make what was written durable; a checkpoint of a step should not outlive the step's line."""
-        os.fsync(self._stream.fileno())
+        self._flush(durably=True)
+
+    def _flush(self, *, durably: bool = False) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
+            if durably:
+                os.fsync(self._stream.fileno())
+        except OSError as error:
+            if not self._warned:
+                log.warning("%s cannot be written (%s); its lines wait in memory", self.path, error.strerror)
+            self._warned = True
+        else:
+            self._warned = False
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """All whole lines; a process that was killed may have left half of one."""
+        """All whole lines, those in memory too; a process that was killed may have left half of one."""
         try:
-            text = self.path.read_text(encoding="utf-8", errors="replace")
+            data = self.path.read_bytes()
         except FileNotFoundError:
-            return
-        for line in text.splitlines():
+            data = b""
+        for line in (data + self._unwritten).decode(errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except ValueError:
@@ -97,4 +118,5 @@ class MetricsFile:
                 yield record
 
     def close(self) -> None:
+        self._flush()
         self._stream.close()

@@ -14,9 +14,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from trainer import restarts
+from trainer.board import Board
 from trainer.checkpoint import CheckpointManifest
 from trainer.data.manifest import atomic_write
 from trainer.data.plan import Cursor
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 # Dense BF16 peak in FLOP/s, by what the device's name contains (vendor data sheets, without sparsity).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "T4": 65e12}
 _GOODPUT = {"data": "data_wait", "forward_backward": "step", "optimizer": "step", "checkpoint": "checkpoint"}
+_SCALARS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "expert_load_max_ratio")
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -64,7 +65,7 @@ class Recorder:
         port = spec.runtime.metrics_port and spec.runtime.metrics_port + world.local_rank
         self.metrics = Metrics(rank=world.rank, port=port)
         self._file: MetricsFile | None = None
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
         self._phases: dict[str, float] = {}
         self._sources: dict[str, int] = {}
         self._rate: float | None = None
@@ -85,7 +86,7 @@ class Recorder:
             return
         self._file = MetricsFile(self._spec.run_dir, step)
         self.metrics.add("goodput_seconds_total", self._file.lost_seconds, **{"class": "lost"})
-        self._board = SummaryWriter(Path(self._spec.run_dir) / "tb", purge_step=step + 1)
+        self._board = Board(self._spec.run_dir, step)
         for code, count in restarts.summary(self._spec.run_dir).items():
             self.metrics.add("restarts_total", count, reason=code)
 
@@ -113,8 +114,7 @@ class Recorder:
         if self._file is None or self._board is None:
             return
         self._file.write(vars(record))
-        for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "expert_load_max_ratio"):
-            self._board.add_scalar(f"train/{name}", getattr(record, name), record.step)
+        self._board.add(record.step, {f"train/{name}": getattr(record, name) for name in _SCALARS})
         speed = record.tokens_per_second
         self._rate = speed if self._rate is None else 0.9 * self._rate + 0.1 * speed
         if record.step % self._spec.runtime.log_every_steps == 0 or record.step in (1, self._spec.steps):
@@ -152,13 +152,17 @@ class Recorder:
         if self._file is None:
             return
         records = list(self._file.records())
-        tokens, spent = records[-1]["tokens"], sum(record["seconds"] for record in records)
+        tokens, spent = sum(Cursor.from_dict(manifest.cursor).trained.values()), self.seconds()
+        rate = tokens / spent
+        if records:  # else somebody has deleted metrics.jsonl, and the checkpoint is all that is known
+            spent = sum(record["seconds"] for record in records)
+            rate = sum(record["tokens_per_second"] * record["seconds"] for record in records) / spent
         result = {
-            "steps": records[-1]["step"],
+            "steps": manifest.step,
             "tokens": tokens,
-            "loss_first": records[0]["loss"],
-            "loss_last": records[-1]["loss"],
-            "tokens_per_second": tokens / spent,
+            "loss_first": records[0]["loss"] if records else None,
+            "loss_last": records[-1]["loss"] if records else None,
+            "tokens_per_second": rate,
             "checkpoint": str(checkpoint),
             "checkpoint_digest": manifest.digest,
             "world_size": self._world.size,
@@ -185,7 +189,7 @@ class Recorder:
 
     def _export(self, record: StepRecord, epochs: dict[str, float]) -> None:
         metrics = self.metrics
-        for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "expert_load_max_ratio"):
+        for name in _SCALARS:
             metrics.set(name, getattr(record, name))
         metrics.observe("step_seconds", record.seconds)
         metrics.add("steps_total")

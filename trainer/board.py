@@ -1,0 +1,70 @@
+"""TensorBoard scalars of a run that must survive a full disk: points are kept until a flush has proved them written."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
+
+
+class Board:
+    """Scalars under run_dir/tb, after `resumed_step`.
+
+    A SummaryWriter is lost with its first failed write, so the next flush opens another one, which declares void
+    whatever the first one left of the points since the last good flush, and writes them again.
+    """
+
+    def __init__(self, run_dir: str | Path, resumed_step: int) -> None:
+        self._directory = Path(run_dir) / "tb"
+        self._flushed = resumed_step
+        self._kept: list[tuple[int, dict[str, float]]] = []
+        self._writer: SummaryWriter | None = None
+        self._warned = False
+        self.flush()
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """The points of one step."""
+        self._kept.append((step, values))
+        try:
+            if self._writer is not None:
+                self._write(self._writer, step, values)
+        except OSError as error:
+            self._fail(error)
+
+    def flush(self) -> None:
+        """Write everything since the last good flush; a disk that refuses costs a warning, and the next flush tries."""
+        try:
+            if self._writer is None:
+                self._writer = SummaryWriter(self._directory, purge_step=self._flushed + 1)
+                for step, values in self._kept:
+                    self._write(self._writer, step, values)
+            self._writer.flush()
+        except OSError as error:
+            self._fail(error)
+            return
+        if self._kept:
+            self._flushed = self._kept[-1][0]
+        self._kept.clear()
+        self._warned = False
+
+    def close(self) -> None:
+        self.flush()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, writer: SummaryWriter, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    def _fail(self, error: OSError) -> None:
+        if not self._warned:
+            log.warning("%s cannot be written (%s); its points wait in memory", self._directory, error.strerror)
+        self._warned = True
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+        self._writer = None
