@@ -120,7 +120,8 @@ class Checkpointer:
             Its manifest, or None when the run has none and starts from the beginning.
 
         Raises:
-            TrainingError: 66 no checkpoint verifies, 65 it was trained on other data, 2 it holds another model.
+            TrainingError: 66 no checkpoint verifies, 65 it was trained on other data, 2 it holds another model or the
+                state of another optimizer.
         """
         found: tuple[Path | None, TrainingError | None] = (None, None)
         if self._world.is_main:
@@ -169,6 +170,13 @@ class Checkpointer:
                 ExitCode.SPEC,
                 f"{path} holds another model: model.{key} is {theirs.get(key)!r} there and {model[key]!r} in the spec; "
                 "use the same model, or another run_dir",
+            )
+        optimizer, written_by = self._spec.optimizer.name, manifest.spec["optimizer"]["name"]
+        if optimizer != written_by:
+            raise TrainingError(
+                ExitCode.SPEC,
+                f"{path} holds the state of optimizer {written_by}, optimizer.name is {optimizer} in the spec; "
+                "use the same optimizer, or another run_dir",
             )
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

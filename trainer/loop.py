@@ -155,7 +155,7 @@ def step_record(run: Run, step: int, batch: StepBatch, totals: Totals, update: U
         loss=totals.loss,
         grad_norm=update.grad_norm,
         learning_rate=run.optimizers.learning_rate,
-        tokens=(step + 1) * run.spec.batch.tokens_per_step,
+        tokens=sum(batch.tokens_by_source.values()),  # an earlier part of the run may have had other steps
         tokens_per_second=run.spec.batch.tokens_per_step / seconds,
         seconds=seconds,
         clipped=update.clipped,

@@ -107,6 +107,24 @@ def test_branch_that_was_given_up_goes_with_the_next_checkpoint(tmp_path: Path):
     assert latest(tmp_path) == newest
 
 
+def test_old_checkpoint_that_cannot_be_deleted_is_only_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    plain = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if target.name.startswith(".deleted-"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return plain(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    for step in (20, 40):
+        write_checkpoint(tmp_path, step)
+        checkpoint.prune(tmp_path, keep_last=1)
+    assert "step-00000020 cannot be deleted (Permission denied)" in caplog.text
+    assert latest(tmp_path) == checkpoint.step_dir(tmp_path, 40)
+
+
 def test_missing_target_of_latest_is_never_replaced_by_a_newer_one(two_checkpoints: Path, tmp_path: Path):
     run_dir = tmp_path / "run"
     shutil.copytree(two_checkpoints, run_dir)

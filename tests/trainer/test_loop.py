@@ -99,6 +99,25 @@ def test_finished_run_has_nothing_left_to_do(micro_data: Path, tmp_path: Path):
     first = (Path(spec.run_dir) / "logs" / "metrics.jsonl").read_bytes()
     assert train(spec) == 0
     assert (Path(spec.run_dir) / "logs" / "metrics.jsonl").read_bytes() == first
+    result = Path(spec.run_dir) / "result.json"
+    before = json.loads(result.read_text())
+    (Path(spec.run_dir) / "logs" / "metrics.jsonl").unlink()
+    assert train(spec) == 0
+    after = json.loads(result.read_text())
+    assert (after["loss_first"], after["loss_last"]) == (None, None), "only metrics.jsonl has known them"
+    for name in ("steps", "tokens", "checkpoint_digest"):
+        assert after[name] == before[name]
+
+
+def test_tokens_are_counted_when_the_step_grows_on_the_way(micro_data: Path, tmp_path: Path):
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=2)
+    assert train(spec) == 0
+    size = spec.batch.tokens_per_step
+    longer: TrainSpec = spec.updated({"batch": {"tokens_per_step": 2 * size}, "steps": 4})
+    assert train(longer) == 0
+    assert [line["tokens"] for line in micro.metrics(longer)] == [size, 2 * size, 4 * size, 6 * size]
+    result = json.loads((Path(spec.run_dir) / "result.json").read_text())
+    assert result["tokens"] == 6 * size
 
 
 def test_gradients_that_stay_infinite_end_the_run_with_70(
@@ -141,6 +160,11 @@ def test_other_data_or_another_model_is_refused(micro_data: Path, tmp_path: Path
     with pytest.raises(TrainingError, match=r"model\.mlp is .*64.*use the same model") as error:
         train(wider)
     assert error.value.code == ExitCode.SPEC
+    dist.destroy_process_group()
+    plain: TrainSpec = spec.updated({"optimizer": {"name": "adamw"}, "steps": 2})
+    with pytest.raises(TrainingError, match=r"state of optimizer muon, optimizer\.name is adamw") as error:
+        train(plain)
+    assert error.value.code == ExitCode.SPEC and "\n" not in str(error.value)
     dist.destroy_process_group()
     micro.make_data(tmp_path / "other", seed=8)
     other = micro.micro_spec(tmp_path / "other", tmp_path / "run", steps=2)
