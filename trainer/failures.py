@@ -42,6 +42,8 @@ def classify(error: BaseException) -> tuple[int, str]:
         return ExitCode.SPEC, str(error)
     if isinstance(error, TrainingError):
         return error.code, text
+    if _names_a_path(error):
+        return ExitCode.UNEXPECTED, f"{error.filename}: {error.strerror}; mend the path or its rights, then start again"
     if isinstance(error, MemoryError):
         return ExitCode.KILLED, f"out of memory; lower batch.micro_batch_rows or give the pod more ({named})"
     torch = sys.modules.get("torch")
@@ -55,9 +57,14 @@ def classify(error: BaseException) -> tuple[int, str]:
     return ExitCode.UNEXPECTED, named
 
 
+def _names_a_path(error: BaseException) -> bool:
+    """A directory that cannot be written, say: a matter of the machine, which a traceback does not make clearer."""
+    return isinstance(error, OSError) and error.filename is not None
+
+
 def show(error: BaseException, code: int, reason: str) -> None:
     """Print what a person needs: one line, and the traceback only where the program did not expect the error."""
-    if code in (ExitCode.UNEXPECTED, ExitCode.GPU, ExitCode.KILLED):
+    if code in (ExitCode.UNEXPECTED, ExitCode.GPU, ExitCode.KILLED) and not _names_a_path(error):
         traceback.print_exception(error)
     print(f"error {code} ({meaning(code)}): {reason}", file=sys.stderr, flush=True)
 

@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from trainer.checkpoint import latest_step
 from trainer.data.manifest import atomic_write
 from trainer.exitcodes import STOPS, ExitCode, TrainingError, retryable
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class NodeRecord:
-    """One node's starts. Times are Unix seconds; `exit_code` is None while it runs, and for ever if it was killed."""
+    """One node's starts. Times are Unix seconds; the deadline counts from `first_start`.
+
+    `exit_code` is None while it runs, and for ever if it was killed.
+    """
 
     first_start: float = field(default_factory=time.time)
     step: int = 0
@@ -34,11 +41,16 @@ class NodeRecord:
     exit_code: int | None = None
 
 
+_Nodes = TypeAdapter(dict[str, NodeRecord])
+
+
 def begin(run_dir: str | Path, max_restarts: int, task: str = "train", node: str | None = None) -> NodeRecord:
     """Count this start of `task` on this node.
 
     A start after success or a permanent failure is a person's decision: budget and deadline begin anew. One after a
-    stop signal, or after the run has published a checkpoint since the last start, costs nothing.
+    stop signal, or after the run has published a checkpoint since the last start, costs nothing. After a stop signal
+    the deadline begins anew too, since a person may resume days later; a pod that was evicted looks the same from
+    here, so a job that must end in time although its pods move relies on its launcher, which has a timeout of its own.
 
     Raises:
         TrainingError: 71, when `max_restarts` starts in a row have not got the run any further.
@@ -48,7 +60,7 @@ def begin(run_dir: str | Path, max_restarts: int, task: str = "train", node: str
         if key not in nodes:
             record = NodeRecord(step=step)
         else:
-            record = NodeRecord(**nodes[key])
+            record = nodes[key]
             code = ExitCode.KILLED if record.exit_code is None else record.exit_code
             if not retryable(code):
                 record = NodeRecord(step=step, total=record.total, reasons=record.reasons)
@@ -56,13 +68,15 @@ def begin(run_dir: str | Path, max_restarts: int, task: str = "train", node: str
                 record.without_progress = 0
             elif code not in STOPS:
                 record.without_progress += 1
+            if code in STOPS:
+                record.first_start = time.time()
             if retryable(code):
                 record.total += 1
                 record.reasons[str(int(code))] = record.reasons.get(str(int(code)), 0) + 1
             record.step, record.exit_code = step, None
-        nodes[key] = asdict(record)
+        nodes[key] = record
         if record.without_progress > max_restarts:
-            nodes[key]["exit_code"] = int(ExitCode.BUDGET)
+            record.exit_code = int(ExitCode.BUDGET)
             often = ", ".join(f"{count}× code {reason}" for reason, count in record.reasons.items())
             raise TrainingError(
                 ExitCode.BUDGET,
@@ -77,16 +91,13 @@ def end(run_dir: str | Path, exit_code: int, task: str = "train", node: str | No
     with _locked(_file(run_dir, task)) as nodes:
         key = node or socket.gethostname()
         if key in nodes:
-            nodes[key]["exit_code"] = int(exit_code)
+            nodes[key].exit_code = int(exit_code)
 
 
 def summary(run_dir: str | Path) -> dict[str, int]:
     """Restarts of the training so far by exit code, those of the node that had most."""
-    try:
-        nodes = json.loads(_file(run_dir, "train").read_text(encoding="utf-8"))["nodes"]
-    except (OSError, ValueError, KeyError):
-        return {}
-    return max((node["reasons"] for node in nodes.values()), key=lambda reasons: sum(reasons.values()), default={})
+    nodes = _read(_file(run_dir, "train"))
+    return max((node.reasons for node in nodes.values()), key=lambda reasons: sum(reasons.values()), default={})
 
 
 def _file(run_dir: str | Path, task: str) -> Path:
@@ -94,16 +105,24 @@ def _file(run_dir: str | Path, task: str) -> Path:
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[dict[str, Any]]:
+def _locked(file: Path) -> Iterator[dict[str, NodeRecord]]:
     """The nodes' entries, to change in place; written back on leaving, also by an exception."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_name(f".{file.name}.lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        try:
-            nodes = json.loads(file.read_text(encoding="utf-8"))["nodes"]
-        except (OSError, ValueError, KeyError):
-            nodes = {}  # the first start; or a damaged file, which must not cost the run more than its count
+        nodes = _read(file)
         try:
             yield nodes
         finally:
-            atomic_write(file, json.dumps({"nodes": nodes}, indent=1).encode())
+            entries = {key: asdict(record) for key, record in nodes.items()}
+            atomic_write(file, json.dumps({"nodes": entries}, indent=1).encode())
+
+
+def _read(file: Path) -> dict[str, NodeRecord]:
+    try:
+        return _Nodes.validate_python(json.loads(file.read_bytes())["nodes"])
+    except FileNotFoundError:
+        return {}  # the first start
+    except (OSError, ValueError, KeyError, TypeError) as error:  # must not cost the run more than its count
+        log.warning("%s cannot be read (%s); the restarts are counted anew", file, type(error).__name__)
+        return {}

@@ -21,6 +21,7 @@ import pytest
 from trainer import distributed, entrypoint, failures, limits, restarts
 from trainer.exitcodes import MEANING, ExitCode, TrainingError, of_process, retryable
 from trainer.failures import Failure, classify, root_cause
+from trainer.restarts import NodeRecord
 from trainer.spec import TrainSpec
 
 # A rank that does what its local environment says, and needs no torch to do so.
@@ -181,6 +182,37 @@ def test_killed_entrypoint_and_stop_signals_in_the_books(tmp_path: Path):
     with pytest.raises(TrainingError, match="restarted 1 times at step 0") as error:
         restarts.begin(tmp_path, 1, node="a")
     assert error.value.code == ExitCode.BUDGET
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "", "null", '{"nodes": 3}', '{"nodes": {"a": []}}', '{"nodes": {"a": {"total": "many"}}}']
+)
+def test_damaged_books_cost_no_more_than_the_count(tmp_path: Path, text: str):
+    (tmp_path / "restarts.json").write_text(text)
+    assert restarts.summary(tmp_path) == {}
+    assert restarts.begin(tmp_path, 1, node="a").total == 0
+    restarts.end(tmp_path, ExitCode.KILLED, node="a")
+    assert restarts.begin(tmp_path, 1, node="a").reasons == {"137": 1}
+
+
+@pytest.mark.parametrize(("code", "anew"), [(143, True), (130, True), (75, True), (137, False), (None, False)])
+def test_deadline_of_a_start_after_a_stop_counts_from_that_start(tmp_path: Path, code: int | None, anew: bool):
+    long_ago = time.time() - 15 * 86400
+    before = NodeRecord(first_start=long_ago, without_progress=1, exit_code=code)
+    (tmp_path / "restarts.json").write_text(json.dumps({"nodes": {"a": vars(before)}}))
+    record = restarts.begin(tmp_path, 5, node="a")
+    assert (record.first_start > long_ago + 86400) == anew
+    if code in (143, 130):
+        assert record.without_progress == 1, "the budget stays what it was"
+
+
+def test_directory_that_cannot_be_made_is_one_line(micro_data: Path, tmp_path: Path):
+    (tmp_path / "file").touch()
+    file = micro.write_spec(micro.micro_spec(micro_data, tmp_path / "file" / "run"), tmp_path / "spec.yaml")
+    command = [sys.executable, "-m", "trainer.entrypoint", "--spec", str(file)]
+    done = subprocess.run(command, env=micro.environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{tmp_path / 'file' / 'run'}: Not a directory; mend the path" in done.stderr
 
 
 def test_bad_spec_ends_with_2_before_anything_starts(tmp_path: Path, micro_data: Path):
