@@ -1,4 +1,8 @@
-"""Hang watchdog: a rank that stops making steps says where it hangs and ends, instead of holding its GPUs for ever."""
+"""Hang watchdog: a rank that stops making steps says where it hangs and ends, instead of holding its GPUs for ever.
+
+It also ends a rank that waits for one which has failed. A rank in a collective hears neither the signal that torchrun
+sends it nor, with NCCL, of its peer's death before the communication timeout. Ranks on other nodes it cannot see.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,19 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Self
 
 from trainer import failures
-from trainer.exitcodes import ExitCode
+from trainer.exitcodes import STOPS, ExitCode
+
+PEER_SECONDS = 15.0  # without progress, after a peer's failure: time for this rank to notice by itself
 
 
 class Watchdog:
     """Ends the process with 161, after a dump of all stacks, when `beat` was not called for `timeout_seconds`.
+
+    With 160, without a dump, when it was not called for `PEER_SECONDS` and a peer has recorded a failure before that.
 
     A thread watches, because a hang is most often one C++ call that never returns to the interpreter.
     """
@@ -39,10 +48,30 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(1.0, self._timeout / 4)):
-            if time.monotonic() - self._last < self._timeout:
+            idle = time.monotonic() - self._last
+            if idle >= PEER_SECONDS and (peer := failed_peer()):
+                _end(ExitCode.COMMUNICATION, f"rank {peer.rank} has failed and is waited for no longer: {peer.reason}")
+            if idle < self._timeout:
                 continue
             reason = f"no step finished for {self._timeout:.0f} s (runtime.hang_timeout_seconds); stacks are in the log"
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-            failures.record(ExitCode.HANG, reason)
-            print(f"error {int(ExitCode.HANG)} (hang watchdog): {reason}", file=sys.stderr, flush=True)
-            os._exit(ExitCode.HANG)
+            _end(ExitCode.HANG, reason)
+
+
+def failed_peer() -> failures.Failure | None:
+    """Another rank of this node that failed at least `PEER_SECONDS` ago; None without an entrypoint."""
+    directory = os.environ.get(failures.DIRECTORY_VARIABLE)
+    if not directory:
+        return None
+    own, latest = int(os.environ.get("RANK", "0")), time.time() - PEER_SECONDS
+    try:
+        peers = [failure for failure in failures.recorded(Path(directory)) if failure.rank != own]
+    except OSError:  # removed while it was read; the next look tells
+        return None
+    return next((peer for peer in peers if peer.time <= latest and peer.code not in STOPS), None)
+
+
+def _end(code: ExitCode, reason: str) -> None:
+    failures.record(code, reason)
+    print(f"error {int(code)} ({failures.meaning(code)}): {reason}", file=sys.stderr, flush=True)
+    os._exit(code)

@@ -301,6 +301,28 @@ def test_watchdog_says_where_it_hangs_and_ends_with_161(tmp_path: Path):
     assert failure.code == ExitCode.HANG and "hang_timeout_seconds" in failure.reason
 
 
+@pytest.mark.parametrize(
+    ("rank", "code", "age", "expected"),
+    [(1, 65, 30.0, 160), (0, 65, 30.0, 161), (1, 143, 30.0, 161), (1, 65, -30.0, 161)],
+    ids=["peer", "own record", "stopped peer", "peer that fails later"],
+)
+def test_rank_that_waits_for_a_failed_peer_ends_with_160(
+    tmp_path: Path, rank: int, code: int, age: float, expected: int
+):
+    failure = Failure(rank, code, "shard x.bin is missing", time.time() - age)
+    (tmp_path / f"rank-{rank}.json").write_text(json.dumps(vars(failure)))
+    program = (
+        "import time\nfrom trainer import watchdog\nwatchdog.PEER_SECONDS = 0.5\n"
+        "with watchdog.Watchdog(2) as dog:\n    dog.beat()\n    time.sleep(30)\n"
+    )
+    environment = micro.environment(YAONGI_FAILURES=str(tmp_path), RANK="0")
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=25)
+    assert done.returncode == expected
+    if expected == 160:
+        assert "rank 1 has failed and is waited for no longer: shard x.bin is missing" in done.stderr
+        assert failures.root_cause(failures.recorded(tmp_path)).code == 65
+
+
 def test_spec_is_one_screen_of_options(micro_data: Path, tmp_path: Path):
     spec: TrainSpec = micro.micro_spec(micro_data, tmp_path / "run")
     file = micro.write_spec(spec, tmp_path / "spec.yaml")
