@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,19 @@ def test_a_failure_of_the_thread_reaches_the_caller(spec: TokensSpec, monkeypatc
         next(loader)
 
 
+def test_a_rank_with_a_gpu_gets_pinned_batches(spec: TokensSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned, devices = [], []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: devices.append((threading.current_thread().name, gpu)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    with TokenLoader(spec, BATCH, rank=0, world_size=1) as loader:
+        batches = next(loader).micro_batches
+    assert devices == [("prefetch", 3)]
+    given = [tensor for batch in batches for tensor in (batch.ids_BT, batch.labels_BT, batch.seq_idx_BT)]
+    assert all(any(tensor is one for one in pinned) for tensor in given)
+
+
 def test_sequence_length_may_change_on_the_way(spec: TokensSpec) -> None:
     first, second = (step[0] for step in steps(2, spec))
     longer = spec.updated({"seq_len": 128})
@@ -182,6 +196,15 @@ def test_a_flipped_byte_stops_the_run_and_names_the_file(
     data[-1] ^= 1
     path.write_bytes(data)
     assert name in refused(own)
+
+
+def test_a_volume_that_fails_beside_the_training_stops_it(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, algorithm: str) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(loading, "SMALL_BYTES", 0)
+    monkeypatch.setattr("trainer.data.manifest.checksum", fail)
+    assert "cannot be read (Input/output error)" in refused(own)
 
 
 @pytest.mark.parametrize("name", ["ko-train-00001.bin", "ko-train-00000.idx", "ko-heldout-00000.bin"])

@@ -97,6 +97,16 @@ def test_flipped_truncated_and_missing_files_are_named(stage: Path, name: str) -
     assert reusable(stage, "raw", {"a": "1"}, {})[0] is None
 
 
+def test_a_file_that_cannot_be_read_is_named(stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, algorithm: str) -> str:
+        raise OSError(5, "Input/output error")
+
+    manifest = read_manifest(stage)
+    monkeypatch.setattr("trainer.data.manifest.checksum", fail)
+    with pytest.raises(DataError, match=r"jsonl: cannot be read \(Input/output error\); check the volume"):
+        verify(stage, manifest)
+
+
 def test_other_inputs_or_settings_are_not_reused(stage: Path) -> None:
     assert reusable(stage, "raw", {"a": "2"}, {}) == (None, "its inputs changed")
     assert reusable(stage, "raw", {"a": "1"}, {"x": 1}) == (None, "its settings changed")

@@ -115,6 +115,8 @@ class TokenLoader:
             raise TrainingError(ExitCode.DATA, str(error)) from None
         self._cursor = self._stream.cursor()
         self._failure: Exception | None = None
+        # Of this rank, which has built its model by now; None when it trains without one.
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._ready: queue.Queue[StepBatch] = queue.Queue(PREFETCH_STEPS)
         self._prefetcher = threading.Thread(target=self._prefetch, name="prefetch", daemon=True)
         self._prefetcher.start()
@@ -169,18 +171,21 @@ class TokenLoader:
                 return
 
     def _prefetch(self) -> None:
+        try:
+            if self._gpu is not None:
+                torch.cuda.set_device(self._gpu)  # threads begin on GPU 0, and pinning there would take memory of it
+            while not self._closed.is_set():
+                self._put(self._next_step())
+        except Exception as error:  # belongs to whoever asks for the next step
+            self._failure = error
+
+    def _put(self, step: StepBatch) -> None:
         while not self._closed.is_set():
             try:
-                step = self._next_step()
-            except Exception as error:  # belongs to whoever asks for the next step
-                self._failure = error
+                self._ready.put(step, timeout=0.1)
                 return
-            while not self._closed.is_set():
-                try:
-                    self._ready.put(step, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
+            except queue.Full:
+                continue
 
     def _next_step(self) -> StepBatch:
         num_labels = 0
@@ -217,7 +222,9 @@ class TokenLoader:
                 labels_BT[row, at : at + len(piece) - 1] = piece[1:]
                 seq_idx_BT[row, at : at + length] = number
                 at += length
-        return MicroBatch(*(torch.from_numpy(array) for array in (ids_BT, labels_BT, seq_idx_BT)))
+        tensors = [torch.from_numpy(array) for array in (ids_BT, labels_BT, seq_idx_BT)]
+        # Only from pinned memory does a copy to the GPU go on beside the computation.
+        return MicroBatch(*(tensors if self._gpu is None else (tensor.pin_memory() for tensor in tensors)))
 
 
 def heldout_documents(tokens: TokensSpec) -> Iterator[tuple[str, str, NDArray[np.integer]]]:

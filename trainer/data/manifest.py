@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -214,25 +214,34 @@ def verify(
     """Check that the files (default: all of the manifest) are there, whole and unchanged.
 
     Raises:
-        DataError: names the first file that is not.
+        DataError: names the first file that is not, or cannot be read.
     """
     chosen = list(manifest.files if files is None else files)
     for entry in chosen:
-        path = Path(directory) / entry.path
-        if not path.is_file():
-            raise DataError(f"{path}: missing; run the step that makes it again")
-        if (size := path.stat().st_size) != entry.bytes:
-            raise DataError(f"{path}: has {size} bytes, the manifest says {entry.bytes}; run its step again")
+        _check(Path(directory) / entry.path, entry, _check_size)
     if sizes_only:
         return
-
-    def check(entry: FileEntry) -> None:
-        path = Path(directory) / entry.path
-        if checksum(path, entry.algorithm) != entry.checksum:
-            raise DataError(f"{path}: its content differs from the manifest's {entry.algorithm}; run its step again")
-
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(check, chosen))
+        list(pool.map(lambda entry: _check(Path(directory) / entry.path, entry, _check_content), chosen))
+
+
+def _check(path: Path, entry: FileEntry, check: Callable[[Path, FileEntry], None]) -> None:
+    try:
+        check(path, entry)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the volume and its permissions") from None
+
+
+def _check_size(path: Path, entry: FileEntry) -> None:
+    if not path.is_file():
+        raise DataError(f"{path}: missing; run the step that makes it again")
+    if (size := path.stat().st_size) != entry.bytes:
+        raise DataError(f"{path}: has {size} bytes, the manifest says {entry.bytes}; run its step again")
+
+
+def _check_content(path: Path, entry: FileEntry) -> None:
+    if checksum(path, entry.algorithm) != entry.checksum:
+        raise DataError(f"{path}: its content differs from the manifest's {entry.algorithm}; run its step again")
 
 
 def reusable(
