@@ -71,6 +71,16 @@ def test_constant_and_no_warmup():
     assert _ours(warmup_fraction=0, decay_fraction=0) == [1.0] * STEPS
 
 
+def test_a_short_run_decays_in_its_last_step():
+    spec = ScheduleSpec(warmup_fraction=0, decay_fraction=0.01, final_learning_rate=0.1)
+    assert [learning_rate_factor(step, 7, spec, 1.0) for step in range(8)] == pytest.approx([1.0] * 6 + [0.1] * 2)
+
+
+def test_without_a_decay_later_steps_keep_the_peak():
+    spec = ScheduleSpec(warmup_fraction=0, decay_fraction=0, final_learning_rate=0.1)
+    assert [learning_rate_factor(step, STEPS, spec, 1.0) for step in (STEPS - 1, STEPS, 2 * STEPS)] == [1.0] * 3
+
+
 @pytest.mark.parametrize("name", ["wsd", "cosine", "linear"])
 def test_stays_at_the_end_value(name):
     spec = ScheduleSpec(name=name, final_learning_rate=0.1)

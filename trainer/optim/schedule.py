@@ -16,7 +16,9 @@ def learning_rate_factor(step: int, steps: int, spec: ScheduleSpec, peak: float)
     """What multiplies every group's learning rate at `step` (0 is the first) of `steps`.
 
     Warm-up over W = round(warmup_fraction·steps) steps: (step+1)/W, so the first step already moves and step W−1 has
-    the peak. The last step has exactly `final_learning_rate` / `peak`; later steps keep it.
+    the peak. A decay takes max(1, round(decay_fraction·steps)) steps with WSD and all after the warm-up with cosine and
+    linear; the run's last step, unless it still warms up, has exactly `final_learning_rate` / `peak`, which later steps
+    keep. WSD with decay_fraction 0 and constant never leave the peak.
 
     Args:
         peak: learning rate at factor 1, to which `final_learning_rate` is related.
@@ -32,15 +34,15 @@ def learning_rate_factor(step: int, steps: int, spec: ScheduleSpec, peak: float)
     warmup = round(spec.warmup_fraction * steps)
     if step < warmup:
         return (step + 1) / warmup
-    if spec.name == "constant":
+    if spec.name == "constant" or (spec.name == "wsd" and not spec.decay_fraction):
         return 1.0
-    decay = round(spec.decay_fraction * steps) if spec.name == "wsd" else steps - warmup
+    decay = max(1, round(spec.decay_fraction * steps) if spec.name == "wsd" else steps - warmup)
     shape = spec.decay_shape if spec.name == "wsd" else spec.name
     done = step + 1 - (steps - decay)
     if done <= 0:
         return 1.0
     final = spec.final_learning_rate / peak
-    return final + (1 - final) * _remaining(min(1.0, done / decay) if decay else 1.0, shape)
+    return final + (1 - final) * _remaining(min(1.0, done / decay), shape)
 
 
 def _remaining(progress: float, shape: Literal["linear", "cosine", "sqrt"]) -> float:
