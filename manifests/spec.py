@@ -208,8 +208,8 @@ class JobSpec(Spec):
         if needed > self.cluster.gpu_memory_gib:
             raise ValueError(
                 f"cluster.gpu_memory_gib {self.cluster.gpu_memory_gib:g} is too little: weights, gradients and "
-                f"optimizer state take {needed:.1f} GiB on each GPU, before activations; use larger GPUs or a smaller "
-                "train.model"
+                f"optimizer state take {needed:.1f} GiB on each GPU, before activations; raise it if the GPUs "
+                "have more, else use larger GPUs or a smaller train.model"
             )
         return self
 
