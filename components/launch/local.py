@@ -54,9 +54,14 @@ def run_entrypoint(task: str, spec_file: str, ranks: int, sets: Sequence[str] = 
         _forwarding_to(child),
     ):
         assert child.stdout is not None
-        for line in child.stdout:
-            if not LAST_WORDS.match(line):
-                print(line, end="", flush=True)
+        try:
+            for line in child.stdout:
+                if not LAST_WORDS.match(line):
+                    print(line, end="", flush=True)
+        except BaseException:
+            # Nobody reads our output any more, most likely: whoever started us was killed. The trainer goes with us.
+            child.terminate()
+            raise
         code = of_process(child.wait())
         reason = _reason(told.read())
     if code != ExitCode.OK:

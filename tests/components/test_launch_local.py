@@ -23,6 +23,11 @@ if behaviour == "wait":
     print("ready", os.getpid(), os.getsid(0), flush=True)
     while True:
         time.sleep(0.05)
+        if os.path.exists("chatter"):
+            try:
+                print("step", flush=True)
+            except OSError:
+                pass  # as the trainer's logging does
 print(*sys.argv[1:], os.environ["PET_NNODES"], os.environ["PET_NPROC_PER_NODE"], os.environ["OMP_NUM_THREADS"])
 code, _, reason = behaviour.partition(" ")
 if reason:
@@ -93,8 +98,26 @@ def test_a_signal_reaches_the_trainer_which_saves_before_the_launcher_ends(spec_
     assert process.returncode == code
     assert f"saved after signal {int(number)}" in output
     assert "train was stopped" in output and "run the same command again" in output
+    assert ends(pid)
+
+
+def test_the_trainer_ends_when_nobody_reads_its_launcher_any_more(spec_file):
+    spec_file.write_text("wait")
+    launcher = "from components.launch import local; local.run_entrypoint('train', 'train.yaml', 1)"
+    with subprocess.Popen(
+        [sys.executable, "-c", launcher], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        pid = process.stdout.readline().split()[1]
+        process.stdout.close()
+        (spec_file.parent / "chatter").touch()
+        assert process.wait(timeout=60) != 0
+    assert ends(pid)
+
+
+def ends(pid: str) -> bool:
+    """Whether the process is gone within five seconds."""
     for _ in range(100):
         if not os.path.exists(f"/proc/{pid}"):
-            break
+            return True
         time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{pid}")
+    return False
