@@ -36,6 +36,12 @@ def wait():
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
     open(os.environ["STARTED"] + str(rank), "w").close()
     time.sleep(60)
+def after(file):
+    # Goes on when the other rank has made the file, whatever torchrun sends in between.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open(os.environ["STARTED"] + str(rank), "w").close()
+    while not os.path.exists(file):
+        time.sleep(0.01)
 """
 
 
@@ -89,7 +95,11 @@ CASES = {
     # One rank fails and the other only notices, in either order.
     "peer killed": ("wait() if rank else os.kill(os.getpid(), signal.SIGKILL)", 137),
     "peer has bad data": ("time.sleep(.3); fail(160, 'peer gone') if rank else fail(65, 'bad shard')", 65),
-    "echo comes first": ("fail(160, 'peer gone') if rank else (time.sleep(.05), fail(70, 'diverged'))", 70),
+    "echo comes first": (
+        "(after(os.environ['STARTED'] + '0'), fail(160, 'peer gone'))"
+        " if rank else (after(directory + '/rank-1.json'), time.sleep(.05), fail(70, 'diverged'))",
+        70,
+    ),
 }
 
 
