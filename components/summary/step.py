@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,15 +56,17 @@ def read_run(run_dir: str | Path) -> RunSummary:
         LaunchError: one of those has not finished.
     """
     run_dir = Path(run_dir)
-    result, evaluation = read_json(run_dir / "result.json"), read_json(run_dir / "eval.json")
+    numbers = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_second", "seconds")
+    result = read_json(run_dir / "result.json", numbers)
+    evaluation = read_json(run_dir / "eval.json", ("domains", "samples"))
     checkpoint = latest(run_dir)
     if result is None or evaluation is None or checkpoint is None:
         missing = "result.json" if result is None else "eval.json" if evaluation is None else "a checkpoint"
         raise LaunchError(f"{run_dir}: {missing} is missing; run the pipeline to its end first")
-    numbers = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_second", "seconds")
     return RunSummary(
         name=run_dir.name,
-        **{name: result[name] for name in numbers},
+        # A loss is null where the step was skipped for gradients that were not finite.
+        **{name: math.nan if result[name] is None else result[name] for name in numbers},
         bits_per_byte={domain: value["bits_per_byte"] for domain, value in evaluation["domains"].items()},
         checkpoint=checkpoint,
         export=run_dir / "export",
