@@ -1,8 +1,8 @@
 """The two clocks that end a run from outside: its deadline and its launcher's lease.
 
 The operator's own deadline may never fire and a pipeline that is terminated sends no signal, so the run looks itself:
-at the wall clock since its first start, and at `run_dir/lease`, which a launcher renews as long as it lives. Runs that
-nobody launched have no such file. Imports no torch.
+at the wall clock since its first start, or its first after a stop, and at `run_dir/lease`, which a launcher renews as
+long as it lives. Runs that nobody launched have no such file. Imports no torch.
 """
 
 from __future__ import annotations

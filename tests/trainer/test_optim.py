@@ -20,7 +20,7 @@ SPEC = ModelSpec.model_validate(
         "layers": ["ME", "*-", "N"],
         "mamba": {"num_heads": 2, "head_dim": 8, "d_state": 4},
         "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4},
-        "moe": {"num_experts": 3, "top_k": 1, "expert_width": 8, "shared_width": 8},
+        "moe": {"num_experts": 3, "top_k": 2, "expert_width": 8, "shared_width": 8},
         "mlp": {"width": 24},
         "engram": [{"layer": 2, "rows_per_head": 10, "width_per_order": 8, "num_heads": 2}],
     }

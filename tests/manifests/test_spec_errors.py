@@ -1,0 +1,50 @@
+"""A wrong job is answered with what is wrong, where, and how to mend it, in one line for each problem."""
+
+import pytest
+
+from manifests.spec import load_job, preset_names
+from trainer.specbase import SpecError
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "fix"),
+    [
+        ({"train": {"stps": 3}}, "train.stps", "did you mean 'steps'?"),
+        ({"train": {"model": {"mamba": {"num_head": 3}}}}, "train.model.mamba.num_head", "did you mean 'num_heads'?"),
+        ({"train": {"steps": 0}}, "train.steps", "greater than 0"),
+        ({"train": {"model": {"layers": ["MX"]}}}, "train.model", "sublayers are M (mamba)"),
+        ({"train": {"model": {"engram": []}}}, "train.model", "exactly one engram entry"),
+        ({"train": {"model": {"moe": {"top_k": 9}}}}, "train.model.moe", "lower top_k"),
+        ({"train": {"model": {"moe": {"top_k": 1}}}}, "train.model.moe", "raise it"),
+        ({"train": {"model": {"attention": {"num_kv_heads": 3}}}}, "train.model.attention", "multiple of num_kv_heads"),
+        ({"train": {"batch": {"tokens_per_step": 1000}}}, "JobSpec", "multiple of"),
+        ({"train": {"schedule": {"decay_fraction": 0.995}}}, "train.schedule", "lower one of them"),
+        ({"tokenizer": {"vocab_size": 5000}}, "JobSpec", "make them equal"),
+        ({"data": {"sources": {"ko": {"weight": 0.9}}}}, "data", "they must sum to 1"),
+        ({"cluster": {"nodes": 3}}, "JobSpec", "make batch.tokens_per_step a multiple of 6144"),
+        ({"name": "Not A Name"}, "name", "match pattern"),
+    ],
+)
+def test_a_wrong_field_is_one_line_with_place_and_remedy(changes: dict, where: str, fix: str) -> None:
+    with pytest.raises(SpecError) as error:
+        load_job("tiny", changes)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"tiny: {where}: ")
+    assert fix in line
+
+
+def test_every_preset_is_valid_and_has_a_run_name_of_its_own() -> None:
+    jobs = [load_job(name) for name in preset_names()]
+    assert {"tiny", "small", "h100-4b", "h100-4b-interleaved"} <= {job.name for job in jobs}
+    assert len({job.run_name for job in jobs}) == len(jobs)
+
+
+def test_where_and_how_it_runs_does_not_change_the_run() -> None:
+    job = load_job("tiny")
+    moved = {
+        "storage": {"checkpoints_dir": "/elsewhere"},
+        "cluster": {"nodes": 1},
+        "train": {"runtime": {"device": "cpu"}},
+    }
+    assert load_job("tiny", moved).run_name == job.run_name
+    assert load_job("tiny", {"train": {"seed": 1}}).run_name != job.run_name
