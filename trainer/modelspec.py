@@ -75,7 +75,7 @@ class MoeSpec(Spec):
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}; lower top_k")
         if self.top_k == 1 and self.num_experts > 1:
-            raise ValueError("top_k 1 gives the router no gradient (a single renormalised weight is always 1); raise it")
+            raise ValueError("top_k 1 gives the router no gradient (one renormalised weight is always 1); raise it")
         return self
 
 
