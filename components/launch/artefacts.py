@@ -6,15 +6,13 @@ settings means "do it again".
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from manifests.spec import JobSpec
 from trainer.checkpoint import CheckpointFile, describe_files, latest, read_manifest
 from trainer.data.manifest import StageResult
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.results import read_json
 
 Task = Literal["train", "evaluate", "export"]
 NUMBERS = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_second", "seconds")
@@ -75,24 +73,3 @@ def _exported(job: JobSpec) -> StageResult | None:
 def _checkpoint_digest(job: JobSpec) -> str | None:
     checkpoint = latest(job.run_dir)
     return read_manifest(checkpoint).digest if checkpoint else None
-
-
-def read_json(path: Path, names: Iterable[str] = ()) -> dict[str, Any] | None:
-    """The object in a JSON file; None when there is no such file.
-
-    Raises:
-        TrainingError: 66, when it is not a JSON object or lacks one of `names`.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise TrainingError(ExitCode.CHECKPOINT, f"{path}: not a JSON object; remove it and run the same command again")
-    if lacking := [name for name in names if name not in value]:
-        raise TrainingError(
-            ExitCode.CHECKPOINT, f"{path}: has no '{lacking[0]}'; remove it and run the same command again"
-        )
-    return value

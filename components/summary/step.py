@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.launch import LaunchError
-from components.launch.artefacts import read_json
+from components.launch.artefacts import NUMBERS
 from trainer.checkpoint import latest
+from trainer.results import read_json
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,8 @@ class RunSummary:
 
     def metrics(self) -> dict[str, float]:
         """The numbers to compare runs by."""
-        names = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_second", "seconds")
         quality = {f"bits_per_byte_{domain}": value for domain, value in self.bits_per_byte.items()}
-        return {name: float(getattr(self, name)) for name in names} | quality
+        return {name: float(getattr(self, name)) for name in NUMBERS} | quality
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the summary."""
@@ -56,8 +56,7 @@ def read_run(run_dir: str | Path) -> RunSummary:
         LaunchError: one of those has not finished.
     """
     run_dir = Path(run_dir)
-    numbers = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_second", "seconds")
-    result = read_json(run_dir / "result.json", numbers)
+    result = read_json(run_dir / "result.json", NUMBERS)
     evaluation = read_json(run_dir / "eval.json", ("domains", "samples"))
     checkpoint = latest(run_dir)
     if result is None or evaluation is None or checkpoint is None:
@@ -66,7 +65,7 @@ def read_run(run_dir: str | Path) -> RunSummary:
     return RunSummary(
         name=run_dir.name,
         # A loss is null where the step was skipped for gradients that were not finite.
-        **{name: math.nan if result[name] is None else result[name] for name in numbers},
+        **{name: math.nan if result[name] is None else result[name] for name in NUMBERS},
         bits_per_byte={domain: value["bits_per_byte"] for domain, value in evaluation["domains"].items()},
         checkpoint=checkpoint,
         export=run_dir / "export",

@@ -15,6 +15,7 @@ from trainer.checkpoint import CheckpointManifest, latest_step, read_manifest, s
 from trainer.data.manifest import DataError, SourceEntry
 from trainer.data.manifest import read_manifest as read_data_manifest
 from trainer.exitcodes import ExitCode, TrainingError
+from trainer.results import read_json
 from trainer.spec import TrainSpec
 from trainer.specbase import parse, read_yaml
 
@@ -54,9 +55,9 @@ def read_run(run_dir: str | Path) -> Run:
         directory=directory,
         spec=spec,
         steps=_read_steps(directory / "logs" / "metrics.jsonl"),
-        result=_read_json(directory / "result.json"),
-        evaluation=_read_json(directory / "eval.json"),
-        export=_read_json(directory / "export" / "manifest.json"),
+        result=read_json(directory / "result.json"),
+        evaluation=read_json(directory / "eval.json"),
+        export=read_json(directory / "export" / "manifest.json"),
         checkpoint=read_manifest(newest) if newest.is_dir() else None,
         sources=read_sources(spec),
     )
@@ -83,15 +84,3 @@ def _read_steps(path: Path) -> list[dict[str, Any]]:
         raise TrainingError(
             ExitCode.CHECKPOINT, f"{path}: a line is not JSON ({error}); restore or remove it"
         ) from None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise TrainingError(ExitCode.CHECKPOINT, f"{path}: not a JSON object; remove it and run its task again")
-    return value
