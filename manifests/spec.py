@@ -27,6 +27,7 @@ from trainer.spec import (
     MixSpec,
     NonNegative,
     OptimizerSpec,
+    ParallelSpec,
     Positive,
     PrecisionSpec,
     RuntimeSpec,
@@ -113,6 +114,7 @@ class JobTrainSpec(Spec):
     precision: PrecisionSpec = PrecisionSpec()
     checkpoint: CheckpointSpec
     backends: BackendsSpec = BackendsSpec()
+    parallel: ParallelSpec = ParallelSpec()
     runtime: RuntimeSpec = RuntimeSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
 
@@ -199,17 +201,21 @@ class JobSpec(Spec):
         return self
 
     @model_validator(mode="after")
-    def _model_fits_the_gpus(self) -> Self:
-        if self.cluster.gpus_per_node == 0:
-            return self
-        from trainer.describe import training_memory  # reads what most users of a spec never need
+    def _ranks_can_share_the_model(self) -> Self:
+        from trainer.memory import choose_layout, training_memory  # reads what most users of a spec never need
 
-        needed = training_memory(self.train.model, self.train.optimizer.name).total / 2**30
-        if needed > self.cluster.gpu_memory_gib:
+        train, cluster = self.train, self.cluster
+        gpu_bytes = cluster.gpu_memory_gib * 2**30 if cluster.gpus_per_node else None
+        ranks = (cluster.world_size, cluster.ranks_per_node)
+        layout = choose_layout(train.parallel, train.model, train.optimizer, *ranks, gpu_bytes)
+        if gpu_bytes is None:
+            return self
+        needed = training_memory(train.model, train.optimizer, layout).total
+        if needed > gpu_bytes:
             raise ValueError(
-                f"cluster.gpu_memory_gib {self.cluster.gpu_memory_gib:g} is too little: weights, gradients and "
-                f"optimizer state take {needed:.1f} GiB on each GPU, before activations; raise it if the GPUs "
-                "have more, else use larger GPUs or a smaller train.model"
+                f"cluster.gpu_memory_gib {cluster.gpu_memory_gib:g} is too little: weights, gradients and optimizer "
+                f"state take {needed / 2**30:.1f} GiB on each GPU ({layout}), before activations; raise it if the GPUs "
+                "have more, else use more or larger GPUs, train.parallel.data fsdp, or a smaller train.model"
             )
         return self
 
@@ -245,7 +251,7 @@ class JobSpec(Spec):
         """`<name>-<hash>`, also the PyTorchJob's name. Where it runs and how it is watched do not change the run."""
         identity = {
             "shards": self.shards_key,
-            "train": self.train.model_dump(mode="json", exclude={"runtime", "evaluate"}),
+            "train": self.train.model_dump(mode="json", exclude={"parallel", "runtime", "evaluate"}),
             "mix": {name: [s.weight, s.max_epochs] for name, s in self.data.sources.items()},
         }
         return f"{self.name}-{canonical_digest(identity)[:8]}"

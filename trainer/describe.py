@@ -16,11 +16,9 @@ from trainer.flops import (
     parameters,
     sublayer_parameters,
 )
+from trainer.memory import Memory, training_memory
 from trainer.modelspec import ModelSpec
-from trainer.optim.rules import assign
 from trainer.spec import OptimizerSpec
-
-FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -41,19 +39,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on one device that holds the whole model in FP32, as the trainer keeps it; activations come on top."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
-
-
-@dataclass(frozen=True)
 class Description:
     """All figures of a model; counts are elements, sizes are bytes."""
 
@@ -68,24 +53,13 @@ class Description:
     checkpoint_bytes: int
 
 
-def training_memory(spec: ModelSpec, optimizer: Literal["muon", "adamw"] = "muon") -> Memory:
-    """What every rank holds between two steps; all ranks hold the whole model."""
-    everything = parameters(spec)
-    weights = FP32_BYTES * sum(parameter.count for parameter in everything)
-    assigned = assign([(p.name, p.shape) for p in everything], OptimizerSpec(name=optimizer), spec)
-    # Muon keeps one momentum, AdamW two moments.
-    state_tensors = [1 if assignment.optimizer == "muon" else 2 for assignment in assigned]
-    state = sum(FP32_BYTES * p.count * tensors for p, tensors in zip(everything, state_tensors, strict=True))
-    return Memory(weights=weights, gradients=weights, optimizer=state)
-
-
 def describe(spec: ModelSpec, seq_len: int, optimizer: Literal["muon", "adamw"] = "muon") -> Description:
     """Figures of the model trained on rows of `seq_len` tokens."""
     everything = parameters(spec)
     total = sum(parameter.count for parameter in everything)
     active = sum(parameter.active for parameter in everything)
     vocabulary = spec.vocab_size * spec.hidden
-    memory = training_memory(spec, optimizer)
+    memory = training_memory(spec, OptimizerSpec(name=optimizer))
     return Description(
         rows=_rows(spec, seq_len, everything),
         seq_len=seq_len,

@@ -123,6 +123,21 @@ class BackendsSpec(Spec):
     experts: Literal["auto", "reference", "grouped"] = "auto"
 
 
+class ParallelSpec(Spec):
+    """How ranks share one model; a run may be resumed under another one. Defaults suit one GPU and one node alike.
+
+    `data`: every rank holds all weights (ddp) or a share of them (fsdp); auto takes fsdp where ddp's state would fill
+    more than half of a GPU. `shard`: ranks that hold one copy of the weights together under fsdp; by default those of
+    a node. `expert`: ranks that hold one set of the experts together and send each other tokens. `shard_optimizer`:
+    under ddp, each rank keeps and updates only a share of the optimizer state.
+    """
+
+    data: Literal["auto", "ddp", "fsdp"] = "auto"
+    shard: Annotated[int, Field(ge=2)] | None = None
+    expert: Count = 1
+    shard_optimizer: bool = False
+
+
 class RuntimeSpec(Spec):
     """How the processes run; nothing here changes what is computed beyond rounding."""
 
@@ -160,6 +175,7 @@ class TrainSpec(Spec):
     precision: PrecisionSpec = PrecisionSpec()
     checkpoint: CheckpointSpec
     backends: BackendsSpec = BackendsSpec()
+    parallel: ParallelSpec = ParallelSpec()
     runtime: RuntimeSpec = RuntimeSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
 

@@ -49,3 +49,22 @@ def test_without_gpus_the_field_says_nothing():
 def test_the_check_needs_no_pytorch():
     code = "import sys; sys.modules['torch'] = None; from manifests.spec import load_job; load_job('h100-4b')"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ranks_that_share_the_state_need_less_each():
+    node = {"nodes": 2, "gpus_per_node": 8}
+    replicated = {"parallel": {"data": "ddp"}}
+    assert load_job("h100-4b", {"cluster": {**node, "gpu_memory_gib": 24}})
+    with pytest.raises(SpecError, match=r"take 51\.0 GiB on each GPU \(ddp 16x1, experts 16x1\).*parallel\.data fsdp"):
+        load_job("h100-4b", {"cluster": {**node, "gpu_memory_gib": 24}, "train": replicated})
+    assert load_job("h100-4b", {"cluster": {**node, "gpu_memory_gib": 24}, "train": {"parallel": {"expert": 16}}})
+
+
+def test_a_mesh_that_the_cluster_cannot_form_is_refused_before_submission():
+    with pytest.raises(SpecError, match=r"parallel\.expert 6 must divide the 16 ranks .* write one of 1, 2, 4, 8, 16"):
+        load_job("h100-4b", {"cluster": {"nodes": 2, "gpus_per_node": 8}, "train": {"parallel": {"expert": 6}}})
+
+
+def test_how_ranks_share_a_model_is_not_part_of_the_run():
+    jobs = [load_job("tiny", {"train": {"parallel": parallel}}) for parallel in ({}, {"data": "fsdp"}, {"expert": 2})]
+    assert len({job.run_name for job in jobs}) == 1

@@ -1,0 +1,108 @@
+"""What a ParallelSpec means for a number of ranks: who shares the weights, who shares the experts. Imports no torch.
+
+Ranks are laid out twice, as rows of two tables; neighbouring ranks, which are on one node, share most:
+
+    dense weights    replicate × shard     each row holds one copy of the weights between its ranks (FSDP; ddp: 1 rank)
+    experts          replicas × expert     each row holds one set of the experts between its ranks
+
+With `expert` above 1 the experts are cut by that axis alone, whatever holds the other weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.modelspec import ModelSpec
+from trainer.spec import ParallelSpec
+
+EXPERT_WEIGHTS = ("up_EFD", "down_EDF")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh that fits. `shard` ranks hold one copy of the dense weights, `expert` ranks one set of the experts."""
+
+    world: int = 1
+    data: Literal["ddp", "fsdp"] = "ddp"
+    shard: int = 1
+    expert: int = 1
+    shard_optimizer: bool = False
+
+    @property
+    def replicate(self) -> int:
+        """Copies of the dense weights."""
+        return self.world // self.shard
+
+    @property
+    def replicas(self) -> int:
+        """Sets of the experts."""
+        return self.world // self.expert
+
+    def __str__(self) -> str:
+        parts = [f"{self.data} {self.replicate}x{self.shard}", f"experts {self.replicas}x{self.expert}"]
+        return ", ".join([*parts, "sharded optimizer"] if self.shard_optimizer else parts)
+
+    def held(self, name: str, shape: tuple[int, ...]) -> int:
+        """Elements of a parameter that the fullest rank keeps between two steps. Both cuts are along dimension 0."""
+        by_expert = self.expert > 1 and is_expert_weight(name)
+        rows = math.ceil(shape[0] / (self.expert if by_expert else self.shard)) if shape else 1
+        return rows * math.prod(shape[1:])
+
+
+def is_expert_weight(name: str) -> bool:
+    """Whether a parameter stacks all experts along its first dimension."""
+    return name.rpartition(".")[2] in EXPERT_WEIGHTS
+
+
+def resolve(
+    parallel: ParallelSpec,
+    model: ModelSpec,
+    world: int,
+    ranks_per_node: int,
+    fits: Callable[[Layout], bool] = lambda _: True,
+) -> Layout:
+    """The mesh for `world` ranks. `auto` is ddp, or where its state does not fit, fsdp on each node, or over all ranks.
+
+    Raises:
+        ValueError: no such mesh exists, in one line.
+    """
+    _check_experts(parallel, model, world)
+    if parallel.data == "ddp" and parallel.shard is not None:
+        raise ValueError("parallel.shard is for fsdp, parallel.data is ddp; remove shard or write data: fsdp")
+    if parallel.shard_optimizer and (parallel.data == "fsdp" or parallel.shard is not None):
+        raise ValueError("parallel.shard_optimizer is for ddp: fsdp shards the optimizer already; remove one of them")
+    if parallel.shard is not None and world % parallel.shard:
+        raise ValueError(
+            f"parallel.shard {parallel.shard} does not divide the {world} ranks (nodes × GPUs of a node); "
+            f"write one of {', '.join(map(str, _divisors(world)))}"
+        )
+    replicated = Layout(world, "ddp", 1, parallel.expert, parallel.shard_optimizer)
+    node = ranks_per_node if 1 < ranks_per_node < world and world % ranks_per_node == 0 else world
+    widths = [parallel.shard] if parallel.shard is not None else sorted({node, world})
+    sharded = [Layout(world, "fsdp", width, parallel.expert) for width in widths]
+    if parallel.data == "ddp" or parallel.shard_optimizer or world == 1:
+        return replicated
+    candidates = sharded if parallel.data == "fsdp" or parallel.shard is not None else [replicated, *sharded]
+    return next((layout for layout in candidates if fits(layout)), candidates[-1])
+
+
+def _check_experts(parallel: ParallelSpec, model: ModelSpec, world: int) -> None:
+    if parallel.expert == 1:
+        return
+    if not any("E" in layer for layer in model.layers):
+        raise ValueError(f"parallel.expert {parallel.expert}: model.layers has no experts (E); write 1")
+    assert model.moe is not None
+    number = model.moe.num_experts
+    possible = [n for n in _divisors(world) if number % n == 0]
+    if world % parallel.expert or number % parallel.expert:
+        raise ValueError(
+            f"parallel.expert {parallel.expert} must divide the {world} ranks (nodes × GPUs of a node) and the "
+            f"{number} experts; write one of {', '.join(map(str, possible))}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
