@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from manifests.dataspec import DataSpec, FilesSource, HygieneSpec, Name, SourceSpec
 from trainer.modelspec import Count, ModelSpec
 from trainer.spec import (
     BackendsSpec,
@@ -40,50 +41,6 @@ from trainer.specbase import Spec, SpecError, canonical_digest, deep_merge, pars
 PRESETS = files("manifests") / "presets"
 BYTES_PER_TOKEN = 5  # UTF-8 bytes of text that one token stands for, rounded up over the domains
 DOWNLOAD_MARGIN = 1.2
-Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
-
-
-class FilesSource(Spec):
-    """Files by path or URL (fsspec), globs allowed; `sample://NAME` is a file of the corpus shipped with yaongi."""
-
-    kind: Literal["files"] = "files"
-    paths: list[str] = Field(min_length=1)
-
-
-class HubSource(Spec):
-    """A dataset on the Hugging Face Hub; `revision` is a commit id, or a branch, resolved and recorded at download."""
-
-    kind: Literal["hub"] = "hub"
-    dataset: str
-    config: str | None = None
-    split: str = "train"
-    revision: str = "main"
-
-
-class SourceSpec(Spec):
-    """One named source of documents: where it comes from, its licence, its share of the training tokens."""
-
-    origin: Annotated[FilesSource | HubSource, Field(discriminator="kind")]
-    domain: Literal["ko", "en", "code", "math"]
-    licence: str
-    text_column: str = "text"
-    weight: Positive
-    max_epochs: Positive = 4.0
-
-
-class DataSpec(Spec):
-    """Sources by name; their weights sum to 1. `max_bytes_per_source` stops a download early."""
-
-    sources: dict[Name, SourceSpec] = Field(min_length=1)
-    heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.005
-    max_bytes_per_source: Count | None = None
-
-    @model_validator(mode="after")
-    def _mix_is_whole(self) -> Self:
-        total = sum(source.weight for source in self.sources.values())
-        if abs(total - 1) > 1e-6:
-            raise ValueError(f"the weights of sources sum to {total:g}; they must sum to 1")
-        return self
 
 
 class TokenizerSpec(Spec):
@@ -183,6 +140,7 @@ class ObservabilitySpec(Spec):
 class JobSpec(Spec):
     name: Name
     data: DataSpec
+    hygiene: HygieneSpec = HygieneSpec()
     tokenizer: TokenizerSpec
     shards: ShardsSpec = ShardsSpec()
     train: JobTrainSpec
@@ -197,6 +155,7 @@ class JobSpec(Spec):
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} differs from train.model.vocab_size "
                 f"{self.train.model.vocab_size}; make them equal"
             )
+        self.data.check_caps(self.train.steps * self.train.batch.tokens_per_step)
         self.train_spec().micro_batches(self.cluster.world_size)
         return self
 
@@ -229,12 +188,16 @@ class JobSpec(Spec):
 
     @property
     def raw_key(self) -> str:
-        mixed = {"weight", "max_epochs"}
+        mixed = {"weight", "max_epochs", "available_tokens", "synthetic"}
         sources = {
-            name: [source.model_dump(mode="json", exclude=mixed), self.byte_budget(source)]
+            name: [source.model_dump(mode="json", exclude=mixed, exclude_defaults=True), self.byte_budget(source)]
             for name, source in self.data.sources.items()
         }
         return canonical_digest(["raw", sources])
+
+    @property
+    def hygiene_key(self) -> str:
+        return canonical_digest(["hygiene", self.raw_key, self.hygiene.model_dump(mode="json")])
 
     @property
     def tokenizer_key(self) -> str:
@@ -244,7 +207,8 @@ class JobSpec(Spec):
     @property
     def shards_key(self) -> str:
         layout = self.shards.model_dump(mode="json", exclude={"workers"})
-        return canonical_digest(["shards", self.tokenizer_key, layout, self.data.heldout_fraction])
+        parts = ["shards", self.tokenizer_key, layout, self.data.heldout_fraction]
+        return canonical_digest([*parts, self.hygiene_key] if self.hygiene.enabled else parts)
 
     @property
     def run_name(self) -> str:
@@ -260,8 +224,13 @@ class JobSpec(Spec):
     def run_dir(self) -> str:
         return f"{self.storage.checkpoints_dir}/runs/{self.run_name}"
 
-    def stage_dir(self, stage: Literal["raw", "tokenizers", "shards"]) -> str:
-        key = {"raw": self.raw_key, "tokenizers": self.tokenizer_key, "shards": self.shards_key}[stage]
+    def stage_dir(self, stage: Literal["raw", "hygiene", "tokenizers", "shards"]) -> str:
+        key = {
+            "raw": self.raw_key,
+            "hygiene": self.hygiene_key,
+            "tokenizers": self.tokenizer_key,
+            "shards": self.shards_key,
+        }[stage]
         return f"{self.storage.datasets_dir}/{stage}/{key}"
 
     def train_spec(self) -> TrainSpec:

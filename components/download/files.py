@@ -17,7 +17,7 @@ from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, 
 
 from components.download.readers import split_suffix
 from components.download.writer import Input
-from manifests.spec import FilesSource
+from manifests.dataspec import FilesSource
 from trainer.data.manifest import DataError, checksum
 
 SAMPLE = "sample://"

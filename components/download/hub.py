@@ -27,7 +27,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from components.download.readers import split_suffix
 from components.download.writer import Input
-from manifests.spec import HubSource
+from manifests.dataspec import HubSource
 from trainer.data.manifest import DataError
 
 ATTEMPTS = 6

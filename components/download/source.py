@@ -17,7 +17,7 @@ from components.download import files
 from components.download.readers import split_suffix, texts
 from components.download.writer import Input, Journal, Part, intact, read_journal, write_part
 from components.progress import ByteProgress
-from manifests.spec import FilesSource, SourceSpec
+from manifests.dataspec import FilesSource, SourceSpec
 from trainer.data.manifest import MANIFEST_NAME, DataError
 
 UNIT_BYTES = 64 * 2**20  # plain text files are small: this much of them goes into one part

@@ -6,14 +6,13 @@ A run that finds everything unchanged writes nothing; one that finds finished pa
 from __future__ import annotations
 
 import errno
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from components.download.source import Task, origin, prepare
 from components.download.writer import Journal
-from manifests.spec import JobSpec, SourceSpec
+from components.lock import alone
+from manifests.dataspec import SourceSpec
+from manifests.spec import JobSpec
 from trainer.data.manifest import (
     MANIFEST_NAME,
     DataError,
@@ -33,7 +32,7 @@ def run(job: JobSpec) -> StageResult:
         DataError: a source cannot be had or read; one line: source, file, remedy. Finished parts stay.
     """
     root = Path(job.stage_dir("raw"))
-    with _alone(root):
+    with alone(root, "downloading"):
         journals = {name: _source(job, name, spec) for name, spec in job.data.sources.items()}
         manifest = describe(job, journals)
         unchanged = (root / MANIFEST_NAME).exists() and _digest_of(root) == manifest.digest
@@ -67,22 +66,6 @@ def _source(job: JobSpec, name: str, spec: SourceSpec) -> Journal:
         raise DataError(f"source '{name}': {error}") from None
     except OSError as error:
         raise _system_error(task, error) from None
-
-
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Hold the directory's lock; the kernel drops it when the process dies, however it dies."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / ".lock", "a")  # noqa: SIM115 - closed below; "a" leaves the file's time alone
-    except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}; check storage.datasets_dir and its permissions") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{root}: another process is downloading there; wait for it or stop it") from None
-        yield
 
 
 def _digest_of(root: Path) -> str | None:

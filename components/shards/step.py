@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from components.lock import alone
 from components.shards.units import SPLITS, Unit, UnitEncoder, encode_units, load_unit, plan_units
 from manifests.spec import JobSpec
 from trainer.data.format import ShardWriter, token_dtype
@@ -55,8 +55,7 @@ def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
     manifest, why = reusable(directory, "shards", inputs, settings)
     if manifest is None:
         print(f"shards: encoding {len(raw_manifest.files)} files ({why})", flush=True)
-        (directory / UNITS_DIR).mkdir(parents=True, exist_ok=True)
-        with _alone(directory), _full_volume_explained(directory):
+        with alone(directory / UNITS_DIR, "making shards"), _full_volume_explained(directory):
             _clear(directory)
             units = plan_units(raw_manifest, job.shards.unit_bytes)
             encoder = UnitEncoder(
@@ -161,14 +160,3 @@ def _full_volume_explained(directory: Path) -> Iterator[None]:
         if error.errno != errno.ENOSPC:
             raise
         raise OSError(f"{directory}: the volume is full; make room and run again, what is done stays") from None
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock; the kernel drops it when the process dies, however it dies."""
-    with open(directory / UNITS_DIR / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{directory}: another process is making these shards; wait for it or stop it") from None
-        yield

@@ -17,6 +17,7 @@ import pytest
 import xxhash
 from raw_cases import contents, small_job, texts, write_raw
 
+from components.lock import alone
 from components.shards import step, units
 from components.tokenizer import step as tokenizer_step
 from manifests.spec import JobSpec
@@ -221,9 +222,8 @@ def test_a_journal_of_other_inputs_is_not_used(
 
 def test_only_one_process_at_a_time(inputs: tuple[Path, StageResult, StageResult], tmp_path: Path) -> None:
     job = small_job(tmp_path)
-    directory = Path(job.stage_dir("shards"))
-    (directory / "units").mkdir(parents=True)
-    with step._alone(directory), pytest.raises(DataError, match="another process is making these shards"):
+    units = Path(job.stage_dir("shards")) / "units"
+    with alone(units, "waiting"), pytest.raises(DataError, match="another process is making shards there"):
         step.run(job, *inputs[1:])
 
 

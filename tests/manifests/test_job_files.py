@@ -23,7 +23,7 @@ def job_file(tmp_path):
 def test_an_origin_of_another_kind_replaces_the_presets(job_file):
     hub = {"kind": "hub", "dataset": "a/b", "revision": "0123abc"}
     origin = load_job(job_file(data={"sources": {"ko": {"origin": hub}}})).data.sources["ko"].origin
-    assert origin.model_dump() == hub | {"config": None, "split": "train"}
+    assert origin.model_dump() == hub | {"config": None, "split": "train", "files": []}
     by_sets = changes_from_sets([f"data.sources.ko.origin.{field}={value}" for field, value in hub.items()])
     assert load_job("tiny", by_sets).data.sources["ko"].origin == origin
 

@@ -8,6 +8,7 @@ give an equal digest. Layout of the stages, below the datasets directory:
                                              the texts)
     raw/<key>/<source>/part-00000.jsonl      JSON lines, UTF-8, "\\n" after each, not compressed so that byte ranges can
                                              be units of work: {"text": "..."}, a line a document, other fields ignored
+    hygiene/<key>/<source>/part-00000.jsonl  kind hygiene: a line for each document that is left out, with the evidence
     tokenizers/<key>/tokenizer.json, …       kind tokenizer
     shards/<key>/<source>-<split>-00000.bin  kind shards: Megatron pairs of .bin and .idx, split train or heldout; .bin
     shards/<key>/<source>-<split>-00000.idx  entries carry source, split, documents, text_bytes and tokens
@@ -29,7 +30,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 MANIFEST_NAME = "manifest.json"
-Kind = Literal["raw", "tokenizer", "shards"]
+Kind = Literal["raw", "hygiene", "tokenizer", "shards"]
 Split = Literal["train", "heldout"]
 Algorithm = Literal["sha256", "xxh3_128"]
 

@@ -1,0 +1,187 @@
+"""What of a JobSpec says where documents come from, how they are mixed and what is thrown out."""
+
+from __future__ import annotations
+
+import re
+from string import Formatter
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trainer.modelspec import Count
+from trainer.spec import Positive
+from trainer.specbase import Spec
+
+Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+CHAT = "chat"  # the format of a template's field that turns a list of messages into chat markup
+
+
+class FilesSource(Spec):
+    """Files by path or URL (local, http, s3, gs), globs allowed; `sample://NAME` is of the corpus shipped here."""
+
+    kind: Literal["files"] = "files"
+    paths: list[str] = Field(min_length=1)
+
+
+class HubSource(Spec):
+    """A dataset on the Hugging Face Hub; `revision` is a commit id, or a branch, resolved and recorded at download.
+
+    `files` are globs of paths in the dataset's repository, `!` in front excludes; without them config and split say
+    which files are read.
+    """
+
+    kind: Literal["hub"] = "hub"
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    revision: str = "main"
+    files: list[str] = []
+
+    @model_validator(mode="after")
+    def _files_or_config(self) -> Self:
+        if self.files and self.config is not None:
+            raise ValueError("config and files exclude each other; files says which files are read")
+        return self
+
+
+class BlobsSpec(Spec):
+    """Texts that a dataset only names: `text_column` holds ids, the gzipped contents lie at `url` (Software Heritage).
+
+    A content whose SHA-1 (or git blob id) is not its id is refused; those that are not there are counted and left out.
+    """
+
+    url: str = "https://softwareheritage.s3.amazonaws.com/content/{id}"
+    encoding_column: str | None = "src_encoding"
+    workers: Annotated[int, Field(ge=1, le=256)] = 32
+
+    @model_validator(mode="after")
+    def _url_has_the_id(self) -> Self:
+        if self.url.count("{id}") != 1:
+            raise ValueError(f"blobs.url '{self.url}' must contain {{id}} once; it stands for the content's id")
+        return self
+
+
+class TextSpec(Spec):
+    """Documents: where they come from and how a row becomes a text: a column, a template, or a content fetched by id.
+
+    A template names columns, `{title}\\n\\n{text}`; `{messages:chat}` writes a list of messages with the tokenizer's
+    chat markup.
+    """
+
+    origin: Annotated[FilesSource | HubSource, Field(discriminator="kind")]
+    text_column: str | None = None
+    template: str | None = None
+    blobs: BlobsSpec | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_a_text(self) -> Self:
+        if self.template is not None:
+            if self.text_column is not None or self.blobs is not None:
+                raise ValueError("template excludes text_column and blobs; give one of them")
+            template_fields(self.template)
+        if self.blobs is not None and self.text_column is None:
+            raise ValueError("blobs needs text_column, the column that holds the contents' ids")
+        return self
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that a row's text is made of."""
+        if self.template is not None:
+            return list(dict.fromkeys(name for _, name, _ in template_fields(self.template) if name is not None))
+        encoding = self.blobs.encoding_column if self.blobs else None
+        return [self.text_column or "text", *([encoding] if encoding else [])]
+
+    @property
+    def has_markup(self) -> bool:
+        """Whether special tokens in the texts are meant as such (chat markup written by the template)."""
+        return self.template is not None and any(form == CHAT for _, _, form in template_fields(self.template))
+
+
+class SourceSpec(TextSpec):
+    """One named source: its licence, its share of the training tokens, how much of it a model wrote.
+
+    `available_tokens` is about how many tokens the source holds; with it, a share that the cap of epochs cannot fill is
+    refused before anything is downloaded.
+    """
+
+    domain: Literal["ko", "en", "code", "math"]
+    licence: str
+    weight: Positive
+    max_epochs: Positive = 4.0
+    synthetic: Fraction = 0.0
+    available_tokens: Positive | None = None
+
+
+class DataSpec(Spec):
+    """Sources by name; their weights sum to 1. `max_bytes_per_source` stops a download early."""
+
+    sources: dict[Name, SourceSpec] = Field(min_length=1)
+    heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.005
+    max_bytes_per_source: Count | None = None
+
+    @model_validator(mode="after")
+    def _mix_is_whole(self) -> Self:
+        total = sum(source.weight for source in self.sources.values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the weights of sources sum to {total:g}; they must sum to 1")
+        return self
+
+    def check_caps(self, tokens: int) -> None:
+        """Refuse shares of `tokens` that the sources cannot give within their caps of epochs, as far as is declared.
+
+        Raises:
+            ValueError: names the source, how much is missing and what to change.
+        """
+        for name, source in self.sources.items():
+            if source.available_tokens is None:
+                continue
+            wanted, most = tokens * source.weight, source.available_tokens * source.max_epochs
+            if wanted > most:
+                raise ValueError(
+                    f"data.sources.{name}: its weight is {wanted / 1e9:.3g}B of {tokens / 1e9:.3g}B tokens, but "
+                    f"{source.available_tokens / 1e9:.3g}B available × {source.max_epochs:g} epochs give only "
+                    f"{most / 1e9:.3g}B, {(wanted - most) / 1e9:.2g}B too few; lower the weight to "
+                    f"{int(most / tokens * 1e4) / 1e4:g}, raise max_epochs or add a source"
+                )
+
+    @property
+    def synthetic_share(self) -> float:
+        """Share of the training tokens that a model wrote, as the sources declare it."""
+        return sum(source.weight * source.synthetic for source in self.sources.values())
+
+
+class HygieneSpec(Spec):
+    """What is thrown out between download and tokenization; nothing unless asked for.
+
+    `evaluation` are texts that training must not have seen: a document that shares `ngram` words in a row with one of
+    them is dropped.
+    """
+
+    exact_duplicates: bool = False
+    evaluation: dict[Name, TextSpec] = {}
+    ngram: Annotated[int, Field(ge=2, le=100)] = 13
+
+    @property
+    def enabled(self) -> bool:
+        return self.exact_duplicates or bool(self.evaluation)
+
+
+def template_fields(template: str) -> list[tuple[str, str | None, str]]:
+    """(text before, column or None, format) of each piece of a template.
+
+    Raises:
+        ValueError: a template that is more than text and plain columns.
+    """
+    hint = "write columns as {column} or {column:chat}, and braces of the text twice"
+    try:
+        pieces = [(text, name, form or "", conversion) for text, name, form, conversion in Formatter().parse(template)]
+    except ValueError as error:
+        raise ValueError(f"template {template!r} cannot be read ({error}); {hint}") from None
+    for _, name, form, conversion in pieces:
+        plain = name is None or re.fullmatch(r"\w+", name)
+        if not plain or form not in ("", CHAT) or conversion:
+            raise ValueError(f"template {template!r} has a field that is not a plain column; {hint}")
+    if all(name is None for _, name, _, _ in pieces):
+        raise ValueError(f"template {template!r} names no column; {hint}")
+    return [(text, name, form) for text, name, form, _ in pieces]
