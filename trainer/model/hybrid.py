@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import math
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,12 +38,14 @@ from trainer.model.norm import RMSNorm
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
 from trainer.ops.cross_entropy import cross_entropy_sum
+from trainer.parallel.rows import own_rows
 from trainer.spec import BackendsSpec
 
 log = logging.getLogger(__name__)
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 A_MIN, A_MAX = 1.0, 16.0
+INIT_BLOCK_ELEMENTS = 2**24  # drawn at once; bounds the memory of initialisation beyond what a rank keeps (64 MiB)
 
 
 class ModelOutput(NamedTuple):
@@ -121,34 +124,53 @@ class HybridModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, token_classes: list[int] | None) -> None:
-        """Fill parameters and buffers; each draws from a generator seeded by its name, so the order is free."""
-        std = self.spec.init_std
-        residual_std = std / math.sqrt(self.spec.num_sublayers)
+        """Fill parameters and buffers, of cut parameters what this rank holds.
+
+        Each block of rows draws from a generator seeded by its name and number. So the order is free, a rank draws
+        only what it holds, and what it holds does not depend on how many ranks there are.
+        """
         for name, parameter in self.named_parameters():
-            # A checksum of both, because torch's CPU generator looks at the low 32 bits of a seed only.
-            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            owner, _, leaf = name.rpartition(".")
-            if "norm" in owner.rpartition(".")[2] or leaf == "D":
-                parameter.fill_(1)
-            elif leaf == "A_log":
-                parameter.uniform_(A_MIN, A_MAX, generator=generator).log_()
-            elif leaf == "dt_bias":
-                parameter.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator)
-                dt_H = parameter.exp().clamp(min=DT_FLOOR)
-                parameter.copy_(dt_H + torch.log(-torch.expm1(-dt_H)))
-            elif owner.endswith(".conv"):
-                mixer = self.get_submodule(owner.removesuffix(".conv"))
-                bound = 0.0 if isinstance(mixer, Engram) else 1 / math.sqrt(mixer.spec.conv_kernel)
-                parameter.uniform_(-bound, bound, generator=generator)
-            elif leaf == "down_EDF" or owner.endswith((".out_proj", ".o_proj", ".down", ".shared_down", ".value_proj")):
-                parameter.normal_(0, residual_std, generator=generator)
-            else:
-                parameter.normal_(0, std, generator=generator)
+            own, first = own_rows(parameter)
+            rows = max(1, INIT_BLOCK_ELEMENTS // max(1, math.prod(parameter.shape[1:])))
+            for number, start in enumerate(range(0, parameter.shape[0], rows)):
+                end = min(start + rows, parameter.shape[0])
+                low, high = max(start, first), min(end, first + own.shape[0])
+                if low >= high:
+                    continue
+                inside = (low, high) == (start, end)
+                block = own[low - first : high - first] if inside else own.new_empty(end - start, *own.shape[1:])
+                # A checksum of all, because torch's CPU generator looks at the low 32 bits of a seed only.
+                key = f"{seed} {name}" if number == 0 else f"{seed} {name} {number}"
+                self._draw(name, block, torch.Generator(own.device).manual_seed(zlib.crc32(key.encode())))
+                if not inside:
+                    own[low - first : high - first] = block[low - start : high - start]
         for module in self.modules():
             if isinstance(module, Moe):
                 module.bias_E.zero_()
             elif isinstance(module, Engram):
                 module.hash.set_constants(token_classes if module.spec.compress_tokens else None)
+
+    def _draw(self, name: str, block: Tensor, generator: torch.Generator) -> None:
+        """Fill some rows of the parameter `name`."""
+        std = self.spec.init_std
+        residual_std = std / math.sqrt(self.spec.num_sublayers)
+        owner, _, leaf = name.rpartition(".")
+        if "norm" in owner.rpartition(".")[2] or leaf == "D":
+            block.fill_(1)
+        elif leaf == "A_log":
+            block.uniform_(A_MIN, A_MAX, generator=generator).log_()
+        elif leaf == "dt_bias":
+            block.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator)
+            dt_H = block.exp().clamp(min=DT_FLOOR)
+            block.copy_(dt_H + torch.log(-torch.expm1(-dt_H)))
+        elif owner.endswith(".conv"):
+            mixer = self.get_submodule(owner.removesuffix(".conv"))
+            bound = 0.0 if isinstance(mixer, Engram) else 1 / math.sqrt(mixer.spec.conv_kernel)
+            block.uniform_(-bound, bound, generator=generator)
+        elif leaf == "down_EDF" or owner.endswith((".out_proj", ".o_proj", ".down", ".shared_down", ".value_proj")):
+            block.normal_(0, residual_std, generator=generator)
+        else:
+            block.normal_(0, std, generator=generator)
 
 
 def build_model(
@@ -158,6 +180,7 @@ def build_model(
     device: torch.device | str = "cpu",
     seed: int,
     token_classes: list[int] | None = None,
+    share: Callable[[HybridModel], None] | None = None,
 ) -> HybridModel:
     """The initialised model on `device`; on "meta" it has shapes only and costs no memory.
 
@@ -165,6 +188,7 @@ def build_model(
         token_classes: compression table of the tokenizer (`trainer.model.engram.token_classes`), needed by Engram
         layers
             with compress_tokens.
+        share: cuts the parameters between ranks while they have shapes only; no rank ever holds the whole model.
 
     Raises:
         ValueError: a named backend cannot run on this device, or the token classes are missing or do not fit.
@@ -178,6 +202,8 @@ def build_model(
         model = HybridModel(spec, ops.functions(choices))
     if device.type == "meta":
         return model
+    if share is not None:
+        share(model)
     model.to_empty(device=device)
     model.init_weights(seed, token_classes)
     for name, choice in choices.items():

@@ -1,0 +1,31 @@
+"""Rows of a tensor that this rank holds, whoever cut it; every cut is along dimension 0."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """What this rank holds of a tensor, sharing its memory, and the row of the whole tensor at which that starts."""
+    if not hasattr(tensor, "placements"):  # no DTensor; asked so, because importing that class takes seconds
+        return tensor, 0
+    first, rows = 0, tensor.shape[0]
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            continue
+        assert placement.is_shard(0), f"{placement} is no cut along dimension 0"
+        part = -(-rows // tensor.device_mesh.size(dim))  # as torch.chunk cuts: the last parts are smaller or empty
+        start = min(rows, part * tensor.device_mesh.get_local_rank(dim))
+        first, rows = first + start, min(part, rows - start)
+    own = tensor.to_local()
+    assert own.shape[0] == rows, (own.shape, tensor.shape)
+    return own, first
+
+
+def num_shards(tensor: Tensor) -> int:
+    """Into how many parts a tensor is cut; every part lies on world / num_shards ranks."""
+    shards = 1
+    for dim, placement in enumerate(getattr(tensor, "placements", ())):
+        if not placement.is_replicate():
+            shards *= tensor.device_mesh.size(dim)
+    return shards
