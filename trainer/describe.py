@@ -13,6 +13,8 @@ from trainer.flops import (
     core_flops_per_token,
     flops_per_token,
     matrix_flops_per_token,
+    mtp_core_flops_per_token,
+    mtp_parameters,
     parameters,
     sublayer_parameters,
 )
@@ -84,8 +86,13 @@ def _rows(spec: ModelSpec, seq_len: int, everything: list[Parameter]) -> list[Ro
             found = sublayer_parameters(spec, index, place, symbol)
             core = core_flops_per_token(spec, symbol, seq_len)
             rows.append(row(index, *_kind_and_widths(spec, index, symbol), found, core))
-    rows.append(row(None, "final norm", str(spec.hidden), everything[-2:-1]))
-    rows.append(row(None, "LM head", f"{spec.hidden} × {spec.vocab_size}", everything[-1:]))
+    by_name = {parameter.name: parameter for parameter in everything}
+    rows.append(row(None, "final norm", str(spec.hidden), [by_name["final_norm.weight"]]))
+    rows.append(row(None, "LM head", f"{spec.hidden} × {spec.vocab_size}", [by_name["head.weight"]]))
+    for number in range(spec.mtp.depth if spec.mtp else 0):
+        core = mtp_core_flops_per_token(spec, seq_len)
+        kind = f"MTP {number + 1} ({spec.mtp.layer})"
+        rows.append(row(None, kind, "projection, layer, the head again", mtp_parameters(spec, number), core))
     return rows
 
 

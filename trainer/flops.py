@@ -49,15 +49,31 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
             found += sublayer_parameters(spec, index, place, symbol)
     found.append(_vector("final_norm.weight", spec.hidden))
     found.append(_matrix("head.weight", spec.vocab_size, spec.hidden))
+    for number in range(spec.mtp.depth if spec.mtp else 0):
+        found += mtp_parameters(spec, number)
     return found
 
 
 def sublayer_parameters(spec: ModelSpec, index: int, place: int, symbol: str) -> list[Parameter]:
     """Norm and mixer of sublayer `place` of layer `index`."""
-    own = {"M": _mamba, "E": _moe, "*": _attention, "-": _mlp}
-    prefix = f"layers.{index}.{place}."
     if symbol == "N":
-        return list(_engram(spec, index, prefix + "mixer."))
+        return list(_engram(spec, index, f"layers.{index}.{place}.mixer."))
+    return _normed(spec, symbol, f"layers.{index}.{place}.")
+
+
+def mtp_parameters(spec: ModelSpec, number: int) -> list[Parameter]:
+    """Module `number` of multi-token prediction: its norms, its projection and its layer; the head is the model's."""
+    assert spec.mtp is not None
+    at = f"mtp.{number}."
+    found = [_vector(f"{at}{name}.weight", spec.hidden) for name in ("hidden_norm", "token_norm", "head_norm")]
+    found.append(_matrix(at + "proj.weight", spec.hidden, 2 * spec.hidden))
+    for place, symbol in enumerate(spec.mtp.layer):
+        found += _normed(spec, symbol, f"{at}layer.{place}.")
+    return found
+
+
+def _normed(spec: ModelSpec, symbol: str, prefix: str) -> list[Parameter]:
+    own = {"M": _mamba, "E": _moe, "*": _attention, "-": _mlp}
     return [_vector(prefix + "norm.weight", spec.hidden), *own[symbol](spec, prefix + "mixer.")]
 
 
@@ -146,7 +162,16 @@ def matrix_flops_per_token(found: list[Parameter]) -> int:
     return TRAINING_PASSES * 2 * sum(parameter.active for parameter in found if parameter.multiplies)
 
 
+def mtp_core_flops_per_token(spec: ModelSpec, seq_len: int) -> int:
+    """What a module of multi-token prediction computes beside its own weights: its mixers' cores and the head again."""
+    assert spec.mtp is not None
+    head = matrix_flops_per_token([_matrix("head.weight", spec.vocab_size, spec.hidden)])
+    return head + sum(core_flops_per_token(spec, symbol, seq_len) for symbol in spec.mtp.layer)
+
+
 def flops_per_token(spec: ModelSpec, seq_len: int) -> int:
     """Operations to train on one token at `seq_len`: matrix products, attention core and scan, nothing recomputed."""
     cores = sum(core_flops_per_token(spec, symbol, seq_len) for layer in spec.layers for symbol in layer)
+    if spec.mtp:
+        cores += spec.mtp.depth * mtp_core_flops_per_token(spec, seq_len)
     return matrix_flops_per_token(parameters(spec)) + cores

@@ -82,8 +82,7 @@ class MetricsFile:
 
         A disk that refuses costs a warning; the line waits in memory for a later call.
         """
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._unwritten += json.dumps(finite).encode() + b"\n"
+        self._unwritten += json.dumps(_finite(record)).encode() + b"\n"
         self._flush()
 
     def sync(self) -> None:
@@ -120,3 +119,9 @@ class MetricsFile:
     def close(self) -> None:
         self._flush()
         self._stream.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -72,9 +72,10 @@ def train(spec: TrainSpec) -> int:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over all ranks: cross-entropy per label, tokens by expert, and the agreed exit code (0: go on)."""
+    """Over all ranks: cross-entropy per label, other objectives, tokens by expert, agreed exit code (0: go on)."""
 
     loss: float
+    auxiliary: dict[str, float]
     expert_load_LE: Tensor
     stop_code: int
 
@@ -89,31 +90,43 @@ class Update:
 def forward_backward(run: Run, batch: StepBatch, stop_code: int) -> Totals:
     """Gradients of the global step's mean loss, accumulated over micro-batches and averaged over ranks by DDP."""
     device, size = run.world.device, run.world.size
-    ce_sum = torch.zeros((), dtype=torch.float64, device=device)
+    model = run.spec.model
+    # Σ cross-entropy, Σ router balance, then of each further objective Σ cross-entropy and number of labels
+    sums = torch.zeros(2 + 2 * (model.mtp.depth if model.mtp else 0), dtype=torch.float64, device=device)
     expert_load_LE: Tensor | None = None
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         with sync_gradients(run, last=number == len(batch.micro_batches)):
             ids_BT, labels_BT, seq_idx_BT = on_device(micro_batch, device)
             with run.precision.autocast(device.type):
                 output = run.step_model(ids_BT, seq_idx_BT, labels_BT)
+            ce_sum = output.ce_sum + model.mtp_factor * output.mtp_ce_sum_K.sum()
             # Divided by counts of the whole step, so the sum over ranks is the mean; DDP will divide it by `size`.
-            loss = size * (output.ce_sum / batch.num_labels + output.aux_sum / batch.num_rows)
+            loss = size * (ce_sum / batch.num_labels + output.aux_sum / batch.num_rows)
             (run.scaler.scale(loss) if run.scaler else loss).backward()
-        ce_sum += output.ce_sum.detach()
+        parts = (output.ce_sum[None], output.aux_sum[None], output.mtp_ce_sum_K, output.mtp_labels_K)
+        sums += torch.cat([part.detach().double() for part in parts])
         load_LE = output.expert_load_LE
         expert_load_LE = load_LE if expert_load_LE is None else expert_load_LE + load_LE
-    return reduce_totals(ce_sum, expert_load_LE, stop_code, batch.num_labels)
+    return reduce_totals(sums, expert_load_LE, stop_code, batch)
 
 
-def reduce_totals(ce_sum: Tensor, expert_load_LE: Tensor, stop_code: int, num_labels: int) -> Totals:
+def reduce_totals(sums: Tensor, expert_load_LE: Tensor, stop_code: int, batch: StepBatch) -> Totals:
     """One all-reduce for all that the ranks must agree on; float64 holds counts to 2^53 exactly."""
-    wishes = torch.tensor([stop_code == code for code in STOP_CODES], dtype=torch.float64, device=ce_sum.device)
-    vector = torch.cat([ce_sum[None], wishes, expert_load_LE.flatten().double()])
+    wishes = torch.tensor([stop_code == code for code in STOP_CODES], dtype=torch.float64, device=sums.device)
+    vector = torch.cat([sums, wishes, expert_load_LE.flatten().double()])
     dist.all_reduce(vector)
-    values = vector[: 1 + len(STOP_CODES)].tolist()
-    agreed = next((code for code, votes in zip(STOP_CODES, values[1:], strict=True) if votes), 0)
-    load_LE = vector[1 + len(STOP_CODES) :].view_as(expert_load_LE).to(torch.int64)
-    return Totals(values[0] / num_labels, load_LE, int(agreed))
+    (ce_sum, aux_sum, *mtp), votes = _cut(vector[: len(sums) + len(wishes)].tolist(), len(sums))
+    auxiliary = {"router_balance": aux_sum / batch.num_rows} if len(expert_load_LE) else {}
+    mtp_sums, mtp_labels = _cut(mtp, len(mtp) // 2)
+    for k, (mtp_sum, labels) in enumerate(zip(mtp_sums, mtp_labels, strict=True), start=1):
+        auxiliary[f"mtp_{k}"] = mtp_sum / max(labels, 1)
+    agreed = next((code for code, votes_for in zip(STOP_CODES, votes, strict=True) if votes_for), 0)
+    load_LE = vector[len(sums) + len(wishes) :].view_as(expert_load_LE).to(torch.int64)
+    return Totals(ce_sum / batch.num_labels, auxiliary, load_LE, int(agreed))
+
+
+def _cut(values: list[float], at: int) -> tuple[list[float], list[float]]:
+    return values[:at], values[at:]
 
 
 def apply_gradients(run: Run, step: int, expert_load_LE: Tensor) -> Update:
@@ -153,6 +166,7 @@ def step_record(run: Run, step: int, batch: StepBatch, totals: Totals, update: U
     return StepRecord(
         step=step + 1,
         loss=totals.loss,
+        auxiliary=totals.auxiliary,
         grad_norm=update.grad_norm,
         learning_rate=run.optimizers.learning_rate,
         tokens=sum(batch.tokens_by_source.values()),  # an earlier part of the run may have had other steps

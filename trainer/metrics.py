@@ -56,6 +56,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("tokens_per_second", "gauge", "Tokens per second over the last step, all ranks together.", "tokens/s"),
     Metric("mfu_ratio", "gauge", "Model FLOPs per second as a share of the device's peak; absent on a CPU.", "ratio"),
     Metric("loss", "gauge", "Mean cross-entropy of the last step.", "nats/token"),
+    Metric(
+        "auxiliary_loss",
+        "gauge",
+        "Objectives of the last step beside that: router_balance (weighted, per row), mtp_<depth> (nats/token).",
+        "",
+        ("objective",),
+    ),
     Metric("grad_norm", "gauge", "Global gradient norm of the last step before clipping.", ""),
     Metric("clips_total", "counter", "Steps whose gradients were clipped.", "steps"),
     Metric("learning_rate", "gauge", "Learning rate in force, of the matrices.", ""),

@@ -105,6 +105,17 @@ class EngramSpec(Spec):
         return (self.max_order - 1) * self.width_per_order
 
 
+class MtpSpec(Spec):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437 §2.2): module k predicts the token k + 1 places ahead.
+
+    Each module is one layer of its own; embedding and head are the model's. `weight` λ is shared by the modules.
+    """
+
+    depth: Count = 1
+    weight: Annotated[float, Field(ge=0)] = 0.3
+    layer: str = "*E"
+
+
 class ModelSpec(Spec):
     vocab_size: Count
     hidden: Count
@@ -114,6 +125,7 @@ class ModelSpec(Spec):
     moe: MoeSpec | None = None
     mlp: MlpSpec | None = None
     engram: list[EngramSpec] = []
+    mtp: MtpSpec | None = None
     norm_eps: float = 1e-5
     init_std: Annotated[float, Field(gt=0)] = 0.02
 
@@ -121,12 +133,16 @@ class ModelSpec(Spec):
     def _layers_are_defined(self) -> Self:
         if not self.layers:
             raise ValueError("layers is empty; give at least one, for example [ME]")
-        for index, layer in enumerate(self.layers):
-            unknown = set(layer) - set(SUBLAYERS)
-            if unknown or not layer:
+        named = {f"layer {index}": layer for index, layer in enumerate(self.layers)}
+        if self.mtp:
+            named["mtp.layer"] = self.mtp.layer
+            if "N" in self.mtp.layer:
+                raise ValueError(f"mtp.layer is '{self.mtp.layer}', but Engram belongs to a place in layers; drop N")
+        for name, layer in named.items():
+            if not layer or set(layer) - set(SUBLAYERS):
                 known = ", ".join(f"{k} ({v})" for k, v in SUBLAYERS.items())
-                raise ValueError(f"layer {index} is '{layer}'; sublayers are {known}")
-        used = set("".join(self.layers))
+                raise ValueError(f"{name} is '{layer}'; sublayers are {known}")
+        used = set("".join(named.values()))
         for symbol in sorted(used - {"N"}):
             name = SUBLAYERS[symbol]
             if getattr(self, name) is None:
@@ -139,6 +155,11 @@ class ModelSpec(Spec):
                 "give exactly one engram entry for each such layer"
             )
         return self
+
+    @property
+    def mtp_factor(self) -> float:
+        """What multiplies each module's part of the training loss: λ / depth."""
+        return self.mtp.weight / self.mtp.depth if self.mtp else 0.0
 
     @property
     def num_sublayers(self) -> int:

@@ -42,10 +42,17 @@ def peak_flops(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step as metrics.jsonl shows it. `loss` is the mean over all labels of the step, `tokens` is cumulative."""
+    """One step as metrics.jsonl shows it.
+
+    Attributes:
+        loss: cross-entropy of the next token, the mean over all labels of the step.
+        auxiliary: the other objectives by name (router_balance, mtp_1, …), before their weight if they have one.
+        tokens: trained on so far.
+    """
 
     step: int
     loss: float
+    auxiliary: dict[str, float]
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -114,7 +121,8 @@ class Recorder:
         if self._file is None or self._board is None:
             return
         self._file.write(vars(record))
-        self._board.add(record.step, {f"train/{name}": getattr(record, name) for name in _SCALARS})
+        scalars = {name: getattr(record, name) for name in _SCALARS} | record.auxiliary
+        self._board.add(record.step, {f"train/{name}": value for name, value in scalars.items()})
         speed = record.tokens_per_second
         self._rate = speed if self._rate is None else 0.9 * self._rate + 0.1 * speed
         if record.step % self._spec.runtime.log_every_steps == 0 or record.step in (1, self._spec.steps):
@@ -191,6 +199,8 @@ class Recorder:
         metrics = self.metrics
         for name in _SCALARS:
             metrics.set(name, getattr(record, name))
+        for objective, loss in record.auxiliary.items():
+            metrics.set("auxiliary_loss", loss, objective=objective)
         metrics.observe("step_seconds", record.seconds)
         metrics.add("steps_total")
         metrics.add("skipped_steps_total", record.skipped)

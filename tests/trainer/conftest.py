@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import micro
 import pytest
+import torch
+import torch.distributed as dist
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +19,25 @@ def micro_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("micro-data")
     micro.make_data(directory)
     return directory
+
+
+@pytest.fixture
+def quiet_checkpoint_library() -> None:
+    """It logs every call at DEBUG, which a failing test would show instead of the failure."""
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
+    logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def leave_no_traces() -> Iterator[None]:
+    """Training changes signal handlers, threads and determinism of its process; it owns the process elsewhere."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    if dist.is_initialized():
+        dist.destroy_process_group()

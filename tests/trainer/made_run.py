@@ -68,6 +68,7 @@ def write_metrics(spec: TrainSpec, steps: int) -> None:
         line = {
             "step": step,
             "loss": None if step == 5 else 2 + 3 * math.exp(-step / 50),
+            "auxiliary": {"router_balance": 1e-4},
             "grad_norm": 1.5 if step < 4 else 0.5,
             "learning_rate": 2e-3,
             "tokens": 256 * step,

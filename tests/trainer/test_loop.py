@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import resource
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +28,7 @@ from trainer.restarts import NodeRecord
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError
 
-
-@pytest.fixture(autouse=True)
-def quiet_checkpoint_library() -> None:
-    """It logs every call at DEBUG, which a failing test would show instead of the failure."""
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
-    logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
-
-
-@pytest.fixture(autouse=True)
-def leave_no_traces() -> Iterator[None]:
-    """Training changes signal handlers, threads and determinism of its process; it owns the process elsewhere."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    threads = torch.get_num_threads()
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("quiet_checkpoint_library", "leave_no_traces")
 
 
 def test_first_loss_and_gradient_norm_are_those_of_the_whole_step(micro_data: Path, tmp_path: Path):

@@ -2,11 +2,12 @@
 
 A layer is a few sublayers in order (`ModelSpec.layers`), each x ← x + mixer(norm(x)): Mamba-2 (M), experts (E),
 attention (*), MLP (-). Engram (N) normalises the hidden state inside its gate and so has no norm in front. Every
-mixer respects the documents of a packed row; nothing crosses from one to the next.
+mixer respects the documents of a packed row; nothing crosses from one to the next. With `spec.mtp`, modules behind
+the last layer are trained to predict further ahead (trainer/model/mtp.py).
 
 Initialisation, all of it in `init_weights` (σ = init_std, S = number of sublayers):
 
-    embedding, head, router, input projections, Engram tables    N(0, σ)
+    embedding, head, router, input projections, Engram tables    N(0, σ)  (also the projections in front of MTP layers)
     projections back into the residual stream                    N(0, σ/√S)  (out, o, down, shared_down, Engram value)
     norms, Mamba D                                               1
     Mamba A_log                                                  log U(1, 16)
@@ -14,7 +15,7 @@ Initialisation, all of it in `init_weights` (σ = init_std, S = number of sublay
     Mamba conv weight and bias                                   U(-1/√kernel, 1/√kernel)
     Engram conv, router bias                                     0
 
-Legend: B rows, T positions, D hidden, V vocabulary, L MoE sublayers, E experts.
+Legend: B rows, T positions, D hidden, V vocabulary, L MoE sublayers, E experts, K depths of multi-token prediction.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ from trainer.model.engram import Engram, table_primes
 from trainer.model.mamba2 import Mamba2
 from trainer.model.mlp import SquaredReluMlp
 from trainer.model.moe import Moe
+from trainer.model.mtp import MtpModule, ahead
+from trainer.model.ngrams import PAD_TOKEN
 from trainer.model.norm import RMSNorm
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
-from trainer.ops.cross_entropy import cross_entropy_sum
+from trainer.ops.cross_entropy import IGNORE, cross_entropy_sum
 from trainer.parallel.rows import own_rows
 from trainer.spec import BackendsSpec
 
@@ -51,6 +54,8 @@ INIT_BLOCK_ELEMENTS = 2**24  # drawn at once; bounds the memory of initialisatio
 class ModelOutput(NamedTuple):
     ce_sum: Tensor | None  # 0-d fp32, Σ cross-entropy over labels other than -100
     aux_sum: Tensor  # 0-d fp32, Σ over rows and MoE sublayers of the weighted sequence loss
+    mtp_ce_sum_K: Tensor  # fp32, Σ cross-entropy of each depth; empty without multi-token prediction and in eval mode
+    mtp_labels_K: Tensor  # int64, the labels behind those sums
     expert_load_LE: Tensor  # int64, tokens that chose each expert
     logits_BTV: Tensor | None  # only without labels
 
@@ -65,6 +70,29 @@ class Sublayer(nn.Module):
         self.mixer = mixer
 
 
+class Layer(nn.ModuleList):
+    """A few sublayers that run in order, each x ← x + mixer(norm(x))."""
+
+    def forward(self, x_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The residual stream after the layer, the sum of its sequence losses, and a load_E for each of its MoE."""
+        aux_sum = torch.zeros((), dtype=torch.float32, device=x_BTD.device)
+        loads = []
+        for sublayer in self:
+            mixer = sublayer.mixer
+            if isinstance(mixer, Moe):
+                y_BTD, sequence_loss, load_E = mixer(sublayer.norm(x_BTD))
+                aux_sum = aux_sum + sequence_loss
+                loads.append(load_E)
+            elif isinstance(mixer, Engram):
+                y_BTD = mixer(x_BTD, ids_BT, documents)
+            elif isinstance(mixer, SquaredReluMlp):
+                y_BTD = mixer(sublayer.norm(x_BTD))
+            else:
+                y_BTD = mixer(sublayer.norm(x_BTD), documents)
+            x_BTD = x_BTD + y_BTD
+        return x_BTD, aux_sum, loads
+
+
 class HybridModel(nn.Module):
     def __init__(self, spec: ModelSpec, functions: dict) -> None:
         super().__init__()
@@ -73,11 +101,15 @@ class HybridModel(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden), freeze=False)
         primes = dict(zip((e.layer for e in spec.engram), table_primes(spec.engram), strict=True))
         self.layers = nn.ModuleList(
-            nn.ModuleList(_sublayer(spec, index, symbol, functions, primes) for symbol in layer)
+            Layer(_sublayer(spec, index, symbol, functions, primes) for symbol in layer)
             for index, layer in enumerate(spec.layers)
         )
         self.final_norm = RMSNorm(spec.hidden, spec.norm_eps)
         self.head = nn.Linear(spec.hidden, spec.vocab_size, bias=False)
+        self.mtp = nn.ModuleList()
+        for _ in range(spec.mtp.depth if spec.mtp else 0):
+            layer = Layer(_sublayer(spec, -1, symbol, functions, {}) for symbol in spec.mtp.layer)
+            self.mtp.append(MtpModule(spec.hidden, spec.norm_eps, layer))
 
     def forward(self, ids_BT: Tensor, seq_idx_BT: Tensor, labels_BT: Tensor | None = None) -> ModelOutput:
         """One pass over packed rows.
@@ -92,26 +124,34 @@ class HybridModel(nn.Module):
         aux_sum = torch.zeros((), dtype=torch.float32, device=ids_BT.device)
         loads = []
         for layer in self.layers:
-            for sublayer in layer:
-                mixer = sublayer.mixer
-                if isinstance(mixer, Moe):
-                    y_BTD, sequence_loss, load_E = mixer(sublayer.norm(x_BTD))
-                    aux_sum = aux_sum + sequence_loss
-                    loads.append(load_E)
-                elif isinstance(mixer, Engram):
-                    y_BTD = mixer(x_BTD, ids_BT, documents)
-                elif isinstance(mixer, SquaredReluMlp):
-                    y_BTD = mixer(sublayer.norm(x_BTD))
-                else:
-                    y_BTD = mixer(sublayer.norm(x_BTD), documents)
-                x_BTD = x_BTD + y_BTD
-        h_BTD = self.final_norm(x_BTD)
-        num_experts = self.spec.moe.num_experts if self.spec.moe else 0
-        load_LE = torch.stack(loads) if loads else ids_BT.new_zeros(0, num_experts)
+            x_BTD, sequence_loss, layer_loads = layer(x_BTD, ids_BT, documents)
+            aux_sum = aux_sum + sequence_loss
+            loads += layer_loads
+        ce_sum = logits_BTV = None
+        mtp_ce_sums, mtp_labels = [], []
         if labels_BT is None:
-            return ModelOutput(None, aux_sum, load_LE, self.head(h_BTD))
-        ce_sum = cross_entropy_sum(h_BTD.flatten(0, 1), self.head.weight, labels_BT.flatten())
-        return ModelOutput(ce_sum, aux_sum, load_LE, None)
+            logits_BTV = self.head(self.final_norm(x_BTD))
+        else:
+            ce_sum = self._cross_entropy(self.final_norm(x_BTD), labels_BT)
+            for places, module in enumerate(self.mtp if self.training else [], start=1):
+                token_BTD = self.embedding(ahead(ids_BT, places, documents, PAD_TOKEN))
+                x_BTD, sequence_loss, layer_loads = module(x_BTD, token_BTD, ids_BT, documents)
+                aux_sum = aux_sum + self.spec.mtp_factor * sequence_loss
+                loads += layer_loads
+                ahead_BT = ahead(labels_BT, places, documents, IGNORE)
+                mtp_ce_sums.append(self._cross_entropy(module.head_norm(x_BTD), ahead_BT))
+                mtp_labels.append((ahead_BT != IGNORE).sum())
+        return ModelOutput(
+            ce_sum,
+            aux_sum,
+            torch.stack(mtp_ce_sums) if mtp_ce_sums else aux_sum.new_zeros(0),
+            torch.stack(mtp_labels) if mtp_labels else ids_BT.new_zeros(0),
+            torch.stack(loads) if loads else ids_BT.new_zeros(0, self.spec.moe.num_experts if self.spec.moe else 0),
+            logits_BTV,
+        )
+
+    def _cross_entropy(self, h_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        return cross_entropy_sum(h_BTD.flatten(0, 1), self.head.weight, labels_BT.flatten())
 
     def moe_sublayers(self) -> list[Moe]:
         """In the order of the rows of `expert_load_LE`."""

@@ -52,11 +52,15 @@ class Rule:
     engram_rate: bool = False
 
 
-_MIXER = r"layers\.\d+\.\d+\.mixer\."
+_SUBLAYER = r"(layers\.\d+|mtp\.\d+\.layer)\.\d+\."
+_MIXER = _SUBLAYER + r"mixer\."
 
 RULES: tuple[Rule, ...] = (
     Rule(r"embedding\.weight|head\.weight", "adamw"),
-    Rule(r"final_norm\.weight|layers\.\d+\.\d+\.norm\.weight", "adamw", decay=False),
+    Rule(r"final_norm\.weight|" + _SUBLAYER + r"norm\.weight", "adamw", decay=False),
+    # multi-token prediction; its layers are as any other
+    Rule(r"mtp\.\d+\.proj\.weight", "muon"),
+    Rule(r"mtp\.\d+\.(hidden_norm|token_norm|head_norm)\.weight", "adamw", decay=False),
     # Mamba-2
     Rule(_MIXER + r"zxbc_proj\.weight", "muon", blocks=_zxbc),
     Rule(_MIXER + r"(dt_proj|out_proj)\.weight", "muon"),
