@@ -81,7 +81,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     device = pick_device(spec.runtime.device)
     try:
         precision = resolve(spec.precision.dtype, device_capability(device))
-        trained = load_trained(spec, device)
+        trained = load_trained(spec, device, precision.autocast_dtype)
         by_source, domain_of = _score_sources(spec, trained, device, precision)
         with precision.autocast(device.type):
             texts = complete(

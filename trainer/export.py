@@ -32,7 +32,7 @@ from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec
 from trainer.report import write_report
 from trainer.report.run import Run, read_run
-from trainer.spec import TrainSpec
+from trainer.spec import BackendsSpec, TrainSpec
 from trainer.specbase import parse
 from trainer.trained import Trained, load_trained
 
@@ -50,7 +50,8 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         TrainingError: 66 no usable checkpoint, 65 tokenizer missing, 2 a spec that cannot run here.
     """
     try:
-        trained = load_trained(spec, torch.device("cpu"))
+        # Weights are only copied: kernels that were named for training need not exist here.
+        trained = load_trained(spec.model_copy(update={"backends": BackendsSpec()}), torch.device("cpu"))
     except ValueError as error:
         raise TrainingError(ExitCode.SPEC, str(error)) from None
     final = Path(spec.run_dir) / "export"

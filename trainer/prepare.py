@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer import ops, precision
+from trainer import precision
 from trainer.checkpointer import Checkpointer
 from trainer.data.loader import TokenLoader
 from trainer.data.manifest import DataError, atomic_write, read_manifest
@@ -58,10 +58,17 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         recorder = Recorder(spec, world, started)
         chosen = precision.resolve(spec.precision.dtype, precision.device_capability(world.device))
         digests, classes = read_data(spec)
-        model = build_model(spec.model, spec.backends, device=world.device, seed=spec.seed, token_classes=classes)
+        model = build_model(
+            spec.model,
+            spec.backends,
+            device=world.device,
+            dtype=chosen.autocast_dtype,
+            seed=spec.seed,
+            token_classes=classes,
+        )
         optimizers = build_optimizers(model, spec.optimizer, spec.model)
         learning_rate_factor(0, spec.steps, spec.schedule, optimizers.peak_learning_rate)
-    backends = {name: choice.name for name, choice in ops.resolve(spec.backends, world.device).items()}
+    backends = {name: choice.label for name, choice in model.choices.items()}
     log.info("ranks: %d on %s, %d micro-batches each per step", world.size, world.device, micro_batches)
     log.info("precision: %s (%s)", chosen.name, chosen.reason)
     for line in summary_lines(optimizers.table):

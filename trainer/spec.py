@@ -117,10 +117,10 @@ class CheckpointSpec(Spec):
 class BackendsSpec(Spec):
     """Implementation of each operation; `auto` takes the fastest proven one, a named one must be able to run."""
 
-    ssd: Literal["auto", "reference", "chunked"] = "auto"
-    conv: Literal["auto", "reference", "torch"] = "auto"
-    attention: Literal["auto", "reference", "sdpa"] = "auto"
-    experts: Literal["auto", "reference", "grouped"] = "auto"
+    ssd: Literal["auto", "reference", "chunked", "mamba_ssm"] = "auto"
+    conv: Literal["auto", "reference", "torch", "causal_conv1d"] = "auto"
+    attention: Literal["auto", "reference", "sdpa", "varlen", "flash_attn"] = "auto"
+    experts: Literal["auto", "reference", "grouped", "te"] = "auto"
 
 
 class ParallelSpec(Spec):

@@ -29,8 +29,11 @@ class Trained:
     checkpoint: CheckpointManifest
 
 
-def load_trained(spec: TrainSpec, device: torch.device) -> Trained:
+def load_trained(spec: TrainSpec, device: torch.device, dtype: torch.dtype | None = None) -> Trained:
     """The model of the newest verified checkpoint of `spec.run_dir`.
+
+    Args:
+        dtype: what autocast will give to matrix products; None without autocast.
 
     Raises:
         TrainingError: 66 no checkpoint or none that verifies, 65 the tokenizer is missing, damaged or not the
@@ -41,7 +44,7 @@ def load_trained(spec: TrainSpec, device: torch.device) -> Trained:
         raise TrainingError(ExitCode.CHECKPOINT, f"{spec.run_dir}: no checkpoint yet; train first")
     tokenizer = _tokenizer_of(path, spec.tokens.tokenizer)
     classes = token_classes(Path(spec.tokens.tokenizer) / "tokenizer.json")
-    model = build_model(spec.model, spec.backends, device=device, seed=spec.seed, token_classes=classes)
+    model = build_model(spec.model, spec.backends, device=device, dtype=dtype, seed=spec.seed, token_classes=classes)
     checkpoint = load_model_weights(path, model)
     log.info("loaded %s (step %d)", path, checkpoint.step)
     return Trained(model.eval(), tokenizer, checkpoint)

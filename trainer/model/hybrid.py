@@ -97,6 +97,7 @@ class HybridModel(nn.Module):
     def __init__(self, spec: ModelSpec, functions: dict) -> None:
         super().__init__()
         self.spec = spec
+        self.choices: dict[str, ops.Choice] = {}
         # from_pretrained: torch would otherwise draw random rows, which on "meta" imports its compiler (seconds).
         self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden), freeze=False)
         primes = dict(zip((e.layer for e in spec.engram), table_primes(spec.engram), strict=True))
@@ -218,6 +219,7 @@ def build_model(
     backends: BackendsSpec | None = None,
     *,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
     seed: int,
     token_classes: list[int] | None = None,
     share: Callable[[HybridModel], None] | None = None,
@@ -225,6 +227,7 @@ def build_model(
     """The initialised model on `device`; on "meta" it has shapes only and costs no memory.
 
     Args:
+        dtype: what autocast will give to matrix products, by which kernels are chosen; None without autocast.
         token_classes: compression table of the tokenizer (`trainer.model.engram.token_classes`), needed by Engram
         layers
             with compress_tokens.
@@ -235,11 +238,12 @@ def build_model(
     """
     device = torch.device(device)
     backends = backends or BackendsSpec()
-    choices = ops.resolve(backends, device)
+    choices = ops.resolve(backends, device, dtype or torch.float32, spec)
     if device.type != "meta":
         _check_classes(spec, token_classes)
     with torch.device("meta"):
         model = HybridModel(spec, ops.functions(choices))
+    model.choices = choices
     if device.type == "meta":
         return model
     if share is not None:

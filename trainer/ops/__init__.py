@@ -1,8 +1,12 @@
 """Operations with more than one implementation, and the one place that chooses among them.
 
-Every operation has a `reference` backend, plain torch that reads like its definition, and faster ones that are tested
-against it (forward, backward, ragged documents, empty experts). `resolve` chooses once, at build time, and gives a
-reason; a backend that was named explicitly and cannot run is an error, never a silent fallback.
+Every operation has a `reference` backend, plain torch that reads like its definition, portable ones in plain torch, and
+kernels: packages, or parts of torch, whose code on a GPU is not what runs on a CPU. All are compared with the reference
+(forward, backward, ragged documents, an empty expert) and the outcome is kept as records (`trainer.parity`).
+
+`resolve` chooses once, at build time, and gives a reason. `auto` takes the fastest backend that a record proves for
+this device class, number format and version; without one the fastest portable backend, called unproven. A backend
+that was named explicitly and cannot run is an error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -13,32 +17,44 @@ from typing import Any, NamedTuple
 
 import torch
 
+from trainer import parity
+from trainer.modelspec import ModelSpec
+from trainer.ops import attention_varlen, conv_causal_conv1d, experts_te, ssd_mamba_ssm
 from trainer.ops.attention import attention_reference, attention_sdpa
 from trainer.ops.conv import conv_reference, conv_torch
 from trainer.ops.documents import Documents
 from trainer.ops.experts import experts_grouped, experts_reference, grouped_unsupported
+from trainer.ops.setting import Setting
 from trainer.ops.ssd import ssd_chunked, ssd_reference
 from trainer.spec import BackendsSpec
 
-__all__ = ["OPS", "Backend", "Choice", "Documents", "Op", "functions", "resolve"]
+__all__ = ["OPS", "Backend", "Choice", "Documents", "Op", "Setting", "functions", "resolve"]
 
 
-def _runs_anywhere(device: torch.device) -> str | None:
+def _runs_anywhere(setting: Setting) -> str | None:
     return None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation. `unsupported(device)` is None when it can run there, else the reason why not."""
+    """One implementation.
+
+    Attributes:
+        unsupported: None when it can run in a setting, else the reason why not.
+        package: the distribution whose version a parity record names.
+        portable: plain torch, that may run unproven where nothing is proven.
+    """
 
     function: Callable[..., Any]
     why: str
-    unsupported: Callable[[torch.device], str | None] = _runs_anywhere
+    unsupported: Callable[[Setting], str | None] = _runs_anywhere
+    package: str = "torch"
+    portable: bool = True
 
 
 @dataclass(frozen=True)
 class Op:
-    """Implementations of one operation by name, the fastest first."""
+    """Implementations of one operation by name, the fastest first, `reference` last."""
 
     name: str
     backends: dict[str, Backend]
@@ -47,6 +63,12 @@ class Op:
 class Choice(NamedTuple):
     name: str
     reason: str
+    proven: bool
+
+    @property
+    def label(self) -> str:
+        """For metrics: the name, marked when no parity record stands behind it."""
+        return self.name if self.proven else f"{self.name} (unproven)"
 
 
 OPS: dict[str, Op] = {
@@ -55,6 +77,13 @@ OPS: dict[str, Op] = {
         Op(
             "ssd",
             {
+                "mamba_ssm": Backend(
+                    ssd_mamba_ssm.ssd_mamba_ssm,
+                    "Triton kernels of mamba_ssm",
+                    ssd_mamba_ssm.unsupported,
+                    package="mamba_ssm",
+                    portable=False,
+                ),
                 "chunked": Backend(ssd_chunked, "matrix products within chunks, one state per chunk"),
                 "reference": Backend(ssd_reference, "recurrence over positions"),
             },
@@ -62,6 +91,13 @@ OPS: dict[str, Op] = {
         Op(
             "conv",
             {
+                "causal_conv1d": Backend(
+                    conv_causal_conv1d.conv_causal_conv1d,
+                    "CUDA kernels of causal_conv1d",
+                    conv_causal_conv1d.unsupported,
+                    package="causal_conv1d",
+                    portable=False,
+                ),
                 "torch": Backend(conv_torch, "shifted multiply-adds with a hand-written backward"),
                 "reference": Backend(conv_reference, "loop over positions"),
             },
@@ -69,6 +105,19 @@ OPS: dict[str, Op] = {
         Op(
             "attention",
             {
+                "flash_attn": Backend(
+                    attention_varlen.attention_flash_attn,
+                    "FlashAttention by document, package flash_attn",
+                    attention_varlen.flash_attn_unsupported,
+                    package="flash_attn",
+                    portable=False,
+                ),
+                "varlen": Backend(
+                    attention_varlen.attention_varlen,
+                    "FlashAttention by document, torch's own",
+                    attention_varlen.varlen_unsupported,
+                    portable=False,
+                ),
                 "sdpa": Backend(attention_sdpa, "torch scaled_dot_product_attention with a document mask"),
                 "reference": Backend(attention_reference, "explicit softmax"),
             },
@@ -79,6 +128,13 @@ OPS: dict[str, Op] = {
                 "grouped": Backend(
                     experts_grouped, "tokens sorted by expert, grouped matrix products", grouped_unsupported
                 ),
+                "te": Backend(
+                    experts_te.experts_te,
+                    "GroupedLinear of Transformer Engine",
+                    experts_te.unsupported,
+                    package="transformer_engine",
+                    portable=False,
+                ),
                 "reference": Backend(experts_reference, "loop over experts"),
             },
         ),
@@ -86,34 +142,71 @@ OPS: dict[str, Op] = {
 }
 
 
-def resolve(backends: BackendsSpec, device: torch.device | str) -> dict[str, Choice]:
-    """The backend of each operation on `device`, with the reason.
+def resolve(
+    backends: BackendsSpec,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    model: ModelSpec | None = None,
+) -> dict[str, Choice]:
+    """The backend of each operation, with the reason.
+
+    Args:
+        dtype: of the activations, that is of autocast where it is on.
+        model: its widths rule out some kernels; None asks about none.
 
     Raises:
-        ValueError: a backend named explicitly cannot run on this device.
+        ValueError: a backend named explicitly cannot run in this setting.
     """
-    device = torch.device(device)
+    setting = Setting(torch.device(device), dtype, model)
     choices = {}
     for op in OPS.values():
         wanted = getattr(backends, op.name)
         if wanted == "auto":
-            choices[op.name] = _fastest(op, device)
+            choices[op.name] = _best(op, setting)
             continue
-        problem = op.backends[wanted].unsupported(device)
+        problem = op.backends[wanted].unsupported(setting)
         if problem is not None:
-            raise ValueError(f"backends.{op.name}: '{wanted}' cannot run on {device.type} ({problem}); use 'auto'")
-        choices[op.name] = Choice(wanted, "named in the spec")
+            raise ValueError(
+                f"backends.{op.name}: '{wanted}' cannot run on {setting.device.type}: {problem}; use 'auto'"
+            )
+        proven = _proven(op.name, wanted, setting)
+        reason = "named in the spec" if proven else f"named in the spec; {_unproven(op.name, wanted, setting)}"
+        choices[op.name] = Choice(wanted, reason, proven)
     return choices
 
 
-def _fastest(op: Op, device: torch.device) -> Choice:
-    passed_over = []
+def _best(op: Op, setting: Setting) -> Choice:
+    """The fastest proven backend, else the fastest portable one, else the reference."""
+    passed_over, portable = [], None
     for name, backend in op.backends.items():
-        problem = backend.unsupported(device)
-        if problem is None:
-            return Choice(name, "; ".join([backend.why, *passed_over]))
-        passed_over.append(f"not {name}: {problem}")
-    raise AssertionError(f"operation {op.name} has no backend that runs on {device.type}")
+        if name == "reference" and portable:
+            break
+        if (problem := backend.unsupported(setting)) is not None:
+            passed_over.append(f"not {name}: {problem}")
+        elif _proven(op.name, name, setting):
+            return Choice(name, "; ".join([backend.why, *passed_over]), proven=True)
+        elif backend.portable:
+            portable = portable or name
+        else:
+            passed_over.append(f"not {name}: {_unproven(op.name, name, setting)}")
+    assert portable is not None, f"operation {op.name} has no backend that runs on {setting.device.type}"
+    doubt = f"portable, {_unproven(op.name, portable, setting)}"
+    return Choice(portable, "; ".join([op.backends[portable].why, doubt, *passed_over]), proven=False)
+
+
+def _proven(op: str, name: str, setting: Setting) -> bool:
+    """By a committed record; the reference is what everything else is compared with."""
+    if name == "reference":
+        return True
+    version = parity.package_version(OPS[op].backends[name].package)
+    return parity.proven(op, name, setting.variant, setting.device_class, version)
+
+
+def _unproven(op: str, name: str, setting: Setting) -> str:
+    package = OPS[op].backends[name].package
+    version = parity.package_version(package)
+    where = f"in {setting.variant} on {setting.device_class} with {package} {version}"
+    return f"unproven {where}; run benchmarks/parity.py"
 
 
 def functions(choices: dict[str, Choice]) -> dict[str, Callable[..., Any]]:

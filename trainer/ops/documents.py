@@ -44,3 +44,16 @@ class Documents:
         """[B, T, T] bool: query t may see key s, that is s ≤ t and both lie in one document."""
         same_BTT = self.seq_idx_BT[:, :, None] == self.seq_idx_BT[:, None, :]
         return same_BTT.tril()
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """int32: where each document begins when all rows are laid end to end, then B·T as often as fills the length.
+
+        The host learns the number of documents here (one wait for the GPU in a micro-batch). It is rounded up to a
+        power of two by empty documents at the end, so that few lengths occur.
+        """
+        starts_X = torch.nonzero(~self.same_BT(1).flatten()).flatten()
+        capacity = 1 << (starts_X.numel() - 1).bit_length()
+        cu_seqlens = torch.full((capacity + 1,), self.seq_idx_BT.numel(), dtype=torch.int32, device=starts_X.device)
+        cu_seqlens[: starts_X.numel()] = starts_X
+        return cu_seqlens

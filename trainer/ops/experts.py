@@ -6,10 +6,14 @@ N choices in any order.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+
+from trainer.ops.setting import Setting
 
 
 def count_choices(expert_N: Tensor, num_experts: int) -> Tensor:
@@ -34,19 +38,46 @@ def experts_grouped(x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, expert_SK: T
     The weights multiply the hidden layer instead of the output: it is narrower, and the copies of a token then only
     add up.
     """
+    routing = by_expert(expert_SK, up_EFD.shape[0])
+    ends_E, dtype = routing.count_E.cumsum(0).to(torch.int32), compute_dtype(x_SD)
+    x_RD = dispatch(x_SD.to(dtype), routing)
+    hidden_RF = F.relu(F.grouped_mm(x_RD, up_EFD.to(dtype).transpose(1, 2), offs=ends_E)).square()
+    hidden_RF = hidden_RF * weight_SK.flatten().index_select(0, routing.order_R)[:, None].to(dtype)
+    y_RD = F.grouped_mm(hidden_RF, down_EDF.to(dtype).transpose(1, 2), offs=ends_E)
+    return combine(y_RD, routing).to(x_SD.dtype)
+
+
+class Routing(NamedTuple):
+    """The routed copies sorted by expert: which copy stands where, where each copy went, copies of each expert."""
+
+    order_R: Tensor
+    place_R: Tensor
+    count_E: Tensor
+    top_k: int
+
+
+def by_expert(expert_SK: Tensor, num_experts: int) -> Routing:
     expert_R = expert_SK.flatten()
     order_R = expert_R.argsort(stable=True)
     place_R = torch.empty_like(order_R)
     place_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    ends_E = count_choices(expert_R, up_EFD.shape[0]).cumsum(0).to(torch.int32)
-    device_type = x_SD.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_SD.dtype
+    return Routing(order_R, place_R, count_choices(expert_R, num_experts), expert_SK.shape[1])
 
-    x_RD = _Dispatch.apply(x_SD.to(dtype), order_R, place_R, expert_SK.shape[1])
-    hidden_RF = F.relu(F.grouped_mm(x_RD, up_EFD.to(dtype).transpose(1, 2), offs=ends_E)).square()
-    hidden_RF = hidden_RF * weight_SK.flatten().index_select(0, order_R)[:, None].to(dtype)
-    y_RD = F.grouped_mm(hidden_RF, down_EDF.to(dtype).transpose(1, 2), offs=ends_E)
-    return _Combine.apply(y_RD, order_R, place_R, expert_SK.shape[1]).to(x_SD.dtype)
+
+def dispatch(x_SD: Tensor, routing: Routing) -> Tensor:
+    """Copies of each token in expert order, [R, D]."""
+    return _Dispatch.apply(x_SD, routing.order_R, routing.place_R, routing.top_k)
+
+
+def combine(y_RD: Tensor, routing: Routing) -> Tensor:
+    """Sum of the copies of each token, in token order, [S, D]."""
+    return _Combine.apply(y_RD, routing.order_R, routing.place_R, routing.top_k)
+
+
+def compute_dtype(x_SD: Tensor) -> torch.dtype:
+    """The dtype of matrix products on x: that of autocast where it is on."""
+    device_type = x_SD.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_SD.dtype
 
 
 def _copies(x_SD: Tensor, order_R: Tensor, top_k: int) -> Tensor:
@@ -87,10 +118,12 @@ class _Combine(torch.autograd.Function):
         return _copies(grad_SD, order_R, ctx.top_k), None, None, None
 
 
-def grouped_unsupported(device: torch.device) -> str | None:
-    """None where torch has a grouped matrix product, else the reason."""
+def grouped_unsupported(setting: Setting) -> str | None:
+    """None where torch has a grouped matrix product for these widths, else the reason."""
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "grouped matrix products need compute capability 8.0"
-    return None
+    moe = setting.model.moe if setting.model else None
+    row_bytes = setting.dtype.itemsize
+    if moe and any(width * row_bytes % 16 for width in (setting.model.hidden, moe.expert_width)):
+        return f"rows must be multiples of 16 bytes, the model is {setting.model.hidden} and {moe.expert_width} wide"
+    return setting.below(8, 0) if setting.device.type == "cuda" else None

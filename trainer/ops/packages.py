@@ -1,0 +1,48 @@
+"""Loading of optional GPU packages: a missing or broken one is a reason in words, never a crash.
+
+Packages with compiled parts fail in many ways when they do not fit torch (ImportError, OSError of a missing library,
+ValueError of their own version checks), so loading catches every Exception, once for each module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+
+@cache
+def load(module: str) -> ModuleType | str:
+    """The imported module, or in one line why it cannot be imported."""
+    package = module.partition(".")[0]
+    try:
+        if find_spec(package) is None:
+            return f"{package} is not installed"
+        return importlib.import_module(module)
+    except Exception as error:  # see above
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        return f"{package} is installed but broken ({type(error).__name__}: {first_line})"
+
+
+@cache
+def load_without_init(module: str) -> ModuleType | str:
+    """Like `load`, for a module whose package imports compiled extensions in its `__init__` that it does not need.
+
+    The package is entered into sys.modules as an empty one with the right path, so that `__init__` never runs.
+    """
+    package = module.partition(".")[0]
+    if package not in sys.modules:
+        spec = find_spec(package)
+        if spec is None or spec.submodule_search_locations is None:
+            return f"{package} is not installed"
+        empty = ModuleType(package)
+        empty.__path__, empty.__spec__ = list(spec.submodule_search_locations), spec
+        sys.modules[package] = empty
+    return load(module)
+
+
+def problem(found: ModuleType | str) -> str | None:
+    """The reason in the result of a load; None when it is a module."""
+    return found if isinstance(found, str) else None

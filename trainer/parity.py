@@ -1,0 +1,95 @@
+"""Parity records: which implementation was shown equal to its reference, where, and in which versions. No torch.
+
+A record is one row of `trainer/ops/parity/<device class>.json`, written by `benchmarks/parity.py` on a machine of that
+class and committed. `auto` trusts nothing else: an implementation without a passing record for its package's version,
+the device class and the number format is unproven there. Device classes are `cpu`, `sm_90`, `sm_80`, …
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+DIRECTORY = Path(__file__).parent / "ops" / "parity"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Outcome of one comparison with the reference.
+
+    Attributes:
+        variant: number format (`fp32`, `bf16`, `fp16`) or, for FP8, the recipe.
+        package, version: whose code runs; torch's own version has no build suffix here.
+        forward_error, backward_error: largest |difference| over all cases, as a part of the largest reference value.
+        leak: how far another document in the row moved outputs and gradients, on the same scale.
+        tolerance: what all three had to stay within.
+    """
+
+    op: str
+    backend: str
+    variant: str
+    package: str
+    version: str
+    torch: str
+    device_class: str
+    device: str
+    forward_error: float
+    backward_error: float
+    leak: float
+    tolerance: float
+    passed: bool
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What a later run of the same comparison replaces."""
+        return self.op, self.backend, self.variant, self.package, self.version, self.torch, self.device_class
+
+
+def package_version(package: str) -> str | None:
+    """Installed version of a distribution without local build suffix; None when it is not installed."""
+    try:
+        return importlib.metadata.version(package).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def committed(directory: Path = DIRECTORY) -> tuple[Record, ...]:
+    """All records that came with this code."""
+    return tuple(
+        Record(**entry) for file in sorted(directory.glob("*.json")) for entry in json.loads(file.read_text("utf-8"))
+    )
+
+
+def proven(op: str, backend: str, variant: str, device_class: str, version: str | None) -> bool:
+    """Whether a committed record says that this combination passed, and none that it failed."""
+    found = [
+        record.passed
+        for record in committed()
+        if (record.op, record.backend, record.variant, record.device_class, record.version)
+        == (op, backend, variant, device_class, version)
+    ]
+    return bool(found) and all(found)
+
+
+def write(records: Iterable[Record], directory: Path = DIRECTORY) -> list[Path]:
+    """Merge records into the files of their device classes; a rerun replaces its own rows. Returns the files."""
+    by_class: dict[str, dict[tuple[str, ...], Record]] = {}
+    for record in records:
+        by_class.setdefault(record.device_class, {})[record.key] = record
+    files = []
+    for device_class, fresh in by_class.items():
+        file = directory / f"{device_class}.json"
+        known = json.loads(file.read_text("utf-8")) if file.exists() else []
+        merged = {record.key: record for record in (Record(**entry) for entry in known)} | fresh
+        lines = [json.dumps(asdict(record)) for _, record in sorted(merged.items())]
+        partial = file.with_suffix(".partial")
+        partial.write_text("[\n" + ",\n".join(lines) + "\n]\n", "utf-8")
+        os.replace(partial, file)
+        files.append(file)
+    return files
