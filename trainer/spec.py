@@ -58,7 +58,11 @@ class BatchSpec(Spec):
 
 
 class MuonSpec(Spec):
-    """Muon for every matrix: orthogonalised momentum, scaled to AdamW's update RMS (0.2·√max(rows, columns))."""
+    """Muon for every matrix: orthogonalised momentum, scaled to AdamW's update RMS (0.2·√max(rows, columns)).
+
+    With `teon_layers` K above 1, query, key and value matrices of K successive attention layers are orthogonalised side
+    by side (TEON, arXiv 2601.23261, which recommends 2); a layer left over is alone, as all are with 1.
+    """
 
     learning_rate: Positive = 2e-3
     momentum: Fraction = 0.95
@@ -66,6 +70,7 @@ class MuonSpec(Spec):
     weight_decay: NonNegative = 0.1
     coefficients: Literal["polar_express", "newton_schulz"] = "polar_express"
     steps: Annotated[int, Field(ge=1, le=12)] = 5
+    teon_layers: Annotated[int, Field(ge=1, le=8)] = 1
 
 
 class AdamWSpec(Spec):
@@ -79,11 +84,32 @@ class AdamWSpec(Spec):
     engram_rate_factor: Positive = 5.0
 
 
+BF16_MAX_DECAY = 0.99  # x·β of a bf16 x rounds back to x, for ever, from β = 1 − 2⁻⁸ = 0.996 on
+
+
 class OptimizerSpec(Spec):
+    """`state_dtype` is that of momentum and moments; weights are FP32 always. bf16 halves the state."""
+
     name: Literal["muon", "adamw"] = "muon"
     muon: MuonSpec = MuonSpec()
     adamw: AdamWSpec = AdamWSpec()
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
     clip_norm: Positive | None = 1.0
+
+    @model_validator(mode="after")
+    def _state_can_decay(self) -> Self:
+        decays = {
+            "muon.momentum": self.muon.momentum,
+            "adamw.beta1": self.adamw.beta1,
+            "adamw.beta2": self.adamw.beta2,
+        }
+        for name, value in decays.items():
+            if self.state_dtype == "bf16" and value > BF16_MAX_DECAY:
+                raise ValueError(
+                    f"{name} {value:g} needs state_dtype fp32: in bf16 a step changes a moment by less than its "
+                    f"rounding, so it would stand still; lower it to {BF16_MAX_DECAY:g} or less, or write fp32"
+                )
+        return self
 
 
 class ScheduleSpec(Spec):

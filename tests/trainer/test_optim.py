@@ -4,84 +4,14 @@ import copy
 
 import pytest
 import torch
+from named import EXPECTED, MODEL, Named
 from torch import nn
 
 from manifests.spec import load_job
 from trainer.model.hybrid import build_model
-from trainer.modelspec import ModelSpec
 from trainer.optim import build_optimizers, clip_gradients
 from trainer.optim.rules import assign, render
 from trainer.spec import OptimizerSpec
-
-SPEC = ModelSpec.model_validate(
-    {
-        "vocab_size": 32,
-        "hidden": 16,
-        "layers": ["ME", "*-", "N"],
-        "mamba": {"num_heads": 2, "head_dim": 8, "d_state": 4},
-        "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4},
-        "moe": {"num_experts": 3, "top_k": 2, "expert_width": 8, "shared_width": 8},
-        "mlp": {"width": 24},
-        "engram": [{"layer": 2, "rows_per_head": 10, "width_per_order": 8, "num_heads": 2}],
-    }
-)
-
-# name → (shape, optimizer, number of Muon blocks, rate factor, decay), written down by hand.
-EXPECTED = {
-    "embedding.weight": ((32, 16), "adamw", 0, 1, True),
-    "head.weight": ((32, 16), "adamw", 0, 1, True),
-    "final_norm.weight": ((16,), "adamw", 0, 1, False),
-    "layers.0.0.norm.weight": ((16,), "adamw", 0, 1, False),
-    "layers.0.0.mixer.zxbc_proj.weight": ((40, 16), "muon", 4, 1, True),
-    "layers.0.0.mixer.dt_proj.weight": ((2, 16), "muon", 1, 1, True),
-    "layers.0.0.mixer.conv.weight": ((24, 4), "adamw", 0, 1, True),
-    "layers.0.0.mixer.conv.bias": ((24,), "adamw", 0, 1, False),
-    "layers.0.0.mixer.A_log": ((2,), "adamw", 0, 1, False),
-    "layers.0.0.mixer.D": ((2,), "adamw", 0, 1, False),
-    "layers.0.0.mixer.dt_bias": ((2,), "adamw", 0, 1, False),
-    "layers.0.0.mixer.norm.weight": ((16,), "adamw", 0, 1, False),
-    "layers.0.0.mixer.out_proj.weight": ((16, 16), "muon", 1, 1, True),
-    "layers.0.1.norm.weight": ((16,), "adamw", 0, 1, False),
-    "layers.0.1.mixer.router.weight": ((3, 16), "muon", 1, 1, True),
-    "layers.0.1.mixer.up_EFD": ((3, 8, 16), "muon", 3, 1, True),
-    "layers.0.1.mixer.down_EDF": ((3, 16, 8), "muon", 3, 1, True),
-    "layers.0.1.mixer.shared_up.weight": ((8, 16), "muon", 1, 1, True),
-    "layers.0.1.mixer.shared_down.weight": ((16, 8), "muon", 1, 1, True),
-    "layers.1.0.mixer.q_proj.weight": ((16, 16), "muon", 4, 1, True),
-    "layers.1.0.mixer.k_proj.weight": ((8, 16), "muon", 2, 1, True),
-    "layers.1.0.mixer.v_proj.weight": ((8, 16), "muon", 2, 1, True),
-    "layers.1.0.mixer.o_proj.weight": ((16, 16), "muon", 1, 1, True),
-    "layers.1.1.mixer.up.weight": ((24, 16), "muon", 1, 1, True),
-    "layers.1.1.mixer.down.weight": ((16, 24), "muon", 1, 1, True),
-    "layers.2.0.mixer.tables.weight": ((44, 4), "adamw", 0, 5, False),
-    "layers.2.0.mixer.key_proj.weight": ((16, 16), "muon", 1, 1, True),
-    "layers.2.0.mixer.value_proj.weight": ((16, 16), "muon", 1, 1, True),
-    "layers.2.0.mixer.key_norm.weight": ((16,), "adamw", 0, 1, False),
-    "layers.2.0.mixer.query_norm.weight": ((16,), "adamw", 0, 1, False),
-    "layers.2.0.mixer.conv_norm.weight": ((16,), "adamw", 0, 1, False),
-    "layers.2.0.mixer.conv.weight": ((16, 4), "adamw", 0, 1, True),
-}
-
-
-class Named(nn.Module):
-    """Bare parameters under dotted names, with gradients."""
-
-    def __init__(self, shapes):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        for name, shape in shapes.items():
-            *path, leaf = name.split(".")
-            module = self
-            for part in path:
-                if part not in module._modules:
-                    module.add_module(part, nn.Module())
-                module = module._modules[part]
-            module.register_parameter(leaf, nn.Parameter(torch.randn(shape, generator=generator)))
-
-    def fill_gradients(self, seed):
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
 def model():
@@ -89,7 +19,7 @@ def model():
 
 
 def test_table_by_hand():
-    table = assign([(name, e[0]) for name, e in EXPECTED.items()], OptimizerSpec(), SPEC)
+    table = assign([(name, e[0]) for name, e in EXPECTED.items()], OptimizerSpec(), MODEL)
     for entry in table:
         _, optimizer, blocks, rate, decay = EXPECTED[entry.name]
         count = (
@@ -103,27 +33,27 @@ def test_table_by_hand():
 
 def test_unknown_parameter_is_named():
     with pytest.raises(ValueError, match=r"no rule names the parameter layers\.0\.0\.mixer\.gate\.weight"):
-        assign([("layers.0.0.mixer.gate.weight", (2, 2))], OptimizerSpec(), SPEC)
+        assign([("layers.0.0.mixer.gate.weight", (2, 2))], OptimizerSpec(), MODEL)
 
 
 def test_blocks_that_do_not_fill_the_matrix_are_refused():
     with pytest.raises(ValueError, match="blocks have"):
-        assign([("layers.0.0.mixer.zxbc_proj.weight", (41, 16))], OptimizerSpec(), SPEC)
+        assign([("layers.0.0.mixer.zxbc_proj.weight", (41, 16))], OptimizerSpec(), MODEL)
 
 
 def test_render_has_a_line_for_each_parameter():
-    table = assign([(name, e[0]) for name, e in EXPECTED.items()], OptimizerSpec(), SPEC)
+    table = assign([(name, e[0]) for name, e in EXPECTED.items()], OptimizerSpec(), MODEL)
     lines = render(table).splitlines()
     assert len(lines) == len(EXPECTED) + 1
     assert lines[1 + list(EXPECTED).index("layers.0.1.mixer.up_EFD")].split() == [
-        "layers.0.1.mixer.up_EFD", "3×8×16", "muon", "3", "×1", "yes",
+        "layers.0.1.mixer.up_EFD", "3×8×16", "muon", "3", "×1", "yes", "-",
     ]  # fmt: skip
 
 
 def test_every_parameter_moves_once_and_decays_as_said():
     network = model()
     spec = OptimizerSpec.model_validate({"muon": {"learning_rate": 0.1}, "adamw": {"learning_rate": 0.1}})
-    optimizers = build_optimizers(network, spec, SPEC)
+    optimizers = build_optimizers(network, spec, MODEL)
     assert sorted(map(id, optimizers.parameters)) == sorted(map(id, network.parameters()))
     before = copy.deepcopy(dict(network.named_parameters()))
     for parameter in network.parameters():
@@ -136,7 +66,7 @@ def test_every_parameter_moves_once_and_decays_as_said():
 
 def test_engram_tables_step_five_times_as_far():
     network = model()
-    optimizers = build_optimizers(network, OptimizerSpec.model_validate({"adamw": {"learning_rate": 0.01}}), SPEC)
+    optimizers = build_optimizers(network, OptimizerSpec.model_validate({"adamw": {"learning_rate": 0.01}}), MODEL)
     before = copy.deepcopy(dict(network.named_parameters()))
     network.fill_gradients(1)
     optimizers.step()
@@ -147,7 +77,7 @@ def test_engram_tables_step_five_times_as_far():
 
 def test_adamw_for_everything():
     network = model()
-    optimizers = build_optimizers(network, OptimizerSpec(name="adamw"), SPEC)
+    optimizers = build_optimizers(network, OptimizerSpec(name="adamw"), MODEL)
     assert set(optimizers.members) == {"adamw"}
     reference = {name: nn.Parameter(p.detach().clone()) for name, p in network.named_parameters()}
     groups = [
@@ -166,7 +96,7 @@ def test_adamw_for_everything():
 
 
 def test_learning_rate_factor_scales_every_group():
-    optimizers = build_optimizers(model(), OptimizerSpec(), SPEC)
+    optimizers = build_optimizers(model(), OptimizerSpec(), MODEL)
     peaks = [g["lr"] for m in optimizers.members.values() for g in m.param_groups]
     assert sorted(set(peaks)) == [2e-3, 1e-2]
     for factor in (0.5, 0.1, 1.0):
@@ -181,14 +111,14 @@ def test_state_survives_a_checkpoint(tmp_path):
     import torch.distributed.checkpoint as dcp
 
     first = model()
-    a = build_optimizers(first, OptimizerSpec(), SPEC)
+    a = build_optimizers(first, OptimizerSpec(), MODEL)
     for seed in range(2):
         first.fill_gradients(seed)
         a.step()
     dcp.save(a.state_dict(), checkpoint_id=tmp_path / "c", no_dist=True)
     second = model()
     second.load_state_dict(first.state_dict())
-    b = build_optimizers(second, OptimizerSpec(), SPEC)
+    b = build_optimizers(second, OptimizerSpec(), MODEL)
     assert all(isinstance(value, torch.Tensor) for value in b.state_dict().values())
     state = b.state_dict()
     dcp.load(state, checkpoint_id=tmp_path / "c", no_dist=True)
@@ -203,7 +133,7 @@ def test_state_survives_a_checkpoint(tmp_path):
 
 
 def test_foreign_state_is_refused():
-    muon, adamw = (build_optimizers(model(), OptimizerSpec(name=name), SPEC) for name in ("muon", "adamw"))
+    muon, adamw = (build_optimizers(model(), OptimizerSpec(name=name), MODEL) for name in ("muon", "adamw"))
     with pytest.raises(ValueError, match="optimizer state does not fit"):
         muon.load_state_dict(adamw.state_dict())
 
@@ -231,7 +161,7 @@ def test_clip_leaves_gradients_that_are_not_finite(bad):
 
 def test_loss_scaling_steps_as_without_and_skips_overflow():
     plain, scaled = model(), model()
-    a, b = (build_optimizers(network, OptimizerSpec(), SPEC) for network in (plain, scaled))
+    a, b = (build_optimizers(network, OptimizerSpec(), MODEL) for network in (plain, scaled))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
     plain.fill_gradients(5)
     a.step()

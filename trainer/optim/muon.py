@@ -1,9 +1,15 @@
-"""Muon: momentum, orthogonalised, for matrices (Jordan 2024; scale of Moonlight, arXiv 2502.16982).
+"""Muon: momentum, orthogonalised, for matrices (Jordan 2024; scale of Moonlight, arXiv 2502.16982), and TEON.
 
 Matrices of one shape are orthogonalised together, in one batched product: a mixture of experts has thousands of small
-ones, which one by one would cost more in launches than in arithmetic.
+ones, which one by one would cost more in launches than in arithmetic. Where several ranks share a parameter each matrix
+is orthogonalised by exactly one of them.
 
-Shape suffixes: N matrices, m rows, n columns of one block (after the cuts of rules.py).
+TEON (arXiv 2601.23261) orthogonalises the same matrix of K successive layers as one: momenta M⁽¹⁾ … M⁽ᴷ⁾ [m, n] stand
+side by side as [m, K·n] (the mode-1 unfolding of the stacked tensor), and each layer gets its own n columns of the
+result. The paper stacks whole query, key and value matrices; here a head is a matrix of its own, so head h of one layer
+stands beside head h of the next.
+
+Shape suffixes: N matrices, m rows, n columns of one block (after the cuts of rules.py), k = K·n columns of a stack.
 """
 
 from __future__ import annotations
@@ -11,93 +17,36 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import pairwise
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Coefficients = Literal["polar_express", "newton_schulz"]
-
-# Quintic that maximises the slope at zero (Jordan 2024); singular values end anywhere in about 0.7..1.2.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-# Minimax quintics for five steps (Amsel et al., arXiv 2505.16932), with their safety factor of 1.02 worked in.
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-# After those five the values are near 1, where this one (Padé, p(1)=1 and p'(1)=p''(1)=0) converges.
-POLISH = (1.875, -1.25, 0.375)
+from trainer.optim import division
+from trainer.optim.division import Block, Run
+from trainer.optim.exchange import Exchange
+from trainer.optim.orthogonal import Coefficients, iteration_dtype, orthogonalise_
+from trainer.optim.shares import Share, local
 
 # Elements orthogonalised in one batch; bounds the temporary memory to a few GiB whatever the number of experts.
 MAX_BATCH_ELEMENTS = 2**28
 
 
-def iteration(coefficients: Coefficients, steps: int) -> tuple[tuple[tuple[float, float, float], ...], float]:
-    """(a, b, c) of each step X ← aX + (bG + cG²)X with G = XXᵀ, and the factor on the Frobenius norm before it."""
-    if coefficients == "newton_schulz":
-        return (NEWTON_SCHULZ,) * steps, 1.0
-    return POLAR_EXPRESS[:steps] + (POLISH,) * (steps - len(POLAR_EXPRESS)), 1.02
-
-
-def orthogonalise(
-    x_Nmn: Tensor, coefficients: Coefficients = "polar_express", steps: int = 5, dtype: torch.dtype | None = None
-) -> Tensor:
-    """The nearest (semi-)orthogonal matrix UVᵀ of each matrix UΣVᵀ, approximately; a zero matrix stays zero.
-
-    Args:
-        x_Nmn: a batch of matrices.
-        dtype: of the iteration; by default bfloat16 on CUDA, where it is as good and far faster, else float32.
-
-    Returns:
-        [N, m, n] in the iteration's dtype.
-    """
-    per_step, safety = iteration(coefficients, steps)
-    dtype = dtype or (torch.bfloat16 if x_Nmn.is_cuda else torch.float32)
-    tall = x_Nmn.shape[-2] > x_Nmn.shape[-1]
-    x_Nmn = x_Nmn.mT if tall else x_Nmn  # the Gram matrix is then the smaller of the two
-    # The floor only guards 0/0: a gradient of any size, however small, gets the same direction.
-    wide = torch.promote_types(x_Nmn.dtype, torch.float32)
-    norm_N11 = torch.linalg.matrix_norm(x_Nmn, keepdim=True, dtype=wide).mul_(safety).clamp_(min=1e-30)
-    x_Nmn = (x_Nmn / norm_N11).to(dtype)
-    for a, b, c in per_step:
-        gram_Nmm = torch.bmm(x_Nmn, x_Nmn.mT)
-        poly_Nmm = torch.baddbmm(gram_Nmm, gram_Nmm, gram_Nmm, beta=b, alpha=c)
-        x_Nmn = torch.baddbmm(x_Nmn, poly_Nmm, x_Nmn, beta=a)
-    return x_Nmn.mT if tall else x_Nmn
-
-
-def block_views(x: Tensor, block_rows: tuple[int, ...]) -> list[Tensor]:
-    """`x` as views [N, m, n]: neighbouring blocks of equal height share one view. A 3-D tensor is one view already."""
-    if x.dim() == 3:
-        return [x]
-    if not block_rows:
-        return [x.unsqueeze(0)]
-    starts = [0]
-    for i, (above, below) in enumerate(pairwise(block_rows), start=1):
-        if above != below:
-            starts.append(i)
-    views, row = [], 0
-    for start, end in pairwise([*starts, len(block_rows)]):
-        height = sum(block_rows[start:end])
-        views.append(x.narrow(0, row, height).unflatten(0, (end - start, block_rows[start])))
-        row += height
-    assert row == x.shape[0], f"blocks cover {row} of {x.shape[0]} rows"
-    return views
-
-
 class Muon(torch.optim.Optimizer):
-    """W ← W − lr·λ·W − lr·0.2·√max(m, n)·ortho(update), for each block [m, n] of each weight.
+    """W ← W − lr·λ·W − lr·0.2·√max(m, k)·ortho(update), for each block [m, n] of each weight, K of them stacked.
 
     The scale gives every block the root-mean-square update 0.2 that AdamW typically has, so that both share one
-    learning rate. The decay is decoupled and not scaled, as in AdamW.
+    learning rate. An orthogonal [m, k] matrix with m ≤ k has root-mean-square 1/√k, so K stacked blocks need √K times
+    the factor of one, √(K·n) instead of √n: without it TEON would train at 1/√K of the rate. The decay is decoupled and
+    not scaled, as in AdamW.
 
     Args:
-        params: groups; a group may carry "block_rows", one tuple for each of its parameters (see `block_views`).
-        iteration_dtype: see `orthogonalise`.
+        params: groups; a group may carry "block_rows", for each of its parameters the row counts of its blocks (empty:
+            one block, or a 3-D tensor, in which each index of the first dimension is one); "stacks", tuples of the
+            indices of parameters whose blocks are orthogonalised together, each parameter in one of them; "shares".
+        iteration_dtype: bfloat16 or float32; None follows the device.
+        state_dtype: of the momentum.
     """
 
     def __init__(
@@ -110,6 +59,7 @@ class Muon(torch.optim.Optimizer):
         coefficients: Coefficients = "polar_express",
         steps: int = 5,
         iteration_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -120,75 +70,152 @@ class Muon(torch.optim.Optimizer):
             "steps": steps,
             "iteration_dtype": iteration_dtype,
             "block_rows": None,
+            "stacks": None,
+            "shares": None,
         }
         super().__init__(params, defaults)
+        self._work: list[_Work] = []
         for group in self.param_groups:
-            group["block_rows"] = group["block_rows"] or [()] * len(group["params"])
-            for parameter in group["params"]:
+            parameters = group["params"]
+            group["block_rows"] = group["block_rows"] or [()] * len(parameters)
+            group["stacks"] = group["stacks"] or [(index,) for index in range(len(parameters))]
+            group["shares"] = group["shares"] or [Share(parameter) for parameter in parameters]
+            for parameter, share in zip(parameters, group["shares"], strict=True):
                 if parameter.dim() not in (2, 3):
                     raise ValueError(f"Muon takes [m, n] or [N, m, n], not {tuple(parameter.shape)}; give it to AdamW")
                 # At once, not at the first step: a checkpoint is loaded into state that is already there.
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+                self.state[parameter]["momentum"] = share.zeros(state_dtype)
+            self._work.append(_Work(group["shares"], group["block_rows"], group["stacks"]))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient; with cut parameters a collective of their ranks."""
         assert closure is None, "Muon evaluates no closure"
-        for group in self.param_groups:
-            self._step_group(group)
+        for group, work in zip(self.param_groups, self._work, strict=True):
+            self._step_group(group, work)
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        pairs = zip(group["params"], group["block_rows"], strict=True)
-        active = [(p, rows) for p, rows in pairs if p.grad is not None]
+    def _step_group(self, group: dict[str, Any], work: _Work) -> None:
+        momenta = [local(self.state[parameter]["momentum"]) for parameter in group["params"]]
+        rows = [_Rows.of(share, momentum) for share, momentum in zip(group["shares"], momenta, strict=True)]
+        active = [row for row in rows if row.gradient is not None]
         if not active:
             return
-        weights = [p for p, _ in active]
-        momenta = [self.state[p]["momentum"] for p in weights]
-        gradients = [p.grad for p in weights]
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, gradients)
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        _accumulate([row.momentum for row in active], [row.gradient for row in active], group["momentum"])
+        torch._foreach_mul_([row.weight for row in active], 1 - group["lr"] * group["weight_decay"])
+        for runs in work.batches:
+            if runs := [run for run in runs if all(rows[member].gradient is not None for member in run.members)]:
+                _update_runs(group, rows, runs)
+        for exchange in work.exchanges:
+            _update_exchanged(group, rows, exchange)
 
-        # (weight, momentum, gradient) views of every block, gathered by shape so that each shape is one batch.
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
-        for (weight, rows), momentum, gradient in zip(active, momenta, gradients, strict=True):
-            views = zip(*(block_views(x, rows) for x in (weight, momentum, gradient)), strict=True)
-            for weight_Nmn, momentum_Nmn, gradient_Nmn in views:
-                for chunk in _chunks(weight_Nmn, momentum_Nmn, gradient_Nmn):
-                    by_shape[weight_Nmn.shape[-2], weight_Nmn.shape[-1]].append(chunk)
-        for (m, n), chunks in by_shape.items():
-            rate = group["lr"] * 0.2 * math.sqrt(max(m, n))
-            for batch in _batches(chunks):
-                self._update(batch, group, rate)
 
-    def _update(self, batch: list[tuple[Tensor, Tensor, Tensor]], group: dict[str, Any], rate: float) -> None:
-        if group["nesterov"]:
-            directions = [gradient.add(momentum, alpha=group["momentum"]) for _, momentum, gradient in batch]
-        else:
-            directions = [momentum for _, momentum, _ in batch]
-        update_Nmn = orthogonalise(
-            torch.cat(directions), group["coefficients"], group["steps"], group["iteration_dtype"]
+@dataclass(frozen=True)
+class _Rows:
+    """What this rank has of one parameter, as matrices; the matrices of a 3-D tensor lie one below the other."""
+
+    weight: Tensor
+    momentum: Tensor
+    gradient: Tensor | None
+
+    @classmethod
+    def of(cls, share: Share, momentum: Tensor) -> _Rows:
+        gradient = share.gradient
+        columns = momentum.shape[-1]
+        return cls(
+            share.weight.view(-1, columns),
+            momentum.view(-1, columns),
+            None if gradient is None else gradient.reshape(-1, columns),
         )
-        parts = update_Nmn.split([weight_Nmn.shape[0] for weight_Nmn, _, _ in batch])
-        for (weight_Nmn, _, _), part_Nmn in zip(batch, parts, strict=True):
-            weight_Nmn.add_(part_Nmn.to(weight_Nmn.dtype), alpha=-rate)
+
+    def direction(self, first: int, last: int, group: dict[str, Any], out: Tensor) -> Tensor:
+        """What is orthogonalised of rows [first, last), written to `out`, whose dtype and shape may differ."""
+        momentum = self.momentum[first:last].view(out.shape)
+        if not group["nesterov"]:
+            return out.copy_(momentum)
+        assert self.gradient is not None, "every rank has the gradients of the parameters that it shares"
+        return torch.add(self.gradient[first:last].view(out.shape), momentum, alpha=group["momentum"], out=out)
 
 
-def _chunks(*views: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Views [N, m, n] cut along N into pieces of at most MAX_BATCH_ELEMENTS."""
-    size = max(1, MAX_BATCH_ELEMENTS // (views[0].shape[-2] * views[0].shape[-1]))
-    return zip(*(view.split(size) for view in views), strict=True)
+class _Work:
+    """What this rank does for one group: batches of its own blocks, exchanges for those that are cut between ranks."""
+
+    def __init__(self, shares: list[Share], block_rows: list[tuple[int, ...]], stacks: list[tuple[int, ...]]) -> None:
+        runs: list[Run] = []
+        blocks: dict[Any, list[Block]] = defaultdict(list)  # by process group; None where a rank is alone
+        load: dict[Any, list[int]] = {}
+        ranks: dict[Any, int] = {}
+        for members in stacks:
+            share = shares[members[0]]
+            shape = share.parameter.shape
+            ranks[share.group] = share.rank
+            group_load = load.setdefault(share.group, [0] * share.ranks)
+            if len(shape) == 3:  # whole matrices lie on one rank, however the first dimension is cut
+                count = share.weight.shape[0]
+                runs.append(Run(members, 0, count, shape[1], shape[2]))
+                matrix = division.work(shape[1], shape[2] * len(members))
+                for rank, part in enumerate(share.part_sizes()):
+                    group_load[rank] += part * matrix
+                continue
+            if share.bounds is None:
+                raise ValueError(f"a matrix of shape {tuple(shape)} is cut over several mesh dimensions; use one")
+            start = 0
+            for height in block_rows[members[0]] or (shape[0],):
+                blocks[share.group].append(Block(members, start, height, shape[1], share.bounds))
+                start += height
+            assert start == shape[0], f"blocks cover {start} of {shape[0]} rows"
+        self.exchanges: list[Exchange] = []
+        for group, found in blocks.items():
+            owned = list(zip(found, division.owners(found, load[group]), strict=True))
+            runs += division.join([b for b, owner in owned if not b.is_cut and owner == ranks[group]], ranks[group])
+            cut = [(block, owner) for block, owner in owned if block.is_cut]
+            for part in division.portions([block for block, _ in cut], MAX_BATCH_ELEMENTS):
+                self.exchanges.append(Exchange([cut[number] for number in part], ranks[group], group))
+        self.batches = list(division.batches(runs, MAX_BATCH_ELEMENTS))
 
 
-def _batches(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Runs of chunks that stay within MAX_BATCH_ELEMENTS together."""
-    batch: list[tuple[Tensor, Tensor, Tensor]] = []
-    elements = 0
-    for chunk in chunks:
-        if batch and elements + chunk[0].numel() > MAX_BATCH_ELEMENTS:
-            yield batch
-            batch, elements = [], 0
-        batch.append(chunk)
-        elements += chunk[0].numel()
-    if batch:
-        yield batch
+def _accumulate(momenta: list[Tensor], gradients: list[Tensor], decay: float) -> None:
+    """momentum ← decay · momentum + gradient, computed in the gradient's dtype and rounded once."""
+    if momenta[0].dtype == gradients[0].dtype:
+        torch._foreach_mul_(momenta, decay)
+        torch._foreach_add_(momenta, gradients)
+        return
+    for momentum, gradient in zip(momenta, gradients, strict=True):
+        momentum.copy_(torch.add(gradient, momentum, alpha=decay))
+
+
+def _dtype(group: dict[str, Any], rows: list[_Rows]) -> torch.dtype:
+    return group["iteration_dtype"] or iteration_dtype(rows[0].weight.device)
+
+
+def _rate(group: dict[str, Any], x_Nmk: Tensor) -> float:
+    return group["lr"] * 0.2 * math.sqrt(max(x_Nmk.shape[-2:]))
+
+
+def _update_runs(group: dict[str, Any], rows: list[_Rows], runs: list[Run]) -> None:
+    """Update the blocks of `runs`, all of one shape, which lie here."""
+    counts = [run.count for run in runs]
+    x_Nmk = rows[0].weight.new_empty((sum(counts), *runs[0].shape), dtype=_dtype(group, rows))
+    for run, part_Nmk in zip(runs, x_Nmk.split(counts), strict=True):
+        for member, part_Nmn in zip(run.members, part_Nmk.split(run.columns, dim=2), strict=True):
+            rows[member].direction(run.start, run.end, group, out=part_Nmn)
+    x_Nmk = orthogonalise_(x_Nmk, group["coefficients"], group["steps"])
+    for run, part_Nmk in zip(runs, x_Nmk.split(counts), strict=True):
+        for member, part_Nmn in zip(run.members, part_Nmk.split(run.columns, dim=2), strict=True):
+            weight = rows[member].weight[run.start : run.end]
+            weight.view(part_Nmn.shape).add_(part_Nmn, alpha=-_rate(group, x_Nmk))
+
+
+def _update_exchanged(group: dict[str, Any], rows: list[_Rows], exchange: Exchange) -> None:
+    """Update blocks that are cut between ranks: their directions go to the owners, the updates come back."""
+    like = rows[0].weight.new_empty(0, dtype=_dtype(group, rows))
+    directions = []
+    for piece in exchange.held:
+        out = like.new_empty(piece.last - piece.first, piece.columns)
+        directions.append(rows[piece.parameter].direction(piece.first, piece.last, group, out))
+
+    def work(x_Nmk: Tensor) -> Tensor:
+        return orthogonalise_(x_Nmk, group["coefficients"], group["steps"]).mul_(_rate(group, x_Nmk))
+
+    updates = exchange.through_owners(directions, like, work)
+    for piece, update in zip(exchange.held, updates, strict=True):
+        rows[piece.parameter].weight[piece.first : piece.last].sub_(update)

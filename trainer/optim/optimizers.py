@@ -6,12 +6,19 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from trainer.modelspec import ModelSpec
+from trainer.optim.adamw import AdamW
 from trainer.optim.muon import Muon
 from trainer.optim.rules import Assignment, assign
+from trainer.optim.shares import Share, gather_weights, local
 from trainer.spec import OptimizerSpec
+
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Optimizers:
@@ -29,8 +36,10 @@ class Optimizers:
         names: dict[Tensor, str],
         table: list[Assignment],
         peak_learning_rate: float,
+        shares: list[Share],
     ) -> None:
         self.members = members
+        self._shares = shares
         self.peak_learning_rate = peak_learning_rate
         self.table = table
         self._names = names
@@ -56,8 +65,10 @@ class Optimizers:
         return self.peak_learning_rate * group["lr"] / group["peak_lr"]
 
     def step(self) -> None:
+        """Update all parameters; a collective of all ranks where they share the work."""
         for member in self.members.values():
             member.step()
+        gather_weights(self._shares)
 
     def zero_grad(self) -> None:
         for member in self.members.values():
@@ -69,7 +80,7 @@ class Optimizers:
             scaler.unscale_(member)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """{"<optimizer>.<parameter>.<quantity>": tensor}, for a checkpoint.
+        """{"<optimizer>.<parameter>.<quantity>": tensor or DTensor}, for a checkpoint.
 
         Complete from the start and sharing memory with the optimizers, so that torch.distributed.checkpoint can both
         save from it and load into it. Rates are not in it: the schedule is a function of the step.
@@ -100,73 +111,97 @@ class Optimizers:
             own[key].copy_(value)
 
 
-def build_optimizers(model: nn.Module, spec: OptimizerSpec, modelspec: ModelSpec) -> Optimizers:
+def build_optimizers(
+    model: nn.Module, spec: OptimizerSpec, modelspec: ModelSpec, *, share_over: DeviceMesh | None = None
+) -> Optimizers:
     """Optimizers for every trainable parameter of `model`, grouped by the rules of rules.py.
 
+    A DTensor that is cut along its first dimension (FSDP2, experts) is updated where its rows lie. Each matrix is
+    orthogonalised once in the group of ranks that share it, the work spread evenly.
+
+    Args:
+        share_over: mesh of one dimension of ranks that all hold the model and its summed gradients (data parallel).
+            Each then keeps the state of its part of the rows and updates only those, and `step` exchanges weights.
+
     Raises:
-        ValueError: a parameter that the rules do not name.
+        ValueError: a parameter that the rules do not name, or that is cut otherwise.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shares = {name: Share(parameter, share_over) for name, parameter in parameters.items()}
     table = assign([(name, tuple(p.shape)) for name, p in parameters.items()], spec, modelspec)
     groups: dict[tuple[str, float, bool], list[Assignment]] = defaultdict(list)
     for entry in table:
         groups[entry.optimizer, entry.rate_factor, entry.decay].append(entry)
 
-    muon_groups, adamw_groups = [], []
+    of_muon, of_adamw = [], []
     for (optimizer, rate_factor, decay), entries in groups.items():
         options = spec.muon if optimizer == "muon" else spec.adamw
         group = {
             "params": [parameters[entry.name] for entry in entries],
+            "shares": [shares[entry.name] for entry in entries],
             "lr": options.learning_rate * rate_factor,
             "weight_decay": options.weight_decay if decay else 0.0,
         }
         if optimizer == "muon":
-            muon_groups.append({**group, "block_rows": [entry.block_rows for entry in entries]})
+            index = {entry.name: number for number, entry in enumerate(entries)}
+            stacks = [tuple(index[name] for name in e.stack) for e in entries if e.stack[0] == e.name]
+            of_muon.append({**group, "block_rows": [e.block_rows for e in entries], "stacks": stacks})
         else:
-            adamw_groups.append(group)
+            of_adamw.append(group)
 
     members: dict[str, torch.optim.Optimizer] = {}
-    if muon_groups:
-        muon = spec.muon
+    state_dtype = STATE_DTYPES[spec.state_dtype]
+    if of_muon:
         members["muon"] = Muon(
-            muon_groups,
-            muon.learning_rate,
-            muon.momentum,
-            muon.nesterov,
-            coefficients=muon.coefficients,
-            steps=muon.steps,
+            of_muon,
+            spec.muon.learning_rate,
+            spec.muon.momentum,
+            spec.muon.nesterov,
+            coefficients=spec.muon.coefficients,
+            steps=spec.muon.steps,
+            state_dtype=state_dtype,
         )
-    if adamw_groups:
-        members["adamw"] = _adamw(adamw_groups, spec)
+    if of_adamw:
+        adamw = spec.adamw
+        betas = (adamw.beta1, adamw.beta2)
+        members["adamw"] = AdamW(of_adamw, adamw.learning_rate, betas, adamw.eps, state_dtype=state_dtype)
     peak = spec.muon.learning_rate if spec.name == "muon" else spec.adamw.learning_rate
-    return Optimizers(members, {p: name for name, p in parameters.items()}, table, peak)
+    return Optimizers(members, {p: name for name, p in parameters.items()}, table, peak, list(shares.values()))
 
 
-def _adamw(groups: list[dict], spec: OptimizerSpec) -> torch.optim.AdamW:
-    fused = all(p.is_cuda for group in groups for p in group["params"])
-    betas = (spec.adamw.beta1, spec.adamw.beta2)
-    adamw = torch.optim.AdamW(groups, lr=spec.adamw.learning_rate, betas=betas, eps=spec.adamw.eps, fused=fused)
-    for group in adamw.param_groups:
-        for parameter in group["params"]:
-            # torch fills this in at the first step; a checkpoint is loaded before it.
-            adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu"),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-    return adamw
-
-
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> tuple[float, bool]:
     """Scale the gradients so that their global 2-norm is at most `max_norm` (None: only measure).
+
+    Gradients that are DTensors count as the whole tensors; then it is a collective of the ranks that share them.
 
     Returns:
         (norm before clipping, whether it was clipped). With a norm that is not finite nothing is scaled; skip the step.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    value = float(norm)
-    if max_norm is None or not value > max_norm or value == float("inf"):
-        return value, False
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return value, True
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = _total_norm(gradients)
+    if max_norm is None or not norm > max_norm or norm == float("inf"):
+        return norm, False
+    torch._foreach_mul_([local(gradient) for gradient in gradients], max_norm / (norm + 1e-6))
+    return norm, True
+
+
+def _total_norm(gradients: list[Tensor]) -> float:
+    """The 2-norm of all gradients together; the parts of those that are cut are summed over the ranks that have them.
+
+    All ranks get the same bits, so that they decide alike.
+    """
+    by_layout: dict[tuple, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        layout = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else ()
+        by_layout[layout].append(local(gradient))
+    total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    for layout, parts in by_layout.items():
+        square = torch.nn.utils.get_total_norm(parts).double().square()
+        if layout:
+            mesh, placements = layout
+            for dim, placement in enumerate(placements):
+                if not placement.is_replicate():
+                    dist.all_reduce(square, group=mesh.get_group(dim))
+        total += square
+    return float(total.sqrt())

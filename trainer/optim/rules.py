@@ -2,16 +2,19 @@
 
 One table, matched by name, because a shape cannot tell: an embedding and a projection are both 2-D. Muon treats a
 matrix as one linear map, so matrices that are stored together for speed (attention heads, z|x|B|C, experts) are cut
-into the maps they are. A parameter that no rule names is an error: a silent default would train a new layer wrongly.
+into the maps they are. Under TEON the same block of successive attention layers is orthogonalised jointly; the table
+says with whom. A parameter that no rule names is an error: a silent default would train a new layer wrongly.
 
 Imports no torch: the table can be printed and tested without it.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from trainer.modelspec import ModelSpec
@@ -19,6 +22,8 @@ from trainer.spec import OptimizerSpec
 
 OptimizerName = Literal["muon", "adamw"]
 Rows = tuple[int, ...]
+
+STATE_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def _query_heads(spec: ModelSpec) -> Rows:
@@ -42,16 +47,19 @@ class Rule:
     """One line of the table: parameters whose full name matches `pattern`.
 
     `blocks` gives the row counts of the blocks of a 2-D weight (None: one block; a 3-D weight is always one block for
-    each index of its first dimension). `engram_rate` multiplies the rate by `adamw.engram_rate_factor`.
+    each index of its first dimension). `teon`: layers may be stacked. `engram_rate` multiplies the rate by
+    `adamw.engram_rate_factor`.
     """
 
     pattern: str
     optimizer: OptimizerName
     blocks: Callable[[ModelSpec], Rows] | None = None
     decay: bool = True
+    teon: bool = False
     engram_rate: bool = False
 
 
+_TRUNK = r"layers\.\d+\.\d+"
 _SUBLAYER = r"(layers\.\d+|mtp\.\d+\.layer)\.\d+\."
 _MIXER = _SUBLAYER + r"mixer\."
 
@@ -66,8 +74,8 @@ RULES: tuple[Rule, ...] = (
     Rule(_MIXER + r"(dt_proj|out_proj)\.weight", "muon"),
     Rule(_MIXER + r"(A_log|D|dt_bias|conv\.bias|norm\.weight)", "adamw", decay=False),
     # attention
-    Rule(_MIXER + r"q_proj\.weight", "muon", blocks=_query_heads),
-    Rule(_MIXER + r"(k_proj|v_proj)\.weight", "muon", blocks=_key_value_heads),
+    Rule(_MIXER + r"q_proj\.weight", "muon", blocks=_query_heads, teon=True),
+    Rule(_MIXER + r"(k_proj|v_proj)\.weight", "muon", blocks=_key_value_heads, teon=True),
     Rule(_MIXER + r"o_proj\.weight", "muon"),
     # experts and MLP
     Rule(_MIXER + r"(router|shared_up|shared_down|up|down)\.weight", "muon"),
@@ -83,14 +91,26 @@ RULES: tuple[Rule, ...] = (
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one parameter gets. `block_rows` are the rows of its blocks (empty: not cut, or 3-D)."""
+    """What one parameter gets.
+
+    Attributes:
+        block_rows: rows of its blocks (empty: not cut, or 3-D).
+        stack: names of the parameters whose blocks are orthogonalised side by side, its own among them, in the order
+            of the layers; its own alone without TEON; empty for AdamW.
+    """
 
     name: str
     shape: tuple[int, ...]
     optimizer: OptimizerName
     block_rows: Rows
+    stack: tuple[str, ...]
     rate_factor: float
     decay: bool
+
+    @property
+    def state_elements(self) -> int:
+        """Numbers kept between steps: Muon has one momentum for each weight, AdamW two moments."""
+        return math.prod(self.shape) * (1 if self.optimizer == "muon" else 2)
 
 
 def assign(
@@ -101,33 +121,60 @@ def assign(
     Raises:
         ValueError: a parameter that no rule or more than one rule names, or blocks that do not fill its rows.
     """
-    return [_assign_one(name, tuple(shape), spec, model) for name, shape in parameters]
+    table, kinds = [], defaultdict(list)
+    for name, shape in parameters:
+        rule = _rule(name)
+        table.append(_assign_one(rule, name, tuple(shape), spec, model))
+        if rule.teon and table[-1].optimizer == "muon":
+            # Modules that predict further ahead follow no layer of their kind: only trunk layers have one kind.
+            kinds[re.sub(_TRUNK, "", name)].append(name)
+    stacks: dict[str, tuple[str, ...]] = {}
+    for names in kinds.values():
+        names.sort(key=_layer_number)
+        for first in range(0, len(names) - spec.muon.teon_layers + 1, spec.muon.teon_layers):
+            stack = tuple(names[first : first + spec.muon.teon_layers])
+            stacks |= dict.fromkeys(stack, stack)
+    return [replace(entry, stack=stacks.get(entry.name, entry.stack)) for entry in table]
 
 
-def _assign_one(name: str, shape: tuple[int, ...], spec: OptimizerSpec, model: ModelSpec) -> Assignment:
+def _layer_number(name: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", name)))
+
+
+def _rule(name: str) -> Rule:
     matches = [rule for rule in RULES if re.fullmatch(rule.pattern, name)]
     if len(matches) != 1:
         problem = "no rule names" if not matches else f"{len(matches)} rules name"
         raise ValueError(f"{problem} the parameter {name}; give it exactly one line in RULES of trainer/optim/rules.py")
-    rule = matches[0]
+    return matches[0]
+
+
+def _assign_one(rule: Rule, name: str, shape: tuple[int, ...], spec: OptimizerSpec, model: ModelSpec) -> Assignment:
     rate = spec.adamw.engram_rate_factor if rule.engram_rate else 1.0
     if rule.optimizer == "adamw" or spec.name == "adamw":
-        return Assignment(name, shape, "adamw", (), rate, rule.decay)
+        return Assignment(name, shape, "adamw", (), (), rate, rule.decay)
     if len(shape) not in (2, 3):
         raise ValueError(f"{name} has shape {shape}; Muon takes matrices [m, n] or stacks of them [N, m, n]")
     rows = rule.blocks(model) if rule.blocks else ()
     if rows and (len(shape) != 2 or sum(rows) != shape[0]):
         raise ValueError(f"{name} has shape {shape}, but its blocks have {'+'.join(map(str, rows))} rows")
-    return Assignment(name, shape, "muon", rows, rate, rule.decay)
+    return Assignment(name, shape, "muon", rows, (name,), rate, rule.decay)
+
+
+def state_bytes(table: Iterable[Assignment], spec: OptimizerSpec) -> int:
+    """Size of all momentum and moments, over all ranks together when they are shared."""
+    return STATE_BYTES[spec.state_dtype] * sum(entry.state_elements for entry in table)
 
 
 def render(assignments: Iterable[Assignment]) -> str:
     """The applied table as aligned text, one line for each parameter."""
-    lines = [("parameter", "shape", "optimizer", "blocks", "rate", "decay")]
+    lines = [("parameter", "shape", "optimizer", "blocks", "rate", "decay", "stacked with")]
     for a in assignments:
         count = a.shape[0] if len(a.shape) == 3 else max(1, len(a.block_rows))
         blocks = str(count) if a.optimizer == "muon" else "-"
         shape = "×".join(map(str, a.shape)) or "scalar"
-        lines.append((a.name, shape, a.optimizer, blocks, f"×{a.rate_factor:g}", "yes" if a.decay else "no"))
+        others = " ".join(name for name in a.stack if name != a.name) or "-"
+        decay = "yes" if a.decay else "no"
+        lines.append((a.name, shape, a.optimizer, blocks, f"×{a.rate_factor:g}", decay, others))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,117 @@
+"""What each process of test_optim_distributed.py does: train the same parameters alone and with the other ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from named import EXPECTED, MODEL, Named
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from trainer.optim import Optimizers, build_optimizers, clip_gradients, muon
+from trainer.spec import OptimizerSpec
+
+STEPS = 3
+# Layers 1 and 3 are attention: TEON joins them. Some first dimensions (3, 44, 2) divide by no number of ranks.
+SHAPES = {name: expected[0] for name, expected in EXPECTED.items()}
+SHAPES |= {name.replace("layers.1.0", "layers.3.0"): shape for name, shape in SHAPES.items() if "layers.1.0" in name}
+
+
+def spec(**changes) -> OptimizerSpec:
+    return OptimizerSpec.model_validate({"muon": {"learning_rate": 0.02}, "adamw": {"learning_rate": 0.01}, **changes})
+
+
+def gradients(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(network: Named, optimizers: Optimizers) -> list[float]:
+    """Norms of the clipped steps."""
+    norms = []
+    for step in range(STEPS):
+        for name, gradient in gradients(step).items():
+            parameter = network.get_parameter(name)
+            if isinstance(parameter, DTensor):
+                gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+            parameter.grad = gradient
+        norms.append(clip_gradients(optimizers.parameters, 1.0)[0])
+        optimizers.step()
+    return norms
+
+
+class Counter:
+    """Stands in for the orthogonalisation and counts matrices by shape."""
+
+    def __init__(self) -> None:
+        self.original: Callable = muon.orthogonalise_
+        self.matrices = 0
+
+    def __call__(self, x_Nmn: torch.Tensor, *arguments) -> torch.Tensor:
+        self.matrices += x_Nmn.shape[0]
+        return self.original(x_Nmn, *arguments)
+
+
+def case(layout: str, options: dict, mesh: DeviceMesh, directory: Path) -> None:
+    alone = Named(SHAPES)
+    reference = build_optimizers(alone, spec(**options), MODEL)
+    counter = muon.orthogonalise_ = Counter()
+    expected_norms = train(alone, reference)
+    expected_matrices, counter.matrices = counter.matrices, 0
+
+    together = Named(SHAPES)
+    if layout == "fsdp":
+        fully_shard(together, mesh=mesh)
+    optimizers = build_optimizers(together, spec(**options), MODEL, share_over=mesh if layout == "shared" else None)
+    norms = train(together, optimizers)
+    muon.orthogonalise_ = counter.original
+
+    matrices = torch.tensor(counter.matrices)
+    dist.all_reduce(matrices)
+    assert int(matrices) == expected_matrices, (int(matrices), expected_matrices)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0)
+    tolerance = 1e-6 if options.get("state_dtype") != "bf16" else 1e-5
+    for name, parameter in alone.named_parameters():
+        torch.testing.assert_close(full(together.get_parameter(name)), parameter, rtol=0, atol=tolerance, msg=name)
+
+    own = torch.tensor(sum(t.to_local().numel() for t in optimizers.state_dict().values() if isinstance(t, DTensor)))
+    dist.all_reduce(own)
+    everything = sum(tensor.numel() for tensor in reference.state_dict().values() if tensor.dim())
+    assert int(own) == everything, "momentum and moments exist once"
+
+    # Saved by all ranks, loaded by one that is alone, and by all of them into another layout.
+    path = directory / f"{layout}-{'-'.join(map(str, options)) or 'plain'}-{dist.get_world_size()}"
+    dcp.save(optimizers.state_dict(), checkpoint_id=path)
+    for other in (build_optimizers(Named(SHAPES), spec(**options), MODEL, share_over=over) for over in (None, mesh)):
+        state = other.state_dict()
+        dcp.load(state, checkpoint_id=path)
+        for key, value in reference.state_dict().items():
+            torch.testing.assert_close(full(state[key]), value, rtol=1e-2 if tolerance > 1e-6 else 0, atol=tolerance)
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("data",))
+    teon = {"muon": {"learning_rate": 0.02, "teon_layers": 2}}
+    for layout in ("shared", "fsdp"):
+        for options in ({}, teon, {"state_dtype": "bf16"}):
+            case(layout, options, mesh, Path(sys.argv[1]))
+    dist.barrier()
+    dist.destroy_process_group()
+    print(f"rank {os.environ['RANK']} done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Blocks that are cut between ranks, brought together on their owner and back: one all-to-all each way.
+
+Shape suffixes: N matrices, m rows, k columns (of a whole stack).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.optim.division import Block
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of one member of one block, which rank `holder` has and rank `owner` orthogonalises.
+
+    Attributes:
+        block: number of the block; parameter: index of the member.
+        first, last: rows [first, last) in what the holder has; top, left: where they belong in the stacked matrix.
+    """
+
+    block: int
+    parameter: int
+    first: int
+    last: int
+    columns: int
+    top: int
+    left: int
+    holder: int
+    owner: int
+
+    @property
+    def elements(self) -> int:
+        return (self.last - self.first) * self.columns
+
+    def of(self, x_mk: Tensor) -> Tensor:
+        """Its part of the stacked matrix."""
+        return x_mk[self.top : self.top + self.last - self.first, self.left : self.left + self.columns]
+
+
+def _pieces(number: int, block: Block, owner: int) -> list[Piece]:
+    return [
+        Piece(
+            block=number,
+            parameter=parameter,
+            first=first - block.bounds[holder],
+            last=last - block.bounds[holder],
+            columns=block.columns,
+            top=first - block.start,
+            left=place * block.columns,
+            holder=holder,
+            owner=owner,
+        )
+        for place, parameter in enumerate(block.members)
+        for holder, first, last in block.parts()
+    ]
+
+
+class Exchange:
+    """The traffic of some blocks in one process group; every rank makes it from equal arguments but its own rank.
+
+    Attributes:
+        held: the pieces that lie on this rank.
+    """
+
+    def __init__(self, blocks: list[tuple[Block, int]], rank: int, group: dist.ProcessGroup) -> None:
+        self._group, self._ranks = group, dist.get_world_size(group)
+        self._shapes = {number: block.shape for number, (block, owner) in enumerate(blocks) if owner == rank}
+        pieces = [piece for number, (block, owner) in enumerate(blocks) for piece in _pieces(number, block, owner)]
+        # Sorting is stable, so two ranks list what passes between them in one order.
+        self.held = sorted((piece for piece in pieces if piece.holder == rank), key=lambda piece: piece.owner)
+        self._owned = sorted((piece for piece in pieces if piece.owner == rank), key=lambda piece: piece.holder)
+
+    def through_owners(self, rows: list[Tensor], like: Tensor, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Send rows of `held`; apply `work`, on their owners, to the matrices [N, m, k] they form; return its rows.
+
+        All tensors have the dtype and the device of `like`. A collective of the group.
+        """
+        received = self._move(rows, self._owned, like, to_owners=True)
+        numbers: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for number, shape in self._shapes.items():
+            numbers[shape].append(number)
+        matrices: dict[int, Tensor] = {}
+        stacked = {shape: like.new_empty(len(same), *shape) for shape, same in numbers.items()}
+        for shape, same in numbers.items():
+            matrices |= dict(zip(same, stacked[shape], strict=True))
+        for piece, row in zip(self._owned, received, strict=True):
+            piece.of(matrices[piece.block]).copy_(row)
+        for shape, same in numbers.items():
+            matrices |= dict(zip(same, work(stacked[shape]), strict=True))
+        return self._move([p.of(matrices[p.block]) for p in self._owned], self.held, like, to_owners=False)
+
+    def _move(self, rows: list[Tensor], incoming: list[Piece], like: Tensor, *, to_owners: bool) -> list[Tensor]:
+        outgoing = self.held if to_owners else self._owned
+        sent, received = [0] * self._ranks, [0] * self._ranks
+        for piece in outgoing:
+            sent[piece.owner if to_owners else piece.holder] += piece.elements
+        for piece in incoming:
+            received[piece.holder if to_owners else piece.owner] += piece.elements
+        out, buffer = like.new_empty(sum(sent)), like.new_empty(sum(received))
+        if rows:
+            torch.cat([row.reshape(-1) for row in rows], out=out)
+        dist.all_to_all_single(buffer, out, received, sent, group=self._group)
+        parts = buffer.split([piece.elements for piece in incoming])
+        return [part.view(-1, piece.columns) for part, piece in zip(parts, incoming, strict=True)]
