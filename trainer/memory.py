@@ -1,6 +1,6 @@
 """Bytes that training keeps on each rank, by arithmetic; activations come on top. Imports no torch.
 
-Weights, gradients and optimizer state are FP32, whatever precision the matrix products have.
+Weights and gradients are FP32, whatever precision the matrix products have; optimizer state is what its spec says.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from trainer.flops import Parameter, parameters
 from trainer.modelspec import ModelSpec
-from trainer.optim.rules import assign
+from trainer.optim.rules import STATE_BYTES, assign
 from trainer.parallel.layout import Layout, is_expert_weight, resolve
 from trainer.spec import OptimizerSpec, ParallelSpec
 
@@ -36,16 +36,17 @@ def training_memory(spec: ModelSpec, optimizer: OptimizerSpec | None = None, lay
     """What a rank holds between two steps, and what it gathers in them; without a layout, one rank holds everything."""
     layout = layout or Layout()
     everything = parameters(spec)
-    assigned = assign([(p.name, p.shape) for p in everything], optimizer or OptimizerSpec(), spec)
+    optimizer = optimizer or OptimizerSpec()
+    assigned = assign([(p.name, p.shape) for p in everything], optimizer, spec)
     weights = state = whole_state = 0
     for parameter, assignment in zip(everything, assigned, strict=True):
-        held = FP32_BYTES * layout.held(parameter.name, parameter.shape)
-        moments = 1 if assignment.optimizer == "muon" else 2  # Muon keeps one momentum, AdamW two moments
-        weights += held
-        # A sharded optimizer gives whole tensors away; experts that are cut already stay where they are.
+        held = layout.held(parameter.name, parameter.shape)
+        held_state = STATE_BYTES[optimizer.state_dtype] * assignment.moments * held
+        weights += FP32_BYTES * held
+        # A sharded optimizer divides the rows of whole tensors; experts that are cut already stay where they are.
         divided = layout.shard_optimizer and not (layout.expert > 1 and is_expert_weight(parameter.name))
-        state += 0 if divided else moments * held
-        whole_state += moments * held if divided else 0
+        state += 0 if divided else held_state
+        whole_state += held_state if divided else 0
     state += -(-whole_state // layout.world)
     return Memory(weights, weights, state, _gathered(everything, layout))
 

@@ -10,7 +10,6 @@ Imports no torch: the table can be printed and tested without it.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -108,9 +107,9 @@ class Assignment:
     decay: bool
 
     @property
-    def state_elements(self) -> int:
-        """Numbers kept between steps: Muon has one momentum for each weight, AdamW two moments."""
-        return math.prod(self.shape) * (1 if self.optimizer == "muon" else 2)
+    def moments(self) -> int:
+        """Numbers kept for each weight between steps: Muon has a momentum, AdamW two moments."""
+        return 1 if self.optimizer == "muon" else 2
 
 
 def assign(
@@ -159,11 +158,6 @@ def _assign_one(rule: Rule, name: str, shape: tuple[int, ...], spec: OptimizerSp
     if rows and (len(shape) != 2 or sum(rows) != shape[0]):
         raise ValueError(f"{name} has shape {shape}, but its blocks have {'+'.join(map(str, rows))} rows")
     return Assignment(name, shape, "muon", rows, (name,), rate, rule.decay)
-
-
-def state_bytes(table: Iterable[Assignment], spec: OptimizerSpec) -> int:
-    """Size of all momentum and moments, over all ranks together when they are shared."""
-    return STATE_BYTES[spec.state_dtype] * sum(entry.state_elements for entry in table)
 
 
 def render(assignments: Iterable[Assignment]) -> str:
