@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_exponential
 
 from components.download.readers import split_suffix
+from components.download.retry import retried, status_of
 from components.download.writer import Input
 from manifests.dataspec import FilesSource
 from trainer.data.manifest import DataError, checksum
@@ -23,6 +25,7 @@ from trainer.data.manifest import DataError, checksum
 SAMPLE = "sample://"
 ATTEMPTS = 5
 RETRY_SECONDS = 1.0
+RANGE_BYTES = 16 * 2**20
 T = TypeVar("T")
 
 
@@ -46,7 +49,7 @@ def list_inputs(source: FilesSource, known: list[Input]) -> list[Input]:
 
 def revision(inputs: list[Input]) -> str:
     """A digest of the contents of local files, wherever they lie, and of the addresses and sizes of remote ones."""
-    text = "\n".join(one.checksum or f"{one.name} {one.bytes}" for one in inputs)
+    text = "\n".join(one.checksum or f"{one.name} {one.bytes} {one.stamp or ''}".rstrip() for one in inputs)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -55,27 +58,27 @@ def is_local(one: Input) -> bool:
 
 
 def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
-    """A copy of a remote file in `folder`; `advance` is told the bytes that come.
+    """A copy of a remote file in `folder`; what an earlier call left there is continued where the server gives ranges.
+
+    `advance` is told the bytes that come.
 
     Raises:
-        DataError: the address cannot be read, also after retries.
+        DataError: the address cannot be read, also after retries, or holds another version than was listed.
         OSError: the copy cannot be written.
     """
-    system, path = fsspec.core.url_to_fs(one.location)
     folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / hashlib.sha256(one.location.encode()).hexdigest()[:16]
-
-    class Report(Callback):
-        def relative_update(self, inc: int = 1) -> None:
-            advance(inc)
-
-    def get() -> None:
-        system.get_file(path, str(copy), callback=Report())
-        if one.bytes and copy.stat().st_size != one.bytes:
-            raise OSError(f"{copy.stat().st_size} of {one.bytes} bytes came")
-
+    copy = folder / hashlib.sha256(f"{one.location} {one.stamp}".encode()).hexdigest()[:16]
     try:
-        _retried(get)
+        system, path = fsspec.core.url_to_fs(one.location)
+        info = _retried(lambda: system.info(path))
+        if (info["size"] or 0, _stamp(info)) != (one.bytes, one.stamp):
+            raise DataError(f"{one.name}: changed since this download began; what is read must not change, copy it")
+        if one.bytes and info.get("partial", not path.startswith("http")):
+            _get_ranges(system, path, copy, one.bytes, advance)
+        else:
+            _retried(lambda: _get_whole(system, path, copy, one.bytes, advance))
+    except DataError:
+        raise
     except Exception as error:  # each protocol of fsspec has errors of its own
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
@@ -85,12 +88,50 @@ def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
     return copy
 
 
+def _get_ranges(system: AbstractFileSystem, path: str, copy: Path, size: int, advance: Callable[[int], None]) -> None:
+    with open(copy, "ab") as file:
+        advance(file.tell())
+        while (start := file.tell()) < size:
+            stop = min(start + RANGE_BYTES, size)
+
+            def get(start: int = start, stop: int = stop) -> bytes:
+                data = system.cat_file(path, start=start, end=stop)
+                if len(data) != stop - start:
+                    raise OSError(f"{len(data)} of {stop - start} bytes came")
+                return data
+
+            file.write(_retried(get))
+            file.flush()
+            advance(stop - start)
+        os.fsync(file.fileno())
+
+
+def _get_whole(system: AbstractFileSystem, path: str, copy: Path, size: int, advance: Callable[[int], None]) -> None:
+    class Report(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            advance(inc)
+
+    system.get_file(path, str(copy), callback=Report())
+    if size and copy.stat().st_size != size:
+        raise OSError(f"{copy.stat().st_size} of {size} bytes came")
+
+
+def _stamp(info: dict[str, Any]) -> str | None:
+    """What the server calls this version of the file, as far as it says."""
+    found = info.get("ETag") or info.get("etag") or info.get("md5Hash")
+    return str(found).strip('"') if found else None
+
+
 def _retried(call: Callable[[], T]) -> T:
-    wait = wait_exponential(multiplier=RETRY_SECONDS, max=30)
-    final = retry_if_not_exception_type(
-        (FileNotFoundError, PermissionError, NotImplementedError, ValueError, ImportError)
-    )
-    return Retrying(stop=stop_after_attempt(ATTEMPTS), wait=wait, retry=final, reraise=True)(call)
+    return retried(call, _is_transient, ATTEMPTS, RETRY_SECONDS, 30.0)
+
+
+def _is_transient(error: BaseException) -> bool:
+    final = FileNotFoundError | PermissionError | NotImplementedError | ValueError | ImportError
+    if isinstance(error, final) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        return False
+    status = status_of(error)
+    return isinstance(error, Exception) and (status is None or status in (408, 429) or status >= 500)
 
 
 def _matches(pattern: str) -> list[Input]:
@@ -121,7 +162,8 @@ def _matches(pattern: str) -> list[Input]:
         location = one if local else system.unstrip_protocol(one)
         # A single path is called what the person called it, so that moving the working directory changes nothing.
         name = pattern if len(paths) == 1 and one == path else location
-        found.append(Input(name=name, location=location, bytes=info["size"] or 0))
+        stamp = None if local else _stamp(info)
+        found.append(Input(name=name, location=location, bytes=info["size"] or 0, stamp=stamp))
     return found
 
 

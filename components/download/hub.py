@@ -1,15 +1,20 @@
 """Sources on the Hugging Face Hub: resolve a dataset to a commit and its files, fetch them with resume, prove them.
 
 Which files a config and split consist of is what the `datasets` library says, so that it is what the dataset's page
-shows. The bytes come over plain HTTP into a partial file that a later run continues; what is complete is compared with
-the checksum that the Hub keeps. The access token is taken from the environment variable HF_TOKEN only.
+shows. They are read in an order drawn by their names' hashes: repositories are sorted by topic or date, and most runs
+read only a part of them. The bytes come over plain HTTP into a partial file that a later run continues; what is
+complete is compared with the checksum that the Hub keeps. The access token is taken from the environment variable
+HF_TOKEN only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -22,15 +27,17 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from components.download.readers import split_suffix
+from components.download.retry import retried, status_of
 from components.download.writer import Input
 from manifests.dataspec import HubSource
 from trainer.data.manifest import DataError
 
 ATTEMPTS = 6
+PATHS_ASKED = 500  # paths in one question to the Hub
 RETRY_SECONDS, MAX_WAIT_SECONDS = 2.0, 60.0
 TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 # The base of the HTTP client's errors, which differs between versions of huggingface_hub.
@@ -47,24 +54,45 @@ def resolve(source: HubSource) -> tuple[str, list[Input]]:
     disable_progress_bars()
     api, name = HfApi(token=_token()), source.dataset
     try:
-        commit = _retried(lambda: api.dataset_info(name, revision=source.revision).sha)
-        assert commit is not None
-        paths = [path.rpartition(f"@{commit}/")[2] for path in _split_files(source, commit)]
-        infos = _retried(lambda: api.get_paths_info(name, paths, revision=commit, repo_type="dataset"))
+        commit = current_commit(source)
+        if source.files:
+            infos = _chosen_files(api, source, commit)
+        else:
+            paths = [path.rpartition(f"@{commit}/")[2] for path in _split_files(source, commit)]
+            infos = [
+                info
+                for some in _groups(paths, PATHS_ASKED)
+                for info in _retried(partial(api.get_paths_info, name, some, revision=commit, repo_type="dataset"))
+            ]
+    except HTTP_ERRORS as error:
+        raise _refused(name, error) from None
+    inputs = []
+    for info in sorted(infos, key=lambda info: hashlib.sha256(info.path.encode()).digest()):
+        split_suffix(info.path)
+        proof = f"sha256:{info.lfs.sha256}" if info.lfs else f"git:{info.blob_id}"
+        inputs.append(Input(name=f"{name}/{info.path}", location=info.path, bytes=info.size, checksum=proof))
+    return commit, inputs
+
+
+def current_commit(source: HubSource) -> str:
+    """The commit that the source's revision is at now.
+
+    Raises:
+        DataError: as `resolve`; a revision that is gone is one that does not exist.
+    """
+    name = source.dataset
+    try:
+        commit = _retried(lambda: HfApi(token=_token()).dataset_info(name, revision=source.revision).sha)
     except HFValidationError:
         raise DataError(f"{name}: no dataset name; it is written owner/name") from None
     except RevisionNotFoundError:
         raise DataError(f"{name}: has no revision '{source.revision}'; give a branch, tag or commit of it") from None
     except HTTP_ERRORS as error:
         raise _refused(name, error) from None
-    by_path: dict[str, Any] = {info.path: info for info in infos}
-    inputs = []
-    for path in paths:
-        info = by_path[path]
-        split_suffix(path)
-        proof = f"sha256:{info.lfs.sha256}" if info.lfs else f"git:{info.blob_id}"
-        inputs.append(Input(name=f"{name}/{path}", location=path, bytes=info.size, checksum=proof))
-    return commit, inputs
+    assert commit is not None
+    if re.fullmatch(r"[0-9a-f]{40}", source.revision) and commit != source.revision:
+        raise DataError(f"{name}: revision {source.revision} moved to {commit}; pin that one, or another that exists")
+    return commit
 
 
 def fetch(dataset: str, commit: str, one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
@@ -85,6 +113,11 @@ def fetch(dataset: str, commit: str, one: Input, folder: Path, advance: Callable
         except HTTP_ERRORS as error:
             if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
                 raise
+            if status_of(error) == 404:
+                raise DataError(
+                    f"{one.name}: not on the Hub any more at commit {commit}, which this download began with; set "
+                    "origin.revision to one that exists, what is done stays"
+                ) from None
             raise _refused(one.name, error) from None
         if target.stat().st_size == one.bytes and _proof(target, one.checksum or "") == one.checksum:
             return target
@@ -126,6 +159,29 @@ def _proof(path: Path, like: str) -> str:
     return f"{like.partition(':')[0]}:{state.hexdigest()}"
 
 
+def _groups(items: list[str], size: int) -> list[list[str]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _chosen_files(api: HfApi, source: HubSource, commit: str) -> list[RepoFile]:
+    """The files of the repository that the globs of the source choose."""
+    wanted = [glob for glob in source.files if not glob.startswith("!")]
+    unwanted = [glob[1:] for glob in source.files if glob.startswith("!")]
+    every = _retried(
+        lambda: list(api.list_repo_tree(source.dataset, recursive=True, revision=commit, repo_type="dataset"))
+    )
+    chosen = [
+        one
+        for one in every
+        if isinstance(one, RepoFile)
+        and any(fnmatchcase(one.path, glob) for glob in wanted)
+        and not any(fnmatchcase(one.path, glob) for glob in unwanted)
+    ]
+    if not chosen:
+        raise DataError(f"{source.dataset}: no file matches {', '.join(source.files)}; check origin.files")
+    return chosen
+
+
 def _split_files(source: HubSource, commit: str) -> list[str]:
     import datasets  # slow to import, and only sources on the Hub need it
 
@@ -152,9 +208,7 @@ def _split_files(source: HubSource, commit: str) -> list[str]:
 
 
 def _retried(call: Callable[[], T]) -> T:
-    wait = wait_random_exponential(multiplier=RETRY_SECONDS, max=MAX_WAIT_SECONDS)
-    again = retry_if_exception(_is_transient)
-    return Retrying(stop=stop_after_attempt(ATTEMPTS), wait=wait, retry=again, reraise=True)(call)
+    return retried(call, _is_transient, ATTEMPTS, RETRY_SECONDS, MAX_WAIT_SECONDS)
 
 
 def _is_transient(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Texts out of one file: JSON lines, Parquet or plain text, told apart by suffix, also compressed with gzip or zstd."""
+"""Rows out of one file: JSON lines, Parquet or plain text, told apart by suffix, also compressed with gzip or zstd."""
 
 from __future__ import annotations
 
@@ -34,26 +34,24 @@ def split_suffix(name: str) -> tuple[str, str]:
     return form, compression
 
 
-def texts(path: Path, name: str, column: str, advance: Callable[[int], None]) -> Iterator[str]:
-    """The non-empty texts of a file, in order; `name` is what messages call it, `advance` is told the bytes read.
+def rows(path: Path, name: str, columns: list[str], advance: Callable[[int], None]) -> Iterator[tuple[str, list[Any]]]:
+    """(where it stands, values of `columns`) of each row of a file, in order.
+
+    A plain text file is one row with the column "text". `name` is what messages call the file, `advance` is told the
+    bytes read.
 
     Raises:
-        DataError: the file is damaged, lacks the column, or holds something else than text in it.
+        DataError: the file is damaged or lacks a column.
         OSError: the file cannot be read.
     """
     form, compression = split_suffix(name)
     try:
         if form == ".parquet":
-            values = _parquet(path, name, column, advance)
+            yield from _parquet(path, name, columns, advance)
         elif form == ".txt":
-            values = _plain(path, name, compression, advance)
+            yield from _plain(path, name, columns, compression, advance)
         else:
-            values = _json_lines(path, name, column, compression, advance)
-        for where, value in values:
-            if value is not None and not isinstance(value, str):
-                raise DataError(f"{where}: column '{column}' holds a {type(value).__name__}; give a column of strings")
-            if value and not value.isspace():
-                yield _unicode(value)
+            yield from _json_lines(path, name, columns, compression, advance)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{name}: damaged or cut-off gzip ({error}); fetch or compress the file again") from None
     except (pa.ArrowException, OSError) as error:
@@ -78,16 +76,19 @@ def _blocks(path: Path, compression: str, advance: Callable[[int], None]) -> Ite
             at = raw.tell()
 
 
-def _plain(path: Path, name: str, compression: str, advance: Callable[[int], None]) -> Iterator[tuple[str, str]]:
+def _plain(
+    path: Path, name: str, columns: list[str], compression: str, advance: Callable[[int], None]
+) -> Iterator[tuple[str, list[Any]]]:
     try:
-        yield name, b"".join(_blocks(path, compression, advance)).decode("utf-8")
+        text = b"".join(_blocks(path, compression, advance)).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+    yield name, _chosen(name, {"text": text}, columns)
 
 
 def _json_lines(
-    path: Path, name: str, column: str, compression: str, advance: Callable[[int], None]
-) -> Iterator[tuple[str, Any]]:
+    path: Path, name: str, columns: list[str], compression: str, advance: Callable[[int], None]
+) -> Iterator[tuple[str, list[Any]]]:
     for number, line in enumerate(_lines(_blocks(path, compression, advance)), start=1):
         if not line.strip():
             continue
@@ -100,9 +101,7 @@ def _json_lines(
             raise DataError(f"{where}: no JSON ({error}); each line must be one JSON object") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: a {type(row).__name__}; each line must be one JSON object")
-        if column not in row:
-            raise _no_column(where, column, list(row))
-        yield where, row[column]
+        yield where, _chosen(where, row, columns)
 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -118,30 +117,32 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def _parquet(path: Path, name: str, column: str, advance: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
+def _parquet(
+    path: Path, name: str, columns: list[str], advance: Callable[[int], None]
+) -> Iterator[tuple[str, list[Any]]]:
     with pq.ParquetFile(path) as file:
-        if column not in file.schema_arrow.names:
-            raise _no_column(name, column, file.schema_arrow.names)
-        size, rows, row = path.stat().st_size, file.metadata.num_rows, 0
-        for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
-            advance(size * (row + len(batch)) // rows - size * row // rows)
-            for value in batch.column(0).to_pylist():
+        there = file.schema_arrow.names
+        for column in columns:
+            if column not in there:
+                raise _no_column(name, column, there)
+        size, count, row = path.stat().st_size, file.metadata.num_rows, 0
+        for batch in file.iter_batches(BATCH_ROWS, columns=columns):  # one row group after the other
+            advance(size * (row + len(batch)) // count - size * row // count)
+            for values in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
                 row += 1
-                yield f"{name} row {row}", value
+                yield f"{name} row {row}", list(values)
+
+
+def _chosen(where: str, row: dict[str, Any], columns: list[str]) -> list[Any]:
+    try:
+        return [row[column] for column in columns]
+    except KeyError as error:
+        raise _no_column(where, error.args[0], list(row)) from None
 
 
 def _no_column(where: str, column: str, columns: list[str]) -> DataError:
     listed = ", ".join(columns[:20]) + (", …" if len(columns) > 20 else "")
     return DataError(f"{where}: no column '{column}'; columns are {listed or 'none'}; set text_column to one of them")
-
-
-def _unicode(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, which JSON escapes can spell and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,27 +1,33 @@
 """One source on its way from files or the Hub to finished parts.
 
-A source is read file by file; each file becomes a part, entered in the source's journal (writer.py), and finished parts
-are kept. What a Hub branch or a remote address held is recorded with the first run and not asked for again: the data of
-a job does not change under it. Local files are compared by content each time; from the first that changed on they are
-read again.
+A source is read file by file; each file becomes one part, a large one several, entered in the source's journal
+(writer.py), and finished parts are kept. What a Hub branch or a remote address held is recorded with the first run: the
+data of a job does not change under it. Local files are compared by content each time; from the first that changed on
+they are read again.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from components.download import files
-from components.download.readers import split_suffix, texts
-from components.download.writer import Input, Journal, Part, intact, read_journal, write_part
+from components.download.blobs import contents
+from components.download.readers import rows, split_suffix
+from components.download.texts import maker, unicode_text
+from components.download.writer import Input, Journal, Part, Texts, intact, read_journal, write_part
 from components.progress import ByteProgress
-from manifests.dataspec import FilesSource, SourceSpec
+from manifests.dataspec import FilesSource, TextSpec
 from trainer.data.manifest import MANIFEST_NAME, DataError
 
 UNIT_BYTES = 64 * 2**20  # plain text files are small: this much of them goes into one part
+PART_BYTES = 256 * 2**20  # text bytes of a part: what a crash can cost
 EXPANSION = 3.0  # text bytes out of one compressed byte, to estimate space
+MOST_MISSING = 0.5  # share of contents that may be missing
+BLOB_EXPANSION = 40.0  # text bytes of contents out of one compressed byte of their ids
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Task:
     """One source on its way: `budget` in UTF-8 bytes of text, None for everything."""
 
     name: str
-    spec: SourceSpec
+    spec: TextSpec
     directory: Path
     budget: int | None
 
@@ -43,7 +49,6 @@ def prepare(task: Task) -> Journal:
     before = read_journal(task.directory)
     now = _listing(task, before)
     journal = now.model_copy(update={"parts": _kept(task, before, now)})
-    units = _units(now.inputs)[len(journal.parts) :]
     enough = _enough(task, journal)
     if enough and before is not None and journal.parts == before.parts:
         if journal != before:
@@ -55,19 +60,18 @@ def prepare(task: Task) -> Journal:
     if journal.parts:
         print(f"download {task.name}: continues after {len(journal.parts)} finished parts", flush=True)
     if not enough:
-        _check_space(task, units, journal.text_bytes)
-        for unit in units:
-            if task.budget is not None and journal.text_bytes >= task.budget:
-                break
-            journal = journal.model_copy(update={"parts": [*journal.parts, _make_part(task, journal, unit)]})
+        _check_space(task, journal)
+        for part in _new_parts(task, journal):
+            journal = journal.model_copy(update={"parts": [*journal.parts, part]})
             journal.write(task.directory)
+            _check_missing(task, journal)
     if not any(part.entry.documents for part in journal.parts):
         raise DataError("holds no text; check its files and text_column")
     _clean(task, journal)
     return journal
 
 
-def origin(spec: SourceSpec) -> str:
+def origin(spec: TextSpec) -> str:
     """What the manifest says about where a source comes from."""
     if isinstance(spec.origin, FilesSource):
         return "files: " + ", ".join(spec.origin.paths)
@@ -84,10 +88,19 @@ def _listing(task: Task, before: Journal | None) -> Journal:
             return before.model_copy(update={"parts": []})
         inputs = files.list_inputs(origin, before.inputs if before else [])
         return Journal(revision=files.revision(inputs), inputs=inputs)
-    if before:
+    if before and _enough(task, before):
         return before.model_copy(update={"parts": []})
     from components.download import hub  # slow to import, and only sources on the Hub need it
 
+    if before:
+        now = hub.current_commit(origin)
+        if now != before.revision:
+            print(
+                f"download {task.name}: {origin.dataset} moved: {origin.revision} is at {now}; this download goes on "
+                f"with {before.revision}, with which it began",
+                flush=True,
+            )
+        return before.model_copy(update={"parts": []})
     print(f"download {task.name}: resolving {origin.dataset} at {origin.revision}", flush=True)
     commit, inputs = hub.resolve(origin)
     return Journal(revision=commit, inputs=inputs)
@@ -99,17 +112,17 @@ def _enough(task: Task, journal: Journal) -> bool:
 
 def _kept(task: Task, before: Journal | None, now: Journal) -> list[Part]:
     """The finished parts that still hold: the longest run from the first on with the same inputs and an intact file."""
-    kept = list[Part]()
-    text_bytes = 0
-    for part, unit in zip(before.parts if before else [], _units(now.inputs), strict=False):
-        reached = task.budget is not None and text_bytes + part.entry.text_bytes >= task.budget
-        if part.inputs != [_identity(one) for one in unit] or not (part.whole or reached):
+    kept, row = list[Part](), 0
+    units = iter(_units(now.inputs))
+    unit = next(units, None)
+    for part in before.parts if before else []:
+        if unit is None or part.inputs != [_identity(one) for one in unit] or part.first_row != row:
             break
         if not intact(task.directory, part):
             print(f"download {task.name}: {part.entry.path} is damaged; it is made again", flush=True)
             break
         kept.append(part)
-        text_bytes += part.entry.text_bytes
+        unit, row = (next(units, None), 0) if part.whole else (unit, row + part.rows)
     return kept
 
 
@@ -132,19 +145,70 @@ def _units(inputs: list[Input]) -> list[list[Input]]:
     return units
 
 
-def _make_part(task: Task, journal: Journal, unit: list[Input]) -> Part:
-    read = sum(len(part.inputs) for part in journal.parts)
-    label = f"download {task.name}, file {read + 1} of {len(journal.inputs)}"
-    budget = None if task.budget is None else task.budget - journal.text_bytes
-    paths = [_fetched(task, journal.revision, one) for one in unit]
-    with ByteProgress(label, sum(one.bytes for one in unit)) as progress:
-        column = task.spec.text_column
-        content = [texts(path, one.name, column, progress.advance) for path, one in zip(paths, unit, strict=True)]
-        entry, whole = write_part(task.directory, len(journal.parts), chain.from_iterable(content), budget)
-    for path in paths:
-        if path.parent == task.scratch:
-            path.unlink()
-    return Part(entry=entry, inputs=[_identity(one) for one in unit], whole=whole)
+def _new_parts(task: Task, journal: Journal) -> Iterator[Part]:
+    """The parts that follow those of the journal, until the budget is reached or the source ends."""
+    number, text_bytes = len(journal.parts), journal.text_bytes
+    row = 0
+    if journal.parts and not journal.parts[-1].whole:
+        row = journal.parts[-1].first_row + journal.parts[-1].rows
+    read = 0
+    for unit in _units(journal.inputs):
+        read += len(unit)
+        if read <= journal.files_read:
+            continue
+        if task.budget is not None and text_bytes >= task.budget:
+            return
+        paths = [_fetched(task, journal.revision, one) for one in unit]
+        left = None if task.budget is None else task.budget - text_bytes
+        with _progress(task, f"file {read} of {len(journal.inputs)}", unit, left) as progress:
+            texts = Texts(_texts(task, zip(paths, unit, strict=True), row, progress))
+            whole = False
+            while not whole and (left is None or left > 0):
+                limit = PART_BYTES if left is None else min(PART_BYTES, left)
+                part = write_part(task.directory, number, texts, limit, [_identity(one) for one in unit], row)
+                yield part
+                number, row, whole = number + 1, row + part.rows, part.whole
+                left = None if left is None else left - part.entry.text_bytes
+                text_bytes += part.entry.text_bytes
+        if not whole:
+            return
+        row = 0
+        for path in paths:
+            if path.parent == task.scratch:
+                path.unlink()
+
+
+def _texts(task: Task, unit: Iterable[tuple[Path, Input]], skip: int, progress: ByteProgress) -> Iterator[str | None]:
+    """The text of each row of the unit's files from row `skip` on, None where a content is missing."""
+    blobs, columns = task.spec.blobs, task.spec.columns
+    advance = progress.advance if blobs is None else lambda _: None
+    every = chain.from_iterable(rows(path, one.name, columns, advance) for path, one in unit)
+    chosen = islice(every, skip, None)
+    if blobs is None:
+        make = maker(task.spec)
+        for where, row in chosen:
+            yield unicode_text(make(where, row))
+        return
+    for text in contents(chosen, blobs):
+        progress.advance(len((text or "").encode()))
+        yield text
+
+
+def _progress(task: Task, what: str, unit: list[Input], left: int | None) -> ByteProgress:
+    """Progress by the bytes of the files read; of contents fetched by id, by the bytes that come."""
+    total = sum(one.bytes for one in unit) if task.spec.blobs is None else left
+    return ByteProgress(f"download {task.name}, {what}", total)
+
+
+def _check_missing(task: Task, journal: Journal) -> None:
+    """Refuse a bucket that lacks most of what is asked for: that is no data set with a few gaps."""
+    missing, asked = sum(part.missing for part in journal.parts), sum(part.rows for part in journal.parts)
+    if missing > asked * MOST_MISSING:
+        assert task.spec.blobs is not None
+        raise DataError(
+            f"{missing} of {asked} contents are not at {task.spec.blobs.url}, or are not what their ids say; "
+            "check blobs.url and text_column"
+        )
 
 
 def _fetched(task: Task, revision: str, one: Input) -> Path:
@@ -160,18 +224,20 @@ def _fetched(task: Task, revision: str, one: Input) -> Path:
         return hub.fetch(origin.dataset, revision, one, task.scratch, progress.advance)
 
 
-def _expected_bytes(task: Task, units: list[list[Input]], done: int) -> int:
+def _expected_bytes(task: Task, left: list[Input], done: int) -> int:
     total = 0.0
-    for one in chain.from_iterable(units):
+    for one in left:
         form, compression = split_suffix(one.name)
-        total += one.bytes * (EXPANSION if compression or form == ".parquet" else 1.0)
+        packed = EXPANSION if compression or form == ".parquet" else 1.0
+        total += one.bytes * (packed if task.spec.blobs is None else BLOB_EXPANSION)
     return int(total) if task.budget is None else min(int(total), task.budget - done)
 
 
-def _check_space(task: Task, units: list[list[Input]], done: int) -> None:
+def _check_space(task: Task, journal: Journal) -> None:
     """Refuse to start what cannot end: the text still to come and the largest file on its way must fit."""
-    remote = [one.bytes for one in chain.from_iterable(units) if not _is_here(task, one)]
-    need = _expected_bytes(task, units, done) + max(remote, default=0)
+    left = journal.inputs[journal.files_read :]
+    remote = [one.bytes for one in left if not _is_here(task, one)]
+    need = _expected_bytes(task, left, journal.text_bytes) + max(remote, default=0)
     free = shutil.disk_usage(task.directory).free
     if need > free:
         raise DataError(

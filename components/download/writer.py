@@ -1,7 +1,8 @@
 """What a source has become so far: parts of JSON lines and a journal, so that a killed download keeps what is finished.
 
-One part holds the texts of one input file (of several small ones for plain text). A part is written under a temporary
-name, synced and renamed, then entered in the journal; a part that the journal does not know is written again.
+One part holds texts of one input file (of several small ones for plain text); a large file becomes several parts. A
+part is written under a temporary name, synced and renamed, then entered in the journal; a part that the journal does
+not know is written again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import xxhash
@@ -23,7 +25,7 @@ class Input(Record):
     """One file of a source, which messages call `name`.
 
     `checksum` proves its content (None for a remote address, whose content is not known before it is read); `stamp`
-    spares hashing a local file whose size and times are as before.
+    tells a version from another: size and times of a local file, which spare hashing it again, ETag of a remote one.
     """
 
     name: str
@@ -34,10 +36,17 @@ class Input(Record):
 
 
 class Part(Record):
-    """A finished part; `inputs` are the checksums of the files in it, `whole` is False when the byte budget cut it."""
+    """A finished part: `rows` rows of its inputs from `first_row` on.
+
+    `inputs` are the checksums of the files in it, `whole` says whether they end with it, `missing` counts the rows
+    whose content was not to be had.
+    """
 
     entry: FileEntry
     inputs: list[str]
+    first_row: int
+    rows: int
+    missing: int
     whole: bool
 
 
@@ -53,8 +62,11 @@ class Journal(Record):
     @property
     def exhausted(self) -> bool:
         """Whether everything that the source holds is in the parts."""
-        read = sum(len(part.inputs) for part in self.parts)
-        return read == len(self.inputs) and all(part.whole for part in self.parts)
+        return self.files_read == len(self.inputs)
+
+    @property
+    def files_read(self) -> int:
+        return sum(len(part.inputs) for part in self.parts if part.whole)
 
     def write(self, directory: Path) -> None:
         atomic_write(directory / JOURNAL_NAME, self.model_dump_json(indent=1).encode())
@@ -76,29 +88,46 @@ def intact(directory: Path, part: Part) -> bool:
     return checksum(path, part.entry.algorithm) == part.entry.checksum
 
 
-def write_part(directory: Path, number: int, texts: Iterator[str], budget: int | None) -> tuple[FileEntry, bool]:
-    """Write texts to `part-<number>.jsonl` until they end or reach `budget` bytes; (entry, whether they ended).
+class Texts:
+    """An iterator over texts that can say whether it has ended."""
 
-    The entry's path is relative to the directory above, as the manifest wants it.
+    def __init__(self, texts: Iterator[str | None]) -> None:
+        self._texts, self._next = texts, list[str | None]()
+
+    def __iter__(self) -> Iterator[str | None]:
+        while not self.ended:
+            yield self._next.pop()
+
+    @property
+    def ended(self) -> bool:
+        if not self._next:
+            self._next.extend(islice(self._texts, 1))
+        return not self._next
+
+
+def write_part(directory: Path, number: int, texts: Texts, limit: int, inputs: list[str], first_row: int) -> Part:
+    """Write texts to `part-<number>.jsonl` until they end or reach `limit` UTF-8 bytes; blank ones are left out.
 
     Raises:
         OSError: the file cannot be written; nothing is left of it.
     """
     path = directory / f"part-{number:05d}.jsonl"
     temporary = path.with_name(path.name + ".tmp")
-    digest, size, documents, text_bytes, ended = xxhash.xxh3_128(), 0, 0, 0, True
+    digest, size, documents, text_bytes, rows, missing = xxhash.xxh3_128(), 0, 0, 0, 0, 0
     try:
         with open(temporary, "wb") as file:
             for text in texts:
-                if budget is not None and text_bytes >= budget:
-                    ended = False
-                    break
-                line = (json.dumps({"text": text}, ensure_ascii=False) + "\n").encode()
-                file.write(line)
-                digest.update(line)
-                size += len(line)
-                documents += 1
-                text_bytes += len(text.encode())
+                rows += 1
+                missing += text is None
+                if text and not text.isspace():
+                    line = (json.dumps({"text": text}, ensure_ascii=False) + "\n").encode()
+                    file.write(line)
+                    digest.update(line)
+                    size += len(line)
+                    documents += 1
+                    text_bytes += len(text.encode())
+                    if text_bytes >= limit:
+                        break
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -107,7 +136,7 @@ def write_part(directory: Path, number: int, texts: Iterator[str], budget: int |
         raise
     sync_directory(directory)
     entry = FileEntry(
-        path=f"{directory.name}/{path.name}",
+        path=f"{directory.name}/{path.name}",  # relative to the directory above, as the manifest wants it
         bytes=size,
         algorithm="xxh3_128",
         checksum=digest.hexdigest(),
@@ -115,4 +144,4 @@ def write_part(directory: Path, number: int, texts: Iterator[str], budget: int |
         documents=documents,
         text_bytes=text_bytes,
     )
-    return entry, ended
+    return Part(entry=entry, inputs=inputs, first_row=first_row, rows=rows, missing=missing, whole=texts.ended)

@@ -224,15 +224,15 @@ import os, signal, sys
 from components.download import source
 from components.download.step import run
 from manifests.spec import JobSpec, parse, read_yaml
-real, seen = source.texts, 0
-def texts(*arguments):
-    for text in real(*arguments):
+real, seen = source.rows, 0
+def rows(*arguments):
+    for row in real(*arguments):
         global seen
         seen += 1
         if seen == 7:
             os.kill(os.getpid(), signal.SIGKILL)
-        yield text
-source.texts = texts
+        yield row
+source.rows = rows
 run(parse(JobSpec, read_yaml(sys.argv[1])))
 """
 

@@ -1,0 +1,46 @@
+"""Retries with growing pauses; a server that says how long to wait (Retry-After) is waited for."""
+
+from __future__ import annotations
+
+import email.utils
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+LONGEST_PAUSE_SECONDS = 600.0
+T = TypeVar("T")
+
+
+def retried(
+    call: Callable[[], T], again: Callable[[BaseException], bool], attempts: int, seconds: float, longest: float
+) -> T:
+    """What `call` gives; repeated while `again(error)`, at most `attempts` times, then its last error is raised."""
+    usual = wait_random_exponential(multiplier=seconds, max=longest)
+
+    def pause(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        return max(usual(state), min(asked_pause(error), LONGEST_PAUSE_SECONDS))
+
+    return Retrying(stop=stop_after_attempt(attempts), wait=pause, retry=retry_if_exception(again), reraise=True)(call)
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status that an error of an HTTP client stands for, whichever client it is of."""
+    found = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return found if isinstance(found, int) else None
+
+
+def asked_pause(error: BaseException | None) -> float:
+    """Seconds that the server's Retry-After asks for (a number or a date); 0 when it does not."""
+    headers = getattr(error, "headers", None) or getattr(getattr(error, "response", None), "headers", None) or {}
+    asked = headers.get("Retry-After")
+    if not asked:
+        return 0.0
+    if asked.strip().isdigit():
+        return float(asked)
+    try:
+        return max(email.utils.parsedate_to_datetime(asked).timestamp() - time.time(), 0.0)
+    except ValueError:
+        return 0.0
