@@ -49,8 +49,13 @@ def list_inputs(source: FilesSource, known: list[Input]) -> list[Input]:
 
 def revision(inputs: list[Input]) -> str:
     """A digest of the contents of local files, wherever they lie, and of the addresses and sizes of remote ones."""
-    text = "\n".join(one.checksum or f"{one.name} {one.bytes} {one.stamp or ''}".rstrip() for one in inputs)
+    text = "\n".join(identity(one) for one in inputs)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def identity(one: Input) -> str:
+    """What tells the file's content from another, as far as it is known before it is read."""
+    return one.checksum or f"{one.name} {one.bytes} {one.stamp or ''}".rstrip()
 
 
 def is_local(one: Input) -> bool:
@@ -94,16 +99,17 @@ def _get_ranges(system: AbstractFileSystem, path: str, copy: Path, size: int, ad
         while (start := file.tell()) < size:
             stop = min(start + RANGE_BYTES, size)
 
-            def get(start: int = start, stop: int = stop) -> bytes:
-                data = system.cat_file(path, start=start, end=stop)
-                if len(data) != stop - start:
-                    raise OSError(f"{len(data)} of {stop - start} bytes came")
-                return data
-
-            file.write(_retried(get))
+            file.write(_retried(partial(read_range, system, path, start, stop)))
             file.flush()
             advance(stop - start)
         os.fsync(file.fileno())
+
+
+def read_range(system: AbstractFileSystem, path: str, start: int, stop: int) -> bytes:
+    data = system.cat_file(path, start=start, end=stop)
+    if len(data) != stop - start:
+        raise OSError(f"{len(data)} of {stop - start} bytes came")
+    return data
 
 
 def _get_whole(system: AbstractFileSystem, path: str, copy: Path, size: int, advance: Callable[[int], None]) -> None:
@@ -148,6 +154,8 @@ def _matches(pattern: str) -> list[Input]:
         infos = [(one, _retried(partial(system.info, one))) for one in paths]
     except FileNotFoundError:
         infos = []
+    except ImportError as error:
+        raise DataError(f"{pattern}: {_reason(error)}; pip install 'yaongi[buckets]' brings S3 and GCS") from None
     except Exception as error:  # each protocol of fsspec has errors of its own
         raise DataError(f"{pattern}: cannot be listed ({_reason(error)}); check the address and the network") from None
     if not infos:

@@ -116,7 +116,7 @@ def _kept(task: Task, before: Journal | None, now: Journal) -> list[Part]:
     units = iter(_units(now.inputs))
     unit = next(units, None)
     for part in before.parts if before else []:
-        if unit is None or part.inputs != [_identity(one) for one in unit] or part.first_row != row:
+        if unit is None or part.inputs != [files.identity(one) for one in unit] or part.first_row != row:
             break
         if not intact(task.directory, part):
             print(f"download {task.name}: {part.entry.path} is damaged; it is made again", flush=True)
@@ -124,10 +124,6 @@ def _kept(task: Task, before: Journal | None, now: Journal) -> list[Part]:
         kept.append(part)
         unit, row = (next(units, None), 0) if part.whole else (unit, row + part.rows)
     return kept
-
-
-def _identity(one: Input) -> str:
-    return one.checksum or f"{one.name} {one.bytes}"
 
 
 def _units(inputs: list[Input]) -> list[list[Input]]:
@@ -165,7 +161,7 @@ def _new_parts(task: Task, journal: Journal) -> Iterator[Part]:
             whole = False
             while not whole and (left is None or left > 0):
                 limit = PART_BYTES if left is None else min(PART_BYTES, left)
-                part = write_part(task.directory, number, texts, limit, [_identity(one) for one in unit], row)
+                part = write_part(task.directory, number, texts, limit, [files.identity(one) for one in unit], row)
                 yield part
                 number, row, whole = number + 1, row + part.rows, part.whole
                 left = None if left is None else left - part.entry.text_bytes
@@ -202,7 +198,7 @@ def _progress(task: Task, what: str, unit: list[Input], left: int | None) -> Byt
 
 def _check_missing(task: Task, journal: Journal) -> None:
     """Refuse a bucket that lacks most of what is asked for: that is no data set with a few gaps."""
-    missing, asked = sum(part.missing for part in journal.parts), sum(part.rows for part in journal.parts)
+    missing, asked = journal.missing, sum(part.rows for part in journal.parts)
     if missing > asked * MOST_MISSING:
         assert task.spec.blobs is not None
         raise DataError(

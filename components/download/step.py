@@ -43,6 +43,11 @@ def run(job: JobSpec) -> StageResult:
     print(f"download: {state}: {counts.documents} documents, {counts.text_bytes} bytes of text", flush=True)
     summary: dict[str, int | float | str] = {"documents": counts.documents, "text_bytes": counts.text_bytes}
     summary |= {f"{name}_text_bytes": manifest.counts(name).text_bytes for name in journals}
+    for name, journal in journals.items():
+        if journal.missing:
+            rows = sum(part.rows for part in journal.parts)
+            print(f"download {name}: {journal.missing} of {rows} contents are missing or damaged, left out", flush=True)
+            summary[f"{name}_missing"] = journal.missing
     return StageResult(kind="raw", path=str(root), digest=manifest.digest, summary=summary)
 
 

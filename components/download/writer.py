@@ -60,6 +60,10 @@ class Journal(Record):
         return sum(part.entry.text_bytes for part in self.parts)
 
     @property
+    def missing(self) -> int:
+        return sum(part.missing for part in self.parts)
+
+    @property
     def exhausted(self) -> bool:
         """Whether everything that the source holds is in the parts."""
         return self.files_read == len(self.inputs)

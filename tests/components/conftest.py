@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from default_sources import repositories
+from hub_server import HubServer
+from hub_worker import Hub
 
 from manifests.spec import JobSpec, parse, preset
 
@@ -28,3 +31,17 @@ def make_job() -> Callable[..., JobSpec]:
         return parse(JobSpec, value)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _hub_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """One for all tests: the Hub's address is fixed when its library is imported, and that takes seconds."""
+    with HubServer({}, datasets=repositories()) as server, Hub.started(server, tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(_hub_process: Hub) -> Hub:
+    """A Hub without faults and the process that reads from it."""
+    _hub_process.server.reset()
+    return _hub_process

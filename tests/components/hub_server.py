@@ -1,7 +1,7 @@
 """A small server that speaks the part of the Hugging Face Hub's HTTP API that reading a dataset needs.
 
-Dataset info at a revision, tree and paths-info with LFS checksums, and resolve with byte ranges. Faults are given by
-path; each is used once, in order.
+Dataset info at a revision, tree and paths-info with LFS checksums, and resolve with byte ranges; besides, objects of a
+bucket below /content/. Faults are given by path; each is used once, in order.
 """
 
 from __future__ import annotations
@@ -21,12 +21,20 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer:
-    """`files` of the dataset org/texts by path. Faults: a status, "reset" (cut half way), "wrong" (other bytes)."""
+    """`files` of the dataset org/texts by path, and of further `datasets` by name.
 
-    def __init__(self, files: dict[str, bytes], faults: dict[str, list[str]] | None = None) -> None:
-        self.files, self.faults = files, faults or {}
-        self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
-        self.tokens: set[str | None] = set()
+    Faults: a status, with "+seconds" for Retry-After, "reset" (cut half way), "wrong" (other bytes), "short" (too few).
+    """
+
+    def __init__(
+        self,
+        files: dict[str, bytes],
+        faults: dict[str, list[str]] | None = None,
+        datasets: dict[str, dict[str, bytes]] | None = None,
+    ) -> None:
+        self._all = {"org/texts": files} | (datasets or {})
+        self.reset()
+        self.faults = faults or {}
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,6 +50,16 @@ class HubServer:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
+    def reset(self) -> None:
+        """Forget faults, changes and what was asked."""
+        self.datasets = {name: dict(files) for name, files in self._all.items()}
+        self.commits = dict.fromkeys(self.datasets, COMMIT)  # what main is at; COMMIT stays there when main moves
+        self.objects: dict[str, bytes] = {}
+        self.faults: dict[str, list[str]] = {}
+        self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
+        self.times: list[tuple[float, str]] = []
+        self.tokens: set[str | None] = set()
+
     def __enter__(self) -> Self:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
@@ -53,70 +71,101 @@ class HubServer:
     def ranges_of(self, path: str) -> list[str | None]:
         return [wanted for method, asked, wanted in self.requests if method == "GET" and asked.endswith(path)]
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.datasets["org/texts"]
+
+    @files.setter
+    def files(self, files: dict[str, bytes]) -> None:
+        self.datasets["org/texts"] = files
+
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         path = unquote(urlsplit(handler.path).path)
         self.requests.append((handler.command, path, handler.headers.get("Range")))
+        self.times.append((time.monotonic(), path))
         self.tokens.add(handler.headers.get("Authorization"))
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
-        if not re.match(r"(/api)?/datasets/org/texts(/|$)", path):
-            return _send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if path.startswith("/content/"):
+            return self._object(handler, path.removeprefix("/content/"))
+        found = re.match(r"(?:/api)?/datasets/([^/]+/[^/]+)(?:/|$)(.*)", path)
+        if not found or found[1] not in self.datasets:
+            return send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        name, rest = found[1], found[2]
+        commits = {"main": self.commits[name], COMMIT: COMMIT, self.commits[name]: self.commits[name]}
         if path.startswith("/api"):
             if self._fault("api"):
-                return _send(handler, 500, b"{}", {})
-            rest = path.removeprefix("/api/datasets/org/texts").strip("/").split("/", 2)
-            if len(rest) > 1 and rest[1] not in ("main", COMMIT):
-                return _send(handler, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+                return send(handler, 500, b"{}", {})
+            parts = rest.strip("/").split("/", 2)
+            if len(parts) > 1 and parts[1] not in commits:
+                return send(handler, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             recursive = "recursive=true" in urlsplit(handler.path).query.lower()
-            return _send(handler, 200, json.dumps(self._api(rest, body, recursive)).encode(), {})
-        name = path.partition(f"/resolve/{COMMIT}/")[2]
-        if name not in self.files:
-            return _send(handler, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        self._file(handler, name)
+            commit = commits[parts[1] if len(parts) > 1 else "main"]
+            return send(handler, 200, json.dumps(self._api(name, commit, parts, body, recursive)).encode(), {})
+        commit, _, file = rest.removeprefix("resolve/").partition("/")
+        if file not in self.datasets[name] or commit not in commits:
+            return send(handler, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        self._file(handler, self.datasets[name][file], file, commit)
 
-    def _api(self, rest: list[str], body: bytes, recursive: bool) -> object:
+    def _api(self, name: str, commit: str, rest: list[str], body: bytes, recursive: bool) -> object:
+        files = self.datasets[name]
         kind = rest[0] if rest else ""
         if kind == "tree":
             folder = rest[2] + "/" if len(rest) > 2 else ""
-            below = [name for name in self.files if name.startswith(folder)]
-            folders = {folder + name.removeprefix(folder).split("/")[0] for name in below if "/" in name[len(folder) :]}
-            entries = [self._entry(name) for name in below if recursive or "/" not in name[len(folder) :]]
-            return entries + [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in folders]
+            below = [path for path in files if path.startswith(folder)]
+            folders = {folder + path.removeprefix(folder).split("/")[0] for path in below if "/" in path[len(folder) :]}
+            entries = [_entry(path, files[path]) for path in below if recursive or "/" not in path[len(folder) :]]
+            return entries + [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders]
         if kind == "paths-info":
-            return [self._entry(name) for name in parse_qs(body.decode()).get("paths", []) if name in self.files]
-        siblings = [{"rfilename": name} for name in self.files]
-        return {"id": "org/texts", "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
+            return [_entry(path, files[path]) for path in parse_qs(body.decode()).get("paths", []) if path in files]
+        siblings = [{"rfilename": path} for path in files]
+        return {"id": name, "sha": commit, "private": False, "tags": [], "siblings": siblings}
 
-    def _entry(self, name: str) -> dict:
-        data = self.files[name]
-        blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        entry = {"type": "file", "path": name, "size": len(data), "oid": blob}
-        if name.endswith((".parquet", ".gz")):
-            entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-        return entry
-
-    def _file(self, handler: BaseHTTPRequestHandler, name: str) -> None:
-        data = self.files[name]
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+    def _file(self, handler: BaseHTTPRequestHandler, data: bytes, name: str, commit: str) -> None:
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         fault = self._fault(name) if handler.command == "GET" else None
-        if fault and fault.isdigit():
-            return _send(handler, int(fault), b"", {})
+        if fault and fault[0].isdigit():
+            return _fail(handler, fault)
         if fault == "wrong":
             data = data[:-1] + bytes([data[-1] ^ 1])
+        if fault == "short":
+            data = data[: len(data) // 2]
         status = 200
         if wanted := re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range") or ""):
             start = int(wanted[1])
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             status, data = 206, data[start:]
-        _send(handler, status, data, headers, cut=fault == "reset")
+        send(handler, status, data, headers, cut=fault == "reset")
+
+    def _object(self, handler: BaseHTTPRequestHandler, name: str) -> None:
+        fault = self._fault(name)
+        if fault and fault[0].isdigit():
+            return _fail(handler, fault)
+        data = self.objects.get(name)
+        if data is None:
+            return send(handler, 404, b"<Error><Code>NoSuchKey</Code></Error>", {})
+        if fault == "wrong":
+            data = data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
+        send(handler, 200, data, {"Content-Encoding": "gzip"}, cut=fault == "reset")
 
     def _fault(self, name: str) -> str | None:
         planned = self.faults.get(name)
         return planned.pop(0) if planned else None
 
 
-def _send(
-    handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str], cut: bool = False
-) -> None:
+def _entry(name: str, data: bytes) -> dict:
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    entry = {"type": "file", "path": name, "size": len(data), "oid": blob}
+    if name.endswith((".parquet", ".gz", ".zst")):
+        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+    return entry
+
+
+def _fail(handler: BaseHTTPRequestHandler, fault: str) -> None:
+    status, _, pause = fault.partition("+")
+    send(handler, int(status), b"", {"Retry-After": pause} if pause else {})
+
+
+def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str], cut: bool = False) -> None:
     handler.send_response(status)
     for name, value in ({"Content-Length": str(len(body))} | headers).items():
         handler.send_header(name, value)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub_server import COMMIT, HubServer
+from hub_worker import WORKER, Hub
 
 from trainer.data.manifest import read_manifest, verify
 
@@ -30,26 +31,6 @@ configs:
 # Texts
 """
 FIRST, SECOND = "ko/train-00000.parquet", "ko/train-00001.parquet"
-
-# Reads jobs as JSON lines and answers each with its result or its error. The Hub's address is fixed when the library is
-# imported, hence a process of its own; one for all tests, because the import takes seconds.
-WORKER = """
-import contextlib, json, sys
-import huggingface_hub.constants as constants
-from components.download import hub
-from components.download.step import run
-from manifests.spec import JobSpec, parse
-constants.DOWNLOAD_CHUNK_SIZE = 1 << 16
-hub.RETRY_SECONDS = hub.MAX_WAIT_SECONDS = 0.01
-for line in sys.stdin:
-    answer = {}
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            answer["result"] = run(parse(JobSpec, json.loads(line))).model_dump()
-        except ValueError as error:
-            answer["error"] = str(error)
-    print(json.dumps(answer), flush=True)
-"""
 
 
 def texts_of(number: int, count: int) -> list[str]:
@@ -71,40 +52,10 @@ FILES = {
 }
 
 
-class Hub:
-    """The server and the worker process; `run` gives (result, error)."""
-
-    def __init__(self, server: HubServer, worker: subprocess.Popen[str], root: Path) -> None:
-        self.server, self.worker, self.root = server, worker, root
-
-    def run(self, job: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
-        assert self.worker.stdin and self.worker.stdout
-        self.worker.stdin.write(json.dumps(job) + "\n")
-        self.worker.stdin.flush()
-        answer = json.loads(self.worker.stdout.readline())
-        return answer.get("result"), answer.get("error")
-
-
-@pytest.fixture(scope="module")
-def worker_and_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    home = tmp_path_factory.mktemp("hub")
-    with HubServer(dict(FILES)) as server:
-        environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": "hf_secret"}
-        process = subprocess.Popen(
-            [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        yield Hub(server, process, home)
-        process.stdin.close()  # type: ignore[union-attr]
-        process.wait(timeout=30)
-
-
 @pytest.fixture
-def hub(worker_and_server: Hub) -> Hub:
-    worker_and_server.server.faults = {}
-    worker_and_server.server.files = dict(FILES)
-    worker_and_server.server.requests.clear()
-    worker_and_server.server.tokens.clear()
-    return worker_and_server
+def hub(hub: Hub) -> Hub:
+    hub.server.files = dict(FILES)
+    return hub
 
 
 def raw_texts(directory: Path) -> list[str]:
@@ -112,7 +63,7 @@ def raw_texts(directory: Path) -> list[str]:
     return [json.loads(line)["text"] for part in parts for line in part.read_bytes().splitlines()]
 
 
-def job(make_job, tmp_path: Path, max_bytes: int | None = None, **origin: str | None) -> dict[str, Any]:
+def job(make_job, tmp_path: Path, max_bytes: int | None = None, **origin: Any) -> dict[str, Any]:
     chosen = {"kind": "hub", "dataset": "org/texts", "config": "ko"} | origin
     return make_job({"web": chosen}, tmp_path, max_bytes).model_dump(mode="json")
 
@@ -191,9 +142,73 @@ def test_more_steps_extend_a_source_that_the_tokens_needed_had_cut(hub: Hub, mak
     assert raw_texts(Path(result["path"])) == texts_of(0, 1200) + texts_of(1, 300)
 
 
+def test_a_pause_that_the_hub_asks_for_is_kept(hub: Hub, make_job, tmp_path: Path) -> None:
+    hub.server.faults = {FIRST: ["429+1"]}
+    result, error = hub.run(job(make_job, tmp_path))
+    assert error is None and result is not None and result["summary"]["documents"] == 1500
+    first, second = (at for at, path in hub.server.times if path.endswith(f"resolve/{COMMIT}/{FIRST}"))
+    assert second - first >= 1.0
+
+
+def test_a_file_of_the_wrong_length_is_refused(hub: Hub, make_job, tmp_path: Path) -> None:
+    hub.server.faults = {FIRST: ["short"] * 20}
+    result, error = hub.run(job(make_job, tmp_path))
+    assert result is None and error is not None and FIRST in error and "\n" not in error
+    assert not list(tmp_path.rglob("part-*")) and not list(tmp_path.rglob("manifest.json"))
+    hub.server.faults = {FIRST: ["short"]}
+    assert hub.run(job(make_job, tmp_path))[1] is None
+
+
+def test_a_branch_that_moved_is_said_and_the_data_stays_at_its_commit(hub: Hub, make_job, tmp_path: Path) -> None:
+    hub.server.faults = {SECOND: ["403"]}
+    assert hub.run(job(make_job, tmp_path))[0] is None
+    hub.server.commits["org/texts"] = moved = "f" * 40
+    result, error = hub.run(job(make_job, tmp_path))
+    assert error is None and result is not None and result["summary"]["documents"] == 1500
+    assert read_manifest(result["path"]).sources["web"].revision == COMMIT
+    assert f"org/texts moved: main is at {moved}; this download goes on with {COMMIT}" in hub.said
+    fresh, error = hub.run(job(make_job, tmp_path / "fresh"))
+    assert error is None and fresh is not None
+    assert read_manifest(fresh["path"]).sources["web"].revision == moved
+
+
+@pytest.mark.parametrize("gone", ["dataset", "files"])
+def test_a_source_that_vanished_is_one_line_and_what_is_done_stays(
+    hub: Hub, make_job, tmp_path: Path, gone: str
+) -> None:
+    hub.server.faults = {SECOND: ["403"]}
+    assert hub.run(job(make_job, tmp_path))[0] is None
+    (part,) = tmp_path.rglob("part-*.jsonl")
+    before = part.read_bytes()
+    if gone == "dataset":
+        del hub.server.datasets["org/texts"]
+    else:
+        hub.server.files = {"README.md": CARD}
+    result, error = hub.run(job(make_job, tmp_path))
+    assert result is None and error is not None and "\n" not in error
+    said = (
+        "no such dataset on the Hub" if gone == "dataset" else f"{SECOND}: not on the Hub any more at commit {COMMIT}"
+    )
+    assert error.startswith("source 'web': org/texts") and said in error
+    assert part.read_bytes() == before and not list(tmp_path.rglob("manifest.json"))
+
+
+def test_files_are_chosen_by_globs_and_read_in_the_order_of_their_hashes(hub: Hub, make_job, tmp_path: Path) -> None:
+    lines = {f"data/{topic}-{n}.jsonl": f'{{"text": "{topic}-{n}"}}\n'.encode() for topic in "abc" for n in range(8)}
+    hub.server.files = lines | {"README.md": CARD, "data/x.csv": b"not to be read"}
+    result, error = hub.run(job(make_job, tmp_path, config=None, files=["data/*.jsonl", "!data/b-*", "!data/?-7*"]))
+    assert error is None and result is not None
+    wanted = [name for name in lines if "b-" not in name and "-7" not in name]
+    by_hash = sorted(wanted, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    assert raw_texts(Path(result["path"])) == [name[5:].removesuffix(".jsonl") for name in by_hash]
+    assert by_hash != sorted(wanted)
+
+
 @pytest.mark.parametrize(
     ("origin", "said"),
     [
+        ({"config": None, "files": ["none/*"]}, "org/texts: no file matches none/*; check origin.files"),
+        ({"revision": "a" * 40}, f"org/texts: has no revision '{'a' * 40}'"),
         ({"dataset": "org/none"}, "org/none: no such dataset on the Hub"),
         ({"dataset": "a/b/c"}, "a/b/c: no dataset name"),
         ({"config": None}, "['ko', 'en']; set origin.config"),
@@ -202,9 +217,7 @@ def test_more_steps_extend_a_source_that_the_tokens_needed_had_cut(hub: Hub, mak
         ({"split": "dev"}, "no split 'dev'; splits are train, test"),
     ],
 )
-def test_what_does_not_exist_is_named(
-    hub: Hub, make_job, tmp_path: Path, origin: dict[str, str | None], said: str
-) -> None:
+def test_what_does_not_exist_is_named(hub: Hub, make_job, tmp_path: Path, origin: dict[str, Any], said: str) -> None:
     result, error = hub.run(job(make_job, tmp_path, **origin))
     assert result is None and error is not None
     assert error.startswith("source 'web': ") and said in error and "\n" not in error

@@ -1,0 +1,135 @@
+"""The sources of the large presets, from a Hub and a bucket on this machine that hold a few rows of each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from default_sources import CODE, GONE, TEXTS, blob, objects
+from hub_worker import Hub
+
+from manifests.spec import load_job
+from trainer.data.manifest import read_manifest, verify
+from trainer.data.tokenizer import SPECIAL_TOKENS
+
+PRESETS = ["h100-4b", "h100-4b-interleaved"]
+
+
+@pytest.fixture
+def hub(hub: Hub) -> Hub:
+    for source in load_job("h100-4b").data.sources.values():
+        if source.origin.revision != "main":
+            hub.server.commits[source.origin.dataset] = source.origin.revision
+    hub.server.objects = objects()
+    return hub
+
+
+def job(hub: Hub, folder: Path, preset: str = "h100-4b", only: str | None = None) -> dict[str, Any]:
+    """The preset's job; contents come from this machine's bucket."""
+    url = hub.server.url + "/content/{id}"
+    sources: dict[str, Any] = {"code-stack-edu": {"blobs": {"url": url}}}
+    if only:
+        chosen = sources.get(only, {}) | {"weight": 1.0, "available_tokens": None}
+        sources = dict.fromkeys(load_job(preset).data.sources) | {only: chosen}
+    return load_job(preset, {"data": {"sources": sources}, "storage": {"datasets_dir": str(folder)}}).model_dump(
+        mode="json"
+    )
+
+
+def raw_texts(directory: str, name: str) -> list[str]:
+    parts = sorted((Path(directory) / name).glob("part-*.jsonl"))
+    return [json.loads(line)["text"] for part in parts for line in part.read_bytes().splitlines()]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_download_step_reads_every_default_source(hub: Hub, tmp_path: Path, preset: str) -> None:
+    result, error = hub.run(job(hub, tmp_path, preset))
+    assert error is None and result is not None
+    assert {name: raw_texts(result["path"], name) for name in TEXTS} == TEXTS
+    manifest = read_manifest(result["path"], "raw")
+    verify(result["path"], manifest)
+    assert manifest.sources.keys() == TEXTS.keys() and all(source.licence for source in manifest.sources.values())
+    sources = load_job(preset).data.sources
+    for name, source in sources.items():
+        if source.origin.revision != "main":
+            assert manifest.sources[name].revision == source.origin.revision
+    assert result["summary"]["code-stack-edu_missing"] == 1
+    assert "1 of 4 contents are missing" in hub.said
+    hub.server.requests.clear()
+    assert hub.run(job(hub, tmp_path, preset)) == (result, None)
+    assert hub.server.requests == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_mix_is_what_the_request_says_and_can_be_filled(preset: str) -> None:
+    loaded = load_job(preset)
+    shares: dict[str, float] = {}
+    for source in loaded.data.sources.values():
+        shares[source.domain] = shares.get(source.domain, 0) + source.weight
+    assert shares == pytest.approx({"ko": 0.4, "en": 0.2, "code": 0.25, "math": 0.15})
+    tokens = loaded.train.steps * loaded.train.batch.tokens_per_step
+    assert tokens == pytest.approx(15e9, rel=1e-3)
+    for source in loaded.data.sources.values():
+        assert source.available_tokens and source.weight * tokens <= source.available_tokens * source.max_epochs
+    assert loaded.data.synthetic_share == pytest.approx(0.21)
+
+
+def test_chat_markup_consists_of_the_tokenizers_special_tokens() -> None:
+    used = {f"<|{name}|>" for name in ("im_start", "im_end", "think_start", "think_end")}
+    (chat,) = TEXTS["code-dolci-think"]
+    assert used <= set(SPECIAL_TOKENS) and all(token in chat for token in used)
+    sources = load_job("h100-4b").data.sources
+    assert [name for name, source in sources.items() if source.has_markup] == ["code-dolci-think"]
+
+
+def test_contents_come_in_order_through_faults(hub: Hub, tmp_path: Path) -> None:
+    names = [blob(text, encoding)[0] for encoding, text in CODE.items()]
+    hub.server.faults = {names[0]: ["503", "reset", "429+0"], names[2]: ["500"]}
+    result, error = hub.run(job(hub, tmp_path, only="code-stack-edu"))
+    assert error is None and result is not None
+    assert raw_texts(result["path"], "code-stack-edu") == list(CODE.values())
+
+
+def test_a_pause_that_the_bucket_asks_for_is_kept(hub: Hub, tmp_path: Path) -> None:
+    name = blob(CODE["utf-8"], "utf-8")[0]
+    hub.server.faults = {name: ["429+1"]}
+    result, error = hub.run(job(hub, tmp_path, only="code-stack-edu"))
+    assert error is None and result is not None
+    first, second = (at for at, path in hub.server.times if path.endswith(name))
+    assert second - first >= 1.0
+
+
+def test_a_damaged_content_is_not_kept(hub: Hub, tmp_path: Path) -> None:
+    name = blob(CODE["latin-1"], "latin-1")[0]
+    hub.server.faults = {name: ["wrong"]}
+    result, error = hub.run(job(hub, tmp_path, only="code-stack-edu"))
+    assert error is None and result is not None
+    assert raw_texts(result["path"], "code-stack-edu") == [CODE["utf-8"], CODE["no-such-encoding"]]
+    assert result["summary"]["code-stack-edu_missing"] == 2
+
+
+def test_a_bucket_without_the_contents_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    hub.server.objects = {}
+    result, error = hub.run(job(hub, tmp_path, only="code-stack-edu"))
+    assert result is None and error is not None and "\n" not in error
+    assert error.startswith("source 'code-stack-edu': 4 of 4 contents are not at http://127.0.0.1")
+    assert GONE not in error and not list(tmp_path.rglob("manifest.json"))
+
+
+def test_contents_cut_into_parts_continue_where_they_stopped(hub: Hub, tmp_path: Path) -> None:
+    whole, error = hub.run(job(hub, tmp_path / "whole", only="code-stack-edu"))
+    assert error is None and whole is not None
+    names = [blob(text, encoding)[0] for encoding, text in CODE.items()]
+    hub.server.faults = {names[2]: ["418"]}  # no server should say so: the run ends
+    first = job(hub, tmp_path / "cut", only="code-stack-edu") | {"part_bytes": 10}
+    result, error = hub.run(first)
+    assert result is None and error is not None and "answered 418; check blobs.url" in error
+    hub.server.requests.clear()
+    result, error = hub.run(first)
+    assert error is None and result is not None
+    assert raw_texts(result["path"], "code-stack-edu") == raw_texts(whole["path"], "code-stack-edu")
+    assert len(list(Path(result["path"]).rglob("part-*.jsonl"))) == 3
+    asked = [path.removeprefix("/content/") for _, path, _ in hub.server.requests if path.startswith("/content/")]
+    assert names[0] not in asked and set(asked) == {names[2], GONE} | ({names[1]} & set(asked))
