@@ -1,4 +1,4 @@
-"""One process at a time in a directory of data."""
+"""One process at a time in a directory of data, or on a part of the work there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from trainer.data.manifest import DataError
 
@@ -20,14 +21,36 @@ def alone(directory: Path, doing: str) -> Iterator[None]:
     Raises:
         DataError: another process holds the lock, or the directory cannot be made.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "a")  # noqa: SIM115 - closed below; "a" leaves the file's time alone
-    except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}; check storage.datasets_dir and its permissions") from None
-    with lock:
+    with _opened(directory) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"{directory}: another process is {doing} there; wait for it or stop it") from None
+            raise _taken(directory, doing) from None
         yield
+
+
+@contextmanager
+def alone_on(directory: Path, doing: str, first: int, count: int) -> Iterator[None]:
+    """As `alone`, but only pieces of work [first, first + count) are held: a byte of the lock file stands for each.
+
+    Two holders in one process do not see each other. A directory is locked either this way or by `alone`.
+    """
+    with _opened(directory) as lock:
+        try:
+            if count:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
+        except (BlockingIOError, PermissionError):  # which of the two depends on the file system
+            raise _taken(directory, doing) from None
+        yield
+
+
+def _opened(directory: Path) -> IO[str]:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return open(directory / ".lock", "a")  # "a" leaves the file's time alone
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; check storage.datasets_dir and its permissions") from None
+
+
+def _taken(directory: Path, doing: str) -> DataError:
+    return DataError(f"{directory}: another process is {doing} there; wait for it or stop it")

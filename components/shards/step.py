@@ -1,35 +1,46 @@
-"""Shards step: raw text → Megatron shards, a set for each source and split, byte-identical however the work went."""
+"""Shards step: raw text → Megatron shards, a set for each source and split, byte-identical however the work went.
+
+The work may be spread: `encode_range` encodes a part of the units, on any number of machines; `run` encodes what is
+left of them (all, where nothing was spread) and makes the shards and their manifest.
+"""
 
 from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from components.lock import alone
-from components.shards.units import SPLITS, Unit, UnitEncoder, encode_units, load_unit, plan_units
+from components.lock import alone_on
+from components.progress import ByteProgress
+from components.shards.assemble import ShardMaker, plan_shards
+from components.shards.engine import choose_engine
+from components.shards.pool import Workers
+from components.shards.units import SPLITS, Journal, Unit, UnitEncoder, encode_units, plan_units, range_of
+from components.tokenizer.step import sample
 from manifests.spec import JobSpec
-from trainer.data.format import ShardWriter, token_dtype
+from trainer.data.format import token_dtype
 from trainer.data.manifest import (
     MANIFEST_NAME,
     DataError,
     FileEntry,
     Manifest,
-    Split,
     StageResult,
-    file_entry,
     open_stage,
+    read_manifest,
     reusable,
+    verify,
     write_manifest,
 )
+from trainer.data.provenance import SUFFIX
 from trainer.data.tokenizer import Tokenizer
 
 UNITS_DIR = "units"
-ENCODING_VERSION = 1  # raise it with every change that alters the bytes; shards of another version are made again
+ENCODING_VERSION = 2  # raise it with every change that alters the bytes; shards of another version are made again
+PARITY_BYTES = 2**19  # text of the data on which the engines are compared
 
 
 def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
@@ -39,89 +50,121 @@ def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
         DataError: raw text or tokenizer missing, changed or malformed; names file and line.
         OSError: the volume is full or a worker was killed.
     """
-    directory = Path(job.stage_dir("shards"))
-    raw_manifest, tokenizer_manifest = open_stage(raw), open_stage(tokenizer)
-    inputs = {"raw": raw_manifest.digest, "tokenizer": tokenizer_manifest.digest}
-    eod_id, vocab_size = Tokenizer.eod_id, Tokenizer.load(tokenizer.path).vocab_size
-    settings = {
-        "encoding_version": ENCODING_VERSION,
-        "unit_bytes": job.shards.unit_bytes,
-        "max_shard_bytes": job.shards.max_shard_bytes,
-        "heldout_fraction": job.data.heldout_fraction,
-        "vocab_size": vocab_size,
-        "dtype": token_dtype(vocab_size).name,
-        "eod_id": eod_id,
-    }
-    manifest, why = reusable(directory, "shards", inputs, settings)
+    work = _Work.of(job, raw, tokenizer)
+    manifest, why = reusable(work.directory, "shards", work.inputs, work.settings)
     if manifest is None:
-        print(f"shards: encoding {len(raw_manifest.files)} files ({why})", flush=True)
-        with alone(directory / UNITS_DIR, "making shards"), _full_volume_explained(directory):
-            _clear(directory)
-            units = plan_units(raw_manifest, job.shards.unit_bytes)
-            encoder = UnitEncoder(
-                raw_dir=raw.path,
-                tokenizer_dir=tokenizer.path,
-                out_dir=str(directory / UNITS_DIR),
-                heldout_fraction=job.data.heldout_fraction,
-                max_document_bytes=job.shards.max_shard_bytes,
-            )
-            done = encode_units(units, encoder, job.shards.workers, {"inputs": inputs, "settings": settings})
-            if done:
-                print(f"shards: {done} of {len(units)} units were done before", flush=True)
-            files = [
-                entry
-                for source in raw_manifest.sources
-                for split in SPLITS
-                for entry in _assemble(directory, units, source, split, settings["dtype"], job.shards.max_shard_bytes)
-            ]
+        print(f"shards: {len(work.raw.files)} files to make token files of ({why})", flush=True)
+        units = plan_units(work.raw, job.shards.unit_bytes)
+        with _ready(job, work, units) as workers:
+            _clear(work.directory)
+            _encode(job, work, units, workers)
             manifest = Manifest(
-                kind="shards", inputs=inputs, settings=settings, sources=raw_manifest.sources, files=files
+                kind="shards",
+                inputs=work.inputs,
+                settings=work.settings,
+                sources=work.raw.sources,
+                files=_assembled(job, work, units, workers),
             )
-            _check_counts(raw_manifest, manifest)
-            write_manifest(directory, manifest)
+            _check_counts(work.raw, manifest)
+            write_manifest(work.directory, manifest)
     else:
-        print(f"shards: {why}: {directory}", flush=True)
+        print(f"shards: {why}: {work.directory}", flush=True)
     # Also after a run that was killed between its manifest and this line.
-    shutil.rmtree(directory / UNITS_DIR, ignore_errors=True)
-    return StageResult(kind="shards", path=str(directory), digest=manifest.digest, summary=_summary(manifest))
+    shutil.rmtree(work.directory / UNITS_DIR, ignore_errors=True)
+    return StageResult(kind="shards", path=str(work.directory), digest=manifest.digest, summary=_summary(manifest))
 
 
-def _assemble(
-    directory: Path, units: list[Unit], source: str, split: Split, dtype: str, max_bytes: int
-) -> Iterator[FileEntry]:
-    """Lay the documents of the units end to end, in order, into shards of at most `max_bytes`."""
-    writer: ShardWriter | None = None
-    number = text_bytes = 0
+def encode_range(job: JobSpec, raw: StageResult, tokenizer: StageResult, index: int, count: int) -> None:
+    """Encode range `index` of `count` of the units, for `run` to make shards of, unless the shards are there.
 
-    def finish(done: ShardWriter) -> Iterator[FileEntry]:
-        done.close()
-        counts = {"documents": done.sequences, "tokens": done.tokens, "text_bytes": text_bytes}
-        yield file_entry(directory, f"{done.prefix.name}.bin", source=source, split=split, **counts)
-        yield file_entry(directory, f"{done.prefix.name}.idx", source=source, split=split)
+    Raises:
+        DataError, OSError: as `run`.
+    """
+    work = _Work.of(job, raw, tokenizer)
+    if work.finished():
+        print(f"shards: made before: {work.directory}", flush=True)
+        return
+    units = range_of(plan_units(work.raw, job.shards.unit_bytes), index, count)
+    if units:
+        with _ready(job, work, units) as workers:
+            _encode(job, work, units, workers)
 
-    for unit in units:
-        if unit.source != source:
-            continue
-        documents = load_unit(directory / UNITS_DIR, unit.number, split)
-        ends = np.cumsum(documents.lengths)
-        first = 0
-        while first < len(ends):
-            if writer is None:
-                writer = ShardWriter(directory / f"{source}-{split}-{number:05d}", np.dtype(dtype))
-            begin = int(ends[first - 1]) if first else 0
-            room = (max_bytes - writer.bytes) // writer.dtype.itemsize
-            last = int(np.searchsorted(ends, begin + room, side="right"))
-            if last > first:
-                chosen = slice(first, last)
-                writer.append(documents.tokens[begin : int(ends[last - 1])], documents.lengths[chosen])
-                text_bytes += int(documents.text_bytes[chosen].sum())
-            if last < len(ends):
-                assert writer.sequences, "a document larger than a shard; the encoder refuses those"
-                yield from finish(writer)
-                writer, number, text_bytes = None, number + 1, 0
-            first = last
-    if writer is not None:
-        yield from finish(writer)
+
+@dataclass(frozen=True)
+class _Work:
+    """What shards are made from, and how."""
+
+    directory: Path
+    raw: Manifest
+    raw_dir: str
+    tokenizer_dir: str
+    inputs: dict[str, str]
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, job: JobSpec, raw: StageResult, tokenizer: StageResult) -> _Work:
+        raw_manifest, tokenizer_manifest = open_stage(raw), open_stage(tokenizer)
+        vocab_size = Tokenizer.load(tokenizer.path).vocab_size
+        return cls(
+            directory=Path(job.stage_dir("shards")),
+            raw=raw_manifest,
+            raw_dir=raw.path,
+            tokenizer_dir=tokenizer.path,
+            inputs={"raw": raw_manifest.digest, "tokenizer": tokenizer_manifest.digest},
+            settings={
+                "encoding_version": ENCODING_VERSION,
+                "unit_bytes": job.shards.unit_bytes,
+                "max_shard_bytes": job.shards.max_shard_bytes,
+                "heldout_fraction": job.data.heldout_fraction,
+                "vocab_size": vocab_size,
+                "dtype": token_dtype(vocab_size).name,
+                "eod_id": Tokenizer.eod_id,
+            },
+        )
+
+    def finished(self) -> bool:
+        """Whether the shards are there, by their manifest and sizes alone."""
+        try:
+            manifest = read_manifest(self.directory, "shards")
+            verify(self.directory, manifest, sizes_only=True)
+        except DataError:
+            return False
+        return (manifest.inputs, manifest.settings) == (self.inputs, self.settings)
+
+
+def _encode(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Workers) -> None:
+    units_dir = work.directory / UNITS_DIR
+    journal = Journal(units_dir, {"inputs": work.inputs, "settings": work.settings}, units)
+    if journal.checksums:
+        print(f"shards: {len(journal.checksums)} of {len(units)} units were done before", flush=True)
+    if len(journal.checksums) == len(units):
+        return
+    each = PARITY_BYTES // max(len(work.raw.sources), 1)
+    texts = (text for source in work.raw.sources for text in sample(work.raw_dir, work.raw, source, each))
+    engine, why = choose_engine(Tokenizer.load(work.tokenizer_dir), texts)
+    print(f"shards: encoding with {engine} ({why})", flush=True)
+    encoder = UnitEncoder(
+        raw_dir=work.raw_dir,
+        tokenizer_dir=work.tokenizer_dir,
+        out_dir=str(units_dir),
+        heldout_fraction=job.data.heldout_fraction,
+        max_document_bytes=job.shards.max_shard_bytes,
+        engine=engine,
+    )
+    encode_units(units, encoder, workers, journal)
+
+
+def _assembled(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Workers) -> list[FileEntry]:
+    units_dir = work.directory / UNITS_DIR
+    vocab_size = work.settings["vocab_size"]
+    plans = list(plan_shards(units_dir, units, job.shards.max_shard_bytes // token_dtype(vocab_size).itemsize))
+    maker = ShardMaker(str(work.directory), str(units_dir), vocab_size)
+    made: dict[str, list[FileEntry]] = {}
+    with ByteProgress("shards: written", None) as progress:
+        for plan, entries in workers.run(maker, plans):
+            made[plan.name] = entries
+            progress.advance(sum(entry.bytes for entry in entries))
+    return [entry for plan in plans for entry in made[plan.name]]
 
 
 def _check_counts(raw: Manifest, shards: Manifest) -> None:
@@ -148,8 +191,20 @@ def _clear(directory: Path) -> None:
     """Take back the declaration that the directory is finished, then remove what an earlier run left besides units."""
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
     for path in directory.iterdir():
-        if path.suffix in (".bin", ".idx", ".tmp"):
+        if path.suffix in (".bin", ".idx", SUFFIX, ".tmp"):
             path.unlink()
+
+
+@contextmanager
+def _ready(job: JobSpec, work: _Work, units: Sequence[Unit]) -> Iterator[Workers]:
+    """The worker processes, while the units are this process's alone."""
+    first = units[0].number if units else 0
+    with (
+        alone_on(work.directory / UNITS_DIR, "making shards", first, len(units)),
+        _full_volume_explained(work.directory),
+        Workers(job.shards.workers) as workers,
+    ):
+        yield workers
 
 
 @contextmanager

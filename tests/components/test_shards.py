@@ -11,18 +11,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import xxhash
 from raw_cases import contents, small_job, texts, write_raw
 
-from components.lock import alone
 from components.shards import step, units
 from components.tokenizer import step as tokenizer_step
 from manifests.spec import JobSpec
 from trainer.data.format import Shard
 from trainer.data.manifest import DataError, StageResult, read_manifest
+from trainer.data.provenance import Origins
 from trainer.data.tokenizer import Tokenizer
 
 
@@ -50,7 +52,7 @@ def test_holds_each_document_once_on_its_side(inputs: tuple[Path, StageResult, S
         for split in ("train", "heldout"):
             found, counted = [], 0
             for entry in manifest.select(source, split):
-                if entry.path.endswith(".idx"):
+                if not entry.path.endswith(".bin"):
                     continue
                 assert entry.bytes <= job.shards.max_shard_bytes
                 shard = Shard(Path(result.path) / entry.path.removesuffix(".bin"))
@@ -74,15 +76,43 @@ def _is_heldout(text: str) -> bool:
     return xxhash.xxh3_64_intdigest(text.encode()) / 2**64 < 0.1
 
 
+def test_says_where_each_document_came_from(inputs: tuple[Path, StageResult, StageResult], tmp_path: Path) -> None:
+    result = step.run(small_job(tmp_path), *inputs[1:])
+    manifest, tokenizer = read_manifest(result.path, "shards"), Tokenizer.load(inputs[2].path)
+    seen = 0
+    for entry in manifest.files:
+        if entry.path.endswith(".bin"):
+            prefix = Path(result.path) / entry.path.removesuffix(".bin")
+            shard, origins = Shard(prefix), Origins(prefix, entry.documents)
+            for n in range(len(shard)):
+                raw_file = Path(inputs[1].path) / origins[n].path
+                line = raw_file.read_bytes()[origins[n].offset :].split(b"\n", 1)[0]
+                assert json.loads(line)["text"] == tokenizer.decode(shard.document(n)[:-1])
+                seen += 1
+    assert seen == manifest.counts().documents == 4 * 152
+
+
+@pytest.mark.parametrize("engine", ["tiktoken", "tokenizers"])
+def test_the_engine_changes_no_byte(
+    inputs: tuple[Path, StageResult, StageResult],
+    tmp_path: Path,
+    golden: dict[str, bytes],
+    engine: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(step, "choose_engine", lambda *_: (engine, "the test wants it"))
+    assert contents(step.run(small_job(tmp_path), *inputs[1:]).path) == golden
+
+
 def test_shards_are_cut_at_their_limit(inputs: tuple[Path, StageResult, StageResult], tmp_path: Path) -> None:
     job = small_job(tmp_path, {"shards": {"unit_bytes": 10**9, "max_shard_bytes": 65536}})
     few = step.run(small_job(tmp_path / "few"), *inputs[1:])
     many = step.run(job, *inputs[1:])
-    assert _tokens(few) == _tokens(many), "the unit's size does not change the tokens"
+    assert _files(few) == _files(many), "the unit's size does not change the files"
 
 
-def _tokens(result: StageResult) -> dict[str, bytes]:
-    return {name: data for name, data in contents(result.path).items() if name.endswith((".bin", ".idx"))}
+def _files(result: StageResult) -> dict[str, bytes]:
+    return {name: data for name, data in contents(result.path).items() if name != "manifest.json"}
 
 
 def test_unchanged_shards_are_kept_and_damaged_ones_made_again(
@@ -105,10 +135,11 @@ def test_unchanged_shards_are_kept_and_damaged_ones_made_again(
     assert step.run(job, *inputs[1:]) == result and contents(result.path) == golden
 
 
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_number_of_workers_changes_nothing(
-    inputs: tuple[Path, StageResult, StageResult], tmp_path: Path, golden: dict[str, bytes]
+    inputs: tuple[Path, StageResult, StageResult], tmp_path: Path, golden: dict[str, bytes], workers: int
 ) -> None:
-    job = small_job(tmp_path, {"shards": {"workers": 2}})
+    job = small_job(tmp_path, {"shards": {"workers": workers}})
     assert contents(step.run(job, *inputs[1:]).path) == golden
 
 
@@ -150,10 +181,10 @@ def _killed_until_done(
 
 def _journalled(directory: Path) -> dict[int, int]:
     """Inode of every unit in the journal: an inode that stays is a file that was not written again."""
-    journal = directory / "units" / "journal.jsonl"
-    if not journal.exists() or (directory / "manifest.json").exists():
+    journals = sorted((directory / "units").glob("journal*.jsonl"))
+    if not journals or (directory / "manifest.json").exists():
         return {}
-    lines = journal.read_text().split("\n")[1:-1]
+    lines = [line for journal in journals for line in journal.read_text().split("\n")[1:-1]]
     numbers = [json.loads(line)["unit"] for line in lines]
     return {n: units.unit_file(directory / "units", n).stat().st_ino for n in numbers}
 
@@ -216,15 +247,64 @@ def test_a_journal_of_other_inputs_is_not_used(
     directory.mkdir(parents=True)
     (directory / "000000.npz").write_bytes(b"other")
     record = {"unit": 0, "checksum": xxhash.xxh3_128_hexdigest(b"other")}
-    (directory / "journal.jsonl").write_text(json.dumps({"inputs": "other"}) + "\n" + json.dumps(record) + "\n")
+    (directory / "journal-000000-000000.jsonl").write_text(
+        json.dumps({"inputs": "other"}) + "\n" + json.dumps(record) + "\n"
+    )
     assert contents(step.run(job, *inputs[1:]).path) == golden
 
 
 def test_only_one_process_at_a_time(inputs: tuple[Path, StageResult, StageResult], tmp_path: Path) -> None:
     job = small_job(tmp_path)
-    units = Path(job.stage_dir("shards")) / "units"
-    with alone(units, "waiting"), pytest.raises(DataError, match="another process is making shards there"):
+    with _held(job, 0, 10**6), pytest.raises(DataError, match="another process is making shards there"):
         step.run(job, *inputs[1:])
+
+
+def test_ranges_of_units_are_made_side_by_side_and_none_twice(
+    inputs: tuple[Path, StageResult, StageResult], tmp_path: Path, golden: dict[str, bytes]
+) -> None:
+    job = small_job(tmp_path)
+    units_of_all = units.plan_units(read_manifest(inputs[1].path), job.shards.unit_bytes)
+    first = len(units.range_of(units_of_all, 0, 3))
+    with _held(job, 0, first):  # range 0 is being made elsewhere
+        step.encode_range(job, *inputs[1:], index=1, count=3)
+        with pytest.raises(DataError, match="another process is making shards there"):
+            step.encode_range(job, *inputs[1:], index=0, count=2)
+    made = _journalled(Path(job.stage_dir("shards")))
+    assert sorted(made) == [unit.number for unit in units.range_of(units_of_all, 1, 3)]
+    step.encode_range(job, *inputs[1:], index=1, count=2)  # another division: what is done stays
+    step.encode_range(job, *inputs[1:], index=0, count=1)
+    assert _journalled(Path(job.stage_dir("shards"))).items() > made.items()
+    assert contents(step.run(job, *inputs[1:]).path) == golden
+    step.encode_range(job, *inputs[1:], index=0, count=2)
+    assert contents(job.stage_dir("shards")) == golden, "a range that finds finished shards leaves them alone"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 500])
+def test_ranges_hold_each_unit_once_in_nearly_equal_parts(count: int) -> None:
+    sizes = [random.Random(n).choice([1, 1000, 1000, 1000, 700]) for n in range(100)]
+    all_units = [units.Unit(n, "ko", "a", 0, size) for n, size in enumerate(sizes)]
+    parts = [list(units.range_of(all_units, index, count)) for index in range(count)]
+    assert [unit for part in parts for unit in part] == all_units
+    for part in parts:
+        assert abs(sum(unit.stop for unit in part) - sum(sizes) / count) <= 1000
+
+
+@contextmanager
+def _held(job: JobSpec, first: int, last: int) -> Iterator[None]:
+    """Another process holds units [first, last)."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom components.lock import alone_on\n"
+        "first, last = map(int, sys.argv[2:])\n"
+        "with alone_on(Path(sys.argv[1]) / 'units', 'waiting', first, last - first):\n"
+        "    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, job.stage_dir("shards"), str(first), str(last)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        try:
+            yield
+        finally:
+            process.communicate("")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -256,6 +336,6 @@ def test_a_document_larger_than_a_shard_is_refused(tmp_path: Path) -> None:
     job = small_job(tmp_path)
     raw = write_raw(job)
     tokenizer = tokenizer_step.run(job, raw)
-    encoder = units.UnitEncoder(raw.path, tokenizer.path, str(tmp_path), 0.1, max_document_bytes=64)
+    encoder = units.UnitEncoder(raw.path, tokenizer.path, str(tmp_path), 0.1, 64, "tokenizers")
     with pytest.raises(DataError, match=r"part-00000\.jsonl:\d+: a document of \d+ tokens is larger than a shard"):
         encoder(units.Unit(0, "ko", "ko/part-00000.jsonl", 0, 10**6))

@@ -51,9 +51,21 @@ def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
 @settings(deadline=None)
 @given(st.binary())
 def test_any_bytes_come_back(tokenizer: Tokenizer, data: bytes) -> None:
-    """Every byte has a token: text of all code points up to U+00FF reaches all continuation and lead bytes of two."""
-    text = data.decode("latin-1")
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.encode_bytes(data)
+    assert tokenizer.decode_bytes(ids) == data
+    assert all(len(SPECIAL_TOKENS) <= i < tokenizer.vocab_size for i in ids)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return
+    assert ids == tokenizer.encode(text)
+
+
+def test_each_byte_alone_and_within_text_comes_back(tokenizer: Tokenizer) -> None:
+    for byte in range(256):
+        for data in (bytes([byte]), b"ab" + bytes([byte]) + "가".encode(), "가".encode()[:2] + bytes([byte])):
+            assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
+    assert tokenizer.decode_bytes([0, 1]) == b"<|endoftext|><|im_start|>"
 
 
 def test_end_of_document_is_zero_and_no_text_can_write_it(tokenizer: Tokenizer) -> None:

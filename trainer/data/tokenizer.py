@@ -3,18 +3,22 @@
 Text is cut by one pattern, nothing is normalised, and every byte has a token, so decoding gives back any text exactly.
 The pattern keeps a Hangul run together with its leading space (a word and its particles) and apart from Latin letters
 written against it (GPU|를), takes at most three digits at a time so that numbers are composed regularly, joins one
-leading sign to a word (`.append`, `_name`) and keeps runs of spaces and of newlines whole (indentation is one token).
+leading sign to a word (`.append`, `_name`) and keeps runs of up to 128 spaces or newlines whole (indentation is one
+token). It is written in what the regular expressions of `tokenizers` (Oniguruma) and of tiktoken (Rust) both read
+alike; the bound is there because tiktoken's gives up on look-ahead behind a megabyte of blanks.
 
 Ids: 0 is the end of a document; the other special tokens follow, then the 256 bytes, then merges; reserved tokens fill
 up to exactly the size asked for. Special tokens written inside a text are ordinary characters unless the caller says
-otherwise, so no document can end itself.
+otherwise, so no document can end itself. Bytes that are no UTF-8 have ids too (`encode_bytes`), so any bytes come back.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -37,14 +41,18 @@ SPECIAL_TOKENS = (
 PATTERN = "|".join(
     (
         r"[^\r\n\p{L}\p{M}\p{N}]?\p{Hangul}+",
-        r"[^\r\n\p{L}\p{M}\p{N}]?(?:(?!\p{Hangul})[\p{L}\p{M}])+",
+        r"[^\r\n\p{L}\p{M}\p{N}]?[[\p{L}\p{M}]&&\P{Hangul}]+",
         r"\p{N}{1,3}",
         r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
+        r"\s{0,128}[\r\n]{1,128}",
+        r"\s{1,128}(?!\S)",
+        r"\s",
     )
 )
+# The characters that stand for bytes in the vocabulary: printable ones for themselves, the others from U+0100 on.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
+BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + n): b for n, b in enumerate(_OTHERS)}
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 
 
@@ -98,10 +106,55 @@ class Tokenizer:
         """The text, special tokens included; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
         return self._raw.decode(list(ids), skip_special_tokens=False)
 
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of any bytes; those that belong to no UTF-8 character take the id of the single byte."""
+        text = data.decode("utf-8", "surrogateescape")
+        ids: list[int] = []
+        for stray, whole in re.findall("([\udc80-\udcff])|([^\udc80-\udcff]+)", text):
+            ids += self.encode(whole) if whole else [self._byte_ids[ord(stray) - 0xDC00]]
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that the ids stand for, exactly; special tokens as they are written."""
+        return b"".join(self._bytes[n] for n in ids)
+
     def byte_lengths(self) -> list[int]:
         """UTF-8 bytes of text that each id stands for; special and reserved tokens stand for none."""
         special = self._raw.get_added_tokens_decoder()
-        return [0 if n in special else len(self._raw.id_to_token(n)) for n in range(self.vocab_size)]
+        return [0 if n in special else len(self._bytes[n]) for n in range(self.vocab_size)]
+
+    def bpe(self) -> tuple[str, dict[bytes, int]]:
+        """What another BPE engine needs: the pattern that cuts text, and the id of each ordinary token by its bytes.
+
+        Raises:
+            ValueError: the tokenizer does more than cut by one pattern and merge bytes.
+        """
+        value = json.loads(self._raw.to_str())
+        match value:
+            case {
+                "normalizer": None,
+                "post_processor": None,
+                "pre_tokenizer": {
+                    "pretokenizers": [
+                        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                    ]
+                },
+            }:
+                special = self._raw.get_added_tokens_decoder()
+                return pattern, {self._bytes[n]: n for n in range(self.vocab_size) if n not in special}
+        raise ValueError("the tokenizer does more than cut by one pattern and merge bytes")
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        """What each id stands for."""
+        special = self._raw.get_added_tokens_decoder()
+        tokens = [self._raw.id_to_token(n) for n in range(self.vocab_size)]
+        return [t.encode() if n in special else bytes(map(BYTE_OF.__getitem__, t)) for n, t in enumerate(tokens)]
+
+    @cached_property
+    def _byte_ids(self) -> list[int]:
+        return [self._raw.token_to_id(character) for _, character in sorted((b, c) for c, b in BYTE_OF.items())]
 
 
 def train(texts: Iterable[str], vocab_size: int) -> RawTokenizer:

@@ -1,0 +1,96 @@
+"""Units → shards: the documents of a source and split, in the order of the raw text, cut into files of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from components.shards.units import SPLITS, Unit, load_unit, unit_lengths
+from trainer.data.format import ShardWriter, token_dtype
+from trainer.data.manifest import FileEntry, Split, file_entry
+from trainer.data.provenance import SUFFIX, OriginsWriter
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Documents [first, last) of a unit."""
+
+    unit: Unit
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What goes into one shard. Plans know nothing of each other, so that shards can be written side by side."""
+
+    name: str
+    source: str
+    split: Split
+    pieces: list[Piece] = field(default_factory=list)
+
+
+def plan_shards(units_dir: Path, units: Sequence[Unit], max_tokens: int) -> Iterator[ShardPlan]:
+    """Fill each shard with whole documents up to `max_tokens`; sources follow each other as the units have them."""
+    for source in dict.fromkeys(unit.source for unit in units):
+        for split in SPLITS:
+            number, room = 0, max_tokens
+            shard = ShardPlan(f"{source}-{split}-{number:05d}", source, split)
+            for unit in units:
+                if unit.source != source:
+                    continue
+                ends = np.cumsum(unit_lengths(units_dir, unit.number, split))
+                first = before = 0
+                while first < len(ends):
+                    last = int(np.searchsorted(ends, before + room, side="right"))
+                    if last > first:
+                        shard.pieces.append(Piece(unit, first, last))
+                        room -= int(ends[last - 1]) - before
+                    if last < len(ends):
+                        assert shard.pieces, "a document larger than a shard; the encoder refuses those"
+                        yield shard
+                        number, room = number + 1, max_tokens
+                        shard = ShardPlan(f"{source}-{split}-{number:05d}", source, split)
+                        before = int(ends[last - 1]) if last else 0
+                    first = last
+            if shard.pieces:
+                yield shard
+
+
+@dataclass(frozen=True)
+class ShardMaker:
+    """Writes one shard: `.bin`, `.idx` and `.docs`. Sent to the worker processes."""
+
+    directory: str
+    units_dir: str
+    vocab_size: int
+
+    def __call__(self, plan: ShardPlan) -> list[FileEntry]:
+        """The entries of the shard's files for the manifest.
+
+        Raises:
+            OSError: the files cannot be written.
+        """
+        directory, text_bytes = Path(self.directory), 0
+        files = list(dict.fromkeys(piece.unit.path for piece in plan.pieces))
+        origins = OriginsWriter(directory / plan.name, files)
+        with ShardWriter(directory / plan.name, token_dtype(self.vocab_size)) as writer:
+            for piece in plan.pieces:
+                documents = load_unit(self.units_dir, piece.unit.number, plan.split)
+                chosen = slice(piece.first, piece.last)
+                before = int(documents.lengths[: piece.first].sum())
+                lengths = documents.lengths[chosen]
+                writer.append(documents.tokens[before : before + int(lengths.sum())], lengths)
+                origins.append(files.index(piece.unit.path), documents.offsets[chosen])
+                text_bytes += int(documents.text_bytes[chosen].sum())
+        origins.close()
+        of = {"source": plan.source, "split": plan.split}
+        counts = {"documents": writer.sequences, "tokens": writer.tokens, "text_bytes": text_bytes}
+        return [
+            file_entry(directory, f"{plan.name}.bin", **of, **counts),
+            file_entry(directory, f"{plan.name}.idx", **of),
+            file_entry(directory, f"{plan.name}{SUFFIX}", **of),
+        ]

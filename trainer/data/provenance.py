@@ -1,0 +1,105 @@
+"""Where each document of a shard came from: `PREFIX.docs` beside `PREFIX.bin` and `PREFIX.idx`. Imports no torch.
+
+    offset     bytes  content
+    0          8      magic "YAODOCS1"
+    8          4      u32 n, bytes of the table of files
+    12         n      JSON list of strings: raw files, relative to the raw stage's directory
+    12 + n     12·S   for each document, in the order of the index: u32 number of its file in the table,
+                      u64 byte offset at which its line starts there
+
+Little-endian. Megatron's readers do not look at the file; the manifest holds its checksum.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.manifest import DataError, sync_directory
+
+MAGIC = b"YAODOCS1"
+TABLE_BYTES = struct.Struct("<I")
+RECORD = np.dtype([("file", "<u4"), ("offset", "<u8")])
+SUFFIX = ".docs"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The line of a raw file (relative to the raw stage's directory) that a document was; `offset` in bytes."""
+
+    path: str
+    offset: int
+
+
+class OriginsWriter:
+    """Writes one `.docs`; nothing appears under the final name before `close`.
+
+    Args:
+        prefix: of the shard.
+        files: the table; `append` refers to it by number.
+    """
+
+    def __init__(self, prefix: str | Path, files: Sequence[str]) -> None:
+        self._path = _named(Path(prefix))
+        self._temporary = self._path.with_name(self._path.name + ".tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by close
+        table = json.dumps(list(files), ensure_ascii=False).encode()
+        self._file.write(MAGIC + TABLE_BYTES.pack(len(table)) + table)
+
+    def append(self, file: int, offsets: NDArray[np.integer]) -> None:
+        """Add documents of one raw file."""
+        records = np.empty(len(offsets), RECORD)
+        records["file"], records["offset"] = file, offsets
+        self._file.write(records.data)
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self._path)
+        sync_directory(self._path.parent)
+
+
+class Origins:
+    """One `.docs`, mapped read-only: `origins[i]` is where document i of the shard came from.
+
+    Raises:
+        DataError: the file is missing, malformed, or not for a shard of `documents` documents.
+    """
+
+    def __init__(self, prefix: str | Path, documents: int) -> None:
+        path = _named(Path(prefix))
+        try:
+            data = np.memmap(path, mode="r", dtype=np.uint8)
+            if bytes(data[: len(MAGIC)]) != MAGIC:
+                raise ValueError("no list of origins")
+            at = len(MAGIC) + TABLE_BYTES.size
+            records = at + TABLE_BYTES.unpack(data[len(MAGIC) : at])[0]
+            self.files: list[str] = json.loads(bytes(data[at:records]))
+            if len(data) != (expected := records + documents * RECORD.itemsize):
+                raise ValueError(f"has {len(data)} bytes, {documents} documents need {expected}")
+            self._records = np.frombuffer(data, RECORD, documents, records)
+            if documents and int(self._records["file"].max()) >= len(self.files):
+                raise ValueError("names files that are not in its table")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); run the shards step again") from None
+        except (ValueError, struct.error) as error:
+            raise DataError(f"{path}: damaged ({error}); run the shards step again") from None
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Origin:
+        file, offset = self._records[index].item()
+        return Origin(self.files[file], offset)
+
+
+def _named(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + SUFFIX)
