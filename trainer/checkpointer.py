@@ -30,6 +30,8 @@ from trainer import checkpoint
 from trainer.checkpoint import CheckpointManifest
 from trainer.distributed import World
 from trainer.exitcodes import ExitCode, TrainingError
+from trainer.fp8.state import Fp8State
+from trainer.fp8.te import TeState
 from trainer.optim import Optimizers
 from trainer.spec import TrainSpec
 
@@ -61,6 +63,7 @@ class Checkpointer:
     Args:
         digests: of the shards and the tokenizer, which a checkpoint must share with the run that resumes from it.
         on_published: called on rank 0, perhaps from a thread, with the step and the seconds from start to durable.
+        fp8: state of FP8 products, None without any. A checkpoint may lack it, and then it starts anew.
     """
 
     def __init__(
@@ -71,8 +74,10 @@ class Checkpointer:
         optimizers: Optimizers,
         digests: dict[str, str],
         on_published: Callable[[int, float], None],
+        fp8: Fp8State | TeState | None = None,
     ) -> None:
         self._spec, self._world, self._model, self._optimizers = spec, world, model, optimizers
+        self._fp8 = fp8
         self._digests, self._on_published = digests, on_published
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[str | None] | None = None
@@ -96,7 +101,7 @@ class Checkpointer:
             scalars=scalars,
             files={},
         )
-        tensors = {**_state(self._model, self._optimizers), **_random_state(self._world)}
+        tensors = {**_state(self._model, self._optimizers), **_random_state(self._world), **self._fp8_state()}
         self.saved_step = step
         if self._spec.checkpoint.asynchronous:
             tensors = self._copy(tensors)
@@ -141,6 +146,11 @@ class Checkpointer:
         tensors = _state(self._model, self._optimizers)
         own_random = _random_state(self._world)
         tensors |= {key: value for key, value in own_random.items() if key in stored}
+        fp8 = self._fp8_state()
+        if all(stored.get(key) == value.shape for key, value in fp8.items()):
+            tensors |= fp8
+        else:
+            log.warning("%s has no amax history of this FP8 recipe and model; it starts anew", path)
         _load(path, tensors, stored)
         if own_random.keys() <= stored.keys():
             torch.set_rng_state(own_random.pop(f"random.cpu.{self._world.rank}"))
@@ -153,6 +163,9 @@ class Checkpointer:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
+
+    def _fp8_state(self) -> dict[str, Tensor]:
+        return {f"fp8.{key}": value for key, value in self._fp8.state_dict().items()} if self._fp8 else {}
 
     def _refuse_other_run(self, path: Path, manifest: CheckpointManifest) -> None:
         for name, digest in self._digests.items():

@@ -34,7 +34,7 @@ from trainer.data.manifest import DataError, atomic_write, read_manifest
 from trainer.distributed import pick_device
 from trainer.exitcodes import ExitCode, TrainingError
 from trainer.generate import complete
-from trainer.precision import Precision, device_capability, resolve
+from trainer.precision import Precision, device_capability, resolve_for_evaluation
 from trainer.report import write_report
 from trainer.spec import TokensSpec, TrainSpec
 from trainer.trained import Trained, load_trained
@@ -80,7 +80,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     began = time.monotonic()
     device = pick_device(spec.runtime.device)
     try:
-        precision = resolve(spec.precision.dtype, device_capability(device))
+        precision = resolve_for_evaluation(spec.precision, device_capability(device))
         trained = load_trained(spec, device, precision.autocast_dtype)
         by_source, domain_of = _score_sources(spec, trained, device, precision)
         with precision.autocast(device.type):

@@ -55,6 +55,9 @@ def train(spec: TrainSpec) -> int:
                 totals = forward_backward(run, batch, stop.code())
             with run.recorder.phase("optimizer"):
                 update = apply_gradients(run, step, totals.expert_load_LE)
+            if run.fp8:
+                run.fp8.finish_step()
+                run.recorder.fp8(step + 1, run.fp8)
             run.recorder.step(step_record(run, step, batch, totals, update), run.loader.epochs())
             watchdog.beat()
             last = step + 1 == spec.steps

@@ -70,6 +70,21 @@ METRICS: tuple[Metric, ...] = (
     Metric("source_epochs", "gauge", "Times that each source has been gone through.", "epochs", ("source",)),
     Metric("expert_load_max_ratio", "gauge", "Load of the fullest expert over the mean, worst layer.", "ratio"),
     Metric(
+        "fp8_amax",
+        "gauge",
+        "Largest magnitude cast to FP8 in the last step by operand: input, weight, gradient; absent without FP8.",
+        "",
+        ("operand",),
+        per_rank=True,
+    ),
+    Metric(
+        "fp8_overflows_total",
+        "counter",
+        "Tensors whose largest numbers were clamped, as delayed FP8 scaling had foreseen smaller ones.",
+        "tensors",
+        per_rank=True,
+    ),
+    Metric(
         "memory_bytes", "gauge", "Peak memory: of the GPU allocator, on a CPU of the process.", "bytes", per_rank=True
     ),
     Metric("checkpoint_seconds", "gauge", "Duration of the last checkpoint from start to durable.", "s"),

@@ -1,21 +1,29 @@
 """Precision ladder: FP8 (compute capability 8.9) → BF16 (8.0) → FP16 with dynamic loss scaling → FP32 (CPU).
 
-Weights, gradients and optimizer state are FP32 on every rung; what changes is the dtype that autocast gives to matrix
-products. No FP8 linear layer exists here yet, so `auto` never stops on FP8: on a GPU that has it, it takes BF16 and
-says why; asking for FP8 by name is an error.
+Weights and gradients are FP32 on every rung; what changes is the dtype that autocast gives to matrix products, and on
+the FP8 rung the products of the converted modules (trainer.fp8). `auto` steps on that rung only with an implementation
+that a committed parity record proves for its version and this class of GPU; a person may name any that can run.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+
+from trainer import parity
+from trainer.fp8 import te
+from trainer.fp8.gemm import torch_problem
+from trainer.fp8.scaling import E4M3, E5M2
+from trainer.spec import Fp8Spec, PrecisionSpec
 
 Capability = tuple[int, int]
 
 FP8_CAPABILITY: Capability = (8, 9)
 BF16_CAPABILITY: Capability = (8, 0)
+_PACKAGES = {"te": "transformer_engine", "torch": "torch"}  # in the order of preference
 
 
 @dataclass(frozen=True)
@@ -23,26 +31,37 @@ class Precision:
     """One rung.
 
     Attributes:
-        name: "bf16", "fp16" or "fp32".
+        name: "fp8", "bf16", "fp16" or "fp32".
         autocast_dtype: dtype of matrix products under autocast; None without autocast.
         loss_scaling: gradients underflow without it (FP16 has 5 bits of exponent).
         reason: why this rung, for the log.
+        fp8: recipe and resolved implementation of the converted products; None on other rungs.
     """
 
     name: str
     autocast_dtype: torch.dtype | None
     loss_scaling: bool
     reason: str
+    fp8: Fp8Spec | None = None
 
     def autocast(self, device_type: str) -> AbstractContextManager:
         """The context of forward passes."""
         if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(device_type, dtype=self.autocast_dtype)
+        plain = torch.autocast(device_type, dtype=self.autocast_dtype)
+        if self.fp8 is None or self.fp8.implementation != "te":
+            return plain
+        return _both(plain, te.autocast(self.fp8))
 
     def scaler(self, device_type: str) -> torch.amp.GradScaler | None:
         """Dynamic loss scaler (doubles every 2000 clean steps, halves on overflow), or None where none is needed."""
         return torch.amp.GradScaler(device_type) if self.loss_scaling else None
+
+
+@contextmanager
+def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def device_capability(device: torch.device) -> Capability | None:
@@ -50,16 +69,17 @@ def device_capability(device: torch.device) -> Capability | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def resolve(requested: str, capability: Capability | None) -> Precision:
-    """The rung for `PrecisionSpec.dtype` on a device of `capability` (None: CPU).
+def resolve(spec: PrecisionSpec, capability: Capability | None) -> Precision:
+    """The rung for training on a device of `capability` (None: CPU).
 
     Raises:
-        ValueError: a dtype asked for by name that the device or this program cannot run.
+        ValueError: a dtype or FP8 implementation asked for by name that the device or this program cannot run.
     """
+    requested = spec.dtype
     if requested == "auto":
-        return _automatic(capability)
+        return _automatic(spec.fp8, capability)
     if requested == "fp8":
-        raise ValueError("precision.dtype fp8: no FP8 layer is built in, so it cannot run; write auto or bf16")
+        return _fp8_by_name(spec.fp8, capability)
     if requested == "bf16" and capability is not None and capability < BF16_CAPABILITY:
         raise ValueError(
             f"precision.dtype bf16: this GPU has compute capability {_text(capability)} and bf16 needs "
@@ -68,15 +88,77 @@ def resolve(requested: str, capability: Capability | None) -> Precision:
     return _rung(requested, f"{requested} was asked for")
 
 
-def _automatic(capability: Capability | None) -> Precision:
+def resolve_for_evaluation(spec: PrecisionSpec, capability: Capability | None) -> Precision:
+    """As `resolve`, but FP8 runs are evaluated as on the next rung: their weights are FP32, so any machine can."""
+    if spec.dtype != "fp8":
+        return resolve(spec, capability)
+    return _below_fp8(capability, "evaluated without FP8")
+
+
+def fp8_problem(fp8: Fp8Spec, implementation: str, capability: Capability | None) -> str | None:
+    """Why an implementation cannot run the recipe on this device; None where it can."""
+    if implementation == "emulated":
+        return None
+    if implementation == "te":
+        return te.problem(fp8, capability)
+    return torch_problem(fp8.recipe, E5M2 if fp8.hybrid else E4M3, capability)
+
+
+def _fp8_by_name(fp8: Fp8Spec, capability: Capability | None) -> Precision:
+    if fp8.implementation != "auto":
+        if problem := fp8_problem(fp8, fp8.implementation, capability):
+            raise ValueError(
+                f"precision.dtype fp8 by {fp8.implementation}: {problem}; write bf16, or emulated to try it anywhere"
+            )
+        return _fp8(fp8, fp8.implementation, f"fp8 by {fp8.implementation} was asked for")
+    implementation, reasons = _proven_fp8(fp8, capability)
+    if implementation is None:
+        raise ValueError(
+            f"precision.dtype fp8: no implementation is known to work here ({'; '.join(reasons)}); write bf16, or name "
+            "one as precision.fp8.implementation: te, torch, or emulated (slow, anywhere)"
+        )
+    return _fp8(fp8, implementation, f"fp8 was asked for, {implementation} is proven here")
+
+
+def _automatic(fp8: Fp8Spec, capability: Capability | None) -> Precision:
+    if capability is None or capability < FP8_CAPABILITY:
+        return _below_fp8(capability, None)
+    implementation, reasons = _proven_fp8(fp8, capability)
+    if implementation is None:
+        return _below_fp8(capability, f"FP8 stays unused: {'; '.join(reasons)}")
+    return _fp8(fp8, implementation, f"compute capability {_text(capability)} has FP8, proven by {implementation}")
+
+
+def _below_fp8(capability: Capability | None, why_not_fp8: str | None) -> Precision:
     if capability is None:
         return _rung("fp32", "a CPU computes fp32 fastest and exactly; bf16 may be asked for")
     have = f"compute capability {_text(capability)}"
-    if capability >= FP8_CAPABILITY:
-        return _rung("bf16", f"{have} has FP8, but no FP8 layer has been proven on this GPU, so it stays unused")
     if capability >= BF16_CAPABILITY:
-        return _rung("bf16", f"{have} is below FP8's {_text(FP8_CAPABILITY)}")
+        return _rung("bf16", f"{have}; {why_not_fp8 or f'below the {_text(FP8_CAPABILITY)} of FP8'}")
     return _rung("fp16", f"{have} is below BF16's {_text(BF16_CAPABILITY)}; FP16 runs with dynamic loss scaling")
+
+
+def _proven_fp8(fp8: Fp8Spec, capability: Capability | None) -> tuple[str | None, list[str]]:
+    """The first implementation that a record proves and that can run, or none and why not for each."""
+    reasons = []
+    wanted = [name for name in _PACKAGES if fp8.implementation in ("auto", name)]
+    for name in wanted:
+        version = parity.package_version(_PACKAGES[name])
+        device_class = f"sm_{capability[0]}{capability[1]}" if capability else "cpu"
+        if version is None:
+            reasons.append(f"{name}: not installed")
+        elif not parity.proven("linear", name, fp8.recipe, device_class, version):
+            reasons.append(f"{name}: {fp8.recipe} scaling unproven on {device_class} with {_PACKAGES[name]} {version}")
+        elif problem := fp8_problem(fp8, name, capability):
+            reasons.append(f"{name}: {problem}")
+        else:
+            return name, reasons
+    return None, reasons or [f"{fp8.implementation} is never chosen by itself"]
+
+
+def _fp8(fp8: Fp8Spec, implementation: str, reason: str) -> Precision:
+    chosen = fp8.updated({"implementation": implementation})
+    return Precision("fp8", torch.bfloat16, loss_scaling=False, reason=reason, fp8=chosen)
 
 
 def _rung(name: str, reason: str) -> Precision:

@@ -21,6 +21,9 @@ from trainer.data.plan import Cursor
 from trainer.data.tokenizer import Tokenizer
 from trainer.distributed import World
 from trainer.exitcodes import ExitCode, TrainingError
+from trainer.fp8.convert import convert
+from trainer.fp8.state import Fp8State
+from trainer.fp8.te import TeState
 from trainer.model.engram import token_classes
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.optim import Optimizers, build_optimizers, learning_rate_factor
@@ -44,6 +47,7 @@ class Run:
     optimizers: Optimizers
     precision: Precision
     scaler: torch.amp.GradScaler | None
+    fp8: Fp8State | TeState | None
     loader: TokenLoader
     checkpoints: Checkpointer
     recorder: Recorder
@@ -56,7 +60,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     with users_mistakes():
         micro_batches = spec.micro_batches(world.size)
         recorder = Recorder(spec, world, started)
-        chosen = precision.resolve(spec.precision.dtype, precision.device_capability(world.device))
+        chosen = precision.resolve(spec.precision, precision.device_capability(world.device))
         digests, classes = read_data(spec)
         model = build_model(
             spec.model,
@@ -68,13 +72,14 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         )
         optimizers = build_optimizers(model, spec.optimizer, spec.model)
         learning_rate_factor(0, spec.steps, spec.schedule, optimizers.peak_learning_rate)
+        fp8 = convert(model, spec.model, chosen.fp8, world.device) if chosen.fp8 else None
     backends = {name: choice.label for name, choice in model.choices.items()}
     log.info("ranks: %d on %s, %d micro-batches each per step", world.size, world.device, micro_batches)
     log.info("precision: %s (%s)", chosen.name, chosen.reason)
     for line in summary_lines(optimizers.table):
         log.info("%s", line)
     scaler = chosen.scaler(world.device.type)
-    checkpoints = Checkpointer(spec, world, model, optimizers, digests, recorder.checkpointed)
+    checkpoints = Checkpointer(spec, world, model, optimizers, digests, recorder.checkpointed, fp8)
     resumed = checkpoints.resume()
     if resumed:
         log.info("resuming from the checkpoint of step %d, saved by %d ranks", resumed.step, resumed.world_size)
@@ -94,9 +99,20 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         steps=max(0, spec.steps - first_step),
     )
     step_model = wrap(model, spec, world)
-    skipped = int(resumed.scalars.get("skipped_in_a_row", 0)) if resumed else 0
     return Run(
-        spec, world, model, step_model, optimizers, chosen, scaler, loader, checkpoints, recorder, first_step, skipped
+        spec=spec,
+        world=world,
+        model=model,
+        step_model=step_model,
+        optimizers=optimizers,
+        precision=chosen,
+        scaler=scaler,
+        fp8=fp8,
+        loader=loader,
+        checkpoints=checkpoints,
+        recorder=recorder,
+        first_step=resumed.step if resumed else 0,
+        skipped_in_a_row=int(resumed.scalars.get("skipped_in_a_row", 0)) if resumed else 0,
     )
 
 

@@ -22,6 +22,8 @@ from trainer.data.manifest import atomic_write
 from trainer.data.plan import Cursor
 from trainer.distributed import World
 from trainer.flops import flops_per_token
+from trainer.fp8.state import Fp8State
+from trainer.fp8.te import TeState
 from trainer.logs import MetricsFile
 from trainer.metrics import Metrics
 from trainer.spec import TrainSpec
@@ -76,6 +78,7 @@ class Recorder:
         self._phases: dict[str, float] = {}
         self._sources: dict[str, int] = {}
         self._rate: float | None = None
+        self._fp8_overflows = 0.0
         self._flops_per_token = flops_per_token(spec.model, spec.tokens.seq_len)
         self._peak_flops = peak_flops(world.device)
         self.seconds_before = 0.0
@@ -138,6 +141,16 @@ class Recorder:
                 timedelta(seconds=round(left)),
                 "  (skipped: gradients not finite)" if record.skipped else "",
             )
+
+    def fp8(self, step: int, state: Fp8State | TeState) -> None:
+        """Export the figures of FP8 every `log_every_steps` steps only, as asking for them waits for the device."""
+        if step % self._spec.runtime.log_every_steps:
+            return
+        amax, overflows = state.figures()
+        for operand, value in amax.items():
+            self.metrics.set("fp8_amax", value, operand=operand)
+        self.metrics.add("fp8_overflows_total", overflows - self._fp8_overflows)
+        self._fp8_overflows = overflows
 
     def checkpointed(self, step: int, seconds: float) -> None:
         """A checkpoint was published; may come from another thread."""

@@ -128,10 +128,38 @@ class ScheduleSpec(Spec):
         return self
 
 
+class Fp8Spec(Spec):
+    """How FP8 products are computed, where `precision.dtype` asks for them.
+
+    `recipe` is how operands are scaled: tensor-wise by the amax history (delayed) or by their own amax (current), or
+    in blocks of 128 (weights 128×128, the rest 1×128). `format` hybrid is E4M3 forward and E5M2 for gradients; auto
+    means hybrid for tensor-wise recipes and e4m3 for blocks. `emulated` runs on any device, slowly. The first and last
+    `bf16_end_layers` layers are not converted.
+    """
+
+    recipe: Literal["delayed", "current", "block128"] = "current"
+    format: Literal["auto", "hybrid", "e4m3"] = "auto"
+    implementation: Literal["auto", "te", "torch", "emulated"] = "auto"
+    amax_history_steps: Annotated[int, Field(ge=1, le=4096)] = 1024
+    margin: Annotated[int, Field(ge=0, le=8)] = 0
+    bf16_end_layers: Annotated[int, Field(ge=0)] = 1
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether gradients are E5M2."""
+        return self.format == "hybrid" or (self.format == "auto" and self.recipe != "block128")
+
+    @property
+    def side_multiple(self) -> int:
+        """What both sides of a weight must be multiples of."""
+        return 128 if self.recipe == "block128" else 16
+
+
 class PrecisionSpec(Spec):
     """`auto` walks the ladder FP8 → BF16 → FP16 → FP32 and logs why it stopped where it did."""
 
     dtype: Literal["auto", "fp8", "bf16", "fp16", "fp32"] = "auto"
+    fp8: Fp8Spec = Fp8Spec()
 
 
 class CheckpointSpec(Spec):

@@ -1,0 +1,68 @@
+"""Puts FP8 products into a built model, module by module, in place: no parameter changes its name, dtype or storage."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import torch
+from torch import nn
+
+from trainer.fp8 import te
+from trainer.fp8.experts import Fp8Grouped, experts_fp8, experts_problem
+from trainer.fp8.linear import Fp8Linear, Recipe
+from trainer.fp8.scaling import E4M3, E5M2
+from trainer.fp8.state import Fp8State
+from trainer.fp8.table import conversion_table, share, summary
+from trainer.model.hybrid import HybridModel
+from trainer.model.moe import Moe
+from trainer.modelspec import ModelSpec
+from trainer.spec import Fp8Spec
+
+log = logging.getLogger(__name__)
+
+_EXPERT_WEIGHTS = ("up_EFD", "down_EDF")
+
+
+def recipe_of(fp8: Fp8Spec) -> Recipe:
+    """The recipe with its implementation; `auto` must have been resolved (trainer.precision)."""
+    assert fp8.implementation != "auto"
+    gradient = E5M2 if fp8.hybrid else E4M3
+    return Recipe(fp8.recipe, E4M3, gradient, fp8.margin, fp8.implementation)
+
+
+def convert(model: HybridModel, spec: ModelSpec, fp8: Fp8Spec, device: torch.device) -> Fp8State | te.TeState:
+    """Convert what the table says, print it, and return the state of all products.
+
+    Raises:
+        ValueError: nothing in this model can be converted.
+    """
+    recipe = recipe_of(fp8)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    table = conversion_table(spec, fp8, experts_problem(recipe, model.choices["experts"].name, capability))
+    chosen = [row for row in table if row.converted]
+    if not chosen:
+        reasons = "; ".join(sorted({row.reason for row in table if row.active}))
+        raise ValueError(f"precision.dtype fp8: no product of this model can be FP8 ({reasons}); write bf16")
+    done = f"{share(table):.0%} of the products' operations"
+    log.info("fp8: %s scaling, %s: %s", fp8.recipe, recipe.implementation, done)
+    for line in summary(table):
+        log.info("fp8: %s", line)
+    if recipe.implementation == "te":
+        return te.convert(model, [row.name for row in chosen], fp8)
+    state = Fp8State(len(chosen), recipe, fp8.amax_history_steps, device)
+    grouped: dict[str, dict[str, Fp8Grouped]] = {}
+    for index, row in enumerate(chosen):
+        place, _, leaf = row.name.rpartition(".")
+        module = model.get_submodule(place)
+        if leaf in _EXPERT_WEIGHTS:
+            grouped.setdefault(place, {})[leaf] = Fp8Grouped(recipe, state.slots(index), module)
+            continue
+        assert type(module) is nn.Linear and module.bias is None, row.name
+        module.__class__ = Fp8Linear
+        module.recipe, module.slots = recipe, state.slots(index)
+    for place, products in grouped.items():
+        moe = model.get_submodule(place)
+        assert isinstance(moe, Moe)
+        moe.run_experts = partial(experts_fp8, up=products["up_EFD"], down=products["down_EDF"])
+    return state

@@ -1,0 +1,123 @@
+"""FP8 through Transformer Engine: its Linear in place of ours, its recipe around the forward pass.
+
+The package is imported only when it is asked for or proven. Its modules need a GPU; recipes and signatures do not.
+Differences from `linear.py`: amaxes enter the history at every forward pass (every micro-batch), and the first one is
+scaled by 1. Recomputation under activation checkpointing would see scales that have moved on, which is why the delayed
+recipe refuses it, and torch.compile cannot trace that recipe.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.ops import packages
+from trainer.spec import Fp8Spec
+
+PACKAGE = "transformer_engine.pytorch"
+_DIRECTIONS = ("scaling_fwd", "scaling_bwd")
+_TENSORS = ("amax_history", "scale")
+
+
+def package() -> ModuleType:
+    """The imported package.
+
+    Raises:
+        ValueError: it is missing or broken, in one line.
+    """
+    found = packages.load(PACKAGE)
+    if isinstance(found, str):
+        raise ValueError(f"precision.fp8.implementation te: {found}; write torch, or use an image with it")
+    return found
+
+
+def problem(fp8: Fp8Spec, capability: tuple[int, int] | None) -> str | None:
+    """Why Transformer Engine cannot run this recipe here; None where it can. Imports it only on a GPU that would do."""
+    if capability is None:
+        return "there is no GPU"
+    needed = (9, 0) if fp8.recipe == "block128" else (8, 9)
+    if capability < needed:
+        have = f"{capability[0]}.{capability[1]}"
+        return f"this GPU has compute capability {have}, FP8 by {fp8.recipe} scaling needs {needed[0]}.{needed[1]}"
+    return packages.problem(packages.load(PACKAGE))
+
+
+def recipe(fp8: Fp8Spec) -> Any:
+    """Transformer Engine's recipe object for ours."""
+    package()
+    from transformer_engine.common import recipe as recipes
+
+    form = recipes.Format.HYBRID if fp8.hybrid else recipes.Format.E4M3
+    if fp8.recipe == "delayed":
+        return recipes.DelayedScaling(margin=fp8.margin, fp8_format=form, amax_history_len=fp8.amax_history_steps)
+    kind = recipes.Float8BlockScaling if fp8.recipe == "block128" else recipes.Float8CurrentScaling
+    return kind(fp8_format=form)
+
+
+def autocast(fp8: Fp8Spec) -> AbstractContextManager:
+    """The context of forward passes; releases before 2.9 know it as fp8_autocast."""
+    te = package()
+    if hasattr(te, "autocast"):
+        return te.autocast(enabled=True, recipe=recipe(fp8))
+    return te.fp8_autocast(enabled=True, fp8_recipe=recipe(fp8))
+
+
+def convert(model: nn.Module, weights: list[str], fp8: Fp8Spec) -> TeState:
+    """Put te.Linear in place of the owners of these weights; the parameters stay the same objects."""
+    te = package()
+    modules = {}
+    for name in weights:
+        place = name.removesuffix(".weight")
+        parent, _, leaf = place.rpartition(".")
+        linear = model.get_submodule(place)
+        assert isinstance(linear, nn.Linear) and linear.bias is None, name
+        module = te.Linear(
+            linear.in_features, linear.out_features, bias=False, params_dtype=linear.weight.dtype, device="meta"
+        )
+        module.weight = linear.weight
+        # Its own state is a pickle, which our checkpoints do not take: TeState saves the tensors in it.
+        module.register_state_dict_post_hook(_without_extra_state)
+        setattr(model.get_submodule(parent), leaf, module)
+        modules[place] = module
+    return TeState(modules, fp8)
+
+
+def _without_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    state.pop(f"{prefix}_extra_state", None)
+
+
+class TeState:
+    """The interface of `Fp8State` over the amax histories that Transformer Engine keeps in its modules."""
+
+    def __init__(self, modules: dict[str, Any], fp8: Fp8Spec) -> None:
+        self._modules = modules if fp8.recipe == "delayed" else {}
+        made = recipe(fp8)
+        for module in self._modules.values():  # they would make their tensors at the first step, after the resume
+            module.fp8_meta["num_gemms"] = 1
+            module.fp8_meta["recipe"] = made
+            module.init_fp8_meta_tensors(made)
+
+    def finish_step(self) -> None:
+        """Nothing: the end of each forward pass and of its backward pass have done it."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            f"{place}.{direction}.{name}": getattr(module.fp8_meta[direction], name)
+            for place, module in self._modules.items()
+            for direction in _DIRECTIONS
+            for name in _TENSORS
+        }
+
+    def figures(self) -> tuple[dict[str, float], float]:
+        """Largest of the newest amaxes by operand; only the delayed recipe keeps any, and nothing counts overflows."""
+        if not self._modules:
+            return {}, 0.0
+        metas = [module.fp8_meta for module in self._modules.values()]
+        forward_X = torch.stack([meta["scaling_fwd"].amax_history[-1] for meta in metas]).amax(0)
+        backward_X = torch.stack([meta["scaling_bwd"].amax_history[-1] for meta in metas]).amax(0)
+        values = torch.stack([forward_X[0], forward_X[1], backward_X[0]]).tolist()
+        return dict(zip(("input", "weight", "gradient"), values, strict=True)), 0.0
