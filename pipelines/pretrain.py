@@ -8,6 +8,7 @@ checks what lies on its volume and does no work that is done.
 from kfp import dsl, kubernetes
 
 from components.download.component import download
+from components.hygiene.component import hygiene
 from components.images import PIPELINE_IMAGE
 from components.launch.component import launch
 from components.plan.component import plan
@@ -72,7 +73,8 @@ def pretrain(
             overrides=overrides,
         )
     ).output
-    raw = placed(download(job=job)).output
+    fetched = placed(download(job=job)).output
+    raw = placed(hygiene(job=job, raw=fetched)).output
     vocabulary = placed(tokenizer(job=job, raw=raw)).output
     tokens = placed(shards(job=job, raw=raw, tokenizer=vocabulary)).output
     model = launched("train", job, tokens).output

@@ -36,14 +36,14 @@ def texts(source: str, count: int) -> list[str]:
     return ["", *made, made[0]]
 
 
-def write_raw(job: JobSpec, documents: int = 150) -> StageResult:
-    """Two files for each source."""
+def write_raw(job: JobSpec, documents: int = 150, extra: dict[str, list[str]] | None = None) -> StageResult:
+    """Two files for each source, which also holds its `extra` texts."""
     directory = Path(job.stage_dir("raw"))
     files = []
     for source in job.data.sources:
-        (directory / source).mkdir(parents=True)
+        (directory / source).mkdir(parents=True, exist_ok=True)
         for part in range(2):
-            some = texts(source, documents)[part::2]
+            some = [*texts(source, documents), *(extra or {}).get(source, [])][part::2]
             name = f"{source}/part-{part:05d}.jsonl"
             lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in some]
             (directory / name).write_text("".join(lines), encoding="utf-8")

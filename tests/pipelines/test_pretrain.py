@@ -11,7 +11,7 @@ from components.plan.step import AS_PRESET
 from pipelines.compile import COMMITTED
 
 ROOT = Path(components.__file__).parents[1]
-STEPS = {"plan", "download", "tokenizer", "shards", "train", "evaluate", "export", "summary"}
+STEPS = {"plan", "download", "hygiene", "tokenizer", "shards", "train", "evaluate", "export", "summary"}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,9 @@ def test_steps_follow_one_another(documents, tasks):
     assert after == {
         "plan": set(),
         "download": set(),
-        "tokenizer": {"download"},
-        "shards": {"download", "tokenizer"},
+        "hygiene": {"download"},
+        "tokenizer": {"hygiene"},
+        "shards": {"hygiene", "tokenizer"},
         "train": {"shards"},
         "evaluate": {"train"},
         "export": {"evaluate"},

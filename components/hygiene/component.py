@@ -1,0 +1,17 @@
+"""Hygiene step: what training leaves out of the raw text, written beside it."""
+
+from kfp import dsl
+
+from components.images import PIPELINE_IMAGE
+
+
+@dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
+def hygiene(job: str, raw: str) -> str:
+    """Mark duplicates and contaminated documents, if the job asks for it; returns the raw text's StageResult (JSON)."""
+    from components.hygiene.step import run
+    from components.running import step
+    from manifests.spec import job_from_json
+    from trainer.data.manifest import StageResult
+
+    with step("hygiene"):
+        return run(job_from_json(job), StageResult.from_json(raw)).to_json()

@@ -1,0 +1,72 @@
+"""What a filter is, and which there are. A further one is a file with such a class and a line in `chosen`.
+
+Filtering is a map and a reduction: a filter's scanner sees every document of one raw file once and leaves an array;
+then `decide` looks at the arrays of all files and says which documents go. Arrays of finished files survive a crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from manifests.dataspec import HygieneSpec
+
+DOCUMENT = [("document", "<u4"), ("offset", "<u8"), ("bytes", "<u4")]  # what every scan says of a document first
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A document that a filter leaves out: its line in raw file number `file`, where that starts, its text's bytes."""
+
+    file: int
+    document: int
+    offset: int
+    bytes: int
+    evidence: dict[str, Any]
+
+
+class Scanner(Protocol):
+    def see(self, document: int, offset: int, text: str) -> None:
+        """Look at the next document of the file."""
+
+    def result(self) -> NDArray[Any]:
+        """A structured array whose fields begin with those of DOCUMENT."""
+
+
+class Filter(Protocol):
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that a scan's result depends on besides the raw file."""
+
+    def scanner(self) -> Scanner: ...
+
+    def decide(self, scans: Sequence[Path], files: Sequence[str]) -> Iterator[list[Drop]]:
+        """The documents to leave out, each once, in batches that fit in memory.
+
+        Args:
+            scans: the arrays (.npy) of all raw files, in the manifest's order.
+            files: the raw files' paths, relative to the raw stage.
+        """
+
+
+def chosen(spec: HygieneSpec, evaluation: dict[str, list[str]]) -> list[Filter]:
+    """The filters that the spec asks for, in the order in which the report names them.
+
+    Args:
+        evaluation: the texts of each evaluation set of the spec.
+    """
+    from components.hygiene.contamination import Contamination
+    from components.hygiene.duplicates import ExactDuplicates
+
+    filters = list[Filter]()
+    if spec.exact_duplicates:
+        filters.append(ExactDuplicates())
+    if spec.evaluation:
+        filters.append(Contamination(evaluation, spec.ngram))
+    return filters

@@ -1,0 +1,84 @@
+"""The report of the hygiene step: what each filter left out of each source, with samples and their evidence."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from trainer.data.jsonl import documents
+from trainer.data.manifest import FileEntry, Manifest, atomic_write, file_entry
+
+SAMPLES = 3  # of each filter and source
+SAMPLE_CHARACTERS = 300
+NAMES = ("report.json", "report.md")
+
+
+class Report:
+    def __init__(self, raw_dir: str | Path, raw: Manifest, settings: dict[str, dict[str, Any]]) -> None:
+        self._raw_dir, self._raw, self._settings = Path(raw_dir), raw, settings
+        self._counts = {name: {source: [0, 0] for source in raw.sources} for name in (*settings, "all")}
+        self._samples: dict[str, dict[str, list[dict[str, Any]]]] = {name: defaultdict(list) for name in settings}
+
+    def add(self, entry: FileEntry, rows: list[dict[str, Any]]) -> None:
+        """Count what is left out of one raw file; `rows` as the step writes them, still with the texts' bytes."""
+        source, seen = entry.source or "", set[int]()
+        for row in rows:
+            names = [row["filter"]] if row["document"] in seen else [row["filter"], "all"]
+            seen.add(row["document"])
+            for name in names:
+                counts = self._counts[name][source]
+                counts[0], counts[1] = counts[0] + 1, counts[1] + row["bytes"]
+            samples = self._samples[row["filter"]][source]
+            if len(samples) < SAMPLES:
+                samples.append({"file": entry.path} | row | {"start": self._start(entry.path, row["offset"])})
+
+    def write(self, directory: Path) -> list[FileEntry]:
+        """`report.json` and `report.md` in `directory`."""
+        found = {
+            name: {
+                source: {
+                    "documents": documents_left_out,
+                    "text_bytes": text_bytes,
+                    "of_documents": self._raw.counts(source).documents,
+                    "of_text_bytes": self._raw.counts(source).text_bytes,
+                    "samples": self._samples[name][source] if name in self._samples else [],
+                }
+                for source, (documents_left_out, text_bytes) in by_source.items()
+            }
+            for name, by_source in self._counts.items()
+        }
+        value = {"settings": self._settings, "left_out": found}
+        atomic_write(directory / NAMES[0], json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+        atomic_write(directory / NAMES[1], "\n".join(self._lines(found)).encode() + b"\n")
+        return [file_entry(directory, name) for name in NAMES]
+
+    def _lines(self, found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+        lines = ["# What training leaves out", ""]
+        for name, by_source in found.items():
+            lines += [f"## {name}", ""]
+            lines += [f"- {key}: {value}" for key, value in self._settings.get(name, {}).items()] + [""]
+            lines += ["| source | documents | of | text bytes | of | share |", "|---|---|---|---|---|---|"]
+            for source, row in by_source.items():
+                share = row["text_bytes"] / row["of_text_bytes"] if row["of_text_bytes"] else 0.0
+                lines.append(
+                    f"| {source} | {row['documents']} | {row['of_documents']} | {row['text_bytes']} "
+                    f"| {row['of_text_bytes']} | {share:.2%} |"
+                )
+            lines.append("")
+            for source, row in by_source.items():
+                for sample in row["samples"]:
+                    evidence = {k: v for k, v in sample.items() if k not in ("file", "document", "start", "filter")}
+                    lines += [
+                        f"{source}, `{sample['file']}` document {sample['document']}: "
+                        f"`{json.dumps(evidence, ensure_ascii=False)}`",
+                        "",
+                        *("    " + line for line in sample["start"].splitlines()),
+                        "",
+                    ]
+        return lines
+
+    def _start(self, path: str, offset: int) -> str:
+        _, text = next(documents(self._raw_dir / path, offset))
+        return text[:SAMPLE_CHARACTERS]

@@ -1,0 +1,189 @@
+"""The hygiene step: says which documents of the raw text training leaves out. The raw text stays as it is.
+
+    hygiene/<key>/manifest.json              counts of what is left out, by raw file
+    hygiene/<key>/<source>/part-00000.jsonl  one line for each document and filter (attributes.py)
+    hygiene/<key>/report.json, report.md     what each filter removed of each source, with samples
+    hygiene/<key>/evaluation/<name>/         the evaluation texts that were looked for
+
+A raw file is the unit of work: what its scan gave is kept under its checksum until all is decided, so a run that was
+killed goes on where it stopped and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from components.download.source import Task, prepare
+from components.hygiene.filters import Drop, Filter, chosen
+from components.hygiene.report import Report
+from components.lock import alone
+from components.progress import ByteProgress
+from components.shards.pool import Workers
+from manifests.spec import JobSpec
+from trainer.data.jsonl import documents
+from trainer.data.manifest import (
+    MANIFEST_NAME,
+    DataError,
+    FileEntry,
+    Manifest,
+    StageResult,
+    atomic_write,
+    file_entry,
+    open_stage,
+    reusable,
+    sync_directory,
+    write_manifest,
+)
+
+SCANS, EVALUATION, SPILL = "scans", "evaluation", ".spill"
+
+
+def run(job: JobSpec, raw: StageResult) -> StageResult:
+    """Decide which documents are left out; returns `raw`, with their number by filter in the summary.
+
+    Raises:
+        DataError: raw text or evaluation texts that are missing, changed or malformed.
+        OSError: the volume is full or a worker was killed.
+    """
+    if not job.hygiene.enabled:
+        print("hygiene: the job asks for none, nothing is left out", flush=True)
+        return raw
+    directory = Path(job.stage_dir("hygiene"))
+    raw_manifest = open_stage(raw)
+    with alone(directory, "deciding what training leaves out"), _full_volume_explained(directory):
+        filters = chosen(job.hygiene, _evaluation_texts(job, directory))
+        inputs = {"raw": raw_manifest.digest}
+        settings = {each.name: each.settings for each in filters}
+        manifest, why = reusable(directory, "hygiene", inputs, settings)
+        if manifest is None:
+            print(f"hygiene: {', '.join(settings)} in {len(raw_manifest.files)} files ({why})", flush=True)
+            _clear(directory)
+            scans = _scan(directory, raw.path, raw_manifest, filters, job.shards.workers)
+            report = Report(raw.path, raw_manifest, settings)
+            files = [*_decide(directory, raw_manifest, filters, scans, report), *report.write(directory)]
+            manifest = Manifest(kind="hygiene", inputs=inputs, settings=settings, files=files)
+            write_manifest(directory, manifest)
+        else:
+            print(f"hygiene: {why}: {directory}", flush=True)
+        shutil.rmtree(directory / SCANS, ignore_errors=True)  # also after a run killed between manifest and here
+    counts = manifest.counts()
+    print(f"hygiene: leaves out {counts.documents} documents, {counts.text_bytes} bytes of text", flush=True)
+    left_out = {"left_out_documents": counts.documents, "left_out_text_bytes": counts.text_bytes}
+    return raw.model_copy(update={"summary": raw.summary | left_out})
+
+
+def _evaluation_texts(job: JobSpec, directory: Path) -> dict[str, list[str]]:
+    found = {}
+    for name, spec in job.hygiene.evaluation.items():
+        task = Task(name, spec, directory / EVALUATION / name, None)
+        try:
+            journal = prepare(task)
+        except DataError as error:
+            raise DataError(f"hygiene.evaluation.{name}: {error}") from None
+        paths = [task.directory.parent / part.entry.path for part in journal.parts]
+        found[name] = [text for path in paths for _, text in documents(path)]
+    return found
+
+
+@dataclass(frozen=True)
+class _ScanFile:
+    """Scans one raw file with all filters in one reading; sent to the worker processes."""
+
+    raw_dir: str
+    filters: list[Filter]
+
+    def __call__(self, item: tuple[FileEntry, Path]) -> None:
+        entry, folder = item
+        scanners = {each.name: each.scanner() for each in self.filters}
+        for number, (offset, text) in enumerate(documents(Path(self.raw_dir) / entry.path)):
+            for scanner in scanners.values():
+                scanner.see(number, offset, text)
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, scanner in scanners.items():
+            with open(temporary / f"{name}.npy", "wb") as file:
+                np.save(file, scanner.result())
+                file.flush()
+                os.fsync(file.fileno())
+        os.rename(temporary, folder)
+        sync_directory(folder.parent)
+
+
+def _scan(directory: Path, raw_dir: str, raw: Manifest, filters: list[Filter], workers: int) -> list[Path]:
+    """The folder with each raw file's scans, in the manifest's order; only those that are not there are made."""
+    settings = Manifest(kind="hygiene", settings={each.name: each.settings for each in filters}, files=[]).digest[:16]
+    folders = [directory / SCANS / f"{entry.checksum}-{settings}" for entry in raw.files]
+    pending = dict[Path, FileEntry]()  # files of the same content are scanned once
+    for entry, folder in zip(raw.files, folders, strict=True):
+        if not folder.exists():
+            pending.setdefault(folder, entry)
+    total, left = (sum(entry.bytes for entry in some) for some in (raw.files, pending.values()))
+    if left < total:
+        print(f"hygiene: {len(raw.files) - len(pending)} of {len(raw.files)} files were scanned before", flush=True)
+    items = [(entry, folder) for folder, entry in pending.items()]
+    with Workers(workers) as pool, ByteProgress("hygiene: scanned", total, total - left) as progress:
+        for (entry, _), _ in pool.run(_ScanFile(raw_dir, filters), items):
+            progress.advance(entry.bytes)
+    return folders
+
+
+def _decide(
+    directory: Path, raw: Manifest, filters: list[Filter], scans: Sequence[Path], report: Report
+) -> Iterator[FileEntry]:
+    """Write what the filters decide beside each raw file; decisions go through files, for they may be many."""
+    paths = [entry.path for entry in raw.files]
+    spills = [directory / (entry.path + SPILL) for entry in raw.files]
+    for spill in spills:
+        spill.parent.mkdir(parents=True, exist_ok=True)
+        spill.write_bytes(b"")
+    for each in filters:
+        for drops in each.decide([folder / f"{each.name}.npy" for folder in scans], paths):
+            by_file = dict[int, list[Drop]]()
+            for drop in drops:
+                by_file.setdefault(drop.file, []).append(drop)
+            for number, some in by_file.items():
+                with open(spills[number], "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(_row(each.name, drop), ensure_ascii=False) + "\n" for drop in some)
+    for entry, spill in zip(raw.files, spills, strict=True):
+        rows = [json.loads(line) for line in spill.read_bytes().splitlines()]
+        rows.sort(key=lambda row: row["document"])  # stable: a document's filters stay in their order
+        report.add(entry, rows)
+        sizes = {row["document"]: row.pop("bytes") for row in rows}
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        atomic_write(directory / entry.path, lines.encode())
+        spill.unlink()
+        counts = {"documents": len(sizes), "text_bytes": sum(sizes.values())}
+        yield file_entry(directory, entry.path, source=entry.source, **counts)
+
+
+def _row(name: str, drop: Drop) -> dict[str, Any]:
+    return {"document": drop.document, "offset": drop.offset, "filter": name, "bytes": drop.bytes} | drop.evidence
+
+
+def _clear(directory: Path) -> None:
+    """Take back the declaration that the directory is finished, and what an earlier run decided."""
+    (directory / MANIFEST_NAME).unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if path.is_dir() and path.name not in (SCANS, EVALUATION):
+            shutil.rmtree(path)
+
+
+@contextmanager
+def _full_volume_explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"{directory}: the volume is full; make room and run again, what is done stays") from None
