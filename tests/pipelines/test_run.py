@@ -15,7 +15,7 @@ import yaml
 from trainer.checkpoint import latest_step
 
 YAONGI = Path(sys.executable).with_name("yaongi")
-STEPS = ["plan", "download", "tokenizer", "shards", "train", "evaluate", "export", "summary"]
+STEPS = ["plan", "download", "hygiene", "tokenizer", "shards", "train", "evaluate", "export", "summary"]
 
 
 def small_job(folder: Path, **train) -> Path:
