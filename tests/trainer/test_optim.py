@@ -9,9 +9,13 @@ from torch import nn
 
 from manifests.spec import load_job
 from trainer.model.hybrid import build_model
+from trainer.optim import adamw as adamw_module
 from trainer.optim import build_optimizers, clip_gradients
 from trainer.optim.rules import assign, render
 from trainer.spec import OptimizerSpec
+from trainer.specbase import SpecError, parse
+
+LAYERS = ["layers.2.0", "layers.10.0", "layers.11.1", "layers.12.0", "layers.13.0", "mtp.0.layer.0"]
 
 
 def model():
@@ -29,6 +33,38 @@ def test_table_by_hand():
     blocks = {entry.name: entry.block_rows for entry in table}
     assert blocks["layers.0.0.mixer.zxbc_proj.weight"] == (16, 16, 4, 4)
     assert blocks["layers.1.0.mixer.q_proj.weight"] == (4, 4, 4, 4)
+
+
+ATTENTION = [f"{layer}.mixer.{leaf}_proj.weight" for layer in LAYERS for leaf in "qkvo"]
+
+
+def stacks(layers: int) -> dict[str, tuple[str, ...]]:
+    spec = OptimizerSpec.model_validate({"muon": {"teon_layers": layers}})
+    shapes = [(name, (8 if ".k_" in name or ".v_" in name else 16, 16)) for name in ATTENTION]
+    return {entry.name: entry.stack for entry in assign(shapes, spec, MODEL)}
+
+
+def test_teon_pairs_successive_layers_and_leaves_the_odd_one_alone():
+    found = stacks(2)
+    for leaf in "qkv":
+        names = [f"{layer}.mixer.{leaf}_proj.weight" for layer in LAYERS]
+        pair, next_pair = tuple(names[:2]), tuple(names[2:4])
+        assert [found[name] for name in names] == [pair, pair, next_pair, next_pair, (names[4],), (names[5],)]
+    assert all(found[name] == (name,) for name in ATTENTION if "o_proj" in name)
+    assert len(stacks(5)["layers.2.0.mixer.q_proj.weight"]) == 5
+    assert all(stack == (name,) for name, stack in stacks(1).items())
+
+
+def test_teon_of_one_layer_is_muon_to_the_bit():
+    networks = []
+    for options in ({}, {"teon_layers": 1}, {"teon_layers": 2}):  # with one attention layer a pair is never full
+        networks.append(model())
+        optimizers = build_optimizers(networks[-1], OptimizerSpec.model_validate({"muon": options}), MODEL)
+        for seed in range(3):
+            networks[-1].fill_gradients(seed)
+            optimizers.step()
+    for parameters in zip(*(network.parameters() for network in networks), strict=True):
+        assert torch.equal(parameters[0], parameters[1]) and torch.equal(parameters[0], parameters[2])
 
 
 def test_unknown_parameter_is_named():
@@ -136,6 +172,40 @@ def test_foreign_state_is_refused():
     muon, adamw = (build_optimizers(model(), OptimizerSpec(name=name), MODEL) for name in ("muon", "adamw"))
     with pytest.raises(ValueError, match="optimizer state does not fit"):
         muon.load_state_dict(adamw.state_dict())
+
+
+def test_bf16_moments_train_like_fp32_ones(monkeypatch):
+    """Moments are the bfloat16 roundings of what AdamW computes, whatever the size of the pieces."""
+    monkeypatch.setattr(adamw_module, "WIDENED_ELEMENTS", 48)
+    networks = model(), model()
+    kinds = ({"state_dtype": "fp32"}, {"state_dtype": "bf16"})
+    exact, narrow = (
+        build_optimizers(network, OptimizerSpec.model_validate({"name": "adamw", **kind}), MODEL)
+        for network, kind in zip(networks, kinds, strict=True)
+    )
+    start = copy.deepcopy(dict(networks[0].named_parameters()))
+    for seed in range(5):
+        for network, optimizers in zip(networks, (exact, narrow), strict=True):
+            network.fill_gradients(seed)
+            optimizers.step()
+    for name, value in narrow.state_dict().items():
+        if value.dim():
+            assert value.dtype == torch.bfloat16
+            torch.testing.assert_close(value.float(), exact.state_dict()[name], rtol=0.02, atol=0.02)
+    for (name, a), b in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
+        assert torch.linalg.norm(a - b) <= 0.02 * torch.linalg.norm(a - start[name]), name
+
+
+@pytest.mark.parametrize("field", ["muon.momentum", "adamw.beta2"])
+def test_moments_that_bf16_could_not_let_decay_are_refused(field):
+    section, name = field.split(".")
+    changes = {"state_dtype": "bf16", section: {name: 0.999}}
+    with pytest.raises(SpecError, match=rf"{field} 0\.999 needs state_dtype fp32"):
+        parse(OptimizerSpec, changes)
+    assert parse(OptimizerSpec, {**changes, "state_dtype": "fp32"})
+    moment = torch.ones(3, dtype=torch.bfloat16)
+    assert torch.equal((moment.float() * 0.999).bfloat16(), moment), "such a moment never decays"
+    assert not torch.equal((moment.float() * 0.99).bfloat16(), moment)
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.5, 1e6])

@@ -66,6 +66,35 @@ def test_more_polar_express_steps_converge_to_the_polar_factor():
     assert errors[-1] < 1e-6
 
 
+def _with_singular_values(shape, s):
+    generator = torch.Generator().manual_seed(4)
+    u, v = (torch.linalg.qr(torch.randn(size, len(s), generator=generator, dtype=torch.float64))[0] for size in shape)
+    return (u * s) @ v.T, u, v
+
+
+@pytest.mark.parametrize("shape", [(32, 40), (32, 256), (256, 32)])
+@pytest.mark.parametrize("steps", [5, 9])
+@pytest.mark.parametrize("decades", [0, 4, 8])
+def test_badly_conditioned_matrices_in_float32(shape, steps, decades):
+    """Against the polynomial on exact singular values; the short way over Gram matrices loses the most digits here."""
+    s = torch.logspace(0, -decades, 32, dtype=torch.float64)
+    x, u, v = _with_singular_values(shape, s)
+    per_step, safety = iteration("polar_express", steps)
+    s = s / (safety * torch.linalg.norm(s))
+    for a, b, c in per_step:
+        s = a * s + b * s**3 + c * s**5
+    error = orthogonalise(x[None].float(), steps=steps)[0].double() - (u * s) @ v.T
+    assert torch.linalg.matrix_norm(error, ord=2) < (1e-4 if shape == (32, 40) and steps == 5 else 5e-3)
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (24, 256)])
+def test_bfloat16_is_close_to_exact(shape):
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(5))
+    half = orthogonalise(x, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), orthogonalise(x.double(), dtype=torch.float64), rtol=0, atol=5e-3)
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e6])
 def test_direction_does_not_depend_on_the_size_of_the_gradient(scale):
     x = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(3))
@@ -119,6 +148,59 @@ def test_update_has_the_size_of_adamw(shape):
     (weight,), gradients = _problem(shape)
     (after,) = _train(Muon, [weight], gradients[:1], lr=1.0, weight_decay=0.0)
     assert (after - weight).square().mean().sqrt().item() == pytest.approx(0.2, rel=0.1)
+
+
+@pytest.mark.parametrize("rows", [(), (4, 4, 2)])
+@pytest.mark.parametrize("shape", [(10, 6), (10, 40)])
+def test_teon_is_the_polar_factor_of_the_matrices_side_by_side(rows, shape):
+    """Oracle: SVD in fp64 of the concatenation, split again, at √K the rate of one matrix."""
+    weights, gradients = _problem(shape, shape)
+    parameters = [torch.nn.Parameter(w.double()) for w in weights]
+    group = {"params": parameters, "block_rows": [rows] * 2, "stacks": [(0, 1)]}
+    lr, steps = 0.02, 12  # enough to converge
+    optimizer = Muon([group], lr=lr, weight_decay=0.3, steps=steps, iteration_dtype=torch.float64)
+    expected = [w.double() for w in weights]
+    momenta = [torch.zeros_like(w) for w in expected]
+    for step in gradients[:3]:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = gradient.double()
+        optimizer.step()
+        momenta = [0.95 * m + g.double() for m, g in zip(momenta, step, strict=True)]
+        both = torch.cat([g.double() + 0.95 * m for m, g in zip(momenta, step, strict=True)], dim=1)
+        parts = []
+        for block in both.split(rows or shape[0]):
+            u, _, vh = torch.linalg.svd(block, full_matrices=False)
+            parts.append(0.2 * max(block.shape) ** 0.5 * u @ vh)
+        for index, update in enumerate(torch.cat(parts).split(shape[1], dim=1)):
+            expected[index] = expected[index] * (1 - lr * 0.3) - lr * update
+    for parameter, e in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), e, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_stack_moves_each_weight_as_far_as_muon_alone(layers):
+    weights, gradients = _problem(*[(16, 64)] * layers)
+    parameters = [torch.nn.Parameter(w.clone()) for w in weights]
+    optimizer = Muon([{"params": parameters, "stacks": [tuple(range(layers))]}], lr=1.0, weight_decay=0.0)
+    for parameter, gradient in zip(parameters, gradients[0], strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    moved = torch.cat([p.detach() - w for p, w in zip(parameters, weights, strict=True)])
+    assert moved.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.1)
+
+
+def test_bf16_momentum_is_the_rounded_one():
+    (weight,), gradients = _problem((24, 40))
+    parameter = torch.nn.Parameter(weight.clone())
+    optimizer = Muon([parameter], lr=0.02, state_dtype=torch.bfloat16)
+    expected = torch.zeros(24, 40, dtype=torch.bfloat16)
+    for (gradient,) in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        expected = (0.95 * expected.float() + gradient).bfloat16()
+    assert torch.equal(optimizer.state[parameter]["momentum"], expected)
+    (exact,) = _train(Muon, [weight], gradients, lr=0.02)
+    assert torch.linalg.norm(parameter.detach() - exact) < 0.02 * torch.linalg.norm(exact - weight)
 
 
 def test_vector_is_refused():
