@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.ops import OPS, Documents, functions, resolve
+from trainer.ops import OPS, Documents, Setting, functions, resolve
+from trainer.ops.check import cases
 from trainer.ops.cross_entropy import cross_entropy_sum
 from trainer.ops.experts import count_choices, experts_reference
 from trainer.ops.ssd import ssd_chunked, ssd_reference
@@ -242,6 +243,23 @@ def test_cross_entropy_never_holds_all_logits():
     with Watch():
         cross_entropy_sum(h_ND, w_VD, torch.zeros(4096, dtype=torch.int64), 256).backward()
     assert max(sizes) <= 256 * 512
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"), [("ssd", "reference"), ("conv", "reference"), ("conv", "torch"), ("attention", "reference")]
+)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_what_is_not_finite_stays_in_its_document(op, backend, poison):
+    """Backends made of matrix products over several documents cannot promise this: 0 · NaN is NaN there."""
+    function = OPS[op].backends[backend].function
+    for case in cases(op, Setting(CPU)):
+        if case.start is None:
+            continue
+        poisoned = [tensor.clone() for tensor in case.inputs]
+        for tensor in poisoned[: case.by_position]:
+            tensor[:, : case.start] = poison
+        before, after = (case.call(function, inputs)[:, case.start :] for inputs in (case.inputs, poisoned))
+        assert torch.equal(before, after), case.name
 
 
 def test_auto_takes_the_fastest_and_says_why():

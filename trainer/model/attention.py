@@ -29,21 +29,21 @@ class Attention(nn.Module):
         k_BTKW = self.k_proj(x_BTD).unflatten(-1, (self.spec.num_kv_heads, -1))
         v_BTKW = self.v_proj(x_BTD).unflatten(-1, (self.spec.num_kv_heads, -1))
         if self.spec.rope_theta is not None:
-            q_BTHW = rotate(q_BTHW, self.spec.rope_theta)
-            k_BTKW = rotate(k_BTKW, self.spec.rope_theta)
+            q_BTHW = rotate(q_BTHW, documents.position_BT, self.spec.rope_theta)
+            k_BTKW = rotate(k_BTKW, documents.position_BT, self.spec.rope_theta)
         return self.o_proj(self.attend(q_BTHW, k_BTKW, v_BTKW, documents).flatten(2))
 
 
-def rotate(x_BTHW: Tensor, theta: float) -> Tensor:
+def rotate(x_BTHW: Tensor, position_BT: Tensor, theta: float) -> Tensor:
     """Rotary position embedding (Su et al. 2021), half-split pairing, in fp32.
 
-    Positions count from the start of the row: only differences of positions enter the scores, so documents need no
-    offset.
+    Positions begin afresh in each document. Only their differences enter the scores, so the result is the same as
+    with positions in the row; but the angles are rounded as if the document stood alone.
     """
-    length, width = x_BTHW.shape[1], x_BTHW.shape[3]
-    rate_W = theta ** (-torch.arange(0, width, 2, device=x_BTHW.device, dtype=torch.float32) / width)
-    angle_TW = torch.arange(length, device=x_BTHW.device, dtype=torch.float32)[:, None] * rate_W
-    cos_T1W, sin_T1W = angle_TW.cos()[:, None], angle_TW.sin()[:, None]
+    width = x_BTHW.shape[3]
+    rate_W = 1 / theta ** (torch.arange(0, width, 2, device=x_BTHW.device, dtype=torch.float32) / width)
+    angle_BT1W = (position_BT[..., None].float() * rate_W)[:, :, None]
+    cos_BT1W, sin_BT1W = angle_BT1W.cos(), angle_BT1W.sin()
     first, second = x_BTHW.float().chunk(2, dim=-1)
-    turned = torch.cat([first * cos_T1W - second * sin_T1W, second * cos_T1W + first * sin_T1W], dim=-1)
+    turned = torch.cat([first * cos_BT1W - second * sin_BT1W, second * cos_BT1W + first * sin_BT1W], dim=-1)
     return turned.to(x_BTHW.dtype)

@@ -1,6 +1,7 @@
 """Causal grouped-query attention that never crosses a document boundary.
 
-Legend: B rows, T positions, H query heads, K key/value heads (H is a multiple of K), D head width.
+Legend: B rows, T positions, H query heads, K key/value heads (H is a multiple of K), D head width, L positions of a
+document.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from trainer.ops.documents import Documents
 
 
 def attention_reference(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents) -> Tensor:
-    """softmax(q·kᵀ/√D) v over the earlier positions of the same document, in fp32. Returns [B, T, H, D]."""
+    """softmax(q·kᵀ/√D) v over the earlier positions, in fp32, one document after the other. Returns [B, T, H, D]."""
     heads_per_group = q_BTHD.shape[2] // k_BTKD.shape[2]
-    k_BTHD = k_BTKD.repeat_interleave(heads_per_group, dim=2).float()
-    v_BTHD = v_BTKD.repeat_interleave(heads_per_group, dim=2).float()
-    scores_BHTT = torch.einsum("bthd,bshd->bhts", q_BTHD.float(), k_BTHD) / math.sqrt(q_BTHD.shape[-1])
-    scores_BHTT = scores_BHTT.masked_fill(~documents.causal_mask_BTT[:, None], -math.inf)
-    return torch.einsum("bhts,bshd->bthd", scores_BHTT.softmax(-1), v_BTHD).to(q_BTHD.dtype)
+    rows = (q_BTHD, k_BTKD.repeat_interleave(heads_per_group, dim=2), v_BTKD.repeat_interleave(heads_per_group, dim=2))
+    lengths = documents.cu_seqlens.diff().tolist()
+    parts = []
+    for q_LHD, k_LHD, v_LHD in zip(*(tensor.flatten(0, 1).float().split(lengths) for tensor in rows), strict=True):
+        scores_HLL = torch.einsum("thd,shd->hts", q_LHD, k_LHD) / math.sqrt(q_BTHD.shape[-1])
+        seen_LL = torch.ones_like(scores_HLL[0], dtype=torch.bool).tril()
+        parts.append(torch.einsum("hts,shd->thd", scores_HLL.masked_fill(~seen_LL, -math.inf).softmax(-1), v_LHD))
+    return torch.cat(parts).view_as(q_BTHD).to(q_BTHD.dtype)
 
 
 def attention_sdpa(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents) -> Tensor:

@@ -15,6 +15,8 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -87,15 +89,21 @@ def compare(op: str, backend: str, setting: Setting) -> Record:
 
 @contextmanager
 def launchable(setting: Setting) -> Iterator[None]:
-    """For Triton's interpreter, which has no device: launchers select none, and autotuning takes its first choice."""
+    """For Triton's interpreter, which has no device: launchers select none, autotuning takes the smallest blocks."""
     if not interpreted(setting.device):
         yield
         return
     with (
         patch("torch.cuda.device", lambda device: nullcontext()),
-        patch("triton.runtime.autotuner.Autotuner._bench", lambda *args, **kwargs: [0.0]),
+        patch("torch.cuda.get_device_properties", lambda device: SimpleNamespace(multi_processor_count=1)),
+        patch("triton.runtime.autotuner.Autotuner._bench", lambda *args, config, **kwargs: [_block_size(config)]),
     ):
         yield
+
+
+def _block_size(config: Any) -> float:
+    """Elements of a tile of this autotuning choice; the interpreter computes masked ones too."""
+    return float(math.prod(value for name, value in config.kwargs.items() if name.startswith("BLOCK")))
 
 
 def device_name(device: torch.device) -> str:
@@ -172,6 +180,8 @@ def _draw(setting: Setting, *shape: int, seed: int) -> Tensor:
 
 def _ssd(setting: Setting) -> Iterator[Case]:
     length, heads, groups, width, state, chunk = 150, 4, 2, 32, 32, 64
+    if interpreted(setting.device):
+        length, heads, width, state, chunk = 72, 2, 16, 16, 32
     for name, documents, start in _documents(setting.device, length):
         inputs = [
             _draw(setting, 2, length, heads, width, seed=1),

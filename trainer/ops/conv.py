@@ -57,7 +57,8 @@ class _ShiftedConv(torch.autograd.Function):
             shift = k * dilation
             if shift < length:
                 tap_C = w_CK[:, num_taps - 1 - k]
-                y_BTC[:, shift:].addcmul_(x_BTC[:, : length - shift] * masks[k - 1][:, shift:], tap_C)
+                seen_BTC = torch.where(masks[k - 1][:, shift:], x_BTC[:, : length - shift], 0)
+                y_BTC[:, shift:].addcmul_(seen_BTC, tap_C)
         return y_BTC
 
     @staticmethod
@@ -71,7 +72,7 @@ class _ShiftedConv(torch.autograd.Function):
         for k in range(1, num_taps):
             shift = k * ctx.dilation
             if shift < length:
-                masked_BTC = grad_BTC[:, shift:] * masks[k - 1][:, shift:]
+                masked_BTC = torch.where(masks[k - 1][:, shift:], grad_BTC[:, shift:], 0)
                 grad_x_BTC[:, : length - shift].addcmul_(masked_BTC, w_CK[:, num_taps - 1 - k])
                 grad_w_CK[:, num_taps - 1 - k] = (masked_BTC * x_BTC[:, : length - shift]).sum((0, 1))
         grad_bias_C = grad_BTC.sum((0, 1)) if ctx.has_bias else None

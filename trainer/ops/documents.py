@@ -46,6 +46,12 @@ class Documents:
         return same_BTT.tril()
 
     @cached_property
+    def position_BT(self) -> Tensor:
+        """int64: how many positions of its document come before each position in its row."""
+        index_T = torch.arange(self.seq_idx_BT.shape[1], device=self.seq_idx_BT.device)
+        return index_T - torch.where(self.same_BT(1), 0, index_T).cummax(dim=1).values
+
+    @cached_property
     def cu_seqlens(self) -> Tensor:
         """int32: where each document begins when all rows are laid end to end, then B·T as often as fills the length.
 

@@ -41,8 +41,8 @@ def ssd_reference(
     outputs = []
     for t in range(length):
         decay_BH = torch.exp(dt_BTH[:, t] * A_H)
-        if t > 0:
-            decay_BH = decay_BH * documents.same_BT(1)[:, t, None]
+        # Not by a decay of 0, which a NaN of the document before would survive.
+        state_BHPN = torch.where(documents.same_BT(1)[:, t, None, None, None], state_BHPN, 0)
         B_BHN = B_BTGN[:, t].to(dtype).repeat_interleave(per_group, dim=1)
         C_BHN = C_BTGN[:, t].to(dtype).repeat_interleave(per_group, dim=1)
         new_BHPN = torch.einsum("bh,bhp,bhn->bhpn", dt_BTH[:, t], x_BTHP_wide[:, t], B_BHN)
