@@ -18,7 +18,7 @@ from trainer.model.hybrid import build_model
 from trainer.modelspec import ModelSpec
 
 SPEC = ModelSpec(
-    vocab_size=8192,
+    vocab_size=4096,
     hidden=512,
     layers=["M", "E", "M", "*", "E", "M", "E"],
     mamba={"num_heads": 16, "head_dim": 64, "d_state": 64, "num_groups": 1, "chunk_size": 128},
