@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from trainer.activations import Policy
 from trainer.modelspec import Count, ModelSpec
 from trainer.specbase import Spec
 
@@ -197,6 +198,7 @@ class RuntimeSpec(Spec):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
+    activation_checkpointing: Policy = "none"  # trainer/model/recompute.py
     log_every_steps: Count = 10
     metrics_port: Annotated[int, Field(ge=0, le=65000)] = 9400
     communication_timeout_seconds: Count = 600

@@ -45,22 +45,23 @@ def test_output_equals_a_loop_over_tokens(moe):
 
 
 def test_bias_decides_the_choice_but_not_the_weights(moe):
-    x_SD = torch.randn(50, HIDDEN)
     moe.bias_E.zero_()
     moe.bias_E[5] = 10.0
-    scores_SE, expert_SK, weight_SK = moe.route(x_SD)
+    scores_SE = moe.project(torch.randn(1, 50, HIDDEN))[1][0]
+    expert_SK, weight_SK = moe.choose(scores_SE)
     assert (expert_SK == 5).any(-1).all()
     chosen_SK = scores_SE.gather(1, expert_SK)
     torch.testing.assert_close(weight_SK, 2.5 * chosen_SK / chosen_SK.sum(-1, keepdim=True))
 
 
 def test_router_stays_fp32_under_autocast(moe):
-    x_SD = torch.randn(50, HIDDEN)
-    expected = moe.route(x_SD)
+    x_BTD = torch.randn(1, 50, HIDDEN)
+    expected = moe.project(x_BTD)[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = moe.route(x_SD)
-    assert found[0].dtype == found[2].dtype == torch.float32
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        found = moe.project(x_BTD)[1]
+        weight_SK = moe.choose(found[0])[1]
+    assert found.dtype == weight_SK.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 def test_sequence_loss_equals_the_paper_row_by_row(moe):

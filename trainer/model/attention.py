@@ -1,6 +1,6 @@
 """Grouped-query attention (Ainslie et al. 2023), by default without positions: the Mamba layers know the order.
 
-Legend: B rows, T positions, D hidden, H query heads, K key/value heads, W head width.
+Legend: B rows, T positions, D hidden, H query heads, K key/value heads, W head width, I = H·W, J = K·W.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, spec.num_kv_heads * spec.head_dim, bias=False)
         self.o_proj = nn.Linear(spec.num_heads * spec.head_dim, hidden, bias=False)
 
-    def forward(self, x_BTD: Tensor, documents: Documents) -> Tensor:
-        q_BTHW = self.q_proj(x_BTD).unflatten(-1, (self.spec.num_heads, -1))
-        k_BTKW = self.k_proj(x_BTD).unflatten(-1, (self.spec.num_kv_heads, -1))
-        v_BTKW = self.v_proj(x_BTD).unflatten(-1, (self.spec.num_kv_heads, -1))
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+
+    def mix(self, q_BTI: Tensor, k_BTJ: Tensor, v_BTJ: Tensor, documents: Documents) -> Tensor:
+        q_BTHW = q_BTI.unflatten(-1, (self.spec.num_heads, -1))
+        k_BTKW = k_BTJ.unflatten(-1, (self.spec.num_kv_heads, -1))
+        v_BTKW = v_BTJ.unflatten(-1, (self.spec.num_kv_heads, -1))
         if self.spec.rope_theta is not None:
             q_BTHW = rotate(q_BTHW, documents.position_BT, self.spec.rope_theta)
             k_BTKW = rotate(k_BTKW, documents.position_BT, self.spec.rope_theta)

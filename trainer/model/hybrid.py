@@ -34,13 +34,15 @@ from trainer.model.attention import Attention
 from trainer.model.engram import Engram, table_primes
 from trainer.model.mamba2 import Mamba2
 from trainer.model.mlp import SquaredReluMlp
-from trainer.model.moe import Moe
+from trainer.model.moe import Moe, MoeOutput
 from trainer.model.mtp import MtpModule, ahead
 from trainer.model.ngrams import PAD_TOKEN
 from trainer.model.norm import RMSNorm
+from trainer.model.recompute import Recomputed
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
 from trainer.ops.cross_entropy import IGNORE, cross_entropy_sum
+from trainer.ops.experts import compute_dtype
 from trainer.parallel.rows import own_rows
 from trainer.spec import BackendsSpec
 
@@ -60,8 +62,8 @@ class ModelOutput(NamedTuple):
     logits_BTV: Tensor | None  # only without labels
 
 
-class Sublayer(nn.Module):
-    """Pre-norm and mixer; `forward` returns what is added to the residual stream."""
+class Sublayer(Recomputed):
+    """Pre-norm and mixer. A mixer is in two parts, its first matrix products and what is made of them."""
 
     def __init__(self, mixer: nn.Module, norm: RMSNorm | None) -> None:
         super().__init__()
@@ -69,26 +71,35 @@ class Sublayer(nn.Module):
             self.norm = norm
         self.mixer = mixer
 
+    def forward(self, x_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> Tensor | MoeOutput:
+        """What is to be added to the residual stream; of experts, with their loss and load."""
+        mixer = self.mixer
+        if isinstance(mixer, Engram):
+            return self.region("selective", lambda x_BTD: mixer(x_BTD, ids_BT, documents), x_BTD)
+        projected = self.region("selective", lambda x_BTD: mixer.project(self.norm(x_BTD)), x_BTD)
+        if isinstance(mixer, SquaredReluMlp):
+            return mixer.mix(projected)
+        if isinstance(mixer, Moe):
+            return mixer.mix(*projected)
+        return mixer.mix(*projected, documents)
 
-class Layer(nn.ModuleList):
+
+class Layer(nn.ModuleList, Recomputed):
     """A few sublayers that run in order, each x ← x + mixer(norm(x))."""
 
     def forward(self, x_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The residual stream after the layer, the sum of its sequence losses, and a load_E for each of its MoE."""
+        return self.region("full", lambda x_BTD: self._run(x_BTD, ids_BT, documents), x_BTD)
+
+    def _run(self, x_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> tuple[Tensor, Tensor, list[Tensor]]:
         aux_sum = torch.zeros((), dtype=torch.float32, device=x_BTD.device)
         loads = []
         for sublayer in self:
-            mixer = sublayer.mixer
-            if isinstance(mixer, Moe):
-                y_BTD, sequence_loss, load_E = mixer(sublayer.norm(x_BTD))
+            y_BTD = sublayer(x_BTD, ids_BT, documents)
+            if isinstance(y_BTD, MoeOutput):
+                y_BTD, sequence_loss, load_E = y_BTD
                 aux_sum = aux_sum + sequence_loss
                 loads.append(load_E)
-            elif isinstance(mixer, Engram):
-                y_BTD = mixer(x_BTD, ids_BT, documents)
-            elif isinstance(mixer, SquaredReluMlp):
-                y_BTD = mixer(sublayer.norm(x_BTD))
-            else:
-                y_BTD = mixer(sublayer.norm(x_BTD), documents)
             x_BTD = x_BTD + y_BTD
         return x_BTD, aux_sum, loads
 
@@ -122,6 +133,8 @@ class HybridModel(nn.Module):
         """
         documents = Documents(seq_idx_BT)
         x_BTD = self.embedding(ids_BT)
+        if compute_dtype(x_BTD) == torch.bfloat16:
+            x_BTD = x_BTD.bfloat16()  # as Megatron does; FP16 keeps an FP32 stream, its range is too narrow for one
         aux_sum = torch.zeros((), dtype=torch.float32, device=ids_BT.device)
         loads = []
         for layer in self.layers:

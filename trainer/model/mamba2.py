@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.model.norm import GatedRMSNorm
+from trainer.model.recompute import Recomputed
 from trainer.modelspec import MambaSpec
 from trainer.ops import Documents
 
@@ -29,7 +30,7 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
 
-class Mamba2(nn.Module):
+class Mamba2(Recomputed):
     def __init__(
         self,
         hidden: int,
@@ -50,11 +51,16 @@ class Mamba2(nn.Module):
         self.norm = GatedRMSNorm(spec.d_inner, spec.num_groups, norm_eps)
         self.out_proj = nn.Linear(spec.d_inner, hidden, bias=False)
 
-    def forward(self, x_BTD: Tensor, documents: Documents) -> Tensor:
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.zxbc_proj(x_BTD), self.dt_proj(x_BTD)
+
+    def mix(self, zxBC: Tensor, dt_BTH: Tensor, documents: Documents) -> Tensor:
+        return self.region("selective", lambda *tensors: self._scan(*tensors, documents), zxBC, dt_BTH)
+
+    def _scan(self, zxBC: Tensor, dt_BTH: Tensor, documents: Documents) -> Tensor:
         spec = self.spec
-        z_BTI, xBC_BTC = self.zxbc_proj(x_BTD).split([spec.d_inner, spec.conv_dim], dim=-1)
-        dt_BTH = self.dt_proj(x_BTD)
-        with torch.autocast(x_BTD.device.type, enabled=False):
+        z_BTI, xBC_BTC = zxBC.split([spec.d_inner, spec.conv_dim], dim=-1)
+        with torch.autocast(zxBC.device.type, enabled=False):
             # Time steps, decays and states are fp32 whatever the precision of the matrix products.
             dt_BTH = F.softplus(dt_BTH.float() + self.dt_bias.float())
             xBC_BTC = F.silu(self.convolve(xBC_BTC, self.conv.weight, self.conv.bias, documents))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.model.recompute import Recomputed
 from trainer.modelspec import MlpSpec
 
 
-class SquaredReluMlp(nn.Module):
+class SquaredReluMlp(Recomputed):
     def __init__(self, hidden: int, spec: MlpSpec) -> None:
         super().__init__()
         self.up = nn.Linear(hidden, spec.width, bias=False)
         self.down = nn.Linear(spec.width, hidden, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x_BTD)).square())
+    def project(self, x_BTD: Tensor) -> Tensor:
+        return self.up(x_BTD)
+
+    def mix(self, hidden_BTF: Tensor) -> Tensor:
+        return self.region("selective", lambda hidden_BTF: self.down(F.relu(hidden_BTF).square()), hidden_BTF)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trainer.modelspec import MoeSpec
 from trainer.ops.experts import count_choices
@@ -42,23 +43,28 @@ class Moe(nn.Module):
             self.shared_up = nn.Linear(hidden, spec.shared_width, bias=False)
             self.shared_down = nn.Linear(spec.shared_width, hidden, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> MoeOutput:
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The input itself and the scores of all experts, [B, T, E] fp32."""
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            return x_BTD, torch.sigmoid(_WideLinear.apply(x_BTD, self.router.weight))
+
+    def mix(self, x_BTD: Tensor, scores_BTE: Tensor) -> MoeOutput:
         x_SD = x_BTD.flatten(0, 1)
-        scores_SE, expert_SK, weight_SK = self.route(x_SD)
+        expert_SK, weight_SK = self.choose(scores_BTE.flatten(0, 1))
         y_BTD = self.run_experts(x_SD, self.up_EFD, self.down_EDF, expert_SK, weight_SK).view_as(x_BTD)
         if self.spec.shared_width:
             y_BTD = y_BTD + self.shared_down(F.relu(self.shared_up(x_BTD)).square())
         load_E = count_choices(expert_SK.flatten(), self.spec.num_experts)
-        return MoeOutput(y_BTD, self.sequence_loss(scores_SE.view(*x_BTD.shape[:2], -1)), load_E)
+        return MoeOutput(y_BTD, self.sequence_loss(scores_BTE), load_E)
 
-    def route(self, x_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores of all experts [S, E] fp32, the chosen ones [S, K] int64 and their weights [S, K] fp32."""
-        with torch.autocast(x_SD.device.type, enabled=False):
-            scores_SE = torch.sigmoid(F.linear(x_SD.float(), self.router.weight.float()))
-            expert_SK = (scores_SE.detach() + self.bias_E).topk(self.spec.top_k, dim=-1, sorted=False).indices
-            chosen_SK = scores_SE.gather(-1, expert_SK)
-            weight_SK = chosen_SK / (chosen_SK.sum(-1, keepdim=True) + 1e-20) * self.spec.score_scale
-        return scores_SE, expert_SK, weight_SK
+    def forward(self, x_BTD: Tensor) -> MoeOutput:
+        return self.mix(*self.project(x_BTD))
+
+    def choose(self, scores_SE: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen experts [S, K] int64 and their weights [S, K] fp32."""
+        expert_SK = (scores_SE.detach() + self.bias_E).topk(self.spec.top_k, dim=-1, sorted=False).indices
+        chosen_SK = scores_SE.gather(-1, expert_SK)
+        return expert_SK, chosen_SK / (chosen_SK.sum(-1, keepdim=True) + 1e-20) * self.spec.score_scale
 
     def sequence_loss(self, scores_BTE: Tensor) -> Tensor:
         """Σ over rows of weight · Σ_e f_e P_e (DeepSeek-V3 eq. 17-20); f counts what unbiased scores would choose."""
@@ -78,3 +84,20 @@ class Moe(nn.Module):
         load_E = load_E.to(torch.float32)
         delta_E = self.spec.bias_update_rate * torch.sign(load_E.mean() - load_E)
         self.bias_E += (delta_E - delta_E.mean()).to(self.bias_E.device)
+
+
+class _WideLinear(torch.autograd.Function):
+    """x · wᵀ in fp32, of which x is kept in the dtype that it came in."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_BTD: Tensor, w_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BTD, w_ED)
+        return x_BTD.float() @ w_ED.float().T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        x_BTD, w_ED = ctx.saved_tensors
+        grad_x_BTD = (grad_BTE @ w_ED.float()).to(x_BTD.dtype)
+        grad_w_ED = grad_BTE.flatten(0, 1).T @ x_BTD.float().flatten(0, 1)
+        return grad_x_BTD, grad_w_ED.to(w_ED.dtype)

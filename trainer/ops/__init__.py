@@ -23,7 +23,9 @@ from trainer.ops import attention_varlen, conv_causal_conv1d, experts_te, ssd_ma
 from trainer.ops.attention import attention_reference, attention_sdpa
 from trainer.ops.conv import conv_reference, conv_torch
 from trainer.ops.documents import Documents
-from trainer.ops.experts import experts_grouped, experts_reference, grouped_unsupported
+from trainer.ops.experts import experts_reference
+from trainer.ops.experts_grouped import experts_grouped
+from trainer.ops.experts_grouped import unsupported as grouped_unsupported
 from trainer.ops.setting import Setting
 from trainer.ops.ssd import ssd_chunked, ssd_reference
 from trainer.spec import BackendsSpec

@@ -29,7 +29,7 @@ def attention_reference(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, document
 
 
 def attention_sdpa(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents) -> Tensor:
-    """The same through torch's fused attention; the document mask is a boolean [B, 1, T, T].
+    """The same through torch's fused attention; the document mask is a term of the scores.
 
     On a GPU only the memory-efficient kernel takes a mask, and with `enable_gqa` torch may fall back to the one that
     holds all T·T scores; so there the key/value heads are repeated instead. Which kernel torch then takes has not been
@@ -43,7 +43,7 @@ def attention_sdpa(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Do
         q_BTHD.transpose(1, 2),
         k_BTKD.transpose(1, 2),
         v_BTKD.transpose(1, 2),
-        attn_mask=documents.causal_mask_BTT[:, None],
+        attn_mask=documents.added_mask_B1TT(q_BTHD.dtype),
         enable_gqa=heads_per_group > 1,
     )
     return y_BHTD.transpose(1, 2)

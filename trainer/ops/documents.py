@@ -8,6 +8,7 @@ Legend: B rows, T positions of a row.
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
@@ -24,6 +25,7 @@ class Documents:
     def __init__(self, seq_idx_BT: Tensor) -> None:
         self.seq_idx_BT = seq_idx_BT
         self._same: dict[int, Tensor] = {}
+        self._added: dict[torch.dtype, Tensor] = {}
 
     @classmethod
     def one_per_row(cls, batch: int, length: int, device: torch.device | str = "cpu") -> Documents:
@@ -44,6 +46,13 @@ class Documents:
         """[B, T, T] bool: query t may see key s, that is s ≤ t and both lie in one document."""
         same_BTT = self.seq_idx_BT[:, :, None] == self.seq_idx_BT[:, None, :]
         return same_BTT.tril()
+
+    def added_mask_B1TT(self, dtype: torch.dtype) -> Tensor:
+        """The same as a term of the scores: 0 where the key is seen, else -∞; one for all heads and layers."""
+        if dtype not in self._added:
+            mask_B1TT = self.causal_mask_BTT[:, None]
+            self._added[dtype] = torch.zeros_like(mask_B1TT, dtype=dtype).masked_fill_(~mask_B1TT, -math.inf)
+        return self._added[dtype]
 
     @cached_property
     def position_BT(self) -> Tensor:

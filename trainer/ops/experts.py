@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from trainer.ops.setting import Setting
-
 
 def count_choices(expert_N: Tensor, num_experts: int) -> Tensor:
     """How often each expert occurs; int64 [E]. torch.bincount does the same, but on a GPU the host waits for it."""
@@ -30,21 +28,6 @@ def experts_reference(x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, expert_SK:
         hidden = F.linear(x_SD[token], up_EFD[e]).relu().square()
         y_SD = y_SD.index_add(0, token, F.linear(hidden, down_EDF[e]).float() * weight_SK[token, slot, None])
     return y_SD.to(x_SD.dtype)
-
-
-def experts_grouped(x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, expert_SK: Tensor, weight_SK: Tensor) -> Tensor:
-    """The same with the routed copies sorted by expert and one grouped matrix product for each projection.
-
-    The weights multiply the hidden layer instead of the output: it is narrower, and the copies of a token then only
-    add up.
-    """
-    routing = by_expert(expert_SK, up_EFD.shape[0])
-    ends_E, dtype = routing.count_E.cumsum(0).to(torch.int32), compute_dtype(x_SD)
-    x_RD = dispatch(x_SD.to(dtype), routing)
-    hidden_RF = F.relu(F.grouped_mm(x_RD, up_EFD.to(dtype).transpose(1, 2), offs=ends_E)).square()
-    hidden_RF = hidden_RF * weight_SK.flatten().index_select(0, routing.order_R)[:, None].to(dtype)
-    y_RD = F.grouped_mm(hidden_RF, down_EDF.to(dtype).transpose(1, 2), offs=ends_E)
-    return combine(y_RD, routing).to(x_SD.dtype)
 
 
 class Routing(NamedTuple):
@@ -116,14 +99,3 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
         (order_R,) = ctx.saved_tensors
         return _copies(grad_SD, order_R, ctx.top_k), None, None, None
-
-
-def grouped_unsupported(setting: Setting) -> str | None:
-    """None where torch has a grouped matrix product for these widths, else the reason."""
-    if not hasattr(F, "grouped_mm"):
-        return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
-    moe = setting.model.moe if setting.model else None
-    row_bytes = setting.dtype.itemsize
-    if moe and any(width * row_bytes % 16 for width in (setting.model.hidden, moe.expert_width)):
-        return f"rows must be multiples of 16 bytes, the model is {setting.model.hidden} and {moe.expert_width} wide"
-    return setting.below(8, 0) if setting.device.type == "cuda" else None

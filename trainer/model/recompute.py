@@ -1,0 +1,65 @@
+"""Activation checkpointing: what the backward pass computes a second time instead of keeping it.
+
+    none       nothing
+    selective  all but matrix products, attention and experts: norms, convolution, activations, scan; Engram whole
+    full       every layer from its input
+
+Regions end in a matrix product, which is not repeated: its inputs are all that the backward pass needs of it, and
+torch stops a region once it has them. The choice of experts is repeated under `full` only. `trainer.activations`
+says what each policy keeps.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer.activations import Policy
+
+_thread = threading.local()
+
+
+def recomputing() -> bool:
+    """Whether the caller runs for a second time in a backward pass: what a forward pass counts or records once, such
+    as maxima for FP8 scales, must not be recorded again. Compiled code keeps no such records and never asks."""
+    return getattr(_thread, "recomputing", False)
+
+
+class Recomputed(nn.Module):
+    """A module with parts that may be recomputed; `set_policy` says which."""
+
+    policy: Policy = "none"
+
+    def region(self, policy: Policy, function: Callable[..., Any], *tensors: Any) -> Any:
+        """function(*tensors), recomputed in the backward pass if that is the policy of this module."""
+        if self.policy != policy or not torch.is_grad_enabled():
+            return function(*tensors)
+        options = {} if torch.compiler.is_compiling() else {"context_fn": _contexts}
+        # Nothing here draws random numbers.
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def set_policy(model: nn.Module, policy: Policy) -> None:
+    """Choose what all parts of the model recompute."""
+    for module in model.modules():
+        if isinstance(module, Recomputed):
+            module.policy = policy
+
+
+def _contexts() -> tuple[Any, Any]:
+    return nullcontext(), _recomputing()
+
+
+@contextmanager
+def _recomputing():
+    _thread.recomputing = True
+    try:
+        yield
+    finally:
+        _thread.recomputing = False

@@ -1,0 +1,154 @@
+"""Routed experts as one operation: copies sorted by expert, a matrix product for each expert, and sums of the copies.
+
+Forward and backward are written by hand, so that little is kept and nothing wide is: of the routed copies only the
+hidden layer before its activation. Copies, activations and casts of the weights are made again in the backward pass.
+The weights of the copies multiply the hidden layer instead of the output: it is narrower, and the copies of a token
+then only add up.
+
+On a GPU, and under torch.compile, the products are torch's grouped ones. On a CPU they are a loop over experts, whose
+small matrices stay in the cache; where the CPU has no BF16 instructions it multiplies BF16 numbers as FP32, which
+gives the same products and sums several times faster.
+
+Legend as in `trainer.ops.experts`; O outputs and I inputs of a projection.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from trainer.ops.experts import by_expert, compute_dtype
+from trainer.ops.setting import Setting
+
+
+def experts_grouped(x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, expert_SK: Tensor, weight_SK: Tensor) -> Tensor:
+    """See `experts_reference`."""
+    routing = by_expert(expert_SK, up_EFD.shape[0])
+    ends_E = routing.count_E.cumsum(0).to(torch.int32)
+    y_SD = _Experts.apply(
+        x_SD.to(compute_dtype(x_SD)), up_EFD, down_EDF, weight_SK, routing.order_R, routing.place_R, ends_E
+    )
+    return y_SD.to(x_SD.dtype)
+
+
+class _Experts(torch.autograd.Function):
+    """Everything is computed in the dtype of x; gradients leave in the dtypes of what they belong to."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x_SD: Tensor,
+        up_EFD: Tensor,
+        down_EDF: Tensor,
+        weight_SK: Tensor,
+        order_R: Tensor,
+        place_R: Tensor,
+        ends_E: Tensor,
+    ) -> Tensor:
+        top_k, dtype = weight_SK.shape[1], x_SD.dtype
+        with torch.autocast(x_SD.device.type, enabled=False):
+            multiply = _Products(ends_E, dtype)
+            before_RF = multiply.by(x_SD.index_select(0, order_R // top_k), up_EFD)
+            hidden_RF = _activate(before_RF, _in_order(weight_SK, order_R, dtype))
+            y_RD = multiply.by(hidden_RF, down_EDF)
+        ctx.save_for_backward(x_SD, up_EFD, down_EDF, weight_SK, order_R, place_R, ends_E, before_RF)
+        return _sums(y_RD, place_R, top_k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
+        x_SD, up_EFD, down_EDF, weight_SK, order_R, place_R, ends_E, before_RF = ctx.saved_tensors
+        top_k, dtype = weight_SK.shape[1], x_SD.dtype
+        with torch.autocast(x_SD.device.type, enabled=False):
+            multiply = _Products(ends_E, dtype)
+            token_R = order_R // top_k
+            grad_RD = grad_SD.to(dtype).index_select(0, token_R)
+            weight_R1 = _in_order(weight_SK, order_R, dtype)
+            grad_hidden_RF = multiply.by(grad_RD, down_EDF, transposed=True)
+            grad_down_EDF = multiply.outer(grad_RD, _activate(before_RF, weight_R1))
+            positive_RF = F.relu(before_RF)
+            slope_RF = grad_hidden_RF * positive_RF  # of the hidden layer, less the factors 2 and weight
+            grad_weight_R = (slope_RF.float() * positive_RF).sum(1)
+            grad_before_RF = slope_RF.mul_(2 * weight_R1)
+            grad_x_RD = multiply.by(grad_before_RF, up_EFD, transposed=True)
+            grad_up_EFD = multiply.outer(grad_before_RF, x_SD.index_select(0, token_R))
+        return (
+            _sums(grad_x_RD, place_R, top_k),
+            grad_up_EFD.to(up_EFD.dtype),
+            grad_down_EDF.to(down_EDF.dtype),
+            grad_weight_R.index_select(0, place_R).view_as(weight_SK).to(weight_SK.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class _Products:
+    """Matrix products of rows sorted by expert, which end at `ends_E`, with the matrix of their expert."""
+
+    def __init__(self, ends_E: Tensor, dtype: torch.dtype) -> None:
+        self.ends_E, self.dtype = ends_E, dtype
+        self.loop = ends_E.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.loop:
+            ends = ends_E.tolist()
+            self.rows = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+            self.inside = torch.float32 if dtype == torch.bfloat16 and not _cpu_multiplies_bf16() else dtype
+
+    def by(self, a_RI: Tensor, w_EOI: Tensor, *, transposed: bool = False) -> Tensor:
+        """a · wᵀ for each row's expert, [R, O]; with `transposed` a [R, O] is multiplied by w itself."""
+        if not self.loop:
+            w_EOI = w_EOI.to(self.dtype)
+            return F.grouped_mm(a_RI, w_EOI if transposed else w_EOI.transpose(1, 2), offs=self.ends_E)
+        y_RO = a_RI.new_empty(a_RI.shape[0], w_EOI.shape[2 if transposed else 1])
+        for rows, w_OI in zip(self.rows, w_EOI.unbind(), strict=True):
+            w_OI = w_OI.to(self.dtype).to(self.inside)
+            self._into(y_RO[rows], a_RI[rows], w_OI if transposed else w_OI.T)
+        return y_RO
+
+    def outer(self, a_RO: Tensor, b_RI: Tensor) -> Tensor:
+        """aᵀ · b over the rows of each expert, [E, O, I]."""
+        if not self.loop:
+            return F.grouped_mm(a_RO.transpose(0, 1), b_RI, offs=self.ends_E)
+        y_EOI = a_RO.new_empty(len(self.rows), a_RO.shape[1], b_RI.shape[1])
+        for rows, y_OI in zip(self.rows, y_EOI.unbind(), strict=True):
+            self._into(y_OI, a_RO[rows].T, b_RI[rows])
+        return y_EOI
+
+    def _into(self, out: Tensor, left: Tensor, right: Tensor) -> None:
+        if self.inside == self.dtype:
+            torch.mm(left, right, out=out)
+        else:
+            out.copy_(left.to(self.inside) @ right.to(self.inside))
+
+
+def _in_order(weight_SK: Tensor, order_R: Tensor, dtype: torch.dtype) -> Tensor:
+    """[R, 1] weights of the copies in expert order."""
+    return weight_SK.flatten().index_select(0, order_R)[:, None].to(dtype)
+
+
+def _activate(before_RF: Tensor, weight_R1: Tensor) -> Tensor:
+    return F.relu(before_RF).square_().mul_(weight_R1)
+
+
+def _sums(y_RD: Tensor, place_R: Tensor, top_k: int) -> Tensor:
+    return y_RD.index_select(0, place_R).view(-1, top_k, y_RD.shape[-1]).sum(1)
+
+
+@cache
+def _cpu_multiplies_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def unsupported(setting: Setting) -> str | None:
+    """None where torch has a grouped matrix product for these widths, else the reason."""
+    if not hasattr(F, "grouped_mm"):
+        return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
+    moe = setting.model.moe if setting.model else None
+    row_bytes = setting.dtype.itemsize
+    if moe and any(width * row_bytes % 16 for width in (setting.model.hidden, moe.expert_width)):
+        return f"rows must be multiples of 16 bytes, the model is {setting.model.hidden} and {moe.expert_width} wide"
+    return setting.below(8, 0) if setting.device.type == "cuda" else None
