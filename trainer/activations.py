@@ -29,13 +29,14 @@ RECOMPUTED = {
 
 @dataclass(frozen=True)
 class Widths:
-    """Bytes of one number: in the residual stream, and between matrix products."""
+    """Bytes of one number: in the residual stream, and between matrix products. FP8 experts keep routed copies."""
 
     stream: int
     product: int
+    keeps_copies: bool = False
 
 
-WIDTHS = {"fp32": Widths(4, 4), "bf16": Widths(2, 2), "fp8": Widths(2, 2), "fp16": Widths(4, 2)}
+WIDTHS = {"fp32": Widths(4, 4), "bf16": Widths(2, 2), "fp8": Widths(2, 2, keeps_copies=True), "fp16": Widths(4, 2)}
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ def _moe(spec: ModelSpec, widths: Widths) -> int:
     """Scores, choices and weights, two orders of the copies, and their hidden layer before its activation."""
     moe = _section(spec.moe)
     by_copy = 3 * INDEX + 2 * WIDE + moe.expert_width * widths.product
+    if widths.keeps_copies:
+        by_copy += (spec.hidden + 2 * moe.expert_width) * widths.product
     return moe.num_experts * WIDE + moe.top_k * by_copy + 2 * WIDE + 2 * moe.shared_width * widths.product
 
 

@@ -5,15 +5,13 @@
     full       every layer from its input
 
 Regions end in a matrix product, which is not repeated: its inputs are all that the backward pass needs of it, and
-torch stops a region once it has them. The choice of experts is repeated under `full` only. `trainer.activations`
-says what each policy keeps.
+torch stops a region once it has them. An FP8 product is repeated; its scales do not notice (trainer/fp8/linear.py).
+The choice of experts is repeated under `full` only. `trainer.activations` says what each policy keeps.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,14 +19,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.activations import Policy
-
-_thread = threading.local()
-
-
-def recomputing() -> bool:
-    """Whether the caller runs for a second time in a backward pass: what a forward pass counts or records once, such
-    as maxima for FP8 scales, must not be recorded again. Compiled code keeps no such records and never asks."""
-    return getattr(_thread, "recomputing", False)
 
 
 class Recomputed(nn.Module):
@@ -40,9 +30,8 @@ class Recomputed(nn.Module):
         """function(*tensors), recomputed in the backward pass if that is the policy of this module."""
         if self.policy != policy or not torch.is_grad_enabled():
             return function(*tensors)
-        options = {} if torch.compiler.is_compiling() else {"context_fn": _contexts}
         # Nothing here draws random numbers.
-        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False, **options)
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 def set_policy(model: nn.Module, policy: Policy) -> None:
@@ -50,16 +39,3 @@ def set_policy(model: nn.Module, policy: Policy) -> None:
     for module in model.modules():
         if isinstance(module, Recomputed):
             module.policy = policy
-
-
-def _contexts() -> tuple[Any, Any]:
-    return nullcontext(), _recomputing()
-
-
-@contextmanager
-def _recomputing():
-    _thread.recomputing = True
-    try:
-        yield
-    finally:
-        _thread.recomputing = False
