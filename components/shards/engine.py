@@ -8,10 +8,11 @@ on hard texts, on the vocabulary itself and on a sample of the data before anyth
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
-from trainer.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from trainer.data.tokenizer import EOD, SPECIAL_TOKENS, Tokenizer
 
 EngineName = Literal["tiktoken", "tokenizers"]
 Encode = Callable[[Sequence[str]], list[list[int]]]
@@ -41,6 +42,19 @@ def open_engine(name: EngineName, tokenizer: Tokenizer) -> Encode:
     pattern, ranks = tokenizer.bpe()
     encode = tiktoken.Encoding("yaongi", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode_ordinary
     return lambda texts: [encode(text) for text in texts]
+
+
+def with_markup(encode: Encode, tokenizer: Tokenizer) -> Encode:
+    """The same function, but with special tokens in the texts as such, all but the one that ends a document."""
+    specials = {token: tokenizer.encode(token, specials=True) for token in SPECIAL_TOKENS if token != EOD}
+    markup = re.compile(f"({'|'.join(map(re.escape, specials))})")
+
+    def encode_marked(texts: Sequence[str]) -> list[list[int]]:
+        cut = [[piece for piece in markup.split(text) if piece] for text in texts]
+        ordinary = iter(encode([piece for pieces in cut for piece in pieces if piece not in specials]))
+        return [[n for piece in pieces for n in specials.get(piece) or next(ordinary)] for pieces in cut]
+
+    return encode_marked
 
 
 def choose_engine(tokenizer: Tokenizer, sample: Iterable[str]) -> tuple[EngineName, str]:

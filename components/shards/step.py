@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.hygiene.attributes import decisions
 from components.lock import alone_on
 from components.progress import ByteProgress
 from components.shards.assemble import ShardMaker, plan_shards
@@ -65,7 +66,7 @@ def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
                 sources=work.raw.sources,
                 files=_assembled(job, work, units, workers),
             )
-            _check_counts(work.raw, manifest)
+            _check_counts(work.raw, work.hygiene, manifest)
             write_manifest(work.directory, manifest)
     else:
         print(f"shards: {why}: {work.directory}", flush=True)
@@ -97,6 +98,7 @@ class _Work:
     directory: Path
     raw: Manifest
     raw_dir: str
+    hygiene: Manifest | None
     tokenizer_dir: str
     inputs: dict[str, str]
     settings: dict[str, Any]
@@ -104,13 +106,16 @@ class _Work:
     @classmethod
     def of(cls, job: JobSpec, raw: StageResult, tokenizer: StageResult) -> _Work:
         raw_manifest, tokenizer_manifest = open_stage(raw), open_stage(tokenizer)
+        hygiene = decisions(job, raw_manifest)
+        inputs = {"raw": raw_manifest.digest, "tokenizer": tokenizer_manifest.digest}
         vocab_size = Tokenizer.load(tokenizer.path).vocab_size
         return cls(
             directory=Path(job.stage_dir("shards")),
             raw=raw_manifest,
             raw_dir=raw.path,
+            hygiene=hygiene,
             tokenizer_dir=tokenizer.path,
-            inputs={"raw": raw_manifest.digest, "tokenizer": tokenizer_manifest.digest},
+            inputs=inputs | ({"hygiene": hygiene.digest} if hygiene else {}),
             settings={
                 "encoding_version": ENCODING_VERSION,
                 "unit_bytes": job.shards.unit_bytes,
@@ -119,6 +124,7 @@ class _Work:
                 "vocab_size": vocab_size,
                 "dtype": token_dtype(vocab_size).name,
                 "eod_id": Tokenizer.eod_id,
+                "markup": sorted(name for name, source in job.data.sources.items() if source.has_markup),
             },
         )
 
@@ -145,6 +151,8 @@ def _encode(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Workers) 
     print(f"shards: encoding with {engine} ({why})", flush=True)
     encoder = UnitEncoder(
         raw_dir=work.raw_dir,
+        hygiene_dir=job.stage_dir("hygiene") if work.hygiene else None,
+        markup=frozenset(work.settings["markup"]),
         tokenizer_dir=work.tokenizer_dir,
         out_dir=str(units_dir),
         heldout_fraction=job.data.heldout_fraction,
@@ -167,13 +175,17 @@ def _assembled(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Worker
     return [entry for plan in plans for entry in made[plan.name]]
 
 
-def _check_counts(raw: Manifest, shards: Manifest) -> None:
+def _check_counts(raw: Manifest, hygiene: Manifest | None, shards: Manifest) -> None:
     for source in raw.sources:
         have, want = shards.counts(source), raw.counts(source)
-        if (have.documents, have.text_bytes) != (want.documents, want.text_bytes):
+        documents, text_bytes = want.documents, want.text_bytes
+        if hygiene is not None:
+            left_out = hygiene.counts(source)
+            documents, text_bytes = documents - left_out.documents, text_bytes - left_out.text_bytes
+        if (have.documents, have.text_bytes) != (documents, text_bytes):
             raise DataError(
-                f"source '{source}': encoded {have.documents} documents of {have.text_bytes} bytes, the raw manifest "
-                f"says {want.documents} of {want.text_bytes}; run the download step again"
+                f"source '{source}': encoded {have.documents} documents of {have.text_bytes} bytes, by the manifests "
+                f"of raw text and hygiene it has {documents} of {text_bytes}; run the download step again"
             )
 
 

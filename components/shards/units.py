@@ -21,8 +21,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from components.hygiene.attributes import dropped
 from components.progress import ByteProgress
-from components.shards.engine import Encode, EngineName, open_engine
+from components.shards.engine import Encode, EngineName, open_engine, with_markup
 from components.shards.pool import Workers
 from trainer.data.format import token_dtype
 from trainer.data.jsonl import documents, where
@@ -57,9 +58,14 @@ class EncodedDocuments:
 
 @dataclass(frozen=True)
 class UnitEncoder:
-    """Encodes one unit; sent to the worker processes. All that a unit's bytes depend on is in here and in the unit."""
+    """Encodes one unit; sent to the worker processes. All that a unit's bytes depend on is in here and in the unit.
+
+    Documents that `hygiene_dir` drops are left out; in the texts of the sources in `markup` special tokens are such.
+    """
 
     raw_dir: str
+    hygiene_dir: str | None
+    markup: frozenset[str]
     tokenizer_dir: str
     out_dir: str
     heldout_fraction: float
@@ -73,10 +79,14 @@ class UnitEncoder:
             DataError: a malformed line, or a document too large for a shard; names file and line.
         """
         tokenizer, encode = _opened(self.tokenizer_dir, self.engine)
+        if unit.source in self.markup:
+            encode = with_markup(encode, tokenizer)
         dtype = token_dtype(tokenizer.vocab_size)
         parts: dict[Split, list[EncodedDocuments]] = {split: [] for split in SPLITS}
         path = Path(self.raw_dir) / unit.path
-        for offsets, texts in _batches(documents(path, unit.start, unit.stop)):
+        left_out = dropped(self.hygiene_dir, unit.path)
+        lines = (line for line in documents(path, unit.start, unit.stop) if line[0] not in left_out)
+        for offsets, texts in _batches(lines):
             ids = encode(texts)
             for offset, document in zip(offsets, ids, strict=True):
                 document.append(tokenizer.eod_id)

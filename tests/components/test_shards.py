@@ -336,6 +336,6 @@ def test_a_document_larger_than_a_shard_is_refused(tmp_path: Path) -> None:
     job = small_job(tmp_path)
     raw = write_raw(job)
     tokenizer = tokenizer_step.run(job, raw)
-    encoder = units.UnitEncoder(raw.path, tokenizer.path, str(tmp_path), 0.1, 64, "tokenizers")
+    encoder = units.UnitEncoder(raw.path, None, frozenset(), tokenizer.path, str(tmp_path), 0.1, 64, "tokenizers")
     with pytest.raises(DataError, match=r"part-00000\.jsonl:\d+: a document of \d+ tokens is larger than a shard"):
         encoder(units.Unit(0, "ko", "ko/part-00000.jsonl", 0, 10**6))
