@@ -24,6 +24,7 @@ from trainer.optim import clip_gradients, learning_rate_factor
 from trainer.prepare import Run, prepare, scaler_state
 from trainer.recorder import StepRecord
 from trainer.spec import TrainSpec
+from trainer.spikes import SKIP_REASONS, SkipReason
 from trainer.stopping import STOP_CODES, StopWish
 from trainer.watchdog import Watchdog
 
@@ -54,7 +55,7 @@ def train(spec: TrainSpec) -> int:
             with run.recorder.phase("forward_backward"):
                 totals = forward_backward(run, batch, stop.code())
             with run.recorder.phase("optimizer"):
-                update = apply_gradients(run, step, totals.expert_load_LE)
+                update = apply_gradients(run, step, totals)
             if run.fp8:
                 run.fp8.finish_step()
                 run.recorder.fp8(step + 1, run.fp8)
@@ -87,7 +88,7 @@ class Totals:
 class Update:
     grad_norm: float
     clipped: bool
-    skipped: bool
+    skipped: SkipReason | None
 
 
 def forward_backward(run: Run, batch: StepBatch, stop_code: int) -> Totals:
@@ -132,8 +133,8 @@ def _cut(values: list[float], at: int) -> tuple[list[float], list[float]]:
     return values[:at], values[at:]
 
 
-def apply_gradients(run: Run, step: int, expert_load_LE: Tensor) -> Update:
-    """Clip, update weights and router biases; a step whose gradients are not finite changes nothing.
+def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
+    """Clip, update weights and router biases; a step that is not finite or a spike (trainer/spikes.py) changes nothing.
 
     Raises:
         TrainingError: 70, after too many such steps in a row.
@@ -145,21 +146,30 @@ def apply_gradients(run: Run, step: int, expert_load_LE: Tensor) -> Update:
     if run.scaler:
         optimizers.unscale(run.scaler)
     norm, clipped = clip_gradients(optimizers.parameters, spec.optimizer.clip_norm)
-    finite = norm == norm and norm != float("inf")
-    if finite:
+    skipped = agreed(run, run.guard.judge(totals.loss, norm))
+    if skipped is None:
         optimizers.step()
-        run.model.update_router_bias(expert_load_LE)
+        run.model.update_router_bias(totals.expert_load_LE)
     if run.scaler:
         run.scaler.update()
     optimizers.zero_grad()
-    run.skipped_in_a_row = 0 if finite else run.skipped_in_a_row + 1
+    run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
     if run.skipped_in_a_row >= MAX_SKIPPED_STEPS:
         raise TrainingError(
             ExitCode.DIVERGED,
-            f"gradients were not finite for {MAX_SKIPPED_STEPS} steps in a row, up to step {step + 1}; lower the "
+            f"{MAX_SKIPPED_STEPS} steps in a row were skipped, the last one, step {step + 1}, for {skipped}; lower the "
             "learning rates, or set LATEST back to an older checkpoint and pass over the data by tokens.skip",
         )
-    return Update(norm, clipped, skipped=not finite)
+    return Update(norm, clipped, skipped)
+
+
+def agreed(run: Run, reason: SkipReason | None) -> SkipReason | None:
+    """The same reason on every rank, if any has one: unlike processors may round a norm to either side of a limit."""
+    if run.world.size == 1:
+        return reason
+    number = torch.tensor(SKIP_REASONS.index(reason) if reason else -1)
+    dist.all_reduce(number, dist.ReduceOp.MAX, group=run.world.control)
+    return SKIP_REASONS[int(number)] if number >= 0 else None
 
 
 def step_record(run: Run, step: int, batch: StepBatch, totals: Totals, update: Update) -> StepRecord:
@@ -184,7 +194,7 @@ def step_record(run: Run, step: int, batch: StepBatch, totals: Totals, update: U
 
 def save_checkpoint(run: Run, step: int, batch: StepBatch) -> None:
     run.recorder.sync()
-    scalars = {"seconds": run.recorder.seconds(), "skipped_in_a_row": float(run.skipped_in_a_row)}
+    scalars = {"seconds": run.recorder.seconds(), "skipped_in_a_row": float(run.skipped_in_a_row)} | run.guard.state()
     if run.scaler:
         scalars |= {f"scaler.{name}": float(value) for name, value in scaler_state(run.scaler.state_dict()).items()}
     run.checkpoints.save(step, batch.cursor.to_dict(), scalars)

@@ -33,6 +33,7 @@ from trainer.precision import Precision
 from trainer.recorder import Recorder
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError, to_yaml
+from trainer.spikes import SpikeGuard
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Run:
     checkpoints: Checkpointer
     recorder: Recorder
     first_step: int
+    guard: SpikeGuard
     skipped_in_a_row: int
 
 
@@ -100,6 +102,8 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         steps=max(0, spec.steps - first_step),
     )
     step_model = wrap(model, spec, world)
+    guard = SpikeGuard(spec.optimizer.spike_guard)
+    guard.load(resumed.scalars if resumed else {})
     return Run(
         spec=spec,
         world=world,
@@ -113,6 +117,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         checkpoints=checkpoints,
         recorder=recorder,
         first_step=resumed.step if resumed else 0,
+        guard=guard,
         skipped_in_a_row=int(resumed.scalars.get("skipped_in_a_row", 0)) if resumed else 0,
     )
 

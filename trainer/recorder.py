@@ -27,6 +27,7 @@ from trainer.fp8.te import TeState
 from trainer.logs import MetricsFile
 from trainer.metrics import Metrics
 from trainer.spec import TrainSpec
+from trainer.spikes import SKIP_REASONS, SkipReason
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class StepRecord:
     Attributes:
         loss: cross-entropy of the next token, the mean over all labels of the step.
         auxiliary: the other objectives by name (router_balance, mtp_1, …), before their weight if they have one.
+        skipped: why the step changed nothing, None when it did.
         tokens: trained on so far.
     """
 
@@ -61,7 +63,7 @@ class StepRecord:
     tokens_per_second: float
     seconds: float
     clipped: bool
-    skipped: bool
+    skipped: SkipReason | None
     expert_load_max_ratio: float
     by_source: dict[str, int]
 
@@ -92,6 +94,8 @@ class Recorder:
         version = importlib.metadata.version("yaongi")
         self.metrics.set("build_info", 1, version=version, torch=torch.__version__, **build_info)
         self.metrics.add("goodput_seconds_total", time.time() - self._started, **{"class": "startup"})
+        for reason in SKIP_REASONS:  # from 0, else the first one would not show as an increase
+            self.metrics.add("skipped_steps_total", 0, reason=reason)
         if not self._world.is_main:
             return
         self._file = MetricsFile(self._spec.run_dir, step)
@@ -139,7 +143,7 @@ class Recorder:
                 record.learning_rate,
                 f"{speed:,.0f}",
                 timedelta(seconds=round(left)),
-                "  (skipped: gradients not finite)" if record.skipped else "",
+                f"  (skipped: {record.skipped})" if record.skipped else "",
             )
 
     def fp8(self, step: int, state: Fp8State | TeState) -> None:
@@ -216,7 +220,8 @@ class Recorder:
             metrics.set("auxiliary_loss", loss, objective=objective)
         metrics.observe("step_seconds", record.seconds)
         metrics.add("steps_total")
-        metrics.add("skipped_steps_total", record.skipped)
+        if record.skipped:
+            metrics.add("skipped_steps_total", reason=record.skipped)
         metrics.add("clips_total", record.clipped)
         metrics.add("tokens_total", self._spec.batch.tokens_per_step)
         for source, tokens in record.by_source.items():

@@ -88,6 +88,16 @@ class AdamWSpec(Spec):
 BF16_MAX_DECAY = 0.99  # x·β of a bf16 x rounds back to x, for ever, from β = 1 − 2⁻⁸ = 0.996 on
 
 
+class SpikeGuardSpec(Spec):
+    """Skip the update of a step whose loss or gradient norm exceeds mean + `sigmas`·σ over the last `window` steps.
+
+    It judges once half a window is known. null switches it off.
+    """
+
+    sigmas: Positive = 6.0
+    window: Annotated[int, Field(ge=8, le=1024)] = 128
+
+
 class OptimizerSpec(Spec):
     """`state_dtype` is that of momentum and moments; weights are FP32 always. bf16 halves the state."""
 
@@ -96,6 +106,7 @@ class OptimizerSpec(Spec):
     adamw: AdamWSpec = AdamWSpec()
     state_dtype: Literal["fp32", "bf16"] = "fp32"
     clip_norm: Positive | None = 1.0
+    spike_guard: SpikeGuardSpec | None = SpikeGuardSpec()
 
     @model_validator(mode="after")
     def _state_can_decay(self) -> Self:
@@ -114,10 +125,11 @@ class OptimizerSpec(Spec):
 
 
 class ScheduleSpec(Spec):
-    """Learning-rate factor over the steps. WSD: linear warm-up, stable, then down to `final_learning_rate`."""
+    """Learning-rate factor over the steps. WSD: warm-up, stable, then down to `final_learning_rate`."""
 
     name: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     warmup_fraction: Fraction = 0.01
+    warmup_shape: Literal["linear", "cosine"] = "linear"
     decay_fraction: Fraction = 0.2
     decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"
     final_learning_rate: NonNegative = 1e-5

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.optimization import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_wsd_schedule
 
+from manifests.spec import load_job
 from trainer.optim.schedule import learning_rate_factor
 from trainer.spec import ScheduleSpec
 
@@ -99,3 +100,35 @@ def test_short_runs_are_positive_and_finite(steps):
 def test_final_above_peak_is_refused():
     with pytest.raises(ValueError, match="final_learning_rate"):
         learning_rate_factor(0, 10, ScheduleSpec(final_learning_rate=1.0), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "remaining"),
+    [
+        ("linear", lambda r: 1 - r),
+        ("cosine", lambda r: math.cos(math.pi * r / 2) ** 2),
+        ("sqrt", lambda r: 1 - r**0.5),
+    ],
+)
+def test_the_schedule_of_h100_4b_at_every_step(shape, remaining):
+    """15B tokens in steps of 524,288: 1% warm-up to 2e-3, stable, last 20% down to 1e-5, counted in whole steps."""
+    train = load_job("h100-4b").train
+    steps, warmup, decay, peak, final = 28_610, 286, 5_722, 2e-3, 1e-5
+    assert (train.steps, train.optimizer.muon.learning_rate) == (steps, peak)
+    spec = train.schedule.updated({"decay_shape": shape})
+    for step in range(steps):
+        if step < warmup:
+            expected = peak * (step + 1) / warmup
+        elif step < steps - decay:
+            expected = peak
+        else:
+            expected = final + (peak - final) * remaining((step + 1 - (steps - decay)) / decay)
+        assert peak * learning_rate_factor(step, steps, spec, peak) == pytest.approx(expected, rel=1e-9), step
+
+
+@pytest.mark.parametrize("name", ["wsd", "cosine", "linear", "constant"])
+def test_cosine_warm_up_of_every_schedule(name):
+    """sin² of a quarter turn; afterwards nothing differs from the linear one."""
+    ours = _ours(name=name, warmup_fraction=0.2, warmup_shape="cosine", final_learning_rate=0.01)
+    assert ours[:20] == pytest.approx([math.sin(math.pi * (step + 1) / 40) ** 2 for step in range(20)], abs=1e-12)
+    assert ours[20:] == _ours(name=name, warmup_fraction=0.2, final_learning_rate=0.01)[20:]

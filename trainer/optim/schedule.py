@@ -15,10 +15,10 @@ from trainer.spec import ScheduleSpec
 def learning_rate_factor(step: int, steps: int, spec: ScheduleSpec, peak: float) -> float:
     """What multiplies every group's learning rate at `step` (0 is the first) of `steps`.
 
-    Warm-up over W = round(warmup_fraction·steps) steps: (step+1)/W, so the first step already moves and step W−1 has
-    the peak. A decay takes max(1, round(decay_fraction·steps)) steps with WSD and all after the warm-up with cosine and
-    linear; the run's last step, unless it still warms up, has exactly `final_learning_rate` / `peak`, which later steps
-    keep. WSD with decay_fraction 0 and constant never leave the peak.
+    Warm-up over W = round(warmup_fraction·steps) steps: with r = (step+1)/W, r or (1−cos πr)/2, so the first step
+    already moves and step W−1 has the peak. A decay takes max(1, round(decay_fraction·steps)) steps with WSD and all
+    after the warm-up with cosine and linear; the run's last step, unless it still warms up, has exactly
+    `final_learning_rate` / `peak`, which later steps keep. WSD with decay_fraction 0 and constant never leave the peak.
 
     Args:
         peak: learning rate at factor 1, to which `final_learning_rate` is related.
@@ -33,7 +33,7 @@ def learning_rate_factor(step: int, steps: int, spec: ScheduleSpec, peak: float)
         )
     warmup = round(spec.warmup_fraction * steps)
     if step < warmup:
-        return (step + 1) / warmup
+        return 1 - _remaining((step + 1) / warmup, spec.warmup_shape)
     if spec.name == "constant" or (spec.name == "wsd" and not spec.decay_fraction):
         return 1.0
     decay = max(1, round(spec.decay_fraction * steps) if spec.name == "wsd" else steps - warmup)

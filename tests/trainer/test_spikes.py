@@ -1,0 +1,115 @@
+"""The guard against spikes: its arithmetic against numpy, and in the loop with a batch that does not belong there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import micro
+import numpy as np
+import pytest
+
+from trainer.data.loader import StepBatch, TokenLoader
+from trainer.loop import train
+from trainer.optim import Optimizers
+from trainer.spec import SpikeGuardSpec
+from trainer.spikes import SpikeGuard
+
+
+def judged(values: list[float], guard: SpikeGuard) -> list[str | None]:
+    return [guard.judge(value, 1.0) for value in values]
+
+
+def test_limit_is_mean_plus_k_sigma_of_the_window_before():
+    random = np.random.default_rng(0)
+    losses = random.normal(3.0, 0.1, 400) + 2 * (random.random(400) < 0.03)
+    guard = SpikeGuard(SpikeGuardSpec(sigmas=4, window=32))
+    found = judged(losses.tolist(), guard)
+    expected = []
+    for step, loss in enumerate(losses):
+        before = losses[max(0, step - 32) : step]
+        expected.append("loss_spike" if len(before) >= 16 and loss > before.mean() + 4 * before.std() else None)
+    assert found == expected
+    assert 3 < len([reason for reason in found if reason]) < 15
+
+
+def test_gradient_norm_spikes_alone_and_small_values_never():
+    guard = SpikeGuard(SpikeGuardSpec(window=8))
+    for step in range(8):
+        assert guard.judge(2.0 + 0.1 * (step % 2), 0.5 + 0.01 * (step % 2)) is None
+    assert guard.judge(0.0, 0.0) is None
+    assert guard.judge(2.0, 9.0) == "gradient_spike"
+    assert guard.judge(20.0, 90.0) == "loss_spike"
+
+
+def test_lasting_rise_is_skipped_at_most_four_times():
+    random = np.random.default_rng(1)
+    guard = SpikeGuard(SpikeGuardSpec())
+    assert judged(random.normal(2.0, 0.02, 128).tolist(), guard) == [None] * 128
+    after = judged(random.normal(8.0, 0.02, 128).tolist(), guard)
+    assert after[:3] == ["loss_spike"] * 3 and after[4:] == [None] * 124
+
+
+@pytest.mark.parametrize("spec", [None, SpikeGuardSpec(window=8)])
+def test_what_is_not_finite_is_refused_and_forgotten(spec):
+    guard = SpikeGuard(spec)
+    for bad in (float("nan"), float("inf")):
+        assert guard.judge(bad, 1.0) == guard.judge(1.0, bad) == "nonfinite"
+    assert guard.state() == {}
+
+
+def test_without_a_guard_everything_finite_passes():
+    assert judged([1.0] * 300 + [1e9], SpikeGuard(None)) == [None] * 301
+
+
+def test_state_is_exact_and_a_shorter_window_takes_the_newest():
+    values = np.random.default_rng(2).random(40).tolist()
+    whole, stopped = SpikeGuard(SpikeGuardSpec(window=16)), SpikeGuard(SpikeGuardSpec(window=16))
+    judged(values, whole)
+    judged(values[:20], stopped)
+    resumed = SpikeGuard(SpikeGuardSpec(window=16))
+    resumed.load(stopped.state() | {"seconds": 3.0})
+    judged(values[20:], resumed)
+    assert resumed.state() == whole.state() and len(whole.state()) == 32
+    shorter = SpikeGuard(SpikeGuardSpec(window=8))
+    shorter.load(whole.state())
+    assert [shorter.state()[f"spike_guard.loss.{i}"] for i in range(8)] == values[-8:]
+
+
+@pytest.mark.usefixtures("quiet_checkpoint_library", "leave_no_traces")
+def test_spike_batch_changes_nothing_is_counted_and_survives_a_resume(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Step 10 gets a token for its label that never occurs, which a model that has learnt the others rules out."""
+    plain_next, plain_step = TokenLoader.__next__, Optimizers.step
+    updates: list[int] = []
+
+    def next_with_spike(loader: TokenLoader) -> StepBatch:
+        batch = plain_next(loader)
+        if sum(batch.tokens_by_source.values()) == 10 * 256:
+            for part in batch.micro_batches:
+                part.labels_BT[part.labels_BT >= 0] = micro.VOCAB - 1
+        return batch
+
+    def counted_step(optimizers: Optimizers) -> None:
+        updates.append(1)
+        plain_step(optimizers)
+
+    monkeypatch.setattr(TokenLoader, "__next__", next_with_spike)
+    monkeypatch.setattr(Optimizers, "step", counted_step)
+    rate = {"learning_rate": 0.02}
+    options = {
+        "optimizer": {"spike_guard": {"window": 8, "sigmas": 4}, "muon": rate, "adamw": rate},
+        "schedule": {"name": "constant", "warmup_fraction": 0},
+        "checkpoint": {"every_steps": 12},
+    }
+
+    def run(name: str, *ends: int) -> list[dict]:
+        for steps in ends:
+            spec = micro.micro_spec(micro_data, tmp_path / name, steps=steps, **options)
+            assert train(spec) == 0
+        return [{k: line[k] for k in ("step", "loss", "grad_norm", "skipped")} for line in micro.metrics(spec)]
+
+    whole = run("whole", 12)
+    assert [line["skipped"] for line in whole] == [None] * 9 + ["loss_spike"] + [None] * 2
+    assert len(updates) == 11, "the spike's gradients are never applied"
+    assert run("parts", 8, 12) == whole, "the window is part of the checkpoint"
