@@ -23,10 +23,23 @@ class MixSpec(Spec):
     max_epochs: Positive = 4.0
 
 
+class StageSpec(Spec):
+    """A stage of a curriculum: from token `from_tokens` of the stream on, other weights, another row length, or both.
+
+    `weights` name every source that is to be drawn; one that is left out gets nothing more. What is not given stays.
+    """
+
+    from_tokens: Count
+    weights: dict[str, NonNegative] | None = None
+    seq_len: Annotated[int, Field(ge=8)] | None = None
+
+
 class TokensSpec(Spec):
     """Which tokens, in which proportions, cut how. `shards` is a directory with a manifest.json.
 
-    `skip` are ranges [first, last) of the token stream that are passed over, to get past a loss spike.
+    `packing`: `concat` cuts the stream every `seq_len` tokens; `best_fit` arranges the documents of a step so that few
+    are cut, and loses no token either. `skip` are ranges [first, last) of the token stream that are passed over, to get
+    past a loss spike.
     """
 
     shards: str
@@ -34,7 +47,31 @@ class TokensSpec(Spec):
     mix: dict[str, MixSpec]
     seq_len: Annotated[int, Field(ge=8)]
     seed: int = 0
+    packing: Literal["concat", "best_fit"] = "concat"
+    curriculum: tuple[StageSpec, ...] = ()
     skip: tuple[tuple[int, int], ...] = ()
+
+    def seq_len_at(self, position: int) -> int:
+        """Tokens of a row in a step that begins at `position` of the stream."""
+        lengths = [stage.seq_len for stage in self.curriculum if stage.seq_len and stage.from_tokens <= position]
+        return lengths[-1] if lengths else self.seq_len
+
+    @model_validator(mode="after")
+    def _stages_are_sound(self) -> Self:
+        starts = [stage.from_tokens for stage in self.curriculum]
+        if any(a >= b for a, b in pairwise(starts)):
+            raise ValueError(f"curriculum: from_tokens {starts} must rise")
+        for stage in self.curriculum:
+            where = f"curriculum: the stage from token {stage.from_tokens}"
+            if stage.weights is None and stage.seq_len is None:
+                raise ValueError(f"{where} changes nothing; give it weights or seq_len")
+            if stage.weights is None:
+                continue
+            if unknown := sorted(set(stage.weights) - set(self.mix)):
+                raise ValueError(f"{where} names '{unknown[0]}', not a source; sources are {', '.join(self.mix)}")
+            if abs((total := sum(stage.weights.values())) - 1) > 1e-6:
+                raise ValueError(f"{where} has weights that sum to {total:g}; they must sum to 1")
+        return self
 
     @model_validator(mode="after")
     def _skip_is_ordered(self) -> Self:
@@ -52,7 +89,10 @@ class TokensSpec(Spec):
 
 
 class BatchSpec(Spec):
-    """One optimizer step = `tokens_per_step` tokens, cut into micro-batches of `micro_batch_rows` rows on each rank."""
+    """One optimizer step = `tokens_per_step` tokens, cut into micro-batches of `micro_batch_rows` rows on each rank.
+
+    Where a curriculum changes the row length, micro-batches keep their number of tokens.
+    """
 
     tokens_per_step: Count
     micro_batch_rows: Count
@@ -255,6 +295,12 @@ class TrainSpec(Spec):
                 f"batch.tokens_per_step {self.batch.tokens_per_step} must be a multiple of "
                 f"micro_batch_rows × seq_len = {row_tokens}"
             )
+        for stage in self.tokens.curriculum:
+            if stage.seq_len and row_tokens % stage.seq_len:
+                raise ValueError(
+                    f"tokens.curriculum: seq_len {stage.seq_len} must divide the tokens of a micro-batch, "
+                    f"micro_batch_rows × seq_len = {row_tokens}; raise batch.micro_batch_rows"
+                )
         return self
 
     def micro_batches(self, world_size: int) -> int:

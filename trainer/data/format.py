@@ -13,7 +13,8 @@
     34 + 12·S  8·D    i64 document index: numbers of the sequences at which documents start, and S at the end
 
 Here a document is always exactly one sequence, so D = S + 1 and the document index counts up. Megatron's reader checks
-almost nothing; ours checks every size and offset when it opens a pair, so truncation cannot pass for data.
+almost nothing; ours checks the sizes when it opens a pair and every offset then or in `Shard.check`, so truncation
+cannot pass for data.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ VERSION = 1
 DTYPES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 BLOCK = 2**17  # sequences handled at once while an index is finished or checked
+QUICK = 2**20  # indices up to this many sequences are checked whenever they are opened
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -145,32 +147,43 @@ class Shard:
         at = HEADER.size
         self.lengths: NDArray[np.int32] = np.frombuffer(index, "<i4", sequences, at)
         self._offsets: NDArray[np.int64] = np.frombuffer(index, "<i8", sequences, at + 4 * sequences)
-        documents = np.frombuffer(index, "<i8", boundaries, at + 12 * sequences)
-        self.num_tokens = self._check(idx, documents)
-        if bin_bytes != (expected := self.num_tokens * self.dtype.itemsize):
+        self._documents: NDArray[np.int64] = np.frombuffer(index, "<i8", boundaries, at + 12 * sequences)
+        expected = int(self._offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        if bin_bytes != expected:
             raise DataError(f"{bin_}: has {bin_bytes} bytes, its index says {expected}; run the shards step again")
-        self._tokens = np.memmap(bin_, mode="r", dtype=self.dtype) if bin_bytes else np.empty(0, self.dtype)
+        self.num_tokens = bin_bytes // self.dtype.itemsize
+        # As a plain array: slices of a memmap cost several times more.
+        mapped = np.memmap(bin_, mode="r", dtype=self.dtype) if bin_bytes else np.empty(0, self.dtype)
+        self._tokens: NDArray[np.integer] = mapped.view(np.ndarray)
+        if sequences <= QUICK:
+            self.check()
 
-    def _check(self, idx: Path, documents: NDArray[np.int64]) -> int:
-        """Tokens in all sequences, after a check that the three arrays of the index agree."""
-        total = 0
+    def check(self) -> None:
+        """Check that the three arrays of the index agree; takes seconds for tens of millions of documents.
+
+        Raises:
+            DataError: they do not.
+        """
+        idx, total = _named(self.prefix, "idx"), 0
         for first in range(0, len(self), BLOCK):
             block = slice(first, first + BLOCK)
             lengths = self.lengths[block]
             ends = total + np.cumsum(lengths, dtype=np.int64)
+            numbers = np.arange(first, first + len(lengths))
             sound = (
                 (lengths > 0).all()
                 and np.array_equal(self._offsets[block], (ends - lengths) * self.dtype.itemsize)
-                and np.array_equal(documents[first : first + len(lengths)], np.arange(first, first + len(lengths)))
+                and np.array_equal(
+                    self._documents[first : first + len(lengths)], np.arange(first, first + len(lengths))
+                )
             )
             if not sound:
                 raise DataError(
                     f"{idx}: lengths, offsets and documents do not fit each other; run the shards step again"
                 )
             total = int(ends[-1])
-        if documents[-1] != len(self):
+        if self._documents[-1] != len(self):
             raise DataError(f"{idx}: the document index does not end at {len(self)}; run the shards step again")
-        return total
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -2,9 +2,10 @@
 
 Shapes: B rows of a micro-batch, T tokens of a row.
 
-A step is `tokens_per_step / T` rows of T consecutive tokens of the stream (trainer/data/plan.py). Rank r of w trains on
-rows [r·rows/w, (r+1)·rows/w), in order, so the rows of a step depend neither on the number of ranks nor on the
-micro-batch size. Every rank walks the whole stream, a few comparisons for each document, and reads only its own tokens.
+A step is the next `tokens_per_step` tokens of the stream (trainer/data/plan.py), laid into rows of T by
+trainer/data/packing.py. Rank r of w trains on rows [r·rows/w, (r+1)·rows/w), in order, so the rows of a step depend
+neither on the number of ranks nor on the micro-batch size. Every rank walks the whole stream, a few comparisons for
+each document, and reads only its own tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 
 from trainer.data.format import Shard
 from trainer.data.manifest import DataError, Manifest, Split, read_manifest, verify
+from trainer.data.packing import best_fit, concatenate
 from trainer.data.plan import Cursor, Segment, TokenStream
 from trainer.exitcodes import ExitCode, TrainingError
 from trainer.spec import BatchSpec, TokensSpec
@@ -62,12 +65,17 @@ class SourceDocuments:
             if (len(shard), shard.num_tokens) != (entry.documents, entry.tokens):
                 raise DataError(f"{directory / entry.path}: counts differ from the manifest; run the shards step again")
         self.lengths: NDArray[np.int32] = np.concatenate([np.empty(0, np.int32), *(s.lengths for s in self.shards)])
-        self._firsts = np.cumsum([0, *(len(s) for s in self.shards)])
+        self._firsts = np.cumsum([0, *(len(s) for s in self.shards)]).tolist()
+
+    def check(self) -> None:
+        """Raises DataError when the index of a shard does not hang together."""
+        for shard in self.shards:
+            shard.check()
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.integer]:
         """Tokens [start, stop) of a document, as a view of the mapped file."""
-        shard = int(np.searchsorted(self._firsts, document, side="right")) - 1
-        return self.shards[shard].document(document - int(self._firsts[shard]), start, stop)
+        shard = bisect_right(self._firsts, document) - 1
+        return self.shards[shard].document(document - self._firsts[shard], start, stop)
 
 
 class TokenLoader:
@@ -92,12 +100,10 @@ class TokenLoader:
         cursor: Cursor | None = None,
         steps: int | None = None,
     ) -> None:
-        self._seq_len = tokens.seq_len
-        self._micro_rows = batch.micro_batch_rows
-        self._rows, partial = divmod(batch.tokens_per_step, tokens.seq_len)
-        assert not partial and self._rows % (world_size * self._micro_rows) == 0, "TrainSpec.micro_batches checks this"
-        share = self._rows // world_size
-        self._own_rows = range(rank * share, (rank + 1) * share)
+        self._tokens, self._step_tokens = tokens, batch.tokens_per_step
+        self._micro_tokens = batch.micro_batch_rows * tokens.seq_len
+        self._rank, self._world_size = rank, world_size
+        assert self._step_tokens % (world_size * self._micro_tokens) == 0, "TrainSpec.micro_batches checks this"
         self._errors: list[DataError] = []
         self._closed = threading.Event()
         try:
@@ -106,7 +112,13 @@ class TokenLoader:
             self._sources = [SourceDocuments(directory, manifest, name, "train") for name in tokens.mix]
             lengths = {name: s.lengths for name, s in zip(tokens.mix, self._sources, strict=True)}
             self._stream = TokenStream(
-                lengths, tokens.mix, tokens.seed, manifest.digest, skip=tokens.skip, cursor=cursor
+                lengths,
+                tokens.mix,
+                tokens.seed,
+                manifest.digest,
+                curriculum=tokens.curriculum,
+                skip=tokens.skip,
+                cursor=cursor,
             )
             if steps is not None:
                 self._stream.check_caps(steps * batch.tokens_per_step)
@@ -157,18 +169,21 @@ class TokenLoader:
         """Checksums: at once when that is quick, else by one process of each node while it trains."""
         if sum(entry.bytes for entry in manifest.files) <= SMALL_BYTES:
             verify(directory, manifest)
+            for source in self._sources:
+                source.check()
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             threading.Thread(target=self._verify_beside, args=(directory, manifest), name="verify", daemon=True).start()
 
     def _verify_beside(self, directory: Path, manifest: Manifest) -> None:
-        for entry in manifest.files:
-            if self._closed.is_set():
-                return
-            try:
+        try:
+            for source in self._sources:
+                source.check()
+            for entry in manifest.files:
+                if self._closed.is_set():
+                    return
                 verify(directory, manifest, files=[entry])
-            except DataError as error:
-                self._errors.append(error)
-                return
+        except DataError as error:
+            self._errors.append(error)
 
     def _prefetch(self) -> None:
         try:
@@ -188,40 +203,43 @@ class TokenLoader:
                 continue
 
     def _next_step(self) -> StepBatch:
-        num_labels = 0
-        own: list[list[Segment]] = []
-        for row in range(self._rows):
-            segments = self._stream.take(self._seq_len)
-            num_labels += self._seq_len - sum(not segment.continues for segment in segments)
-            if row in self._own_rows:
-                own.append(segments)
-        rounds = range(0, len(own), self._micro_rows)
+        seq_len = self._tokens.seq_len_at(self._stream.position)
+        segments = self._stream.take(self._step_tokens)
+        rows = (best_fit if self._tokens.packing == "best_fit" else concatenate)(segments, seq_len)
+        share = len(rows) // self._world_size
+        own = rows[self._rank * share : (self._rank + 1) * share]
+        micro_rows = self._micro_tokens // seq_len
         cursor = self._stream.cursor()
         return StepBatch(
-            micro_batches=[self._micro_batch(own[first : first + self._micro_rows]) for first in rounds],
-            num_labels=num_labels,
-            num_rows=self._rows,
+            micro_batches=[
+                self._micro_batch(own[first : first + micro_rows], seq_len) for first in range(0, share, micro_rows)
+            ],
+            num_labels=self._step_tokens - sum(not segment.continues for row in rows for segment in row),
+            num_rows=len(rows),
             tokens_by_source=cursor.trained,
             cursor=cursor,
         )
 
-    def _micro_batch(self, rows: list[list[Segment]]) -> MicroBatch:
-        shape = (len(rows), self._seq_len)
+    def _micro_batch(self, rows: list[list[Segment]], seq_len: int) -> MicroBatch:
+        shape = (len(rows), seq_len)
         ids_BT = np.empty(shape, np.int64)
-        labels_BT = np.full(shape, IGNORED, np.int64)
+        labels_BT = np.empty(shape, np.int64)
         seq_idx_BT = np.empty(shape, np.int32)
         for row, segments in enumerate(rows):
+            ids_T, labels_T, seq_idx_T = ids_BT[row], labels_BT[row], seq_idx_BT[row]
             at = 0
             for number, segment in enumerate(segments):
-                length = segment.stop - segment.start
+                stop = at + segment.stop - segment.start
                 # One token more than the row holds, when there is one: the label of its last position.
                 piece = self._sources[segment.source].tokens(
                     segment.document, segment.start, segment.stop + segment.continues
                 )
-                ids_BT[row, at : at + length] = piece[:length]
-                labels_BT[row, at : at + len(piece) - 1] = piece[1:]
-                seq_idx_BT[row, at : at + length] = number
-                at += length
+                ids_T[at:stop] = piece[: stop - at]
+                labels_T[at : at + len(piece) - 1] = piece[1:]
+                if not segment.continues:
+                    labels_T[stop - 1] = IGNORED
+                seq_idx_T[at:stop] = number
+                at = stop
         tensors = [torch.from_numpy(array) for array in (ids_BT, labels_BT, seq_idx_BT)]
         # Only from pinned memory does a copy to the GPU go on beside the computation.
         return MicroBatch(*(tensors if self._gpu is None else (tensor.pin_memory() for tensor in tensors)))

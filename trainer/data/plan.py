@@ -1,12 +1,8 @@
-"""The order of all training tokens: a pure function of (shards, mix, seed, order version). Imports no torch.
+"""The order of all training tokens: a pure function of (shards, mix, curriculum, seed, order version).
 
-The stream is endless and knows no rows, ranks or workers. Whenever a document ends, the source with the largest deficit
-- the tokens its weight entitles it to, less the tokens it has given - gives its next document. Sums are integers, so
-nothing drifts: a source is never ahead of its share by a whole document. Within a source, each epoch is a fresh
-permutation of its documents, keyed by (seed, source, epoch).
-
-Because the choice depends on nothing but tokens given, those counts are the whole state. Resuming sorts each source's
-keys once and looks its position up; no past choice is replayed.
+The stream is endless and knows no rows, ranks or workers: trainer/data/mixture.py says whose document is next,
+trainer/data/order.py which one. Because that depends on nothing but tokens given, those counts are the whole state.
+Resuming looks each source's position up; no past choice is replayed. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,17 +12,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from math import ceil, floor, lcm
+from math import ceil, floor
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.manifest import DataError
-from trainer.spec import MixSpec
-
-ORDER_VERSION = 1  # raise it with every change that alters the order; a cursor of another version is refused
-READ_AHEAD = 4096  # documents whose numbers and lengths are fetched from the arrays at once
+from trainer.data.mixture import Mixture
+from trainer.data.order import ORDER_VERSION, SourceOrder
+from trainer.spec import MixSpec, StageSpec
 
 
 @dataclass(frozen=True)
@@ -71,58 +66,13 @@ class Segment:
     continues: bool
 
 
-class SourceOrder:
-    """The endless sequence of one source's documents: one permutation an epoch."""
-
-    def __init__(self, name: str, lengths: NDArray[np.integer], seed: int) -> None:
-        self.name = name
-        self.lengths = lengths
-        self.tokens = int(lengths.sum(dtype=np.int64))
-        self.longest = int(lengths.max(initial=0))
-        self._seed = seed
-        self._epoch = -1
-        self._order: NDArray[np.integer] = np.empty(0, np.int64)
-        self._next = 0
-        self._ahead: list[tuple[int, int]] = []
-
-    def permutation(self, epoch: int) -> NDArray[np.integer]:
-        """Documents in the order of `epoch`. numpy keeps PCG64's raw stream for ever, its `permutation` not."""
-        key = hashlib.sha256(f"{ORDER_VERSION}|{self._seed}|{self.name}|{epoch}".encode()).digest()
-        raw = np.random.PCG64(int.from_bytes(key[:16], "little")).random_raw(len(self.lengths))
-        return np.argsort(raw, kind="stable")
-
-    def seek(self, consumed: int) -> tuple[int, int]:
-        """Go to where `consumed` tokens have been given: (document, offset into it) if one is open, else (-1, 0)."""
-        epoch, within = divmod(consumed, self.tokens)
-        self._load(epoch)
-        ends = np.cumsum(self.lengths[self._order], dtype=np.int64)
-        index = int(np.searchsorted(ends, within, side="right"))
-        offset = within - int(ends[index - 1]) if index else within
-        self._next = index
-        if not offset:
-            return -1, 0
-        return self.next()[0], offset
-
-    def next(self) -> tuple[int, int]:
-        """The next document and its length."""
-        if not self._ahead:
-            if self._next == len(self._order):
-                self._load(self._epoch + 1)
-            chosen = self._order[self._next : self._next + READ_AHEAD]
-            self._next += len(chosen)
-            self._ahead = list(zip(chosen.tolist(), self.lengths[chosen].tolist(), strict=True))[::-1]
-        return self._ahead.pop()
-
-    def _load(self, epoch: int) -> None:
-        self._epoch, self._order, self._next, self._ahead = epoch, self.permutation(epoch), 0, []
-
-
 class TokenStream:
     """The mixed stream from a cursor on.
 
     Args:
         lengths: tokens of each document, by source; the names and their order are those of `mix`.
         data_digest: digest of the manifest that the lengths come from.
+        curriculum: later weights, by the position from which they hold.
         skip: ranges [first, last) of stream positions, in tokens, that are drawn but not given out.
         cursor: as `cursor()` gave it; None for the start.
 
@@ -137,11 +87,16 @@ class TokenStream:
         seed: int,
         data_digest: str,
         *,
+        curriculum: Sequence[StageSpec] = (),
         skip: Sequence[tuple[int, int]] = (),
         cursor: Cursor | None = None,
     ) -> None:
         self.names = list(mix)
-        self.digest = plan_digest(mix, seed, data_digest)
+        first = {name: source.weight for name, source in mix.items()}
+        later = [(stage.from_tokens, stage.weights) for stage in curriculum if stage.weights is not None]
+        self._stages = [(0, first), *later]
+        self._mixture = Mixture(self.names, self._stages)
+        self._identity = (seed, data_digest)
         self._mix = mix
         self._orders = [SourceOrder(name, lengths[name], seed) for name in self.names]
         for order in self._orders:
@@ -149,10 +104,6 @@ class TokenStream:
                 raise DataError(
                     f"source '{order.name}' has no training tokens; remove it from the mix or add documents"
                 )
-        shares = [Fraction(repr(mix[name].weight)) for name in self.names]
-        scale = lcm(*(share.denominator for share in shares))
-        self._weights = [int(share * scale) for share in shares]
-        self._total_weight = sum(self._weights)
         self._skip = sorted(skip)
         if cursor is not None:
             self._check(cursor)
@@ -172,7 +123,17 @@ class TokenStream:
 
     def cursor(self) -> Cursor:
         named = [dict(zip(self.names, counts, strict=True)) for counts in (self._drawn, self._skipped)]
-        return Cursor(ORDER_VERSION, self.digest, *named)
+        return Cursor(ORDER_VERSION, self.digest(self.position), *named)
+
+    def digest(self, position: int = 0) -> str:
+        """Identity of the order of the first `position` tokens.
+
+        Caps are not part of it, nor stages that begin later: both may be changed on the way.
+        """
+        seed, data_digest = self._identity
+        begun = self._stages[: self._mixture.stages_begun(position)]
+        weights = [[start, [[name, repr(weights.get(name, 0))] for name in self.names]] for start, weights in begun]
+        return hashlib.sha256(json.dumps([ORDER_VERSION, data_digest, seed, weights]).encode()).hexdigest()
 
     def take(self, count: int) -> list[Segment]:
         """The next `count` tokens, as segments in order; those in skipped ranges are passed over and not counted."""
@@ -205,8 +166,8 @@ class TokenStream:
         for first, last in self._skip:
             if first < end and last > self.position:
                 end += last - max(first, self.position)
-        for order, weight, drawn in zip(self._orders, self._weights, self._drawn, strict=True):
-            share = -(-weight * end // self._total_weight)
+        for order, entitled, drawn in zip(self._orders, self._mixture.entitled(end), self._drawn, strict=True):
+            share = -(-entitled // self._mixture.scale)
             needed = max(drawn, min(end, share + order.longest - 1))
             cap = self._mix[order.name].max_epochs
             allowed = floor(Fraction(repr(cap)) * order.tokens)
@@ -222,9 +183,7 @@ class TokenStream:
         return {order.name: cursor.drawn[order.name] / order.tokens for order in self._orders}
 
     def _choose(self) -> tuple[int, int, int, int]:
-        total = sum(self._drawn)
-        deficits = [w * total - self._total_weight * d for w, d in zip(self._weights, self._drawn, strict=True)]
-        source = deficits.index(max(deficits))
+        source = self._mixture.due(self._drawn)
         document, length = self._orders[source].next()
         return source, document, length, 0
 
@@ -244,14 +203,8 @@ class TokenStream:
                 f"the checkpoint's data order has version {cursor.order_version}, this code has {ORDER_VERSION}; "
                 "resume with the code that wrote it, or start a new run"
             )
-        if cursor.plan_digest != self.digest or set(cursor.drawn) != set(self.names):
+        if cursor.plan_digest != self.digest(sum(cursor.drawn.values())) or set(cursor.drawn) != set(self.names):
             raise DataError(
-                "the checkpoint was trained on other shards, mix weights or data seed than this run names; "
-                "give those back, or start a new run"
+                "the checkpoint was trained on other shards, mix weights, curriculum or data seed than this run names; "
+                "give those back (stages after the checkpoint may change), or start a new run"
             )
-
-
-def plan_digest(mix: dict[str, MixSpec], seed: int, data_digest: str) -> str:
-    """Identity of the order; caps are not part of it, so that they may be raised on the way."""
-    identity = [ORDER_VERSION, data_digest, seed, [[name, repr(source.weight)] for name, source in mix.items()]]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -1,0 +1,111 @@
+"""The order of one source's documents: an endless sequence of epochs, each a fresh pseudo-random permutation.
+
+The permutation of a small source is drawn and kept. That of a large one is computed where it is read: document number i
+of an epoch is a keyed Feistel cipher of i (over the next power of two, walked again where it leaves the range; Black &
+Rogaway 2002, "Ciphers with arbitrary finite domains"). That needs neither memory nor sorting, so a loader over any
+number of documents starts at once, on every rank. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+ORDER_VERSION = 2  # raise it with every change that alters the order; a cursor of another version is refused
+READ_AHEAD = 4096  # documents whose numbers and lengths are computed at once
+SEEK_BLOCK = 2**16  # the same while a position is looked up; fits a core's cache
+KEPT = 2**16  # up to so many documents the permutation is kept; a cipher of few bits is also a poor shuffle
+ROUNDS = 8  # even, so that halves of unequal width end up where they began
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)  # odd, of an integer hash with low bias (Wellons 2018, "lowbias32")
+
+
+class Permutation:
+    """A permutation of 0 … size-1, at most 2**32, that depends on `key` (32 bytes) only."""
+
+    def __init__(self, size: int, key: bytes) -> None:
+        assert size <= 2**32 and len(key) == 4 * ROUNDS
+        self.size = size
+        self._kept: NDArray[np.int64] | None = None
+        if size <= KEPT:
+            # numpy keeps PCG64's raw stream for ever, its `permutation` not.
+            raw = np.random.PCG64(int.from_bytes(key[:16], "little")).random_raw(size)
+            self._kept = np.argsort(raw, kind="stable")
+            return
+        bits = (size - 1).bit_length()
+        self._widths = (bits // 2, bits - bits // 2)  # of the upper and the lower half
+        self._keys = np.frombuffer(key, "<u4").astype(np.uint32)
+
+    def __call__(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The images of start … stop-1."""
+        if self._kept is not None:
+            return self._kept[start:stop]
+        values = self._cipher(np.arange(start, stop, dtype=np.uint32))
+        while len(outside := np.flatnonzero(values >= self.size)):
+            values[outside] = self._cipher(values[outside])
+        return values.astype(np.int64)
+
+    def _cipher(self, x: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        upper, lower = self._widths
+        left, right = x >> np.uint32(lower), x & np.uint32((1 << lower) - 1)
+        left_bits = upper
+        for key in self._keys:
+            mixed = right + key
+            for multiplier in _MULTIPLIERS:
+                mixed ^= mixed >> np.uint32(15)
+                mixed *= np.uint32(multiplier)
+            mixed >>= np.uint32(32 - left_bits)  # the upper bits of a product are the mixed ones
+            mixed ^= left
+            left, right = right, mixed
+            left_bits = upper + lower - left_bits
+        return (left << np.uint32(lower)) | right
+
+
+class SourceOrder:
+    """The endless sequence of one source's documents: one permutation an epoch.
+
+    Args:
+        lengths: tokens of each document, in the shards' order.
+    """
+
+    def __init__(self, name: str, lengths: NDArray[np.integer], seed: int) -> None:
+        self.name = name
+        self.lengths = lengths
+        self.tokens = int(lengths.sum(dtype=np.int64))
+        self.longest = int(lengths.max(initial=0))
+        self._seed = seed
+        self._ahead: list[tuple[int, int]] = []
+        self._load(0)
+
+    def permutation(self, epoch: int) -> Permutation:
+        key = hashlib.sha256(f"{ORDER_VERSION}|{self._seed}|{self.name}|{epoch}".encode()).digest()
+        return Permutation(len(self.lengths), key)
+
+    def seek(self, consumed: int) -> tuple[int, int]:
+        """Go to where `consumed` tokens have been given: (document, offset into it) if one is open, else (-1, 0)."""
+        epoch, within = divmod(consumed, self.tokens)
+        self._load(epoch)
+        while within:
+            block = self.lengths[self._order(self._next, min(self._next + SEEK_BLOCK, self._order.size))]
+            ends = np.cumsum(block, dtype=np.int64)
+            index = int(np.searchsorted(ends, within, side="right"))
+            self._next += index
+            if index < len(block):
+                offset = within - int(ends[index - 1]) if index else within
+                return (self.next()[0], offset) if offset else (-1, 0)
+            within -= int(ends[-1])
+        return -1, 0
+
+    def next(self) -> tuple[int, int]:
+        """The next document and its length."""
+        if not self._ahead:
+            if self._next == self._order.size:
+                self._load(self._epoch + 1)
+            chosen = self._order(self._next, min(self._next + READ_AHEAD, self._order.size))
+            self._next += len(chosen)
+            self._ahead = list(zip(chosen.tolist(), self.lengths[chosen].tolist(), strict=True))[::-1]
+        return self._ahead.pop()
+
+    def _load(self, epoch: int) -> None:
+        self._epoch, self._order, self._next, self._ahead = epoch, self.permutation(epoch), 0, []
