@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from string import Formatter
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from trainer.modelspec import Count
-from trainer.spec import Positive
+from trainer.spec import Positive, StageSpec
 from trainer.specbase import Spec
 
 Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
@@ -114,11 +115,15 @@ class SourceSpec(TextSpec):
 
 
 class DataSpec(Spec):
-    """Sources by name; their weights sum to 1. `max_bytes_per_source` stops a download early."""
+    """Sources by name; their weights sum to 1. `max_bytes_per_source` stops a download early.
+
+    `max_synthetic_share`: of the training tokens, at most so many may have been written by a model.
+    """
 
     sources: dict[Name, SourceSpec] = Field(min_length=1)
     heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.005
     max_bytes_per_source: Count | None = None
+    max_synthetic_share: Fraction = 1.0
 
     @model_validator(mode="after")
     def _mix_is_whole(self) -> Self:
@@ -127,28 +132,47 @@ class DataSpec(Spec):
             raise ValueError(f"the weights of sources sum to {total:g}; they must sum to 1")
         return self
 
-    def check_caps(self, tokens: int) -> None:
-        """Refuse shares of `tokens` that the sources cannot give within their caps of epochs, as far as is declared.
+    def wanted_tokens(self, tokens: int, curriculum: Sequence[StageSpec] = ()) -> dict[str, float]:
+        """What each source has to give of the first `tokens`, weights changing as the curriculum says."""
+        stages = [(stage.from_tokens, stage.weights) for stage in curriculum if stage.weights is not None]
+        wanted = dict.fromkeys(self.sources, 0.0)
+        weights = {name: source.weight for name, source in self.sources.items()}
+        position = 0
+        for start, later in [*stages, (tokens, {})]:
+            end = min(start, tokens)
+            for name, weight in weights.items():
+                wanted[name] = wanted.get(name, 0.0) + weight * (end - position)
+            position, weights = end, later
+        return wanted
+
+    def check_caps(self, tokens: int, curriculum: Sequence[StageSpec] = ()) -> None:
+        """Refuse shares of `tokens` that the sources cannot give within their caps, as far as is declared.
 
         Raises:
             ValueError: names the source, how much is missing and what to change.
         """
+        wanted = self.wanted_tokens(tokens, curriculum)
         for name, source in self.sources.items():
             if source.available_tokens is None:
                 continue
-            wanted, most = tokens * source.weight, source.available_tokens * source.max_epochs
-            if wanted > most:
+            most = source.available_tokens * source.max_epochs
+            if wanted[name] > most:
                 raise ValueError(
-                    f"data.sources.{name}: its weight is {wanted / 1e9:.3g}B of {tokens / 1e9:.3g}B tokens, but "
+                    f"data.sources.{name}: its share is {wanted[name] / 1e9:.3g}B of {tokens / 1e9:.3g}B tokens, but "
                     f"{source.available_tokens / 1e9:.3g}B available × {source.max_epochs:g} epochs give only "
-                    f"{most / 1e9:.3g}B, {(wanted - most) / 1e9:.2g}B too few; lower the weight to "
+                    f"{most / 1e9:.3g}B, {(wanted[name] - most) / 1e9:.2g}B too few; lower the weight to "
                     f"{int(most / tokens * 1e4) / 1e4:g}, raise max_epochs or add a source"
                 )
+        if (share := self.synthetic_share(tokens, curriculum)) > self.max_synthetic_share + 1e-9:
+            raise ValueError(
+                f"data.max_synthetic_share is {self.max_synthetic_share:g}, but a model wrote {share:.3g} of the "
+                "training tokens; lower the weights of synthetic sources or raise the cap"
+            )
 
-    @property
-    def synthetic_share(self) -> float:
+    def synthetic_share(self, tokens: int, curriculum: Sequence[StageSpec] = ()) -> float:
         """Share of the training tokens that a model wrote, as the sources declare it."""
-        return sum(source.weight * source.synthetic for source in self.sources.values())
+        wanted = self.wanted_tokens(tokens, curriculum)
+        return sum(wanted[name] * source.synthetic for name, source in self.sources.items()) / tokens
 
 
 class HygieneSpec(Spec):

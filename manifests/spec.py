@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from manifests.dataspec import DataSpec, FilesSource, HygieneSpec, Name, SourceSpec
+from manifests.dataspec import DataSpec, FilesSource, HygieneSpec, Name
 from trainer.modelspec import Count, ModelSpec
 from trainer.spec import (
     BackendsSpec,
@@ -28,11 +28,13 @@ from trainer.spec import (
     MixSpec,
     NonNegative,
     OptimizerSpec,
+    Packing,
     ParallelSpec,
     Positive,
     PrecisionSpec,
     RuntimeSpec,
     ScheduleSpec,
+    StageSpec,
     TokensSpec,
     TrainSpec,
 )
@@ -59,11 +61,17 @@ class ShardsSpec(Spec):
 
 
 class JobTrainSpec(Spec):
-    """What of TrainSpec a person chooses; run name, directories, mix and shards are derived by `JobSpec.train_spec`."""
+    """What of TrainSpec a person chooses; run name, directories, mix and shards are derived by `JobSpec.train_spec`.
+
+    `seq_len` to `skip`: see TokensSpec. A changed `skip` leaves the run's name as it is, to go on past a loss spike.
+    """
 
     steps: Count
     seq_len: Annotated[int, Field(ge=8)]
     seed: int = 0
+    packing: Packing = "concat"
+    curriculum: tuple[StageSpec, ...] = ()
+    skip: tuple[tuple[int, int], ...] = ()
     model: ModelSpec
     batch: BatchSpec
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -155,7 +163,7 @@ class JobSpec(Spec):
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} differs from train.model.vocab_size "
                 f"{self.train.model.vocab_size}; make them equal"
             )
-        self.data.check_caps(self.train.steps * self.train.batch.tokens_per_step)
+        self.data.check_caps(self.train.steps * self.train.batch.tokens_per_step, self.train.curriculum)
         self.train_spec().micro_batches(self.cluster.world_size)
         return self
 
@@ -179,18 +187,19 @@ class JobSpec(Spec):
         return self
 
     # Keys of the stages: a pure function of the spec, so that a manifest can be rendered before any data exists.
-    def byte_budget(self, source: SourceSpec) -> int | None:
+    def byte_budget(self, name: str) -> int | None:
         """UTF-8 bytes after which a source is enough: what the job says, on the Hub else what its tokens need."""
-        if self.data.max_bytes_per_source is not None or isinstance(source.origin, FilesSource):
+        if self.data.max_bytes_per_source is not None or isinstance(self.data.sources[name].origin, FilesSource):
             return self.data.max_bytes_per_source
-        tokens = self.train.steps * self.train.batch.tokens_per_step * source.weight
+        total = self.train.steps * self.train.batch.tokens_per_step
+        tokens = self.data.wanted_tokens(total, self.train.curriculum)[name]
         return int(tokens * BYTES_PER_TOKEN * DOWNLOAD_MARGIN)
 
     @property
     def raw_key(self) -> str:
         mixed = {"weight", "max_epochs", "available_tokens", "synthetic"}
         sources = {
-            name: [source.model_dump(mode="json", exclude=mixed, exclude_defaults=True), self.byte_budget(source)]
+            name: [source.model_dump(mode="json", exclude=mixed, exclude_defaults=True), self.byte_budget(name)]
             for name, source in self.data.sources.items()
         }
         return canonical_digest(["raw", sources])
@@ -215,7 +224,7 @@ class JobSpec(Spec):
         """`<name>-<hash>`, also the PyTorchJob's name. Where it runs and how it is watched do not change the run."""
         identity = {
             "shards": self.shards_key,
-            "train": self.train.model_dump(mode="json", exclude={"parallel", "runtime", "evaluate"}),
+            "train": self.train.model_dump(mode="json", exclude={"skip", "parallel", "runtime", "evaluate"}),
             "mix": {name: [s.weight, s.max_epochs] for name, s in self.data.sources.items()},
         }
         return f"{self.name}-{canonical_digest(identity)[:8]}"
@@ -235,14 +244,15 @@ class JobSpec(Spec):
 
     def train_spec(self) -> TrainSpec:
         """The trainer's spec: the person's choices plus what follows from data and storage."""
-        chosen = {name: getattr(self.train, name) for name in JobTrainSpec.model_fields if name != "seq_len"}
+        of_tokens = {"seq_len", "packing", "curriculum", "skip"}
+        chosen = {name: getattr(self.train, name) for name in set(JobTrainSpec.model_fields) - of_tokens}
         mix = {n: MixSpec(weight=s.weight, max_epochs=s.max_epochs) for n, s in self.data.sources.items()}
         tokens = TokensSpec(
             shards=self.stage_dir("shards"),
             tokenizer=self.stage_dir("tokenizers"),
             mix=mix,
-            seq_len=self.train.seq_len,
             seed=self.train.seed,
+            **{name: getattr(self.train, name) for name in of_tokens},
         )
         return TrainSpec(run=self.run_name, run_dir=self.run_dir, tokens=tokens, **chosen)
 

@@ -141,9 +141,10 @@ def _score_sources(
             score.bytes += int(byte_lengths[ids[1:]].sum())
             yield ids
 
+    seq_len = spec.tokens.seq_len_at(spec.steps * spec.batch.tokens_per_step)  # that of the last step
     for source, group in groupby(heldout_documents(spec.tokens), key=itemgetter(0)):
         documents = scored_documents(source, (ids for _, _, ids in group))
-        for batch in pack(documents, spec.tokens.seq_len, spec.batch.micro_batch_rows):
+        for batch in pack(documents, seq_len, spec.batch.micro_batch_rows * spec.tokens.seq_len // seq_len):
             with torch.inference_mode(), precision.autocast(device.type):
                 arguments = (batch.ids_BT, batch.seq_idx_BT, batch.labels_BT)
                 ce_sum = trained.model(*(tensor.to(device) for tensor in arguments)).ce_sum

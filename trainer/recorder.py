@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -81,7 +82,7 @@ class Recorder:
         self._sources: dict[str, int] = {}
         self._rate: float | None = None
         self._fp8_overflows = 0.0
-        self._flops_per_token = flops_per_token(spec.model, spec.tokens.seq_len)
+        self._flops_per_token = lru_cache(lambda seq_len: flops_per_token(spec.model, seq_len))
         self._peak_flops = peak_flops(world.device)
         self.seconds_before = 0.0
 
@@ -232,7 +233,8 @@ class Recorder:
         if self._world.device.type == "cuda":
             metrics.set("memory_bytes", torch.cuda.max_memory_allocated(self._world.device))
             if self._peak_flops:
-                flops = self._flops_per_token * record.tokens_per_second
+                seq_len = self._spec.tokens.seq_len_at(record.tokens - self._spec.batch.tokens_per_step)
+                flops = self._flops_per_token(seq_len) * record.tokens_per_second
                 metrics.set("mfu_ratio", flops / (self._peak_flops * self._world.size))
         else:
             metrics.set("memory_bytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

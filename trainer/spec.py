@@ -14,6 +14,7 @@ from trainer.specbase import Spec
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Packing = Literal["concat", "best_fit"]
 
 
 class MixSpec(Spec):
@@ -47,7 +48,7 @@ class TokensSpec(Spec):
     mix: dict[str, MixSpec]
     seq_len: Annotated[int, Field(ge=8)]
     seed: int = 0
-    packing: Literal["concat", "best_fit"] = "concat"
+    packing: Packing = "concat"
     curriculum: tuple[StageSpec, ...] = ()
     skip: tuple[tuple[int, int], ...] = ()
 

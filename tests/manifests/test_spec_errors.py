@@ -48,3 +48,42 @@ def test_where_and_how_it_runs_does_not_change_the_run() -> None:
     }
     assert load_job("tiny", moved).run_name == job.run_name
     assert load_job("tiny", {"train": {"seed": 1}}).run_name != job.run_name
+
+
+@pytest.mark.parametrize(
+    ("train", "fix"),
+    [
+        ({"curriculum": [{"from_tokens": 5}]}, "changes nothing; give it weights or seq_len"),
+        ({"curriculum": [{"from_tokens": 5, "weights": {"jp": 1}}]}, "names 'jp', not a source"),
+        ({"curriculum": [{"from_tokens": 5, "weights": {"ko": 0.5}}]}, "weights that sum to 0.5"),
+        ({"curriculum": [{"from_tokens": 5, "seq_len": 999}]}, "must divide the tokens of a micro-batch"),
+        ({"curriculum": [{"from_tokens": 5, "seq_len": 64}, {"from_tokens": 5, "seq_len": 128}]}, "must rise"),
+        ({"skip": [[5, 9], [7, 12]]}, "must be ranges [first, last) that rise"),
+    ],
+)
+def test_a_wrong_curriculum_is_refused_with_the_remedy(train: dict, fix: str) -> None:
+    with pytest.raises(SpecError) as error:
+        load_job("tiny", {"train": train})
+    assert fix in str(error.value) and "\n" not in str(error.value)
+
+
+def test_shares_are_those_of_the_curriculum() -> None:
+    total = 120 * 4096
+    later = [{"from_tokens": total // 4, "weights": {"ko": 1.0}}]
+    synthetic = {"sources": {"en": {"synthetic": 1.0}}, "max_synthetic_share": 0.1}
+    tiny = load_job("tiny")
+    assert tiny.train.steps * tiny.train.batch.tokens_per_step == total
+    share = tiny.data.sources["en"].weight
+    with pytest.raises(SpecError, match=f"a model wrote {share:g} of the training tokens"):
+        load_job("tiny", {"data": synthetic})
+    assert load_job("tiny", {"data": synthetic, "train": {"curriculum": later}})
+    few = {"sources": {"ko": {"available_tokens": total / 20, "max_epochs": 10}}}
+    assert load_job("tiny", {"data": few})
+    with pytest.raises(SpecError, match=r"ko: its share is .* epochs give only"):
+        load_job("tiny", {"data": few, "train": {"curriculum": later}})
+
+
+def test_skipping_tokens_does_not_change_the_run() -> None:
+    skipping = load_job("tiny", {"train": {"skip": [[4096, 8192]]}})
+    assert skipping.run_name == load_job("tiny").run_name
+    assert skipping.train_spec().tokens.skip == ((4096, 8192),)

@@ -139,6 +139,35 @@ def test_sequence_length_may_change_on_the_way(spec: TokensSpec) -> None:
     assert step[0].cursor == second.cursor
 
 
+CURRICULUM = [
+    {"from_tokens": 1000, "weights": {"ko": 0.2, "code": 0.8}},
+    {"from_tokens": 1536, "seq_len": 64},
+    {"from_tokens": 3000, "weights": {"en": 1.0}, "seq_len": 16},
+]
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_curriculum_in_either_packing_is_the_same_for_ranks_and_resumption(spec: TokensSpec, packing: str) -> None:
+    changing = spec.updated({"curriculum": CURRICULUM, "packing": packing})
+    straight = steps(12, changing)
+    lengths = [step[0].micro_batches[0].ids_BT.shape for step in straight]
+    assert lengths == [(2, 32)] * 3 + [(1, 64)] * 3 + [(4, 16)] * 6, "micro-batches keep their tokens"
+    for at in range(12):
+        cursor = straight[at - 1][0].cursor if at else None
+        for ahead, step in enumerate(steps(min(2, 12 - at), changing, world_size=4, cursor=cursor)):
+            assert torch.equal(rows(step), rows(straight[at + ahead]))
+            assert step[0].num_rows == 512 // lengths[at + ahead][1]
+            assert step[0].num_labels == int((rows(step)[1] != IGNORED).sum())
+    assert straight[11][0].tokens_by_source["ko"] == straight[7][0].tokens_by_source["ko"], "en alone at the end"
+
+
+def test_best_fit_trains_on_the_tokens_of_concatenation(spec: TokensSpec) -> None:
+    fitted = spec.updated({"packing": "best_fit"})
+    for ours, theirs in zip(steps(30, fitted), steps(30, spec), strict=True):
+        assert ours[0].cursor == theirs[0].cursor
+        assert torch.equal(rows(ours)[0].flatten().sort()[0], rows(theirs)[0].flatten().sort()[0])
+
+
 def test_skipped_tokens_are_not_in_any_batch(spec: TokensSpec) -> None:
     plain = torch.cat([rows(step)[0].flatten() for step in steps(4, spec)])
     skipping = torch.cat([rows(step)[0].flatten() for step in steps(3, spec.updated({"skip": [[700, 1212]]}))])

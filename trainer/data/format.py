@@ -173,9 +173,7 @@ class Shard:
             sound = (
                 (lengths > 0).all()
                 and np.array_equal(self._offsets[block], (ends - lengths) * self.dtype.itemsize)
-                and np.array_equal(
-                    self._documents[first : first + len(lengths)], np.arange(first, first + len(lengths))
-                )
+                and np.array_equal(self._documents[first : first + len(lengths)], numbers)
             )
             if not sound:
                 raise DataError(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.data.format import Shard
-from trainer.data.manifest import DataError, Manifest, Split, read_manifest, verify
-from trainer.data.packing import best_fit, concatenate
-from trainer.data.plan import Cursor, Segment, TokenStream
+from trainer.data.documents import SourceDocuments, open_shards, open_stream
+from trainer.data.manifest import DataError, Manifest, verify
+from trainer.data.packing import lay_out
+from trainer.data.plan import Cursor, Segment
 from trainer.exitcodes import ExitCode, TrainingError
 from trainer.spec import BatchSpec, TokensSpec
 
@@ -53,29 +52,6 @@ class StepBatch:
     num_rows: int
     tokens_by_source: dict[str, int]
     cursor: Cursor
-
-
-class SourceDocuments:
-    """All documents of one source and split, numbered through its shards in the manifest's order."""
-
-    def __init__(self, directory: Path, manifest: Manifest, source: str, split: Split) -> None:
-        entries = [e for e in manifest.select(source, split) if e.path.endswith(".bin")]
-        self.shards = [Shard(directory / e.path.removesuffix(".bin")) for e in entries]
-        for entry, shard in zip(entries, self.shards, strict=True):
-            if (len(shard), shard.num_tokens) != (entry.documents, entry.tokens):
-                raise DataError(f"{directory / entry.path}: counts differ from the manifest; run the shards step again")
-        self.lengths: NDArray[np.int32] = np.concatenate([np.empty(0, np.int32), *(s.lengths for s in self.shards)])
-        self._firsts = np.cumsum([0, *(len(s) for s in self.shards)]).tolist()
-
-    def check(self) -> None:
-        """Raises DataError when the index of a shard does not hang together."""
-        for shard in self.shards:
-            shard.check()
-
-    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.integer]:
-        """Tokens [start, stop) of a document, as a view of the mapped file."""
-        shard = bisect_right(self._firsts, document) - 1
-        return self.shards[shard].document(document - self._firsts[shard], start, stop)
 
 
 class TokenLoader:
@@ -107,19 +83,9 @@ class TokenLoader:
         self._errors: list[DataError] = []
         self._closed = threading.Event()
         try:
-            directory, manifest = _open(tokens)
+            directory, manifest = open_shards(tokens)
             self.digests = {"shards": manifest.digest, "tokenizer": manifest.inputs["tokenizer"]}
-            self._sources = [SourceDocuments(directory, manifest, name, "train") for name in tokens.mix]
-            lengths = {name: s.lengths for name, s in zip(tokens.mix, self._sources, strict=True)}
-            self._stream = TokenStream(
-                lengths,
-                tokens.mix,
-                tokens.seed,
-                manifest.digest,
-                curriculum=tokens.curriculum,
-                skip=tokens.skip,
-                cursor=cursor,
-            )
+            self._sources, self._stream = open_stream(tokens, directory, manifest, cursor)
             if steps is not None:
                 self._stream.check_caps(steps * batch.tokens_per_step)
             self._verify(directory, manifest)
@@ -204,8 +170,7 @@ class TokenLoader:
 
     def _next_step(self) -> StepBatch:
         seq_len = self._tokens.seq_len_at(self._stream.position)
-        segments = self._stream.take(self._step_tokens)
-        rows = (best_fit if self._tokens.packing == "best_fit" else concatenate)(segments, seq_len)
+        rows = lay_out(self._stream.take(self._step_tokens), seq_len, self._tokens.packing)
         share = len(rows) // self._world_size
         own = rows[self._rank * share : (self._rank + 1) * share]
         micro_rows = self._micro_tokens // seq_len
@@ -252,7 +217,7 @@ def heldout_documents(tokens: TokensSpec) -> Iterator[tuple[str, str, NDArray[np
         TrainingError: code 65; data missing, changed or of another tokenizer.
     """
     try:
-        directory, manifest = _open(tokens)
+        directory, manifest = open_shards(tokens)
         verify(directory, manifest, files=[entry for entry in manifest.files if entry.split == "heldout"])
         for name in tokens.mix:
             documents = SourceDocuments(directory, manifest, name, "heldout")
@@ -260,22 +225,3 @@ def heldout_documents(tokens: TokensSpec) -> Iterator[tuple[str, str, NDArray[np
                 yield name, manifest.sources[name].domain, documents.tokens(document)
     except DataError as error:
         raise TrainingError(ExitCode.DATA, str(error)) from None
-
-
-def _open(tokens: TokensSpec) -> tuple[Path, Manifest]:
-    """The shards' manifest, after checks that need no reading of the tokens."""
-    directory = Path(tokens.shards)
-    manifest = read_manifest(directory, "shards")
-    tokenizer = read_manifest(tokens.tokenizer, "tokenizer")
-    if tokenizer.digest != manifest.inputs.get("tokenizer"):
-        raise DataError(
-            f"{tokens.tokenizer}: not the tokenizer that {tokens.shards} was made with; "
-            "name that one, or run the shards step"
-        )
-    for name in tokens.mix:
-        if name not in manifest.sources:
-            raise DataError(
-                f"{tokens.shards}: has no source '{name}' of the mix; it has {', '.join(sorted(manifest.sources))}"
-            )
-    verify(directory, manifest, sizes_only=True)
-    return directory, manifest

@@ -10,6 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from trainer.data.plan import Segment
+from trainer.spec import Packing
+
+
+def lay_out(segments: Sequence[Segment], seq_len: int, packing: Packing) -> list[list[Segment]]:
+    """The rows of a step; its tokens must be whole rows."""
+    return (best_fit if packing == "best_fit" else concatenate)(segments, seq_len)
 
 
 def concatenate(segments: Sequence[Segment], seq_len: int) -> list[list[Segment]]:

@@ -1,0 +1,74 @@
+"""Documents of a shards directory by source and number, and the token stream over them. Imports no torch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.format import Shard
+from trainer.data.manifest import DataError, Manifest, Split, read_manifest, verify
+from trainer.data.plan import Cursor, TokenStream
+from trainer.spec import TokensSpec
+
+
+class SourceDocuments:
+    """All documents of one source and split, numbered through its shards in the manifest's order."""
+
+    def __init__(self, directory: Path, manifest: Manifest, source: str, split: Split) -> None:
+        entries = [e for e in manifest.select(source, split) if e.path.endswith(".bin")]
+        self.shards = [Shard(directory / e.path.removesuffix(".bin")) for e in entries]
+        for entry, shard in zip(entries, self.shards, strict=True):
+            if (len(shard), shard.num_tokens) != (entry.documents, entry.tokens):
+                raise DataError(f"{directory / entry.path}: counts differ from the manifest; run the shards step again")
+        self.lengths: NDArray[np.int32] = np.concatenate([np.empty(0, np.int32), *(s.lengths for s in self.shards)])
+        self._firsts = np.cumsum([0, *(len(s) for s in self.shards)]).tolist()
+
+    def check(self) -> None:
+        """Raises DataError when the index of a shard does not hang together."""
+        for shard in self.shards:
+            shard.check()
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.integer]:
+        """Tokens [start, stop) of a document, as a view of the mapped file."""
+        shard = bisect_right(self._firsts, document) - 1
+        return self.shards[shard].document(document - self._firsts[shard], start, stop)
+
+
+def open_shards(tokens: TokensSpec) -> tuple[Path, Manifest]:
+    """The shards' directory and manifest, after checks that need no reading of the tokens.
+
+    Raises:
+        DataError: data missing, of another size or of another tokenizer, or without a source of the mix.
+    """
+    directory = Path(tokens.shards)
+    manifest = read_manifest(directory, "shards")
+    tokenizer = read_manifest(tokens.tokenizer, "tokenizer")
+    if tokenizer.digest != manifest.inputs.get("tokenizer"):
+        raise DataError(
+            f"{tokens.tokenizer}: not the tokenizer that {tokens.shards} was made with; "
+            "name that one, or run the shards step"
+        )
+    for name in tokens.mix:
+        if name not in manifest.sources:
+            raise DataError(
+                f"{tokens.shards}: has no source '{name}' of the mix; it has {', '.join(sorted(manifest.sources))}"
+            )
+    verify(directory, manifest, sizes_only=True)
+    return directory, manifest
+
+
+def open_stream(
+    tokens: TokensSpec, directory: Path, manifest: Manifest, cursor: Cursor | None = None
+) -> tuple[list[SourceDocuments], TokenStream]:
+    """The training documents of the mix's sources, in its order, and the stream over them from `cursor` on.
+
+    Raises:
+        DataError: as SourceDocuments and TokenStream.
+    """
+    sources = [SourceDocuments(directory, manifest, name, "train") for name in tokens.mix]
+    lengths = {name: source.lengths for name, source in zip(tokens.mix, sources, strict=True)}
+    order = {"curriculum": tokens.curriculum, "skip": tokens.skip, "cursor": cursor}
+    return sources, TokenStream(lengths, tokens.mix, tokens.seed, manifest.digest, **order)
