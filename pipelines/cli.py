@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from components.running import FORESEEN, one_line
+from pipelines.data import app as data_app
 from trainer import __version__
 
 EXAMPLES = """
@@ -42,6 +43,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help=EXAMPLES,
 )
+
+app.add_typer(data_app, name="data")
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A preset's name (see `yaongi presets`) or a job file.")]
 Sets = Annotated[

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.packing import best_fit, concatenate
@@ -31,6 +31,7 @@ def tokens(rows: list[list[Segment]]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("pack", [concatenate, best_fit])
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=60), seq_len=st.integers(1, 40))
 def test_rows_hold_exactly_the_tokens_of_the_step(pack, lengths: list[int], seq_len: int) -> None:
     segments = step_of(lengths, seq_len)
@@ -45,6 +46,7 @@ def test_rows_hold_exactly_the_tokens_of_the_step(pack, lengths: list[int], seq_
             assert s.continues == (continues if s.stop == stop else True)
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=60), seq_len=st.integers(1, 40))
 def test_concatenation_keeps_the_order_of_the_stream(lengths: list[int], seq_len: int) -> None:
     segments = step_of(lengths, seq_len)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from trainer.data.format import Shard
 from trainer.data.manifest import DataError, Manifest, Split, read_manifest, verify
 from trainer.data.plan import Cursor, TokenStream
+from trainer.data.provenance import SUFFIX, Origin, Origins
 from trainer.spec import TokensSpec
 
 
@@ -25,6 +26,18 @@ class SourceDocuments:
                 raise DataError(f"{directory / entry.path}: counts differ from the manifest; run the shards step again")
         self.lengths: NDArray[np.int32] = np.concatenate([np.empty(0, np.int32), *(s.lengths for s in self.shards)])
         self._firsts = np.cumsum([0, *(len(s) for s in self.shards)]).tolist()
+
+    def origin(self, document: int) -> Origin | None:
+        """The raw line that a document was; None for shards that keep no such list.
+
+        Raises:
+            DataError: the list is damaged.
+        """
+        shard = bisect_right(self._firsts, document) - 1
+        prefix, first = self.shards[shard].prefix, self._firsts[shard]
+        if not prefix.with_name(prefix.name + SUFFIX).exists():
+            return None
+        return Origins(prefix, len(self.shards[shard]))[document - first]
 
     def check(self) -> None:
         """Raises DataError when the index of a shard does not hang together."""

@@ -1,0 +1,197 @@
+"""`yaongi data …`: verify, stats, cat and peek at what the data steps made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from manifests.spec import JobSpec
+    from trainer.data.inspection import Passage, SourceTotals
+    from trainer.data.plan import Cursor
+
+HELP = """
+Look at the data of a job: is it whole, how much is there of what, what does the model read.
+
+    yaongi data verify tiny
+    yaongi data stats tiny --plot tokens.png
+    yaongi data cat tiny --source ko --first 12
+    yaongi data peek tiny --step 40 --row 3
+"""
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help=HELP)
+
+Where = Annotated[
+    str,
+    typer.Argument(metavar="JOB|DIRECTORY", help="A preset or job file, or a directory with a manifest.json."),
+]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the job.")]
+Workdir = Annotated[Path, typer.Option(help="Folder of local runs.")]
+STAGES = ("raw", "hygiene", "tokenizers", "shards")
+
+
+def _job(job: str, sets: list[str] | None, workdir: Path) -> JobSpec:
+    from pipelines.run import local_job
+    from trainer.specbase import changes_from_sets
+
+    return local_job(job, changes_from_sets(sets or []), target="local", workdir=workdir)[0]
+
+
+def _shards(where: str, sets: list[str] | None, workdir: Path) -> Path:
+    return Path(where) if Path(where).is_dir() else Path(_job(where, sets, workdir).stage_dir("shards"))
+
+
+@app.command()
+def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> None:
+    """Read every file and compare it with its manifest; damaged files are named."""
+    from components.progress import ByteProgress
+    from trainer.data.inspection import damage
+    from trainer.data.manifest import MANIFEST_NAME, DataError, read_manifest
+
+    if Path(where).is_dir():
+        directories = [Path(where)]
+    else:
+        job = _job(where, sets, workdir)
+        directories = [Path(job.stage_dir(stage)) for stage in STAGES]
+        directories = [path for path in directories if path.exists() or path.parent.name != "hygiene"]
+    problems: list[str] = []
+    for directory in directories:
+        manifest = read_manifest(directory)
+        with ByteProgress(f"verify {manifest.kind}", sum(entry.bytes for entry in manifest.files)) as progress:
+            found = damage(directory, manifest, lambda entry, bar=progress: bar.advance(entry.bytes))
+        problems += found
+        counts = manifest.counts()
+        state = f"{len(found)} damaged" if found else "whole"
+        print(
+            f"{manifest.kind}: {counts.files} files, {counts.documents:,} documents, {counts.tokens:,} tokens, "
+            f"digest {manifest.digest[:12]}: {state} ({directory / MANIFEST_NAME})"
+        )
+    for line in problems:
+        print(f"damaged: {line}")
+    if problems:
+        raise DataError(f"{len(problems)} damaged: {problems[0]}")
+
+
+@app.command()
+def stats(
+    where: Where,
+    sets: Sets = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw shares and document lengths: .png, .svg, .pdf.")] = None,
+    workdir: Workdir = Path("work"),
+) -> None:
+    """Documents, bytes and tokens of each source."""
+    from trainer.data.inspection import totals
+    from trainer.data.manifest import read_manifest
+
+    directory = _shards(where, sets, workdir)
+    rows = totals(directory, read_manifest(directory, "shards"))
+    Console().print(_table(rows, directory))
+    if plot:
+        from pipelines.data_plot import draw
+
+        draw(rows, plot)
+        print(f"wrote {plot}")
+
+
+def _table(rows: list[SourceTotals], directory: Path) -> Table:
+    import numpy as np
+
+    table = Table(title=f"Tokens by source ({directory})", caption="document: tokens of the median, p99 and longest")
+    for title in ("source", "domain", "licence"):
+        table.add_column(title, overflow="fold")
+    for title in ("documents", "train tokens", "share", "held-out", "bytes/token", "document"):
+        table.add_column(title, justify="right")
+    total = sum(row.train_tokens for row in rows)
+    for row in rows:
+        middle, late, longest = np.percentile(row.lengths, [50, 99, 100]) if len(row.lengths) else (0, 0, 0)
+        table.add_row(
+            row.name,
+            row.domain,
+            row.licence,
+            f"{row.documents:,}",
+            f"{row.train_tokens:,}",
+            f"{row.train_tokens / max(1, total):.1%}",
+            f"{row.heldout_tokens:,}",
+            f"{row.text_bytes / max(1, row.tokens):.2f}",
+            f"{middle:,.0f} / {late:,.0f} / {longest:,.0f}",
+        )
+    table.add_section()
+    documents, heldout = sum(row.documents for row in rows), sum(row.heldout_tokens for row in rows)
+    ratio = sum(row.text_bytes for row in rows) / max(1, total + heldout)
+    table.add_row("all", "", "", f"{documents:,}", f"{total:,}", "", f"{heldout:,}", f"{ratio:.2f}", "")
+    return table
+
+
+@app.command()
+def cat(
+    where: Where,
+    source: Annotated[str, typer.Option(help="Name of the source.")],
+    first: Annotated[int, typer.Option(min=0, help="Number of the first document, from 0.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="How many documents.")] = 1,
+    heldout: Annotated[bool, typer.Option("--heldout", help="Of the held-out split.")] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer directory, when a shards directory is given.")
+    ] = None,
+    sets: Sets = None,
+    workdir: Workdir = Path("work"),
+) -> None:
+    """Print documents of the shards as text, and the raw line that each was."""
+    from trainer.data.inspection import documents
+    from trainer.data.manifest import read_manifest
+    from trainer.data.tokenizer import Tokenizer
+
+    directory = _shards(where, sets, workdir)
+    if tokenizer is None:
+        if Path(where).is_dir():
+            raise ValueError("a shards directory alone has no tokenizer; add --tokenizer DIRECTORY, or name the job")
+        tokenizer = Path(_job(where, sets, workdir).stage_dir("tokenizers"))
+    manifest = read_manifest(directory, "shards")
+    if read_manifest(tokenizer, "tokenizer").digest != manifest.inputs.get("tokenizer"):
+        raise ValueError(f"{tokenizer}: not the tokenizer that {directory} was made with; name that one")
+    split = "heldout" if heldout else "train"
+    for passage in documents(directory, manifest, Tokenizer.load(tokenizer), source, split, first, count):
+        _show(passage)
+
+
+@app.command()
+def peek(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="A preset or job file.")],
+    step: Annotated[int, typer.Option(min=1, help="Training step, from 1 as in the logs.")] = 1,
+    row: Annotated[int, typer.Option(min=0, help="Row of the step, from 0.")] = 0,
+    sets: Sets = None,
+    workdir: Workdir = Path("work"),
+) -> None:
+    """Print one training sequence with its document boundaries and where each document came from."""
+    from trainer.data.inspection import training_row
+
+    spec = _job(job, sets, workdir)
+    train = spec.train_spec()
+    reached = _reached(spec.run_dir, step - 1)
+    passages = training_row(train.tokens, train.batch.tokens_per_step, step - 1, row, reached)
+    length = sum(passage.stop - passage.start for passage in passages)
+    Console().print(f"step {step}, row {row}: {length} tokens of {len(passages)} documents", style="bold")
+    for passage in passages:
+        _show(passage)
+
+
+def _reached(run_dir: str, step: int) -> tuple[int, Cursor] | None:
+    """Steps done and cursor of the run's last checkpoint at or before `step`, if any; saves walking there."""
+    from trainer import checkpoint
+    from trainer.data.plan import Cursor
+
+    kept = [checkpoint.read_manifest(path) for path in checkpoint.published(run_dir)]
+    found = max((manifest for manifest in kept if manifest.step <= step), key=lambda m: m.step, default=None)
+    return (found.step, Cursor.from_dict(found.cursor)) if found else None
+
+
+def _show(passage: Passage) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    part = "" if passage.stop - passage.start == passage.length else f", tokens {passage.start} to {passage.stop}"
+    origin = f" ← {passage.origin.path} at byte {passage.origin.offset:,}" if passage.origin else ""
+    head = f"── {passage.source} #{passage.document} ({passage.length} tokens{part}){origin}"
+    console.print(Text(head, style="bold cyan"))
+    console.print(Text(passage.text))
