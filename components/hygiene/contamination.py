@@ -22,7 +22,7 @@ from components.hygiene.filters import DOCUMENT, Drop
 DTYPE = np.dtype([*DOCUMENT, ("gram", "<u4")])
 WORD = re.compile(r"\w+")
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, with scattered bits: the base of the rolling hash of word hashes, modulo 2^64
-FILTER_BITS = 24  # a table of so many bits of hash rules out nearly all n-grams of a document at once
+SPARSENESS = 64  # entries for each n-gram in the table that rules out nearly all others at once
 KNOWN_WORDS = 2**20  # word hashes kept
 
 
@@ -77,13 +77,15 @@ class Contamination:
 class _Scanner:
     def __init__(self, hashes: NDArray[np.uint64], ngram: int) -> None:
         self._hashes, self._hasher = hashes, GramHasher(ngram)
-        self._table = np.zeros(2**FILTER_BITS, bool)
-        self._table[hashes >> np.uint64(64 - FILTER_BITS)] = True
+        bits = max(len(hashes) * SPARSENESS, 2).bit_length()
+        self._shift = np.uint64(64 - bits)
+        self._table = np.zeros(2**bits, bool)
+        self._table[hashes >> self._shift] = True
         self._records = list[tuple[int, int, int, int]]()
 
     def see(self, document: int, offset: int, text: str) -> None:
         grams = self._hasher(words(text))
-        maybe = grams[self._table[grams >> np.uint64(64 - FILTER_BITS)]]
+        maybe = grams[self._table[grams >> self._shift]]
         if len(maybe):
             at = np.minimum(np.searchsorted(self._hashes, maybe), len(self._hashes) - 1)
             found = np.flatnonzero(self._hashes[at] == maybe)
@@ -95,28 +97,41 @@ class _Scanner:
 
 
 class GramHasher:
-    """64-bit hashes of all runs of n words: a polynomial in the words' hashes."""
+    """64-bit hashes of all runs of n words: Σ word[i+k] · M^k modulo 2^64, from differences of one cumulative sum."""
 
     def __init__(self, ngram: int) -> None:
-        self._powers = [np.uint64(pow(MULTIPLIER, power, 2**64)) for power in range(ngram)]
+        self._ngram = ngram
+        self._powers, self._inverses = _powers(MULTIPLIER, 1), _powers(MULTIPLIER, 1)
         self._known = dict[str, int]()
 
     def __call__(self, text: list[str]) -> NDArray[np.uint64]:
-        count = len(text) - len(self._powers) + 1
+        count = len(text) - self._ngram + 1
         if count <= 0:
             return np.empty(0, np.uint64)
-        if len(self._known) > KNOWN_WORDS:
-            self._known.clear()
+        if len(text) > len(self._powers):
+            self._powers = _powers(MULTIPLIER, 2 * len(text))
+            self._inverses = _powers(pow(MULTIPLIER, -1, 2**64), 2 * len(text))
+        sums = np.zeros(len(text) + 1, np.uint64)
+        np.cumsum(self._word_hashes(text) * self._powers[: len(text)], out=sums[1:])
+        return (sums[self._ngram :] - sums[:count]) * self._inverses[:count]
+
+    def _word_hashes(self, text: list[str]) -> NDArray[np.uint64]:
         known = self._known
-        for word in text:
-            if word not in known:
-                known[word] = xxhash.xxh3_64_intdigest(word.encode())
-        each = np.fromiter((known[word] for word in text), np.uint64, len(text))
-        total = np.zeros(count, np.uint64)
-        for place, power in enumerate(self._powers):
-            total += each[place : place + count] * power
-        return total
+        if len(known) > KNOWN_WORDS:
+            known.clear()
+        for word in set(text).difference(known):
+            known[word] = xxhash.xxh3_64_intdigest(word.encode())
+        return np.fromiter(map(known.__getitem__, text), np.uint64, len(text))
+
+
+def _powers(base: int, count: int) -> NDArray[np.uint64]:
+    """base^0 … base^(count - 1) modulo 2^64."""
+    every = np.full(count, base, np.uint64)
+    every[0] = 1
+    return np.cumprod(every, dtype=np.uint64)
 
 
 def words(text: str) -> list[str]:
-    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    if not unicodedata.is_normalized("NFKC", text):
+        text = unicodedata.normalize("NFKC", text)
+    return WORD.findall(text.casefold())
