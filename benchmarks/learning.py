@@ -38,7 +38,7 @@ from trainer.specbase import to_yaml
 DOCS = Path(__file__).parent.parent / "docs"
 # Peak learning rates, each the best of the sweep of docs/decisions.md; AdamW's part of a Muon run has Muon's.
 RATES = {"AdamW": 5e-3, "Muon": 1e-2, "TEON": 1e-2}
-SWEEP = {"AdamW": (1e-3, 2e-3, 5e-3, 1e-2), "Muon": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)}
+SWEEP = {"AdamW": (2e-3, 5e-3, 1e-2), "Muon": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)}
 MARKS = (0.25, 0.5, 0.75, 1.0)  # of the steps
 SMOOTHED_STEPS = 10
 
@@ -89,7 +89,7 @@ def run(job: JobSpec, name: str, rate: float, seed: int) -> list[float]:
             "runtime": {"metrics_port": 0, "log_every_steps": spec.steps},
         }
     )
-    file = run_dir.with_suffix(".yaml")
+    file = run_dir.parent / f"{label}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(to_yaml(spec), encoding="utf-8")
     done = subprocess.run([sys.executable, "-m", "trainer", "--spec", str(file)], capture_output=True, text=True)
@@ -163,8 +163,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--tokens-per-step", type=int, default=1024)
-    parser.add_argument("--rows", type=int, default=4, help="of a micro-batch")
+    parser.add_argument("--tokens-per-step", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=2, help="of a micro-batch")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--rates", type=float, nargs="+", help="of the sweep")

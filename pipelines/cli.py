@@ -178,15 +178,26 @@ def presets() -> None:
 
 
 @app.command()
-def describe(job: Job, sets: Sets = None, verbose: Verbose = False) -> None:
+def describe(
+    job: Job,
+    sets: Sets = None,
+    optimizers: Annotated[bool, typer.Option("--optimizers", help="Only what trains each parameter.")] = False,
+    verbose: Verbose = False,
+) -> None:
     """Show a model layer by layer: shapes, parameters, FLOPs per token, memory, checkpoint size."""
     from manifests.spec import load_job
 
     spec = load_job(job, _changes(sets))  # a wrong field is told before PyTorch is loaded
     from trainer.describe import describe as describe_model
     from trainer.describe import render as render_description
+    from trainer.flops import parameters
+    from trainer.optim import rules
 
-    render_description(describe_model(spec.train.model, spec.train.seq_len), Console())
+    model = spec.train.model
+    if optimizers:
+        print(rules.render(rules.assign([(p.name, p.shape) for p in parameters(model)], spec.train.optimizer, model)))
+        return
+    render_description(describe_model(model, spec.train.seq_len, spec.train.optimizer), Console())
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -52,16 +51,18 @@ class Description:
     active_a3: int
     flops_per_token: int
     memory: Memory
+    state_dtype: str
     checkpoint_bytes: int
 
 
-def describe(spec: ModelSpec, seq_len: int, optimizer: Literal["muon", "adamw"] = "muon") -> Description:
-    """Figures of the model trained on rows of `seq_len` tokens."""
+def describe(spec: ModelSpec, seq_len: int, optimizer: OptimizerSpec | None = None) -> Description:
+    """Figures of the model trained on rows of `seq_len` tokens by `optimizer` (None: the default one)."""
+    optimizer = optimizer or OptimizerSpec()
     everything = parameters(spec)
     total = sum(parameter.count for parameter in everything)
     active = sum(parameter.active for parameter in everything)
     vocabulary = spec.vocab_size * spec.hidden
-    memory = training_memory(spec, OptimizerSpec(name=optimizer))
+    memory = training_memory(spec, optimizer)
     return Description(
         rows=_rows(spec, seq_len, everything),
         seq_len=seq_len,
@@ -71,6 +72,7 @@ def describe(spec: ModelSpec, seq_len: int, optimizer: Literal["muon", "adamw"] 
         active_a3=active - vocabulary,
         flops_per_token=flops_per_token(spec, seq_len),
         memory=memory,
+        state_dtype=optimizer.state_dtype,
         checkpoint_bytes=memory.weights + memory.optimizer,
     )
 
@@ -135,7 +137,7 @@ def render(description: Description, console: Console) -> None:
         ("training operations for each token", f"{description.flops_per_token / 1e9:,.3f} GFLOP"),
         ("memory for weights (FP32)", _gib(memory.weights)),
         ("memory for gradients (FP32)", _gib(memory.gradients)),
-        ("memory for optimizer state (FP32)", _gib(memory.optimizer)),
+        (f"memory for optimizer state ({description.state_dtype.upper()})", _gib(memory.optimizer)),
         ("memory for training, without activations", _gib(memory.total)),
         ("checkpoint", _gib(description.checkpoint_bytes)),
     ):

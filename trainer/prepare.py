@@ -167,14 +167,16 @@ def scaler_state(values: dict[str, float]) -> dict[str, float | int]:
 
 
 def summary_lines(table: list[Assignment]) -> list[str]:
-    """One line for each optimizer: how many tensors and parameters it trains, how many without weight decay."""
+    """One line for each optimizer: how many tensors and parameters it trains, how many without weight decay; then what
+    is orthogonalised jointly."""
     lines = []
     for name in sorted({entry.optimizer for entry in table}):
         entries = [entry for entry in table if entry.optimizer == name]
         count = sum(torch.Size(entry.shape).numel() for entry in entries)
         undecayed = sum(not entry.decay for entry in entries)
         lines.append(f"optimizer {name}: {count:,} parameters in {len(entries)} tensors ({undecayed} without decay)")
-    return lines
+    stacks = dict.fromkeys(entry.stack for entry in table if len(entry.stack) > 1)
+    return [*lines, *(f"optimizer muon: {' + '.join(stack)} side by side (TEON)" for stack in stacks)]
 
 
 @contextmanager

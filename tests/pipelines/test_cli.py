@@ -86,6 +86,14 @@ def test_presets_are_listed(yaongi):
     assert [line.split()[0] for line in output.splitlines()] == ["h100-4b", "h100-4b-interleaved", "small", "tiny"]
 
 
+def test_describe_shows_what_trains_each_parameter(yaongi):
+    _, output, _ = yaongi("describe", "h100-4b", "--optimizers", "--set", "train.optimizer.muon.teon_layers=2")
+    lines = {line.split()[0]: line.split()[1:] for line in output.splitlines()}
+    partner = "layers.5.0.mixer.v_proj.weight"
+    assert lines["layers.11.0.mixer.v_proj.weight"] == ["512×2048", "muon", "8", "×1", "yes", partner]
+    assert lines["embedding.weight"][1] == "adamw" and len(lines) == len(output.splitlines())
+
+
 def test_describe_shows_the_requested_model(yaongi):
     _, output, _ = yaongi("describe", "h100-4b")
     assert "4,197,820,016" in output and "603,252,208" in output

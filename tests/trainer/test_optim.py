@@ -63,8 +63,8 @@ def test_teon_of_one_layer_is_muon_to_the_bit():
         for seed in range(3):
             networks[-1].fill_gradients(seed)
             optimizers.step()
-    for parameters in zip(*(network.parameters() for network in networks), strict=True):
-        assert torch.equal(parameters[0], parameters[1]) and torch.equal(parameters[0], parameters[2])
+    for muon, teon_of_one, teon_of_two in zip(*(network.parameters() for network in networks), strict=True):
+        assert torch.equal(muon, teon_of_one) and torch.equal(muon, teon_of_two)
 
 
 def test_unknown_parameter_is_named():
@@ -253,14 +253,29 @@ def test_loss_scaling_steps_as_without_and_skips_overflow():
     assert scaler.get_scale() == 1024.0
 
 
+EXTRAS = {
+    "shared expert": {"moe": {"shared_width": 128}},
+    "two prediction modules": {"mtp": {"depth": 2, "layer": "*-ME"}},
+}
+
+
+@pytest.mark.parametrize("extra", [None, *EXTRAS])
 @pytest.mark.parametrize("preset", ["tiny", "small", "h100-4b", "h100-4b-interleaved"])
-def test_rules_are_complete_for_every_preset(preset):
+def test_rules_are_complete_for_every_preset(preset, extra):
     """Against the real model, on the meta device: every parameter gets its line, matrices Muon, vectors AdamW."""
-    spec = load_job(preset).train.model
+    changes = dict(EXTRAS.get(extra, {}))
+    if "interleaved" in preset and "mtp" in changes:
+        changes["mlp"] = {"width": 512}
+    spec = load_job(preset, {"train": {"model": changes}}).train.model
     network = build_model(spec, device="meta", seed=0)
     shapes = [(name, tuple(p.shape)) for name, p in network.named_parameters()]
-    table = assign(shapes, OptimizerSpec(), spec)
+    optimizer = OptimizerSpec.model_validate({"muon": {"teon_layers": 2}})
+    table = assign(shapes, optimizer, spec)
     assert len(table) == len(shapes)
     for entry in table:
         exempt = any(part in entry.name for part in ("embedding", "head.", "conv", "tables"))
         assert (entry.optimizer == "muon") == (len(entry.shape) >= 2 and not exempt), entry.name
+        trunk_qkv = entry.name.startswith("layers.") and any(f".{leaf}_proj." in entry.name for leaf in "qkv")
+        assert len(entry.stack) <= 1 or trunk_qkv, entry.name
+    attention = "".join(spec.layers).count("*")
+    assert sum(len(entry.stack) == 2 for entry in table) == 3 * (attention - attention % 2)
