@@ -29,9 +29,10 @@ def product_emulated(a: Scaled, b: Scaled, dtype: torch.dtype, *, fast: bool) ->
 
 def product_torch(a: Scaled, b: Scaled, dtype: torch.dtype, *, fast: bool) -> Tensor:
     """`fast` sums with fewer bits on Hopper (forward only, as Transformer Engine does); 128-blocks never."""
-    a_MK, b_KN = aligned(a.data_MK), aligned(b.data_MK).t()
     if not a.inverse.dim():
+        a_MK, b_KN = aligned(a.data_MK, ALIGNMENT), aligned(b.data_MK, ALIGNMENT).t()
         return torch._scaled_mm(a_MK, b_KN, a.inverse, b.inverse, out_dtype=dtype, use_fast_accum=fast)
+    a_MK, b_KN = aligned(a.data_MK, BLOCK), aligned(b.data_MK, BLOCK).t()
     kinds = F.ScalingType
     tiles = b.inverse.shape[0] != b.data_MK.shape[0]
     rows = a_MK.shape[0]
@@ -53,9 +54,9 @@ def product_torch(a: Scaled, b: Scaled, dtype: torch.dtype, *, fast: bool) -> Te
 PRODUCTS = {"emulated": product_emulated, "torch": product_torch}
 
 
-def aligned(data_MK: Tensor) -> Tensor:
-    """Row-major, the contraction padded to a multiple of 16 bytes."""
-    missing = -data_MK.shape[1] % ALIGNMENT
+def aligned(data_MK: Tensor, multiple: int) -> Tensor:
+    """Row-major, the contraction padded with zeros to a multiple of this."""
+    missing = -data_MK.shape[1] % multiple
     if missing:
         data_MK = F.pad(data_MK.view(torch.uint8), (0, missing)).view(data_MK.dtype)  # few operations know FP8
     return data_MK.contiguous()

@@ -1,0 +1,77 @@
+"""Train `tiny` in BF16 and in emulated FP8 by each recipe on the sample corpus, and compare the losses.
+
+    python benchmarks/fp8_curves.py [--steps 40] [--work DIR]
+
+Same weights, same tokens. Prints the mean loss of each tenth of the run, and how far FP8 ends from BF16. BF16 layers at
+the ends are off, so that as much as possible is FP8.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch.distributed as dist
+
+from components.download import step as download
+from components.shards import step as shards
+from components.tokenizer import step as tokenizer
+from manifests.spec import JobSpec, load_job
+from trainer.loop import train
+
+RUNS = {"bf16": {"dtype": "bf16"}} | {
+    recipe: {"dtype": "fp8", "fp8": {"recipe": recipe, "implementation": "emulated", "bf16_end_layers": 0}}
+    for recipe in ("delayed", "current", "block128")
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--tokens-per-step", type=int, default=1024)
+    parser.add_argument("--work", type=Path, help="directory for data and runs; a temporary one without it")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        compare(arguments.work or Path(temporary), arguments.steps, arguments.tokens_per_step)
+
+
+def compare(work: Path, steps: int, tokens_per_step: int) -> None:
+    losses = {name: losses_of(work, name, precision, steps, tokens_per_step) for name, precision in RUNS.items()}
+    part = max(1, steps // 10)
+    means = {name: [sum(run[i : i + part]) / part for i in range(0, steps, part)] for name, run in losses.items()}
+    print("steps     " + "  ".join(f"{name:>8}" for name in means))
+    for index in range(len(means["bf16"])):
+        print(
+            f"{index * part + 1:4d}-{(index + 1) * part:<4d} "
+            + "  ".join(f"{run[index]:8.4f}" for run in means.values())
+        )
+    for name, run in means.items():
+        print(f"{name:9} ends {run[-1] - means['bf16'][-1]:+.4f} nats from bf16")
+
+
+def losses_of(work: Path, name: str, precision: dict, steps: int, tokens_per_step: int) -> list[float]:
+    job: JobSpec = load_job("tiny").updated(
+        {
+            "storage": {"datasets_dir": str(work / "data"), "checkpoints_dir": str(work / name)},
+            "train": {
+                "steps": steps,
+                "batch": {"tokens_per_step": tokens_per_step, "micro_batch_rows": 2},
+                "precision": precision,
+                "checkpoint": {"every_steps": steps},
+                "runtime": {"metrics_port": 0, "device": "cpu"},
+            },
+        }
+    )
+    raw = download.run(job)
+    vocabulary = tokenizer.run(job, raw)
+    shards.run(job, raw, vocabulary)
+    spec = job.train_spec()
+    train(spec)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    lines = (Path(spec.run_dir) / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+if __name__ == "__main__":
+    main()
