@@ -6,10 +6,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 UV_VERSION := 0.13.9
 UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
-FAST := not slow and not e2e and not gpu
+FAST := not slow and not e2e and not gpu and not kernels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint test-slow test-gpu images e2e gen lock
+.PHONY: help setup run test lint test-slow test-gpu test-kernels images e2e gen lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,10 +28,26 @@ test: lint ## everything that needs neither a cluster nor a GPU, nor more than a
 	$(BIN)/pytest -m "$(FAST)"
 
 test-slow: setup ## the long tests
-	$(BIN)/pytest -m "slow and not e2e and not gpu"
+	$(BIN)/pytest -m "slow and not e2e and not gpu and not kernels"
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
+
+TE_WHEEL ?=
+test-kernels: .venv-kernels/.ready ## use of Transformer Engine and mamba_ssm against the real ones, without a GPU; TE_WHEEL=file saves 20 min
+	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest -m kernels tests/kernels
+
+# The registry has Transformer Engine for torch as source only: 20 minutes, a CUDA toolkit (CUDA_HOME), and the headers
+# of cuDNN, NCCL and NVSHMEM (CPATH).
+.venv-kernels/.ready: requirements-kernels.txt | $(UV)
+	$(CHECK_PYTHON)
+	$(UV) venv --quiet --clear --no-python-downloads --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv-kernels
+	$(UV) pip install --quiet --python .venv-kernels/bin/python -r requirements-kernels.txt
+	$(UV) pip install --quiet --python .venv-kernels/bin/python --no-build-isolation --no-deps $(or $(TE_WHEEL),transformer_engine_torch==2.20.2)
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+	  $(UV) pip install --quiet --python .venv-kernels/bin/python --no-build-isolation --no-deps mamba_ssm==2.3.1
+	$(UV) pip install --quiet --python .venv-kernels/bin/python --no-deps --no-build-isolation -e .
+	@touch $@
 
 images: setup ## both container images; see docker/build.sh for BASE_IMAGE, TAG and the rest
 	docker/build.sh

@@ -181,7 +181,7 @@ def _draw(setting: Setting, *shape: int, seed: int) -> Tensor:
 def _ssd(setting: Setting) -> Iterator[Case]:
     length, heads, groups, width, state, chunk = 150, 4, 2, 32, 32, 64
     if interpreted(setting.device):
-        length, heads, width, state, chunk = 72, 2, 16, 16, 32
+        length, heads, width, state, chunk = 40, 2, 16, 16, 32
     for name, documents, start in _documents(setting.device, length):
         inputs = [
             _draw(setting, 2, length, heads, width, seed=1),
