@@ -53,11 +53,15 @@ class TokenizerSpec(Spec):
 
 
 class ShardsSpec(Spec):
-    """How text becomes token files; `unit_bytes` is the unit of work that a crash can cost."""
+    """How text becomes token files; `unit_bytes` is the unit of work that a crash can cost.
+
+    `pods` of the pipeline encode side by side, each with `workers` processes; neither changes a byte.
+    """
 
     unit_bytes: Count = 64 * 2**20
     max_shard_bytes: Annotated[int, Field(ge=2**16)] = 2**30
     workers: Count = 2
+    pods: Annotated[int, Field(ge=1, le=256)] = 1
 
 
 class JobTrainSpec(Spec):
@@ -215,7 +219,7 @@ class JobSpec(Spec):
 
     @property
     def shards_key(self) -> str:
-        layout = self.shards.model_dump(mode="json", exclude={"workers"})
+        layout = self.shards.model_dump(mode="json", exclude={"workers", "pods"})
         parts = ["shards", self.tokenizer_key, layout, self.data.heldout_fraction]
         return canonical_digest([*parts, self.hygiene_key] if self.hygiene.enabled else parts)
 

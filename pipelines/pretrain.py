@@ -12,7 +12,7 @@ from components.hygiene.component import hygiene
 from components.images import PIPELINE_IMAGE
 from components.launch.component import launch
 from components.plan.component import plan
-from components.shards.component import shards
+from components.shards.component import encode, shards
 from components.summary.component import summary
 from components.tokenizer.component import tokenizer
 from manifests.spec import StorageSpec
@@ -75,8 +75,10 @@ def pretrain(
     ).output
     fetched = placed(download(job=job)).output
     raw = placed(hygiene(job=job, raw=fetched)).output
-    vocabulary = placed(tokenizer(job=job, raw=raw)).output
-    tokens = placed(shards(job=job, raw=raw, tokenizer=vocabulary)).output
+    trained = placed(tokenizer(job=job, raw=raw)).outputs
+    with dsl.ParallelFor(trained["Output"], name="encode-ranges") as part:
+        encoded = placed(encode(part=part)).output
+    tokens = placed(shards(job=job, raw=raw, tokenizer=trained["tokenizer"], after=dsl.Collected(encoded))).output
     model = launched("train", job, tokens).output
     quality = launched("evaluate", job, model).output
     exported = launched("export", job, quality).output

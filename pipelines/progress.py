@@ -15,7 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from components.running import DONE, FAILED, STARTED
 
-INDENT = " " * 4  # kfp.local puts it before every line of a step
+INDENT = " " * 4  # kfp.local puts it before every line of a step, several times where steps lie in one another
 
 
 class Watcher:
@@ -23,11 +23,17 @@ class Watcher:
 
     def __init__(self, console: Console, log: TextIO, *, verbose: bool = False) -> None:
         self.console, self.log, self.verbose = console, log, verbose
-        self.step = ""
+        self.running: dict[str, float] = {}  # steps and when they started; several where a loop runs them side by side
+        self.indent = INDENT
         self.failure = ""
         self.last_line = ""
         self.in_traceback = False
         self.seconds: dict[str, float] = {}
+
+    @property
+    def step(self) -> str:
+        """The step that started last of those that run, else ""."""
+        return next(reversed(self.running), "")
 
     def follow(self, lines: Iterable[str]) -> None:
         """Show and log `lines` until they end."""
@@ -43,16 +49,19 @@ class Watcher:
                     bar.reset(task, description=self.step or "next step")
 
     def _show(self, line: str) -> None:
-        text = line.removeprefix(INDENT).rstrip()
+        if line.lstrip().startswith(STARTED):
+            self.indent = line[: line.index(STARTED)]
+        text = line.removeprefix(self.indent).rstrip()
         if text.startswith(STARTED):
-            self.step, self.start = text.removeprefix(STARTED), time.monotonic()
+            self.running[text.removeprefix(STARTED)] = time.monotonic()
             self._print(text, style="bold")
-        elif self.step and text.startswith(DONE):
-            self.seconds[self.step] = time.monotonic() - self.start
+        elif text.startswith(DONE) and (name := text.removeprefix(DONE).rpartition(" (")[0]) in self.running:
+            self.seconds[name] = time.monotonic() - self.running.pop(name)
             self._print(text, style="green")
-            self.step = ""
         elif self.step and text.startswith(FAILED):
-            self.failure, self.step = text.removeprefix(FAILED), ""
+            self.failure = text.removeprefix(FAILED)
+            if self.running.pop(self.failure.partition(": ")[0], None) is None:
+                self.running.clear()
         elif self.verbose:
             self._print(line)
         elif self.step and line.startswith(INDENT) and text and not self._for_the_log(text):

@@ -4,8 +4,20 @@ from components.images import PIPELINE_IMAGE
 
 
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
-def shards(job: str, raw: str, tokenizer: str) -> str:
-    """Turn raw text into token files; returns a StageResult (JSON)."""
+def encode(part: str) -> str:
+    """Encode one range (JSON) of the units of raw text; returns its name."""
+    from components.running import step
+    from components.shards.step import Range, encode_range
+
+    one = Range.model_validate_json(part)
+    with step(f"encode {one.name}"):
+        encode_range(one)
+    return one.name
+
+
+@dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
+def shards(job: str, raw: str, tokenizer: str, after: list) -> str:
+    """Make token files of what the ranges after which it runs encoded; returns a StageResult (JSON)."""
     from components.running import step
     from components.shards.step import run
     from manifests.spec import job_from_json

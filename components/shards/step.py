@@ -29,6 +29,7 @@ from trainer.data.manifest import (
     DataError,
     FileEntry,
     Manifest,
+    Record,
     StageResult,
     open_stage,
     read_manifest,
@@ -75,20 +76,40 @@ def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
     return StageResult(kind="shards", path=str(work.directory), digest=manifest.digest, summary=_summary(manifest))
 
 
-def encode_range(job: JobSpec, raw: StageResult, tokenizer: StageResult, index: int, count: int) -> None:
-    """Encode range `index` of `count` of the units, for `run` to make shards of, unless the shards are there.
+class Range(Record):
+    """A part of the units to encode: number `index` of `count`. It says all, as a loop hands on nothing else."""
+
+    job: JobSpec
+    raw: StageResult
+    tokenizer: StageResult
+    index: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.index + 1}/{self.count}"
+
+
+def ranges(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> list[Range]:
+    """The ranges for as many pods as the job says."""
+    pods = job.shards.pods
+    return [Range(job=job, raw=raw, tokenizer=tokenizer, index=index, count=pods) for index in range(pods)]
+
+
+def encode_range(one: Range) -> None:
+    """Encode the units of a range, for `run` to make shards of, unless the shards are there.
 
     Raises:
         DataError, OSError: as `run`.
     """
-    work = _Work.of(job, raw, tokenizer)
+    work = _Work.of(one.job, one.raw, one.tokenizer)
     if work.finished():
         print(f"shards: made before: {work.directory}", flush=True)
         return
-    units = range_of(plan_units(work.raw, job.shards.unit_bytes), index, count)
+    units = range_of(plan_units(work.raw, one.job.shards.unit_bytes), one.index, one.count)
     if units:
-        with _ready(job, work, units) as workers:
-            _encode(job, work, units, workers)
+        with _ready(one.job, work, units) as workers:
+            _encode(one.job, work, units, workers)
 
 
 @dataclass(frozen=True)

@@ -266,16 +266,16 @@ def test_ranges_of_units_are_made_side_by_side_and_none_twice(
     units_of_all = units.plan_units(read_manifest(inputs[1].path), job.shards.unit_bytes)
     first = len(units.range_of(units_of_all, 0, 3))
     with _held(job, 0, first):  # range 0 is being made elsewhere
-        step.encode_range(job, *inputs[1:], index=1, count=3)
+        step.encode_range(_range(job, inputs, 1, 3))
         with pytest.raises(DataError, match="another process is making shards there"):
-            step.encode_range(job, *inputs[1:], index=0, count=2)
+            step.encode_range(_range(job, inputs, 0, 2))
     made = _journalled(Path(job.stage_dir("shards")))
     assert sorted(made) == [unit.number for unit in units.range_of(units_of_all, 1, 3)]
-    step.encode_range(job, *inputs[1:], index=1, count=2)  # another division: what is done stays
-    step.encode_range(job, *inputs[1:], index=0, count=1)
+    step.encode_range(_range(job, inputs, 1, 2))  # another division: what is done stays
+    step.encode_range(_range(job, inputs, 0, 1))
     assert _journalled(Path(job.stage_dir("shards"))).items() > made.items()
     assert contents(step.run(job, *inputs[1:]).path) == golden
-    step.encode_range(job, *inputs[1:], index=0, count=2)
+    step.encode_range(_range(job, inputs, 0, 2))
     assert contents(job.stage_dir("shards")) == golden, "a range that finds finished shards leaves them alone"
 
 
@@ -287,6 +287,10 @@ def test_ranges_hold_each_unit_once_in_nearly_equal_parts(count: int) -> None:
     assert [unit for part in parts for unit in part] == all_units
     for part in parts:
         assert abs(sum(unit.stop for unit in part) - sum(sizes) / count) <= 1000
+
+
+def _range(job: JobSpec, inputs: tuple[Path, StageResult, StageResult], index: int, count: int) -> step.Range:
+    return step.ranges(job.updated({"shards": {"pods": count}}), *inputs[1:])[index]
 
 
 @contextmanager

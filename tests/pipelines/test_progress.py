@@ -61,3 +61,29 @@ def test_of_a_crash_the_last_line_remains_and_the_traceback_goes_to_the_log():
 def test_verbose_shows_everything():
     _, shown, _ = watch(LINES + CRASH, verbose=True)
     assert "KFP Executor" in shown and "Traceback" in shown
+
+
+SIDE_BY_SIDE = """\
+            ▶ encode 1/2
+            ▶ encode 2/2
+            shards: encoded: 1 MB
+            ✓ encode 1/2 (5.0 s)
+            shards: encoded: 2 MB
+"""
+
+
+def test_steps_of_a_loop_are_deeper_and_run_side_by_side():
+    watcher, shown, _ = watch(LINES + SIDE_BY_SIDE + "            ✓ encode 2/2 (6.2 s)\n    ▶ shards\n    a line\n")
+    assert shown.splitlines()[5:] == [
+        "▶ encode 1/2",
+        "▶ encode 2/2",
+        "  shards: encoded: 1 MB",
+        "✓ encode 1/2 (5.0 s)",
+        "  shards: encoded: 2 MB",
+        "✓ encode 2/2 (6.2 s)",
+        "▶ shards",
+        "  a line",
+    ]
+    assert watcher.seconds.keys() == {"download", "encode 1/2", "encode 2/2"}
+    watcher, _, _ = watch(SIDE_BY_SIDE + "            error: encode 2/2: ko.jsonl:3: not valid JSON; mend it\n")
+    assert watcher.failure == "encode 2/2: ko.jsonl:3: not valid JSON; mend it"
