@@ -63,7 +63,7 @@ gen: setup ## write what is generated: compiled pipeline, manifests, JSON schema
 LOCK := pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url
 lock: $(UV) ## resolve the dependencies anew
 	$(UV) $(LOCK) --extra train --extra data --extra cluster --extra dev -o requirements.lock
-	$(UV) $(LOCK) --extra data --extra cluster -o requirements-pipeline.lock
+	$(UV) $(LOCK) --extra data --extra buckets --extra cluster -o requirements-pipeline.lock
 	$(UV) $(LOCK) --extra train -o requirements-trainer.lock
 
 define CHECK_PYTHON
