@@ -116,6 +116,16 @@ class MtpSpec(Spec):
     layer: str = "*E"
 
 
+class MupSpec(Spec):
+    """μP (trainer/mup.py): init_std and learning rates were found at `base_hidden` and are scaled to the true widths.
+
+    Without `base_head_dim`, heads are as wide here as they were there.
+    """
+
+    base_hidden: Count
+    base_head_dim: Count | None = None
+
+
 class ModelSpec(Spec):
     vocab_size: Count
     hidden: Count
@@ -126,6 +136,7 @@ class ModelSpec(Spec):
     mlp: MlpSpec | None = None
     engram: list[EngramSpec] = []
     mtp: MtpSpec | None = None
+    mup: MupSpec | None = None
     norm_eps: float = 1e-5
     init_std: Annotated[float, Field(gt=0)] = 0.02
 

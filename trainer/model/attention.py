@@ -15,9 +15,14 @@ from trainer.ops import Documents
 
 
 class Attention(nn.Module):
-    def __init__(self, hidden: int, spec: AttentionSpec, attend: Callable[..., Tensor]) -> None:
+    """`query_factor` multiplies the queries, beside the usual 1/√W (trainer/mup.py)."""
+
+    def __init__(
+        self, hidden: int, spec: AttentionSpec, attend: Callable[..., Tensor], query_factor: float = 1.0
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.query_factor = query_factor
         self.attend = attend
         self.q_proj = nn.Linear(hidden, spec.num_heads * spec.head_dim, bias=False)
         self.k_proj = nn.Linear(hidden, spec.num_kv_heads * spec.head_dim, bias=False)
@@ -28,6 +33,8 @@ class Attention(nn.Module):
         return self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
 
     def mix(self, q_BTI: Tensor, k_BTJ: Tensor, v_BTJ: Tensor, documents: Documents) -> Tensor:
+        if self.query_factor != 1:
+            q_BTI = q_BTI * self.query_factor
         q_BTHW = q_BTI.unflatten(-1, (self.spec.num_heads, -1))
         k_BTKW = k_BTJ.unflatten(-1, (self.spec.num_kv_heads, -1))
         v_BTKW = v_BTJ.unflatten(-1, (self.spec.num_kv_heads, -1))

@@ -89,10 +89,12 @@ class Engram(nn.Module):
         primes: list[int],
         norm_eps: float,
         convolve: Callable[..., Tensor],
+        gate_factor: float = 1.0,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.convolve = convolve
+        self.gate_factor = gate_factor
         self.hash = NgramHash(spec, vocab_size, primes)
         rows_JW = torch.empty(sum(primes), spec.width_per_order // spec.num_heads)
         self.tables = nn.Embedding.from_pretrained(rows_JW, freeze=False)
@@ -107,12 +109,13 @@ class Engram(nn.Module):
     def forward(self, h_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> Tensor:
         memory_BTM = self.tables(self.hash(ids_BT, documents)).flatten(2)
         key_BTD, value_BTD = self.key_proj(memory_BTM), self.value_proj(memory_BTM)
-        u_BTD = memory_gate(self.key_norm(key_BTD), self.query_norm(h_BTD)).to(value_BTD.dtype) * value_BTD
+        gate_BT1 = memory_gate(self.key_norm(key_BTD), self.query_norm(h_BTD), self.gate_factor)
+        u_BTD = gate_BT1.to(value_BTD.dtype) * value_BTD
         smooth_BTD = self.convolve(self.conv_norm(u_BTD), self.conv.weight, None, documents, self.spec.max_order)
         return u_BTD + F.silu(smooth_BTD)
 
 
-def memory_gate(key_BTD: Tensor, query_BTD: Tensor) -> Tensor:
-    """σ(sign(g)·√|g|) with g = key·query/√D, [B, T, 1] fp32. |g| is kept ≥ 1e-6, where the root has a finite slope."""
-    g_BT1 = (key_BTD.float() * query_BTD.float()).sum(-1, keepdim=True) / math.sqrt(key_BTD.shape[-1])
+def memory_gate(key_BTD: Tensor, query_BTD: Tensor, factor: float = 1.0) -> Tensor:
+    """σ(sign(g)·√|g|) with g = factor·key·query/√D, [B, T, 1] fp32. |g| is kept ≥ 1e-6: a finite slope of the root."""
+    g_BT1 = (key_BTD.float() * query_BTD.float()).sum(-1, keepdim=True) * (factor / math.sqrt(key_BTD.shape[-1]))
     return torch.sigmoid(g_BT1.sign() * g_BT1.abs().clamp(min=1e-6).sqrt())

@@ -15,6 +15,8 @@ Initialisation, all of it in `init_weights` (σ = init_std, S = number of sublay
     Mamba conv weight and bias                                   U(-1/√kernel, 1/√kernel)
     Engram conv, router bias                                     0
 
+With μP, σ depends on the shape of each matrix (trainer/mup.py).
+
 Legend: B rows, T positions, D hidden, V vocabulary, L MoE sublayers, E experts, K depths of multi-token prediction.
 """
 
@@ -29,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer import ops
+from trainer import mup, ops
 from trainer.model.attention import Attention
 from trainer.model.engram import Engram, table_primes
 from trainer.model.mamba2 import Mamba2
@@ -144,16 +146,16 @@ class HybridModel(nn.Module):
         ce_sum = logits_BTV = None
         mtp_ce_sums, mtp_labels = [], []
         if labels_BT is None:
-            logits_BTV = self.head(self.final_norm(x_BTD))
+            logits_BTV = self.head(self._readout(self.final_norm, x_BTD))
         else:
-            ce_sum = self._cross_entropy(self.final_norm(x_BTD), labels_BT)
+            ce_sum = self._cross_entropy(self._readout(self.final_norm, x_BTD), labels_BT)
             for places, module in enumerate(self.mtp if self.training else [], start=1):
                 token_BTD = self.embedding(ahead(ids_BT, places, documents, PAD_TOKEN))
                 x_BTD, sequence_loss, layer_loads = module(x_BTD, token_BTD, ids_BT, documents)
                 aux_sum = aux_sum + self.spec.mtp_factor * sequence_loss
                 loads += layer_loads
                 ahead_BT = ahead(labels_BT, places, documents, IGNORE)
-                mtp_ce_sums.append(self._cross_entropy(module.head_norm(x_BTD), ahead_BT))
+                mtp_ce_sums.append(self._cross_entropy(self._readout(module.head_norm, x_BTD), ahead_BT))
                 mtp_labels.append((ahead_BT != IGNORE).sum())
         return ModelOutput(
             ce_sum,
@@ -163,6 +165,10 @@ class HybridModel(nn.Module):
             torch.stack(loads) if loads else ids_BT.new_zeros(0, self.spec.moe.num_experts if self.spec.moe else 0),
             logits_BTV,
         )
+
+    def _readout(self, norm: RMSNorm, x_BTD: Tensor) -> Tensor:
+        """What the head multiplies."""
+        return norm(x_BTD) * mup.output_factor(self.spec) if self.spec.mup else norm(x_BTD)
 
     def _cross_entropy(self, h_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         return cross_entropy_sum(h_BTD.flatten(0, 1), self.head.weight, labels_BT.flatten())
@@ -195,7 +201,9 @@ class HybridModel(nn.Module):
                 block = own[low - first : high - first] if inside else own.new_empty(end - start, *own.shape[1:])
                 # A checksum of all, because torch's CPU generator looks at the low 32 bits of a seed only.
                 key = f"{seed} {name}" if number == 0 else f"{seed} {name} {number}"
-                self._draw(name, block, torch.Generator(own.device).manual_seed(zlib.crc32(key.encode())))
+                self._draw(
+                    name, parameter.shape, block, torch.Generator(own.device).manual_seed(zlib.crc32(key.encode()))
+                )
                 if not inside:
                     own[low - first : high - first] = block[low - start : high - start]
         for module in self.modules():
@@ -204,9 +212,10 @@ class HybridModel(nn.Module):
             elif isinstance(module, Engram):
                 module.hash.set_constants(token_classes if module.spec.compress_tokens else None)
 
-    def _draw(self, name: str, block: Tensor, generator: torch.Generator) -> None:
-        """Fill some rows of the parameter `name`."""
-        std = self.spec.init_std
+    def _draw(self, name: str, shape: torch.Size, block: Tensor, generator: torch.Generator) -> None:
+        """Fill some rows of the parameter `name`, which has `shape` as a whole."""
+        looked_up = name in ("embedding.weight", "head.weight") or name.endswith(".tables.weight")
+        std = self.spec.init_std if looked_up or len(shape) < 2 else mup.init_std(self.spec, *shape[-2:])
         residual_std = std / math.sqrt(self.spec.num_sublayers)
         owner, _, leaf = name.rpartition(".")
         if "norm" in owner.rpartition(".")[2] or leaf == "D":
@@ -285,14 +294,15 @@ def _check_classes(spec: ModelSpec, token_classes: list[int] | None) -> None:
 def _sublayer(spec: ModelSpec, index: int, symbol: str, functions: dict, primes: dict[int, list[int]]) -> Sublayer:
     if symbol == "N":
         engram = next(e for e in spec.engram if e.layer == index)
-        mixer = Engram(spec.hidden, spec.vocab_size, engram, primes[index], spec.norm_eps, functions["conv"])
+        shapes = (spec.hidden, spec.vocab_size, engram, primes[index], spec.norm_eps)
+        mixer = Engram(*shapes, functions["conv"], mup.gate_factor(spec))
         return Sublayer(mixer, norm=None)
     if symbol == "M":
         mixer = Mamba2(spec.hidden, spec.mamba, spec.norm_eps, functions["ssd"], functions["conv"])
     elif symbol == "E":
         mixer = Moe(spec.hidden, spec.moe, functions["experts"])
     elif symbol == "*":
-        mixer = Attention(spec.hidden, spec.attention, functions["attention"])
+        mixer = Attention(spec.hidden, spec.attention, functions["attention"], mup.attention_factor(spec))
     else:
         mixer = SquaredReluMlp(spec.hidden, spec.mlp)
     return Sublayer(mixer, RMSNorm(spec.hidden, spec.norm_eps))

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.mup import MUON_RMS
 from trainer.optim import division
 from trainer.optim.division import Block, Run
 from trainer.optim.exchange import Exchange
@@ -39,7 +40,8 @@ class Muon(torch.optim.Optimizer):
     The scale gives every block the root-mean-square update 0.2 that AdamW typically has, so that both share one
     learning rate. An orthogonal [m, k] matrix with m ≤ k has root-mean-square 1/√k, so K stacked blocks need √K times
     the factor of one, √(K·n) instead of √n: without it TEON would train at 1/√K of the rate. The decay is decoupled and
-    not scaled, as in AdamW.
+    not scaled, as in AdamW. A group with a "spectral_base" b has the scale 0.2·√(b·m/k) instead, for μP
+    (trainer/mup.py).
 
     Args:
         params: groups; a group may carry "block_rows", for each of its parameters the row counts of its blocks (empty:
@@ -71,6 +73,7 @@ class Muon(torch.optim.Optimizer):
             "iteration_dtype": iteration_dtype,
             "block_rows": None,
             "stacks": None,
+            "spectral_base": None,
             "shares": None,
         }
         super().__init__(params, defaults)
@@ -188,7 +191,9 @@ def _dtype(group: dict[str, Any], rows: list[_Rows]) -> torch.dtype:
 
 
 def _rate(group: dict[str, Any], x_Nmk: Tensor) -> float:
-    return group["lr"] * 0.2 * math.sqrt(max(x_Nmk.shape[-2:]))
+    rows, columns = x_Nmk.shape[-2:]
+    base = group["spectral_base"]
+    return group["lr"] * MUON_RMS * math.sqrt(max(rows, columns) if base is None else base * rows / columns)
 
 
 def _update_runs(group: dict[str, Any], rows: list[_Rows], runs: list[Run]) -> None:

@@ -129,22 +129,26 @@ def build_optimizers(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shares = {name: Share(parameter, share_over) for name, parameter in parameters.items()}
     table = assign([(name, tuple(p.shape)) for name, p in parameters.items()], spec, modelspec)
-    groups: dict[tuple[str, float, bool], list[Assignment]] = defaultdict(list)
+    mup = modelspec.mup
+    groups: dict[tuple[str, float, float, int], list[Assignment]] = defaultdict(list)
     for entry in table:
-        groups[entry.optimizer, entry.rate_factor, entry.decay].append(entry)
+        stacked = len(entry.stack) if mup else 0
+        groups[entry.optimizer, entry.rate_factor, entry.decay * entry.decay_factor, stacked].append(entry)
 
     of_muon, of_adamw = [], []
-    for (optimizer, rate_factor, decay), entries in groups.items():
+    for (optimizer, rate_factor, decay_factor, stacked), entries in groups.items():
         options = spec.muon if optimizer == "muon" else spec.adamw
         group = {
             "params": [parameters[entry.name] for entry in entries],
             "shares": [shares[entry.name] for entry in entries],
             "lr": options.learning_rate * rate_factor,
-            "weight_decay": options.weight_decay if decay else 0.0,
+            "weight_decay": options.weight_decay * decay_factor,
         }
         if optimizer == "muon":
             index = {entry.name: number for number, entry in enumerate(entries)}
             stacks = [tuple(index[name] for name in e.stack) for e in entries if e.stack[0] == e.name]
+            # With K layers stacked, √(m/n) of one layer is K^½·√(m/k) of the stack, and as without μP √K comes on top.
+            group["spectral_base"] = mup.base_hidden * stacked**2 if mup else None
             of_muon.append({**group, "block_rows": [e.block_rows for e in entries], "stacks": stacks})
         else:
             of_adamw.append(group)

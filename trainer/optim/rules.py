@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from trainer.modelspec import ModelSpec
+from trainer.mup import adamw_factor
 from trainer.spec import OptimizerSpec
 
 OptimizerName = Literal["muon", "adamw"]
@@ -93,6 +94,7 @@ class Assignment:
     """What one parameter gets.
 
     Attributes:
+        rate_factor, decay_factor: on the optimizer's learning rate and weight decay.
         block_rows: rows of its blocks (empty: not cut, or 3-D).
         stack: names of the parameters whose blocks are orthogonalised side by side, its own among them, in the order
             of the layers; its own alone without TEON; empty for AdamW.
@@ -105,6 +107,7 @@ class Assignment:
     stack: tuple[str, ...]
     rate_factor: float
     decay: bool
+    decay_factor: float = 1.0
 
     @property
     def moments(self) -> int:
@@ -150,8 +153,11 @@ def _rule(name: str) -> Rule:
 
 def _assign_one(rule: Rule, name: str, shape: tuple[int, ...], spec: OptimizerSpec, model: ModelSpec) -> Assignment:
     rate = spec.adamw.engram_rate_factor if rule.engram_rate else 1.0
-    if rule.optimizer == "adamw" or spec.name == "adamw":
+    if rule.optimizer == "adamw":
         return Assignment(name, shape, "adamw", (), (), rate, rule.decay)
+    if spec.name == "adamw":
+        width = adamw_factor(model, shape[-1])
+        return Assignment(name, shape, "adamw", (), (), rate * width, rule.decay, 1 / width)
     if len(shape) not in (2, 3):
         raise ValueError(f"{name} has shape {shape}; Muon takes matrices [m, n] or stacks of them [N, m, n]")
     rows = rule.blocks(model) if rule.blocks else ()
