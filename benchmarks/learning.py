@@ -76,7 +76,8 @@ def unigram_entropy(spec: TrainSpec) -> float:
 def run(job: JobSpec, name: str, rate: float, seed: int) -> list[float]:
     """Train, unless that was done before; the loss of each step. nan for those after a divergence."""
     spec = job.train_spec()
-    label = f"{job.name}-{name}-{rate:g}-seed{seed}-{spec.steps}x{spec.batch.tokens_per_step}"
+    state = spec.optimizer.state_dtype
+    label = f"{job.name}-{name}-{rate:g}-{state}-seed{seed}-{spec.steps}x{spec.batch.tokens_per_step}"
     run_dir = Path(job.storage.checkpoints_dir) / "runs" / label
     spec = spec.updated(
         {
@@ -188,7 +189,8 @@ def main() -> None:
     print("", said, "", text, sep="\n")
     to = arguments.write or DOCS
     plot(curves, entropy, to / "learning.png")
-    command = " ".join(["python", "benchmarks/learning.py", *sys.argv[1:]])
+    size = f"--steps {arguments.steps} --tokens-per-step {arguments.tokens_per_step} --seeds {arguments.seeds}"
+    command = f"python benchmarks/learning.py --preset {arguments.preset} {size}"
     (to / "learning.md").write_text(PAGE.format(said=said, table=text, seeds=arguments.seeds, command=command), "utf-8")
 
 

@@ -1,0 +1,36 @@
+"""`tiny` learns from the sample corpus in 200 steps; the optimizers stand in the order that docs/learning.md shows."""
+
+import importlib.util
+import statistics
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "learning.py"
+SEED = 0
+MARGIN = 0.5  # nats below the entropy of single tokens
+NOISE = 0.06  # nats; docs/learning.md: seeds differ by less
+
+
+@pytest.fixture(scope="module")
+def learning():
+    described = importlib.util.spec_from_file_location("learning", FILE)
+    module = importlib.util.module_from_spec(described)
+    described.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_tiny_learns_and_muon_learns_fastest(learning, tmp_path):
+    batch = {"tokens_per_step": 512, "micro_batch_rows": 2}
+    job = learning.prepare("tiny", tmp_path, steps=200, batch=batch)
+    entropy = learning.unigram_entropy(job.train_spec())
+    losses = {name: learning.run(job, name, rate, SEED) for name, rate in learning.RATES.items()}
+    narrow = job.model_copy(update={"train": job.train.updated({"optimizer": {"state_dtype": "bf16"}})})
+    losses["Muon, bf16 state"] = learning.run(narrow, "Muon", learning.RATES["Muon"], SEED)
+    last = {name: statistics.fmean(curve[-10:]) for name, curve in losses.items()}
+    assert all(loss < entropy - MARGIN for loss in last.values()), (last, entropy)
+    assert last["Muon"] < last["AdamW"] - NOISE, last
+    assert abs(last["TEON"] - last["Muon"]) < NOISE, last
+    assert abs(last["Muon, bf16 state"] - last["Muon"]) < NOISE, last
