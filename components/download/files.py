@@ -78,9 +78,7 @@ def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
         info = _retried(lambda: system.info(path))
         if (info["size"] or 0, _stamp(info)) != (one.bytes, one.stamp):
             raise DataError(f"{one.name}: changed since this download began; what is read must not change, copy it")
-        if one.bytes and info.get("partial", not path.startswith("http")):
-            _get_ranges(system, path, copy, one.bytes, advance)
-        else:
+        if not one.bytes or not _get_ranges(system, path, copy, one.bytes, advance):
             _retried(lambda: _get_whole(system, path, copy, one.bytes, advance))
     except DataError:
         raise
@@ -93,20 +91,34 @@ def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
     return copy
 
 
-def _get_ranges(system: AbstractFileSystem, path: str, copy: Path, size: int, advance: Callable[[int], None]) -> None:
+def _get_ranges(system: AbstractFileSystem, path: str, copy: Path, size: int, advance: Callable[[int], None]) -> bool:
+    """Append what `copy` lacks, range by range; False where the server gives no ranges."""
     with open(copy, "ab") as file:
         advance(file.tell())
         while (start := file.tell()) < size:
-            stop = min(start + RANGE_BYTES, size)
-
-            file.write(_retried(partial(read_range, system, path, start, stop)))
+            try:
+                data = _retried(partial(read_range, system, path, size, start, min(start + RANGE_BYTES, size)))
+            except ValueError:
+                return False
+            file.write(data)
             file.flush()
-            advance(stop - start)
+            advance(len(data))
         os.fsync(file.fileno())
+    return True
 
 
-def read_range(system: AbstractFileSystem, path: str, start: int, stop: int) -> bytes:
-    data = system.cat_file(path, start=start, end=stop)
+def read_range(system: AbstractFileSystem, path: str, size: int, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a remote file of `size` bytes.
+
+    Raises:
+        ValueError: the server ignores ranges.
+        OSError: other bytes came than were asked for.
+    """
+    with system.open(path, "rb", cache_type="none", **({"size": size} if path.startswith("http") else {})) as file:
+        if not file.seekable():
+            raise ValueError("a stream")
+        file.seek(start)
+        data = file.read(stop - start)
     if len(data) != stop - start:
         raise OSError(f"{len(data)} of {stop - start} bytes came")
     return data

@@ -18,9 +18,6 @@ from components.download.writer import Input
 from manifests.spec import JobSpec
 from trainer.data.manifest import DataError, read_manifest
 
-for package in ("s3fs", "gcsfs"):
-    pytest.importorskip(package)
-
 TEXTS = [f"문서 {n} " + "text " * 40 for n in range(400)]
 OBJECTS = {
     "a/0.jsonl": "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS[:200]).encode(),
@@ -112,6 +109,19 @@ def test_what_a_failed_run_fetched_is_continued(
     assert raw_texts(run(job).path) == TEXTS
     first = next(wanted for key, wanted in bucket.ranges if key == "a/0.jsonl")
     assert first.startswith("bytes=30000-")
+
+
+@pytest.mark.usefixtures("ends_at_fourth_range")
+def test_a_web_server_with_ranges_is_continued_through_faults(
+    bucket: BucketServer, make_job: Callable[..., JobSpec], tmp_path: Path
+) -> None:
+    job = make_job({"web": {"kind": "files", "paths": [f"{bucket.url}/texts/a/0.jsonl"]}}, tmp_path)
+    bucket.faults = {"a/0.jsonl": ["503", "reset"]}
+    with pytest.raises(DataError, match=r"^source 'web': http[^\n]*0.jsonl: cannot be fetched \(the key was withdrawn"):
+        run(job)
+    bucket.ranges.clear()
+    assert raw_texts(run(job).path) == TEXTS[:200]
+    assert bucket.ranges[0][1].startswith("bytes=") and bucket.ranges[0][1] > "bytes=0"
 
 
 @ADDRESSES
