@@ -120,13 +120,14 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
 def _parquet(
     path: Path, name: str, columns: list[str], advance: Callable[[int], None]
 ) -> Iterator[tuple[str, list[Any]]]:
-    with pq.ParquetFile(path) as file:
+    # Read in pieces instead of whole row groups: those of 500 MB exist.
+    with pq.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False) as file:
         there = file.schema_arrow.names
         for column in columns:
             if column not in there:
                 raise _no_column(name, column, there)
         size, count, row = path.stat().st_size, file.metadata.num_rows, 0
-        for batch in file.iter_batches(BATCH_ROWS, columns=columns):  # one row group after the other
+        for batch in file.iter_batches(BATCH_ROWS, columns=columns):
             advance(size * (row + len(batch)) // count - size * row // count)
             for values in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
                 row += 1
