@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
+from trainer import parity
 from trainer.flops import (
     Parameter,
     core_flops_per_token,
@@ -19,7 +21,7 @@ from trainer.flops import (
 )
 from trainer.memory import Memory, training_memory
 from trainer.modelspec import ModelSpec
-from trainer.spec import OptimizerSpec
+from trainer.spec import BackendsSpec, OptimizerSpec
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _kind_and_widths(spec: ModelSpec, index: int, symbol: str) -> tuple[str, str
 
 
 def render(description: Description, console: Console) -> None:
-    """Print the layers and the totals as two tables."""
+    """Print the layers, the totals and what is known of the implementations, a table each."""
     layers = Table(title=f"Layers (training operations at {description.seq_len} tokens)")
     for title in ("layer", "kind", "widths"):
         layers.add_column(title)
@@ -144,6 +146,19 @@ def render(description: Description, console: Console) -> None:
         totals.add_row(what, value)
     console.print(layers)
     console.print(totals)
+    console.print(_backends())
+
+
+def _backends() -> Table:
+    """Which implementations `auto` may take where; a run's log says what it took on its device, and why."""
+    table = Table(title="Implementations (backends), and where parity records prove them")
+    for title in ("operation", "backend", "proven in"):
+        table.add_column(title)
+    for op, field in BackendsSpec.model_fields.items():
+        for backend in get_args(field.annotation):
+            if backend not in ("auto", "reference"):
+                table.add_row(op, backend, ", ".join(parity.device_classes(op, backend)) or "nowhere yet: unproven")
+    return table
 
 
 def _gib(size: int) -> str:

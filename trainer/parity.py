@@ -77,6 +77,11 @@ def proven(op: str, backend: str, variant: str, device_class: str, version: str 
     return bool(found) and all(found)
 
 
+def device_classes(op: str, backend: str) -> list[str]:
+    """Where some version of a backend has passed in some number format."""
+    return sorted({r.device_class for r in committed() if (r.op, r.backend) == (op, backend) and r.passed})
+
+
 def write(records: Iterable[Record], directory: Path = DIRECTORY) -> list[Path]:
     """Merge records into the files of their device classes; a rerun replaces its own rows. Returns the files."""
     by_class: dict[str, dict[tuple[str, ...], Record]] = {}

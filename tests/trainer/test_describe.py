@@ -2,6 +2,7 @@
 
 import io
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from manifests.spec import load_job
+from trainer import parity
 from trainer.describe import describe, render
 from trainer.flops import core_flops_per_token, matrix_flops_per_token, parameters
 from trainer.model.hybrid import build_model
@@ -108,4 +110,17 @@ def test_render_shows_every_layer_and_the_totals():
     render(figures, console)
     text = console.export_text()
     assert f"{figures.total:,}" in text and f"{figures.active_a1:,}" in text
-    assert text.count("experts") == 5 and "Engram" in text
+    assert text.count("experts") == 7 and "Engram" in text  # two of them are backends of the operation
+
+
+def test_render_calls_a_kernel_without_a_record_unproven(monkeypatch):
+    def lines() -> dict[str, str]:
+        console = Console(width=140, record=True, file=io.StringIO())
+        render(describe(preset_model("tiny"), 256), console)
+        rows = [[cell.strip() for cell in line.split("│")] for line in console.export_text().splitlines()]
+        return {row[2]: row[3] for row in rows if len(row) == 5 and row[1] == "attention"}
+
+    assert "cpu" in lines()["sdpa"] and lines()["flash_attn"] == "nowhere yet: unproven"
+    record = replace(parity.committed()[0], op="attention", backend="flash_attn", device_class="sm_90", passed=True)
+    monkeypatch.setattr(parity, "committed", lambda: (record,))
+    assert lines()["flash_attn"] == "sm_90" and lines()["sdpa"] == "nowhere yet: unproven"

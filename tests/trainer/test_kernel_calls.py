@@ -25,6 +25,7 @@ def stand_in(monkeypatch):
     def put(**modules: object) -> None:
         known = {name.replace("__", "."): module for name, module in modules.items()}
         monkeypatch.setattr(packages, "load", lambda name: known[name])
+        monkeypatch.setattr(packages, "_KERNELS", {})
 
     return put
 
@@ -84,9 +85,35 @@ def test_torch_varlen_gets_documents_end_to_end(stand_in, told_of_groups):
 
 
 def test_the_real_varlen_takes_what_we_pass():
-    parameters = inspect.signature(packages.load(attention_varlen.TORCH_MODULE).varlen_attn).parameters
-    assert list(parameters)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    assert "window_size" in parameters
+    signature = inspect.signature(packages.kernel(attention_varlen.TORCH).function)
+    signature.bind(*range(7), window_size=(-1, 0))
+    assert list(signature.parameters)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash_attn", "causal_conv1d"])
+def test_calls_compile_as_one_graph(stand_in, name):
+    """Imports, signatures and memory layouts are settled while compiling."""
+
+    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, 0), causal=True):
+        return query * key.shape[1] + cu_seq_q[-1] + max_q
+
+    def convolve(x, weight, bias, seq_idx):
+        return x * weight[:, :1] + seq_idx[:, None]
+
+    stand_in(
+        torch__nn__attention__varlen=SimpleNamespace(varlen_attn=attend),
+        flash_attn=SimpleNamespace(flash_attn_varlen_func=attend),
+        causal_conv1d=SimpleNamespace(causal_conv1d_fn=convolve),
+    )
+    for path in (attention_varlen.TORCH, attention_varlen.PACKAGE, conv_causal_conv1d.KERNEL):
+        assert packages.kernel_problem(path) is None  # as when backends are chosen
+    op = "conv" if name == "causal_conv1d" else "attention"
+    function = OPS[op].backends[name].function
+    for case in list(cases(op, SETTING))[-2:]:
+        run = torch.compile(lambda *t, case=case: case.call(function, list(t)), fullgraph=True, backend="eager")
+        documents = case.call.__defaults__[0]
+        _ = documents.cu_seqlens  # made before the first layer
+        torch.testing.assert_close(run(*case.inputs), case.call(function, case.inputs))
 
 
 def test_cu_seqlens_lists_the_starts_of_all_rows_and_fills_up_with_empty_documents():

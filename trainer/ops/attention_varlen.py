@@ -8,8 +8,6 @@ Legend: B rows, T positions, H query heads, K key/value heads, D head width, X =
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,25 +16,25 @@ from trainer.ops import packages
 from trainer.ops.documents import Documents
 from trainer.ops.setting import Setting
 
-TORCH_MODULE, PACKAGE = "torch.nn.attention.varlen", "flash_attn"
+TORCH, PACKAGE = "torch.nn.attention.varlen:varlen_attn", "flash_attn:flash_attn_varlen_func"
 MAX_HEAD_DIM = 256
 
 
 def attention_varlen(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents) -> Tensor:
     """See `attention_reference`; torch.nn.attention.varlen, held to FlashAttention also where torch prefers cuDNN."""
-    varlen_attn = packages.load(TORCH_MODULE).varlen_attn
+    kernel = packages.kernel(TORCH)
     # torch 2.11 takes grouped heads without being told; later versions want to be told.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    grouped = {"enable_gqa": True} if "enable_gqa" in kernel.parameters else {}
     q_XHD, k_XKD, v_XKD = (tensor.flatten(0, 1) for tensor in (q_BTHD, k_BTKD, v_BTKD))
     starts, length = documents.cu_seqlens, _longest(q_BTHD)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        y_XHD = varlen_attn(q_XHD, k_XKD, v_XKD, starts, starts, length, length, window_size=(-1, 0), **grouped)
+        y_XHD = kernel.function(q_XHD, k_XKD, v_XKD, starts, starts, length, length, window_size=(-1, 0), **grouped)
     return y_XHD.view_as(q_BTHD)
 
 
 def attention_flash_attn(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents) -> Tensor:
     """See `attention_reference`; `flash_attn_varlen_func` of the flash_attn package."""
-    attend = packages.load(PACKAGE).flash_attn_varlen_func
+    attend = packages.kernel(PACKAGE).function
     q_XHD, k_XKD, v_XKD = (tensor.flatten(0, 1) for tensor in (q_BTHD, k_BTKD, v_BTKD))
     starts, length = documents.cu_seqlens, _longest(q_BTHD)
     return attend(q_XHD, k_XKD, v_XKD, starts, starts, length, length, causal=True).view_as(q_BTHD)
@@ -48,11 +46,11 @@ def _longest(q_BTHD: Tensor) -> int:
 
 
 def varlen_unsupported(setting: Setting) -> str | None:
-    return _unfit(setting) or packages.problem(packages.load(TORCH_MODULE))
+    return _unfit(setting) or packages.kernel_problem(TORCH)
 
 
 def flash_attn_unsupported(setting: Setting) -> str | None:
-    return _unfit(setting) or packages.problem(packages.load(PACKAGE))
+    return _unfit(setting) or packages.kernel_problem(PACKAGE)
 
 
 def _unfit(setting: Setting) -> str | None:

@@ -16,14 +16,14 @@ from trainer.ops import packages
 from trainer.ops.documents import Documents
 from trainer.ops.setting import Setting
 
-MODULE = "causal_conv1d"
+KERNEL = "causal_conv1d:causal_conv1d_fn"
 
 
 def conv_causal_conv1d(
     x_BTC: Tensor, w_CK: Tensor, bias_C: Tensor | None, documents: Documents, dilation: int = 1
 ) -> Tensor:
     """See `conv_reference`. Weights stay in their own dtype, so their gradients are summed in it."""
-    kernel = packages.load(MODULE).causal_conv1d_fn
+    kernel = packages.kernel(KERNEL).function
     seq_idx_BT = documents.seq_idx_BT.to(torch.int32)
     bias_C = None if bias_C is None else bias_C.to(w_CK.dtype)
     if dilation > 1:
@@ -38,13 +38,16 @@ def unsupported(setting: Setting) -> str | None:
         return "needs a CUDA device"
     if setting.model is not None and (reason := _unfit(setting)) is not None:
         return reason
-    return packages.problem(packages.load(MODULE))
+    return packages.kernel_problem(KERNEL)
 
 
 def _unfit(setting: Setting) -> str | None:
     model = setting.model
     taps = [spec.conv_kernel for spec in [model.mamba, *model.engram] if spec]
-    widths = ([model.mamba.conv_dim] if model.mamba else []) + ([model.hidden] if model.engram else [])
+    # d_inner: where x, B, C begin in the rows of their projection, which the kernel reads 16 bytes at a time
+    widths = ([model.mamba.d_inner, model.mamba.conv_dim] if model.mamba else []) + (
+        [model.hidden] if model.engram else []
+    )
     if any(not 2 <= number <= 4 for number in taps):
         return f"takes 2 to 4 taps, the model has {max(taps)}"
     if any(width % 8 for width in widths):
@@ -55,7 +58,7 @@ def _unfit(setting: Setting) -> str | None:
 def _aligned(x_BTC: Tensor) -> Tensor:
     """x itself where its memory suits the kernel (a slice of a projection usually does), else a copy."""
     batch_stride, time_stride, channel_stride = x_BTC.stride()
-    fits = channel_stride == 1 and time_stride % 8 == 0 and batch_stride % 8 == 0 and x_BTC.data_ptr() % 16 == 0
+    fits = channel_stride == 1 and time_stride % 8 == 0 and batch_stride % 8 == 0
     return x_BTC if fits else x_BTC.contiguous()
 
 

@@ -7,10 +7,14 @@ ValueError of their own version checks), so loading catches every Exception, onc
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 
 @cache
@@ -41,6 +45,41 @@ def load_without_init(module: str) -> ModuleType | str:
         empty.__path__, empty.__spec__ = list(spec.submodule_search_locations), spec
         sys.modules[package] = empty
     return load(module)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function of a package, with the names of its parameters, which differ between versions."""
+
+    function: Callable[..., Any]
+    parameters: frozenset[str]
+
+
+# Filled while backends are chosen: torch.compile reads a dictionary, but cannot look into imports and signatures.
+_KERNELS: dict[str, Kernel] = {}
+
+
+def kernel(path: str) -> Kernel:
+    """The function `module:name`.
+
+    Raises:
+        ImportError: it cannot be loaded, which `kernel_problem` would have told.
+    """
+    if path not in _KERNELS and (reason := kernel_problem(path)) is not None:
+        raise ImportError(reason)
+    return _KERNELS[path]
+
+
+def kernel_problem(path: str) -> str | None:
+    """Load the function `module:name`; None when that succeeds, else why not."""
+    module, _, name = path.partition(":")
+    if isinstance(found := load(module), str):
+        return found
+    if not hasattr(found, name):
+        return f"{module} has no {name}"
+    function = getattr(found, name)
+    _KERNELS[path] = Kernel(function, frozenset(inspect.signature(function).parameters))
+    return None
 
 
 def problem(found: ModuleType | str) -> str | None:
