@@ -5,54 +5,67 @@
 Prints one line for each operation, backend and number format: errors of outputs and gradients and how far a
 neighbouring document reached, all relative. With --write they are merged into trainer/ops/parity/<device class>.json;
 `auto` uses a kernel on that class of device once the file is committed. Exits with 1 when a comparison failed.
+FP8 products (linear, fp8_experts) are compared with their emulation, a line for each recipe.
 Triton's kernels also run on a CPU: TRITON_INTERPRET=1 python benchmarks/parity.py --ops ssd
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from trainer.fp8 import check as fp8
 from trainer.ops import OPS, Setting
 from trainer.ops.check import compare, variants
-from trainer.parity import DIRECTORY, write
+from trainer.parity import DIRECTORY, Record, write
+
+OPERATIONS = (*OPS, *fp8.OPERATIONS)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ops", default=",".join(OPS), help=f"some of {', '.join(OPS)}")
+    parser.add_argument("--ops", default=",".join(OPERATIONS), help=f"some of {', '.join(OPERATIONS)}")
     parser.add_argument("--write", action="store_true", help="merge the records into --output")
     parser.add_argument("--output", type=Path, default=DIRECTORY, help="directory of the record files")
     arguments = parser.parse_args()
-    if unknown := set(arguments.ops.split(",")) - set(OPS):
-        parser.error(f"--ops: no operation {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
+    if unknown := set(arguments.ops.split(",")) - set(OPERATIONS):
+        parser.error(f"--ops: no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}")
 
-    device = torch.device(arguments.device)
     records = []
-    print(f"{'operation':10} {'backend':14} {'format':7} {'forward':>9} {'backward':>9} {'leak':>9} {'limit':>9}")
+    print(f"{'operation':11} {'backend':14} {'format':8} {'forward':>9} {'backward':>9} {'leak':>9} {'limit':>9}")
     for op in arguments.ops.split(","):
-        for backend in OPS[op].backends:
-            if backend == "reference":
+        for backend, outcome in outcomes(op, torch.device(arguments.device)):
+            if isinstance(outcome, str):
+                print(f"{op:11} {backend:14} not here: {outcome}")
                 continue
-            settings = list(variants(op, backend, device))
-            for setting in settings:
-                record = compare(op, backend, setting)
-                figures = (record.forward_error, record.backward_error, record.leak, record.tolerance)
-                verdict = "ok" if record.passed else "FAILED"
-                print(f"{op:10} {backend:14} {record.variant:7}", *(f"{value:9.1e}" for value in figures), verdict)
-                records.append(record)
-            if not settings:
-                print(f"{op:10} {backend:14} not here: {_why_not(op, backend, device)}")
+            figures = (outcome.forward_error, outcome.backward_error, outcome.leak, outcome.tolerance)
+            verdict = "ok" if outcome.passed else "FAILED"
+            print(f"{op:11} {backend:14} {outcome.variant:8}", *(f"{value:9.1e}" for value in figures), verdict)
+            records.append(outcome)
     if arguments.write:
         for file in write(records, arguments.output):
             print(f"wrote {file}")
     return 0 if all(record.passed for record in records) else 1
 
 
-def _why_not(op: str, backend: str, device: torch.device) -> str | None:
-    return OPS[op].backends[backend].unsupported(Setting(device, torch.bfloat16))
+def outcomes(op: str, device: torch.device) -> Iterator[tuple[str, Record | str]]:
+    """A record for each backend and format that runs here, the reason for each backend or FP8 recipe that does not."""
+    if op in fp8.OPERATIONS:
+        for implementation, options in fp8.comparisons(op):
+            reason = fp8.problem(op, options, device)
+            yield implementation, f"{options.recipe}: {reason}" if reason else fp8.compare(op, options, device)
+        return
+    for backend in OPS[op].backends:
+        if backend == "reference":
+            continue
+        settings = list(variants(op, backend, device))
+        for setting in settings:
+            yield backend, compare(op, backend, setting)
+        if not settings:
+            yield backend, OPS[op].backends[backend].unsupported(Setting(device, torch.bfloat16)) or "in no format"
 
 
 if __name__ == "__main__":

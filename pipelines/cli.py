@@ -182,6 +182,7 @@ def describe(
     job: Job,
     sets: Sets = None,
     optimizers: Annotated[bool, typer.Option("--optimizers", help="Only what trains each parameter.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Only which weights would multiply in FP8, and why.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Show a model layer by layer: shapes, parameters, FLOPs per token, memory, checkpoint size."""
@@ -191,11 +192,16 @@ def describe(
     from trainer.describe import describe as describe_model
     from trainer.describe import render as render_description
     from trainer.flops import parameters
+    from trainer.fp8 import table
     from trainer.optim import rules
 
     model = spec.train.model
     if optimizers:
         print(rules.render(rules.assign([(p.name, p.shape) for p in parameters(model)], spec.train.optimizer, model)))
+        return
+    if fp8:
+        recipe = spec.train.precision.fp8
+        table.render(table.conversion_table(model, recipe), f"{recipe.recipe} scaling", Console())
         return
     render_description(describe_model(model, spec.train.seq_len, spec.train.optimizer), Console())
 

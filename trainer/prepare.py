@@ -75,7 +75,8 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         )
         optimizers = build_optimizers(model, spec.optimizer, spec.model)
         learning_rate_factor(0, spec.steps, spec.schedule, optimizers.peak_learning_rate)
-        fp8 = convert(model, spec.model, chosen.fp8, world.device) if chosen.fp8 else None
+        proven = spec.precision.fp8.implementation == "auto"
+        fp8 = convert(model, spec.model, chosen.fp8, world.device, only_proven=proven) if chosen.fp8 else None
     backends = {name: choice.label for name, choice in model.choices.items()}
     log.info("ranks: %d on %s, %d micro-batches each per step", world.size, world.device, micro_batches)
     log.info("precision: %s (%s)", chosen.name, chosen.reason)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from trainer import parity
 from trainer.fp8 import te
 from trainer.fp8.experts import Fp8Grouped, experts_fp8, experts_problem
 from trainer.fp8.linear import Fp8Linear, Recipe
@@ -17,6 +18,7 @@ from trainer.fp8.table import conversion_table, share, summary
 from trainer.model.hybrid import HybridModel
 from trainer.model.moe import Moe
 from trainer.modelspec import ModelSpec
+from trainer.ops import Setting
 from trainer.spec import Fp8Spec
 
 log = logging.getLogger(__name__)
@@ -31,15 +33,25 @@ def recipe_of(fp8: Fp8Spec) -> Recipe:
     return Recipe(fp8.recipe, E4M3, gradient, fp8.margin, fp8.implementation)
 
 
-def convert(model: HybridModel, spec: ModelSpec, fp8: Fp8Spec, device: torch.device) -> Fp8State | te.TeState:
+def convert(
+    model: HybridModel, spec: ModelSpec, fp8: Fp8Spec, device: torch.device, *, only_proven: bool
+) -> Fp8State | te.TeState:
     """Convert what the table says, print it, and return the state of all products.
+
+    Args:
+        only_proven: the implementation was chosen by its parity record, so the experts' products need theirs too.
 
     Raises:
         ValueError: nothing in this model can be converted.
     """
     recipe = recipe_of(fp8)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    table = conversion_table(spec, fp8, experts_problem(recipe, model.choices["experts"].name, capability))
+    problem = experts_problem(recipe, model.choices["experts"].name, capability)
+    if only_proven and not problem:
+        version, where = parity.package_version("torch"), Setting(device).device_class
+        if not parity.proven("fp8_experts", recipe.implementation, recipe.scaling, where, version):
+            problem = f"grouped FP8 products of torch {version} are unproven on {where}"
+    table = conversion_table(spec, fp8, problem)
     chosen = [row for row in table if row.converted]
     if not chosen:
         reasons = "; ".join(sorted({row.reason for row in table if row.active}))

@@ -64,10 +64,10 @@ def compare(op: str, backend: str, setting: Setting) -> Record:
     with launchable(setting):
         for case in cases(op, setting):
             found, expected = _values(chosen.function, case), _values(reference, case, wide=True)
-            errors = [_difference(mine, theirs) for mine, theirs in zip(found, expected, strict=True)]
-            forward, backward = _worst(forward, errors[0]), _worst(backward, *errors[1:])
+            errors = [difference(mine, theirs) for mine, theirs in zip(found, expected, strict=True)]
+            forward, backward = worst(forward, errors[0]), worst(backward, *errors[1:])
             if case.start is not None:
-                leak = _worst(leak, _leak(chosen.function, case))
+                leak = worst(leak, _leak(chosen.function, case))
     tf32 = setting.variant == "fp32" and setting.device.type == "cuda" and not chosen.portable
     tolerance = TF32_TOLERANCE if tf32 else TOLERANCE[setting.variant]
     return Record(
@@ -129,7 +129,7 @@ def _values(function: Function, case: Case, *, wide: bool = False, start: int = 
     return [output.detach().float(), *(leaf.grad.float() for leaf in leaves)]
 
 
-def _worst(*errors: float) -> float:
+def worst(*errors: float) -> float:
     """The largest; a NaN is the worst of all."""
     return max(math.inf if math.isnan(error) else error for error in errors)
 
@@ -142,14 +142,14 @@ def _leak(function: Function, case: Case) -> float:
         tensor[:, :start] *= noise.to(tensor)
     before = _values(function, case, start=start)
     after = _values(function, Case(case.name, other, case.call), start=start)
-    moved = _difference(after[0][:, start:], before[0][:, start:])
+    moved = difference(after[0][:, start:], before[0][:, start:])
     for index, (mine, theirs) in enumerate(zip(after[1:], before[1:], strict=True)):
         since = start if index < case.by_position else 0
-        moved = _worst(moved, _difference(mine[:, since:] if since else mine, theirs[:, since:] if since else theirs))
+        moved = worst(moved, difference(mine[:, since:] if since else mine, theirs[:, since:] if since else theirs))
     return moved
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def difference(found: Tensor, expected: Tensor) -> float:
     """Largest |difference| over the largest |expected|; inputs are around 1, so what is all but zero counts as 0.1."""
     return (found - expected).abs().max().item() / max(expected.abs().max().item(), 0.1)
 
