@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from manifests.dataspec import DataSpec, FilesSource, HygieneSpec, Name
 from trainer.modelspec import Count, ModelSpec
+from trainer.parallel.layout import Layout
 from trainer.spec import (
     BackendsSpec,
     BatchSpec,
@@ -173,22 +174,41 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _ranks_can_share_the_model(self) -> Self:
-        from trainer.memory import choose_layout, training_memory  # reads what most users of a spec never need
+        from trainer.memory import step_memory  # reads what most users of a spec never need
+
+        train, cluster = self.train, self.cluster
+        layout = self.layout()
+        if not cluster.gpus_per_node:
+            return self
+        memory = step_memory(self.train_spec(), layout)
+        if memory.total > cluster.gpu_memory_gib * 2**30:
+            if memory.state + memory.reserved > cluster.gpu_memory_gib * 2**30:
+                remedy = "use more or larger GPUs, train.parallel.data fsdp, or a smaller train.model"
+            else:
+                remedy = (
+                    f"lower train.batch.micro_batch_rows {train.batch.micro_batch_rows}, or write "
+                    "train.runtime.activation_checkpointing selective or full"
+                )
+            raise ValueError(
+                f"cluster.gpu_memory_gib {cluster.gpu_memory_gib:g} is too little: weights, gradients and optimizer "
+                f"state take {memory.state / 2**30:.1f} GiB on each GPU ({layout}), activations of a micro-batch "
+                f"{memory.activations / 2**30:.1f} GiB, copies and reserve "
+                f"{(memory.copies + memory.reserved) / 2**30:.1f} GiB; raise it if the GPUs have more, else {remedy}"
+            )
+        return self
+
+    def layout(self) -> Layout:
+        """How the job's ranks share the model.
+
+        Raises:
+            ValueError: no such mesh exists.
+        """
+        from trainer.memory import choose_layout
 
         train, cluster = self.train, self.cluster
         gpu_bytes = cluster.gpu_memory_gib * 2**30 if cluster.gpus_per_node else None
         ranks = (cluster.world_size, cluster.ranks_per_node)
-        layout = choose_layout(train.parallel, train.model, train.optimizer, *ranks, gpu_bytes)
-        if gpu_bytes is None:
-            return self
-        needed = training_memory(train.model, train.optimizer, layout).total
-        if needed > gpu_bytes:
-            raise ValueError(
-                f"cluster.gpu_memory_gib {cluster.gpu_memory_gib:g} is too little: weights, gradients and optimizer "
-                f"state take {needed / 2**30:.1f} GiB on each GPU ({layout}), before activations; raise it if the GPUs "
-                "have more, else use more or larger GPUs, train.parallel.data fsdp, or a smaller train.model"
-            )
-        return self
+        return choose_layout(train.parallel, train.model, train.optimizer, *ranks, gpu_bytes)
 
     # Keys of the stages: a pure function of the spec, so that a manifest can be rendered before any data exists.
     def byte_budget(self, name: str) -> int | None:

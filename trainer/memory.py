@@ -1,4 +1,4 @@
-"""Bytes that training keeps on each rank, by arithmetic; activations come on top. Imports no torch.
+"""Bytes that training takes on each rank, by arithmetic. Imports no torch.
 
 Weights and gradients are FP32, whatever precision the matrix products have; optimizer state is what its spec says.
 """
@@ -6,30 +6,46 @@ Weights and gradients are FP32, whatever precision the matrix products have; opt
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from trainer.activations import WIDTHS, activations
 from trainer.flops import Parameter, parameters
 from trainer.modelspec import ModelSpec
 from trainer.optim.rules import STATE_BYTES, assign
 from trainer.parallel.layout import Layout, is_expert_weight, resolve
-from trainer.spec import OptimizerSpec, ParallelSpec
+from trainer.spec import OptimizerSpec, ParallelSpec, TrainSpec
 
 FP32_BYTES = 4
+RESERVED_BYTES = 2 * 2**30
 SHARDED_ABOVE = 0.5  # of a GPU's memory: where ddp's state leaves less than half for activations, auto takes fsdp
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank; `gathered` is what FSDP puts together for a moment, layer by layer."""
+    """Bytes on the fullest rank.
+
+    Attributes:
+        gathered: what FSDP puts together for a moment, layer by layer.
+        copies: of weights in the dtype of the matrix products, which autocast keeps from forward to backward pass.
+        activations: of one micro-batch at their most.
+        reserved: CUDA's context, workspaces of libraries, temporaries of head and optimizer, fragmentation.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     gathered: int = 0
+    copies: int = 0
+    activations: int = 0
+    reserved: int = 0
+
+    @property
+    def state(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.gathered
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.gathered
+        return self.state + self.copies + self.activations + self.reserved
 
 
 def training_memory(spec: ModelSpec, optimizer: OptimizerSpec | None = None, layout: Layout | None = None) -> Memory:
@@ -49,6 +65,23 @@ def training_memory(spec: ModelSpec, optimizer: OptimizerSpec | None = None, lay
         whole_state += held_state if divided else 0
     state += -(-whole_state // layout.world)
     return Memory(weights, weights, state, _gathered(everything, layout))
+
+
+def step_memory(spec: TrainSpec, layout: Layout | None = None) -> Memory:
+    """What one training step takes on a GPU at its most; `precision.dtype` auto counts as BF16."""
+    layout = layout or Layout()
+    model, precision = spec.model, "bf16" if spec.precision.dtype == "auto" else spec.precision.dtype
+    found = activations(model, spec.tokens.seq_len, spec.runtime.activation_checkpointing, precision)
+    # Experts, router and head are cast where they are used and nothing of it stays; FSDP drops copies with its layers.
+    cast_once = {"up_EFD", "down_EDF", "router.weight", "head.weight"}
+    linear = [p for p in parameters(model) if p.multiplies and not p.name.endswith(tuple(cast_once))]
+    narrow = precision != "fp32" and layout.data == "ddp"
+    return replace(
+        training_memory(model, spec.optimizer, layout),
+        copies=WIDTHS[precision].product * sum(p.count for p in linear) if narrow else 0,
+        activations=found.peak * spec.batch.micro_batch_rows * spec.tokens.seq_len,
+        reserved=RESERVED_BYTES,
+    )
 
 
 def _gathered(everything: list[Parameter], layout: Layout) -> int:
