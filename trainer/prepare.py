@@ -25,6 +25,7 @@ from trainer.fp8.convert import convert
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
 from trainer.model import recompute
+from trainer.model.compiling import compile_layers
 from trainer.model.engram import token_classes
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.optim import Optimizers, build_optimizers, learning_rate_factor
@@ -142,7 +143,7 @@ def wrap(model: HybridModel, spec: TrainSpec, world: World) -> nn.Module:
     """The model as it is called: compiled if the spec says so, in DDP when there are several ranks."""
     recompute.set_policy(model, spec.runtime.activation_checkpointing)
     if spec.runtime.compile:
-        model.compile()
+        compile_layers(model)
     if world.size == 1:
         return model
     on_cpu = world.device.type == "cpu"

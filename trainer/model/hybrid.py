@@ -133,8 +133,8 @@ class HybridModel(nn.Module):
             seq_idx_BT: int document ids; positions with different ids in a row do not see each other.
             labels_BT: int64 next tokens, -100 where nothing is to be predicted; None asks for logits instead.
         """
-        documents = Documents(seq_idx_BT)
         x_BTD = self.embedding(ids_BT)
+        documents = self._documents(seq_idx_BT, compute_dtype(x_BTD))
         if compute_dtype(x_BTD) == torch.bfloat16:
             x_BTD = x_BTD.bfloat16()  # as Megatron does; FP16 keeps an FP32 stream, its range is too narrow for one
         aux_sum = torch.zeros((), dtype=torch.float32, device=ids_BT.device)
@@ -169,6 +169,22 @@ class HybridModel(nn.Module):
     def _readout(self, norm: RMSNorm, x_BTD: Tensor) -> Tensor:
         """What the head multiplies."""
         return norm(x_BTD) * mup.output_factor(self.spec) if self.spec.mup else norm(x_BTD)
+
+    def _documents(self, seq_idx_BT: Tensor, dtype: torch.dtype) -> Documents:
+        """With everything that the layers will ask for, before the first of them does."""
+        spec, documents = self.spec, Documents(seq_idx_BT)
+        taps = [(1, spec.mamba.conv_kernel)] if spec.mamba else []
+        taps += [tap for e in spec.engram for tap in ((e.max_order, e.conv_kernel), (1, e.max_order))]
+        shifts = {k * dilation for dilation, kernel in taps for k in range(1, kernel)}
+        attends = spec.attention is not None and "*" in "".join([*spec.layers, spec.mtp.layer if spec.mtp else ""])
+        by_document = self.choices["attention"].name in ("flash_attn", "varlen") if self.choices else False
+        documents.prepare(
+            sorted(shifts),
+            mask=dtype if attends and not by_document else None,
+            positions=attends and spec.attention.rope_theta is not None,
+            starts=attends and by_document,
+        )
+        return documents
 
     def _cross_entropy(self, h_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         return cross_entropy_sum(h_BTD.flatten(0, 1), self.head.weight, labels_BT.flatten())

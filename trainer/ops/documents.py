@@ -9,6 +9,7 @@ Legend: B rows, T positions of a row.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
@@ -40,6 +41,19 @@ class Documents:
             )
             self._same[shift] = same_BT
         return self._same[shift]
+
+    def prepare(self, shifts: Iterable[int], *, mask: torch.dtype | None, positions: bool, starts: bool) -> None:
+        """Derive now what layers will ask for: a compiled layer may read these, new ones would compile it again.
+
+        Args:
+            shifts: of `same_BT`; mask: dtype of `added_mask_B1TT`, None for none; positions, starts: whether
+            `position_BT` and `cu_seqlens` are wanted.
+        """
+        for shift in shifts:
+            self.same_BT(shift)
+        if mask is not None:
+            self.added_mask_B1TT(mask)
+        _ = positions and self.position_BT, starts and self.cu_seqlens
 
     @cached_property
     def causal_mask_BTT(self) -> Tensor:

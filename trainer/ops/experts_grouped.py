@@ -5,9 +5,9 @@ hidden layer before its activation. Copies, activations and casts of the weights
 The weights of the copies multiply the hidden layer instead of the output: it is narrower, and the copies of a token
 then only add up.
 
-On a GPU, and under torch.compile, the products are torch's grouped ones. On a CPU they are a loop over experts, whose
+On a GPU the products are torch's grouped ones. On a CPU they are a loop over experts, whose
 small matrices stay in the cache; where the CPU has no BF16 instructions it multiplies BF16 numbers as FP32, which
-gives the same products and sums several times faster.
+gives the same products and sums, several times faster.
 
 Legend as in `trainer.ops.experts`; O outputs and I inputs of a projection.
 """
@@ -51,10 +51,9 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         top_k, dtype = weight_SK.shape[1], x_SD.dtype
         with torch.autocast(x_SD.device.type, enabled=False):
-            multiply = _Products(ends_E, dtype)
-            before_RF = multiply.by(x_SD.index_select(0, order_R // top_k), up_EFD)
+            before_RF = _by_expert(x_SD.index_select(0, order_R // top_k), up_EFD, ends_E)
             hidden_RF = _activate(before_RF, _in_order(weight_SK, order_R, dtype))
-            y_RD = multiply.by(hidden_RF, down_EDF)
+            y_RD = _by_expert(hidden_RF, down_EDF, ends_E)
         ctx.save_for_backward(x_SD, up_EFD, down_EDF, weight_SK, order_R, place_R, ends_E, before_RF)
         return _sums(y_RD, place_R, top_k)
 
@@ -64,18 +63,17 @@ class _Experts(torch.autograd.Function):
         x_SD, up_EFD, down_EDF, weight_SK, order_R, place_R, ends_E, before_RF = ctx.saved_tensors
         top_k, dtype = weight_SK.shape[1], x_SD.dtype
         with torch.autocast(x_SD.device.type, enabled=False):
-            multiply = _Products(ends_E, dtype)
             token_R = order_R // top_k
             grad_RD = grad_SD.to(dtype).index_select(0, token_R)
             weight_R1 = _in_order(weight_SK, order_R, dtype)
-            grad_hidden_RF = multiply.by(grad_RD, down_EDF, transposed=True)
-            grad_down_EDF = multiply.outer(grad_RD, _activate(before_RF, weight_R1))
+            grad_hidden_RF = _by_expert(grad_RD, down_EDF, ends_E, transposed=True)
+            grad_down_EDF = _outer(grad_RD, _activate(before_RF, weight_R1), ends_E)
             positive_RF = F.relu(before_RF)
             slope_RF = grad_hidden_RF * positive_RF  # of the hidden layer, less the factors 2 and weight
             grad_weight_R = (slope_RF.float() * positive_RF).sum(1)
             grad_before_RF = slope_RF.mul_(2 * weight_R1)
-            grad_x_RD = multiply.by(grad_before_RF, up_EFD, transposed=True)
-            grad_up_EFD = multiply.outer(grad_before_RF, x_SD.index_select(0, token_R))
+            grad_x_RD = _by_expert(grad_before_RF, up_EFD, ends_E, transposed=True)
+            grad_up_EFD = _outer(grad_before_RF, x_SD.index_select(0, token_R), ends_E)
         return (
             _sums(grad_x_RD, place_R, top_k),
             grad_up_EFD.to(up_EFD.dtype),
@@ -87,42 +85,61 @@ class _Experts(torch.autograd.Function):
         )
 
 
-class _Products:
-    """Matrix products of rows sorted by expert, which end at `ends_E`, with the matrix of their expert."""
+def _by_expert(a_RI: Tensor, w_EOI: Tensor, ends_E: Tensor, *, transposed: bool = False) -> Tensor:
+    """a · wᵀ with the matrix of each row's expert, [R, O]; with `transposed` a [R, O] is multiplied by w itself."""
+    if a_RI.device.type == "cpu":
+        return torch.ops.yaongi.by_expert(a_RI, w_EOI, ends_E, transposed)
+    w_EOI = w_EOI.to(a_RI.dtype)
+    return F.grouped_mm(a_RI, w_EOI if transposed else w_EOI.transpose(1, 2), offs=ends_E)
 
-    def __init__(self, ends_E: Tensor, dtype: torch.dtype) -> None:
-        self.ends_E, self.dtype = ends_E, dtype
-        self.loop = ends_E.device.type == "cpu" and not torch.compiler.is_compiling()
-        if self.loop:
-            ends = ends_E.tolist()
-            self.rows = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-            self.inside = torch.float32 if dtype == torch.bfloat16 and not _cpu_multiplies_bf16() else dtype
 
-    def by(self, a_RI: Tensor, w_EOI: Tensor, *, transposed: bool = False) -> Tensor:
-        """a · wᵀ for each row's expert, [R, O]; with `transposed` a [R, O] is multiplied by w itself."""
-        if not self.loop:
-            w_EOI = w_EOI.to(self.dtype)
-            return F.grouped_mm(a_RI, w_EOI if transposed else w_EOI.transpose(1, 2), offs=self.ends_E)
-        y_RO = a_RI.new_empty(a_RI.shape[0], w_EOI.shape[2 if transposed else 1])
-        for rows, w_OI in zip(self.rows, w_EOI.unbind(), strict=True):
-            w_OI = w_OI.to(self.dtype).to(self.inside)
-            self._into(y_RO[rows], a_RI[rows], w_OI if transposed else w_OI.T)
-        return y_RO
+def _outer(a_RO: Tensor, b_RI: Tensor, ends_E: Tensor) -> Tensor:
+    """aᵀ · b over the rows of each expert, [E, O, I]."""
+    if a_RO.device.type == "cpu":
+        return torch.ops.yaongi.outer(a_RO, b_RI, ends_E)
+    return F.grouped_mm(a_RO.transpose(0, 1), b_RI, offs=ends_E)
 
-    def outer(self, a_RO: Tensor, b_RI: Tensor) -> Tensor:
-        """aᵀ · b over the rows of each expert, [E, O, I]."""
-        if not self.loop:
-            return F.grouped_mm(a_RO.transpose(0, 1), b_RI, offs=self.ends_E)
-        y_EOI = a_RO.new_empty(len(self.rows), a_RO.shape[1], b_RI.shape[1])
-        for rows, y_OI in zip(self.rows, y_EOI.unbind(), strict=True):
-            self._into(y_OI, a_RO[rows].T, b_RI[rows])
-        return y_EOI
 
-    def _into(self, out: Tensor, left: Tensor, right: Tensor) -> None:
-        if self.inside == self.dtype:
-            torch.mm(left, right, out=out)
-        else:
-            out.copy_(left.to(self.inside) @ right.to(self.inside))
+# Operations of their own, so that torch.compile leaves the loops alone; torch's grouped product compiles in BF16 only.
+@torch.library.custom_op(
+    "yaongi::by_expert", mutates_args=(), schema="(Tensor a, Tensor w, Tensor ends, bool transposed) -> Tensor"
+)
+def _by_expert_cpu(a_RI: Tensor, w_EOI: Tensor, ends_E: Tensor, transposed: bool) -> Tensor:
+    y_RO = a_RI.new_empty(a_RI.shape[0], w_EOI.shape[2 if transposed else 1])
+    for rows, w_OI in zip(_rows(ends_E), w_EOI.unbind(), strict=True):
+        w_OI = w_OI.to(a_RI.dtype)
+        _multiply(a_RI[rows], w_OI if transposed else w_OI.T, y_RO[rows])
+    return y_RO
+
+
+@_by_expert_cpu.register_fake
+def _(a_RI: Tensor, w_EOI: Tensor, ends_E: Tensor, transposed: bool) -> Tensor:
+    return a_RI.new_empty(a_RI.shape[0], w_EOI.shape[2 if transposed else 1])
+
+
+@torch.library.custom_op("yaongi::outer", mutates_args=(), schema="(Tensor a, Tensor b, Tensor ends) -> Tensor")
+def _outer_cpu(a_RO: Tensor, b_RI: Tensor, ends_E: Tensor) -> Tensor:
+    y_EOI = a_RO.new_empty(ends_E.numel(), a_RO.shape[1], b_RI.shape[1])
+    for rows, y_OI in zip(_rows(ends_E), y_EOI.unbind(), strict=True):
+        _multiply(a_RO[rows].T, b_RI[rows], y_OI)
+    return y_EOI
+
+
+@_outer_cpu.register_fake
+def _(a_RO: Tensor, b_RI: Tensor, ends_E: Tensor) -> Tensor:
+    return a_RO.new_empty(ends_E.numel(), a_RO.shape[1], b_RI.shape[1])
+
+
+def _rows(ends_E: Tensor) -> list[slice]:
+    ends = ends_E.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    if left.dtype == torch.bfloat16 and not _cpu_multiplies_bf16():
+        out.copy_(left.float() @ right.float())
+    else:
+        torch.mm(left, right, out=out)
 
 
 def _in_order(weight_SK: Tensor, order_R: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,212 @@
+"""One training step of a preset on a GPU: tokens/s, MFU, peak memory, and what the time goes to.
+
+    python benchmarks/train_step.py [--preset h100-4b] [--tokens 8192,16384] [--precision bf16,fp8:current]
+        [--recompute none,selective] [--compile] [--memory-fraction 0.553] [--out benchmarks/results/train_step.json]
+
+Micro-batches of packed random documents and the optimizer step are timed apart; a step of the preset's size is so many
+micro-batches and one optimizer step. MFU counts the operations of `trainer.flops` (nothing recomputed) against the
+dense BF16 peak of the device, whatever the precision. `--memory-fraction 0.553` (78 of 141 GB) proves on an H200 what
+fits an 80 GB GPU; a run that does not fit is a result too. Without a GPU it runs on the CPU, which shows that it runs.
+"""
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from manifests.spec import JobTrainSpec, load_job
+from trainer import precision
+from trainer.activations import activations
+from trainer.data.manifest import atomic_write
+from trainer.distributed import pick_device
+from trainer.flops import flops_per_token
+from trainer.fp8.convert import convert
+from trainer.model.compiling import compile_layers
+from trainer.model.hybrid import build_model
+from trainer.model.recompute import set_policy
+from trainer.optim import build_optimizers
+from trainer.recorder import peak_flops
+from trainer.spec import PrecisionSpec, RuntimeSpec
+from trainer.specbase import parse
+
+TOP_KERNELS = 15
+MEAN_DOCUMENT = 512  # tokens
+
+
+@dataclass
+class Result:
+    """One combination; `problem` in place of figures where it could not run. Bytes and seconds."""
+
+    tokens: int
+    precision: str
+    recompute: str
+    compiled: bool
+    micro_batch_seconds: float | None = None
+    optimizer_seconds: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    peak_bytes: int | None = None
+    activation_bytes_by_arithmetic: int | None = None
+    backends: dict[str, str] = field(default_factory=dict)
+    kernels: list[tuple[str, float, int]] = field(default_factory=list)  # name, share of the device's time, calls
+    problem: str | None = None
+
+
+def packed_rows(vocab_size: int, rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, document ids and labels of one micro-batch."""
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(0, vocab_size, (rows, length), generator=generator)
+    seq_idx_BT = (torch.rand(rows, length, generator=generator) < 1 / MEAN_DOCUMENT).int().cumsum(1, dtype=torch.int32)
+    return ids_BT.to(device), seq_idx_BT.to(device), ids_BT.roll(-1, dims=1).to(device)
+
+
+def seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Mean after one call that is not counted."""
+    run()
+    synchronise(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    synchronise(device)
+    return (time.perf_counter() - started) / repeats
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def top_kernels(run: Callable[[], object], device: torch.device) -> list[tuple[str, float, int]]:
+    """Those that take most of the device's time."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+        run()
+        synchronise(device)
+    times = [
+        (event.key, event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
+        for event in profiled.key_averages()
+    ]
+    whole = sum(spent for _name, spent, _count in times)
+    times.sort(key=lambda entry: -entry[1])
+    return [(name, spent / whole, count) for name, spent, count in times[:TOP_KERNELS]]
+
+
+def measure(train: JobTrainSpec, result: Result, device: torch.device, repeats: int) -> None:
+    """Fill in the figures of one combination. Raises ValueError or torch.OutOfMemoryError where it cannot run."""
+    name, _, recipe = result.precision.partition(":")
+    fp8 = {"recipe": recipe, "implementation": "torch" if device.type == "cuda" else "emulated"} if recipe else {}
+    chosen = precision.resolve(parse(PrecisionSpec, {"dtype": name, "fp8": fp8}), precision.device_capability(device))
+    rows = max(1, result.tokens // train.seq_len)
+    batch = packed_rows(train.model.vocab_size, rows, result.tokens // rows, device)
+    model = build_model(
+        train.model,
+        train.backends,
+        device=device,
+        dtype=chosen.autocast_dtype,
+        seed=0,
+        token_classes=list(range(train.model.vocab_size)),
+    )
+    optimizers = build_optimizers(model, train.optimizer, train.model)
+    state = convert(model, train.model, chosen.fp8, device) if chosen.fp8 else None
+    set_policy(model, parse(RuntimeSpec, {"activation_checkpointing": result.recompute}).activation_checkpointing)
+    if result.compiled:
+        compile_layers(model)
+    result.backends = {op: choice.label for op, choice in model.choices.items()}
+
+    def micro_batch() -> None:
+        with chosen.autocast(device.type):
+            output = model(*batch)
+        ((output.ce_sum + train.model.mtp_factor * output.mtp_ce_sum_K.sum()) / result.tokens).backward()
+
+    def update() -> None:
+        optimizers.step()
+        if state is not None:
+            state.finish_step()
+
+    result.micro_batch_seconds = seconds(micro_batch, repeats, device)
+    result.optimizer_seconds = seconds(update, 1, device)
+    result.kernels = top_kernels(micro_batch, device)
+    per_step = train.batch.tokens_per_step
+    step_seconds = per_step / result.tokens * result.micro_batch_seconds + result.optimizer_seconds
+    result.tokens_per_second = per_step / step_seconds
+    if (peak := peak_flops(device)) is not None:
+        result.mfu = flops_per_token(train.model, train.seq_len) * result.tokens_per_second / peak
+    by_token = activations(train.model, train.seq_len, result.recompute, chosen.name).peak
+    result.activation_bytes_by_arithmetic = by_token * result.tokens
+    if device.type == "cuda":
+        result.peak_bytes = torch.cuda.max_memory_allocated(device)
+
+
+def run(train: JobTrainSpec, result: Result, device: torch.device, repeats: int) -> None:
+    """`measure`, with what keeps it from running as a result, and nothing left behind for the next one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        measure(train, result, device, repeats)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        result.problem = str(error).splitlines()[0]
+    gc.collect()
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def show(result: Result) -> None:
+    what = f"{result.tokens} tokens, {result.precision}, recompute {result.recompute}"
+    print(f"{what}{', compiled' if result.compiled else ''}")
+    if result.problem:
+        print(f"  does not run: {result.problem}")
+        return
+    mfu = "no peak known" if result.mfu is None else f"MFU {result.mfu:.1%}"
+    peak = "not measured" if result.peak_bytes is None else f"{result.peak_bytes / 1e9:.1f} GB"
+    print(f"  {result.tokens_per_second:,.0f} tokens/s, {mfu}, peak memory {peak}")
+    print(f"  {result.micro_batch_seconds:.3f} s a micro-batch, {result.optimizer_seconds:.3f} s an optimizer step")
+    print(f"  {', '.join(f'{op}: {backend}' for op, backend in result.backends.items())}")
+    for kernel, share, count in result.kernels:
+        print(f"  {share:6.1%} {count:6d} × {kernel[:100]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="h100-4b", help="a preset's name or a job file")
+    parser.add_argument("--tokens", default="8192,16384", help="of a micro-batch")
+    parser.add_argument("--precision", default="bf16", help="bf16, fp32, fp16, fp8:delayed, fp8:current, fp8:block128")
+    parser.add_argument("--recompute", default="none,selective", help="none, selective, full")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5, help="micro-batches timed")
+    parser.add_argument("--memory-fraction", type=float, help="of the GPU's memory that may be used")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_step.json"))
+    arguments = parser.parse_args()
+
+    train, device = load_job(arguments.preset).train, pick_device("auto")
+    if arguments.memory_fraction and device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(arguments.memory_fraction, device)
+    results = []
+    lists = (arguments.tokens, arguments.precision, arguments.recompute)
+    for tokens, wanted, policy in product(*(values.split(",") for values in lists)):
+        result = Result(int(tokens), wanted, policy, arguments.compile)
+        run(train, result, device, arguments.repeats)
+        show(result)
+        results.append(asdict(result))
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    report = {
+        "preset": arguments.preset,
+        "device": device_name,
+        "torch": torch.__version__,
+        "memory_fraction": arguments.memory_fraction,
+        "results": results,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(arguments.out, json.dumps(report, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()

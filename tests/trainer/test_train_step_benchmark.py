@@ -1,0 +1,35 @@
+"""The benchmark of a training step does on a CPU what it will do on a GPU."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    spec = importlib.util.spec_from_file_location("train_step", FILE)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_step", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_figures_and_problems_are_written_for_each_combination(benchmark, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "results" / "step.json"
+    arguments = "--preset tiny --tokens 64 --precision fp32,fp8:delayed,fp8:half --recompute selective --repeats 1"
+    monkeypatch.setattr(sys, "argv", ["train_step", *arguments.split(), "--out", str(out)])
+    monkeypatch.setattr(benchmark, "pick_device", lambda _wanted: benchmark.torch.device("cpu"))
+    benchmark.main()
+    fp32, fp8, unknown = json.loads(out.read_text())["results"]
+    for result in (fp32, fp8):
+        assert result["problem"] is None and len(result["kernels"]) == benchmark.TOP_KERNELS
+        # 4096 tokens a step are 64 micro-batches and one update
+        seconds = 64 * result["micro_batch_seconds"] + result["optimizer_seconds"]
+        assert result["tokens_per_second"] == pytest.approx(4096 / seconds)
+    assert "half" in unknown["problem"] and unknown["tokens_per_second"] is None
+    assert fp32["mfu"] is None and "does not run" in capsys.readouterr().out
