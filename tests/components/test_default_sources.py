@@ -73,7 +73,7 @@ def test_the_mix_is_what_the_request_says_and_can_be_filled(preset: str) -> None
     assert tokens == pytest.approx(15e9, rel=1e-3)
     for source in loaded.data.sources.values():
         assert source.available_tokens and source.weight * tokens <= source.available_tokens * source.max_epochs
-    assert loaded.data.synthetic_share == pytest.approx(0.21)
+    assert loaded.data.synthetic_share(tokens) == pytest.approx(0.21)
 
 
 def test_chat_markup_consists_of_the_tokenizers_special_tokens() -> None:
