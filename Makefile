@@ -6,10 +6,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 UV_VERSION := 0.13.9
 UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
-FAST := not slow and not e2e and not gpu and not kernels
+FAST := not slow and not e2e and not gpu and not kernels and not peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint test-slow test-gpu test-kernels images e2e gen lock
+.PHONY: help setup run test lint test-slow test-gpu test-kernels test-peers images e2e gen lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ test: lint ## everything that needs neither a cluster nor a GPU, nor more than a
 	$(BIN)/pytest -m "$(FAST)"
 
 test-slow: setup ## the long tests
-	$(BIN)/pytest -m "slow and not e2e and not gpu and not kernels"
+	$(BIN)/pytest -m "slow and not e2e and not gpu and not kernels and not peers"
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
@@ -36,6 +36,15 @@ test-gpu: setup ## the tests that need a CUDA device
 TE_WHEEL ?=
 test-kernels: .venv-kernels/.ready ## use of Transformer Engine and mamba_ssm against the real ones, without a GPU; TE_WHEEL=file saves 20 min
 	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest -m kernels tests/kernels
+
+test-peers: .venv-peers/.ready ## token files against megatron-core's reader and writer, in an environment of their own (3 GB)
+	.venv-peers/bin/python -m pytest -m peers tests/peers
+
+.venv-peers/.ready: requirements-peers.txt | $(UV)
+	$(CHECK_PYTHON)
+	$(UV) venv --quiet --clear --no-python-downloads --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv-peers
+	$(UV) pip install --quiet --python .venv-peers/bin/python -r requirements-peers.txt
+	@touch $@
 
 # The registry has Transformer Engine for torch as source only: 20 minutes, a CUDA toolkit (CUDA_HOME), and the headers
 # of cuDNN, NCCL and NVSHMEM (CPATH).

@@ -44,13 +44,24 @@ from trainer.specbase import Spec, SpecError, canonical_digest, deep_merge, pars
 PRESETS = files("manifests") / "presets"
 BYTES_PER_TOKEN = 5  # UTF-8 bytes of text that one token stands for, rounded up over the domains
 DOWNLOAD_MARGIN = 1.2
+VOCAB_MULTIPLE = 128
 
 
 class TokenizerSpec(Spec):
-    """Byte-level BPE; `vocab_size` includes the special tokens and equals model.vocab_size."""
+    """Byte-level BPE; `vocab_size` includes special tokens and padding and equals model.vocab_size."""
 
     vocab_size: Count
     sample_bytes: Count = 200_000_000
+
+    @model_validator(mode="after")
+    def _is_padded(self) -> Self:
+        padded = -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        if padded != self.vocab_size:
+            raise ValueError(
+                f"vocab_size {self.vocab_size} is no multiple of {VOCAB_MULTIPLE}, which the matrix products of the "
+                f"head want on a GPU; make it and train.model.vocab_size {padded}, reserved tokens fill it up"
+            )
+        return self
 
 
 class ShardsSpec(Spec):

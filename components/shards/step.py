@@ -234,17 +234,21 @@ def _ready(job: JobSpec, work: _Work, units: Sequence[Unit]) -> Iterator[Workers
     first = units[0].number if units else 0
     with (
         alone_on(work.directory / UNITS_DIR, "making shards", first, len(units)),
-        _full_volume_explained(work.directory),
+        _volume_explained(work.directory),
         Workers(job.shards.workers) as workers,
     ):
         yield workers
 
 
 @contextmanager
-def _full_volume_explained(directory: Path) -> Iterator[None]:
+def _volume_explained(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            raise OSError(f"{directory}: the volume is full; make room and run again, what is done stays") from None
+        if error.filename is None:
             raise
-        raise OSError(f"{directory}: the volume is full; make room and run again, what is done stays") from None
+        raise DataError(
+            f"{error.filename}: {error.strerror}; check the volume and run again, what is done stays"
+        ) from None

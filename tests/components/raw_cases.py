@@ -22,8 +22,8 @@ def small_job(directory: Path, changes: dict[str, Any] | None = None) -> JobSpec
     base: dict[str, Any] = {
         "preset": "tiny",
         "data": {"heldout_fraction": 0.1},
-        "tokenizer": {"vocab_size": 600},
-        "train": {"model": {"vocab_size": 600}},
+        "tokenizer": {"vocab_size": 640},
+        "train": {"model": {"vocab_size": 640}},
         "shards": {"unit_bytes": 4096, "max_shard_bytes": 65536, "workers": 1},
         "storage": {"datasets_dir": str(directory), "checkpoints_dir": str(directory / "checkpoints")},
     }

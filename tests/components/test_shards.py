@@ -336,6 +336,30 @@ def test_a_full_volume_is_one_clear_message(
     assert not (Path(job.stage_dir("shards")) / "manifest.json").exists()
 
 
+def test_a_raw_file_that_cannot_be_read_is_named_and_the_rest_kept(
+    inputs: tuple[Path, StageResult, StageResult],
+    tmp_path: Path,
+    golden: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job, read = small_job(tmp_path), units.documents
+
+    def refuse(path: Path, *bounds: int) -> Iterator[tuple[int, str]]:
+        if "math" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *bounds)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(units, "documents", refuse)
+        with pytest.raises(DataError, match=r"math/part-00000\.jsonl: Permission denied; check the volume"):
+            step.run(job, *inputs[1:])
+    done = _journalled(Path(job.stage_dir("shards")))
+    assert done
+    step.encode_range(_range(job, inputs, 0, 1))
+    assert _journalled(Path(job.stage_dir("shards"))).items() > done.items()
+    assert contents(step.run(job, *inputs[1:]).path) == golden
+
+
 def test_a_document_larger_than_a_shard_is_refused(tmp_path: Path) -> None:
     job = small_job(tmp_path)
     raw = write_raw(job)

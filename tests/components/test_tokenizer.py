@@ -17,7 +17,7 @@ def test_trains_once_and_says_when_there_is_nothing_to_do(tmp_path: Path, capsys
     raw = write_raw(job)
     result = step.run(job, raw)
     tokenizer = Tokenizer.load(result.path)
-    assert tokenizer.vocab_size == result.summary["vocab_size"] == 600
+    assert tokenizer.vocab_size == result.summary["vocab_size"] == 640
     assert result.path == job.stage_dir("tokenizers")
     made = contents(result.path)
     capsys.readouterr()
