@@ -66,11 +66,12 @@ class Exchange:
     """The traffic of some blocks in one process group; every rank makes it from equal arguments but its own rank.
 
     Attributes:
-        held: the pieces that lie on this rank.
+        blocks: all of them, as the pieces number them; held: the pieces that lie on this rank.
     """
 
     def __init__(self, blocks: list[tuple[Block, int]], rank: int, group: dist.ProcessGroup) -> None:
         self._group, self._ranks = group, dist.get_world_size(group)
+        self.blocks = [block for block, _ in blocks]
         self._shapes = {number: block.shape for number, (block, owner) in enumerate(blocks) if owner == rank}
         pieces = [piece for number, (block, owner) in enumerate(blocks) for piece in _pieces(number, block, owner)]
         # Sorting is stable, so two ranks list what passes between them in one order.

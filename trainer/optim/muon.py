@@ -40,8 +40,8 @@ class Muon(torch.optim.Optimizer):
     The scale gives every block the root-mean-square update 0.2 that AdamW typically has, so that both share one
     learning rate. An orthogonal [m, k] matrix with m ≤ k has root-mean-square 1/√k, so K stacked blocks need √K times
     the factor of one, √(K·n) instead of √n: without it TEON would train at 1/√K of the rate. The decay is decoupled and
-    not scaled, as in AdamW. A group with a "spectral_base" b has the scale 0.2·√(b·m/k) instead, for μP
-    (trainer/mup.py).
+    not scaled, as in AdamW. A group with a "spectral_base" b has the scale 0.2·√(b·m/n) instead, for μP
+    (trainer/mup.py), in a stack also times √K.
 
     Args:
         params: groups; a group may carry "block_rows", for each of its parameters the row counts of its blocks (empty:
@@ -190,10 +190,13 @@ def _dtype(group: dict[str, Any], rows: list[_Rows]) -> torch.dtype:
     return group["iteration_dtype"] or iteration_dtype(rows[0].weight.device)
 
 
-def _rate(group: dict[str, Any], x_Nmk: Tensor) -> float:
-    rows, columns = x_Nmk.shape[-2:]
+def _rate(group: dict[str, Any], stack: Run | Block) -> float:
+    """Factor on the orthogonal matrix of a stack: that of one layer, times what joining them takes away."""
+    m, n = stack.rows, stack.columns
     base = group["spectral_base"]
-    return group["lr"] * MUON_RMS * math.sqrt(max(rows, columns) if base is None else base * rows / columns)
+    of_one = max(m, n) if base is None else base * m / n
+    joined = max(stack.shape) / max(m, n)
+    return group["lr"] * MUON_RMS * math.sqrt(of_one * joined)
 
 
 def _update_runs(group: dict[str, Any], rows: list[_Rows], runs: list[Run]) -> None:
@@ -207,7 +210,7 @@ def _update_runs(group: dict[str, Any], rows: list[_Rows], runs: list[Run]) -> N
     for run, part_Nmk in zip(runs, x_Nmk.split(counts), strict=True):
         for member, part_Nmn in zip(run.members, part_Nmk.split(run.columns, dim=2), strict=True):
             weight = rows[member].weight[run.start : run.end]
-            weight.view(part_Nmn.shape).add_(part_Nmn, alpha=-_rate(group, x_Nmk))
+            weight.view(part_Nmn.shape).add_(part_Nmn, alpha=-_rate(group, run))
 
 
 def _update_exchanged(group: dict[str, Any], rows: list[_Rows], exchange: Exchange) -> None:
@@ -219,8 +222,9 @@ def _update_exchanged(group: dict[str, Any], rows: list[_Rows], exchange: Exchan
         directions.append(rows[piece.parameter].direction(piece.first, piece.last, group, out))
 
     def work(x_Nmk: Tensor) -> Tensor:
-        return orthogonalise_(x_Nmk, group["coefficients"], group["steps"]).mul_(_rate(group, x_Nmk))
+        return orthogonalise_(x_Nmk, group["coefficients"], group["steps"])
 
     updates = exchange.through_owners(directions, like, work)
     for piece, update in zip(exchange.held, updates, strict=True):
-        rows[piece.parameter].weight[piece.first : piece.last].sub_(update)
+        weight = rows[piece.parameter].weight[piece.first : piece.last]
+        weight.add_(update, alpha=-_rate(group, exchange.blocks[piece.block]))
