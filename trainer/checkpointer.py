@@ -25,6 +25,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointManifest
@@ -33,6 +35,7 @@ from trainer.exitcodes import ExitCode, TrainingError
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
 from trainer.optim import Optimizers
+from trainer.parallel.rows import own_rows
 from trainer.spec import TrainSpec
 
 log = logging.getLogger(__name__)
@@ -128,16 +131,7 @@ class Checkpointer:
             TrainingError: 66 no checkpoint verifies, 65 it was trained on other data, 2 it holds another model or the
                 state of another optimizer.
         """
-        found: tuple[Path | None, TrainingError | None] = (None, None)
-        if self._world.is_main:
-            try:
-                checkpoint.clean_unfinished(self._spec.run_dir)
-                found = (checkpoint.latest(self._spec.run_dir), None)
-            except TrainingError as error:
-                found = (None, error)
-        path, error = self._world.broadcast(found)
-        if error is not None:
-            raise TrainingError(error.code, str(error))
+        path = self._newest_whole()
         if path is None:
             return None
         manifest = checkpoint.read_manifest(path)
@@ -167,6 +161,32 @@ class Checkpointer:
     def _fp8_state(self) -> dict[str, Tensor]:
         return {f"fp8.{key}": value for key, value in self._fp8.state_dict().items()} if self._fp8 else {}
 
+    def _newest_whole(self) -> Path | None:
+        """As `checkpoint.latest`; each rank reads a share of the files, so that none waits long for another."""
+        found: list[Path] | TrainingError = []
+        if self._world.is_main:
+            checkpoint.clean_unfinished(self._spec.run_dir)
+            try:
+                found = checkpoint.candidates(self._spec.run_dir)
+            except TrainingError as error:
+                found = error
+        found = self._world.broadcast(found)
+        if isinstance(found, TrainingError):
+            raise found
+        return checkpoint.first_whole(found, self._verify_together)
+
+    def _verify_together(self, path: Path) -> None:
+        problem: TrainingError | None = None
+        try:
+            checkpoint.verify(path, share=(self._world.rank, self._world.size))
+        except TrainingError as error:
+            problem = error
+        problems: list[TrainingError | None] = [None] * self._world.size
+        dist.all_gather_object(problems, problem, group=self._world.control)
+        for problem in problems:
+            if problem is not None:
+                raise problem
+
     def _refuse_other_run(self, path: Path, manifest: CheckpointManifest) -> None:
         for name, digest in self._digests.items():
             if manifest.digests.get(name) != digest:
@@ -195,13 +215,16 @@ class Checkpointer:
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies in host memory that is allocated once and, under a GPU, pinned, so that copying is fast."""
         pinned = self._world.device.type == "cuda"
+        copies = {}
         for key, tensor in tensors.items():
+            own, _ = own_rows(tensor)
             if key not in self._copies:
-                self._copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            self._copies[key].copy_(tensor, non_blocking=pinned)
+                self._copies[key] = torch.empty(own.shape, dtype=own.dtype, pin_memory=pinned)
+            self._copies[key].copy_(own, non_blocking=pinned)
+            copies[key] = self._copies[key] if own is tensor else _in_host_memory(tensor, self._copies[key])
         if pinned:
             torch.cuda.synchronize(self._world.device)
-        return self._copies
+        return copies
 
     def _write(self, manifest: CheckpointManifest, tensors: dict[str, Tensor], began: float) -> str | None:
         """Write, describe and publish; a failure anywhere undoes it everywhere and comes back as one line."""
@@ -269,8 +292,18 @@ def _model_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _state(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Tensors that every rank holds alike. They share memory with model and optimizers, so loading fills those."""
+    """Tensors that every rank holds alike, or DTensors; they share memory with model and optimizers, so loading
+    fills those."""
     return _model_state(model) | {f"optimizer.{name}": tensor for name, tensor in optimizers.state_dict().items()}
+
+
+def _in_host_memory(tensor: DTensor, own: Tensor) -> DTensor:
+    """`own` as this rank's part of a tensor cut like `tensor`; communicates with nobody."""
+    mesh = tensor.device_mesh
+    on_host = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names, _init_backend=False)
+    return DTensor.from_local(
+        own, on_host, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def _random_state(world: World) -> dict[str, Tensor]:

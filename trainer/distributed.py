@@ -137,6 +137,11 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def device_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU; None for a CPU, whose memory the ranks of a machine share."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def _settle(device: torch.device, local_size: int) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,7 +1,8 @@
 """The training loop. `train` reads top to bottom: prepare, then steps of data → gradients → update → record → save.
 
-Everything that is summed over ranks is summed exactly once: gradients by DDP, and in one vector per step the loss, the
-expert loads and the wish to stop. All ranks therefore take the same decision at the same step, whatever it is.
+Everything that is summed over ranks is summed exactly once: gradients by `Mesh.summing_gradients`, and in one vector
+per step the loss, the expert loads and the wish to stop. All ranks therefore take the same decision at the same step,
+whatever it is.
 
 Legend: L MoE sublayers, E experts.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from trainer import checkpoint, distributed
 from trainer.data.loader import MicroBatch, StepBatch
 from trainer.exitcodes import ExitCode, TrainingError
 from trainer.optim import clip_gradients, learning_rate_factor
+from trainer.parallel.gradients import agree_on_overflow
 from trainer.prepare import Run, prepare, scaler_state
 from trainer.recorder import StepRecord
 from trainer.spec import TrainSpec
@@ -92,19 +93,19 @@ class Update:
 
 
 def forward_backward(run: Run, batch: StepBatch, stop_code: int) -> Totals:
-    """Gradients of the global step's mean loss, accumulated over micro-batches and averaged over ranks by DDP."""
+    """Gradients of the global step's mean loss, accumulated over micro-batches and averaged over ranks."""
     device, size = run.world.device, run.world.size
     model = run.spec.model
     # Σ cross-entropy, Σ router balance, then of each further objective Σ cross-entropy and number of labels
     sums = torch.zeros(2 + 2 * (model.mtp.depth if model.mtp else 0), dtype=torch.float64, device=device)
     expert_load_LE: Tensor | None = None
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
-        with sync_gradients(run, last=number == len(batch.micro_batches)):
+        with run.mesh.summing_gradients(run.step_model, last=number == len(batch.micro_batches)):
             ids_BT, labels_BT, seq_idx_BT = on_device(micro_batch, device)
             with run.precision.autocast(device.type):
                 output = run.step_model(ids_BT, seq_idx_BT, labels_BT)
             ce_sum = output.ce_sum + model.mtp_factor * output.mtp_ce_sum_K.sum()
-            # Divided by counts of the whole step, so the sum over ranks is the mean; DDP will divide it by `size`.
+            # Divided by counts of the whole step, so the sum over ranks is the mean; the ranks' mean divides by `size`.
             loss = size * (ce_sum / batch.num_labels + output.aux_sum / batch.num_rows)
             (run.scaler.scale(loss) if run.scaler else loss).backward()
         parts = (output.ce_sum[None], output.aux_sum[None], output.mtp_ce_sum_K, output.mtp_labels_K)
@@ -145,6 +146,7 @@ def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
     )
     if run.scaler:
         optimizers.unscale(run.scaler)
+        agree_on_overflow(run.scaler, optimizers.members.values())
     norm, clipped = clip_gradients(optimizers.parameters, spec.optimizer.clip_norm)
     skipped = agreed(run, run.guard.judge(totals.loss, norm))
     if skipped is None:
@@ -212,13 +214,6 @@ def finish(run: Run) -> None:
     run.checkpoints.close()
     run.world.barrier()  # an elastic job counts as done when the first worker exits 0, so all do so at once
     distributed.stop()
-
-
-def sync_gradients(run: Run, *, last: bool) -> AbstractContextManager:
-    """DDP averages gradients in the last backward of a step only."""
-    if last or run.world.size == 1:
-        return nullcontext()
-    return run.step_model.no_sync()
 
 
 def on_device(micro_batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

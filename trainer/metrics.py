@@ -37,9 +37,9 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "build_info",
         "gauge",
-        "1; the labels say which code, device, precision and implementations run.",
+        "1; the labels say which code, device, mesh, precision and implementations run.",
         "",
-        ("version", "torch", "device", "precision", "ssd", "conv", "attention", "experts"),
+        ("version", "torch", "device", "mesh", "precision", "ssd", "conv", "attention", "experts"),
     ),
     Metric("step_seconds", "histogram", "Duration of one optimizer step.", "s", per_rank=True),
     Metric(

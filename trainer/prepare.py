@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from trainer import precision
 from trainer.checkpointer import Checkpointer
@@ -19,17 +18,19 @@ from trainer.data.loader import TokenLoader
 from trainer.data.manifest import DataError, atomic_write, read_manifest
 from trainer.data.plan import Cursor
 from trainer.data.tokenizer import Tokenizer
-from trainer.distributed import World
+from trainer.distributed import World, device_bytes
 from trainer.exitcodes import ExitCode, TrainingError
 from trainer.fp8.convert import convert
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
+from trainer.memory import choose_layout
 from trainer.model import recompute
 from trainer.model.compiling import compile_layers
 from trainer.model.engram import token_classes
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.optim import Optimizers, build_optimizers, learning_rate_factor
 from trainer.optim.rules import Assignment
+from trainer.parallel.mesh import Mesh
 from trainer.precision import Precision
 from trainer.recorder import Recorder
 from trainer.spec import TrainSpec
@@ -45,6 +46,7 @@ class Run:
 
     spec: TrainSpec
     world: World
+    mesh: Mesh
     model: HybridModel
     step_model: nn.Module
     optimizers: Optimizers
@@ -63,9 +65,13 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     """Build everything, load the newest checkpoint, and say what was chosen and why."""
     with users_mistakes():
         micro_batches = spec.micro_batches(world.size)
+        layout = choose_layout(
+            spec.parallel, spec.model, spec.optimizer, world.size, world.local_size, device_bytes(world.device)
+        )
         recorder = Recorder(spec, world, started)
         chosen = precision.resolve(spec.precision, precision.device_capability(world.device))
         digests, classes = read_data(spec)
+        mesh = Mesh(layout, world.device)
         model = build_model(
             spec.model,
             spec.backends,
@@ -73,13 +79,15 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
             dtype=chosen.autocast_dtype,
             seed=spec.seed,
             token_classes=classes,
+            share=partial(mesh.share, dtype=chosen.autocast_dtype),
         )
-        optimizers = build_optimizers(model, spec.optimizer, spec.model)
+        optimizers = build_optimizers(model, spec.optimizer, spec.model, share_over=mesh.optimizer)
         learning_rate_factor(0, spec.steps, spec.schedule, optimizers.peak_learning_rate)
         proven = spec.precision.fp8.implementation == "auto"
         fp8 = convert(model, spec.model, chosen.fp8, world.device, only_proven=proven) if chosen.fp8 else None
     backends = {name: choice.label for name, choice in model.choices.items()}
     log.info("ranks: %d on %s, %d micro-batches each per step", world.size, world.device, micro_batches)
+    log.info("mesh (copies x ranks of one copy): %s", layout)
     log.info("precision: %s (%s)", chosen.name, chosen.reason)
     for line in summary_lines(optimizers.table):
         log.info("%s", line)
@@ -93,7 +101,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     elif world.is_main and not (file := Path(spec.run_dir) / "train.yaml").exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, to_yaml(spec).encode())
-    recorder.begin(resumed, {"device": world.device.type, "precision": chosen.name, **backends})
+    recorder.begin(resumed, {"device": world.device.type, "precision": chosen.name, "mesh": str(layout), **backends})
     first_step = resumed.step if resumed else 0
     loader = TokenLoader(
         spec.tokens,
@@ -103,14 +111,17 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         cursor=Cursor.from_dict(resumed.cursor) if resumed else None,
         steps=max(0, spec.steps - first_step),
     )
-    step_model = wrap(model, spec, world)
+    recompute.set_policy(model, spec.runtime.activation_checkpointing)
+    if spec.runtime.compile:
+        compile_layers(model)
     guard = SpikeGuard(spec.optimizer.spike_guard)
     guard.load(resumed.scalars if resumed else {})
     return Run(
         spec=spec,
         world=world,
+        mesh=mesh,
         model=model,
-        step_model=step_model,
+        step_model=mesh.wrap(model),
         optimizers=optimizers,
         precision=chosen,
         scaler=scaler,
@@ -118,7 +129,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         loader=loader,
         checkpoints=checkpoints,
         recorder=recorder,
-        first_step=resumed.step if resumed else 0,
+        first_step=first_step,
         guard=guard,
         skipped_in_a_row=int(resumed.scalars.get("skipped_in_a_row", 0)) if resumed else 0,
     )
@@ -137,29 +148,6 @@ def read_data(spec: TrainSpec) -> tuple[dict[str, str], list[int] | None]:
     if size > spec.model.vocab_size:
         raise SpecError(f"model.vocab_size {spec.model.vocab_size} is below the tokenizer's {size} entries; raise it")
     return digests, token_classes(Path(spec.tokens.tokenizer) / "tokenizer.json") if spec.model.engram else None
-
-
-def wrap(model: HybridModel, spec: TrainSpec, world: World) -> nn.Module:
-    """The model as it is called: compiled if the spec says so, in DDP when there are several ranks."""
-    recompute.set_policy(model, spec.runtime.activation_checkpointing)
-    if spec.runtime.compile:
-        compile_layers(model)
-    if world.size == 1:
-        return model
-    on_cpu = world.device.type == "cpu"
-    with warnings.catch_warnings():
-        # torch 2.13 renames broadcast_buffers; the name that replaces it is unknown to 2.11.
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(
-            model,
-            device_ids=None if on_cpu else [world.device.index],
-            # Equal on all ranks by construction: router biases follow from summed loads, hashes from the seed.
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            # Without it DDP rearranges its buckets after the first step, so that a resumed run would sum in another
-            # order than an undisturbed one; on a CPU that order is promised.
-            find_unused_parameters=on_cpu,
-        )
 
 
 def scaler_state(values: dict[str, float]) -> dict[str, float | int]:

@@ -72,7 +72,7 @@ def test_ranks_that_share_the_state_need_less_each():
     cluster = {"nodes": 2, "gpus_per_node": 8, "gpu_memory_gib": 24}
     rows = {"batch": {"micro_batch_rows": 1}}
     assert load_job("h100-4b", {"cluster": cluster, "train": rows})
-    with pytest.raises(SpecError, match=r"take 41\.2 GiB on each GPU \(ddp 16x1, experts 16x1\).*parallel\.data fsdp"):
+    with pytest.raises(SpecError, match=r"take 41\.2 GiB on each GPU \(ddp=16x1,experts=16x1\).*parallel\.data fsdp"):
         load_job("h100-4b", {"cluster": cluster, "train": {**rows, "parallel": {"data": "ddp"}}})
     assert load_job("h100-4b", {"cluster": cluster, "train": {**rows, "parallel": {"expert": 16}}})
 

@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 A_MIN, A_MAX = 1.0, 16.0
-INIT_BLOCK_ELEMENTS = 2**24  # drawn at once; bounds the memory of initialisation beyond what a rank keeps (64 MiB)
+INIT_BLOCK_ELEMENTS = 2**20  # drawn at once; bounds what initialisation needs beyond what a rank keeps (4 MiB)
 
 
 class ModelOutput(NamedTuple):
@@ -86,7 +86,7 @@ class Sublayer(Recomputed):
         return mixer.mix(*projected, documents)
 
 
-class Layer(nn.ModuleList, Recomputed):
+class Layer(nn.Sequential, Recomputed):
     """A few sublayers that run in order, each x ← x + mixer(norm(x))."""
 
     def forward(self, x_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -115,14 +115,14 @@ class HybridModel(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden), freeze=False)
         primes = dict(zip((e.layer for e in spec.engram), table_primes(spec.engram), strict=True))
         self.layers = nn.ModuleList(
-            Layer(_sublayer(spec, index, symbol, functions, primes) for symbol in layer)
+            Layer(*(_sublayer(spec, index, symbol, functions, primes) for symbol in layer))
             for index, layer in enumerate(spec.layers)
         )
         self.final_norm = RMSNorm(spec.hidden, spec.norm_eps)
         self.head = nn.Linear(spec.hidden, spec.vocab_size, bias=False)
         self.mtp = nn.ModuleList()
         for _ in range(spec.mtp.depth if spec.mtp else 0):
-            layer = Layer(_sublayer(spec, -1, symbol, functions, {}) for symbol in spec.mtp.layer)
+            layer = Layer(*(_sublayer(spec, -1, symbol, functions, {}) for symbol in spec.mtp.layer))
             self.mtp.append(MtpModule(spec.hidden, spec.norm_eps, layer))
 
     def forward(self, ids_BT: Tensor, seq_idx_BT: Tensor, labels_BT: Tensor | None = None) -> ModelOutput:

@@ -11,6 +11,7 @@ Legend: B rows, T positions, S = B·T tokens, D hidden, E experts, F expert widt
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class Moe(nn.Module):
         super().__init__()
         self.spec = spec
         self.run_experts = run_experts
+        self.exchange: Callable[..., Tensor] | None = None  # trainer.parallel.experts, where ranks share the experts
         self.router = nn.Linear(hidden, spec.num_experts, bias=False)
         self.register_buffer("bias_E", torch.empty(spec.num_experts, dtype=torch.float32))
         self.up_EFD = nn.Parameter(torch.empty(spec.num_experts, spec.expert_width, hidden))
@@ -51,7 +53,8 @@ class Moe(nn.Module):
     def mix(self, x_BTD: Tensor, scores_BTE: Tensor) -> MoeOutput:
         x_SD = x_BTD.flatten(0, 1)
         expert_SK, weight_SK = self.choose(scores_BTE.flatten(0, 1))
-        y_BTD = self.run_experts(x_SD, self.up_EFD, self.down_EDF, expert_SK, weight_SK).view_as(x_BTD)
+        run = self.run_experts if self.exchange is None else partial(self.exchange, run_own=self.run_experts)
+        y_BTD = run(x_SD, self.up_EFD, self.down_EDF, expert_SK, weight_SK).view_as(x_BTD)
         if self.spec.shared_width:
             y_BTD = y_BTD + self.shared_down(F.relu(self.shared_up(x_BTD)).square())
         load_E = count_choices(expert_SK.flatten(), self.spec.num_experts)

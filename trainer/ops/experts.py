@@ -57,6 +57,11 @@ def combine(y_RD: Tensor, routing: Routing) -> Tensor:
     return _Combine.apply(y_RD, routing.order_R, routing.place_R, routing.top_k)
 
 
+def in_token_order(y_RD: Tensor, routing: Routing) -> Tensor:
+    """The copies themselves, those of each token side by side, [R, D]."""
+    return _Dispatch.apply(y_RD, routing.place_R, routing.order_R, 1)
+
+
 def compute_dtype(x_SD: Tensor) -> torch.dtype:
     """The dtype of matrix products on x: that of autocast where it is on."""
     device_type = x_SD.device.type

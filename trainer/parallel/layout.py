@@ -5,7 +5,8 @@ Ranks are laid out twice, as rows of two tables; neighbouring ranks, which are o
     dense weights    replicate × shard     each row holds one copy of the weights between its ranks (FSDP; ddp: 1 rank)
     experts          replicas × expert     each row holds one set of the experts between its ranks
 
-With `expert` above 1 the experts are cut by that axis alone, whatever holds the other weights.
+With `expert` above 1 the experts are cut by that axis alone, whatever holds the other weights. What is small and stays
+FP32 in a step (norms, convolutions, routers, Mamba's scalars: 0.2% of the large presets) every rank holds in any case.
 """
 
 from __future__ import annotations
@@ -42,19 +43,27 @@ class Layout:
         return self.world // self.expert
 
     def __str__(self) -> str:
-        parts = [f"{self.data} {self.replicate}x{self.shard}", f"experts {self.replicas}x{self.expert}"]
-        return ", ".join([*parts, "sharded optimizer"] if self.shard_optimizer else parts)
+        """Copies x ranks of one copy; without spaces, since it is a metric's label too."""
+        parts = [f"{self.data}={self.replicate}x{self.shard}", f"experts={self.replicas}x{self.expert}"]
+        return ",".join([*parts, f"optimizer=1x{self.world}"] if self.shard_optimizer else parts)
 
     def held(self, name: str, shape: tuple[int, ...]) -> int:
         """Elements of a parameter that the fullest rank keeps between two steps. Both cuts are along dimension 0."""
-        by_expert = self.expert > 1 and is_expert_weight(name)
-        rows = math.ceil(shape[0] / (self.expert if by_expert else self.shard)) if shape else 1
-        return rows * math.prod(shape[1:])
+        if self.expert > 1 and is_expert_weight(name):
+            ranks = self.expert
+        else:
+            ranks = 1 if is_small(name, shape) else self.shard
+        return math.ceil(shape[0] / ranks) * math.prod(shape[1:])
 
 
 def is_expert_weight(name: str) -> bool:
     """Whether a parameter stacks all experts along its first dimension."""
     return name.rpartition(".")[2] in EXPERT_WEIGHTS
+
+
+def is_small(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is small and needed in FP32, so that cutting it would cost more than it saves."""
+    return len(shape) < 2 or name.endswith((".router.weight", ".conv.weight"))
 
 
 def resolve(

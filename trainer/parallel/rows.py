@@ -20,12 +20,3 @@ def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
     own = tensor.to_local()
     assert own.shape[0] == rows, (own.shape, tensor.shape)
     return own, first
-
-
-def num_shards(tensor: Tensor) -> int:
-    """Into how many parts a tensor is cut; every part lies on world / num_shards ranks."""
-    shards = 1
-    for dim, placement in enumerate(getattr(tensor, "placements", ())):
-        if not placement.is_replicate():
-            shards *= tensor.device_mesh.size(dim)
-    return shards

@@ -1,0 +1,139 @@
+"""The ranks of a run as device meshes, and a model cut over them: experts, FSDP2 or DDP.
+
+FSDP2 groups: the matrices and experts of a layer, gathered in the dtype that autocast would cast them to (the cast is
+the same, half the bytes travel, and no cast copy outlives its layer); Engram tables alone, in FP32, since their
+gradients add up many small terms; embedding and head, in FP32, once a step at the root. What is small and stays FP32 in
+a step is not cut. What the optimizer updates is FP32 in any case, and gradients are summed in FP32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.model.engram import Engram
+from trainer.model.hybrid import HybridModel
+from trainer.model.moe import Moe
+from trainer.parallel.experts import run_everywhere
+from trainer.parallel.gradients import average
+from trainer.parallel.layout import EXPERT_WEIGHTS, Layout, is_expert_weight, is_small
+
+
+class Mesh:
+    """A Layout with its process groups; a collective of all ranks.
+
+    Attributes:
+        optimizer: the ranks that share the optimizer's state between them; None where each has all of it, or FSDP2 has
+            cut it.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout, self._device = layout, device
+        self._dense = self._experts = self.optimizer = None
+        # Parameters that neither FSDP2 nor DDP looks after: cut experts, and what FSDP2 is not to cut.
+        self._cut: list[nn.Parameter] = []
+        self._whole: list[nn.Parameter] = []
+        if layout.shard_optimizer and layout.world > 1:
+            self.optimizer: DeviceMesh | None = init_device_mesh(device.type, (layout.world,), mesh_dim_names=("rank",))
+        if layout.data == "fsdp":
+            dims = {"replicate": layout.replicate, "shard": layout.shard}
+            if layout.replicate == 1:
+                dims.pop("replicate")
+            self._dense = init_device_mesh(device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
+        if layout.expert > 1:
+            shape = (layout.replicas, layout.expert)
+            self._experts = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "expert"))
+
+    def share(self, model: HybridModel, dtype: torch.dtype | None) -> None:
+        """Cut a model that has shapes only; `dtype` is that of autocast, None without."""
+        if self._experts is not None:
+            for moe in model.moe_sublayers():
+                self._share_experts(moe, self._experts)
+        if self._dense is not None:
+            self._fully_shard(model, dtype)
+
+    def _share_experts(self, moe: Moe, mesh: DeviceMesh) -> None:
+        for name in EXPERT_WEIGHTS:
+            whole = getattr(moe, name).detach()
+            own = whole[: whole.shape[0] // self.layout.expert]
+            placements = (Replicate(), Shard(0))
+            cut = DTensor.from_local(own, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+            setattr(moe, name, nn.Parameter(cut))
+        moe.exchange = partial(run_everywhere, group=mesh.get_group("expert"))
+
+    def _fully_shard(self, model: HybridModel, dtype: torch.dtype | None) -> None:
+        def group(module: nn.Module, **policy: torch.dtype | None) -> None:
+            mixed = MixedPrecisionPolicy(cast_forward_inputs=False, **policy)
+            fully_shard(module, mesh=self._dense, mp_policy=mixed, ignored_params={*cut, *whole})
+
+        cut, whole = self._our_own(model)
+        for layer in (*model.layers, *(module.layer for module in model.mtp)):
+            for module in layer.modules():
+                if isinstance(module, Engram):
+                    group(module.tables)
+            group(layer, param_dtype=dtype, reduce_dtype=torch.float32)
+        group(model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule) and self._device.type == "cpu":
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no mean
+
+    def _our_own(self, model: HybridModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Cut experts, and what every rank holds whole beside FSDP2. `to_empty` makes parameters anew; ask after it."""
+        named = list(model.named_parameters())
+        cut = [p for name, p in named if self._experts is not None and is_expert_weight(name)]
+        whole = [p for name, p in named if self._dense is not None and is_small(name, tuple(p.shape))]
+        return cut, whole
+
+    def wrap(self, model: HybridModel) -> nn.Module:
+        """The finished model as it is called: itself, or in DDP."""
+        self._cut, self._whole = self._our_own(model)
+        if self.layout.world == 1 or self._dense is not None:
+            return model
+        cut = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, cut)
+        on_cpu = self._device.type == "cpu"
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers; the name that replaces it is unknown to 2.11.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                model,
+                device_ids=None if on_cpu else [self._device.index],
+                # Equal on all ranks by construction: router biases follow from summed loads, hashes from the seed.
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                # Without it DDP rearranges its buckets after the first step, so that a resumed run would sum in another
+                # order than an undisturbed one; on a CPU that order is promised.
+                find_unused_parameters=on_cpu,
+            )
+
+    @contextmanager
+    def summing_gradients(self, step_model: nn.Module, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch; after that of the `last` one, gradients are the mean over
+        ranks.
+
+        DDP waits for the last. FSDP2 cuts gradients at every micro-batch, as it could not hold whole ones, and sums the
+        cut ones over nodes at the last.
+        """
+        if isinstance(step_model, DistributedDataParallel) and not last:
+            with step_model.no_sync():
+                yield
+            return
+        if isinstance(step_model, FSDPModule):
+            step_model.set_requires_all_reduce(last)
+        yield
+        if not last:
+            return
+        if self._whole:
+            average(self._whole, dist.group.WORLD, self.layout.world)
+        if self._experts is not None:
+            average(self._cut, self._experts.get_group("replica"), self.layout.world)
