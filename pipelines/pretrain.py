@@ -19,6 +19,7 @@ from manifests.spec import StorageSpec
 
 STORAGE = StorageSpec()
 UID = 1000  # of both images
+HUB_SECRET = "huggingface"  # optional; its key `token` is an access token of the Hugging Face Hub
 
 
 @dsl.pipeline(name="yaongi-pretrain", description="Raw text to a trained, measured and exported language model.")
@@ -56,6 +57,10 @@ def pretrain(
         kubernetes.mount_pvc(task, checkpoints_pvc, STORAGE.checkpoints_dir)
         return task
 
+    def from_hub(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """A placed step that may read gated datasets, where the namespace holds the secret."""
+        return kubernetes.use_secret_as_env(placed(task), HUB_SECRET, {"token": "HF_TOKEN"}, optional=True)
+
     def launched(name: str, job: str, after: str) -> dsl.PipelineTask:
         """A task of the trainer; the job it creates belongs to the launcher's pod."""
         task = placed(launch(job=job, task=name, after=after)).set_display_name(name)
@@ -73,8 +78,8 @@ def pretrain(
             overrides=overrides,
         )
     ).output
-    fetched = placed(download(job=job)).output
-    raw = placed(hygiene(job=job, raw=fetched)).output
+    fetched = from_hub(download(job=job)).output
+    raw = from_hub(hygiene(job=job, raw=fetched)).output
     trained = placed(tokenizer(job=job, raw=raw)).outputs
     with dsl.ParallelFor(trained["Output"], name="encode-ranges") as part:
         encoded = placed(encode(part=part)).output

@@ -80,6 +80,16 @@ def test_every_step_mounts_the_claims_that_the_form_names(documents, executors):
         assert settings["securityContext"]["runAsUser"] == "1000", name
 
 
+def test_only_the_steps_that_fetch_see_the_hubs_token_and_none_needs_it(documents):
+    platform = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    secrets = {name.removeprefix("exec-"): settings.get("secretAsEnv") for name, settings in platform.items()}
+    assert {name for name, found in secrets.items() if found} == {"download", "hygiene"}
+    for name in ("download", "hygiene"):
+        (secret,) = secrets[name]
+        assert secret["secretName"] == "huggingface" and secret["optional"] is True
+        assert secret["keyToEnv"] == [{"envVar": "HF_TOKEN", "secretKey": "token"}]
+
+
 def test_launchers_know_their_pod_so_that_jobs_belong_to_it(documents):
     platform = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     launchers = [settings for name, settings in platform.items() if name.startswith("exec-launch")]
