@@ -11,7 +11,7 @@ Triton's kernels also run on a CPU: TRITON_INTERPRET=1 python benchmarks/parity.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,12 +34,16 @@ def main() -> int:
     if unknown := set(arguments.ops.split(",")) - set(OPERATIONS):
         parser.error(f"--ops: no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}")
 
-    records = []
+    records, refused = [], 0
     print(f"{'operation':11} {'backend':14} {'format':8} {'forward':>9} {'backward':>9} {'leak':>9} {'limit':>9}")
     for op in arguments.ops.split(","):
         for backend, outcome in outcomes(op, torch.device(arguments.device)):
             if isinstance(outcome, str):
                 print(f"{op:11} {backend:14} not here: {outcome}")
+                continue
+            if isinstance(outcome, RuntimeError):
+                print(f"{op:11} {backend:14} FAILED: {str(outcome).partition(chr(10))[0]}")
+                refused += 1
                 continue
             figures = (outcome.forward_error, outcome.backward_error, outcome.leak, outcome.tolerance)
             verdict = "ok" if outcome.passed else "FAILED"
@@ -48,24 +52,37 @@ def main() -> int:
     if arguments.write:
         for file in write(records, arguments.output):
             print(f"wrote {file}")
-    return 0 if all(record.passed for record in records) else 1
+    return 0 if all(record.passed for record in records) and not refused else 1
 
 
-def outcomes(op: str, device: torch.device) -> Iterator[tuple[str, Record | str]]:
-    """A record for each backend and format that runs here, the reason for each backend or FP8 recipe that does not."""
+def outcomes(op: str, device: torch.device) -> Iterator[tuple[str, Record | str | RuntimeError]]:
+    """A record for each backend and format that runs here, the reason for each backend or FP8 recipe that does not.
+
+    Errors are what a kernel refuses against its own promise; the others are still of interest.
+    """
     if op in fp8.OPERATIONS:
         for implementation, options in fp8.comparisons(op):
             reason = fp8.problem(op, options, device)
-            yield implementation, f"{options.recipe}: {reason}" if reason else fp8.compare(op, options, device)
+            yield (
+                implementation,
+                f"{options.recipe}: {reason}" if reason else _attempt(fp8.compare, op, options, device),
+            )
         return
     for backend in OPS[op].backends:
         if backend == "reference":
             continue
         settings = list(variants(op, backend, device))
         for setting in settings:
-            yield backend, compare(op, backend, setting)
+            yield backend, _attempt(compare, op, backend, setting)
         if not settings:
             yield backend, OPS[op].backends[backend].unsupported(Setting(device, torch.bfloat16)) or "in no format"
+
+
+def _attempt(comparison: Callable[..., Record], *arguments: object) -> Record | RuntimeError:
+    try:
+        return comparison(*arguments)
+    except RuntimeError as error:
+        return error
 
 
 if __name__ == "__main__":
