@@ -185,12 +185,13 @@ def describe(
     fp8: Annotated[bool, typer.Option("--fp8", help="Only which weights would multiply in FP8, and why.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show a model layer by layer: shapes, parameters, FLOPs per token, memory, checkpoint size."""
+    """Show a model layer by layer: shapes, parameters, FLOPs per token, memory of a GPU, checkpoint size."""
     from manifests.spec import load_job
 
     spec = load_job(job, _changes(sets))  # a wrong field is told before PyTorch is loaded
     from trainer.describe import describe as describe_model
     from trainer.describe import render as render_description
+    from trainer.describe import render_memory
     from trainer.flops import parameters
     from trainer.fp8 import table
     from trainer.optim import rules
@@ -203,7 +204,9 @@ def describe(
         recipe = spec.train.precision.fp8
         table.render(table.conversion_table(model, recipe), f"{recipe.recipe} scaling", Console())
         return
-    render_description(describe_model(model, spec.train.seq_len, spec.train.optimizer), Console())
+    console = Console()
+    render_description(describe_model(model, spec.train.seq_len, spec.train.optimizer), console)
+    render_memory(spec.train_spec(), spec.layout(), console)
 
 
 @app.command()

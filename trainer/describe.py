@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from trainer import parity
+from trainer.activations import Policy, activations
 from trainer.flops import (
     Parameter,
     core_flops_per_token,
@@ -19,9 +20,10 @@ from trainer.flops import (
     parameters,
     sublayer_parameters,
 )
-from trainer.memory import Memory, training_memory
+from trainer.memory import Memory, step_memory, training_memory
 from trainer.modelspec import ModelSpec
-from trainer.spec import BackendsSpec, OptimizerSpec
+from trainer.parallel.layout import Layout
+from trainer.spec import BackendsSpec, OptimizerSpec, TrainSpec
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,15 @@ class Row:
     """One sublayer, or embedding, final norm or head.
 
     Attributes:
-        params: all trainable elements; active: those under A1; flops_per_token: training operations at the given
-        length.
+        shapes: of its weights, by name.
+        params: all trainable elements; active: those under A1.
+        flops_per_token: training operations at the given length.
     """
 
     layer: int | None
     kind: str
     widths: str
+    shapes: str
     params: int
     active: int
     flops_per_token: int
@@ -43,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Description:
-    """All figures of a model; counts are elements, sizes are bytes."""
+    """All figures of a model; counts are elements, sizes are bytes. `memory` is that of a rank which holds it all."""
 
     rows: list[Row]
     seq_len: int
@@ -53,7 +57,6 @@ class Description:
     active_a3: int
     flops_per_token: int
     memory: Memory
-    state_dtype: str
     checkpoint_bytes: int
 
 
@@ -74,7 +77,6 @@ def describe(spec: ModelSpec, seq_len: int, optimizer: OptimizerSpec | None = No
         active_a3=active - vocabulary,
         flops_per_token=flops_per_token(spec, seq_len),
         memory=memory,
-        state_dtype=optimizer.state_dtype,
         checkpoint_bytes=memory.weights + memory.optimizer,
     )
 
@@ -82,7 +84,7 @@ def describe(spec: ModelSpec, seq_len: int, optimizer: OptimizerSpec | None = No
 def _rows(spec: ModelSpec, seq_len: int, everything: list[Parameter]) -> list[Row]:
     def row(layer: int | None, kind: str, widths: str, found: list[Parameter], core: int = 0) -> Row:
         count, active = sum(p.count for p in found), sum(p.active for p in found)
-        return Row(layer, kind, widths, count, active, matrix_flops_per_token(found) + core)
+        return Row(layer, kind, widths, _shapes(found), count, active, matrix_flops_per_token(found) + core)
 
     rows = [row(None, "embedding", f"{spec.vocab_size} × {spec.hidden}", everything[:1])]
     for index, layer in enumerate(spec.layers):
@@ -118,16 +120,21 @@ def _kind_and_widths(spec: ModelSpec, index: int, symbol: str) -> tuple[str, str
 def render(description: Description, console: Console) -> None:
     """Print the layers, the totals and what is known of the implementations, a table each."""
     layers = Table(title=f"Layers (training operations at {description.seq_len} tokens)")
-    for title in ("layer", "kind", "widths"):
+    for title in ("layer", "kind", "widths", "weights"):
         layers.add_column(title)
     for title in ("parameters", "active (A1)", "MFLOP/token"):
         layers.add_column(title, justify="right")
     for row in description.rows:
         place = "" if row.layer is None else str(row.layer)
         layers.add_row(
-            place, row.kind, row.widths, f"{row.params:,}", f"{row.active:,}", f"{row.flops_per_token / 1e6:,.2f}"
+            place,
+            row.kind,
+            row.widths,
+            row.shapes,
+            f"{row.params:,}",
+            f"{row.active:,}",
+            f"{row.flops_per_token / 1e6:,.2f}",
         )
-    memory = description.memory
     totals = Table(title="Totals")
     totals.add_column("what")
     totals.add_column("value", justify="right")
@@ -137,16 +144,55 @@ def render(description: Description, console: Console) -> None:
         ("active with input embedding (A2)", f"{description.active_a2:,}"),
         ("active without LM head (A3)", f"{description.active_a3:,}"),
         ("training operations for each token", f"{description.flops_per_token / 1e9:,.3f} GFLOP"),
-        ("memory for weights (FP32)", _gib(memory.weights)),
-        ("memory for gradients (FP32)", _gib(memory.gradients)),
-        (f"memory for optimizer state ({description.state_dtype.upper()})", _gib(memory.optimizer)),
-        ("memory for training, without activations", _gib(memory.total)),
-        ("checkpoint", _gib(description.checkpoint_bytes)),
+        ("checkpoint: weights and optimizer state", _gib(description.checkpoint_bytes)),
     ):
         totals.add_row(what, value)
     console.print(layers)
     console.print(totals)
     console.print(_backends())
+
+
+def render_memory(spec: TrainSpec, layout: Layout, console: Console) -> None:
+    """Print what a rank needs for a step under every policy of activation checkpointing, and what each recomputes."""
+    chosen = spec.runtime.activation_checkpointing
+    policies: tuple[Policy, ...] = get_args(Policy)
+    found = {
+        policy: step_memory(spec.updated({"runtime": {"activation_checkpointing": policy}}), layout)
+        for policy in policies
+    }
+    size = f"{layout}; micro-batch {spec.batch.micro_batch_rows} × {spec.tokens.seq_len} tokens"
+    table = Table("GiB", title=f"Memory of each rank on a GPU: {size}; activation checkpointing …")
+    for policy in policies:
+        table.add_column(f"{policy} (chosen)" if policy == chosen else policy, justify="right")
+    names = {field.name: field.name for field in fields(Memory)} | {
+        "gathered": "layers that fsdp gathers",
+        "copies": "copies of weights for products",
+        "optimizer": f"optimizer state ({spec.optimizer.state_dtype})",
+        "reserved": "reserved for libraries and temporaries",
+    }
+    for name, title in [*names.items(), ("total", "total")]:
+        table.add_row(title, *(f"{getattr(memory, name) / 2**30:,.2f}" for memory in found.values()))
+    console.print(table)
+    tokens = spec.batch.micro_batch_rows * spec.tokens.seq_len
+    for policy in policies[1:]:
+        saved = found["none"].activations - found[policy].activations
+        again = activations(spec.model, spec.tokens.seq_len, policy).recomputed
+        console.print(f"{policy} saves {_gib(saved)} ({saved / tokens / 1e6:.2f} MB for each token), recomputing:")
+        for line in again:
+            console.print(f"  {line}")
+
+
+def _shapes(found: list[Parameter]) -> str:
+    """The weights of a sublayer with their shapes; the last two parts of a name tell them apart."""
+    texts = []
+    for parameter in found:
+        name = parameter.name.removesuffix(".weight").rpartition("mixer.")[2].split(".")
+        texts.append(f"{'.'.join(name[-2:]) if 'mixer.' in parameter.name else name[-1]} {_shape(parameter.shape)}")
+    return ", ".join(texts)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
 
 
 def _backends() -> Table:

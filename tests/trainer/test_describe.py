@@ -1,6 +1,8 @@
 """The arithmetic of `describe` against the modules that are really built, and against published counts."""
 
 import io
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -11,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manifests.spec import load_job
 from trainer import parity
-from trainer.describe import describe, render
+from trainer.describe import describe, render, render_memory
 from trainer.flops import core_flops_per_token, matrix_flops_per_token, parameters
 from trainer.model.hybrid import build_model
 from trainer.modelspec import ModelSpec
@@ -42,6 +44,50 @@ def test_large_presets_are_4_2_billion_with_0_6_active(preset):
     assert figures.total == pytest.approx(4.2e9, rel=0.01)
     assert figures.active_a1 == pytest.approx(0.6e9, rel=0.01)
     assert figures.active_a2 - figures.active_a3 == 2 * 32768 * 2048
+
+
+def primes_from(start: int, count: int) -> list[int]:
+    sieve = bytearray([1]) * (start + 2000)
+    for n in range(2, int(len(sieve) ** 0.5) + 1):
+        sieve[n * n :: n] = bytes(len(range(n * n, len(sieve), n)))
+    return [n for n in range(start, len(sieve)) if sieve[n]][:count]
+
+
+@pytest.mark.parametrize(
+    ("preset", "mambas", "heads", "groups", "expert", "mlps", "orders_of"),
+    [("h100-4b", 42, 8, 1, 256, 8, (512, 512)), ("h100-4b-interleaved", 22, 16, 2, 512, 0, (640, 384))],
+)
+def test_parts_of_the_large_presets_by_hand(preset, mambas, heads, groups, expert, mlps, orders_of):
+    """Every part from its widths at hidden 2048: 64 experts, 8 attentions of 32 and 8 heads, 8 tables an order."""
+    d, inner, state = 2048, heads * 64, groups * 128
+    conv = inner + 2 * state
+    mamba = d + d * (2 * inner + 2 * state + heads) + 5 * conv + 3 * heads + inner + inner * d
+    experts, router = 64 * 2 * d * expert, 64 * d
+    attention, mlp = d + 2 * d * 2048 + 2 * d * 512, d + 2 * d * 512
+    engrams = [
+        sum(primes_from(rows, 8 * orders)) * (width // 8) + 2 * orders * width * d + 7 * d
+        for rows, orders, width in ((200_000, 2, orders_of[0]), (500_000, 3, orders_of[1]))
+    ]
+    figures = describe(preset_model(preset), 4096)
+    found: dict[str, int] = {}
+    for row in figures.rows:
+        found[row.kind] = found.get(row.kind, 0) + row.params
+    assert found.pop("Engram") == sum(engrams)
+    assert found.pop("MLP", 0) == mlps * mlp
+    assert found == {
+        "embedding": 32768 * d,
+        "LM head": 32768 * d,
+        "final norm": d,
+        "Mamba-2": mambas * mamba,
+        "experts": mambas * (d + experts + router),
+        "attention": 8 * attention,
+    }
+    tables = sum(engrams) - sum(2 * n * w * d + 7 * d for n, w in zip((2, 3), orders_of, strict=True))
+    unused = mambas * experts * 58 // 64
+    assert figures.active_a1 == figures.total - 32768 * d - tables - unused
+    scan = mambas * (groups * 2 * 128 * 128 + heads * (2 * 128 * 64 + 4 * 128 * 64))
+    vectors = mambas * (2 * d + 5 * conv + 3 * heads + inner) + 8 * d + 14 * d + d + (8 * d if mlps else 0)
+    assert figures.flops_per_token == 6 * (figures.active_a1 - vectors) + 3 * (scan + 8 * 2 * 4096 * 2048)
 
 
 def test_counts_reproduce_nemotron_3_nano():
@@ -124,3 +170,31 @@ def test_render_calls_a_kernel_without_a_record_unproven(monkeypatch):
     record = replace(parity.committed()[0], op="attention", backend="flash_attn", device_class="sm_90", passed=True)
     monkeypatch.setattr(parity, "committed", lambda: (record,))
     assert lines()["flash_attn"] == "sm_90" and lines()["sdpa"] == "nowhere yet: unproven"
+
+
+def test_memory_is_shown_for_every_policy_with_what_it_recomputes():
+    console = Console(width=140, record=True, file=io.StringIO())
+    job = load_job("h100-4b")
+    render_memory(job.train_spec(), job.layout(), console)
+    text = console.export_text()
+    weights, total = (next(line for line in text.splitlines() if f" {name} " in line) for name in ("weights", "total"))
+    assert weights.count("15.64") == 3, "4.198B × 4 bytes"
+    assert [float(cell) for cell in total.split("│")[2:5]] == pytest.approx([82.5, 58.9, 48.0], abs=0.3)
+    assert "selective (chosen)" in text and "M: norm, convolution, scan, gated norm" in text
+
+
+@pytest.mark.parametrize("preset", ["h100-4b", "h100-4b-interleaved"])
+def test_building_the_large_model_on_meta_takes_little_memory(preset):
+    """Its FP32 weights alone would be 15.6 GiB; most of what is measured is PyTorch itself."""
+    code = f"""
+import resource
+from manifests.spec import load_job
+from trainer.describe import describe
+from trainer.model.hybrid import build_model
+model = load_job({preset!r}).train.model
+describe(model, 4096)
+build_model(model, device="meta", seed=0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(output) < 2**20, "kB: 1 GiB"
