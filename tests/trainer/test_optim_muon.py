@@ -177,12 +177,12 @@ def test_teon_is_the_polar_factor_of_the_matrices_side_by_side(rows, shape):
         torch.testing.assert_close(parameter.detach(), e, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("spectral_base", [None, 64])  # at this shape both scales are those of one layer alone
+@pytest.mark.parametrize("base", [None, 64])  # at this shape both scales are those of one layer alone
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_a_stack_moves_each_weight_as_far_as_muon_alone(layers, spectral_base):
+def test_a_stack_moves_each_weight_as_far_as_muon_alone(layers, base):
     weights, gradients = _problem(*[(64, 64)] * layers)
     parameters = [torch.nn.Parameter(w.clone()) for w in weights]
-    group = {"params": parameters, "stacks": [tuple(range(layers))], "spectral_base": spectral_base}
+    group = {"params": parameters, "stacks": [tuple(range(layers))], "spectral_base": base and base * layers**2}
     optimizer = Muon([group], lr=1.0, weight_decay=0.0)
     for parameter, gradient in zip(parameters, gradients[0], strict=True):
         parameter.grad = gradient

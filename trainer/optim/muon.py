@@ -40,8 +40,8 @@ class Muon(torch.optim.Optimizer):
     The scale gives every block the root-mean-square update 0.2 that AdamW typically has, so that both share one
     learning rate. An orthogonal [m, k] matrix with m ≤ k has root-mean-square 1/√k, so K stacked blocks need √K times
     the factor of one, √(K·n) instead of √n: without it TEON would train at 1/√K of the rate. The decay is decoupled and
-    not scaled, as in AdamW. A group with a "spectral_base" b has the scale 0.2·√(b·m/n) instead, for μP
-    (trainer/mup.py), in a stack also times √K.
+    not scaled, as in AdamW. A group with a "spectral_base" b has the scale 0.2·√(b·m/k) instead, for μP
+    (trainer/mup.py; the b of a stack holds K² for the same reason).
 
     Args:
         params: groups; a group may carry "block_rows", for each of its parameters the row counts of its blocks (empty:
@@ -191,12 +191,10 @@ def _dtype(group: dict[str, Any], rows: list[_Rows]) -> torch.dtype:
 
 
 def _rate(group: dict[str, Any], stack: Run | Block) -> float:
-    """Factor on the orthogonal matrix of a stack: that of one layer, times what joining them takes away."""
-    m, n = stack.rows, stack.columns
+    """Factor on the orthogonal matrix of a stack."""
+    m, k = stack.shape
     base = group["spectral_base"]
-    of_one = max(m, n) if base is None else base * m / n
-    joined = max(stack.shape) / max(m, n)
-    return group["lr"] * MUON_RMS * math.sqrt(of_one * joined)
+    return group["lr"] * MUON_RMS * math.sqrt(max(m, k) if base is None else base * m / k)
 
 
 def _update_runs(group: dict[str, Any], rows: list[_Rows], runs: list[Run]) -> None:
