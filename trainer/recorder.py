@@ -33,7 +33,7 @@ from trainer.spikes import SKIP_REASONS, SkipReason
 log = logging.getLogger(__name__)
 
 # Dense BF16 peak in FLOP/s, by what the device's name contains (vendor data sheets, without sparsity).
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "T4": 65e12}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "T4": 65e12}
 _GOODPUT = {"data": "data_wait", "forward_backward": "step", "optimizer": "step", "checkpoint": "checkpoint"}
 _SCALARS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "expert_load_max_ratio")
 

@@ -6,10 +6,12 @@ import socket
 import urllib.request
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from trainer import metrics as metrics_module
 from trainer.metrics import METRICS, PREFIX, Metrics
+from trainer.recorder import peak_flops
 
 
 def free_port() -> int:
@@ -132,3 +134,21 @@ def test_every_metric_of_the_table_is_recorded_somewhere():
         if path != table:
             literals |= {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
     assert {metric.name for metric in METRICS} <= literals
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA B200", 2250),
+        ("Tesla T4", 65),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_mfu_is_against_the_data_sheet_and_absent_for_unknown_gpus(name, teraflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (None if teraflops is None else teraflops * 1e12)
+    assert peak_flops(torch.device("cpu")) is None
