@@ -127,7 +127,7 @@ class MupSpec(Spec):
 
 
 class ModelSpec(Spec):
-    vocab_size: Count
+    vocab_size: Annotated[int, Field(gt=0, le=2**31)]  # ids are stored in at most 32 bits, with sign
     hidden: Count
     layers: list[str]
     mamba: MambaSpec | None = None
