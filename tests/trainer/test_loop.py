@@ -244,3 +244,42 @@ def test_skipped_step_changes_nothing_and_training_goes_on(
         states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[1]["head.weight"], states[2]["head.weight"])
+
+
+def test_fp16_scales_the_loss_and_keeps_the_scale_over_a_resume(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An overflow in step 2 halves the scale and skips the step; the checkpoint carries the halved scale."""
+    from trainer.model import hybrid
+
+    scales, calls = [], []
+    plain, update = hybrid.cross_entropy_sum, torch.amp.GradScaler.update
+
+    def overflowing(*tensors: torch.Tensor) -> torch.Tensor:
+        calls.append(0)
+        return plain(*tensors) * (float("inf") if len(calls) == 6 else 1)
+
+    def watched(scaler: torch.amp.GradScaler, *arguments: float) -> None:
+        update(scaler, *arguments)
+        scales.append(scaler.get_scale())
+
+    monkeypatch.setattr(hybrid, "cross_entropy_sum", overflowing)
+    monkeypatch.setattr(torch.amp.GradScaler, "update", watched)
+    spec = micro.micro_spec(
+        micro_data, tmp_path / "run", steps=3, precision={"dtype": "fp16"}, checkpoint={"every_steps": 3}
+    )
+    assert train(spec) == 0
+    assert [line["skipped"] for line in micro.metrics(spec)] == [None, "nonfinite", None]
+    assert scales == [2.0**16, 2.0**15, 2.0**15]
+    manifest = checkpoint.read_manifest(checkpoint.step_dir(spec.run_dir, 3))
+    assert manifest.scalars["scaler.scale"] == 2.0**15 and manifest.scalars["scaler._growth_tracker"] == 1
+    dist.destroy_process_group()
+    scales.clear()
+    assert train(spec.updated({"steps": 4})) == 0
+    assert scales == [2.0**15], "not the initial one"
+    reference = micro.micro_spec(micro_data, tmp_path / "fp32", steps=1)
+    dist.destroy_process_group()
+    assert train(reference) == 0
+    first, exact = micro.metrics(spec)[0], micro.metrics(reference)[0]
+    assert first["loss"] == pytest.approx(exact["loss"], rel=1e-3), "the scale is divided out again"
+    assert first["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.02)
