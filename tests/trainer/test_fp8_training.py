@@ -107,19 +107,19 @@ def test_nothing_to_convert_is_one_clear_line(micro_data: Path, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 def test_ranks_agree_on_the_scales(micro_data: Path, tmp_path: Path, recipe: str):
-    """The same micro-batches on one rank and on two: the same first amaxes, and losses equal but for rounding."""
+    """The same micro-batches on one rank and on two, so the same amaxes, the largest of which all ranks must know."""
     runs = []
     for ranks in (1, 2):
-        spec = micro.micro_spec(micro_data, tmp_path / str(ranks), steps=4, precision=fp8(recipe))
+        spec = micro.micro_spec(micro_data, tmp_path / str(ranks), steps=2, precision=fp8(recipe))
         code, output = micro.finish(micro.start(spec, ranks=ranks), 280)
         assert code == 0, output
         runs.append(spec)
-    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=2e-3)
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-6)
     if recipe == "delayed":
-        one, two = (history(spec, 4)["fp8.history_HN"] for spec in runs)
+        one, two = (history(spec, 2)["fp8.history_HN"][:2] for spec in runs)
         # DDP averages, so each of two ranks works on twice the loss, and gradients are twice as large.
         expected = one * torch.tensor([1, 1, 2]).repeat(one.shape[1] // 3)
-        torch.testing.assert_close(two, expected, rtol=0.1, atol=1e-4)
+        torch.testing.assert_close(two, expected, rtol=1e-3, atol=0)
         assert (two > 0).all()
 
 
