@@ -36,8 +36,8 @@ from trainer.spec import TrainSpec
 from trainer.specbase import to_yaml
 
 DOCS = Path(__file__).parent.parent / "docs"
-# Peak learning rates, each the best of the sweep of docs/decisions.md; AdamW's part of a Muon run has Muon's.
-RATES = {"AdamW": 5e-3, "Muon": 1e-2, "TEON": 1e-2}
+# Peak learning rates, each the best of the sweep in docs/decisions.md; AdamW's part of a Muon run has Muon's.
+RATES = {"AdamW": 2e-3, "Muon": 5e-3, "TEON": 5e-3}
 SWEEP = {"AdamW": (2e-3, 5e-3, 1e-2), "Muon": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)}
 MARKS = (0.25, 0.5, 0.75, 1.0)  # of the steps
 SMOOTHED_STEPS = 10
