@@ -20,6 +20,7 @@ from trainer.data.plan import Cursor
 from trainer.data.tokenizer import Tokenizer
 from trainer.distributed import World, device_bytes
 from trainer.exitcodes import ExitCode, TrainingError
+from trainer.fp8 import te
 from trainer.fp8.convert import convert
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
@@ -70,6 +71,8 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         )
         recorder = Recorder(spec, world, started)
         chosen = precision.resolve(spec.precision, precision.device_capability(world.device))
+        if chosen.fp8:
+            te.check_runtime(chosen.fp8, spec.runtime)
         digests, classes = read_data(spec)
         mesh = Mesh(layout, world.device)
         model = build_model(

@@ -212,3 +212,18 @@ def test_the_gradient_is_that_of_bf16_within_fp8_rounding(scaling):
     want = F.linear(x.double(), layer.weight.detach().double())
     assert (layer(x) - want).norm() / want.norm() < 0.05
     assert (layer.weight.grad - g.t() @ x).norm() / (g.t() @ x).norm() < 0.08
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaling", RECIPES)
+def test_layers_compile_without_a_break_and_keep_their_amaxes(scaling):
+    """fullgraph refuses any graph break; amaxes are also written in the compiled backward pass."""
+    layer, _ = fp8_linear(128, 128, recipe(scaling))
+    x, g = torch.randn(64, 128), torch.randn(64, 128)
+    layer(x).backward(g)
+    grad, amax_3 = layer.weight.grad.clone(), layer.slots.amax.clone()
+    layer.weight.grad = None
+    layer.slots.amax.zero_()
+    torch.compile(layer, fullgraph=True)(x).backward(g)
+    assert torch.equal(layer.slots.amax, amax_3) and (amax_3 > 0).all()
+    assert (layer.weight.grad - grad).abs().max() <= 1e-4 * grad.abs().max()

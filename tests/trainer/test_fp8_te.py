@@ -7,7 +7,7 @@ import torch
 
 from trainer.fp8 import te
 from trainer.ops import packages
-from trainer.spec import Fp8Spec
+from trainer.spec import Fp8Spec, RuntimeSpec
 
 
 class Meta:
@@ -43,3 +43,15 @@ def test_a_missing_package_is_one_line(monkeypatch):
     with pytest.raises(ValueError, match=r"implementation te: transformer_engine is not installed; write torch"):
         te.package()
     assert te.problem(Fp8Spec(), (9, 0)) == "transformer_engine is not installed"
+
+
+@pytest.mark.parametrize(
+    "runtime", [{"compile": True}, {"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}]
+)
+def test_delayed_scaling_refuses_compilation_and_recomputation(runtime):
+    delayed = Fp8Spec(recipe="delayed", implementation="te")
+    with pytest.raises(ValueError, match=rf"runtime\.{next(iter(runtime))} does not go with delayed .*recipe current"):
+        te.check_runtime(delayed, RuntimeSpec(**runtime))
+    te.check_runtime(delayed, RuntimeSpec())
+    te.check_runtime(Fp8Spec(recipe="current", implementation="te"), RuntimeSpec(**runtime))
+    te.check_runtime(Fp8Spec(recipe="delayed", implementation="torch"), RuntimeSpec(**runtime))

@@ -2,8 +2,8 @@
 
 The package is imported only when it is asked for or proven. Its modules need a GPU; recipes and signatures do not.
 Differences from `linear.py`: amaxes enter the history at every forward pass (every micro-batch), and the first one is
-scaled by 1. Recomputation under activation checkpointing would see scales that have moved on, which is why the delayed
-recipe refuses it, and torch.compile cannot trace that recipe.
+scaled by 1. Recomputation under activation checkpointing would see scales that have moved on, and torch.compile cannot
+trace that recipe: `check_runtime` refuses both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.ops import packages
-from trainer.spec import Fp8Spec
+from trainer.spec import Fp8Spec, RuntimeSpec
 
 PACKAGE = "transformer_engine.pytorch"
 _DIRECTIONS = ("scaling_fwd", "scaling_bwd")
@@ -44,6 +44,25 @@ def problem(fp8: Fp8Spec, capability: tuple[int, int] | None) -> str | None:
         have = f"{capability[0]}.{capability[1]}"
         return f"this GPU has compute capability {have}, FP8 by {fp8.recipe} scaling needs {needed[0]}.{needed[1]}"
     return packages.problem(packages.load(PACKAGE))
+
+
+def check_runtime(fp8: Fp8Spec, runtime: RuntimeSpec) -> None:
+    """Refuse what its delayed recipe cannot do.
+
+    Raises:
+        ValueError: the delayed recipe together with torch.compile or with recomputed activations.
+    """
+    if fp8.implementation != "te" or fp8.recipe != "delayed":
+        return
+    for name, on in (
+        ("compile", runtime.compile),
+        ("activation_checkpointing", runtime.activation_checkpointing != "none"),
+    ):
+        if on:
+            raise ValueError(
+                f"runtime.{name} does not go with delayed FP8 scaling by Transformer Engine; write "
+                "precision.fp8.recipe current, or precision.fp8.implementation torch"
+            )
 
 
 def recipe(fp8: Fp8Spec) -> Any:
