@@ -21,7 +21,6 @@ from trainer import checkpoint, distributed
 from trainer.data.loader import MicroBatch, StepBatch
 from trainer.exitcodes import ExitCode, TrainingError
 from trainer.optim import clip_gradients, learning_rate_factor
-from trainer.parallel.gradients import agree_on_overflow
 from trainer.prepare import Run, prepare, scaler_state
 from trainer.recorder import StepRecord
 from trainer.spec import TrainSpec
@@ -146,7 +145,6 @@ def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
     )
     if run.scaler:
         optimizers.unscale(run.scaler)
-        agree_on_overflow(run.scaler, optimizers.members.values())
     norm, clipped = clip_gradients(optimizers.parameters, spec.optimizer.clip_norm)
     skipped = agreed(run, run.guard.judge(totals.loss, norm))
     if skipped is None:

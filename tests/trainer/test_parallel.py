@@ -124,9 +124,10 @@ def test_four_ranks_repeat_one_under_every_layout(micro_data: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_bf16_and_adamw_keep_their_meaning_under_fsdp_and_experts(micro_data: Path, tmp_path: Path):
-    """BF16 rounds as without sharding: the losses differ by less than BF16 itself from FP32's."""
-    changes = {"steps": 6, "precision": {"dtype": "bf16"}, "optimizer": {"name": "adamw"}}
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_narrow_types_and_adamw_keep_their_meaning_when_cut(micro_data: Path, tmp_path: Path, dtype: str):
+    """A weight is rounded alike before and after it is gathered; FP16's loss scale is the same on all ranks."""
+    changes = {"steps": 6, "precision": {"dtype": dtype}, "optimizer": {"name": "adamw"}}
     layouts = ["fsdp", "experts", "experts and fsdp"]
     specs = [spec_of(micro_data, tmp_path, layout, **changes) for layout in layouts]
     alone = spec_of(micro_data, tmp_path, "alone", **changes)

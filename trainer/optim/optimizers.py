@@ -16,6 +16,7 @@ from trainer.optim.adamw import AdamW
 from trainer.optim.muon import Muon
 from trainer.optim.rules import Assignment, assign
 from trainer.optim.shares import Share, gather_weights, local
+from trainer.parallel.gradients import unscale
 from trainer.spec import OptimizerSpec
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,8 +77,7 @@ class Optimizers:
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
         """Divide all gradients by the loss scale; then clip, step if the norm is finite, and `scaler.update()`."""
-        for member in self.members.values():
-            scaler.unscale_(member)
+        unscale(scaler, self.parameters)
 
     def state_dict(self) -> dict[str, Tensor]:
         """{"<optimizer>.<parameter>.<quantity>": tensor or DTensor}, for a checkpoint.

@@ -39,8 +39,19 @@ def average(parameters: Iterable[Tensor], group: dist.ProcessGroup, ranks: int) 
         work.wait()
 
 
-def agree_on_overflow(scaler: torch.amp.GradScaler, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """What one rank has found in its part of the gradients holds for all, or their loss scales would part."""
-    for optimizer in optimizers:
+def unscale(scaler: torch.amp.GradScaler, parameters: Iterable[Tensor]) -> None:
+    """Divide gradients by the loss scale, whole and cut ones alike.
+
+    What one rank finds in its part (Inf, NaN) holds for all, or their loss scales would part.
+    """
+    own = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradient = own_rows(parameter.grad)[0]
+            own.append(gradient.detach())
+            own[-1].grad = gradient
+    optimizer = torch.optim.SGD(own, lr=0.0)  # a scaler asks an optimizer for the gradients; this one never steps
+    scaler.unscale_(optimizer)
+    if dist.is_initialized():
         for found in scaler._found_inf_per_device(optimizer).values():
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
