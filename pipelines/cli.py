@@ -277,3 +277,7 @@ def main() -> None:
             traceback.print_exc()
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(getattr(error, "code", 2 if isinstance(error, ValueError) else 1))
+
+
+if __name__ == "__main__":
+    main()
