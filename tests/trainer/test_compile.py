@@ -40,12 +40,11 @@ def batches(steps: int, length: int = 64):
         yield ids_BT, seq_idx_BT, ids_BT.roll(-1, dims=1)
 
 
-def train(model: HybridModel, dtype: torch.dtype | None = None, *, steps: int) -> list[float]:
+def train(model: HybridModel, *, steps: int) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     losses = []
     for batch in batches(steps):
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            output = model(*batch)
+        output = model(*batch)
         (output.ce_sum + output.aux_sum + output.mtp_ce_sum_K.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -74,10 +73,12 @@ def test_no_graph_break_and_no_recompilation_over_packed_batches(policy, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_generated_code_trains_as_the_model_does(dtype):
-    expected = train(build_model(SPEC, seed=0), dtype, steps=4)
-    model = build_model(SPEC, seed=0)
+@pytest.mark.timeout(900)
+def test_generated_code_trains_as_the_model_does():
+    """Most of its time is the C++ compiler's."""
+    spec = SPEC.updated({"layers": ["ME", "*-"], "engram": [], "mtp": None})
+    expected = train(build_model(spec, seed=0), steps=4)
+    model = build_model(spec, seed=0)
     compile_layers(model, whole=True)
-    assert train(model, dtype, steps=4) == pytest.approx(expected, rel=1e-5 if dtype is None else 5e-3)
+    assert train(model, steps=4) == pytest.approx(expected, rel=1e-5)
     assert not counters["graph_break"]
