@@ -56,8 +56,8 @@ def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> 
         directories = [Path(where)]
     else:
         job = _job(where, sets, workdir)
-        directories = [Path(job.stage_dir(stage)) for stage in STAGES]
-        directories = [path for path in directories if path.exists() or path.parent.name != "hygiene"]
+        stages = [stage for stage in STAGES if stage != "hygiene" or job.hygiene.enabled]
+        directories = [Path(job.stage_dir(stage)) for stage in stages]
     problems: list[str] = []
     for directory in directories:
         manifest = read_manifest(directory)
@@ -170,6 +170,8 @@ def peek(
 
     spec = _job(job, sets, workdir)
     train = spec.train_spec()
+    if step > train.steps:
+        raise ValueError(f"the job has {train.steps} steps; there is no step {step}")
     reached = _reached(spec.run_dir, step - 1)
     passages = training_row(train.tokens, train.batch.tokens_per_step, step - 1, row, reached)
     length = sum(passage.stop - passage.start for passage in passages)

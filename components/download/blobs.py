@@ -6,7 +6,6 @@ named by its SHA-1 (https://docs.softwareheritage.org, objects on S3). No accoun
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import hashlib
 import zlib
@@ -16,7 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import urllib3
 
-from components.download.texts import Row
+from components.download.retry import LONGEST_PAUSE_SECONDS
+from components.download.texts import Row, unicode_text
 from manifests.dataspec import BlobsSpec
 from trainer.data.manifest import DataError
 
@@ -41,6 +41,7 @@ def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str |
         backoff_jitter=BACKOFF_SECONDS,
         status_forcelist=TRANSIENT_STATUS,
         raise_on_status=True,
+        retry_after_max=int(LONGEST_PAUSE_SECONDS),
     )
     # The object itself is gzip; decoding as the transport's encoding is left off so that bytes are what the bucket has.
     pool = urllib3.PoolManager(maxsize=spec.workers, block=True, retries=retry, timeout=urllib3.Timeout(30, read=60))
@@ -76,7 +77,7 @@ def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str |
                 future.cancel()
 
 
-def _text(name: str, data: bytes, encoding: str | None) -> str | None:
+def _text(name: str, data: bytes, encoding: object) -> str | None:
     """The content's text; None when it is not what its id says, so that nothing damaged is kept."""
     try:
         content = gzip.decompress(data)
@@ -89,11 +90,10 @@ def _text(name: str, data: bytes, encoding: str | None) -> str | None:
     return _decoded(content, encoding)
 
 
-def _decoded(content: bytes, encoding: str | None) -> str:
+def _decoded(content: bytes, encoding: object) -> str:
     try:
-        codecs.lookup(encoding or "utf-8")
-        return content.decode(encoding or "utf-8")
-    except (LookupError, UnicodeError):
+        return unicode_text(content.decode(str(encoding or "utf-8")))  # UTF-7 can spell lone surrogates
+    except (LookupError, ValueError):  # no such encoding, or other bytes than it has
         return content.decode("utf-8", errors="replace")
 
 

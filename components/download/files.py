@@ -75,11 +75,16 @@ def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
     copy = folder / hashlib.sha256(f"{one.location} {one.stamp}".encode()).hexdigest()[:16]
     try:
         system, path = fsspec.core.url_to_fs(one.location)
-        info = _retried(lambda: system.info(path))
-        if (info["size"] or 0, _stamp(info)) != (one.bytes, one.stamp):
-            raise DataError(f"{one.name}: changed since this download began; what is read must not change, copy it")
+        _check_unchanged(system, path, one)
+        if one.stamp is None:
+            copy.unlink(missing_ok=True)  # nothing tells whether it is of the same version
         if not one.bytes or not _get_ranges(system, path, copy, one.bytes, advance):
             _retried(lambda: _get_whole(system, path, copy, one.bytes, advance))
+        try:
+            _check_unchanged(system, path, one)
+        except DataError:
+            copy.unlink()  # of two versions
+            raise
     except DataError:
         raise
     except Exception as error:  # each protocol of fsspec has errors of its own
@@ -91,9 +96,19 @@ def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
     return copy
 
 
+def _check_unchanged(system: AbstractFileSystem, path: str, one: Input) -> None:
+    system.invalidate_cache()
+    info = _retried(lambda: system.info(path))
+    if (info["size"] or 0, _stamp(info)) != (one.bytes, one.stamp):
+        raise DataError(f"{one.name}: changed since this download began; what is read must not change, copy it")
+
+
 def _get_ranges(system: AbstractFileSystem, path: str, copy: Path, size: int, advance: Callable[[int], None]) -> bool:
     """Append what `copy` lacks, range by range; False where the server gives no ranges."""
     with open(copy, "ab") as file:
+        if file.tell() > size:
+            file.seek(0)
+            file.truncate()
         advance(file.tell())
         while (start := file.tell()) < size:
             try:
@@ -136,7 +151,7 @@ def _get_whole(system: AbstractFileSystem, path: str, copy: Path, size: int, adv
 
 def _stamp(info: dict[str, Any]) -> str | None:
     """What the server calls this version of the file, as far as it says."""
-    found = info.get("ETag") or info.get("etag") or info.get("md5Hash")
+    found = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("Last-Modified")
     return str(found).strip('"') if found else None
 
 

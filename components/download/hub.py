@@ -128,7 +128,8 @@ def fetch(dataset: str, commit: str, one: Input, folder: Path, advance: Callable
 def _continue(url: str, headers: dict[str, str], target: Path, size: int, advance: Callable[[int], None]) -> None:
     with open(target, "ab") as file:
         if file.tell() > size:
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
         http_get(url, _Told(file, advance), resume_size=file.tell(), headers=headers, expected_size=size)
         file.flush()
         os.fsync(file.fileno())
@@ -221,7 +222,8 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _token() -> str | bool:
-    return os.environ.get("HF_TOKEN") or False
+    # Secrets made from files end in a line break, which no header may hold; an error would print the token.
+    return os.environ.get("HF_TOKEN", "").strip() or False
 
 
 def _refused(name: str, error: Exception) -> DataError:

@@ -99,6 +99,8 @@ def _json_lines(
             raise DataError(f"{where}: not UTF-8; convert the file to UTF-8") from None
         except ValueError as error:
             raise DataError(f"{where}: no JSON ({error}); each line must be one JSON object") from None
+        except RecursionError:
+            raise DataError(f"{where}: JSON nested too deeply; remove the line") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: a {type(row).__name__}; each line must be one JSON object")
         yield where, _chosen(where, row, columns)

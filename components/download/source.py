@@ -53,6 +53,7 @@ def prepare(task: Task) -> Journal:
     if enough and before is not None and journal.parts == before.parts:
         if journal != before:
             journal.write(task.directory)  # a file was touched, its content is the same
+        _clean(task, journal)  # what a run left that was killed after its last part
         return journal
     task.directory.mkdir(parents=True, exist_ok=True)
     (task.directory.parent / MANIFEST_NAME).unlink(missing_ok=True)  # until all is done again the stage is unfinished

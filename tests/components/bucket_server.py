@@ -24,6 +24,8 @@ class BucketServer:
         self.objects = objects
         self.faults: dict[str, list[str]] = {}
         self.ranges: list[tuple[str, str]] = []  # key, Range of each GET
+        self.stamps = {"ETag", "Last-Modified"}  # what answers say of an object's version
+        self.modified = dict.fromkeys(objects, "Mon, 01 Jan 2024 00:00:00 GMT")
         bucket = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,6 +48,9 @@ class BucketServer:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+    def replace(self, key: str, data: bytes) -> None:
+        self.objects[key], self.modified[key] = data, "Tue, 02 Jan 2024 00:00:00 GMT"
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         parts = urlsplit(handler.path)
@@ -87,7 +92,8 @@ class BucketServer:
         if key not in self.objects:
             return send(handler, 404, b"<Error><Code>NoSuchKey</Code></Error>", {})
         data, status, wanted = self.objects[key], 200, handler.headers.get("Range") or ""
-        headers = {"ETag": _etag(data), "Accept-Ranges": "bytes", "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}
+        said = {"ETag": _etag(data), "Last-Modified": self.modified[key]}
+        headers = {"Accept-Ranges": "bytes"} | {name: said[name] for name in self.stamps}
         fault = None
         if handler.command == "GET":
             self.ranges.append((key, wanted))

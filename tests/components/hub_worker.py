@@ -46,7 +46,8 @@ class Hub:
     @classmethod
     @contextmanager
     def started(cls, server: HubServer, home: Path) -> Iterator[Self]:
-        environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": "hf_secret"}
+        # A secret made from a file ends in a line break.
+        environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": "hf_secret\n"}
         process = subprocess.Popen(
             [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ import pytest
 from default_sources import CODE, GONE, TEXTS, blob, objects
 from hub_worker import Hub
 
+from components.download import blobs
+from components.download.blobs import _text
+from manifests.dataspec import BlobsSpec
 from manifests.spec import load_job
 from trainer.data.manifest import read_manifest, verify
 from trainer.data.tokenizer import SPECIAL_TOKENS
@@ -99,6 +104,36 @@ def test_a_pause_that_the_bucket_asks_for_is_kept(hub: Hub, tmp_path: Path) -> N
     assert error is None and result is not None
     first, second = (at for at, path in hub.server.times if path.endswith(name))
     assert second - first >= 1.0
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "text"),
+    [
+        (b"+2AA- a", "utf-7", "\ufffd a"),  # spells a lone surrogate, which no UTF-8 can hold
+        (b"abc", "hex", "abc"),
+        (b"abc", "a\0b", "abc"),
+        (b"abc", 5, "abc"),
+        ("\u00e9".encode("latin-1"), "latin-1", "\u00e9"),
+    ],
+)
+def test_any_encoding_that_a_row_names_gives_a_text_that_can_be_written(
+    content: bytes, encoding: object, text: str
+) -> None:
+    name = hashlib.sha1(content).hexdigest()
+    given = _text(name, gzip.compress(content), encoding)
+    assert given == text and given.encode()
+
+
+@pytest.mark.parametrize("pause", ["5", "Tue, 01 Jan 2999 00:00:00 GMT"])
+def test_a_bucket_cannot_ask_for_a_pause_without_end(hub: Hub, monkeypatch: pytest.MonkeyPatch, pause: str) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(blobs, "LONGEST_PAUSE_SECONDS", 3)
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", slept.append)
+    name = blob(CODE["utf-8"], "utf-8")[0]
+    hub.server.faults = {name: [f"429+{pause}"]}
+    spec = BlobsSpec(url=hub.server.url + "/content/{id}", encoding_column=None, workers=1)
+    assert list(blobs.contents(iter([("row", [name])]), spec)) == [CODE["utf-8"]]
+    assert slept == [3]
 
 
 def test_a_damaged_content_is_not_kept(hub: Hub, tmp_path: Path) -> None:

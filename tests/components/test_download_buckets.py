@@ -67,7 +67,10 @@ def test_a_bucket_is_read_once(
     assert raw_texts(result.path) == TEXTS
     assert read_manifest(result.path).sources["web"].origin == f"files: {address}/a/*"
     bucket.objects.clear()
-    assert run(job) == result
+    scratch = Path(result.path) / "web" / ".fetch"
+    scratch.mkdir()
+    (scratch / "copy").write_bytes(b"of a run that was killed after its last part")
+    assert run(job) == result and not scratch.exists()
 
 
 @ADDRESSES
@@ -158,6 +161,65 @@ def test_an_object_that_changes_after_it_was_listed_is_named(
     with pytest.raises(DataError, match=r"^source 'web': [^\n]*1.jsonl.gz: changed since this download began[^\n]*$"):
         run(make_job({"web": source(address)}, tmp_path))
     assert len(list(tmp_path.rglob("part-*.jsonl"))) == 1
+
+
+def web_job(bucket: BucketServer, make_job: Callable[..., JobSpec], tmp_path: Path) -> JobSpec:
+    return make_job({"web": {"kind": "files", "paths": [f"{bucket.url}/texts/a/0.jsonl"]}}, tmp_path)
+
+
+@pytest.mark.parametrize("stamps", [{"Last-Modified"}, set()])
+@pytest.mark.usefixtures("ends_at_fourth_range")
+def test_a_web_server_without_etags_never_gives_two_versions(
+    bucket: BucketServer, make_job: Callable[..., JobSpec], tmp_path: Path, stamps: set[str]
+) -> None:
+    bucket.stamps = stamps
+    job = web_job(bucket, make_job, tmp_path)
+    with pytest.raises(DataError, match="the key was withdrawn"):
+        run(job)
+    bucket.replace("a/0.jsonl", OBJECTS["a/0.jsonl"].replace("문서".encode(), "판본".encode()))  # of the same size
+    assert raw_texts(run(job).path) == [text.replace("문서", "판본") for text in TEXTS[:200]]
+
+
+@pytest.mark.parametrize("stamps", [{"ETag"}, {"Last-Modified"}])
+def test_a_file_that_changes_between_two_ranges_is_named_and_not_kept(
+    bucket: BucketServer,
+    make_job: Callable[..., JobSpec],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stamps: set[str],
+) -> None:
+    real, calls = files.read_range, iter(range(100))
+
+    def late(*arguments: Any) -> bytes:
+        if next(calls) == 2:
+            bucket.replace("a/0.jsonl", OBJECTS["a/0.jsonl"].replace("문서".encode(), "판본".encode()))
+        return real(*arguments)
+
+    bucket.stamps = stamps
+    monkeypatch.setattr(files, "RANGE_BYTES", 10_000)
+    monkeypatch.setattr(files, "read_range", late)
+    with pytest.raises(DataError, match=r"^source 'web': [^\n]*0.jsonl: changed since this download began[^\n]*$"):
+        run(web_job(bucket, make_job, tmp_path))
+    assert not list(tmp_path.rglob("part-*")) and not list(tmp_path.rglob(".fetch/*"))
+
+
+def test_a_copy_longer_than_the_file_is_fetched_again(
+    bucket: BucketServer, make_job: Callable[..., JobSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = files.read_range
+
+    def full(*arguments: Any) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "RANGE_BYTES", 10_000)
+    monkeypatch.setattr(files, "read_range", full)
+    job = web_job(bucket, make_job, tmp_path)
+    with pytest.raises(DataError, match="the disk is full"):
+        run(job)
+    (copy,) = tmp_path.rglob(".fetch/*")
+    copy.write_bytes(OBJECTS["a/0.jsonl"] + b'{"text": "too much"}\n')
+    monkeypatch.setattr(files, "read_range", real)
+    assert raw_texts(run(job).path) == TEXTS[:200]
 
 
 @ADDRESSES

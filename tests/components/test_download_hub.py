@@ -122,6 +122,16 @@ def test_what_a_failed_run_fetched_is_continued(hub: Hub, make_job, tmp_path: Pa
     assert wanted and wanted.startswith("bytes=") and wanted != "bytes=0-"
 
 
+def test_a_copy_longer_than_the_file_is_fetched_again(hub: Hub, make_job, tmp_path: Path) -> None:
+    hub.server.faults = {FIRST: ["reset", "403"]}
+    assert hub.run(job(make_job, tmp_path))[0] is None
+    (copy,) = tmp_path.rglob(".fetch/*")
+    copy.write_bytes(FILES[FIRST] + b"too much")
+    result, error = hub.run(job(make_job, tmp_path))
+    assert error is None and result is not None
+    assert raw_texts(Path(result["path"])) == texts_of(0, 1200) + texts_of(1, 300)
+
+
 def test_stops_at_the_byte_budget(hub: Hub, make_job, tmp_path: Path) -> None:
     result, error = hub.run(job(make_job, tmp_path, max_bytes=20_000))
     assert error is None and result is not None

@@ -91,8 +91,10 @@ def test_a_missing_source_and_document_are_refused(job: JobSpec, workdir: Path) 
         call("cat", "tiny", "--source", "jp", workdir=workdir)
     with pytest.raises(DataError, match="there is no number 99999"):
         call("cat", "tiny", "--source", "ko", "--first", "99999", workdir=workdir)
-    with pytest.raises(DataError, match="there is no 99"):
+    with pytest.raises(DataError, match=r"^the step has 16 rows of 256 tokens, counted from 0; there is no row 99$"):
         call("peek", "tiny", "--row", "99", workdir=workdir)
+    with pytest.raises(ValueError, match=r"^the job has 8 steps; there is no step 9$"):
+        call("peek", "tiny", "--step", "9", workdir=workdir)
 
 
 def test_peek_shows_what_the_trainer_reads(job: JobSpec, workdir: Path) -> None:

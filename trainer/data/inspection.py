@@ -149,7 +149,7 @@ def training_row(
     seq_len = tokens.seq_len_at(stream.position)
     rows = lay_out(stream.take(step_tokens), seq_len, tokens.packing)
     if row >= len(rows):
-        raise DataError(f"step {step} has {len(rows)} rows of {seq_len} tokens, counted from 0; there is no {row}")
+        raise DataError(f"the step has {len(rows)} rows of {seq_len} tokens, counted from 0; there is no row {row}")
     tokenizer = Tokenizer.load(tokens.tokenizer)
     names = list(tokens.mix)
     return [_passage(sources[s.source], tokenizer, names[s.source], s.document, s.start, s.stop) for s in rows[row]]
