@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, fields
+from itertools import groupby
 from typing import get_args
 
 from rich.console import Console
@@ -118,23 +120,25 @@ def _kind_and_widths(spec: ModelSpec, index: int, symbol: str) -> tuple[str, str
 
 
 def render(description: Description, console: Console) -> None:
-    """Print the layers, the totals and what is known of the implementations, a table each."""
+    """Print the layers, their weights, the totals and what is known of the implementations, a table each.
+
+    Every figure is whole on a terminal of 80 columns; what is alike in many layers is printed once.
+    """
     layers = Table(title=f"Layers (training operations at {description.seq_len} tokens)")
-    for title in ("layer", "kind", "widths", "weights"):
-        layers.add_column(title)
+    layers.add_column("layer")
+    layers.add_column("kind")
     for title in ("parameters", "active (A1)", "MFLOP/token"):
-        layers.add_column(title, justify="right")
+        layers.add_column(title, justify="right", no_wrap=True)
+    alike: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for row in description.rows:
         place = "" if row.layer is None else str(row.layer)
-        layers.add_row(
-            place,
-            row.kind,
-            row.widths,
-            row.shapes,
-            f"{row.params:,}",
-            f"{row.active:,}",
-            f"{row.flops_per_token / 1e6:,.2f}",
-        )
+        layers.add_row(place, row.kind, f"{row.params:,}", f"{row.active:,}", f"{row.flops_per_token / 1e6:,.2f}")
+        alike[row.kind, row.widths, row.shapes] += [] if row.layer is None else [row.layer]
+    weights = Table("kind", title="Weights by shape", show_lines=True)
+    weights.add_column("in layers", max_width=16)
+    weights.add_column("widths and weights")
+    for (kind, widths, shapes), numbers in alike.items():
+        weights.add_row(kind, _ranges(numbers), f"{widths}\n{shapes}")
     totals = Table(title="Totals")
     totals.add_column("what")
     totals.add_column("value", justify="right")
@@ -148,6 +152,7 @@ def render(description: Description, console: Console) -> None:
     ):
         totals.add_row(what, value)
     console.print(layers)
+    console.print(weights)
     console.print(totals)
     console.print(_backends())
 
@@ -182,12 +187,19 @@ def render_memory(spec: TrainSpec, layout: Layout, console: Console) -> None:
             console.print(f"  {line}")
 
 
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers with each run of neighbours as first–last."""
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
 def _shapes(found: list[Parameter]) -> str:
-    """The weights of a sublayer with their shapes; the last two parts of a name tell them apart."""
+    """The weights of a sublayer as name(shape), no blank in between where a line could break; the last two parts of a
+    name tell them apart."""
     texts = []
     for parameter in found:
         name = parameter.name.removesuffix(".weight").rpartition("mixer.")[2].split(".")
-        texts.append(f"{'.'.join(name[-2:]) if 'mixer.' in parameter.name else name[-1]} {_shape(parameter.shape)}")
+        texts.append(f"{'.'.join(name[-2:]) if 'mixer.' in parameter.name else name[-1]}({_shape(parameter.shape)})")
     return ", ".join(texts)
 
 

@@ -4,8 +4,7 @@
 together). Three ways to count what is active for one token are in use, and they differ by more than a tenth:
 
     A1  all but the input embedding, the Engram tables and the experts not chosen: what multiplies a token. NVIDIA
-    counts its
-        Nemotron models so, and so does this project wherever it says "active".
+        counts its Nemotron models so, and so does this project wherever it says "active".
     A2  A1 + input embedding ("including embeddings").
     A3  A1 - LM head (non-embedding; the Engram paper).
 """

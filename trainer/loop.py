@@ -23,14 +23,12 @@ from trainer.exitcodes import ExitCode, TrainingError
 from trainer.optim import clip_gradients, learning_rate_factor
 from trainer.prepare import Run, prepare, scaler_state
 from trainer.recorder import StepRecord
-from trainer.spec import TrainSpec
+from trainer.spec import MAX_SKIPPED_STEPS, TrainSpec
 from trainer.spikes import SKIP_REASONS, SkipReason
 from trainer.stopping import STOP_CODES, StopWish
 from trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-MAX_SKIPPED_STEPS = 10  # in a row; then the run has diverged
 
 
 def train(spec: TrainSpec) -> int:

@@ -50,12 +50,14 @@ class AttentionSpec(Spec):
     num_heads: Count
     num_kv_heads: Count
     head_dim: Count = 64
-    rope_theta: float | None = None
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even, as rope_theta turns pairs of channels")
         return self
 
 
@@ -66,9 +68,9 @@ class MoeSpec(Spec):
     top_k: Count
     expert_width: Count
     shared_width: Annotated[int, Field(ge=0)] = 0
-    score_scale: float = 2.5
-    bias_update_rate: float = 1e-3
-    sequence_loss_weight: float = 1e-4
+    score_scale: Annotated[float, Field(gt=0)] = 2.5
+    bias_update_rate: Annotated[float, Field(ge=0)] = 1e-3
+    sequence_loss_weight: Annotated[float, Field(ge=0)] = 1e-4
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> Self:
@@ -137,7 +139,7 @@ class ModelSpec(Spec):
     engram: list[EngramSpec] = []
     mtp: MtpSpec | None = None
     mup: MupSpec | None = None
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     init_std: Annotated[float, Field(gt=0)] = 0.02
 
     @model_validator(mode="after")

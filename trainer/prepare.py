@@ -29,7 +29,7 @@ from trainer.model import recompute
 from trainer.model.compiling import compile_layers
 from trainer.model.engram import token_classes
 from trainer.model.hybrid import HybridModel, build_model
-from trainer.optim import Optimizers, build_optimizers, learning_rate_factor
+from trainer.optim import Optimizers, build_optimizers
 from trainer.optim.rules import Assignment
 from trainer.parallel.mesh import Mesh
 from trainer.precision import Precision
@@ -85,7 +85,6 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
             share=partial(mesh.share, dtype=chosen.autocast_dtype),
         )
         optimizers = build_optimizers(model, spec.optimizer, spec.model, share_over=mesh.optimizer)
-        learning_rate_factor(0, spec.steps, spec.schedule, optimizers.peak_learning_rate)
         proven = spec.precision.fp8.implementation == "auto"
         fp8 = convert(model, spec.model, chosen.fp8, world.device, only_proven=proven) if chosen.fp8 else None
     backends = {name: choice.label for name, choice in model.choices.items()}

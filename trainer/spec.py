@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
@@ -12,6 +13,7 @@ from trainer.modelspec import Count, ModelSpec
 from trainer.specbase import Spec
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Packing = Literal["concat", "best_fit"]
@@ -110,7 +112,7 @@ class MuonSpec(Spec):
     """
 
     learning_rate: Positive = 2e-3
-    momentum: Fraction = 0.95
+    momentum: Decay = 0.95
     nesterov: bool = True
     weight_decay: NonNegative = 0.1
     coefficients: Literal["polar_express", "newton_schulz"] = "polar_express"
@@ -122,14 +124,17 @@ class AdamWSpec(Spec):
     """AdamW for embedding, head, norms, convolutions, 1-D parameters and, at a higher rate, Engram tables."""
 
     learning_rate: Positive = 2e-3
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     engram_rate_factor: Positive = 5.0
 
 
 BF16_MAX_DECAY = 0.99  # x·β of a bf16 x rounds back to x, for ever, from β = 1 − 2⁻⁸ = 0.996 on
+
+
+MAX_SKIPPED_STEPS = 10  # in a row; then the run has diverged
 
 
 class SpikeGuardSpec(Spec):
@@ -141,6 +146,17 @@ class SpikeGuardSpec(Spec):
     sigmas: Positive = 6.0
     window: Annotated[int, Field(ge=8, le=1024)] = 128
 
+    @model_validator(mode="after")
+    def _lasting_rise_is_survived(self) -> Self:
+        # k equal values among n of an equal lower one are mean + √((n − k)/k)·σ, so n/(1 + sigmas²) of them are spikes.
+        skipped = math.ceil(self.window / (1 + self.sigmas**2))
+        if skipped >= MAX_SKIPPED_STEPS:
+            raise ValueError(
+                f"sigmas {self.sigmas:g} over window {self.window} skips {skipped} steps of a lasting rise, and "
+                f"{MAX_SKIPPED_STEPS} in a row end a run as diverged; raise sigmas or lower window"
+            )
+        return self
+
 
 class OptimizerSpec(Spec):
     """`state_dtype` is that of momentum and moments; weights are FP32 always. bf16 halves the state."""
@@ -151,6 +167,11 @@ class OptimizerSpec(Spec):
     state_dtype: Literal["fp32", "bf16"] = "fp32"
     clip_norm: Positive | None = 1.0
     spike_guard: SpikeGuardSpec | None = SpikeGuardSpec()
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """That of the optimizer which trains the matrices, of which the schedule and the logs speak."""
+        return self.muon.learning_rate if self.name == "muon" else self.adamw.learning_rate
 
     @model_validator(mode="after")
     def _state_can_decay(self) -> Self:
@@ -305,6 +326,16 @@ class TrainSpec(Spec):
                     f"tokens.curriculum: seq_len {stage.seq_len} must divide the tokens of a micro-batch, "
                     f"micro_batch_rows × seq_len = {row_tokens}; raise batch.micro_batch_rows"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rate_falls(self) -> Self:
+        final, peak = self.schedule.final_learning_rate, self.optimizer.peak_learning_rate
+        if final > peak and self.schedule.name != "constant":
+            raise ValueError(
+                f"schedule.final_learning_rate {final:g} exceeds the peak, optimizer.{self.optimizer.name}."
+                f"learning_rate {peak:g}; lower the one or raise the other"
+            )
         return self
 
     def micro_batches(self, world_size: int) -> int:

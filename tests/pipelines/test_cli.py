@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import pytest
@@ -30,6 +31,11 @@ def yaongi(monkeypatch, capsys, tmp_path):
 
 def test_the_version_is_the_packages(yaongi):
     assert yaongi("--version") == (0, f"yaongi {__version__}\n", "")
+
+
+def test_the_module_can_be_run_where_the_command_is_not_installed():
+    command = [sys.executable, "-m", "pipelines.cli", "--version"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == f"yaongi {__version__}\n"
 
 
 @pytest.mark.parametrize("command", ["run", "train", "render", "describe", "submit"])

@@ -150,13 +150,28 @@ def test_memory_of_states_is_what_the_optimizers_hold():
     assert held == pytest.approx(describe(spec, 64).memory.optimizer, rel=0.001)
 
 
-def test_render_shows_every_layer_and_the_totals():
-    console = Console(width=140, record=True, file=io.StringIO())
-    figures = describe(preset_model("tiny"), 256)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_render_shows_every_layer_whole_on_a_narrow_terminal(preset):
+    console = Console(width=80, record=True, file=io.StringIO())
+    figures = describe(preset_model(preset), 256)
     render(figures, console)
     text = console.export_text()
-    assert f"{figures.total:,}" in text and f"{figures.active_a1:,}" in text
-    assert text.count("experts") == 7 and "Engram" in text  # two of them are backends of the operation
+    assert f"{figures.total:,}" in text and f"{figures.active_a1:,}" in text and "…" not in text
+    layers = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.partition("Weights")[0].splitlines()]
+    shown = [(line[0], line[1], line[2], line[3]) for line in layers if len(line) == 5]
+    wanted = [(row.layer, row.kind, f"{row.params:,}", f"{row.active:,}") for row in figures.rows]
+    assert shown == [("" if layer is None else str(layer), *rest) for layer, *rest in wanted]
+
+
+def test_render_gives_the_shapes_of_what_is_alike_once():
+    console = Console(width=80, record=True, file=io.StringIO())
+    render(describe(preset_model("h100-4b"), 256), console)
+    text = console.export_text()
+    assert (
+        text.count("up_EFD(64×256×2048)") == text.count("zxbc_proj(1280×2048)") == text.count("q_proj(2048×2048)") == 1
+    )
+    engrams = [line.split("│")[2].strip() for line in text.splitlines() if "orders 2.." in line]
+    assert engrams == ["2", "26"]
 
 
 def test_render_calls_a_kernel_without_a_record_unproven(monkeypatch):

@@ -97,11 +97,6 @@ def test_short_runs_are_positive_and_finite(steps):
             assert 0 < factor <= 1 and math.isfinite(factor)
 
 
-def test_final_above_peak_is_refused():
-    with pytest.raises(ValueError, match="final_learning_rate"):
-        learning_rate_factor(0, 10, ScheduleSpec(final_learning_rate=1.0), 0.1)
-
-
 @pytest.mark.parametrize(
     ("shape", "remaining"),
     [

@@ -11,7 +11,7 @@ import pytest
 from trainer.data.loader import StepBatch, TokenLoader
 from trainer.loop import train
 from trainer.optim import Optimizers
-from trainer.spec import SpikeGuardSpec
+from trainer.spec import MAX_SKIPPED_STEPS, SpikeGuardSpec
 from trainer.spikes import SpikeGuard
 
 
@@ -47,6 +47,24 @@ def test_lasting_rise_is_skipped_at_most_four_times():
     assert judged(random.normal(2.0, 0.02, 128).tolist(), guard) == [None] * 128
     after = judged(random.normal(8.0, 0.02, 128).tolist(), guard)
     assert after[:3] == ["loss_spike"] * 3 and after[4:] == [None] * 124
+
+
+@pytest.mark.parametrize("sigmas", [0.5, 1.0, 2.0, 3.0, 4.5, 6.0, 20.0])
+def test_a_lasting_rise_never_ends_a_run(sigmas):
+    """The rise without noise is the worst one; every window that the spec takes lets it in before the tenth step."""
+    taken = []
+    for window in (8, 32, 50, 64, 90, 91, 128, 200, 400, 1024):
+        try:
+            guard = SpikeGuard(SpikeGuardSpec(sigmas=sigmas, window=window))
+        except ValueError as error:
+            assert "raise sigmas or lower window" in str(error)
+            continue
+        taken.append(window)
+        judged([2.0] * window, guard)
+        after = judged([8.0] * window, guard)
+        skipped = after.index(None)
+        assert 1 <= skipped < MAX_SKIPPED_STEPS and after[skipped:] == [None] * (window - skipped), window
+    assert taken == {0.5: [8], 1.0: [8], 2.0: [8, 32], 3.0: [8, 32, 50, 64, 90]}.get(sigmas, taken)
 
 
 @pytest.mark.parametrize("spec", [None, SpikeGuardSpec(window=8)])

@@ -267,8 +267,7 @@ def build_model(
     Args:
         dtype: what autocast will give to matrix products, by which kernels are chosen; None without autocast.
         token_classes: compression table of the tokenizer (`trainer.model.engram.token_classes`), needed by Engram
-        layers
-            with compress_tokens.
+            layers with compress_tokens.
         share: cuts the parameters between ranks while they have shapes only; no rank ever holds the whole model.
 
     Raises:

@@ -169,8 +169,8 @@ def build_optimizers(
         adamw = spec.adamw
         betas = (adamw.beta1, adamw.beta2)
         members["adamw"] = AdamW(of_adamw, adamw.learning_rate, betas, adamw.eps, state_dtype=state_dtype)
-    peak = spec.muon.learning_rate if spec.name == "muon" else spec.adamw.learning_rate
-    return Optimizers(members, {p: name for name, p in parameters.items()}, table, peak, list(shares.values()))
+    names = {parameter: name for name, parameter in parameters.items()}
+    return Optimizers(members, names, table, spec.peak_learning_rate, list(shares.values()))
 
 
 @torch.no_grad()

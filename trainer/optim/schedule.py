@@ -22,15 +22,7 @@ def learning_rate_factor(step: int, steps: int, spec: ScheduleSpec, peak: float)
 
     Args:
         peak: learning rate at factor 1, to which `final_learning_rate` is related.
-
-    Raises:
-        ValueError: a final learning rate above the peak.
     """
-    if spec.final_learning_rate > peak and spec.name != "constant":
-        raise ValueError(
-            f"schedule.final_learning_rate {spec.final_learning_rate:g} exceeds the peak {peak:g}; lower it or raise "
-            "the optimizer's learning_rate"
-        )
     warmup = round(spec.warmup_fraction * steps)
     if step < warmup:
         return 1 - _remaining((step + 1) / warmup, spec.warmup_shape)
