@@ -97,7 +97,7 @@ def run(job: JobSpec, name: str, rate: float, seed: int) -> list[float]:
     if done.returncode not in (0, 70):  # 70: diverged, which a sweep may find
         raise SystemExit(f"{label} ended with {done.returncode}: {done.stderr[-2000:]}")
     lines = (run_dir / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
+    losses = [math.nan if (loss := json.loads(line)["loss"]) is None else loss for line in lines]
     print(f"{label}: {smoothed(losses, len(losses)):.3f}", flush=True)
     return losses + [math.nan] * (spec.steps - len(losses))
 
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", help="of the sweep")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument("--directory", type=Path, default=Path("work/learning"))
-    parser.add_argument("--write", type=Path, help="directory for learning.md and learning.png; default docs/ for tiny")
+    parser.add_argument("--write", type=Path, help="folder of learning.md and .png; docs/ for tiny, else --directory")
     arguments = parser.parse_args()
 
     batch = {"tokens_per_step": arguments.tokens_per_step, "micro_batch_rows": arguments.rows}
@@ -187,7 +187,7 @@ def main() -> None:
     curves = learn(job, arguments.seeds, arguments.parallel)
     text = table(curves, entropy)
     print("", said, "", text, sep="\n")
-    to = arguments.write or DOCS
+    to = arguments.write or (DOCS if arguments.preset == "tiny" else arguments.directory)
     plot(curves, entropy, to / "learning.png")
     size = f"--steps {arguments.steps} --tokens-per-step {arguments.tokens_per_step} --seeds {arguments.seeds}"
     command = f"python benchmarks/learning.py --preset {arguments.preset} {size}"

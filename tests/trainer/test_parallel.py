@@ -19,9 +19,10 @@ from trainer.trained import load_trained
 
 pytestmark = pytest.mark.timeout(1200)
 
-LAYERS = {  # every kind of layer, experts twice and beside a shared one
+LAYERS = {  # every kind of layer, experts twice and beside a shared one, and a module that predicts further ahead
     "layers": ["ME", "N", "*-", "E"],
     "moe": {"num_experts": 4, "top_k": 2, "expert_width": 32, "shared_width": 16},
+    "mtp": {"depth": 1, "layer": "*E"},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"data": "ddp"},
@@ -51,6 +52,7 @@ def assert_equal_runs(spec: TrainSpec, reference: list[dict[str, Any]]) -> None:
     assert [line["step"] for line in lines] == [line["step"] for line in reference]
     for line, expected in zip(lines, reference, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5), (spec.parallel, line["step"])
+        assert line["auxiliary"]["mtp_1"] == pytest.approx(expected["auxiliary"]["mtp_1"], rel=1e-5)
         if line["step"] <= 3:
             assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-5), (spec.parallel, line["step"])
             assert line["expert_load_max_ratio"] == expected["expert_load_max_ratio"], "loads are those of all ranks"
