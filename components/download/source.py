@@ -18,7 +18,16 @@ from components.download import files
 from components.download.blobs import contents
 from components.download.readers import rows, split_suffix
 from components.download.texts import maker, unicode_text
-from components.download.writer import Input, Journal, Part, Texts, intact, read_journal, write_part
+from components.download.writer import (
+    JOURNAL_NAME,
+    Input,
+    Journal,
+    Part,
+    Texts,
+    intact,
+    read_journal,
+    write_part,
+)
 from components.progress import ByteProgress
 from manifests.dataspec import FilesSource, TextSpec
 from trainer.data.manifest import MANIFEST_NAME, DataError
@@ -27,6 +36,7 @@ UNIT_BYTES = 64 * 2**20  # plain text files are small: this much of them goes in
 PART_BYTES = 256 * 2**20  # text bytes of a part: what a crash can cost
 EXPANSION = 3.0  # text bytes out of one compressed byte, to estimate space
 MOST_MISSING = 0.5  # share of contents that may be missing
+JUDGED_FROM = 1000  # contents after which that is looked at, instead of only when a part is done
 BLOB_EXPANSION = 40.0  # text bytes of contents out of one compressed byte of their ids
 
 
@@ -64,9 +74,12 @@ def prepare(task: Task) -> Journal:
         _check_space(task, journal)
         for part in _new_parts(task, journal):
             journal = journal.model_copy(update={"parts": [*journal.parts, part]})
+            _check_missing(
+                task, journal.missing, sum(part.rows for part in journal.parts)
+            )  # first, so that the part is asked for again
             journal.write(task.directory)
-            _check_missing(task, journal)
     if not any(part.entry.documents for part in journal.parts):
+        (task.directory / JOURNAL_NAME).unlink()  # or the next run would find nothing left to do
         raise DataError("holds no text; check its files and text_column")
     _clean(task, journal)
     return journal
@@ -186,7 +199,11 @@ def _texts(task: Task, unit: Iterable[tuple[Path, Input]], skip: int, progress: 
         for where, row in chosen:
             yield unicode_text(make(where, row))
         return
-    for text in contents(chosen, blobs):
+    missing = 0
+    for asked, text in enumerate(contents(chosen, blobs), start=1):
+        missing += text is None
+        if asked >= JUDGED_FROM:
+            _check_missing(task, missing, asked)
         progress.advance(len((text or "").encode()))
         yield text
 
@@ -197,9 +214,8 @@ def _progress(task: Task, what: str, unit: list[Input], left: int | None) -> Byt
     return ByteProgress(f"download {task.name}, {what}", total)
 
 
-def _check_missing(task: Task, journal: Journal) -> None:
+def _check_missing(task: Task, missing: int, asked: int) -> None:
     """Refuse a bucket that lacks most of what is asked for: that is no data set with a few gaps."""
-    missing, asked = journal.missing, sum(part.rows for part in journal.parts)
     if missing > asked * MOST_MISSING:
         assert task.spec.blobs is not None
         raise DataError(

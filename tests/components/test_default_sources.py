@@ -14,9 +14,10 @@ from hub_worker import Hub
 
 from components.download import blobs
 from components.download.blobs import _text
-from manifests.dataspec import BlobsSpec
+from components.download.source import Task, prepare
+from manifests.dataspec import BlobsSpec, TextSpec
 from manifests.spec import load_job
-from trainer.data.manifest import read_manifest, verify
+from trainer.data.manifest import DataError, read_manifest, verify
 from trainer.data.tokenizer import SPECIAL_TOKENS
 
 PRESETS = ["h100-4b", "h100-4b-interleaved"]
@@ -146,11 +147,32 @@ def test_a_damaged_content_is_not_kept(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_bucket_without_the_contents_is_one_line(hub: Hub, tmp_path: Path) -> None:
-    hub.server.objects = {}
+    there = hub.server.objects
+    left = dict([next(iter(there.items()))])
+    for objects_left, missing in ((left, 3), (left, 3), ({}, 4)):  # what one run refused, the next does not take
+        hub.server.objects = objects_left
+        result, error = hub.run(job(hub, tmp_path, only="code-stack-edu"))
+        assert result is None and error is not None and "\n" not in error
+        assert error.startswith(f"source 'code-stack-edu': {missing} of 4 contents are not at http://127.0.0.1")
+        assert GONE not in error and not list(tmp_path.rglob("manifest.json"))
+    hub.server.objects = there
     result, error = hub.run(job(hub, tmp_path, only="code-stack-edu"))
-    assert result is None and error is not None and "\n" not in error
-    assert error.startswith("source 'code-stack-edu': 4 of 4 contents are not at http://127.0.0.1")
-    assert GONE not in error and not list(tmp_path.rglob("manifest.json"))
+    assert error is None and result is not None
+    assert raw_texts(result["path"], "code-stack-edu") == list(CODE.values())
+
+
+def test_a_bucket_without_the_contents_is_not_asked_for_all_of_them(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.dumps({"id": hashlib.sha1(b"%d" % n).hexdigest()}) for n in range(400)]
+    (tmp_path / "ids.jsonl").write_text("\n".join(rows))
+    found = BlobsSpec(url=hub.server.url + "/content/{id}", encoding_column=None, workers=2)
+    origin = {"kind": "files", "paths": [str(tmp_path / "ids.jsonl")]}
+    monkeypatch.setattr("components.download.source.JUDGED_FROM", 20)
+    hub.server.requests.clear()
+    with pytest.raises(DataError, match=r"^20 of 20 contents are not at http://127[^\n]*; check blobs.url"):
+        prepare(Task("code", TextSpec(origin=origin, text_column="id", blobs=found), tmp_path / "raw" / "code", None))
+    assert len(hub.server.requests) < 100
 
 
 def test_contents_cut_into_parts_continue_where_they_stopped(hub: Hub, tmp_path: Path) -> None:

@@ -58,11 +58,13 @@ def rows(step: list[StepBatch]) -> torch.Tensor:
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("micro_batch_rows", [1, 2])
 def test_steps_are_the_same_for_every_number_of_ranks(spec: TokensSpec, world_size: int, micro_batch_rows: int) -> None:
-    batch = BatchSpec(tokens_per_step=16 * 32, micro_batch_rows=micro_batch_rows)
-    for ours, theirs in zip(steps(40, spec, batch, world_size), steps(40, spec), strict=True):
+    """10,240 rows."""
+    batch = BatchSpec(tokens_per_step=256 * 32, micro_batch_rows=micro_batch_rows)
+    alone = BatchSpec(tokens_per_step=256 * 32, micro_batch_rows=16)
+    for ours, theirs in zip(steps(40, spec, batch, world_size), steps(40, spec, alone), strict=True):
         assert torch.equal(rows(ours), rows(theirs))
         for rank in ours:
-            assert len(rank.micro_batches) == 16 // world_size // micro_batch_rows
+            assert len(rank.micro_batches) == 256 // world_size // micro_batch_rows
             for field in ("num_labels", "num_rows", "tokens_by_source", "cursor"):
                 assert getattr(rank, field) == getattr(theirs[0], field)
 
