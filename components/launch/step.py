@@ -73,9 +73,10 @@ def write_specs(job: JobSpec) -> None:
 
 
 def _identity(spec: TrainSpec) -> dict[str, object]:
-    """What a run computes; where its files lie and how its processes run may change between two launches."""
-    places = {"run_dir": True, "runtime": True, "evaluate": True, "tokens": {"shards", "tokenizer"}}
-    return spec.model_dump(mode="json", exclude=places)
+    """What a run computes. Where its files lie, how its processes share the work and what it skips from here on may
+    change between two launches, as `JobSpec.run_name` has it."""
+    free = {"run_dir": True, "parallel": True, "runtime": True, "evaluate": True}
+    return spec.model_dump(mode="json", exclude=free | {"tokens": {"shards", "tokenizer", "skip"}})
 
 
 def _check_input(job: JobSpec, result: StageResult) -> None:

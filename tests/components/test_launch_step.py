@@ -10,6 +10,8 @@ from manifests.spec import JobSpec, job_from
 from trainer.checkpoint import CheckpointManifest, describe_files, publish, unfinished_dir
 from trainer.data.manifest import StageResult
 from trainer.exitcodes import TrainingError
+from trainer.spec import TrainSpec
+from trainer.specbase import parse
 
 
 @pytest.fixture
@@ -183,12 +185,22 @@ def test_a_run_directory_of_another_run_is_refused(job, launched):
     assert launched == []
 
 
-def test_how_processes_run_may_change_between_launches(job, launched, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"runtime": {"log_every_steps": 1}},
+        {"parallel": {"data": "fsdp"}},
+        {"evaluate": {"sample_tokens": 2}},
+        {"skip": ((4096, 8192),)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_leaves_the_runs_name_as_it_is_may_change_between_launches(job, launched, tmp_path, change):
     write_specs(job)
-    other = job_for(tmp_path, train={"steps": 4, "runtime": {"log_every_steps": 1}})
-    assert other.run_dir == job.run_dir
+    other = job_for(tmp_path, train={"steps": 4} | change)
+    assert other.run_dir == job.run_dir and other != job
     write_specs(other)
-    assert yaml.safe_load((Path(job.run_dir) / "train.yaml").read_text())["runtime"]["log_every_steps"] == 1
+    assert parse(TrainSpec, yaml.safe_load((Path(job.run_dir) / "train.yaml").read_text())) == other.train_spec()
 
 
 def test_a_checkpoints_directory_that_cannot_be_written_is_named(tmp_path):
