@@ -48,7 +48,7 @@ def test_conversion_replaces_modules_and_keeps_parameters(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # all that building on "meta" asks for
     spec = load_job("small").train.model
     model = build_model(spec, device="meta", seed=0)
-    before = dict(model.named_parameters())
+    before, modules = dict(model.named_parameters()), dict(model.named_modules())
     fp8 = Fp8Spec(recipe="current", implementation="te")
     rows = conversion_table(spec, fp8, experts_problem="the experts backend te casts by itself")
     chosen = [row.name for row in rows if row.converted]
@@ -56,6 +56,7 @@ def test_conversion_replaces_modules_and_keeps_parameters(monkeypatch):
     linear = packages.load(te.PACKAGE).Linear
     replaced = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, linear)}
     assert replaced == set(chosen) and len(chosen) > 20
+    assert dict(model.named_modules()) == modules, "FSDP2 knows these objects"
     after = dict(model.named_parameters())
     assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
     assert model.state_dict().keys() == build_model(spec, device="meta", seed=0).state_dict().keys()

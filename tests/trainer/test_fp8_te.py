@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
 from trainer.fp8 import te
 from trainer.ops import packages
@@ -36,6 +39,25 @@ def test_state_is_the_histories_and_scales_of_all_modules(monkeypatch):
     assert len(tensors) == 8 and tensors["a.k_proj.scaling_bwd.amax_history"].tolist() == [[0, 0], [0.25, 7]]
     assert tensors["a.q_proj.scaling_fwd.scale"] is modules["a.q_proj"].made[0].scale, "loading fills the module's own"
     assert state.figures() == ({"input": 3.0, "weight": 4.0, "gradient": 0.5}, 0.0)
+
+
+def test_conversion_keeps_module_and_parameter(monkeypatch):
+    """FSDP2 puts gathered weights into the module objects it met, so another object would compute with cut ones."""
+
+    class Linear(nn.Module):
+        def __init__(self, inputs: int, outputs: int, *, bias: bool, params_dtype: torch.dtype, device: str) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=params_dtype, device=device))
+
+    monkeypatch.setattr(te, "package", lambda: SimpleNamespace(Linear=Linear))
+    monkeypatch.setattr(te, "recipe", lambda fp8: "a recipe")
+    model = nn.Sequential(nn.Linear(32, 16, bias=False), nn.Linear(16, 32, bias=False))
+    modules, weights = list(model), list(model.parameters())
+    te.convert(model, ["0.weight"], Fp8Spec(implementation="te", recipe="current"))
+    assert [type(module) for module in model] == [Linear, nn.Linear]
+    assert all(now is before for now, before in zip(model, modules, strict=True))
+    assert all(now is before for now, before in zip(model.parameters(), weights, strict=True))
+    assert list(model.state_dict()) == ["0.weight", "1.weight"]
 
 
 def test_a_missing_package_is_one_line(monkeypatch):

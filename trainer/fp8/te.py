@@ -86,22 +86,23 @@ def autocast(fp8: Fp8Spec) -> AbstractContextManager:
 
 
 def convert(model: nn.Module, weights: list[str], fp8: Fp8Spec) -> TeState:
-    """Put te.Linear in place of the owners of these weights; the parameters stay the same objects."""
+    """Make te.Linear out of the owners of these weights; parameters and modules stay the same objects.
+
+    A module that took the place of another would be unknown to FSDP2, which puts gathered weights into the one it met.
+    """
     te = package()
     modules = {}
     for name in weights:
         place = name.removesuffix(".weight")
-        parent, _, leaf = place.rpartition(".")
         linear = model.get_submodule(place)
-        assert isinstance(linear, nn.Linear) and linear.bias is None, name
-        module = te.Linear(
-            linear.in_features, linear.out_features, bias=False, params_dtype=linear.weight.dtype, device="meta"
-        )
-        module.weight = linear.weight
+        assert type(linear) is nn.Linear and linear.bias is None, name
+        weight, shape = linear.weight, (linear.in_features, linear.out_features)
+        linear.__class__ = te.Linear
+        te.Linear.__init__(linear, *shape, bias=False, params_dtype=weight.dtype, device="meta")
+        linear.weight = weight
         # Its own state is a pickle, which our checkpoints do not take: TeState saves the tensors in it.
-        module.register_state_dict_post_hook(_without_extra_state)
-        setattr(model.get_submodule(parent), leaf, module)
-        modules[place] = module
+        linear.register_state_dict_post_hook(_without_extra_state)
+        modules[place] = linear
     return TeState(modules, fp8)
 
 
