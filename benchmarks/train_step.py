@@ -13,13 +13,15 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from manifests.spec import JobTrainSpec, load_job
@@ -85,15 +87,22 @@ def synchronise(device: torch.device) -> None:
 
 
 def top_kernels(run: Callable[[], object], device: torch.device) -> list[tuple[str, float, int]]:
-    """Those that take most of the device's time."""
+    """Those that take most of the device's time; of a GPU its kernels, without the operations that launched them."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
         run()
         synchronise(device)
-    times = [
-        (event.key, event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
-        for event in profiled.key_averages()
-    ]
+    return largest(profiled.key_averages(), on_gpu=on_gpu)
+
+
+def largest(events: Iterable[Any], *, on_gpu: bool) -> list[tuple[str, float, int]]:
+    """Name, share of the time and calls of the dearest of a profiler's averages.
+
+    torch counts the time of a kernel under the operation that launched it too, and under ranges around both.
+    """
+    if on_gpu:
+        events = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    times = [(e.key, e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count) for e in events]
     whole = sum(spent for _name, spent, _count in times)
     times.sort(key=lambda entry: -entry[1])
     return [(name, spent / whole, count) for name, spent, count in times[:TOP_KERNELS]]

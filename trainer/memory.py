@@ -116,3 +116,18 @@ def choose_layout(
         return device_bytes is None or training_memory(model, optimizer, layout).total <= SHARDED_ABOVE * device_bytes
 
     return resolve(parallel, model, world, ranks_per_node, fits)
+
+
+def refuse_too_large(spec: TrainSpec, layout: Layout, device_bytes: int | None) -> None:
+    """Weights, gradients and optimizer state are certain; activations, of which this is an estimate, are not judged.
+
+    Raises:
+        ValueError: they alone are more than a GPU has.
+    """
+    state = training_memory(spec.model, spec.optimizer, layout).state
+    if device_bytes is not None and state > device_bytes:
+        raise ValueError(
+            f"model: weights, gradients and optimizer state take {state / 2**30:.1f} GiB on each GPU ({layout}), which "
+            f"has {device_bytes / 2**30:.1f}; use more or larger GPUs, parallel.data fsdp, optimizer.state_dtype bf16, "
+            "or a smaller model"
+        )

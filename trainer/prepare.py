@@ -24,7 +24,7 @@ from trainer.fp8 import te
 from trainer.fp8.convert import convert
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
-from trainer.memory import choose_layout
+from trainer.memory import choose_layout, refuse_too_large
 from trainer.model import recompute
 from trainer.model.compiling import compile_layers
 from trainer.model.engram import token_classes
@@ -66,9 +66,9 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     """Build everything, load the newest checkpoint, and say what was chosen and why."""
     with users_mistakes():
         micro_batches = spec.micro_batches(world.size)
-        layout = choose_layout(
-            spec.parallel, spec.model, spec.optimizer, world.size, world.local_size, device_bytes(world.device)
-        )
+        gpu_bytes = device_bytes(world.device)
+        layout = choose_layout(spec.parallel, spec.model, spec.optimizer, world.size, world.local_size, gpu_bytes)
+        refuse_too_large(spec, layout, gpu_bytes)
         recorder = Recorder(spec, world, started)
         chosen = precision.resolve(spec.precision, precision.device_capability(world.device))
         if chosen.fp8:

@@ -6,15 +6,18 @@ import math
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
+import micro
 import pytest
 
 from trainer.flops import parameters
-from trainer.memory import choose_layout, training_memory
+from trainer.memory import choose_layout, refuse_too_large, training_memory
 from trainer.modelspec import ModelSpec
 from trainer.parallel.layout import Layout, resolve
 from trainer.spec import OptimizerSpec, ParallelSpec
+from trainer.specbase import SpecError
 
 MODEL = ModelSpec(
     vocab_size=64,
@@ -71,6 +74,20 @@ def test_auto_shards_as_far_as_the_memory_demands():
     ]
     assert [layout.data for layout in choose] == ["ddp", "ddp", "fsdp", "fsdp", "fsdp"]
     assert [layout.shard for layout in choose] == [1, 1, 4, 4, 16]
+
+
+def test_state_that_no_gpu_can_hold_is_one_line_before_anything_is_built(monkeypatch, tmp_path):
+    from trainer import prepare
+
+    spec = micro.micro_spec(tmp_path, tmp_path / "run")
+    needed = training_memory(spec.model, spec.optimizer).state
+    refuse_too_large(spec, Layout(), needed)
+    refuse_too_large(spec, Layout(), None)
+    monkeypatch.setattr(prepare, "device_bytes", lambda device: needed - 1)
+    world = SimpleNamespace(size=1, local_size=1, device=None)
+    with pytest.raises(SpecError, match=r"weights, gradients and optimizer state take .* GiB .*smaller model$"):
+        prepare.prepare(spec, world, 0.0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_shares_add_up_to_the_whole():

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,3 +34,16 @@ def test_figures_and_problems_are_written_for_each_combination(benchmark, monkey
         assert result["tokens_per_second"] == pytest.approx(4096 / seconds)
     assert "half" in unknown["problem"] and unknown["tokens_per_second"] is None
     assert fp32["mfu"] is None and "does not run" in capsys.readouterr().out
+
+
+def test_time_of_a_gpu_is_counted_once(benchmark):
+    """An operation carries the time of its kernels, and an annotated range that of all within."""
+
+    def event(key: str, kind: str, time: float, annotation: bool = False) -> SimpleNamespace:
+        device_type = getattr(benchmark.DeviceType, kind)
+        values = {"key": key, "count": 2, "device_type": device_type, "is_user_annotation": annotation}
+        return SimpleNamespace(**values, self_device_time_total=time, self_cpu_time_total=1.0)
+
+    events = [event("aten::mm", "CPU", 30), event("range", "CUDA", 40, True), event("copy", "CUDA", 10)]
+    found = benchmark.largest([*events, event("gemm", "CUDA", 30)], on_gpu=True)
+    assert found == [("gemm", 0.75, 2), ("copy", 0.25, 2)]

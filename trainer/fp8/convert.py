@@ -34,7 +34,7 @@ def recipe_of(fp8: Fp8Spec) -> Recipe:
 
 
 def convert(
-    model: HybridModel, spec: ModelSpec, fp8: Fp8Spec, device: torch.device, *, only_proven: bool
+    model: HybridModel, spec: ModelSpec, fp8: Fp8Spec, device: torch.device, *, only_proven: bool = False
 ) -> Fp8State | te.TeState:
     """Convert what the table says, print it, and return the state of all products.
 
