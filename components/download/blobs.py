@@ -50,7 +50,7 @@ def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str |
         name = row[0]
         if not isinstance(name, str) or not name.isalnum():
             raise DataError(f"{where}: '{name}' is no id of a content; set text_column to the column of ids")
-        url = spec.url.format(id=name)
+        url = spec.url.replace("{id}", name)
         try:
             answer = pool.request("GET", url, decode_content=False)
         except urllib3.exceptions.HTTPError as error:

@@ -137,6 +137,12 @@ def test_a_bucket_cannot_ask_for_a_pause_without_end(hub: Hub, monkeypatch: pyte
     assert slept == [3]
 
 
+def test_other_braces_of_the_address_stand_for_themselves(hub: Hub) -> None:
+    name = blob(CODE["utf-8"], "utf-8")[0]
+    spec = BlobsSpec(url=hub.server.url + "/content/{id}?of={x}", encoding_column=None, workers=1)
+    assert list(blobs.contents(iter([("row", [name])]), spec)) == [CODE["utf-8"]]
+
+
 def test_a_damaged_content_is_not_kept(hub: Hub, tmp_path: Path) -> None:
     name = blob(CODE["latin-1"], "latin-1")[0]
     hub.server.faults = {name: ["wrong"]}
