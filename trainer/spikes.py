@@ -2,7 +2,8 @@
 
 A step is a spike when its loss or gradient norm exceeds the mean of the steps before it by `sigmas` standard deviations
 (as OLMo-core's SkipStep optimizers do). Spikes are remembered like every other step. So a lasting rise, say from other
-data, is skipped a few times only, until the window has become wide enough for it: at 6σ and 128 steps at most 4 times.
+data, is skipped a few times only, until the window has become wide enough for it: window/(1 + sigmas²) times at most,
+rounded up, which is 4 at 6σ and 128 steps.
 
 Imports no torch.
 """

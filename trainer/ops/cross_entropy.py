@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from trainer.ops.experts import compute_dtype
+
 IGNORE = -100
 
 
@@ -22,9 +24,9 @@ def cross_entropy_sum(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_t
 
     The matrix products run in the autocast dtype when autocast is on, the softmax and all sums over chunks in fp32.
     """
-    device_type = h_ND.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else h_ND.dtype
-    return _ChunkedCrossEntropy.apply(h_ND, weight_VD, labels_N, chunk_tokens, dtype, torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(
+        h_ND, weight_VD, labels_N, chunk_tokens, compute_dtype(h_ND), torch.is_grad_enabled()
+    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
