@@ -39,11 +39,13 @@ def attention_sdpa(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Do
     if q_BTHD.is_cuda and heads_per_group > 1:
         k_BTKD, v_BTKD = (kv_BTKD.repeat_interleave(heads_per_group, dim=2) for kv_BTKD in (k_BTKD, v_BTKD))
         heads_per_group = 1
+    whole_rows = documents.whole_rows
     y_BHTD = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
         k_BTKD.transpose(1, 2),
         v_BTKD.transpose(1, 2),
-        attn_mask=documents.added_mask_B1TT(q_BTHD.dtype),
+        attn_mask=None if whole_rows else documents.added_mask_B1TT(q_BTHD.dtype),
+        is_causal=whole_rows,
         enable_gqa=heads_per_group > 1,
     )
     return y_BHTD.transpose(1, 2)

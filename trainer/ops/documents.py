@@ -68,6 +68,18 @@ class Documents:
             self._added[dtype] = torch.zeros_like(mask_B1TT, dtype=dtype).masked_fill_(~mask_B1TT, -math.inf)
         return self._added[dtype]
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether every row is one document, as far as it may be asked: on a GPU the host would wait for the answer.
+
+        A compiled layer takes the general way, else it would be compiled once for either answer.
+        """
+        return self.seq_idx_BT.device.type == "cpu" and not torch.compiler.is_compiling() and self._is_whole
+
+    @cached_property
+    def _is_whole(self) -> bool:
+        return bool((self.seq_idx_BT == self.seq_idx_BT[:, :1]).all())
+
     @cached_property
     def position_BT(self) -> Tensor:
         """int64: how many positions of its document come before each position in its row."""

@@ -5,22 +5,19 @@ hidden layer before its activation. Copies, activations and casts of the weights
 The weights of the copies multiply the hidden layer instead of the output: it is narrower, and the copies of a token
 then only add up.
 
-On a GPU the products are torch's grouped ones. On a CPU they are a loop over experts, whose
-small matrices stay in the cache; where the CPU has no BF16 instructions it multiplies BF16 numbers as FP32, which
-gives the same products and sums, several times faster.
+These are torch's grouped products, for GPUs; on a CPU the work is done expert by expert (trainer/ops/experts_cpu.py).
 
 Legend as in `trainer.ops.experts`; O outputs and I inputs of a projection.
 """
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from trainer.ops import experts_cpu
 from trainer.ops.experts import by_expert, compute_dtype
 from trainer.ops.setting import Setting
 
@@ -29,9 +26,11 @@ def experts_grouped(x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, expert_SK: T
     """See `experts_reference`."""
     routing = by_expert(expert_SK, up_EFD.shape[0])
     ends_E = routing.count_E.cumsum(0).to(torch.int32)
-    y_SD = _Experts.apply(
-        x_SD.to(compute_dtype(x_SD)), up_EFD, down_EDF, weight_SK, routing.order_R, routing.place_R, ends_E
-    )
+    tokens_SD = x_SD.to(compute_dtype(x_SD))
+    if x_SD.device.type == "cpu":
+        y_SD, _ = experts_cpu.experts(tokens_SD, up_EFD, down_EDF, weight_SK, routing.order_R, ends_E)
+    else:
+        y_SD = _Experts.apply(tokens_SD, up_EFD, down_EDF, weight_SK, routing.order_R, routing.place_R, ends_E)
     return y_SD.to(x_SD.dtype)
 
 
@@ -87,59 +86,13 @@ class _Experts(torch.autograd.Function):
 
 def _by_expert(a_RI: Tensor, w_EOI: Tensor, ends_E: Tensor, *, transposed: bool = False) -> Tensor:
     """a · wᵀ with the matrix of each row's expert, [R, O]; with `transposed` a [R, O] is multiplied by w itself."""
-    if a_RI.device.type == "cpu":
-        return torch.ops.yaongi.by_expert(a_RI, w_EOI, ends_E, transposed)
     w_EOI = w_EOI.to(a_RI.dtype)
     return F.grouped_mm(a_RI, w_EOI if transposed else w_EOI.transpose(1, 2), offs=ends_E)
 
 
 def _outer(a_RO: Tensor, b_RI: Tensor, ends_E: Tensor) -> Tensor:
     """aᵀ · b over the rows of each expert, [E, O, I]."""
-    if a_RO.device.type == "cpu":
-        return torch.ops.yaongi.outer(a_RO, b_RI, ends_E)
     return F.grouped_mm(a_RO.transpose(0, 1), b_RI, offs=ends_E)
-
-
-# Operations of their own, so that torch.compile leaves the loops alone; torch's grouped product compiles in BF16 only.
-@torch.library.custom_op(
-    "yaongi::by_expert", mutates_args=(), schema="(Tensor a, Tensor w, Tensor ends, bool transposed) -> Tensor"
-)
-def _by_expert_cpu(a_RI: Tensor, w_EOI: Tensor, ends_E: Tensor, transposed: bool) -> Tensor:
-    y_RO = a_RI.new_empty(a_RI.shape[0], w_EOI.shape[2 if transposed else 1])
-    for rows, w_OI in zip(_rows(ends_E), w_EOI.unbind(), strict=True):
-        w_OI = w_OI.to(a_RI.dtype)
-        _multiply(a_RI[rows], w_OI if transposed else w_OI.T, y_RO[rows])
-    return y_RO
-
-
-@_by_expert_cpu.register_fake
-def _(a_RI: Tensor, w_EOI: Tensor, ends_E: Tensor, transposed: bool) -> Tensor:
-    return a_RI.new_empty(a_RI.shape[0], w_EOI.shape[2 if transposed else 1])
-
-
-@torch.library.custom_op("yaongi::outer", mutates_args=(), schema="(Tensor a, Tensor b, Tensor ends) -> Tensor")
-def _outer_cpu(a_RO: Tensor, b_RI: Tensor, ends_E: Tensor) -> Tensor:
-    y_EOI = a_RO.new_empty(ends_E.numel(), a_RO.shape[1], b_RI.shape[1])
-    for rows, y_OI in zip(_rows(ends_E), y_EOI.unbind(), strict=True):
-        _multiply(a_RO[rows].T, b_RI[rows], y_OI)
-    return y_EOI
-
-
-@_outer_cpu.register_fake
-def _(a_RO: Tensor, b_RI: Tensor, ends_E: Tensor) -> Tensor:
-    return a_RO.new_empty(ends_E.numel(), a_RO.shape[1], b_RI.shape[1])
-
-
-def _rows(ends_E: Tensor) -> list[slice]:
-    ends = ends_E.tolist()
-    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    if left.dtype == torch.bfloat16 and not _cpu_multiplies_bf16():
-        out.copy_(left.float() @ right.float())
-    else:
-        torch.mm(left, right, out=out)
 
 
 def _in_order(weight_SK: Tensor, order_R: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,11 +106,6 @@ def _activate(before_RF: Tensor, weight_R1: Tensor) -> Tensor:
 
 def _sums(y_RD: Tensor, place_R: Tensor, top_k: int) -> Tensor:
     return y_RD.index_select(0, place_R).view(-1, top_k, y_RD.shape[-1]).sum(1)
-
-
-@cache
-def _cpu_multiplies_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def unsupported(setting: Setting) -> str | None:

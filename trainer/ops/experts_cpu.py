@@ -1,0 +1,115 @@
+"""Routed experts on a CPU: one expert after the other, from its tokens to its share of the sum, all of it in the cache.
+
+What is wide is never made: neither the routed copies nor their outputs exist for more than one expert at a time. Where
+the CPU has no BF16 instructions, BF16 numbers are multiplied as FP32, which gives the same products and sums, several
+times faster. Both passes are operations of their own, so that torch.compile leaves the loops alone.
+
+Legend as in `trainer.ops.experts`; r the copies of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+@torch.library.custom_op("yaongi::experts", mutates_args=())
+def experts(
+    x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, weight_SK: Tensor, order_R: Tensor, ends_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y [S, D] in the dtype of x, and the hidden layer before its activation, [R, F], for the backward pass.
+
+    Args:
+        order_R: the copies (token · K + slot) sorted by expert; ends_E: where each expert's copies end.
+    """
+    narrow = _computed_in(x_SD.dtype)
+    y_SD = torch.zeros_like(x_SD, dtype=torch.float32)
+    before_RF = x_SD.new_empty(order_R.numel(), up_EFD.shape[1])
+    for e, rows, copies_r, token_r in _by_expert(order_R, ends_E, weight_SK.shape[1]):
+        before_rF = x_SD[token_r].to(narrow) @ up_EFD[e].to(x_SD.dtype).to(narrow).T
+        before_RF[rows] = before_rF
+        hidden_rF = _activated(before_RF[rows], weight_SK.flatten()[copies_r]).to(narrow)
+        y_SD.index_add_(0, token_r, (hidden_rF @ down_EDF[e].to(x_SD.dtype).to(narrow).T).float())
+    return y_SD.to(x_SD.dtype), before_RF
+
+
+@experts.register_fake
+def _(
+    x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, weight_SK: Tensor, order_R: Tensor, ends_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_SD), x_SD.new_empty(order_R.numel(), up_EFD.shape[1])
+
+
+@torch.library.custom_op("yaongi::experts_backward", mutates_args=())
+def _gradients(
+    grad_SD: Tensor,
+    x_SD: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    weight_SK: Tensor,
+    order_R: Tensor,
+    ends_E: Tensor,
+    before_RF: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, up, down and weight, in their dtypes."""
+    narrow = _computed_in(x_SD.dtype)
+    grad_x_SD = torch.zeros_like(x_SD, dtype=torch.float32)
+    grad_up_EFD, grad_down_EDF = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
+    grad_weight_R = torch.empty(weight_SK.numel(), dtype=weight_SK.dtype)
+    for e, rows, copies_r, token_r in _by_expert(order_R, ends_E, weight_SK.shape[1]):
+        weight_r = weight_SK.flatten()[copies_r]
+        grad_rD, positive_rF = grad_SD[token_r].to(narrow), F.relu(before_RF[rows]).to(narrow)
+        slope_rF = (grad_rD @ down_EDF[e].to(x_SD.dtype).to(narrow)).mul_(positive_rF)  # less the factors 2 and weight
+        grad_weight_R[copies_r] = (slope_rF.float() * positive_rF.float()).sum(1).to(weight_SK.dtype)
+        grad_down_EDF[e] = grad_rD.T @ _activated(before_RF[rows], weight_r).to(narrow)
+        grad_before_rF = slope_rF.mul_((2 * weight_r)[:, None].to(narrow))
+        grad_up_EFD[e] = grad_before_rF.T @ x_SD[token_r].to(narrow)
+        grad_x_SD.index_add_(0, token_r, (grad_before_rF @ up_EFD[e].to(x_SD.dtype).to(narrow)).float())
+    return grad_x_SD.to(x_SD.dtype), grad_up_EFD, grad_down_EDF, grad_weight_R.view_as(weight_SK)
+
+
+@_gradients.register_fake
+def _(
+    grad_SD: Tensor, x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, weight_SK: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x_SD), torch.empty_like(up_EFD), torch.empty_like(down_EDF), torch.empty_like(weight_SK)
+
+
+def _keep(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx: FunctionCtx, grad_SD: Tensor, _grad_before_RF: Tensor | None) -> tuple[Tensor | None, ...]:
+    x_SD, up_EFD, down_EDF, weight_SK, order_R, ends_E, before_RF = ctx.saved_tensors
+    found = _gradients(grad_SD.contiguous(), x_SD, up_EFD, down_EDF, weight_SK, order_R, ends_E, before_RF)
+    return *found, None, None
+
+
+experts.register_autograd(_backward, setup_context=_keep)
+
+
+def _by_expert(order_R: Tensor, ends_E: Tensor, top_k: int) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """Number, place among the sorted copies, copies and tokens of each expert; one without tokens has none."""
+    start = 0
+    for e, end in enumerate(ends_E.tolist()):
+        copies_r = order_R[start:end]
+        yield e, slice(start, end), copies_r, copies_r // top_k
+        start = end
+
+
+def _activated(before_rF: Tensor, weight_r: Tensor) -> Tensor:
+    return F.relu(before_rF).square_().mul_(weight_r[:, None].to(before_rF.dtype))
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.bfloat16 and not _multiplies_bf16() else dtype
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
