@@ -41,7 +41,7 @@ def main() -> int:
             if isinstance(outcome, str):
                 print(f"{op:11} {backend:14} not here: {outcome}")
                 continue
-            if isinstance(outcome, RuntimeError):
+            if isinstance(outcome, Exception):
                 print(f"{op:11} {backend:14} FAILED: {str(outcome).partition(chr(10))[0]}")
                 refused += 1
                 continue
@@ -55,7 +55,7 @@ def main() -> int:
     return 0 if all(record.passed for record in records) and not refused else 1
 
 
-def outcomes(op: str, device: torch.device) -> Iterator[tuple[str, Record | str | RuntimeError]]:
+def outcomes(op: str, device: torch.device) -> Iterator[tuple[str, Record | str | Exception]]:
     """A record for each backend and format that runs here, the reason for each backend or FP8 recipe that does not.
 
     Errors are what a kernel refuses against its own promise; the others are still of interest.
@@ -78,10 +78,10 @@ def outcomes(op: str, device: torch.device) -> Iterator[tuple[str, Record | str 
             yield backend, OPS[op].backends[backend].unsupported(Setting(device, torch.bfloat16)) or "in no format"
 
 
-def _attempt(comparison: Callable[..., Record], *arguments: object) -> Record | RuntimeError:
+def _attempt(comparison: Callable[..., Record], *arguments: object) -> Record | Exception:
     try:
         return comparison(*arguments)
-    except RuntimeError as error:
+    except Exception as error:  # RuntimeError of torch, TritonError, ValueError of Transformer Engine, …
         return error
 
 

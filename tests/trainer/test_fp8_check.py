@@ -5,6 +5,10 @@ torch's tensor-wise products also run on a CPU, which accepts more than a GPU: e
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -37,6 +41,34 @@ def test_torch_agrees_with_the_emulation(recipe):
 def test_a_product_that_is_wrong_fails(monkeypatch, wrong):
     monkeypatch.setitem(gemm.PRODUCTS, "torch", lambda *a, **k: gemm.product_emulated(*a, **k) * wrong)
     assert not check.compare("linear", Fp8Spec(implementation="torch"), CPU).passed
+
+
+def test_transformer_engine_is_compared_where_it_takes_the_number_of_tokens():
+    """It refuses 20; torch pads."""
+    assert [tokens for tokens, _, _ in check.shapes(Fp8Spec(implementation="te"))] == [64]
+    assert [tokens for tokens, _, _ in check.shapes(Fp8Spec(implementation="torch"))] == [64, 20]
+
+
+def test_a_kernel_that_refuses_is_a_line_and_the_others_go_on(monkeypatch, capsys):
+    """Whatever it raises: Triton's errors are no RuntimeErrors."""
+    file = Path(__file__).parents[2] / "benchmarks" / "parity.py"
+    spec = importlib.util.spec_from_file_location("parity_benchmark", file)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setattr(benchmark.fp8, "problem", lambda *_: None)
+
+    def refuse(op: str, fp8: Fp8Spec, device: torch.device) -> parity.Record:
+        raise ValueError(f"{fp8.recipe} takes no such tensor\nat all")
+
+    monkeypatch.setattr(benchmark.fp8, "compare", refuse)
+    monkeypatch.setattr(sys, "argv", ["parity", "--ops", "linear", "--device", "cpu"])
+    assert benchmark.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("FAILED: ")[1] for line in lines[1:3]] == [
+        "delayed takes no such tensor",
+        "current takes no such tensor",
+    ]
+    assert len(lines) == 7
 
 
 def test_every_combination_is_listed_once_and_needs_a_gpu():

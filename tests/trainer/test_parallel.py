@@ -142,6 +142,17 @@ def test_narrow_types_and_adamw_keep_their_meaning_when_cut(micro_data: Path, tm
 
 
 @pytest.mark.slow
+def test_compiled_and_recomputing_layers_train_cut_as_whole(micro_data: Path, tmp_path: Path):
+    """FSDP's hooks of Engram's tables and the experts' exchange lie inside of layers, where the graph breaks."""
+    alone = spec_of(micro_data, tmp_path, "alone", steps=3)
+    compiled = {"compile": True, "activation_checkpointing": "selective"}
+    cut = spec_of(micro_data, tmp_path, "experts and fsdp", steps=3, runtime=compiled)
+    parallel_ranks.run([alone], 1, tmp_path)
+    parallel_ranks.run([cut], 2, tmp_path)
+    assert_equal_runs(cut, micro.metrics(alone))
+
+
+@pytest.mark.slow
 def test_entrypoint_logs_the_mesh_and_resumes_bit_for_bit_under_fsdp_and_experts(micro_data: Path, tmp_path: Path):
     spec = spec_of(micro_data, tmp_path, "experts and fsdp", steps=8)
     code, output = micro.finish(micro.start(spec, ranks=2))
