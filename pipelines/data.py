@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -31,6 +33,7 @@ Where = Annotated[
 ]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the job.")]
 Workdir = Annotated[Path, typer.Option(help="Folder of local runs.")]
+WIDE = 200  # characters of a table's lines where nothing is on a terminal
 STAGES = ("raw", "hygiene", "tokenizers", "shards")
 
 
@@ -89,7 +92,9 @@ def stats(
 
     directory = _shards(where, sets, workdir)
     rows = totals(directory, read_manifest(directory, "shards"))
-    Console().print(_table(rows, directory))
+    # A file or a pipe has room for whole lines.
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console.print(_table(rows, directory), crop=False)
     if plot:
         from pipelines.data_plot import draw
 
@@ -100,17 +105,17 @@ def stats(
 def _table(rows: list[SourceTotals], directory: Path) -> Table:
     import numpy as np
 
-    table = Table(title=f"Tokens by source ({directory})", caption="document: tokens of the median, p99 and longest")
-    for title in ("source", "domain", "licence"):
-        table.add_column(title, overflow="fold")
+    caption = "document: tokens of the median, p99 and longest"
+    table = Table(title=f"Tokens by source ({directory})", caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("source", no_wrap=True)
+    table.add_column("licence")
     for title in ("documents", "train tokens", "share", "held-out", "bytes/token", "document"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     total = sum(row.train_tokens for row in rows)
     for row in rows:
         middle, late, longest = np.percentile(row.lengths, [50, 99, 100]) if len(row.lengths) else (0, 0, 0)
         table.add_row(
-            row.name,
-            row.domain,
+            f"{row.name} ({row.domain})",
             row.licence,
             f"{row.documents:,}",
             f"{row.train_tokens:,}",
@@ -122,7 +127,7 @@ def _table(rows: list[SourceTotals], directory: Path) -> Table:
     table.add_section()
     documents, heldout = sum(row.documents for row in rows), sum(row.heldout_tokens for row in rows)
     ratio = sum(row.text_bytes for row in rows) / max(1, total + heldout)
-    table.add_row("all", "", "", f"{documents:,}", f"{total:,}", "", f"{heldout:,}", f"{ratio:.2f}", "")
+    table.add_row("all", "", f"{documents:,}", f"{total:,}", "", f"{heldout:,}", f"{ratio:.2f}", "")
     return table
 
 

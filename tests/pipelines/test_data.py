@@ -69,10 +69,12 @@ def test_verify_names_every_damaged_file(job: JobSpec, tmp_path: Path) -> None:
 def test_stats_are_the_counts_of_the_manifest_with_a_picture(job: JobSpec, workdir: Path, tmp_path: Path) -> None:
     output = call("stats", "tiny", "--plot", str(tmp_path / "tokens.png"), workdir=workdir)
     manifest = read_manifest(job.stage_dir("shards"))
-    flat = output.replace("\n", " ")
-    for source in job.data.sources:
-        assert f"{manifest.counts(source, 'train').tokens:,}" in flat
-    assert f"{manifest.counts(split='train').tokens:,}" in flat
+    lines = {line.split()[0]: line for line in output.splitlines() if line.strip()}
+    for source, spec in job.data.sources.items():
+        tokens, heldout = (manifest.counts(source, split).tokens for split in ("train", "heldout"))
+        wanted = [f"({spec.domain})", spec.licence, f"{manifest.counts(source).documents:,}", f"{tokens:,}"]
+        assert all(word in lines[source] for word in [*wanted, f"{heldout:,}"])
+    assert f"{manifest.counts(split='train').tokens:,}" in lines["all"]
     assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
 
 
