@@ -5,6 +5,7 @@ Weights and gradients are FP32, whatever precision the matrix products have; opt
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -85,17 +86,20 @@ def step_memory(spec: TrainSpec, layout: Layout | None = None) -> Memory:
 
 
 def _gathered(everything: list[Parameter], layout: Layout) -> int:
-    """FSDP: embedding, norms and head stay whole during a step, with their gradients; of the layers, the largest at a
-    time, with its gradients and the buffer that they are exchanged in."""
+    """FSDP: what lies outside layers (embedding, head, MTP's projections) stays whole during a step, with its gradient;
+    of the layers, MTP's among them, the largest at a time, with its gradients and the buffer they are exchanged in."""
     if layout.data == "ddp":
         return 0
-    by_layer: dict[str, int] = defaultdict(int)
+    layers: dict[str, int] = defaultdict(int)
+    others = 0
     for parameter in everything:
-        if layout.expert == 1 or not is_expert_weight(parameter.name):
-            by_layer[".".join(parameter.name.split(".")[:2])] += FP32_BYTES * parameter.count
-    layers = [size for name, size in by_layer.items() if name.startswith("layers.")]
-    others = sum(size for name, size in by_layer.items() if not name.startswith("layers."))
-    return 2 * others + 3 * max(layers, default=0)
+        if layout.expert > 1 and is_expert_weight(parameter.name):
+            continue
+        if layer := re.match(r"layers\.\d+|mtp\.\d+\.layer", parameter.name):
+            layers[layer.group()] += FP32_BYTES * parameter.count
+        else:
+            others += FP32_BYTES * parameter.count
+    return 2 * others + 3 * max(layers.values())
 
 
 def choose_layout(

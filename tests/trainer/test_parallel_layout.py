@@ -97,6 +97,9 @@ def test_shares_add_up_to_the_whole():
     cut = (one.weights - small) / 8
     assert cut <= sharded.weights - small <= cut * 1.2, "small ones are whole, rows that 8 does not divide rounded up"
     assert sharded.gathered > 0 == one.gathered
+    predicting = training_memory(MODEL.updated({"mtp": {"depth": 1, "layer": "*E"}}), layout=Layout(8, "fsdp", 8))
+    own_of_module = 2 * 4 * (3 * MODEL.hidden + 2 * MODEL.hidden**2)
+    assert predicting.gathered == sharded.gathered + own_of_module, "its layer is cut like any other"
     experts = 4 * math.prod((12, 8, 16)) * 2  # up and down, FP32
     by_expert = training_memory(MODEL, layout=Layout(8, expert=4))
     assert by_expert.weights == one.weights - experts * 3 // 4
