@@ -1,4 +1,4 @@
-"""Our side of Transformer Engine without the package; the package itself: tests/kernels/test_fp8_te.py."""
+"""Our side of Transformer Engine without the package; the package itself: tests/kernels/test_te_recipes.py."""
 
 from __future__ import annotations
 
