@@ -30,7 +30,7 @@ from components.hygiene import step as hygiene
 from components.shards import step as shards
 from components.tokenizer import step as tokenizer
 from manifests.spec import JobSpec, load_job
-from trainer.data.loader import SourceDocuments
+from trainer.data.documents import SourceDocuments
 from trainer.data.manifest import read_manifest
 from trainer.spec import TrainSpec
 from trainer.specbase import to_yaml

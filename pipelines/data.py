@@ -149,11 +149,14 @@ def cat(
     from trainer.data.manifest import read_manifest
     from trainer.data.tokenizer import Tokenizer
 
-    directory = _shards(where, sets, workdir)
-    if tokenizer is None:
-        if Path(where).is_dir():
+    if Path(where).is_dir():
+        directory = Path(where)
+        if tokenizer is None:
             raise ValueError("a shards directory alone has no tokenizer; add --tokenizer DIRECTORY, or name the job")
-        tokenizer = Path(_job(where, sets, workdir).stage_dir("tokenizers"))
+    else:
+        job = _job(where, sets, workdir)
+        directory = Path(job.stage_dir("shards"))
+        tokenizer = tokenizer or Path(job.stage_dir("tokenizers"))
     manifest = read_manifest(directory, "shards")
     if read_manifest(tokenizer, "tokenizer").digest != manifest.inputs.get("tokenizer"):
         raise ValueError(f"{tokenizer}: not the tokenizer that {directory} was made with; name that one")

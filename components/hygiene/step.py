@@ -11,12 +11,10 @@ killed goes on where it stopped and gives the same bytes.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from components.hygiene.report import Report
 from components.lock import alone
 from components.progress import ByteProgress
 from components.shards.pool import Workers
+from components.volume import full_volume_explained
 from manifests.spec import JobSpec
 from trainer.data.jsonl import documents
 from trainer.data.manifest import (
@@ -60,7 +59,7 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
         return raw
     directory = Path(job.stage_dir("hygiene"))
     raw_manifest = open_stage(raw)
-    with alone(directory, "deciding what training leaves out"), _full_volume_explained(directory):
+    with alone(directory, "deciding what training leaves out"), full_volume_explained(directory):
         filters = chosen(job.hygiene, _evaluation_texts(job, directory))
         inputs = {"raw": raw_manifest.digest}
         settings = {each.name: each.settings for each in filters}
@@ -177,13 +176,3 @@ def _clear(directory: Path) -> None:
     for path in directory.iterdir():
         if path.is_dir() and path.name not in (SCANS, EVALUATION):
             shutil.rmtree(path)
-
-
-@contextmanager
-def _full_volume_explained(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise OSError(f"{directory}: the volume is full; make room and run again, what is done stays") from None

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from components.shards.units import SPLITS, Unit, load_unit, unit_lengths
+from components.shards.units import Unit, load_unit, unit_lengths
 from trainer.data.format import ShardWriter, token_dtype
-from trainer.data.manifest import FileEntry, Split, file_entry
+from trainer.data.manifest import SPLITS, FileEntry, Split, file_entry
 from trainer.data.provenance import SUFFIX, OriginsWriter
 
 

@@ -6,7 +6,6 @@ left of them (all, where nothing was spread) and makes the shards and their mani
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +19,14 @@ from components.progress import ByteProgress
 from components.shards.assemble import ShardMaker, plan_shards
 from components.shards.engine import choose_engine
 from components.shards.pool import Workers
-from components.shards.units import SPLITS, Journal, Unit, UnitEncoder, encode_units, plan_units, range_of
+from components.shards.units import Journal, Unit, UnitEncoder, encode_units, plan_units, range_of
 from components.tokenizer.step import sample
+from components.volume import full_volume_explained
 from manifests.spec import JobSpec
 from trainer.data.format import token_dtype
 from trainer.data.manifest import (
     MANIFEST_NAME,
+    SPLITS,
     DataError,
     FileEntry,
     Manifest,
@@ -243,10 +244,9 @@ def _ready(job: JobSpec, work: _Work, units: Sequence[Unit]) -> Iterator[Workers
 @contextmanager
 def _volume_explained(directory: Path) -> Iterator[None]:
     try:
-        yield
+        with full_volume_explained(directory):
+            yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(f"{directory}: the volume is full; make room and run again, what is done stays") from None
         if error.filename is None:
             raise
         raise DataError(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.documents import SourceDocuments, open_shards, open_stream
-from trainer.data.manifest import DataError, FileEntry, Manifest, Split, verify
+from trainer.data.manifest import SPLITS, DataError, FileEntry, Manifest, Split, verify
 from trainer.data.packing import lay_out
 from trainer.data.plan import Cursor
 from trainer.data.provenance import Origin
@@ -39,7 +39,7 @@ def damage(directory: str | Path, manifest: Manifest, checked: Callable[[FileEnt
         problems = [line for line in pool.map(problem, manifest.files) if line]
     if manifest.kind == "shards" and not problems:
         for source in manifest.sources:
-            for split in ("train", "heldout"):
+            for split in SPLITS:
                 try:
                     SourceDocuments(Path(directory), manifest, source, split).check()
                 except DataError as error:
@@ -54,7 +54,6 @@ class SourceTotals:
     name: str
     domain: str
     licence: str
-    revision: str
     documents: int
     train_tokens: int
     heldout_tokens: int
@@ -74,17 +73,14 @@ def totals(directory: str | Path, manifest: Manifest) -> list[SourceTotals]:
     """
     rows = []
     for name, source in manifest.sources.items():
-        train, heldout = (manifest.counts(name, split).tokens for split in ("train", "heldout"))
+        train, heldout = (manifest.counts(name, split).tokens for split in SPLITS)
         counts = manifest.counts(name)
-        lengths = np.concatenate(
-            [SourceDocuments(Path(directory), manifest, name, split).lengths for split in ("train", "heldout")]
-        )
+        lengths = np.concatenate([SourceDocuments(Path(directory), manifest, name, split).lengths for split in SPLITS])
         rows.append(
             SourceTotals(
                 name,
                 source.domain,
                 source.licence,
-                source.revision,
                 counts.documents,
                 train,
                 heldout,

@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 MANIFEST_NAME = "manifest.json"
 Kind = Literal["raw", "hygiene", "tokenizer", "shards"]
 Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, Split] = ("train", "heldout")
 Algorithm = Literal["sha256", "xxh3_128"]
 
 

@@ -68,11 +68,13 @@ def compute_dtype(x_SD: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_SD.dtype
 
 
-def _copies(x_SD: Tensor, order_R: Tensor, top_k: int) -> Tensor:
+def copies(x_SD: Tensor, order_R: Tensor, top_k: int) -> Tensor:
+    """The routed copies of tokens in expert order, [R, D]."""
     return x_SD.index_select(0, order_R // top_k)
 
 
-def _sums(y_RD: Tensor, place_R: Tensor, top_k: int) -> Tensor:
+def sums(y_RD: Tensor, place_R: Tensor, top_k: int) -> Tensor:
+    """Of the copies of each token, in token order, [S, D]."""
     return y_RD.index_select(0, place_R).view(-1, top_k, y_RD.shape[-1]).sum(1)
 
 
@@ -83,12 +85,12 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x_SD: Tensor, order_R: Tensor, place_R: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(place_R)
         ctx.top_k = top_k
-        return _copies(x_SD, order_R, top_k)
+        return copies(x_SD, order_R, top_k)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         (place_R,) = ctx.saved_tensors
-        return _sums(grad_RD, place_R, ctx.top_k), None, None, None
+        return sums(grad_RD, place_R, ctx.top_k), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -98,9 +100,9 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: FunctionCtx, y_RD: Tensor, order_R: Tensor, place_R: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(order_R)
         ctx.top_k = top_k
-        return _sums(y_RD, place_R, top_k)
+        return sums(y_RD, place_R, top_k)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
         (order_R,) = ctx.saved_tensors
-        return _copies(grad_SD, order_R, ctx.top_k), None, None, None
+        return copies(grad_SD, order_R, ctx.top_k), None, None, None

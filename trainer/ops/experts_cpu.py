@@ -27,14 +27,14 @@ def experts(
     Args:
         order_R: the copies (token · K + slot) sorted by expert; ends_E: where each expert's copies end.
     """
-    narrow = _computed_in(x_SD.dtype)
+    wide = _computed_in(x_SD.dtype)
     y_SD = torch.zeros_like(x_SD, dtype=torch.float32)
     before_RF = x_SD.new_empty(order_R.numel(), up_EFD.shape[1])
     for e, rows, copies_r, token_r in _by_expert(order_R, ends_E, weight_SK.shape[1]):
-        before_rF = x_SD[token_r].to(narrow) @ up_EFD[e].to(x_SD.dtype).to(narrow).T
+        before_rF = x_SD[token_r].to(wide) @ up_EFD[e].to(x_SD.dtype).to(wide).T
         before_RF[rows] = before_rF
-        hidden_rF = _activated(before_RF[rows], weight_SK.flatten()[copies_r]).to(narrow)
-        y_SD.index_add_(0, token_r, (hidden_rF @ down_EDF[e].to(x_SD.dtype).to(narrow).T).float())
+        hidden_rF = _activated(before_RF[rows], weight_SK.flatten()[copies_r]).to(wide)
+        y_SD.index_add_(0, token_r, (hidden_rF @ down_EDF[e].to(x_SD.dtype).to(wide).T).float())
     return y_SD.to(x_SD.dtype), before_RF
 
 
@@ -57,19 +57,19 @@ def _gradients(
     before_RF: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, up, down and weight, in their dtypes."""
-    narrow = _computed_in(x_SD.dtype)
+    wide = _computed_in(x_SD.dtype)
     grad_x_SD = torch.zeros_like(x_SD, dtype=torch.float32)
     grad_up_EFD, grad_down_EDF = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
     grad_weight_R = torch.empty(weight_SK.numel(), dtype=weight_SK.dtype)
     for e, rows, copies_r, token_r in _by_expert(order_R, ends_E, weight_SK.shape[1]):
         weight_r = weight_SK.flatten()[copies_r]
-        grad_rD, positive_rF = grad_SD[token_r].to(narrow), F.relu(before_RF[rows]).to(narrow)
-        slope_rF = (grad_rD @ down_EDF[e].to(x_SD.dtype).to(narrow)).mul_(positive_rF)  # less the factors 2 and weight
+        grad_rD, positive_rF = grad_SD[token_r].to(wide), F.relu(before_RF[rows]).to(wide)
+        slope_rF = (grad_rD @ down_EDF[e].to(x_SD.dtype).to(wide)).mul_(positive_rF)  # less the factors 2 and weight
         grad_weight_R[copies_r] = (slope_rF.float() * positive_rF.float()).sum(1).to(weight_SK.dtype)
-        grad_down_EDF[e] = grad_rD.T @ _activated(before_RF[rows], weight_r).to(narrow)
-        grad_before_rF = slope_rF.mul_((2 * weight_r)[:, None].to(narrow))
-        grad_up_EFD[e] = grad_before_rF.T @ x_SD[token_r].to(narrow)
-        grad_x_SD.index_add_(0, token_r, (grad_before_rF @ up_EFD[e].to(x_SD.dtype).to(narrow)).float())
+        grad_down_EDF[e] = grad_rD.T @ _activated(before_RF[rows], weight_r).to(wide)
+        grad_before_rF = slope_rF.mul_((2 * weight_r)[:, None].to(wide))
+        grad_up_EFD[e] = grad_before_rF.T @ x_SD[token_r].to(wide)
+        grad_x_SD.index_add_(0, token_r, (grad_before_rF @ up_EFD[e].to(x_SD.dtype).to(wide)).float())
     return grad_x_SD.to(x_SD.dtype), grad_up_EFD, grad_down_EDF, grad_weight_R.view_as(weight_SK)
 
 

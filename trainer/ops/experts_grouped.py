@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trainer.ops import experts_cpu
-from trainer.ops.experts import by_expert, compute_dtype
+from trainer.ops.experts import by_expert, compute_dtype, copies, sums
 from trainer.ops.setting import Setting
 
 
@@ -50,11 +50,11 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         top_k, dtype = weight_SK.shape[1], x_SD.dtype
         with torch.autocast(x_SD.device.type, enabled=False):
-            before_RF = _by_expert(x_SD.index_select(0, order_R // top_k), up_EFD, ends_E)
+            before_RF = _by_expert(copies(x_SD, order_R, top_k), up_EFD, ends_E)
             hidden_RF = _activate(before_RF, _in_order(weight_SK, order_R, dtype))
             y_RD = _by_expert(hidden_RF, down_EDF, ends_E)
         ctx.save_for_backward(x_SD, up_EFD, down_EDF, weight_SK, order_R, place_R, ends_E, before_RF)
-        return _sums(y_RD, place_R, top_k)
+        return sums(y_RD, place_R, top_k)
 
     @staticmethod
     @once_differentiable
@@ -62,8 +62,7 @@ class _Experts(torch.autograd.Function):
         x_SD, up_EFD, down_EDF, weight_SK, order_R, place_R, ends_E, before_RF = ctx.saved_tensors
         top_k, dtype = weight_SK.shape[1], x_SD.dtype
         with torch.autocast(x_SD.device.type, enabled=False):
-            token_R = order_R // top_k
-            grad_RD = grad_SD.to(dtype).index_select(0, token_R)
+            grad_RD = copies(grad_SD.to(dtype), order_R, top_k)
             weight_R1 = _in_order(weight_SK, order_R, dtype)
             grad_hidden_RF = _by_expert(grad_RD, down_EDF, ends_E, transposed=True)
             grad_down_EDF = _outer(grad_RD, _activate(before_RF, weight_R1), ends_E)
@@ -72,9 +71,9 @@ class _Experts(torch.autograd.Function):
             grad_weight_R = (slope_RF.float() * positive_RF).sum(1)
             grad_before_RF = slope_RF.mul_(2 * weight_R1)
             grad_x_RD = _by_expert(grad_before_RF, up_EFD, ends_E, transposed=True)
-            grad_up_EFD = _outer(grad_before_RF, x_SD.index_select(0, token_R), ends_E)
+            grad_up_EFD = _outer(grad_before_RF, copies(x_SD, order_R, top_k), ends_E)
         return (
-            _sums(grad_x_RD, place_R, top_k),
+            sums(grad_x_RD, place_R, top_k),
             grad_up_EFD.to(up_EFD.dtype),
             grad_down_EDF.to(down_EDF.dtype),
             grad_weight_R.index_select(0, place_R).view_as(weight_SK).to(weight_SK.dtype),
@@ -102,10 +101,6 @@ def _in_order(weight_SK: Tensor, order_R: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _activate(before_RF: Tensor, weight_R1: Tensor) -> Tensor:
     return F.relu(before_RF).square_().mul_(weight_R1)
-
-
-def _sums(y_RD: Tensor, place_R: Tensor, top_k: int) -> Tensor:
-    return y_RD.index_select(0, place_R).view(-1, top_k, y_RD.shape[-1]).sum(1)
 
 
 def unsupported(setting: Setting) -> str | None:
