@@ -10,6 +10,7 @@ from __future__ import annotations
 from manifests.names import (
     APP,
     DIGEST_ANNOTATION,
+    RUN_LABEL,
     SPEC_FILE,
     Task,
     job_name,
@@ -114,8 +115,12 @@ def pvcs(job: JobSpec, *, datasets_gib: float = 200, checkpoints_gib: float = 50
 
 
 def pod_monitor(job: JobSpec) -> Object:
-    """Scrapes every local rank of every run in its namespace; needs the Prometheus operator."""
+    """Scrapes every local rank of every run in its namespace; needs the Prometheus operator.
+
+    Series carry the run beside the namespace and pod that the operator adds: alerts and dashboards select by it.
+    """
     interval = f"{job.observability.scrape_interval_seconds:g}s"
+    of_run = {"sourceLabels": [f"__meta_kubernetes_pod_label_{RUN_LABEL.replace('/', '_')}"], "targetLabel": "run"}
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PodMonitor",
@@ -123,7 +128,8 @@ def pod_monitor(job: JobSpec) -> Object:
         "spec": {
             "selector": {"matchLabels": {"app.kubernetes.io/name": APP}},
             "podMetricsEndpoints": [
-                {"port": f"metrics-{rank}", "interval": interval} for rank in range(job.cluster.ranks_per_node)
+                {"port": f"metrics-{rank}", "interval": interval, "relabelings": [of_run]}
+                for rank in range(job.cluster.ranks_per_node)
             ],
         },
     }

@@ -85,6 +85,9 @@ def test_each_local_rank_has_its_metrics_port() -> None:
     assert "ports" not in container(pytorchjob(silent))
     scraped = [endpoint["port"] for endpoint in pod_monitor(eight)["spec"]["podMetricsEndpoints"]]
     assert scraped == list(ports)
+    run_of_pod = {"sourceLabels": ["__meta_kubernetes_pod_label_yaongi_run"], "targetLabel": "run"}
+    for endpoint in pod_monitor(eight)["spec"]["podMetricsEndpoints"]:
+        assert endpoint["relabelings"] == [run_of_pod]
     selected = pod_monitor(eight)["spec"]["selector"]["matchLabels"].items()
     assert selected <= worker(pytorchjob(eight))["template"]["metadata"]["labels"].items()
 
