@@ -217,7 +217,7 @@ def render(
     verbose: Verbose = False,
 ) -> None:
     """Print the Kubernetes objects of a job, ready for `kubectl apply -f -`."""
-    from manifests.generate import to_manifest
+    from manifests.yamltext import to_manifest
     from manifests.render import config_map, pytorchjob
     from manifests.spec import load_job
 
