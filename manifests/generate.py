@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from manifests.objects import Object
 from manifests.rbac import rbac
 from manifests.render import config_map, pod_monitor, pvcs, pytorchjob
 from manifests.spec import JobSpec, job_from
