@@ -13,6 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 from kube import PIPELINE_IMAGE, Namespace, Object, pod
+from pipeline_run import SETS, PipelineRun
+from scrape import Prometheus
+
+from manifests.names import OPERATOR_JOB_LABEL, job_name, pod_name
+from manifests.spec import load_job
+from trainer.specbase import changes_from_sets
 
 BASE = Path(__file__).parents[2] / "manifests" / "base"
 
@@ -61,3 +67,25 @@ def volumes(namespace: Namespace) -> Iterator[Namespace]:
     namespace.running("reader")
     yield namespace
     namespace.kubectl("delete", "pod", "reader", "--grace-period=0", "--force", check=False)
+
+
+@pytest.fixture(scope="session")
+def prometheus(namespace: Namespace) -> Prometheus:
+    job = load_job("tiny", changes_from_sets(["name=first", *SETS]))
+    server = Prometheus(namespace)
+    server.start([pod_name(job_name(job), index) for index in range(job.cluster.nodes)])
+    return server
+
+
+@pytest.fixture(scope="session")
+def first(volumes: Namespace, prometheus: Prometheus) -> PipelineRun:
+    """A run that nothing disturbs, watched by Prometheus."""
+    run = PipelineRun.start(volumes, "first")
+    shown: list[str] = []
+
+    def show_once_training() -> None:
+        if not shown and volumes.find("pods", "-l", f"{OPERATOR_JOB_LABEL}={job_name(run.job)}"):
+            volumes.show("while it trains")
+            shown.append("")
+
+    return run.finish(meanwhile=show_once_training)

@@ -1,0 +1,80 @@
+"""`yaongi run tiny --target kubernetes` in a pod: what the end-to-end tests start, disturb and read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from kube import PIPELINE_IMAGE, TRAINER_IMAGE, Namespace, pod
+
+from manifests.names import job_name, pod_name
+from manifests.spec import JobSpec, load_job
+from trainer.specbase import changes_from_sets
+
+ACCOUNT = "yaongi-launcher"
+STEPS = 40
+SETS = [
+    f"train.steps={STEPS}",
+    "train.checkpoint.every_steps=10",
+    "train.runtime.log_every_steps=5",
+    "train.evaluate.max_tokens=4000",
+]
+# Two workers and the test's other pods fit a node with two CPUs; still one thread for each rank.
+ON_CLUSTER = [f"cluster.image={TRAINER_IMAGE}", "cluster.cpus_per_node=0.5", "cluster.memory_gib_per_node=2"]
+RUN_TIMEOUT = 1200
+
+
+@dataclass
+class PipelineRun:
+    """`yaongi run tiny --target kubernetes` in a pod of its own, with the launcher's service account."""
+
+    namespace: Namespace
+    pod: str
+    job: JobSpec
+    code: int = -1
+    log: str = ""
+
+    @classmethod
+    def start(cls, namespace: Namespace, name: str, *changes: str) -> PipelineRun:
+        sets = [f"name={name}", *SETS, *ON_CLUSTER, *changes]
+        arguments = [part for change in sets for part in ("--set", change)]
+        command = ["yaongi", "run", "tiny", "--target", "kubernetes", "--workdir", "/tmp/work", *arguments]
+        job = load_job("tiny", changes_from_sets(sets))
+        namespace.apply(pod(name, PIPELINE_IMAGE, command, account=ACCOUNT))
+        return cls(namespace, name, job)
+
+    def finish(self, *, meanwhile: Callable[[], None] = lambda: None) -> PipelineRun:
+        self.code, self.log = self.namespace.exit_of(self.pod, RUN_TIMEOUT, meanwhile=meanwhile)
+        self.namespace.show(f"after {self.pod}")
+        return self
+
+    def read(self, file: str) -> str:
+        """A file of the run directory, or "" when there is none."""
+        return self.namespace.execute("reader", "cat", f"{self.job.run_dir}/{file}", check=False)
+
+    def read_json(self, file: str) -> Any:
+        return json.loads(self.read(file))
+
+    @property
+    def losses(self) -> list[float]:
+        return losses(self.read("logs/metrics.jsonl"))
+
+    @property
+    def condition(self) -> str:
+        """The PyTorchJob's last true condition."""
+        (found,) = self.namespace.find("pytorchjobs", "--field-selector", f"metadata.name={job_name(self.job)}")
+        return [c["type"] for c in found["status"]["conditions"] if c["status"] == "True"][-1]
+
+    @cached_property
+    def workers(self) -> list[str]:
+        return [pod_name(job_name(self.job), index) for index in range(self.job.cluster.nodes)]
+
+
+def losses(metrics_jsonl: str) -> list[float]:
+    """Loss by step; the file shows each step once and in order."""
+    lines = [json.loads(line) for line in metrics_jsonl.splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
