@@ -29,6 +29,7 @@ from trainer.__main__ import load_spec, parser
 from trainer.checkpoint import latest_step
 from trainer.exitcodes import STOPS, ExitCode, TrainingError, of_process, retryable
 from trainer.failures import Failure
+from trainer.limits import Limits
 from trainer.spec import TrainSpec
 
 log = logging.getLogger("trainer.entrypoint")
@@ -53,19 +54,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     options = parser("trainer.entrypoint").parse_args(arguments)
     spec: TrainSpec | None = None
+    clocks: Limits | None = None
     counted = False
     try:
         spec = load_spec(options.spec, options.set)
-        if reason := limits.passed(spec.run_dir):
+        clocks = Limits(spec.run_dir)
+        if reason := clocks.passed():
             raise TrainingError(ExitCode.LIMIT, reason)
         record = restarts.begin(spec.run_dir, spec.runtime.max_restarts, options.task)
         counted = True
         if spec.runtime.deadline_seconds is not None:
-            os.environ[limits.DEADLINE_VARIABLE] = str(record.first_start + spec.runtime.deadline_seconds)
-        code, reason = supervise(spec, options)
+            clocks.deadline = record.first_start + spec.runtime.deadline_seconds
+        code, reason = supervise(spec, options, clocks)
     except Signalled as stop:
         _ignore_signals()
-        code, reason = _stopped(spec, stop.number)
+        code, reason = _stopped(spec, clocks, stop.number)
     except Exception as error:
         code, reason = failures.classify(error)
         failures.show(error, code, reason)
@@ -81,12 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(code)
 
 
-def supervise(spec: TrainSpec, options: Namespace) -> tuple[int, str]:
+def supervise(spec: TrainSpec, options: Namespace, clocks: Limits) -> tuple[int, str]:
     """Start the processes, wait, and explain how they ended: (exit code, one line)."""
     directory = Path(tempfile.mkdtemp(prefix="yaongi-failures-"))
     os.environ[failures.DIRECTORY_VARIABLE] = str(directory)
     over = threading.Event()
-    threading.Thread(target=_watch_limits, args=(spec.run_dir, over), name="limits", daemon=True).start()
+    threading.Thread(target=_watch, args=(clocks, directory, over), name="limits", daemon=True).start()
     command = [options.task, "--spec", options.spec, *(part for each in options.set for part in ("--set", each))]
     try:
         if options.task == "train":
@@ -97,7 +100,7 @@ def supervise(spec: TrainSpec, options: Namespace) -> tuple[int, str]:
     except Signalled as stop:
         permanent = [failure for failure in failures.recorded(directory) if not retryable(failure.code)]
         if not permanent:
-            return _stopped(spec, stop.number)
+            return _stopped(spec, clocks, stop.number)
         found, reported = permanent, []
     finally:
         over.set()
@@ -196,9 +199,9 @@ def write_termination_message(code: int, reason: str) -> None:
         log.warning("%s cannot be written (%s)", file, error.strerror)
 
 
-def _stopped(spec: TrainSpec | None, number: int) -> tuple[int, str]:
+def _stopped(spec: TrainSpec | None, clocks: Limits | None, number: int) -> tuple[int, str]:
     """Exit code and reason after a stop signal; a limit that has passed is what sent it."""
-    if spec is not None and (reason := limits.passed(spec.run_dir)):
+    if clocks is not None and (reason := clocks.passed()):
         return ExitCode.LIMIT, reason
     code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
     step = latest_step(spec.run_dir) if spec else 0
@@ -215,10 +218,14 @@ def _describe(rank: int, returncode: int) -> Failure:
     return Failure(rank, code, f"exit code {code} ({failures.meaning(code)})")
 
 
-def _watch_limits(run_dir: str, over: threading.Event) -> None:
+def _watch(clocks: Limits, directory: Path, over: threading.Event) -> None:
     """Ends the processes, by the signal that makes them save a checkpoint, when deadline or lease has passed."""
-    while not over.wait(1.0):
-        if limits.passed(run_dir):
+    while not over.wait(limits.LOOK_SECONDS):
+        if reason := clocks.passed():
+            try:
+                limits.tell(directory, reason)
+            except OSError as error:  # /tmp is full; this process still knows why it stops
+                log.warning("the ranks cannot be told why they stop (%s)", error.strerror)
             os.kill(os.getpid(), signal.SIGTERM)
             return
 

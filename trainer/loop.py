@@ -40,7 +40,7 @@ def train(spec: TrainSpec) -> int:
     Raises:
         SpecError, TrainingError: see trainer/exitcodes.py.
     """
-    stop = StopWish(spec.run_dir)
+    stop = StopWish()
     started = time.time()
     world = distributed.start(spec.runtime, spec.seed)
     with Watchdog(spec.runtime.hang_timeout_seconds) as watchdog:

@@ -2,6 +2,12 @@
 
 The trainer looks at it (`trainer.limits`) and stops with a checkpoint when it has lapsed; a second launcher looks at it
 to find out that there is a first.
+
+A launcher that is killed without a signal shall leave no worker running a minute later. That minute is shared out: 36 s
+of silence, a second to notice, and what is left for the step in progress and its checkpoint. Four renewals may be lost
+on the way, so a volume that blocks the launcher's writes for more than half a minute, but not the workers' reads, ends
+a healthy run with a checkpoint, from which the next launch goes on. Workers that have not started read no lease: an
+owner reference and the pipeline's exit handler remove those, and one that does start later ends itself.
 """
 
 from __future__ import annotations
@@ -14,15 +20,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from components.launch import LaunchError
 from trainer.data.manifest import atomic_write
-from trainer.limits import LEASE, lease_expires
+from trainer.limits import LEASE, Lease, LeaseWatch
 
-LEASE_SECONDS = 180.0
-RENEWAL_SECONDS = 30.0
-MISSED_RENEWALS = 2.5  # after so many a holder is taken for dead
+LEASE_SECONDS = 36.0
+RENEWAL_SECONDS = 8.0
 
 
 @contextmanager
@@ -31,7 +37,7 @@ def held(
 ) -> Iterator[Callable[[], None]]:
     """Hold the run's lease during the block; given back afterwards.
 
-    A dead launcher's lease is taken over before it lapses, so that the run it watched goes on.
+    A dead launcher's lease is taken over before it lapses, if this one begins in time, so that the run goes on.
 
     Yields:
         A function that says: do not give it back, let it lapse. For a launcher that cannot tell whether its job still
@@ -41,13 +47,12 @@ def held(
         LaunchError: another launcher renews it.
     """
     path = Path(run_dir) / LEASE
-    _wait_for(path, dead_when_left=lease_seconds - MISSED_RENEWALS * renewal_seconds)
+    _wait_for(path.parent)
     holder = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     ended, abandoned = threading.Event(), threading.Event()
 
     def renew() -> None:
-        entry = {"expires": time.time() + lease_seconds, "holder": holder}
-        atomic_write(path, json.dumps(entry).encode())
+        atomic_write(path, json.dumps(asdict(Lease(holder, time.time(), renewal_seconds, lease_seconds))).encode())
 
     def keep() -> None:
         while not ended.wait(renewal_seconds):
@@ -70,25 +75,17 @@ def held(
             path.unlink(missing_ok=True)
 
 
-def _wait_for(path: Path, dead_when_left: float) -> None:
-    """Return once nobody holds the lease: there is none, or so little of it is left that its holder must be dead."""
-
-    def left(expires: float) -> float:
-        return expires - dead_when_left - time.time()
-
-    first = lease_expires(path.parent)
-    if first is not None and left(first) > 0:
-        print(f"launcher: waiting up to {left(first):.0f} s to see whether the former launcher is alive", flush=True)
-    while (expires := lease_expires(path.parent)) is not None and left(expires) > 0:
-        if expires != first:
+def _wait_for(run_dir: Path) -> None:
+    """Return once nobody holds the lease: there is none, or its holder has missed enough renewals to be dead."""
+    watch = LeaseWatch(run_dir)
+    told = False
+    while not watch.lapsed() and watch.lease is not None:
+        if watch.renewals:
             raise LaunchError(
-                f"another launcher ({_holder(path)}) follows the run in {path.parent}; wait for it or stop it"
+                f"another launcher ({watch.lease.holder}) follows the run in {run_dir}; wait for it or stop it"
             )
-        time.sleep(min(1, max(left(expires), 0.01)))
-
-
-def _holder(path: Path) -> str:
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["holder"])
-    except (OSError, ValueError, KeyError):
-        return "unknown"
+        if not told:
+            seconds = watch.patience_seconds
+            print(f"launcher: waiting up to {seconds:.0f} s to see whether the former launcher is alive", flush=True)
+            told = True
+        time.sleep(min(1.0, watch.patience_seconds / 4))

@@ -1,46 +1,104 @@
-"""The launcher's lease, as the trainer reads it."""
+"""The launcher's lease, as the trainer and a second launcher read it."""
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from components.launch import LaunchError
-from components.launch.lease import held
-from trainer.limits import lease_expires, passed
+from components.launch.lease import LEASE_SECONDS, RENEWAL_SECONDS, held
+from trainer.limits import MISSED_RENEWALS, Lease, LeaseWatch, Limits
+
+QUICK = {"lease_seconds": 1.0, "renewal_seconds": 0.2}
+
+
+def lapses_within(watch: LeaseWatch, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if watch.lapsed():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def write(run: Path, renewed: float, **changes: float) -> None:
+    """A lease as a launcher that has just died leaves it."""
+    fields = {"renewal_seconds": QUICK["renewal_seconds"], "lapses_after_seconds": QUICK["lease_seconds"], **changes}
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "lease").write_text(json.dumps(asdict(Lease("gone", renewed, **fields))))
+
+
+def test_a_killed_launcher_leaves_the_workers_time_for_a_checkpoint_within_a_minute() -> None:
+    assert LEASE_SECONDS + RENEWAL_SECONDS / 8 + 20 <= 60
+    assert LEASE_SECONDS >= 4 * RENEWAL_SECONDS, "four renewals may be lost"
+    assert MISSED_RENEWALS * RENEWAL_SECONDS < LEASE_SECONDS, "a new launcher takes over before the run ends itself"
 
 
 def test_a_held_lease_is_renewed_and_given_back(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "r"
-    with held(run, lease_seconds=1.0, renewal_seconds=0.1):
-        first = lease_expires(run)
-        time.sleep(1.3)
-        assert passed(run) is None, "renewed before it lapsed"
-        assert lease_expires(run) > first
-    assert lease_expires(run) is None
-    assert passed(run) is None, "a run that nobody launched any more has no limit"
+    watch = LeaseWatch(run)
+    with held(run, **QUICK):
+        assert not lapses_within(watch, 1.5)
+        assert watch.renewals >= 3
+    assert not lapses_within(watch, 1.2), "a run that nobody launches any more has no limit"
+
+
+@pytest.mark.parametrize("skew", [-300.0, 0.0, 300.0])
+def test_silence_is_counted_by_the_readers_own_clock(tmp_path: Path, skew: float) -> None:
+    watch = LeaseWatch(tmp_path)
+    write(tmp_path, time.time() + skew - 1)
+    assert not watch.lapsed()
+    write(tmp_path, time.time() + skew)
+    assert not lapses_within(watch, 0.8), "it was renewed just now"
+    assert lapses_within(watch, 0.5)
+
+
+def test_a_worker_that_was_restarted_waits_less_for_a_launcher_it_has_not_heard_of(tmp_path: Path) -> None:
+    write(tmp_path, time.time())
+    begun = time.monotonic()
+    assert lapses_within(LeaseWatch(tmp_path), 2)
+    assert 0.4 < time.monotonic() - begun < 0.9
+
+
+def test_time_in_which_the_volume_did_not_answer_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = LeaseWatch(tmp_path)
+    for renewed in (1.0, 2.0):
+        write(tmp_path, time.time() + renewed, lapses_after_seconds=30.0)
+        assert not watch.lapsed()
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 600)  # the next read takes ten minutes
+    assert not watch.lapsed() and watch.silent_seconds < 5
+    (tmp_path / "lease").unlink()
+    (tmp_path / "lease").mkdir()  # a read that fails
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1200)
+    assert not watch.lapsed() and watch.silent_seconds < 5
 
 
 def test_a_dead_launchers_lease_is_taken_over_before_it_lapses(tmp_path: Path) -> None:
-    lease = tmp_path / "lease"
-    expires = time.time() + 3  # as if renewed just now: its holder is given the time of two and a half renewals
-    lease.write_text(json.dumps({"expires": expires, "holder": "gone"}))
+    run = LeaseWatch(tmp_path)
+    for renewed in (1.0, 0.0):
+        write(tmp_path, time.time() - renewed)
+        assert not run.lapsed()
     begun = time.monotonic()
-    with held(tmp_path, lease_seconds=3, renewal_seconds=0.4):
-        assert 0.9 < time.monotonic() - begun < 2
-        assert time.time() < expires, "the run would have ended itself"
-        assert json.loads(lease.read_text())["holder"] != "gone"
+    with held(tmp_path, **QUICK):
+        assert 0.4 < time.monotonic() - begun < 0.9
+        assert not run.lapsed() and run.lease.holder != "gone", "the run would have ended itself"
 
 
-def test_a_lapsed_lease_ends_the_run_and_is_taken_over_at_once(tmp_path: Path) -> None:
-    lease = tmp_path / "lease"
-    lease.write_text(json.dumps({"expires": time.time() - 3, "holder": "gone"}))
-    assert "lease lapsed" in str(passed(tmp_path))
+def test_a_lease_of_long_ago_ends_the_run_and_is_taken_over_at_once(tmp_path: Path) -> None:
+    write(tmp_path, time.time() - 3600, renewal_seconds=8.0, lapses_after_seconds=36.0)
+    reason = Limits(tmp_path).passed()
+    assert "not renewed its lease" in reason and f"delete {tmp_path / 'lease'}" in reason
+    begun = time.monotonic()
     with held(tmp_path):
-        assert passed(tmp_path) is None
+        assert time.monotonic() - begun < 1
+        assert Limits(tmp_path).passed() is None
 
 
 def test_a_second_launcher_refuses(tmp_path: Path) -> None:
@@ -54,12 +112,12 @@ def test_a_second_launcher_refuses(tmp_path: Path) -> None:
 
 
 def test_a_lease_that_is_abandoned_stays_to_lapse(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), held(tmp_path, lease_seconds=1.0, renewal_seconds=0.1) as let_lapse:
+    watch = LeaseWatch(tmp_path)
+    with pytest.raises(RuntimeError), held(tmp_path, **QUICK) as let_lapse:
+        watch.lapsed()
         let_lapse()
         raise RuntimeError
-    assert passed(tmp_path) is None
-    time.sleep(1.2)
-    assert "lease lapsed" in str(passed(tmp_path))
+    assert lapses_within(watch, 1.5)
 
 
 def test_the_lease_is_given_back_after_an_error(tmp_path: Path) -> None:

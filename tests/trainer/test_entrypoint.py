@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import micro
@@ -76,7 +77,7 @@ def shim(
     for number, handler in {**handlers, signal.SIGQUIT: quits}.items():
         signal.signal(number, handler)
     # What the entrypoint and torchrun set for their children.
-    for name in (failures.DIRECTORY_VARIABLE, limits.DEADLINE_VARIABLE, "TORCHELASTIC_SIGNALS_TO_HANDLE"):
+    for name in (failures.DIRECTORY_VARIABLE, "TORCHELASTIC_SIGNALS_TO_HANDLE"):
         os.environ.pop(name, None)
     logging.getLogger("trainer").handlers = []
 
@@ -157,12 +158,21 @@ def test_deadline_and_lease_end_a_run_with_75(shim, tmp_path: Path):
     began = time.monotonic()
     code, message = shim("wait()", runtime={"deadline_seconds": 1})
     assert code == 75 and "deadline" in message["reason"] and time.monotonic() - began < 20
-    os.environ.pop(limits.DEADLINE_VARIABLE)
-    (tmp_path / "run" / limits.LEASE).write_text(json.dumps({"expires": time.time() + 2}))
-    code, message = shim("wait()")
+    lease = limits.Lease("gone", time.time(), renewal_seconds=0.8, lapses_after_seconds=9.0)
+    (tmp_path / "run" / limits.LEASE).write_text(json.dumps(asdict(lease)))
+    told = tmp_path / "told"
+    code, message = shim(f"""
+def stop(*_):
+    open({str(told)!r}, "w").write(open(f"{{directory}}/limit").read())
+    os._exit(75)
+signal.signal(signal.SIGTERM, stop)
+time.sleep(60)
+""")
     assert code == 75 and "lease" in message["reason"]
+    assert told.read_text() == message["reason"], "the rank knows that it is no ordinary stop"
+    (tmp_path / "run" / limits.LEASE).write_text(json.dumps(asdict(replace(lease, renewed=time.time() - 3600))))
     code, message = shim("sys.exit(1)")
-    assert code == 75, "a lapsed lease starts nothing"
+    assert code == 75, "a lease that lapsed long ago starts nothing"
 
 
 def test_budget_is_for_restarts_without_progress(shim, tmp_path: Path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from prometheus_client import generate_latest
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - imported here so that no test's time contains it
 
-from trainer import checkpoint, limits
+from trainer import checkpoint, distributed, failures, limits
 from trainer.checkpoint import CheckpointManifest
 from trainer.checkpointer import Checkpointer
 from trainer.data.loader import TokenLoader
@@ -114,20 +116,25 @@ def test_gradients_that_stay_infinite_end_the_run_with_70(
     assert len(lines) == 9 and all(line["skipped"] == "nonfinite" and line["loss"] is None for line in lines)
 
 
-def test_lapsed_lease_and_passed_deadline_save_and_stop_with_75(
+def test_a_limit_that_the_entrypoint_tells_of_saves_and_stops_with_75(
     micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     spec = micro.micro_spec(micro_data, tmp_path / "run")
-    lease = Path(spec.run_dir) / limits.LEASE
-    lease.parent.mkdir(parents=True)
-    lease.write_text(json.dumps({"expires": 1000.0}))
+    start = distributed.start
+
+    def stopped_at_once(*arguments: Any) -> distributed.World:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start(*arguments)
+
+    monkeypatch.setenv(failures.DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(distributed, "start", stopped_at_once)
+    limits.tell(tmp_path, "the deadline has passed")
     assert train(spec) == ExitCode.LIMIT
     assert checkpoint.latest_step(spec.run_dir) == 1, "the step it stopped at is saved"
-    lease.write_text(json.dumps({"expires": 4e9}))
-    monkeypatch.setenv(limits.DEADLINE_VARIABLE, "1000")
-    assert train(spec) == ExitCode.LIMIT
+    (tmp_path / limits.TOLD).unlink()
+    assert train(spec) == ExitCode.TERMINATED
     assert checkpoint.latest_step(spec.run_dir) == 2
-    monkeypatch.delenv(limits.DEADLINE_VARIABLE)
+    monkeypatch.undo()
     assert train(spec) == 0
 
 
