@@ -1,6 +1,7 @@
 """Write the committed manifests, or print some of them: `python -m manifests.generate [rbac NAMESPACE]`.
 
-Without arguments `base/` and `examples/` beside this file are written anew; a test compares them with the committed.
+Without arguments `base/` and `examples/` beside this file and what the Helm chart has from here are written anew; tests
+compare them with the committed.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from manifests import chart
 from manifests.rbac import rbac
 from manifests.render import config_map, pod_monitor, pvcs, pytorchjob
 from manifests.spec import JobSpec, job_from
@@ -50,11 +52,12 @@ def main() -> None:
     if arguments.command == "rbac":
         print(to_manifest(rbac(arguments.namespace)), end="")
         return
-    for path, text in files().items():
-        target = HERE / path
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-        print(f"wrote manifests/{path}")
+    for folder, content in ((HERE, files()), (chart.CHART, chart.files())):
+        for path, text in content.items():
+            target = folder / path
+            target.parent.mkdir(exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+            print(f"wrote {target.relative_to(HERE.parent)}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from trainer.spec import TrainSpec
 from trainer.specbase import canonical_digest, to_yaml
 
 PYTORCHJOB_API = "kubeflow.org/v1"
+DATASETS_GIB, CHECKPOINTS_GIB = 200, 500
 
 
 def pytorchjob(job: JobSpec, task: Task = "train", owner: Object | None = None) -> Object:
@@ -97,7 +98,7 @@ def worker_spec(job: JobSpec) -> TrainSpec:
     return spec.updated({"runtime": {"deadline_seconds": job.cluster.run_timeout_seconds}})
 
 
-def pvcs(job: JobSpec, *, datasets_gib: float = 200, checkpoints_gib: float = 500) -> list[Object]:
+def pvcs(job: JobSpec, *, datasets_gib: float = DATASETS_GIB, checkpoints_gib: float = CHECKPOINTS_GIB) -> list[Object]:
     """The two claims, of the default storage class; shared by the pods of all nodes."""
     sizes = {job.storage.datasets_pvc: datasets_gib, job.storage.checkpoints_pvc: checkpoints_gib}
     return [

@@ -1,0 +1,166 @@
+"""What a person may set in the Helm chart: the model behind its values.yaml, values.schema.json and README table.
+
+Field names are Helm's camelCase in those files. Nothing may be null: Helm drops null values while it merges.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from manifests.objects import gibibytes
+from manifests.rbac import ACCOUNTS, ROLE
+from manifests.render import CHECKPOINTS_GIB, DATASETS_GIB
+from manifests.spec import ObservabilitySpec, StorageSpec
+from manifests.yamltext import to_yaml
+from trainer.specbase import Spec
+
+Switch = Literal["auto", True, False]
+DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+Optional = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$", max_length=253)]
+Quantity = (
+    Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")] | Annotated[int, Field(ge=0)]
+)
+Duration = Annotated[str, Field(pattern=r"^[0-9]+(ms|s|m|h)$")]
+Texts = dict[str, str]
+DEFAULT_STORAGE = StorageSpec()
+DEFAULT_OBSERVABILITY = ObservabilitySpec()
+
+
+class Values(Spec):
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
+
+
+class Launcher(Values):
+    create: bool = Field(True, description="The launcher's role, its service account and their binding.")
+    accounts: list[DnsName] = Field(
+        [name for name in ACCOUNTS if name != ROLE],
+        description=f"Service accounts of this namespace, beside {ROLE}, that may launch: those of KFP's steps.",
+    )
+
+
+class Claim(Values):
+    existing_claim: Optional = Field("", description="Use this claim of the namespace and make none.")
+    name: DnsName = Field(description="Name of the claim that is made; jobs look for the default.")
+    size: Quantity = Field(description="What the claim asks for.")
+    storage_class_name: Optional = Field("", description="Storage class; empty is the cluster's default class.")
+    access_modes: list[Literal["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]] = Field(
+        ["ReadWriteMany"],
+        min_length=1,
+        description="ReadWriteMany shares the volume between nodes; ReadWriteOnce will do for jobs on one node.",
+    )
+    keep: bool = Field(True, description="The claim, and so its data, outlives `helm uninstall`.")
+
+
+class Storage(Values):
+    datasets: Claim = Field(
+        Claim(name=DEFAULT_STORAGE.datasets_pvc, size=gibibytes(DATASETS_GIB)),
+        description="Raw text, tokenizers and token shards.",
+    )
+    checkpoints: Claim = Field(
+        Claim(name=DEFAULT_STORAGE.checkpoints_pvc, size=gibibytes(CHECKPOINTS_GIB)),
+        description="Runs: checkpoints, logs, reports, exported models.",
+    )
+
+
+class PodMonitor(Values):
+    enabled: Switch = Field("auto", description="Scrape every rank; auto: where the Prometheus operator is installed.")
+    interval: Duration = Field(
+        f"{DEFAULT_OBSERVABILITY.scrape_interval_seconds:g}s", description="Time between two scrapes."
+    )
+
+
+class Dashboards(Values):
+    enabled: bool = Field(True, description="Grafana dashboards as ConfigMaps, which Grafana's sidecar loads.")
+    labels: Texts = Field({"grafana_dashboard": "1"}, description="Labels that the sidecar looks for.")
+    annotations: Texts = Field({"grafana_folder": "yaongi"}, description="Annotations; the sidecar reads its folder.")
+
+
+class Monitoring(Values):
+    labels: Texts = Field(
+        DEFAULT_OBSERVABILITY.monitor_labels, description="Labels that Prometheus selects monitors and rules by."
+    )
+    pod_monitor: PodMonitor = Field(PodMonitor(), description="PodMonitor of the training pods.")
+    dashboards: Dashboards = Field(Dashboards(), description="Dashboards.")
+
+
+class ClusterQueue(Values):
+    create: bool = Field(False, description="Make the ClusterQueue and its flavor; they belong to the whole cluster.")
+    name: DnsName = Field("yaongi", description="The ClusterQueue that the queue draws from, ours or another.")
+    flavor: DnsName = Field("yaongi", description="Name of the ResourceFlavor that is made with it.")
+    node_labels: Texts = Field({}, description="Labels of the flavor's nodes; none means every node.")
+    quotas: dict[str, Quantity] = Field(
+        {}, description="What its running jobs may request together, for each resource that they request."
+    )
+
+
+class Queue(Values):
+    enabled: Switch = Field(
+        False, description="A Kueue LocalQueue for `cluster.queue` of jobs; auto: where Kueue is installed."
+    )
+    name: DnsName = Field("yaongi", description="Name of the LocalQueue.")
+    cluster_queue: ClusterQueue = Field(ClusterQueue(), description="What is behind it.")
+
+
+class ChartValues(Values):
+    """Values of the chart yaongi."""
+
+    common_labels: Texts = Field({}, description="Labels put on every object.")
+    launcher: Launcher = Field(Launcher(), description="Who may launch jobs.")
+    storage: Storage = Field(Storage(), description="The two volumes.")
+    monitoring: Monitoring = Field(Monitoring(), description="Prometheus and Grafana.")
+    queue: Queue = Field(Queue(), description="Kueue.")
+
+
+def schema() -> str:
+    """values.schema.json, draft-07, which every Helm 3 reads."""
+    found = _without_titles(ChartValues.model_json_schema(ref_template="#/definitions/{model}"))
+    definitions = found.pop("$defs")
+    # Helm hands `global` to a chart that another depends on.
+    properties = {**found.pop("properties"), "global": {"type": "object"}}
+    whole = {"$schema": "http://json-schema.org/draft-07/schema#", **found, "properties": properties}
+    return json.dumps({**whole, "definitions": definitions}, indent=1) + "\n"
+
+
+def _without_titles(value: Any) -> Any:
+    """pydantic's titles repeat the names of the fields."""
+    if isinstance(value, dict):
+        return {k: _without_titles(v) for k, v in value.items() if not (k == "title" and isinstance(v, str))}
+    return [_without_titles(item) for item in value] if isinstance(value, list) else value
+
+
+def defaults() -> dict[str, Any]:
+    return ChartValues().model_dump(mode="json", by_alias=True)
+
+
+def values_yaml(values: Values | None = None, indent: str = "") -> str:
+    """values.yaml with every field's description above it."""
+    lines = []
+    for name, field in type(values := values or ChartValues()).model_fields.items():
+        value = getattr(values, name)
+        lines.append(f"{indent}# {field.description}\n")
+        if isinstance(value, Values):
+            lines.append(f"{indent}{field.alias}:\n{values_yaml(value, indent + '  ')}")
+        else:
+            text = to_yaml({field.alias: value})
+            lines += [f"{indent}{line}\n" for line in text.splitlines()]
+    return "".join(lines)
+
+
+def table() -> str:
+    """Markdown: every value, its default, what it is."""
+    rows = [f"| `{path}` | `{json.dumps(value)}` | {text} |" for path, value, text in _rows(ChartValues())]
+    return "\n".join(["| value | default | |", "|---|---|---|", *rows]) + "\n"
+
+
+def _rows(values: Values, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    for name, field in type(values).model_fields.items():
+        value, path = getattr(values, name), f"{prefix}{field.alias}"
+        if isinstance(value, Values):
+            yield from _rows(value, f"{path}.")
+        else:
+            yield path, value, field.description or ""

@@ -1,0 +1,38 @@
+"""Kueue's side of a queue: what admits a job that names it in `cluster.queue`."""
+
+from __future__ import annotations
+
+from manifests.objects import Object
+
+API = "kueue.x-k8s.io/v1beta1"
+
+
+def local_queue(name: str, cluster_queue: str) -> Object:
+    """The namespace's own queue; jobs name it, the ClusterQueue behind it holds the quota."""
+    return {
+        "apiVersion": API,
+        "kind": "LocalQueue",
+        "metadata": {"name": name},
+        "spec": {"clusterQueue": cluster_queue},
+    }
+
+
+def resource_flavor(name: str) -> Object:
+    """The nodes that a quota stands for; without labels every node."""
+    return {"apiVersion": API, "kind": "ResourceFlavor", "metadata": {"name": name}, "spec": {}}
+
+
+def cluster_queue(name: str, flavor: str, quotas: dict[str, str]) -> Object:
+    """One flavor with a quota for each resource, open to the LocalQueues of all namespaces."""
+    resources = [{"name": resource, "nominalQuota": quota} for resource, quota in quotas.items()]
+    return {
+        "apiVersion": API,
+        "kind": "ClusterQueue",
+        "metadata": {"name": name},
+        "spec": {
+            "namespaceSelector": {},
+            "resourceGroups": [
+                {"coveredResources": list(quotas), "flavors": [{"name": flavor, "resources": resources}]}
+            ],
+        },
+    }

@@ -1,0 +1,25 @@
+"""Programs that tests call beside Python."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def tool(name: str) -> str:
+    """Path of a program, from $NAME, this Python's environment or PATH.
+
+    A test that needs an absent one is skipped with a reason; where CI is set it fails.
+    """
+    beside = Path(sys.executable).with_name(name)
+    found = os.environ.get(name.upper()) or (str(beside) if beside.exists() else shutil.which(name))
+    if found:
+        return found
+    reason = f"{name} is not installed"
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason}, and CI leaves no test out")
+    pytest.skip(reason)
