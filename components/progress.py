@@ -11,14 +11,19 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from components import measuring
+
 LINE_SECONDS = 5.0
 
 
 class ByteProgress:
-    """`with ByteProgress("shards", total_bytes) as progress: progress.advance(n)`; `total_bytes` None when unknown."""
+    """`with ByteProgress("shards", total_bytes) as progress: progress.advance(n)`; `total_bytes` None when unknown.
 
-    def __init__(self, label: str, total_bytes: int | None, done_bytes: int = 0) -> None:
-        self._label = label
+    The bytes are counted in the step's metrics too, also as taken in of `source` if one is given.
+    """
+
+    def __init__(self, label: str, total_bytes: int | None, done_bytes: int = 0, source: str | None = None) -> None:
+        self._label, self._source = label, source
         self._total = total_bytes
         self._done = self._done_before = done_bytes
         self._started = self._last_line = time.monotonic()
@@ -42,6 +47,7 @@ class ByteProgress:
             print(self._line(), flush=True)
 
     def advance(self, num_bytes: int) -> None:
+        measuring.worked_through(num_bytes, self._source)
         self._done += num_bytes
         if self._bar:
             self._bar.advance(self._task, num_bytes)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from components.launch import LaunchError
+from components.measuring import served
 from trainer.exitcodes import ExitCode, TrainingError
 
 # What a person can mend; ValueError covers SpecError and DataError.
@@ -23,11 +24,15 @@ STARTED, DONE, FAILED = "▶ ", "✓ ", "error: "
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Announce the step `name`; turn a foreseen error of its body into one line `error: <name>: …` and an exit."""
+    """Announce the step `name` and serve its metrics.
+
+    A foreseen error of its body becomes one line `error: <name>: …` and an exit.
+    """
     start = time.monotonic()
     print(f"{STARTED}{name}", flush=True)
     try:
-        yield
+        with served(name.split()[0]):
+            yield
     except FORESEEN as error:
         if os.environ.get("YAONGI_VERBOSE"):
             traceback.print_exc(file=sys.stdout)

@@ -16,6 +16,9 @@ DIGEST_ANNOTATION = "yaongi/digest"
 OPERATOR_JOB_LABEL = "training.kubeflow.org/job-name"
 OPERATOR_INDEX_LABEL = "training.kubeflow.org/replica-index"
 
+STEP_APP = "yaongi-step"  # pods of the pipeline's steps
+STEP_METRICS_PORT = 9390  # below those of the ranks, which may run on the same machine
+
 SPEC_DIR = "/etc/yaongi"
 SPEC_FILE = "train.yaml"
 

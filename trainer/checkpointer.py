@@ -66,6 +66,7 @@ class Checkpointer:
     Args:
         digests: of the shards and the tokenizer, which a checkpoint must share with the run that resumes from it.
         on_published: called on rank 0, perhaps from a thread, with the step and the seconds from start to durable.
+        on_failed: called likewise when a checkpoint could not be saved.
         fp8: state of FP8 products, None without any. A checkpoint may lack it, and then it starts anew.
     """
 
@@ -77,11 +78,12 @@ class Checkpointer:
         optimizers: Optimizers,
         digests: dict[str, str],
         on_published: Callable[[int, float], None],
+        on_failed: Callable[[], None],
         fp8: Fp8State | TeState | None = None,
     ) -> None:
         self._spec, self._world, self._model, self._optimizers = spec, world, model, optimizers
         self._fp8 = fp8
-        self._digests, self._on_published = digests, on_published
+        self._digests, self._on_published, self._on_failed = digests, on_published, on_failed
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[str | None] | None = None
         self._copies: dict[str, Tensor] = {}
@@ -241,6 +243,7 @@ class Checkpointer:
             problem = f"checkpoint of step {step} was not saved: {_first_cause(error)} ({free:.1f} GiB free)"
             if self._world.is_main:
                 checkpoint.clean_unfinished(run_dir)
+                self._on_failed()
                 log.error("%s; training goes on, the newest checkpoint stays the one before", problem)
             return problem
         return None

@@ -30,6 +30,8 @@ from trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
+STARVED_SHARE = 0.1  # of the mean load; an expert below it hardly learns
+
 
 def train(spec: TrainSpec) -> int:
     """Train from the newest checkpoint, or the start, to `spec.steps`; every rank calls this.
@@ -99,7 +101,7 @@ def forward_backward(run: Run, batch: StepBatch, stop_code: int) -> Totals:
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         with run.mesh.summing_gradients(run.step_model, last=number == len(batch.micro_batches)):
             ids_BT, labels_BT, seq_idx_BT = on_device(micro_batch, device)
-            with run.precision.autocast(device.type):
+            with run.recorder.own.measured(), run.precision.autocast(device.type):
                 output = run.step_model(ids_BT, seq_idx_BT, labels_BT)
             ce_sum = output.ce_sum + model.mtp_factor * output.mtp_ce_sum_K.sum()
             # Divided by counts of the whole step, so the sum over ranks is the mean; the ranks' mean divides by `size`.
@@ -172,7 +174,11 @@ def agreed(run: Run, reason: SkipReason | None) -> SkipReason | None:
 
 def step_record(run: Run, step: int, batch: StepBatch, totals: Totals, update: Update) -> StepRecord:
     load_LE = totals.expert_load_LE.double()
-    ratio = float((load_LE.amax(1) / load_LE.mean(1)).max()) if load_LE.numel() else 1.0
+    ratio, starved = 1.0, 0.0
+    if load_LE.numel():
+        mean_L = load_LE.mean(1, keepdim=True)
+        ratio = float((load_LE / mean_L).max())
+        starved = float((load_LE < STARVED_SHARE * mean_L).double().mean(1).max())
     seconds = run.recorder.step_seconds()
     return StepRecord(
         step=step + 1,
@@ -186,6 +192,7 @@ def step_record(run: Run, step: int, batch: StepBatch, totals: Totals, update: U
         clipped=update.clipped,
         skipped=update.skipped,
         expert_load_max_ratio=ratio,
+        expert_starved_ratio=starved,
         by_source=batch.tokens_by_source,
     )
 

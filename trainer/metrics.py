@@ -1,29 +1,29 @@
-"""Every Prometheus metric of a run: one table, one registry, one small HTTP server thread for each rank.
+"""Every Prometheus metric of a run: one table for the ranks, the launcher and the data steps.
 
 Dashboards, alerts and docs may use only what METRICS defines. Labels never hold a run, a step or a host: those are
 Kubernetes' labels, and a metric must not make a new series on every restart. Counters count since the process started,
 as Prometheus expects (`increase` sees a restart as a reset).
 
 Values of the whole run (loss, tokens) are exported by rank 0 only; `per_rank` ones by every rank, with a `rank` label.
+`trainer/exporter.py` serves them.
 """
 
 from __future__ import annotations
 
-import errno
 from dataclasses import dataclass
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
-
-disable_created_metrics()  # a second series for each counter that nobody reads
-
 PREFIX = "yaongi_"
+Process = Literal["trainer", "launcher", "data"]
 STEP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 60, 120, 300)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Name without prefix, kind, help (one sentence), unit for axes, labels besides `rank`."""
+    """Name without prefix, kind, help (one sentence), unit for axes, labels besides `rank`, which processes export it.
+
+    Of the pipeline's steps, `launcher` is any that launches a task of the trainer; the label `stage` is a step's name.
+    """
 
     name: str
     kind: Literal["gauge", "counter", "histogram"]
@@ -31,7 +31,11 @@ class Metric:
     unit: str
     labels: tuple[str, ...] = ()
     per_rank: bool = False
+    processes: tuple[Process, ...] = ("trainer",)
 
+
+LAUNCHER: tuple[Process, ...] = ("launcher",)
+DATA: tuple[Process, ...] = ("data",)
 
 METRICS: tuple[Metric, ...] = (
     Metric(
@@ -50,6 +54,16 @@ METRICS: tuple[Metric, ...] = (
         ("phase",),
         per_rank=True,
     ),
+    Metric(
+        "own_seconds_total",
+        "counter",
+        "Time of the rank's own work in the steps, data and forward passes; waits for no other rank but under fsdp or "
+        "expert parallelism.",
+        "s",
+        per_rank=True,
+    ),
+    Metric("step", "gauge", "Optimizer steps of the whole run so far, those before a restart included.", "steps"),
+    Metric("planned_steps", "gauge", "Optimizer steps that the run is to make.", "steps"),
     Metric("steps_total", "counter", "Optimizer steps done, skipped ones included.", "steps"),
     Metric(
         "skipped_steps_total",
@@ -76,6 +90,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("source_epochs", "gauge", "Times that each source has been gone through.", "epochs", ("source",)),
     Metric("expert_load_max_ratio", "gauge", "Load of the fullest expert over the mean, worst layer.", "ratio"),
     Metric(
+        "expert_starved_ratio",
+        "gauge",
+        "Share of the experts that got less than a tenth of the mean load in the last step, worst layer.",
+        "ratio",
+    ),
+    Metric(
         "fp8_amax",
         "gauge",
         "Largest magnitude cast to FP8 in the last step by operand: input, weight, gradient; absent without FP8.",
@@ -91,10 +111,37 @@ METRICS: tuple[Metric, ...] = (
         per_rank=True,
     ),
     Metric(
-        "memory_bytes", "gauge", "Peak memory: of the GPU allocator, on a CPU of the process.", "bytes", per_rank=True
+        "fp8_tensors",
+        "gauge",
+        "Tensors that a step casts to FP8; absent without FP8 and where overflows are not counted.",
+        "tensors",
+        per_rank=True,
+    ),
+    Metric(
+        "memory_bytes",
+        "gauge",
+        "Peak memory by place: of the GPU's allocator (gpu), of the process (host).",
+        "bytes",
+        ("place",),
+        per_rank=True,
+    ),
+    Metric(
+        "memory_limit_bytes",
+        "gauge",
+        "Memory there is for the rank: the GPU's (gpu), its share of the container's limit or of the machine (host).",
+        "bytes",
+        ("place",),
+        per_rank=True,
     ),
     Metric("checkpoint_seconds", "gauge", "Duration of the last checkpoint from start to durable.", "s"),
-    Metric("checkpoint_last_success_timestamp_seconds", "gauge", "Unix time of the last durable checkpoint.", "s"),
+    Metric(
+        "checkpoint_last_success_timestamp_seconds",
+        "gauge",
+        "Unix time of the last durable checkpoint; of the process's start until it has one.",
+        "s",
+    ),
+    Metric("checkpoint_interval_steps", "gauge", "Steps from one checkpoint to the next.", "steps"),
+    Metric("checkpoint_failures_total", "counter", "Checkpoints that could not be saved.", "checkpoints"),
     Metric("restarts_total", "counter", "Restarts of this run so far by reason.", "restarts", ("reason",)),
     Metric(
         "heartbeat_timestamp_seconds", "gauge", "Unix time at which the rank last finished a step.", "s", per_rank=True
@@ -106,90 +153,97 @@ METRICS: tuple[Metric, ...] = (
         "s",
         ("class",),
     ),
+    Metric(
+        "stage_heartbeat_timestamp_seconds",
+        "gauge",
+        "Unix time at which a step of the pipeline began or last got further.",
+        "s",
+        ("stage",),
+        processes=("launcher", "data"),
+    ),
+    Metric(
+        "job_phase",
+        "gauge",
+        "1 for the phase that the launched job is in: queued, starting, running; 0 for the others.",
+        "",
+        ("task", "phase"),
+        processes=LAUNCHER,
+    ),
+    Metric(
+        "job_phase_seconds_total",
+        "counter",
+        "Time that the launched job has been in each phase, as long as this launcher has followed it.",
+        "s",
+        ("task", "phase"),
+        processes=LAUNCHER,
+    ),
+    Metric(
+        "job_pod_restarts_total",
+        "counter",
+        "Pods of the launched job that took another one's place.",
+        "pods",
+        ("task",),
+        processes=LAUNCHER,
+    ),
+    Metric(
+        "lease_renewals_total",
+        "counter",
+        "Renewals of the run's lease by outcome: renewed, failed.",
+        "renewals",
+        ("outcome",),
+        processes=LAUNCHER,
+    ),
+    Metric(
+        "stage_bytes_total",
+        "counter",
+        "Bytes that a step of the pipeline has worked through, read and written ones, as its progress line shows them.",
+        "bytes",
+        ("stage",),
+        processes=DATA,
+    ),
+    Metric(
+        "download_bytes_total",
+        "counter",
+        "Bytes taken in by source: over the network, or read from local files.",
+        "bytes",
+        ("source",),
+        processes=DATA,
+    ),
+    Metric("download_retries_total", "counter", "Requests that were tried again.", "requests", processes=DATA),
+    Metric(
+        "documents_total",
+        "counter",
+        "Documents that a step of the pipeline (download, shards) has written.",
+        "documents",
+        ("stage", "source"),
+        processes=DATA,
+    ),
+    Metric(
+        "text_bytes_total",
+        "counter",
+        "UTF-8 bytes of text in those documents.",
+        "bytes",
+        ("stage", "source"),
+        processes=DATA,
+    ),
+    Metric(
+        "shard_tokens_total", "counter", "Tokens written to token files.", "tokens", ("source", "split"), processes=DATA
+    ),
+    Metric(
+        "left_out_documents_total",
+        "counter",
+        "Documents that hygiene leaves out, by the filter that says so.",
+        "documents",
+        ("filter",),
+        processes=DATA,
+    ),
+    Metric(
+        "files_verified_total",
+        "counter",
+        "Files of an earlier run whose checksum was found right.",
+        "files",
+        ("stage",),
+        processes=DATA,
+    ),
 )
 BY_NAME = {metric.name: metric for metric in METRICS}
-
-
-class Metrics:
-    """What one rank exports.
-
-    Gauges appear when they are first set (an unset one would read 0, which is untrue); counters without labels
-    start at 0.
-
-    Args:
-        rank: of this process; any but 0 exports only the `per_rank` metrics and ignores the others.
-        port: to serve /metrics on (all interfaces); 0 serves nothing.
-
-    Raises:
-        ValueError: the port is taken or may not be used.
-    """
-
-    def __init__(self, *, rank: int, port: int) -> None:
-        self.registry = CollectorRegistry()
-        self._rank = rank
-        self._collectors: dict[str, Gauge | Counter | Histogram] = {}
-        for metric in METRICS:
-            if metric.kind != "gauge" and not self._is_ignored(metric):
-                self._collector(metric)
-        self._server = None
-        if port:
-            try:
-                self._server, self._thread = start_http_server(port, registry=self.registry)
-            except OSError as error:
-                what = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-                raise ValueError(
-                    f"metrics port {port} {what}; set runtime.metrics_port to a free one, or to 0 for no metrics server"
-                ) from None
-
-    def set(self, name: str, value: float, **labels: str) -> None:
-        """Set a gauge."""
-        if child := self._child(name, "gauge", labels):
-            child.set(value)
-
-    def add(self, name: str, amount: float = 1, **labels: str) -> None:
-        """Raise a counter by `amount` ≥ 0."""
-        if child := self._child(name, "counter", labels):
-            child.inc(amount)
-
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        """Count a value into a histogram."""
-        if child := self._child(name, "histogram", labels):
-            child.observe(value)
-
-    def close(self) -> None:
-        """Stop serving and free the port."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
-            self._server = None
-
-    def _is_ignored(self, metric: Metric) -> bool:
-        return self._rank != 0 and not metric.per_rank
-
-    def _child(self, name: str, kind: str, labels: dict[str, str]) -> Gauge | Counter | Histogram | None:
-        metric = BY_NAME.get(name)
-        if metric is None:
-            raise ValueError(f"metric {name} is not in the table METRICS of trainer/metrics.py; add it there")
-        assert metric.kind == kind, f"{name} is a {metric.kind}, used as a {kind}"
-        assert set(labels) == set(metric.labels), f"{name} has the labels {metric.labels}, got {tuple(labels)}"
-        if self._is_ignored(metric):
-            return None
-        if metric.per_rank:
-            labels = {**labels, "rank": str(self._rank)}
-        collector = self._collector(metric)
-        return collector.labels(**labels) if labels else collector
-
-    def _collector(self, metric: Metric) -> Gauge | Counter | Histogram:
-        if metric.name not in self._collectors:
-            labels = (*metric.labels, "rank") if metric.per_rank else metric.labels
-            name = PREFIX + metric.name
-            made: Gauge | Counter | Histogram
-            if metric.kind == "gauge":
-                made = Gauge(name, metric.help, labels, registry=self.registry)
-            elif metric.kind == "counter":
-                made = Counter(name, metric.help, labels, registry=self.registry)
-            else:
-                made = Histogram(name, metric.help, labels, registry=self.registry, buckets=STEP_BUCKETS)
-            self._collectors[metric.name] = made
-        return self._collectors[metric.name]

@@ -94,7 +94,9 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     for line in summary_lines(optimizers.table):
         log.info("%s", line)
     scaler = chosen.scaler(world.device.type)
-    checkpoints = Checkpointer(spec, world, model, optimizers, digests, recorder.checkpointed, fp8)
+    checkpoints = Checkpointer(
+        spec, world, model, optimizers, digests, recorder.checkpointed, recorder.checkpoint_failed, fp8
+    )
     resumed = checkpoints.resume()
     if resumed:
         log.info("resuming from the checkpoint of step %d, saved by %d ranks", resumed.step, resumed.world_size)

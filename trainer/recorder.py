@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +15,18 @@ from pathlib import Path
 
 import torch
 
-from trainer import restarts
+from trainer import checkpoint, hostmemory, restarts
 from trainer.board import Board
 from trainer.checkpoint import CheckpointManifest
 from trainer.data.manifest import atomic_write
 from trainer.data.plan import Cursor
 from trainer.distributed import World
+from trainer.exporter import Metrics
 from trainer.flops import flops_per_token
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
 from trainer.logs import MetricsFile
-from trainer.metrics import Metrics
+from trainer.owntime import OwnTime
 from trainer.spec import TrainSpec
 from trainer.spikes import SKIP_REASONS, SkipReason
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 # Dense BF16 peak in FLOP/s, by what the device's name contains (vendor data sheets, without sparsity).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "T4": 65e12}
 _GOODPUT = {"data": "data_wait", "forward_backward": "step", "optimizer": "step", "checkpoint": "checkpoint"}
-_SCALARS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "expert_load_max_ratio")
+_SCALARS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "expert_load_max_ratio", "expert_starved_ratio")
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -66,6 +66,7 @@ class StepRecord:
     clipped: bool
     skipped: SkipReason | None
     expert_load_max_ratio: float
+    expert_starved_ratio: float
     by_source: dict[str, int]
 
 
@@ -76,6 +77,7 @@ class Recorder:
         self._spec, self._world, self._started = spec, world, started
         port = spec.runtime.metrics_port and spec.runtime.metrics_port + world.local_rank
         self.metrics = Metrics(rank=world.rank, port=port)
+        self.own = OwnTime(world.device)
         self._file: MetricsFile | None = None
         self._board: Board | None = None
         self._phases: dict[str, float] = {}
@@ -97,6 +99,12 @@ class Recorder:
         self.metrics.add("goodput_seconds_total", time.time() - self._started, **{"class": "startup"})
         for reason in SKIP_REASONS:  # from 0, else the first one would not show as an increase
             self.metrics.add("skipped_steps_total", 0, reason=reason)
+        self.metrics.set("step", step)
+        self.metrics.set("planned_steps", self._spec.steps)
+        self.metrics.set("checkpoint_interval_steps", self._spec.checkpoint.every_steps)
+        saved = checkpoint.step_dir(self._spec.run_dir, step).stat().st_mtime if resumed else self._started
+        self.metrics.set("checkpoint_last_success_timestamp_seconds", saved)
+        self._export_memory_limits()
         if not self._world.is_main:
             return
         self._file = MetricsFile(self._spec.run_dir, step)
@@ -116,6 +124,8 @@ class Recorder:
             self._phases[name] = self._phases.get(name, 0.0) + seconds
             self.metrics.add("phase_seconds_total", seconds, phase=name)
             self.metrics.add("goodput_seconds_total", seconds, **{"class": _GOODPUT[name]})
+            if name == "data":
+                self.metrics.add("own_seconds_total", seconds)
 
     def step_seconds(self) -> float:
         """Seconds in all phases since the last call, without checkpoints."""
@@ -152,6 +162,8 @@ class Recorder:
         if step % self._spec.runtime.log_every_steps:
             return
         amax, overflows = state.figures()
+        if state.counted_tensors:
+            self.metrics.set("fp8_tensors", state.counted_tensors)
         for operand, value in amax.items():
             self.metrics.set("fp8_amax", value, operand=operand)
         self.metrics.add("fp8_overflows_total", overflows - self._fp8_overflows)
@@ -162,6 +174,10 @@ class Recorder:
         self.metrics.set("checkpoint_seconds", seconds)
         self.metrics.set("checkpoint_last_success_timestamp_seconds", time.time())
         log.info("checkpoint of step %d published after %.1f s", step, seconds)
+
+    def checkpoint_failed(self) -> None:
+        """A checkpoint could not be saved; may come from another thread."""
+        self.metrics.add("checkpoint_failures_total")
 
     def sync(self) -> None:
         """Make metrics.jsonl and TensorBoard durable up to here."""
@@ -220,6 +236,8 @@ class Recorder:
         for objective, loss in record.auxiliary.items():
             metrics.set("auxiliary_loss", loss, objective=objective)
         metrics.observe("step_seconds", record.seconds)
+        metrics.add("own_seconds_total", self.own.take())
+        metrics.set("step", record.step)
         metrics.add("steps_total")
         if record.skipped:
             metrics.add("skipped_steps_total", reason=record.skipped)
@@ -230,11 +248,16 @@ class Recorder:
             metrics.set("source_epochs", epochs[source], source=source)
         self._sources = record.by_source
         metrics.set("heartbeat_timestamp_seconds", time.time())
+        metrics.set("memory_bytes", hostmemory.peak_bytes(), place="host")
         if self._world.device.type == "cuda":
-            metrics.set("memory_bytes", torch.cuda.max_memory_allocated(self._world.device))
+            metrics.set("memory_bytes", torch.cuda.max_memory_allocated(self._world.device), place="gpu")
             if self._peak_flops:
                 seq_len = self._spec.tokens.seq_len_at(record.tokens - self._spec.batch.tokens_per_step)
                 flops = self._flops_per_token(seq_len) * record.tokens_per_second
                 metrics.set("mfu_ratio", flops / (self._peak_flops * self._world.size))
-        else:
-            metrics.set("memory_bytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+    def _export_memory_limits(self) -> None:
+        self.metrics.set("memory_limit_bytes", hostmemory.limit_bytes() / self._world.local_size, place="host")
+        if self._world.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self._world.device).total_memory
+            self.metrics.set("memory_limit_bytes", total, place="gpu")

@@ -12,10 +12,11 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
 
 import urllib3
 
-from components.download.retry import LONGEST_PAUSE_SECONDS
+from components.download.retry import LONGEST_PAUSE_SECONDS, count_retry
 from components.download.texts import Row, unicode_text
 from manifests.dataspec import BlobsSpec
 from trainer.data.manifest import DataError
@@ -26,6 +27,13 @@ MISSING_STATUS = (403, 404, 410)  # a bucket that may not be listed answers 403 
 LOOKAHEAD = 4  # requests in waiting for each worker
 
 
+class _CountedRetry(urllib3.Retry):
+    def increment(self, *args: Any, **kwargs: Any) -> Self:
+        again = super().increment(*args, **kwargs)  # raises when there were enough
+        count_retry()
+        return again
+
+
 def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str | None]:
     """The text of each row, in order, None where the content is not there or is not what its id says.
 
@@ -34,7 +42,7 @@ def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str |
     Raises:
         DataError: an id that is none, or a server that cannot be reached, also after retries.
     """
-    retry = urllib3.Retry(
+    retry = _CountedRetry(
         total=ATTEMPTS,
         backoff_factor=BACKOFF_SECONDS,
         backoff_max=MAX_WAIT_SECONDS,

@@ -109,7 +109,6 @@ def _get_ranges(system: AbstractFileSystem, path: str, copy: Path, size: int, ad
         if file.tell() > size:
             file.seek(0)
             file.truncate()
-        advance(file.tell())
         while (start := file.tell()) < size:
             try:
                 data = _retried(partial(read_range, system, path, size, start, min(start + RANGE_BYTES, size)))

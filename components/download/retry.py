@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from components.measuring import add
+
 LONGEST_PAUSE_SECONDS = 600.0
 T = TypeVar("T")
 
@@ -23,7 +25,18 @@ def retried(
         error = state.outcome.exception() if state.outcome else None
         return max(usual(state), min(asked_pause(error), LONGEST_PAUSE_SECONDS))
 
-    return Retrying(stop=stop_after_attempt(attempts), wait=pause, retry=retry_if_exception(again), reraise=True)(call)
+    tries = Retrying(
+        stop=stop_after_attempt(attempts),
+        wait=pause,
+        retry=retry_if_exception(again),
+        before_sleep=lambda _: count_retry(),
+        reraise=True,
+    )
+    return tries(call)
+
+
+def count_retry() -> None:
+    add("download_retries_total")
 
 
 def status_of(error: BaseException | None) -> int | None:

@@ -28,6 +28,7 @@ from components.download.writer import (
     read_journal,
     write_part,
 )
+from components.measuring import verified, written
 from components.progress import ByteProgress
 from manifests.dataspec import FilesSource, TextSpec
 from trainer.data.manifest import MANIFEST_NAME, DataError
@@ -74,6 +75,7 @@ def prepare(task: Task) -> Journal:
         _check_space(task, journal)
         for part in _new_parts(task, journal):
             journal = journal.model_copy(update={"parts": [*journal.parts, part]})
+            written(task.name, part.entry.documents, part.entry.text_bytes)
             _check_missing(
                 task, journal.missing, sum(part.rows for part in journal.parts)
             )  # first, so that the part is asked for again
@@ -135,6 +137,7 @@ def _kept(task: Task, before: Journal | None, now: Journal) -> list[Part]:
         if not intact(task.directory, part):
             print(f"download {task.name}: {part.entry.path} is damaged; it is made again", flush=True)
             break
+        verified()
         kept.append(part)
         unit, row = (next(units, None), 0) if part.whole else (unit, row + part.rows)
     return kept
@@ -211,7 +214,9 @@ def _texts(task: Task, unit: Iterable[tuple[Path, Input]], skip: int, progress: 
 def _progress(task: Task, what: str, unit: list[Input], left: int | None) -> ByteProgress:
     """Progress by the bytes of the files read; of contents fetched by id, by the bytes that come."""
     total = sum(one.bytes for one in unit) if task.spec.blobs is None else left
-    return ByteProgress(f"download {task.name}, {what}", total)
+    # What was fetched as files has been counted then.
+    source = task.name if task.spec.blobs is not None or all(_is_here(task, one) for one in unit) else None
+    return ByteProgress(f"download {task.name}, {what}", total, source=source)
 
 
 def _check_missing(task: Task, missing: int, asked: int) -> None:
@@ -229,7 +234,7 @@ def _fetched(task: Task, revision: str, one: Input) -> Path:
     if _is_here(task, one):
         return Path(one.location)
     origin = task.spec.origin
-    with ByteProgress(f"fetch {one.name}", one.bytes or None) as progress:
+    with ByteProgress(f"fetch {one.name}", one.bytes or None, source=task.name) as progress:
         if isinstance(origin, FilesSource):
             return files.fetch(one, task.scratch, progress.advance)
         from components.download import hub

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from components import measuring
 from components.download.source import Task, prepare
 from components.hygiene.filters import Drop, Filter, chosen
 from components.hygiene.report import Report
@@ -73,6 +75,7 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
             manifest = Manifest(kind="hygiene", inputs=inputs, settings=settings, files=files)
             write_manifest(directory, manifest)
         else:
+            measuring.verified(len(manifest.files))
             print(f"hygiene: {why}: {directory}", flush=True)
         shutil.rmtree(directory / SCANS, ignore_errors=True)  # also after a run killed between manifest and here
     counts = manifest.counts()
@@ -159,6 +162,8 @@ def _decide(
         rows.sort(key=lambda row: row["document"])  # stable: a document's filters stay in their order
         report.add(entry, rows)
         sizes = {row["document"]: row.pop("bytes") for row in rows}
+        for name, count in Counter(row["filter"] for row in rows).items():
+            measuring.add("left_out_documents_total", count, filter=name)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         atomic_write(directory / entry.path, lines.encode())
         spill.unlink()

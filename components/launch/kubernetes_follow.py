@@ -15,7 +15,8 @@ from components.launch import LaunchError
 from components.launch import kubernetes_explain as explain
 from components.launch.kubernetes_api import GROUP, PLURAL, VERSION, Cluster, Object
 from components.launch.kubernetes_watch import Change, LogFollower, Watcher
-from manifests.names import OPERATOR_JOB_LABEL, pod_name
+from components.launch.phases import PhaseMetrics
+from manifests.names import OPERATOR_JOB_LABEL, TASK_LABEL, pod_name
 from manifests.spec import ClusterSpec
 
 # A registry that is down may come back; GPUs reserved for pods that pull in vain are not worth a longer wait.
@@ -58,6 +59,7 @@ class Follower:
         self.pulling_since: dict[str, float] = {}
         self.told: set[str] = set()
         self.restarts = 0
+        self.metrics = PhaseMetrics(job["metadata"]["labels"][TASK_LABEL])
         # Of a job found running, the time it has run already counts, and a worker that is just then replaced has not
         # waited that long; of any other job, the time it has waited counts.
         begun = time.monotonic() - explain.age_seconds(job)
@@ -96,7 +98,7 @@ class Follower:
         drain_seconds = LOG_DRAIN_AFTER_FAILURE_SECONDS
         try:
             while not self._step():
-                pass
+                self.metrics.tick(self.clock.phase)
             drain_seconds = LOG_DRAIN_SECONDS
         finally:
             for watcher in self.watchers:
@@ -157,6 +159,7 @@ class Follower:
                 self.write(f"launcher: {name} was removed from outside")
             self.uids[name] = uid
             self.restarts += 1
+            self.metrics.restarted()
         end = explain.exit_of(pod)
         if end is not None and uid not in self.ended:
             self.ended[uid] = end

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from components import measuring
 from components.launch import LaunchError
 from trainer.data.manifest import atomic_write
 from trainer.limits import LEASE, Lease, LeaseWatch
@@ -58,10 +59,14 @@ def held(
         while not ended.wait(renewal_seconds):
             try:
                 renew()
+                measuring.add("lease_renewals_total", outcome="renewed")
             except OSError as error:
+                measuring.add("lease_renewals_total", outcome="failed")
                 # A volume may be away for a while; the lease outlives several renewals.
                 print(f"launcher: the lease {path} cannot be renewed ({error.strerror}); trying again", flush=True)
 
+    for outcome in ("renewed", "failed"):  # from 0, else the first would not show as an increase
+        measuring.add("lease_renewals_total", 0, outcome=outcome)
     path.parent.mkdir(parents=True, exist_ok=True)
     renew()
     keeper = threading.Thread(target=keep, name="lease", daemon=True)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components import measuring
 from components.hygiene.attributes import decisions
 from components.lock import alone_on
 from components.progress import ByteProgress
-from components.shards.assemble import ShardMaker, plan_shards
+from components.shards.assemble import ShardMaker, ShardPlan, plan_shards
 from components.shards.engine import choose_engine
 from components.shards.pool import Workers
 from components.shards.units import Journal, Unit, UnitEncoder, encode_units, plan_units, range_of
@@ -71,6 +72,7 @@ def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
             _check_counts(work.raw, work.hygiene, manifest)
             write_manifest(work.directory, manifest)
     else:
+        measuring.verified(len(manifest.files))
         print(f"shards: {why}: {work.directory}", flush=True)
     # Also after a run that was killed between its manifest and this line.
     shutil.rmtree(work.directory / UNITS_DIR, ignore_errors=True)
@@ -194,7 +196,14 @@ def _assembled(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Worker
         for plan, entries in workers.run(maker, plans):
             made[plan.name] = entries
             progress.advance(sum(entry.bytes for entry in entries))
+            _count(plan, entries)
     return [entry for plan in plans for entry in made[plan.name]]
+
+
+def _count(plan: ShardPlan, entries: list[FileEntry]) -> None:
+    for entry in entries:
+        measuring.written(plan.source, entry.documents, entry.text_bytes)
+        measuring.add("shard_tokens_total", entry.tokens, source=plan.source, split=plan.split)
 
 
 def _check_counts(raw: Manifest, hygiene: Manifest | None, shards: Manifest) -> None:

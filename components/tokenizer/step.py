@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from components import measuring
 from components.progress import ByteProgress
 from manifests.spec import JobSpec
 from trainer.data import tokenizer as bpe
@@ -60,6 +61,7 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
         manifest = Manifest(kind="tokenizer", inputs=inputs, settings=settings, files=files)
         write_manifest(directory, manifest)
     else:
+        measuring.verified(len(manifest.files))
         print(f"tokenizer: {why}: {directory}", flush=True)
     summary = {"vocab_size": job.tokenizer.vocab_size} | json.loads((directory / REPORT).read_bytes())
     return StageResult(kind="tokenizer", path=str(directory), digest=manifest.digest, summary=summary)

@@ -4,13 +4,15 @@ import ast
 import pathlib
 import socket
 import urllib.request
+from typing import get_args
 
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from trainer import metrics as metrics_module
-from trainer.metrics import METRICS, PREFIX, Metrics
+from trainer.exporter import Metrics
+from trainer.metrics import METRICS, PREFIX, Process
 from trainer.recorder import peak_flops
 
 
@@ -24,9 +26,9 @@ def free_port() -> int:
 def serve():
     opened = []
 
-    def start(rank=0):
+    def start(rank=0, process="trainer"):
         port = free_port()
-        opened.append(Metrics(rank=rank, port=port))
+        opened.append(Metrics(rank=rank, port=port, process=process))
         return opened[-1], port
 
     yield start
@@ -70,12 +72,15 @@ def test_scrape_has_the_values_and_the_rank(serve):
 
 
 @pytest.mark.enable_socket
-def test_exactly_the_table_is_exported(serve):
-    metrics, port = serve()
+@pytest.mark.parametrize("process", get_args(Process))
+def test_exactly_the_table_is_exported(serve, process):
+    metrics, port = serve(process=process)
     use_all(metrics)
     families, _ = scrape(port)
     expected = {
-        PREFIX + m.name.removesuffix("_total" if m.kind == "counter" else ""): (m.kind, m.help) for m in METRICS
+        PREFIX + m.name.removesuffix("_total" if m.kind == "counter" else ""): (m.kind, m.help)
+        for m in METRICS
+        if process in m.processes
     }
     assert {f.name: (f.type, f.documentation) for f in families} == expected
 
@@ -105,7 +110,7 @@ def test_closing_frees_the_port():
 
 
 def test_port_zero_serves_nothing(monkeypatch):
-    monkeypatch.setattr("trainer.metrics.start_http_server", lambda *a, **k: pytest.fail("a server was started"))
+    monkeypatch.setattr("trainer.exporter.start_http_server", lambda *a, **k: pytest.fail("a server was started"))
     metrics = Metrics(rank=0, port=0)
     metrics.set("loss", 1.0)
     assert metrics.registry.get_sample_value("yaongi_loss") == 1.0
@@ -124,16 +129,19 @@ def test_conventions():
         assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
         assert metric.help.endswith("."), metric.name
         assert not {"run", "run_id", "step", "pod", "host", "rank"} & set(metric.labels), metric.name
+        assert metric.processes and not (metric.per_rank and metric.processes != ("trainer",)), metric.name
 
 
 def test_every_metric_of_the_table_is_recorded_somewhere():
     """A name in the table that no code passes on would be a panel that stays empty."""
     table = pathlib.Path(metrics_module.__file__)
-    literals = set()
-    for path in table.parent.rglob("*.py"):
-        if path != table:
-            literals |= {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
-    assert {metric.name for metric in METRICS} <= literals
+    root = table.parents[1]
+    for processes, package in ((("trainer",), "trainer"), (("launcher", "data"), "components")):
+        literals = set()
+        for path in (root / package).rglob("*.py"):
+            if path != table:
+                literals |= {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+        assert {metric.name for metric in METRICS if set(metric.processes) & set(processes)} <= literals
 
 
 @pytest.mark.parametrize(

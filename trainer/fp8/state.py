@@ -78,6 +78,11 @@ class Fp8State:
             return {}
         return {"history_HN": self._history_HN, "scale_N": self.scale_N, "steps": self._steps}
 
+    @property
+    def counted_tensors(self) -> int:
+        """Slots whose overflows are counted; other recipes than the delayed one foresee nothing."""
+        return len(self.overflows_N) if self.recipe.scaling == "delayed" else 0
+
     def figures(self) -> tuple[dict[str, float], float]:
         """Largest amax of the last step by operand, and overflows so far. Waits for the device."""
         values = torch.cat([self.last_amax_N.view(-1, len(OPERANDS)).amax(0), self.overflows_N.sum()[None]]).tolist()

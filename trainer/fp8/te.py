@@ -132,6 +132,8 @@ class TeState:
             for name in _TENSORS
         }
 
+    counted_tensors = 0  # Transformer Engine does not tell overflows
+
     def figures(self) -> tuple[dict[str, float], float]:
         """Largest of the newest amaxes by operand; only the delayed recipe keeps any, and nothing counts overflows."""
         if not self._modules:

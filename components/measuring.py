@@ -1,0 +1,92 @@
+"""What a step of the pipeline exports while it runs: one registry for the process, served from a thread.
+
+Ranks have the ports from 9400 up; steps have one below them, so that under kfp.local, where all run on one machine, a
+step leaves the ranks' ports alone. Where several steps run at once, the first one has the port.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import get_args
+
+from manifests.names import STEP_METRICS_PORT, Task
+from trainer.exporter import Metrics
+from trainer.specbase import SpecError
+
+PORT_VARIABLE = "YAONGI_METRICS_PORT"  # 0 serves nothing
+
+_metrics = Metrics(rank=0, port=0, process="data")  # of library calls outside a step: counted, never served
+_stage = ""
+
+
+@contextmanager
+def served(stage: str) -> Iterator[None]:
+    """Serve what this process counts during the block, which is the step `stage` of the pipeline.
+
+    A port that is taken only costs the metrics.
+
+    Raises:
+        SpecError: YAONGI_METRICS_PORT is no port.
+    """
+    global _metrics, _stage
+    process = "launcher" if stage in get_args(Task) else "data"
+    before, port = (_metrics, _stage), _port()
+    try:
+        _metrics = Metrics(rank=0, port=port, process=process)
+    except ValueError:
+        print(f"{stage}: serves no metrics, as port {port} is taken or not allowed ({PORT_VARIABLE})", flush=True)
+        _metrics = Metrics(rank=0, port=0, process=process)
+    _stage = stage
+    beat()
+    try:
+        yield
+    finally:
+        _metrics.close()
+        _metrics, _stage = before
+
+
+def add(name: str, amount: float = 1, **labels: str) -> None:
+    """Raise a counter of the table."""
+    _metrics.add(name, amount, **labels)
+
+
+def set_gauge(name: str, value: float, **labels: str) -> None:
+    _metrics.set(name, value, **labels)
+
+
+def beat() -> None:
+    """The step got further."""
+    if _stage:
+        _metrics.set("stage_heartbeat_timestamp_seconds", time.time(), stage=_stage)
+
+
+def worked_through(num_bytes: int, source: str | None = None) -> None:
+    """The step got further by so many bytes, which were taken in of `source` if one is named."""
+    if _stage:
+        _metrics.add("stage_bytes_total", num_bytes, stage=_stage)
+    if source:
+        _metrics.add("download_bytes_total", num_bytes, source=source)
+    beat()
+
+
+def verified(num_files: int = 1) -> None:
+    """Files of an earlier run were found right."""
+    if _stage:
+        _metrics.add("files_verified_total", num_files, stage=_stage)
+
+
+def written(source: str, documents: int, text_bytes: int) -> None:
+    """The step wrote documents of a source."""
+    if _stage:
+        _metrics.add("documents_total", documents, stage=_stage, source=source)
+        _metrics.add("text_bytes_total", text_bytes, stage=_stage, source=source)
+
+
+def _port() -> int:
+    text = os.environ.get(PORT_VARIABLE, str(STEP_METRICS_PORT))
+    if not text.isdigit() or int(text) > 65535:
+        raise SpecError(f"{PORT_VARIABLE} is {text!r}; give a port number, or 0 for no metrics of the pipeline's steps")
+    return int(text)

@@ -1,0 +1,98 @@
+"""Exports the metrics of one process: a registry that knows the table METRICS, and a small HTTP server thread."""
+
+from __future__ import annotations
+
+import errno
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
+
+from trainer.metrics import BY_NAME, METRICS, PREFIX, STEP_BUCKETS, Metric, Process
+
+disable_created_metrics()  # a second series for each counter that nobody reads
+
+
+class Metrics:
+    """What one process exports.
+
+    Gauges appear when they are first set (an unset one would read 0, which is untrue); counters without labels
+    start at 0.
+
+    Args:
+        rank: of this process; any but 0 exports only the `per_rank` metrics and ignores the others.
+        port: to serve /metrics on (all interfaces); 0 serves nothing.
+        process: metrics of other processes are ignored.
+
+    Raises:
+        ValueError: the port is taken or may not be used.
+    """
+
+    def __init__(self, *, rank: int, port: int, process: Process = "trainer") -> None:
+        self.registry = CollectorRegistry()
+        self._rank, self._process = rank, process
+        self._collectors: dict[str, Gauge | Counter | Histogram] = {}
+        for metric in METRICS:
+            # Those with labels have no value before a label is given; made now, no two threads can make one at once.
+            if (metric.kind != "gauge" or metric.labels) and not self._is_ignored(metric):
+                self._collector(metric)
+        self._server = None
+        if port:
+            try:
+                self._server, self._thread = start_http_server(port, registry=self.registry)
+            except OSError as error:
+                what = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+                raise ValueError(
+                    f"metrics port {port} {what}; set runtime.metrics_port to a free one, or to 0 for no metrics server"
+                ) from None
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        if child := self._child(name, "gauge", labels):
+            child.set(value)
+
+    def add(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Raise a counter by `amount` ≥ 0."""
+        if child := self._child(name, "counter", labels):
+            child.inc(amount)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Count a value into a histogram."""
+        if child := self._child(name, "histogram", labels):
+            child.observe(value)
+
+    def close(self) -> None:
+        """Stop serving and free the port."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+            self._server = None
+
+    def _is_ignored(self, metric: Metric) -> bool:
+        return self._process not in metric.processes or (self._rank != 0 and not metric.per_rank)
+
+    def _child(self, name: str, kind: str, labels: dict[str, str]) -> Gauge | Counter | Histogram | None:
+        metric = BY_NAME.get(name)
+        if metric is None:
+            raise ValueError(f"metric {name} is not in the table METRICS of trainer/metrics.py; add it there")
+        assert metric.kind == kind, f"{name} is a {metric.kind}, used as a {kind}"
+        assert set(labels) == set(metric.labels), f"{name} has the labels {metric.labels}, got {tuple(labels)}"
+        if self._is_ignored(metric):
+            return None
+        if metric.per_rank:
+            labels = {**labels, "rank": str(self._rank)}
+        collector = self._collector(metric)
+        return collector.labels(**labels) if labels else collector
+
+    def _collector(self, metric: Metric) -> Gauge | Counter | Histogram:
+        if metric.name not in self._collectors:
+            labels = (*metric.labels, "rank") if metric.per_rank else metric.labels
+            name = PREFIX + metric.name
+            made: Gauge | Counter | Histogram
+            if metric.kind == "gauge":
+                made = Gauge(name, metric.help, labels, registry=self.registry)
+            elif metric.kind == "counter":
+                made = Counter(name, metric.help, labels, registry=self.registry)
+            else:
+                made = Histogram(name, metric.help, labels, registry=self.registry, buckets=STEP_BUCKETS)
+            self._collectors[metric.name] = made
+        return self._collectors[metric.name]

@@ -1,0 +1,28 @@
+"""Memory of this process, and what its container or machine allows. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+# Of this container, in its own view: cgroup v2, then v1. "max", or a number beyond all memory, means no limit.
+LIMIT_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def limit_bytes() -> int:
+    """Bytes after which processes here are killed: the container's limit, at most what the machine has."""
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in LIMIT_FILES:
+        try:
+            text = file.read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            limit = min(limit, int(text))
+    return limit
