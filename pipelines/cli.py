@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console
 
 from components.running import FORESEEN, one_line
+from pipelines import verbs
 from pipelines.data import app as data_app
 from trainer import __version__
 
@@ -45,6 +47,7 @@ app = typer.Typer(
 )
 
 app.add_typer(data_app, name="data")
+verbs.register(app)
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A preset's name (see `yaongi presets`) or a job file.")]
 Sets = Annotated[
@@ -102,12 +105,14 @@ def run(
 ) -> None:
     """Run the whole pipeline from this machine: data, tokenizer, shards, train, evaluate, export, summary."""
     from components.summary.step import read_run
+    from pipelines.background import driving
     from pipelines.run import local_job, run_pipeline
     from pipelines.summary import show
 
     console = Console()
     spec, arguments = local_job(job, _changes(sets), target=target, workdir=workdir)
-    log = run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=_verbose())
+    with driving(spec, workdir):
+        log = run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=_verbose())
     show(read_run(spec.run_dir), log, console)
 
 
@@ -131,6 +136,7 @@ def export(job: Job, sets: Sets = None, workdir: Workdir = Path("work"), verbose
 
 def _stage(task: Any, job: str, sets: list[str] | None, workdir: Path) -> None:
     from components.launch import local, step
+    from pipelines.background import driving
     from pipelines.run import local_job
     from trainer.specbase import read_yaml
 
@@ -139,7 +145,8 @@ def _stage(task: Any, job: str, sets: list[str] | None, workdir: Path) -> None:
         local.run_entrypoint(task, job, int(os.environ.get("PET_NPROC_PER_NODE", "1")), sets or [])
         return
     spec, _ = local_job(job, _changes(sets), target="local", workdir=workdir)
-    result = step.run(spec, task)
+    with driving(spec, workdir) if task == "train" else nullcontext():
+        result = step.run(spec, task)
     print(f"{task}: {result.path} (digest {result.digest[:12]})")
 
 

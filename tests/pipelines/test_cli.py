@@ -137,10 +137,12 @@ def test_compile_writes_the_committed_pipeline(yaongi, tmp_path):
 
 
 def test_generate_needs_an_exported_model(yaongi, tmp_path):
-    code, _, error = yaongi("generate", "tiny", "--prompt", "a")
+    trained = tmp_path / "work/checkpoints/runs/mine-0123abcd"
+    trained.mkdir(parents=True)
+    code, _, error = yaongi("generate", "mine", "--prompt", "a")
     assert code == 2 and "holds no exported model; export it first" in error
     code, _, error = yaongi("generate", "nothing", "--prompt", "a")
-    assert code == 2 and error.startswith("error: 'nothing' is no run below work/checkpoints/runs")
+    assert code == 2 and error == "error: no run 'nothing' in work; known: mine-0123abcd\n"
 
 
 def test_submit_needs_a_host_that_answers(yaongi, monkeypatch):

@@ -1,0 +1,178 @@
+"""The processes of runs on this machine: which one drives a run, starting one that outlives the terminal, stopping it.
+
+Each `yaongi run` keeps `workdir/processes/<run>.json` with what a person may want to know, beside the job itself, and
+holds a lock as long as it lives. The lock says whether it is alive, since a number of a process is soon another's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from components.launch import LaunchError
+from components.running import one_line
+from manifests.spec import JobSpec
+from trainer.data.manifest import atomic_write
+from trainer.specbase import to_yaml
+
+START_PATIENCE_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Process:
+    """Who drives, or last drove, a run.
+
+    Attributes:
+        cwd: relative paths in the job start here.
+        started, ended: Unix seconds; `ended` is None while it runs, and for ever if it was killed.
+        code, error: exit code and the one line of an error.
+    """
+
+    run: str
+    pid: int
+    host: str
+    cwd: str
+    started: float
+    ended: float | None = None
+    code: int | None = None
+    error: str = ""
+
+
+def folder(workdir: Path) -> Path:
+    return workdir / "processes"
+
+
+def job_file(workdir: Path, run: str) -> Path:
+    """The job as it was started, known before the run directory exists."""
+    return folder(workdir) / f"{run}.yaml"
+
+
+def console_file(workdir: Path, run: str) -> Path:
+    """What a background process has printed last time."""
+    return folder(workdir) / f"{run}.out"
+
+
+def read(workdir: Path, run: str) -> Process | None:
+    """None if this workdir has never driven the run."""
+    try:
+        return Process(**json.loads((folder(workdir) / f"{run}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def is_alive(workdir: Path, run: str) -> bool:
+    try:
+        with (folder(workdir) / f"{run}.lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+@contextmanager
+def driving(job: JobSpec, workdir: Path) -> Iterator[None]:
+    """Be the one process that drives the run during the block.
+
+    Raises:
+        LaunchError: another one does.
+    """
+    run = job.run_name
+    folder(workdir).mkdir(parents=True, exist_ok=True)
+    with _locked(workdir, run):
+        me = Process(run, os.getpid(), socket.gethostname(), str(Path.cwd()), time.time())
+        atomic_write(job_file(workdir, run), to_yaml(job).encode())
+        _write(workdir, me)
+        try:
+            yield
+        except BaseException as error:
+            code = getattr(error, "code", 1)
+            _write(workdir, replace(me, ended=time.time(), code=int(code or 0), error=one_line(error)))
+            raise
+        _write(workdir, replace(me, ended=time.time(), code=0))
+
+
+@contextmanager
+def _locked(workdir: Path, run: str) -> Iterator[IO[bytes]]:
+    with (folder(workdir) / f"{run}.lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LaunchError(f"{running(workdir, run)}; follow it: yaongi logs {run} --follow") from None
+        yield lock
+
+
+def running(workdir: Path, run: str) -> str:
+    """`run … is already running as process … on …`."""
+    process = read(workdir, run)
+    who = f"process {process.pid} on {process.host}" if process else "another process"
+    return f"run {run} is already running as {who}"
+
+
+def _write(workdir: Path, process: Process) -> None:
+    atomic_write(folder(workdir) / f"{process.run}.json", json.dumps(asdict(process), indent=1).encode())
+
+
+def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Process:
+    """Start `yaongi run` for a job in the background; returns once it drives the run.
+
+    It has a session of its own, so that neither the terminal's end nor its Ctrl-C reaches it.
+
+    Raises:
+        LaunchError: the run is driven already, or the process ended at once; says why.
+    """
+    run = job.run_name
+    if is_alive(workdir, run):
+        raise LaunchError(f"{running(workdir, run)}; follow it: yaongi logs {run} --follow")
+    file, console = job_file(workdir, run), console_file(workdir, run)
+    folder(workdir).mkdir(parents=True, exist_ok=True)
+    atomic_write(file, to_yaml(job).encode())
+    places = ["--target", job.cluster.target, "--workdir", str(workdir.absolute())]
+    command = [sys.executable, "-m", "pipelines.cli", "run", str(file.absolute()), *places]
+    with console.open("wb") as output:
+        child = subprocess.Popen(
+            command + (["--verbose"] if verbose else []),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd=cwd,
+        )
+    deadline = time.monotonic() + START_PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        process = read(workdir, run)
+        if process is not None and process.pid == child.pid:
+            return process
+        if child.poll() is not None:
+            break
+        time.sleep(0.1)
+    last = (console.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+    raise LaunchError(f"run {run} did not start: {last.removeprefix('error: ')} (output: {console})")
+
+
+def stop(workdir: Path, run: str) -> None:
+    """Ask the process of a run to end, which lets the trainer save a checkpoint, and wait until it has ended.
+
+    Raises:
+        LaunchError: nobody drives the run, or it is on another host.
+    """
+    process = read(workdir, run)
+    if process is None or not is_alive(workdir, run):
+        raise LaunchError(f"run {run} is not running; see: yaongi status {run}")
+    if process.host != socket.gethostname():
+        raise LaunchError(f"run {run} runs on {process.host}; stop it there (process {process.pid})")
+    os.kill(process.pid, signal.SIGTERM)
+    while is_alive(workdir, run):
+        time.sleep(0.2)

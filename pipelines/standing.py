@@ -1,0 +1,126 @@
+"""How far a run is: from the files of its run directory, or from the lines that its rank 0 has logged.
+
+Both sources are what the trainer writes anyway (`trainer.recorder`): metrics.jsonl has a line for each step; the log
+has one for each `log_every_steps` and is all that a machine without the volume can see.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from trainer import restarts
+from trainer.checkpoint import LATEST, latest_step
+from trainer.spec import TrainSpec
+from trainer.specbase import parse, read_yaml
+
+TAIL_BYTES = 65536  # of metrics.jsonl: many steps
+RATE_STEPS = 20
+PROGRESS = re.compile(
+    r"step (?P<step>\d+)/(?P<steps>\d+)  loss (?P<loss>\S+) .* (?P<rate>[\d,]+) tokens/s  ETA (?P<left>.+?)(?:  \(|$)"
+)
+PUBLISHED = re.compile(r"checkpoint of step (\d+) published")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Numbers of a run; None where nothing is known yet.
+
+    Attributes:
+        loss: of the last step, in nats per token.
+        left: until the last step at the present speed.
+        checkpoint_step, checkpoint_age: of the newest checkpoint; the age in seconds.
+    """
+
+    step: int = 0
+    steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    left: timedelta | None = None
+    checkpoint_step: int | None = None
+    checkpoint_age: float | None = None
+    restarts: int = 0
+
+    @property
+    def progress(self) -> str:
+        return f"{self.step:,}/{self.steps:,}" if self.steps else "–"
+
+    @property
+    def checkpoint(self) -> str:
+        if self.checkpoint_step is None:
+            return "none yet"
+        age = "" if self.checkpoint_age is None else f", {timedelta(seconds=round(self.checkpoint_age))} old"
+        return f"step {self.checkpoint_step:,}{age}"
+
+
+def of_directory(run_dir: Path) -> Standing:
+    """From the run directory's files; all zero before the training has begun."""
+    spec_file = run_dir / "train.yaml"
+    if not spec_file.is_file():
+        return Standing()
+    spec = parse(TrainSpec, read_yaml(spec_file), str(spec_file))
+    records = _last_records(run_dir / "logs" / "metrics.jsonl")
+    saved, marker = latest_step(run_dir), run_dir / "checkpoints" / LATEST
+    common = {
+        "steps": spec.steps,
+        "checkpoint_step": saved or None,
+        "checkpoint_age": time.time() - marker.stat().st_mtime if saved else None,
+        "restarts": sum(restarts.summary(run_dir).values()),
+    }
+    if not records:
+        return Standing(step=saved, **common)
+    last, recent = records[-1], records[-RATE_STEPS:]
+    seconds = sum(record["seconds"] for record in recent) / len(recent)
+    return Standing(
+        step=last["step"],
+        loss=last["loss"],
+        tokens_per_second=sum(record["tokens_per_second"] for record in recent) / len(recent),
+        left=timedelta(seconds=round((spec.steps - last["step"]) * seconds)),
+        **common,
+    )
+
+
+def of_log(lines: Iterable[str], now: datetime) -> Standing:
+    """From the lines of rank 0's log, each with its time in front, as the kubelet gives them."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        stamp, _, text = line.partition(" ")
+        if match := PROGRESS.match(text):
+            found |= {"step": int(match["step"]), "steps": int(match["steps"]), "loss": float(match["loss"])}
+            found |= {"tokens_per_second": float(match["rate"].replace(",", "")), "left": _duration(match["left"])}
+        elif match := PUBLISHED.match(text):
+            age = (now - datetime.fromisoformat(stamp)).total_seconds()
+            found |= {"checkpoint_step": int(match[1]), "checkpoint_age": age}
+    return Standing(**found)
+
+
+def _duration(text: str) -> timedelta:
+    """What `str(timedelta)` wrote: [N day[s], ]H:MM:SS."""
+    days, _, clock = text.rpartition(", ")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return timedelta(days=int(days.split()[0]) if days else 0, hours=hours, minutes=minutes, seconds=seconds)
+
+
+def _last_records(file: Path) -> list[dict[str, Any]]:
+    """The last whole lines of metrics.jsonl; a process may be writing the very last."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size - TAIL_BYTES))
+            lines = stream.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records

@@ -1,0 +1,136 @@
+"""What `yaongi status` shows of a run, wherever it is, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from components.running import DONE, STARTED
+from pipelines import background
+from pipelines.runs import Run
+from pipelines.standing import Standing, of_directory
+from trainer.exitcodes import STOPS
+from trainer.results import read_json
+
+COLOURS = {"running": "green", "finished": "green", "succeeded": "green", "failed": "red", "killed": "red"}
+
+
+@dataclass(frozen=True)
+class View:
+    """One run. `why` says what the state does not: what it waits for, how it failed, what to do."""
+
+    name: str
+    where: str
+    state: str
+    why: str = ""
+    standing: Standing = field(default_factory=Standing)
+    rows: Sequence[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in ("finished", "succeeded", "failed", "stopped", "killed", "gone", "idle")
+
+
+def of_local(run: Run) -> View:
+    state, why = _state(run)
+    directory = run.directory
+    rows = [("directory", str(directory))]
+    if process := background.read(run.workdir, run.name):
+        rows.append(("process", f"{process.pid} on {process.host}, started in {process.cwd}"))
+    if log := newest_log(run):
+        rows.append(("log", str(log)))
+    return View(run.name, "here", state, why, of_directory(directory), rows)
+
+
+def newest_log(run: Run) -> Path | None:
+    """The full log of the pipeline's last start."""
+    logs = (run.workdir / "logs").glob(f"{run.name}-*.log")
+    return max(logs, key=lambda file: file.stat().st_mtime, default=None)
+
+
+def _state(run: Run) -> tuple[str, str]:
+    again = f"continue: yaongi resume {run.name}"
+    if background.is_alive(run.workdir, run.name):
+        step = _present_step(run)
+        return "running", f"in step {step}" if step else "starting"
+    process = background.read(run.workdir, run.name)
+    if process is None:
+        result = read_json(run.directory / "result.json")
+        done = result is not None and (run.directory / "export" / "manifest.json").is_file()
+        return ("finished", "") if done else ("idle", f"nobody drives it from {run.workdir}; {again}")
+    if process.ended is None:
+        return (
+            "killed",
+            f"its process {process.pid} went without a word, as after kill -9 or for want of memory; {again}",
+        )
+    if process.code == 0:
+        return "finished", ""
+    if process.code in STOPS:
+        return "stopped", again
+    return "failed", process.error
+
+
+def _present_step(run: Run) -> str:
+    """The pipeline's step that started last and has not ended."""
+    log, process = newest_log(run), background.read(run.workdir, run.name)
+    if log and process and log.stat().st_mtime < process.started:
+        log = None  # of an earlier start
+    running: list[str] = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log else []:
+        text = line.strip()
+        if text.startswith(STARTED):
+            running.append(text.removeprefix(STARTED))
+        elif text.startswith(DONE) and (name := text.removeprefix(DONE).rpartition(" (")[0]) in running:
+            running.remove(name)
+    return running[-1] if running else ""
+
+
+def table(views: Sequence[View]) -> Table:
+    shown = Table(box=None, header_style="bold")
+    for title in ("run", "where", "state", "step", "loss", "tokens/s", "left", "checkpoint", "restarts"):
+        shown.add_column(title, no_wrap=True)
+    for view in views:
+        numbers = view.standing
+        shown.add_row(
+            view.name,
+            view.where,
+            _state_text(view),
+            numbers.progress,
+            _number(numbers.loss, "{:.3f}"),
+            _number(numbers.tokens_per_second, "{:,.0f}"),
+            "" if view.is_over or numbers.left is None else str(numbers.left),
+            numbers.checkpoint,
+            str(numbers.restarts),
+        )
+    return shown
+
+
+def details(view: View) -> RenderableType:
+    """Everything about one run, a line each; never wrapped, so that it can be copied."""
+    numbers = view.standing
+    rows = [
+        ("where", view.where),
+        ("step", numbers.progress),
+        ("loss", _number(numbers.loss, "{:.4f}")),
+        ("speed", _number(numbers.tokens_per_second, "{:,.0f} tokens/s")),
+        ("left", "" if view.is_over or numbers.left is None else str(numbers.left)),
+        ("checkpoint", numbers.checkpoint),
+        ("restarts", str(numbers.restarts)),
+        *view.rows,
+    ]
+    state = Text.assemble((f"{'state':<12}", "bold"), _state_text(view), f": {view.why}" if view.why else "")
+    lines = [Text.assemble((f"{label:<12}", "bold"), value) for label, value in rows if value]
+    return Group(Text(view.name, style="bold"), state, *lines)
+
+
+def _state_text(view: View) -> Text:
+    return Text(view.state, style=COLOURS.get(view.state, "yellow"))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

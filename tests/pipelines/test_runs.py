@@ -1,0 +1,131 @@
+"""Which run a person means, how far it is, and who drives it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from components.launch import LaunchError
+from manifests.spec import load_job
+from pipelines import background, runs, standing, view
+from trainer.data.manifest import atomic_write
+from trainer.specbase import SpecError, to_yaml
+
+NAMES = ["tiny-aaaa1111", "tiny-aaaa2222", "ko-33334444"]
+
+
+def test_a_run_is_found_by_name_and_by_the_beginning_that_only_it_has():
+    assert runs.choose("ko", NAMES, "here") == "ko-33334444"
+    assert runs.choose("tiny-aaaa2222", NAMES, "here") == "tiny-aaaa2222"
+    assert runs.choose("tiny", NAMES, "here", exactly="tiny-aaaa1111") == "tiny-aaaa1111"
+
+
+def test_what_could_be_several_runs_or_none_lists_candidates():
+    with pytest.raises(SpecError, match=r"^'tiny-' is the beginning of several runs: tiny-aaaa1111, tiny-aaaa2222;"):
+        runs.choose("tiny-", NAMES, "here")
+    with pytest.raises(SpecError, match=r"^no run 'tyni' in work; known: ko-33334444, tiny-aaaa1111, tiny-aaaa2222$"):
+        runs.choose("tyni", NAMES, "in work")
+    with pytest.raises(SpecError, match=r"and 2 more$"):
+        runs.choose("z", [f"run-{number}" for number in range(10)], "in work")
+
+
+@pytest.fixture
+def job(tmp_path):
+    return load_job("tiny", {"storage": {"checkpoints_dir": str(tmp_path / "checkpoints")}, "train": {"steps": 500}})
+
+
+@pytest.fixture
+def run(job, tmp_path):
+    """A run whose directory is as the launcher leaves it before the trainer starts."""
+    found = runs.Run(job.run_name, tmp_path / "checkpoints/runs" / job.run_name, tmp_path)
+    found.directory.mkdir(parents=True)
+    atomic_write(found.directory / "job.yaml", to_yaml(job).encode())
+    atomic_write(found.directory / "train.yaml", to_yaml(job.train_spec()).encode())
+    return found
+
+
+def test_a_run_is_found_by_its_directory_preset_or_job_file_and_keeps_its_name(run, job, tmp_path):
+    for text in (str(run.directory), job.run_name, str(run.directory / "job.yaml")):
+        assert runs.find(text, tmp_path).name == job.run_name
+    assert runs.find(job.run_name, tmp_path).job() == job
+
+
+def test_numbers_come_from_the_run_directory(run):
+    (run.directory / "logs").mkdir()
+    lines = [{"step": n, "loss": 5 - n / 100, "seconds": 2.0, "tokens_per_second": 50.0} for n in range(1, 101)]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"step": 101, "lo'
+    (run.directory / "logs/metrics.jsonl").write_text(text)
+    (run.directory / "checkpoints").mkdir()
+    marker = run.directory / "checkpoints/LATEST"
+    marker.write_text("step-00000080\n")
+    hour_ago = datetime.now().timestamp() - 3600
+    os.utime(marker, (hour_ago, hour_ago))
+    found = standing.of_directory(run.directory)
+    assert (found.step, found.steps, found.loss, found.tokens_per_second) == (100, 500, 4.0, 50.0)
+    assert found.left == timedelta(seconds=800)
+    assert found.checkpoint_step == 80 and 3599 < found.checkpoint_age < 3610
+    assert found.checkpoint.startswith("step 80, 1:00:0")
+
+
+def test_numbers_come_from_the_log_where_the_volume_is_out_of_reach():
+    now = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
+    lines = [
+        "2026-01-01T11:58:00.5Z step 10/500  loss 6.1000  grad 1.0  lr 1.00e-02  9 tokens/s  ETA 1:00:00",
+        "2026-01-01T11:58:30.123456789Z checkpoint of step 10 published after 0.5 s",
+        "2026-01-01T11:59:00Z step 12/500  loss 6.0500  grad 1.0  lr 1.00e-02  1,234 tokens/s  ETA 2 days, 3:04:05"
+        "  (skipped: nonfinite)",
+        "2026-01-01T11:59:01Z a line of something else",
+    ]
+    found = standing.of_log(lines, now)
+    assert (found.step, found.steps, found.loss, found.tokens_per_second) == (12, 500, 6.05, 1234.0)
+    assert found.left == timedelta(days=2, hours=3, minutes=4, seconds=5)
+    assert found.checkpoint_step == 10 and found.checkpoint_age == pytest.approx(89.9, abs=0.1)
+
+
+def test_the_lines_read_are_those_that_the_recorder_writes():
+    """The trainer's own format strings, filled."""
+    source = (Path(standing.__file__).parents[1] / "trainer/recorder.py").read_text()
+    step, saved = (re.search(rf'"({start} .*)"', source)[1] for start in ("step %d/%d", "checkpoint of step %d"))
+    values = (3, 1000, float("nan"), 1.0, 1e-3, "1,000", timedelta(seconds=61), "")
+    lines = [f"2026-01-01T11:59:00Z {text}" for text in (step % values, saved % (2, 0.1))]
+    found = standing.of_log(lines, datetime.now(UTC))
+    assert (found.step, found.left, found.checkpoint_step) == (3, timedelta(seconds=61), 2)
+
+
+def test_only_one_process_drives_a_run_and_how_it_ended_is_kept(job, run, tmp_path):
+    second = background.driving(job, tmp_path)
+    with pytest.raises(LaunchError, match="no disk"), background.driving(job, tmp_path):
+        assert background.is_alive(tmp_path, job.run_name)
+        assert view.of_local(run).state == "running"
+        with pytest.raises(LaunchError, match=rf"already running as process {os.getpid()} on .*; follow it:"), second:
+            pass
+        raise LaunchError("no disk\nleft")
+    assert not background.is_alive(tmp_path, job.run_name)
+    shown = view.of_local(run)
+    assert (shown.state, shown.why) == ("failed", "no disk; left")
+    with background.driving(job, tmp_path):
+        pass
+    assert view.of_local(run).state == "finished"
+
+
+def test_a_process_that_was_killed_is_told_from_one_that_was_stopped(job, run, tmp_path):
+    program = (
+        "import sys, time; from pathlib import Path; from manifests.spec import load_job; "
+        "from pipelines import background\n"
+        "with background.driving(load_job(sys.argv[1]), Path(sys.argv[2])): print('up', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", program, str(run.directory / "job.yaml"), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "up\n"
+        assert background.read(tmp_path, job.run_name).pid == process.pid
+        process.send_signal(signal.SIGKILL)
+    shown = view.of_local(run)
+    assert shown.state == "killed" and f"continue: yaongi resume {job.run_name}" in shown.why
+    with pytest.raises(LaunchError, match="is not running; see: yaongi status"):
+        background.stop(tmp_path, job.run_name)
