@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 from manifests.chartvalues import defaults, schema, table, values_yaml
-from manifests.objects import Object
+from manifests.kinds import Object
 from manifests.queue import cluster_queue, local_queue, resource_flavor
 from manifests.rbac import rbac
 from manifests.render import pod_monitor, pvcs

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from manifests import chart
 from manifests.rbac import rbac
-from manifests.render import config_map, pod_monitor, pvcs, pytorchjob
+from manifests.render import job_objects, pod_monitor, pvcs
 from manifests.spec import JobSpec, job_from
 from manifests.yamltext import to_manifest
 
@@ -39,7 +39,7 @@ def files() -> dict[str, str]:
         "base/podmonitor.yaml": [pod_monitor(jobs["two-by-eight-h100"])],
     }
     for name, job in jobs.items():
-        content[f"examples/{name}.yaml"] = [config_map(job), pytorchjob(job)]
+        content[f"examples/{name}.yaml"] = job_objects(job)
     return {path: HEADER + to_manifest(objects) for path, objects in content.items()}
 
 

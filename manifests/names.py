@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
+from manifests.kinds import KINDS, TRAINJOB, JobKind
 from manifests.spec import JobSpec
 
 Task = Literal["train", "evaluate", "export"]
 
 APP = "yaongi-trainer"
-CONTAINER = "pytorch"  # the training operator admits no other name
 RUN_LABEL = "yaongi/run"
 TASK_LABEL = "yaongi/task"
 DIGEST_ANNOTATION = "yaongi/digest"
-OPERATOR_JOB_LABEL = "training.kubeflow.org/job-name"
-OPERATOR_INDEX_LABEL = "training.kubeflow.org/replica-index"
 
 STEP_APP = "yaongi-step"  # pods of the pipeline's steps
 STEP_METRICS_PORT = 9390  # below those of the ranks, which may run on the same machine
@@ -22,8 +20,13 @@ STEP_METRICS_PORT = 9390  # below those of the ranks, which may run on the same 
 SPEC_DIR = "/etc/yaongi"
 SPEC_FILE = "train.yaml"
 
-# Each worker has a service of its pod's name, and a service's name is a DNS label.
+# A worker's name is a DNS label, since others find it by that name; an indexed Job adds six characters for its pod's.
 DNS_LABEL_CHARACTERS = 63
+POD_SUFFIX_CHARACTERS = len("-abcde")
+
+
+def kind(job: JobSpec) -> JobKind:
+    return KINDS[job.cluster.job]
 
 
 def replicas(job: JobSpec, task: Task) -> int:
@@ -36,20 +39,18 @@ def ranks_per_pod(job: JobSpec, task: Task) -> int:
 
 
 def job_name(job: JobSpec, task: Task = "train") -> str:
-    """Name of the PyTorchJob and of its ConfigMap: the run's name for training, else `<run>-evaluate`, `<run>-export`.
+    """Name of the job and of what it mounts: the run's name for training, else `<run>-evaluate`, `<run>-export`.
 
     A name too long for its pods loses the end of its readable part, never its hash.
     """
     suffix = "" if task == "train" else f"-{task}"
-    longest = DNS_LABEL_CHARACTERS - len(f"-worker-{replicas(job, task) - 1}") - len(suffix)
+    last_worker = kind(job).worker_name("", replicas(job, task) - 1)
+    longest = DNS_LABEL_CHARACTERS - len(last_worker) - len(suffix)
+    if kind(job) is TRAINJOB:
+        longest -= POD_SUFFIX_CHARACTERS
     readable, _, digest = job.run_name.rpartition("-")
     kept = readable[: longest - len(digest) - 1].rstrip("-")
     return f"{kept}-{digest}{suffix}"
-
-
-def pod_name(job_name: str, index: int) -> str:
-    """What the training operator calls worker `index`."""
-    return f"{job_name}-worker-{index}"
 
 
 def labels(job: JobSpec, task: Task) -> dict[str, str]:

@@ -1,19 +1,18 @@
 """The worker's pod: everything in it satisfies the restricted Pod Security Standard and survives a read-only root.
 
-Pure functions from the spec to plain dicts; `render` puts them into a PyTorchJob.
+Pure functions from the spec to plain dicts; `render` puts them into a job.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from manifests.names import CONTAINER, SPEC_DIR, SPEC_FILE, Task, job_name, labels, ranks_per_pod
+from manifests.kinds import Object
+from manifests.names import SPEC_DIR, SPEC_FILE, Task, job_name, kind, labels, ranks_per_pod
 from manifests.spec import JobSpec
 
 USER_ID = 1000
 SCRATCH_GIB = 16
-Object = dict[str, Any]
 
 
 def pod_template(job: JobSpec, task: Task) -> Object:
@@ -34,6 +33,8 @@ def pod_template(job: JobSpec, task: Task) -> Object:
         "containers": [container(job, task)],
         "volumes": volumes(job, task),
     }
+    if cluster.priority_class:
+        spec["priorityClassName"] = cluster.priority_class
     if cluster.node_selector:
         spec["nodeSelector"] = dict(cluster.node_selector)
     if cluster.tolerations:
@@ -49,7 +50,7 @@ def pod_template(job: JobSpec, task: Task) -> Object:
 def container(job: JobSpec, task: Task) -> Object:
     ports = metrics_ports(job, task)
     return {
-        "name": CONTAINER,
+        "name": kind(job).container,
         "image": job.cluster.image,
         "imagePullPolicy": job.cluster.image_pull_policy,
         # args, not command: the image's entry sets the umask and reaps zombies as PID 1.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from manifests.objects import Object
+from manifests.kinds import Object
 
 API = "kueue.x-k8s.io/v1beta1"
 

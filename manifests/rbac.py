@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from manifests.objects import Object
+from manifests.kinds import Object
 
 ROLE = "yaongi-launcher"
 # The account of KFP's steps, and one of our own for a launcher that runs without KFP.
@@ -12,6 +12,16 @@ RULES: list[Object] = [
         "apiGroups": ["kubeflow.org"],
         "resources": ["pytorchjobs"],
         "verbs": ["create", "get", "list", "watch", "patch", "delete"],
+    },
+    {
+        "apiGroups": ["trainer.kubeflow.org"],
+        "resources": ["trainjobs"],
+        "verbs": ["create", "get", "list", "watch", "patch", "delete"],
+    },
+    {
+        "apiGroups": ["trainer.kubeflow.org"],
+        "resources": ["trainingruntimes"],
+        "verbs": ["create", "patch", "delete"],
     },
     {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["create", "patch", "delete"]},
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},

@@ -1,93 +1,51 @@
-"""JobSpec → Kubernetes objects as plain dicts, ready for YAML or the API. Pure: same spec, same objects.
-
-The PyTorchJob is worker-only and always elastic, also with a fixed number of workers: without an elastic policy the
-training operator (v1.9) gives workers no rendezvous address, and with a master it injects an init container that
-the restricted Pod Security Standard rejects.
-"""
+"""JobSpec → Kubernetes objects as plain dicts, ready for YAML or the API. Pure: same spec, same objects."""
 
 from __future__ import annotations
 
-from manifests.names import (
-    APP,
-    DIGEST_ANNOTATION,
-    RUN_LABEL,
-    SPEC_FILE,
-    Task,
-    job_name,
-    labels,
-    ranks_per_pod,
-    replicas,
-)
-from manifests.objects import Object, gibibytes, pod_template
+from manifests import pytorchjob, trainjob
+from manifests.kinds import TRAINJOB, Object
+from manifests.names import APP, DIGEST_ANNOTATION, RUN_LABEL, SPEC_FILE, Task, job_name, kind, labels
+from manifests.objects import gibibytes
 from manifests.spec import JobSpec
 from trainer.spec import TrainSpec
 from trainer.specbase import canonical_digest, to_yaml
 
-PYTORCHJOB_API = "kubeflow.org/v1"
 DATASETS_GIB, CHECKPOINTS_GIB = 200, 500
 
 
-def pytorchjob(job: JobSpec, task: Task = "train", owner: Object | None = None) -> Object:
-    """The PyTorchJob that runs one task.
-
-    Args:
-        owner: an ownerReference (apiVersion, kind, name, uid); the job is collected when its owner is gone.
+def job_objects(job: JobSpec, task: Task = "train") -> list[Object]:
+    """What runs one task, in the order in which it has to be created: what the job needs, then the job.
 
     Raises:
         ValueError: a storage directory that cannot be a mount path.
     """
-    cluster = job.cluster
     for field in ("datasets_dir", "checkpoints_dir"):
         if not getattr(job.storage, field).startswith("/"):
             raise ValueError(f"storage.{field} {getattr(job.storage, field)!r} must be an absolute path in the pods")
-    workers = replicas(job, task)
-    spec: Object = {
-        "nprocPerNode": str(ranks_per_pod(job, task)),
-        "elasticPolicy": {
-            "minReplicas": workers,
-            "maxReplicas": workers,
-            "rdzvBackend": "c10d",
-            "rdzvId": job_name(job, task),
-            # A worker may wait for the others' images and nodes as long as the launcher waits for them.
-            "rdzvConf": [{"key": "join_timeout", "value": str(cluster.start_timeout_seconds)}],
-            # The entrypoint translates exit codes and keeps the restart budget; torchrun's restarts would hide both.
-            "maxRestarts": 0,
-        },
-        "runPolicy": {
-            # The default None would leave the other workers, and their GPUs, running after one has failed.
-            "cleanPodPolicy": "Running",
-            "ttlSecondsAfterFinished": cluster.ttl_seconds_after_finished,
-            # Counted from the creation of the job, so waiting is included; the entrypoint bounds the run itself.
-            "activeDeadlineSeconds": cluster.queue_timeout_seconds
-            + cluster.start_timeout_seconds
-            + cluster.run_timeout_seconds,
-        },
-        "pytorchReplicaSpecs": {
-            "Worker": {
-                "replicas": workers,
-                # Exit codes from 128 recreate the pod, lower ones end the job.
-                "restartPolicy": "ExitCode",
-                "template": pod_template(job, task),
-            }
-        },
-    }
-    metadata: Object = {"name": job_name(job, task), "labels": _with_queue(job, labels(job, task))}
-    if cluster.namespace:
-        metadata["namespace"] = cluster.namespace
+    mounted = config_map(job, task)
+    if kind(job) is TRAINJOB:
+        runtime = {
+            "apiVersion": TRAINJOB.api_version,
+            "kind": "TrainingRuntime",
+            "metadata": _metadata(job, task),
+            "spec": trainjob.runtime_spec(job, task),
+        }
+        needs, spec = [mounted, runtime], trainjob.job_spec(job, task)
+    else:
+        needs, spec = [mounted], pytorchjob.job_spec(job, task)
+    metadata = _metadata(job, task)
+    if job.cluster.queue:
+        metadata["labels"]["kueue.x-k8s.io/queue-name"] = job.cluster.queue
     # Tells a job made of this very spec from one of the same name that asks for other resources.
-    metadata["annotations"] = {DIGEST_ANNOTATION: canonical_digest([spec, config_map(job, task)["data"]])}
-    if owner:
-        metadata["ownerReferences"] = [dict(owner)]
-    return {"apiVersion": PYTORCHJOB_API, "kind": "PyTorchJob", "metadata": metadata, "spec": spec}
+    contents = [item.get("spec", item.get("data")) for item in needs]
+    metadata["annotations"] = {DIGEST_ANNOTATION: canonical_digest([spec, *contents])}
+    return [*needs, {"apiVersion": kind(job).api_version, "kind": kind(job).kind, "metadata": metadata, "spec": spec}]
 
 
 def config_map(job: JobSpec, task: Task = "train") -> Object:
     """The TrainSpec that the workers mount."""
-    metadata: Object = {"name": job_name(job, task), "labels": labels(job, task)}
-    if job.cluster.namespace:
-        metadata["namespace"] = job.cluster.namespace
     data = {SPEC_FILE: to_yaml(worker_spec(job))}
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(job, task), "data": data}
 
 
 def worker_spec(job: JobSpec) -> TrainSpec:
@@ -136,5 +94,6 @@ def pod_monitor(job: JobSpec) -> Object:
     }
 
 
-def _with_queue(job: JobSpec, chosen: dict[str, str]) -> dict[str, str]:
-    return {**chosen, "kueue.x-k8s.io/queue-name": job.cluster.queue} if job.cluster.queue else chosen
+def _metadata(job: JobSpec, task: Task) -> Object:
+    space = {"namespace": job.cluster.namespace} if job.cluster.namespace else {}
+    return {"name": job_name(job, task), **space, "labels": labels(job, task)}

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from manifests.dataspec import DataSpec, FilesSource, HygieneSpec, Name
+from manifests.kinds import JobKindName
 from trainer.modelspec import Count, ModelSpec
 from trainer.parallel.layout import Layout
 from trainer.spec import (
@@ -123,10 +124,12 @@ class ClusterSpec(Spec):
     """What the training job asks of the cluster, or of this machine when `target` is local.
 
     Ranks = nodes × max(gpus_per_node, 1). `gpu_memory_gib` is what each GPU has: a model that cannot fit is refused
-    before any work.
+    before any work. `job` is the kind of job that the cluster's operator knows: PyTorchJob (training operator v1) or
+    TrainJob (Kubeflow Trainer v2).
     """
 
     target: Literal["kubernetes", "local"] = "kubernetes"
+    job: JobKindName = "pytorchjob"
     nodes: Count = 1
     gpus_per_node: Annotated[int, Field(ge=0, le=16)] = 0
     gpu_memory_gib: Positive = 80
@@ -137,6 +140,7 @@ class ClusterSpec(Spec):
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
     namespace: str | None = None
     queue: str | None = None
+    priority_class: str | None = None
     node_selector: dict[str, str] = {}
     tolerations: list[TolerationSpec] = []
     queue_timeout_seconds: Count = 86_400
@@ -144,6 +148,11 @@ class ClusterSpec(Spec):
     run_timeout_seconds: Count = 14 * 86_400
     ttl_seconds_after_finished: Annotated[int, Field(ge=0)] = 86_400
     grace_seconds: Count = 120
+
+    @property
+    def deadline_seconds(self) -> int:
+        """For the operators, who count from a job's creation, so with the waiting; the entrypoint bounds the run."""
+        return self.queue_timeout_seconds + self.start_timeout_seconds + self.run_timeout_seconds
 
     @property
     def ranks_per_node(self) -> int:
@@ -256,7 +265,7 @@ class JobSpec(Spec):
 
     @property
     def run_name(self) -> str:
-        """`<name>-<hash>`, also the PyTorchJob's name. Where it runs and how it is watched do not change the run."""
+        """`<name>-<hash>`, also the cluster's job's. Where it runs and how it is watched do not change the run."""
         identity = {
             "shards": self.shards_key,
             "train": self.train.model_dump(mode="json", exclude={"skip", "parallel", "runtime", "evaluate"}),

@@ -224,12 +224,12 @@ def render(
     verbose: Verbose = False,
 ) -> None:
     """Print the Kubernetes objects of a job, ready for `kubectl apply -f -`."""
-    from manifests.render import config_map, pytorchjob
+    from manifests.render import job_objects
     from manifests.spec import load_job
     from manifests.yamltext import to_manifest
 
     spec = load_job(job, _changes(sets))
-    print(to_manifest([config_map(spec, task.value), pytorchjob(spec, task.value)]), end="")
+    print(to_manifest(job_objects(spec, task.value)), end="")
 
 
 @app.command(name="compile")

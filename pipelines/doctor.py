@@ -81,7 +81,7 @@ def _cluster(workdir: Path) -> Iterator[Finding]:
 
     try:
         cluster = Cluster.connect()
-        cluster.job("yaongi-doctor")
+        cluster.get("PyTorchJob", "yaongi-doctor")
     except LaunchError as error:
         yield Finding("cluster", "missing", str(error))
     else:

@@ -1,4 +1,4 @@
-"""Run one task as a PyTorchJob: create or adopt it, have it followed to its end, and leave nothing running.
+"""Run one task as a job of the cluster: create or adopt it, have it followed to its end, and leave nothing running.
 
 The job's name is a function of the spec, so a launcher that died is replaced by starting it again. A launcher that is
 stopped, or gives up, takes its job along: nothing keeps GPUs without somebody watching.
@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from http import HTTPStatus
 from pathlib import Path
@@ -18,13 +18,16 @@ from types import FrameType
 
 from components.launch import LaunchError
 from components.launch import kubernetes_explain as explain
-from components.launch.kubernetes_api import GROUP, VERSION, ApiUnreachable, Cluster, Object, Refused
+from components.launch.kubernetes_api import ApiUnreachable, Cluster, Refused
 from components.launch.kubernetes_follow import Follower, JobFailed
 from components.launch.lease import held
+from manifests.kinds import JobKind, Object, kind_of, pod_template
 from manifests.names import DIGEST_ANNOTATION, Task
-from manifests.render import config_map, pytorchjob
+from manifests.render import job_objects
 from manifests.spec import ClusterSpec, JobSpec
 from trainer.exitcodes import ExitCode
+
+CREATION_PATIENCE_SECONDS = 15
 
 
 def show(line: str) -> None:
@@ -41,8 +44,7 @@ def run(job: JobSpec, task: Task = "train") -> None:
     # A launcher outside the cluster may not have the volume; then there is no lease, as for a job applied by hand.
     mounted = Path(job.storage.checkpoints_dir).is_dir()
     with held(job.run_dir) if mounted else nullcontext(_nothing) as let_lease_lapse:
-        objects = pytorchjob(job, task), config_map(job, task)
-        launch(cluster, *objects, job.cluster, on_leftover=let_lease_lapse)
+        launch(cluster, job_objects(job, task), job.cluster, on_leftover=let_lease_lapse)
 
 
 def _nothing() -> None:
@@ -51,15 +53,15 @@ def _nothing() -> None:
 
 def launch(
     cluster: Cluster,
-    job: Object,
-    spec: Object,
+    objects: Sequence[Object],
     limits: ClusterSpec,
     write: Callable[[str], None] = show,
     on_leftover: Callable[[], None] = _nothing,
 ) -> None:
-    """Create or adopt the PyTorchJob `job`, whose workers mount the ConfigMap `spec`, and follow it to its end.
+    """Create or adopt a job and follow it to its end.
 
     Args:
+        objects: what the job needs, then the job, as `job_objects` renders them.
         limits: the time limits and the grace period are read, nothing else.
         write: takes each line of worker 0's log, and the launcher's own, marked `launcher:`.
         on_leftover: called when the job may still run although it was to be stopped.
@@ -67,8 +69,9 @@ def launch(
     Raises:
         LaunchError: as `run`. Nothing is left running then, unless `on_leftover` was called.
     """
-    name = job["metadata"]["name"]
-    _require_claims(cluster, job)
+    *needs, job = objects
+    kind, name = kind_of(job), job["metadata"]["name"]
+    _require_claims(cluster, pod_template(objects))
     current = _make_room(cluster, job, limits, write)
     ours = current is not None  # to be stopped if this launcher gives up
     with _stop_on_sigterm():
@@ -76,11 +79,12 @@ def launch(
             if current is None:
                 ours = True  # from here on: a creation whose answer is lost may have taken place
                 try:
-                    current = _create(cluster, job, spec)
+                    current = _create(cluster, job, needs)
                 except Refused:
                     ours = False
                     raise
-                cluster.own_config_map(spec["metadata"]["name"], _reference(current))
+                for need in needs:
+                    cluster.own(need["kind"], need["metadata"]["name"], _reference(current))
                 write(f"launcher: created job {name} in namespace {cluster.namespace}")
             else:
                 _adopt(cluster, current)
@@ -90,13 +94,13 @@ def launch(
             raise
         except BaseException as error:  # also a signal; it may have come while the job was being created
             stop = ours or not isinstance(error, LaunchError)
-            if stop and not _stop(cluster, name, limits.grace_seconds, write):
+            if stop and not _stop(cluster, kind, name, limits.grace_seconds, write):
                 on_leftover()
             raise
 
 
-def _require_claims(cluster: Cluster, job: Object) -> None:
-    volumes = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"].get("volumes", [])
+def _require_claims(cluster: Cluster, template: Object) -> None:
+    volumes = template["spec"].get("volumes", [])
     for claim in (v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v):
         if not cluster.claim_exists(claim):
             raise LaunchError(
@@ -110,57 +114,79 @@ def _make_room(cluster: Cluster, job: Object, limits: ClusterSpec, write: Callab
 
     A finished one is deleted also if it succeeded: it would not be run again if what it made were still there.
     """
-    name = job["metadata"]["name"]
-    current = cluster.job(name)
+    kind, name = kind_of(job), job["metadata"]["name"]
+    current = cluster.get(kind.kind, name)
     if current is not None and "deletionTimestamp" not in current["metadata"]:
         digest = job["metadata"]["annotations"][DIGEST_ANNOTATION]
         same = current["metadata"].get("annotations", {}).get(DIGEST_ANNOTATION) == digest
         if explain.is_active(current) and not same:
             raise LaunchError(
                 f"job {name} is already running in namespace '{cluster.namespace}' with other settings; wait for it, "
-                f"or stop it with: kubectl delete pytorchjob {name} -n {cluster.namespace}"
+                f"or stop it with: kubectl delete {kind.kind.lower()} {name} -n {cluster.namespace}"
             )
         if explain.is_active(current):
             return current
         write(f"launcher: deleting the finished job {name} to run it again")
-        cluster.delete_job(name)
-    _wait_until_gone(cluster, name, limits.grace_seconds, write)
+        cluster.delete(kind.kind, name)
+    _wait_until_gone(cluster, kind, name, limits.grace_seconds, write)
     return None
 
 
-def _create(cluster: Cluster, job: Object, spec: Object) -> Object:
+def _create(cluster: Cluster, job: Object, needs: Sequence[Object]) -> Object:
     owner = cluster.own_pod()
     body = {**job, "metadata": {**job["metadata"], **({"ownerReferences": [owner]} if owner else {})}}
     # Before the job, whose pods would otherwise fail to mount it at first.
-    cluster.replace_config_map(spec)
+    for need in needs:
+        _replace(cluster, need)
     try:
-        return cluster.create_job(body)
+        # The operator answers from a copy of the cluster's state that may lag behind what was created just now.
+        return _patiently(lambda: cluster.create(body), lambda error: "must be created before" in str(error))
     except Refused as error:
         if error.status != HTTPStatus.CONFLICT:  # then another launcher was faster, and it is that one's
-            cluster.delete_config_map(spec["metadata"]["name"])
+            for need in needs:
+                cluster.delete(need["kind"], need["metadata"]["name"])
         raise
+
+
+def _replace(cluster: Cluster, need: Object) -> None:
+    """Deleted and created anew: a patched one could still belong to a deleted job and vanish with it."""
+    cluster.delete(need["kind"], need["metadata"]["name"])
+    # A runtime is gone only when its operator has noticed that no job refers to it any more.
+    _patiently(lambda: cluster.create(need), lambda error: error.status == HTTPStatus.CONFLICT)
+
+
+def _patiently(create: Callable[[], Object], may_pass: Callable[[Refused], bool]) -> Object:
+    deadline = time.monotonic() + CREATION_PATIENCE_SECONDS
+    while True:
+        try:
+            return create()
+        except Refused as error:
+            if not may_pass(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
 
 
 def _adopt(cluster: Cluster, current: Object) -> None:
     """The launcher that made the job may be gone; from now on it lives and dies with this one."""
     if owner := cluster.own_pod():
-        cluster.own_job(current["metadata"]["name"], owner)
+        cluster.own(current["kind"], current["metadata"]["name"], owner)
 
 
 def _reference(job: Object) -> Object:
     metadata = job["metadata"]
-    kind = {"apiVersion": f"{GROUP}/{VERSION}", "kind": "PyTorchJob"}
-    return {**kind, "name": metadata["name"], "uid": metadata["uid"]}
+    return {"apiVersion": job["apiVersion"], "kind": job["kind"], "name": metadata["name"], "uid": metadata["uid"]}
 
 
-def _wait_until_gone(cluster: Cluster, name: str, grace_seconds: int, write: Callable[[str], None]) -> None:
+def _wait_until_gone(
+    cluster: Cluster, kind: JobKind, name: str, grace_seconds: int, write: Callable[[str], None]
+) -> None:
     """A job created while pods of its predecessor still end would wait for them without saying so."""
     patience = grace_seconds + 60
     deadline = time.monotonic() + patience
     told = False
-    while cluster.job(name) is not None or cluster.pods(name):
+    while cluster.get(kind.kind, name) is not None or cluster.pods(kind, name):
         if time.monotonic() > deadline:
-            pods = ", ".join(pod["metadata"]["name"] for pod in cluster.pods(name)) or "the job itself"
+            pods = ", ".join(pod["metadata"]["name"] for pod in cluster.pods(kind, name)) or "the job itself"
             raise LaunchError(
                 f"job {name} was deleted, but after {patience} s {pods} is still there; its node may be lost: "
                 f"kubectl delete pod -n {cluster.namespace} --force --grace-period=0 <pod>"
@@ -171,7 +197,7 @@ def _wait_until_gone(cluster: Cluster, name: str, grace_seconds: int, write: Cal
         time.sleep(1)
 
 
-def _stop(cluster: Cluster, name: str, grace_seconds: int, write: Callable[[str], None]) -> bool:
+def _stop(cluster: Cluster, kind: JobKind, name: str, grace_seconds: int, write: Callable[[str], None]) -> bool:
     """Delete the job and wait for its pods, which save a checkpoint; whether all are gone.
 
     Raises nothing of its own: the error that led here is what gets raised.
@@ -180,13 +206,13 @@ def _stop(cluster: Cluster, name: str, grace_seconds: int, write: Callable[[str]
     try:
         for pause in (1, 2, 4, 8, 16, 0):
             try:
-                cluster.delete_job(name)
+                cluster.delete(kind.kind, name)
                 break
             except ApiUnreachable:
                 if not pause:
                     raise
                 time.sleep(pause)
-        _wait_until_gone(cluster, name, grace_seconds, lambda line: None)
+        _wait_until_gone(cluster, kind, name, grace_seconds, lambda line: None)
         write(f"launcher: job {name} is gone")
         return True
     except LaunchError as error:

@@ -10,9 +10,10 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import urllib3
 import yaml
@@ -20,15 +21,16 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
 from components.launch import LaunchError
-from manifests.names import OPERATOR_JOB_LABEL
+from manifests.kinds import KINDS, PYTORCHJOB, TRAINJOB, JobKind, Object
 
-Object = dict[str, Any]
-GROUP, VERSION, PLURAL = "kubeflow.org", "v1", "pytorchjobs"
 POD_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 REQUEST_TIMEOUT_SECONDS = (5, 30)  # connect, read
 # What the client lets through for a kubeconfig that is no YAML, no text, or of another shape, beside its own error.
 UNUSABLE = (config.ConfigException, OSError, yaml.YAMLError, ValueError, TypeError)
 Unreachable = (urllib3.exceptions.HTTPError, OSError)
+# Kind → group, version, plural of the custom resources.
+RESOURCES = {kind.kind: (kind.group, kind.version, kind.plural) for kind in KINDS.values()}
+RESOURCES["TrainingRuntime"] = (TRAINJOB.group, TRAINJOB.version, "trainingruntimes")
 
 
 class Refused(LaunchError):
@@ -41,6 +43,16 @@ class Refused(LaunchError):
 
 class ApiUnreachable(LaunchError):
     """No answer from the API server."""
+
+
+class _Resource(NamedTuple):
+    """The calls for one kind of object in one namespace; all take their arguments by name."""
+
+    plural: str
+    get: Callable[..., Any]
+    create: Callable[..., Any]
+    patch: Callable[..., Any]
+    delete: Callable[..., Any]
 
 
 class Cluster:
@@ -104,65 +116,73 @@ class Cluster:
             )
         elif status == HTTPStatus.NOT_FOUND and message.startswith("namespaces "):
             text = f"namespace '{self.namespace}' does not exist on {self.server}; create it or set cluster.namespace"
-        elif status == HTTPStatus.NOT_FOUND and PLURAL in doing and "not found" not in message.replace("page not", ""):
+        elif (
+            status == HTTPStatus.NOT_FOUND
+            and "not found" not in message.replace("page not", "")
+            and (kind := next((kind for kind in KINDS.values() if kind.plural in doing), None))
+        ):
+            other = "trainjob" if kind is PYTORCHJOB else "pytorchjob"
             text = (
-                f"{self.server} knows no PyTorchJob ({GROUP}/{VERSION}); install the Kubeflow training operator 1.9, "
-                "or run on this machine with cluster.target=local"
+                f"{self.server} knows no {kind.kind} ({kind.api_version}); install {kind.operator}, write "
+                f"cluster.job={other}, or run on this machine with cluster.target=local"
             )
         else:
             text = f"cannot {doing} in namespace '{self.namespace}': {message} ({status})"
         return Refused(status, text)
 
-    # PyTorchJobs
+    # objects of the kinds that a task is made of
 
-    def job(self, name: str) -> Object | None:
+    def get(self, kind: str, name: str) -> Object | None:
+        """None if it is absent."""
+        resource = self._resource(kind)
         try:
-            return self.call("get pytorchjobs", self.custom.get_namespaced_custom_object, *self._jobs, name)
+            return self.call(f"get {resource.plural}", resource.get, name=name)
         except Refused as error:
             if error.status == HTTPStatus.NOT_FOUND and "cannot get" in str(error):
                 return None
             raise
 
-    def create_job(self, body: Object) -> Object:
-        return self.call("create pytorchjobs", self.custom.create_namespaced_custom_object, *self._jobs, body)
+    def create(self, body: Object) -> Object:
+        resource = self._resource(body["kind"])
+        return self.call(f"create {resource.plural}", resource.create, body=body)
 
-    def own_job(self, name: str, owner: Object) -> None:
-        """Make `owner` the job's only owner."""
+    def own(self, kind: str, name: str, owner: Object) -> None:
+        """Make `owner` the object's only owner, with which it is collected."""
+        resource = self._resource(kind)
         patch = {"metadata": {"ownerReferences": [owner]}}
-        self.call("patch pytorchjobs", self.custom.patch_namespaced_custom_object, *self._jobs, name, patch)
+        self.call(f"patch {resource.plural}", resource.patch, name=name, body=patch)
 
-    def delete_job(self, name: str) -> None:
-        """Delete the job with its pods, which get their grace period; absent is fine."""
-        delete = self.custom.delete_namespaced_custom_object
+    def delete(self, kind: str, name: str) -> None:
+        """With all that it owns; a job's pods get their grace period. Absent is fine."""
+        resource = self._resource(kind)
         try:
-            self.call("delete pytorchjobs", delete, *self._jobs, name, propagation_policy="Background")
+            self.call(f"delete {resource.plural}", resource.delete, name=name, propagation_policy="Background")
         except Refused as error:
-            if error.status != HTTPStatus.NOT_FOUND:
+            if error.status != HTTPStatus.NOT_FOUND or "cannot delete" not in str(error):
                 raise
 
-    @property
-    def _jobs(self) -> tuple[str, str, str, str]:
-        return GROUP, VERSION, self.namespace, PLURAL
+    def _resource(self, kind: str) -> _Resource:
+        if kind == "ConfigMap":
+            core, space = self.core, {"namespace": self.namespace}
+            return _Resource(
+                "configmaps",
+                partial(core.read_namespaced_config_map, **space),
+                partial(core.create_namespaced_config_map, **space),
+                partial(core.patch_namespaced_config_map, **space),
+                partial(core.delete_namespaced_config_map, **space),
+            )
+        group, version, plural = RESOURCES[kind]
+        place = {"group": group, "version": version, "namespace": self.namespace, "plural": plural}
+        custom = self.custom
+        return _Resource(
+            plural,
+            partial(custom.get_namespaced_custom_object, **place),
+            partial(custom.create_namespaced_custom_object, **place),
+            partial(custom.patch_namespaced_custom_object, **place),
+            partial(custom.delete_namespaced_custom_object, **place),
+        )
 
     # what a job needs and has
-
-    def replace_config_map(self, body: Object) -> None:
-        """Deleted and created anew: a patched one could still belong to a deleted job and vanish with it."""
-        self.delete_config_map(body["metadata"]["name"])
-        self.call("create configmaps", self.core.create_namespaced_config_map, self.namespace, body)
-
-    def delete_config_map(self, name: str) -> None:
-        """Absent is fine."""
-        try:
-            self.call("delete configmaps", self.core.delete_namespaced_config_map, name, self.namespace)
-        except Refused as error:
-            if error.status != HTTPStatus.NOT_FOUND:
-                raise
-
-    def own_config_map(self, name: str, owner: Object) -> None:
-        """Make `owner` the ConfigMap's only owner, with which it is collected."""
-        patch = {"metadata": {"ownerReferences": [owner]}}
-        self.call("patch configmaps", self.core.patch_namespaced_config_map, name, self.namespace, patch)
 
     def claim_exists(self, name: str) -> bool:
         try:
@@ -174,12 +194,12 @@ class Cluster:
             return False
         return True
 
-    def pods(self, job_name: str) -> list[Object]:
+    def pods(self, kind: JobKind, job_name: str) -> list[Object]:
         response = self.call(
             "list pods",
             self.core.list_namespaced_pod,
             self.namespace,
-            label_selector=f"{OPERATOR_JOB_LABEL}={job_name}",
+            label_selector=kind.selector(job_name),
             _preload_content=False,
         )
         return json.loads(response.data)["items"]

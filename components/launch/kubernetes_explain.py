@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
-from manifests.names import CONTAINER
+from manifests.kinds import CONTAINERS, PYTORCHJOB, TRAINJOB, Object, kind_of
 from trainer.exitcodes import MEANING, ExitCode, retryable
 
-Object = dict[str, Any]
 Phase = Literal["queued", "starting", "running"]
 LONGEST_MESSAGE_CHARACTERS = 600
 
@@ -19,6 +19,9 @@ LONGEST_MESSAGE_CHARACTERS = 600
 HOPELESS_WAITING = {"InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError"}
 IMAGE_WAITING = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
 ABSENT_IMAGE_WORDS = ("not found", "does not exist", "manifest unknown", "denied", "unauthorized", "no such host")
+CREATION_FAILURES = {"FailedCreatePod", "FailedCreateService", "FailedCreate", "TrainJobResourcesCreationFailed"}
+# Of a pod that a Job tries to make again and again; without it the same refusal has the same words.
+RANDOM_SUFFIX = re.compile(rf'(?<=-{TRAINJOB.worker}-)(?P<index>\d+)-[a-z0-9]{{5}}(?=")')
 # Refusals of the pod itself, which no amount of waiting turns into a pod.
 HOPELESS_CREATION_WORDS = (
     "violates PodSecurity",
@@ -39,7 +42,14 @@ def condition_message(job: Object, condition: str) -> str:
 
 
 def is_active(job: Object) -> bool:
-    return not has_condition(job, "Succeeded") and not has_condition(job, "Failed")
+    return not has_condition(job, kind_of(job).succeeded) and not has_condition(job, "Failed")
+
+
+def is_running(job: Object) -> bool:
+    """Whether its workers have started; a TrainJob says so by their number only."""
+    if kind_of(job) is TRAINJOB:
+        return any(child.get("ready") for child in job.get("status", {}).get("jobsStatus", []))
+    return has_condition(job, "Running")
 
 
 def phase_of(pods: Iterable[Object], workers: int) -> Phase:
@@ -63,15 +73,16 @@ def is_over(pod: Object) -> bool:
 
 def container_status(pod: Object) -> Object:
     statuses = pod.get("status", {}).get("containerStatuses", [])
-    return next((status for status in statuses if status["name"] == CONTAINER), {})
+    return next((status for status in statuses if status["name"] in CONTAINERS), {})
 
 
 def container_state(pod: Object) -> Object:
     return container_status(pod).get("state", {})
 
 
-def container_image(pod: Object) -> str:
-    return next(c["image"] for c in pod["spec"]["containers"] if c["name"] == CONTAINER)
+def container(pod: Object) -> Object:
+    """The training container, also where a mesh has put another beside it."""
+    return next(container for container in pod["spec"]["containers"] if container["name"] in CONTAINERS)
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ def obstacle(pod: Object) -> Obstacle | None:
     reason, message = waiting.get("reason", ""), one_line(waiting.get("message", ""))
     if reason in IMAGE_WAITING:
         text = (
-            f"image '{container_image(pod)}' cannot be pulled ({reason}: {message}); "
+            f"image '{container(pod)['image']}' cannot be pulled ({reason}: {message}); "
             "check cluster.image, and that the nodes can reach its registry"
         )
         absent = any(word in message.lower() for word in ABSENT_IMAGE_WORDS)
@@ -103,9 +114,9 @@ def obstacle(pod: Object) -> Obstacle | None:
 
 def creation_obstacle(event: Object) -> Obstacle | None:
     """The operator could not create a pod or service: quota, Pod Security, an admission webhook."""
-    if event.get("reason") not in ("FailedCreatePod", "FailedCreateService"):
+    if event.get("reason") not in CREATION_FAILURES:
         return None
-    message = one_line(event.get("message", ""))
+    message = RANDOM_SUFFIX.sub(r"\g<index>", one_line(event.get("message", "")))
     return Obstacle(f"a worker cannot be created: {message}", any(word in message for word in HOPELESS_CREATION_WORDS))
 
 
@@ -171,27 +182,35 @@ def culprit(exits: Iterable[Exit]) -> Exit | None:
 
 
 def is_about(event: Object, job: Object) -> bool:
-    """Whether an event concerns the job or one of its pods, and not a former job of the same name."""
-    metadata, about = job["metadata"], event.get("involvedObject", {})
-    if about.get("kind") == "PyTorchJob":
+    """Whether an event concerns the job, a pod of it or what stands between, and not a former job of the same name."""
+    kind, metadata, about = kind_of(job), job["metadata"], event.get("involvedObject", {})
+    if about.get("kind") == kind.kind:
         return about.get("uid") == metadata["uid"]
     # Both are UTC to the second and sort as text; events of the newer API have a time in eventTime only.
     time = event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
-    is_its_pod = about.get("kind") == "Pod" and about.get("name", "").startswith(f"{metadata['name']}-worker-")
-    return is_its_pod and time[:19] >= metadata["creationTimestamp"][:19]
+    if about.get("kind") == "Pod":
+        is_its = about.get("name", "").startswith(kind.worker_name(metadata["name"], ""))
+    else:
+        is_its = about.get("name", "") == kind.child_name(about.get("kind", ""), metadata["name"])
+    return is_its and time[:19] >= metadata["creationTimestamp"][:19]
 
 
 def is_news(event: Object) -> bool:
     """Whether an event says what the state of job and pods does not say already."""
     reason = event.get("reason") or ""
-    if event.get("involvedObject", {}).get("kind") == "PyTorchJob":
+    about = event.get("involvedObject", {}).get("kind")
+    if about in (TRAINJOB.kind, *(child for child, _ in TRAINJOB.children)):
+        return False
+    if about == PYTORCHJOB.kind:
         return not reason.startswith("PyTorchJob") and "Error pod" not in event.get("message", "")
     return reason not in ("FailedScheduling", "Failed", "BackOff", "InspectFailed")
 
 
 def age_seconds(job: Object) -> float:
     """Seconds since the job started by the cluster's own account (a resumed job starts anew)."""
-    stamp = job.get("status", {}).get("startTime") or job["metadata"]["creationTimestamp"]
+    status = job.get("status", {})
+    resumed = [c["lastTransitionTime"] for c in status.get("conditions", []) if c["type"] == "Suspended"]
+    stamp = status.get("startTime") or (resumed and resumed[-1]) or job["metadata"]["creationTimestamp"]
     return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(stamp)).total_seconds())
 
 

@@ -1,4 +1,4 @@
-"""Follow one PyTorchJob from wherever it is to its end, telling what happens and how it ended.
+"""Follow one job from wherever it is to its end, telling what happens and how it ended.
 
 Threads watch and put what they see into one queue; all state changes happen in the calling thread.
 """
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from components.launch import LaunchError
 from components.launch import kubernetes_explain as explain
-from components.launch.kubernetes_api import GROUP, PLURAL, VERSION, Cluster, Object
+from components.launch.kubernetes_api import Cluster
 from components.launch.kubernetes_watch import Change, LogFollower, Watcher
 from components.launch.phases import PhaseMetrics
-from manifests.names import OPERATOR_JOB_LABEL, TASK_LABEL, pod_name
+from manifests.kinds import Object, kind_of, workers
+from manifests.names import TASK_LABEL
 from manifests.spec import ClusterSpec
 
 # A registry that is down may come back; GPUs reserved for pods that pull in vain are not worth a longer wait.
@@ -42,28 +43,29 @@ class Follower:
     """One use: make it, call `follow`.
 
     Args:
-        job: the PyTorchJob as the API server has it, with its UID.
+        job: the job as the API server has it, with its UID.
         limits: the time limits are read, nothing else.
     """
 
     def __init__(self, cluster: Cluster, job: Object, limits: ClusterSpec, write: Callable[[str], None]) -> None:
         self.cluster, self.limits, self.write = cluster, limits, write
-        self.job = job
+        self.job, self.kind = job, kind_of(job)
         self.name: str = job["metadata"]["name"]
         self.uid: str = job["metadata"]["uid"]
-        self.workers: int = job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"]
-        self.pods: dict[str, Object] = {}  # by name
-        self.uids: dict[str, str] = {}  # of each worker's latest pod, by name
+        self.workers = workers(job)
+        self.pods: dict[str, Object] = {}  # by worker
+        self.uids: dict[str, str] = {}  # of each worker's latest pod
         self.ended: dict[str, explain.Exit] = {}  # by UID; a restarted worker's pod is soon gone
-        self.obstacles: dict[str, explain.Obstacle] = {}  # by pod, or "" for the job
+        self.obstacles: dict[str, explain.Obstacle] = {}  # by worker, or "" for the job
         self.pulling_since: dict[str, float] = {}
         self.told: set[str] = set()
+        self.shown: set[str] = set()  # pods whose log is printed as it is written
         self.restarts = 0
         self.metrics = PhaseMetrics(job["metadata"]["labels"][TASK_LABEL])
         # Of a job found running, the time it has run already counts, and a worker that is just then replaced has not
         # waited that long; of any other job, the time it has waited counts.
         begun = time.monotonic() - explain.age_seconds(job)
-        is_running = explain.has_condition(job, "Running")
+        is_running = explain.is_running(job)
         self.clock = _Clock("queued", time.monotonic() if is_running else begun)
         self.running_since = begun if is_running else None
         self.pods_known = False
@@ -72,19 +74,17 @@ class Follower:
         core, custom, space = cluster.core, cluster.custom, cluster.namespace
         one_job = functools.partial(
             custom.list_namespaced_custom_object,
-            GROUP,
-            VERSION,
+            self.kind.group,
+            self.kind.version,
             space,
-            PLURAL,
+            self.kind.plural,
             field_selector=f"metadata.name={self.name}",
         )
-        its_pods = functools.partial(
-            core.list_namespaced_pod, space, label_selector=f"{OPERATOR_JOB_LABEL}={self.name}"
-        )
+        its_pods = functools.partial(core.list_namespaced_pod, space, label_selector=self.kind.selector(self.name))
         warnings = functools.partial(core.list_namespaced_event, space, field_selector="type=Warning")
         self.watchers = [
             Watcher(cluster, kind, call, self.changes)
-            for kind, call in (("pytorchjobs", one_job), ("pods", its_pods), ("events", warnings))
+            for kind, call in ((self.kind.plural, one_job), ("pods", its_pods), ("events", warnings))
         ]
 
     def follow(self) -> None:
@@ -131,7 +131,7 @@ class Follower:
             raise LaunchError(f"job {self.name} was deleted in namespace '{self.cluster.namespace}' by somebody else")
         for job in mine:
             self.job = job
-            if explain.has_condition(job, "Succeeded"):
+            if explain.has_condition(job, self.kind.succeeded):
                 self.write(f"launcher: job {self.name} succeeded ({self.restarts} restarts)")
                 return True
             if explain.has_condition(job, "Failed"):
@@ -154,36 +154,46 @@ class Follower:
 
     def _see_pod(self, pod: Object, *, gone: bool) -> None:
         name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
-        if self.uids.setdefault(name, uid) != uid and not gone:
-            if self.uids[name] not in self.ended:
-                self.write(f"launcher: {name} was removed from outside")
-            self.uids[name] = uid
-            self.restarts += 1
-            self.metrics.restarted()
+        worker = self.kind.worker_of(pod)
+        if self.uids.setdefault(worker, uid) != uid and not gone:
+            self._see_replaced(worker, pod)
         end = explain.exit_of(pod)
         if end is not None and uid not in self.ended:
             self.ended[uid] = end
             if end.code != 0:
                 self.write(f"launcher: {end.describe()}")
-        if name == pod_name(self.name, 0) and explain.has_started(pod):
+        if worker == self.kind.worker_name(self.name, 0) and explain.has_started(pod):
+            self.shown.add(name)
             self.log.add(pod)
         if end is not None or gone:
             self.log.ended(uid)
         if gone:
-            self.pods.pop(name, None)
-            self.obstacles.pop(name, None)
-            self.pulling_since.pop(name, None)
+            if self.uids[worker] == uid:
+                self.pods.pop(worker, None)
+                self.obstacles.pop(worker, None)
+                self.pulling_since.pop(worker, None)
             return
-        self.pods[name] = pod
+        self.pods[worker] = pod
         found = explain.obstacle(pod)
         if found is None:
-            self.obstacles.pop(name, None)
+            self.obstacles.pop(worker, None)
         else:
-            self._note(name, found)
+            self._note(worker, found)
         if found is not None and found.pulling:
-            self.pulling_since.setdefault(name, time.monotonic())
+            self.pulling_since.setdefault(worker, time.monotonic())
         else:
-            self.pulling_since.pop(name, None)
+            self.pulling_since.pop(worker, None)
+
+    def _see_replaced(self, worker: str, pod: Object) -> None:
+        """The worker has a new pod."""
+        before, self.uids[worker] = self.uids[worker], pod["metadata"]["uid"]
+        self.metrics.restarted()
+        if self.kind.attempt_label:
+            self.restarts = max(self.restarts, int(pod["metadata"]["labels"][self.kind.attempt_label]))
+            return
+        if before not in self.ended:
+            self.write(f"launcher: {worker} was removed from outside")
+        self.restarts += 1
 
     def _see_event(self, event: Object) -> None:
         if not explain.is_about(event, self.job):
@@ -194,24 +204,24 @@ class Follower:
             text = f"{event.get('reason')}: {explain.one_line(event.get('message', ''))}"
             self._tell(event["involvedObject"]["name"], text)
 
-    def _note(self, pod: str, found: explain.Obstacle) -> None:
-        self.obstacles[pod] = found
+    def _note(self, worker: str, found: explain.Obstacle) -> None:
+        self.obstacles[worker] = found
         if found.hopeless:
-            raise LaunchError(f"job {self.name} cannot start: {self._named(pod, found.text)}")
-        self._tell(pod, found.text)
+            raise LaunchError(f"job {self.name} cannot start: {self._named(worker, found.text)}")
+        self._tell(worker, found.text)
 
-    def _tell(self, pod: str, text: str) -> None:
-        """Say it once, for the first pod that it is true of."""
+    def _tell(self, what: str, text: str) -> None:
+        """Say it once, for the first pod or worker that it is true of."""
         if text not in self.told:
             self.told.add(text)
-            self.write(f"launcher: {self._named(pod, text)}")
+            self.write(f"launcher: {self._named(what, text)}")
 
     @staticmethod
-    def _named(pod: str, text: str) -> str:
-        return f"{pod}: {text}" if pod else text
+    def _named(what: str, text: str) -> str:
+        return f"{what}: {text}" if what else text
 
     def _fail(self, job: Object) -> None:
-        for pod in self.cluster.pods(self.name):
+        for pod in self.cluster.pods(self.kind, self.name):
             self._see_pod(pod, gone=False)
         cause = explain.culprit(self.ended.values())
         if cause is None or not cause.final:
@@ -219,7 +229,7 @@ class Follower:
             before = f"; before that {cause.describe()}" if cause else ""
             raise JobFailed(f"job {self.name} failed: {explain.condition_message(job, 'Failed')}{before}")
         tail = self.cluster.log_tail(cause.pod, LOG_TAIL_LINES)
-        if cause.pod != pod_name(self.name, 0):
+        if cause.pod not in self.shown:
             for line in tail:
                 self.write(f"{cause.pod}: {line}")
         last = explain.one_line("\n".join(tail[-3:]))
@@ -237,7 +247,8 @@ class Follower:
         if not self.pods_known:
             return
         now = time.monotonic()
-        why = "; ".join(self._named(pod, found.text) for pod, found in self.obstacles.items()) or self._no_reason()
+        obstacles = [self._named(worker, found.text) for worker, found in self.obstacles.items()]
+        why = "; ".join(obstacles) or self._no_reason()
         spent = now - self.clock.since
         if any(now - since > PULL_PATIENCE_SECONDS for since in self.pulling_since.values()):
             raise LaunchError(f"job {self.name} cannot start: {why}")
@@ -257,5 +268,5 @@ class Follower:
         if explain.has_condition(self.job, "Suspended"):
             return "the job is suspended, as jobs are that wait in a queue"
         if not self.job.get("status", {}).get("conditions"):
-            return "the training operator has not taken it up; check that it runs"
+            return f"{self.kind.operator} has not taken it up; check that it runs"
         return "no reason given by the cluster"

@@ -18,8 +18,9 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.watch import Watch
 
 from components.launch import LaunchError
-from components.launch.kubernetes_api import Cluster, Object, Unreachable
-from manifests.names import CONTAINER
+from components.launch import kubernetes_explain as explain
+from components.launch.kubernetes_api import Cluster, Unreachable
+from manifests.kinds import Object
 
 # Short watches notice a connection that died silently; the server ends them and the next one resumes.
 WATCH_SECONDS = 40
@@ -103,12 +104,12 @@ class Watcher(threading.Thread):
 
 
 class LogFollower(threading.Thread):
-    """Prints the log of one pod after another, each line once; a restarted worker is a new pod of the same name."""
+    """Prints the log of one pod after another, each line once; a restarted worker is a new pod."""
 
     def __init__(self, cluster: Cluster, write: Callable[[str], None]) -> None:
         super().__init__(name="follow-log", daemon=True)
         self._cluster, self._write = cluster, write
-        self._pods: queue.Queue[tuple[str, str] | None] = queue.Queue()
+        self._pods: queue.Queue[tuple[str, str, str] | None] = queue.Queue()
         self._seen: set[str] = set()
         self._ended: set[str] = set()
         self._stopped = threading.Event()
@@ -118,7 +119,7 @@ class LogFollower(threading.Thread):
         uid = pod["metadata"]["uid"]
         if uid not in self._seen:
             self._seen.add(uid)
-            self._pods.put((pod["metadata"]["name"], uid))
+            self._pods.put((pod["metadata"]["name"], uid, explain.container(pod)["name"]))
 
     def ended(self, uid: str) -> None:
         """The pod will write no more."""
@@ -135,7 +136,7 @@ class LogFollower(threading.Thread):
         while (entry := self._pods.get()) is not None:
             self._follow(*entry)
 
-    def _follow(self, name: str, uid: str) -> None:
+    def _follow(self, name: str, uid: str, container: str) -> None:
         last = ""  # time stamp of the last line printed; they sort as text
         since = time.monotonic()
         pause = FIRST_PAUSE_SECONDS
@@ -148,7 +149,7 @@ class LogFollower(threading.Thread):
                     self._cluster.core.read_namespaced_pod_log,
                     name,
                     self._cluster.namespace,
-                    container=CONTAINER,
+                    container=container,
                     timestamps=True,
                     _request_timeout=(5, WATCH_SECONDS),
                     # Some more than has passed: what was printed already is dropped by its time stamp.

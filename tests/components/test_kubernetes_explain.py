@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from components.launch import kubernetes_explain as explain
+from manifests.kinds import Object
 from trainer import entrypoint
-
-Object = dict[str, Any]
 
 
 def pod(name: str = "run-worker-0", node: str | None = "gpu-1", state: Object | None = None, **status: Any) -> Object:
@@ -110,7 +109,10 @@ def test_a_quota_may_be_freed_but_a_rule_stays(message: str, hopeless: bool) -> 
     assert explain.creation_obstacle({"reason": "SuccessfulCreatePod", "message": "Created pod: x"}) is None
 
 
-JOB: Object = {"metadata": {"name": "run", "uid": "1", "creationTimestamp": "2026-01-01T12:00:00Z"}}
+JOB: Object = {
+    "kind": "PyTorchJob",
+    "metadata": {"name": "run", "uid": "1", "creationTimestamp": "2026-01-01T12:00:00Z"},
+}
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,47 @@ def test_events_of_others_are_not_told(about: Object, time: str, expected: bool)
     assert explain.is_about(event, JOB) is expected
     newer_api = {**event, "lastTimestamp": None, "eventTime": f"{time[:-1]}.123456Z"}
     assert explain.is_about(newer_api, JOB) is expected
+
+
+@pytest.mark.parametrize(
+    ("about", "expected"),
+    [
+        ({"kind": "TrainJob", "name": "run", "uid": "1"}, True),
+        ({"kind": "JobSet", "name": "run"}, True),
+        ({"kind": "Job", "name": "run-node-0"}, True),
+        ({"kind": "Job", "name": "run-evaluate-node-0"}, False),
+        ({"kind": "Pod", "name": "run-node-0-1-x7k2p"}, True),
+        ({"kind": "Pod", "name": "run-worker-1"}, False),
+    ],
+)
+def test_events_of_what_stands_between_a_trainjob_and_its_pods_are_its_own(about: Object, expected: bool) -> None:
+    event = {"metadata": {"creationTimestamp": "2026-01-01T12:00:01Z"}, "involvedObject": about}
+    assert explain.is_about(event, {**JOB, "kind": "TrainJob"}) is expected
+
+
+def test_the_same_refusal_of_a_pod_made_again_has_the_same_words() -> None:
+    def refused(suffix: str) -> explain.Obstacle | None:
+        message = f'Error creating: pods "run-node-0-1-{suffix}" is forbidden: exceeded quota: team'
+        return explain.creation_obstacle({"reason": "FailedCreate", "message": message})
+
+    found = refused("x7k2p")
+    assert found is not None and 'pods "run-node-0-1" is forbidden: exceeded quota: team' in found.text
+    assert found == refused("zzzzz")
+
+
+@pytest.mark.parametrize(
+    ("job", "active", "running"),
+    [
+        ({"kind": "TrainJob", "status": {"jobsStatus": [{"name": "node", "ready": 2}]}}, True, True),
+        ({"kind": "TrainJob", "status": {"jobsStatus": [{"name": "node", "ready": 0}]}}, True, False),
+        ({"kind": "TrainJob", "status": {"conditions": [{"type": "Complete", "status": "True"}]}}, False, False),
+        ({"kind": "PyTorchJob", "status": {"conditions": [{"type": "Running", "status": "True"}]}}, True, True),
+        ({"kind": "PyTorchJob", "status": {"conditions": [{"type": "Succeeded", "status": "True"}]}}, False, False),
+        ({"kind": "PyTorchJob", "status": {"conditions": [{"type": "Failed", "status": "True"}]}}, False, False),
+    ],
+)
+def test_each_kind_has_its_own_words_for_how_a_job_stands(job: Object, active: bool, running: bool) -> None:
+    assert (explain.is_active(job), explain.is_running(job)) == (active, running)
 
 
 def test_long_messages_keep_their_end_on_one_line() -> None:

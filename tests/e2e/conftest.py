@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 from kube import PIPELINE_IMAGE, Namespace, Object, pod
+from launching import Launcher, as_account
 from pipeline_run import SETS, PipelineRun
 from scrape import Prometheus
 
-from manifests.names import OPERATOR_JOB_LABEL, job_name, pod_name
+from manifests.kinds import PYTORCHJOB
+from manifests.names import job_name
 from manifests.spec import load_job
 from trainer.specbase import changes_from_sets
 
@@ -73,7 +75,7 @@ def volumes(namespace: Namespace) -> Iterator[Namespace]:
 def prometheus(namespace: Namespace) -> Prometheus:
     job = load_job("tiny", changes_from_sets(["name=first", *SETS]))
     server = Prometheus(namespace)
-    server.start([pod_name(job_name(job), index) for index in range(job.cluster.nodes)])
+    server.start([PYTORCHJOB.worker_name(job_name(job), index) for index in range(job.cluster.nodes)])
     return server
 
 
@@ -84,8 +86,22 @@ def first(volumes: Namespace, prometheus: Prometheus) -> PipelineRun:
     shown: list[str] = []
 
     def show_once_training() -> None:
-        if not shown and volumes.find("pods", "-l", f"{OPERATOR_JOB_LABEL}={job_name(run.job)}"):
+        if not shown and volumes.find("pods", "-l", PYTORCHJOB.selector(job_name(run.job))):
             volumes.show("while it trains")
             shown.append("")
 
     return run.finish(meanwhile=show_once_training)
+
+
+@pytest.fixture
+def launcher(namespace: Namespace) -> Launcher:
+    return Launcher(as_account(namespace, "yaongi-launcher"))
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()

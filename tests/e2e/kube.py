@@ -39,7 +39,7 @@ class Namespace:
 
     def show(self, title: str) -> None:
         """Print what the namespace holds, for whoever reads the test's log."""
-        print(f"--- {title}\n{self.kubectl('get', 'pytorchjobs,pods', '-o', 'wide')}", flush=True)
+        print(f"--- {title}\n{self.kubectl('get', 'pytorchjobs,trainjobs,pods', '-o', 'wide')}", flush=True)
 
     def exit_of(self, pod: str, timeout: float, *, meanwhile: Callable[[], None] = lambda: None) -> tuple[int, str]:
         """Wait for a pod's only container to end, calling `meanwhile` about every second; (exit code, its log)."""

@@ -1,4 +1,4 @@
-"""A launcher in a process of its own, for tests that end it: its argument is {namespace, job, spec, limits} as JSON."""
+"""A launcher in a process of its own, for tests that end it: its argument is {namespace, objects, limits} as JSON."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ from manifests.spec import ClusterSpec
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    launch(Cluster.connect(given["namespace"]), given["job"], given["spec"], ClusterSpec(**given["limits"]))
+    launch(Cluster.connect(given["namespace"]), given["objects"], ClusterSpec(**given["limits"]))

@@ -10,7 +10,7 @@ from typing import Any
 
 from kube import PIPELINE_IMAGE, TRAINER_IMAGE, Namespace, pod
 
-from manifests.names import job_name, pod_name
+from manifests.names import job_name, kind
 from manifests.spec import JobSpec, load_job
 from trainer.specbase import changes_from_sets
 
@@ -64,13 +64,14 @@ class PipelineRun:
 
     @property
     def condition(self) -> str:
-        """The PyTorchJob's last true condition."""
-        (found,) = self.namespace.find("pytorchjobs", "--field-selector", f"metadata.name={job_name(self.job)}")
+        """The job's last true condition."""
+        name = f"metadata.name={job_name(self.job)}"
+        (found,) = self.namespace.find(kind(self.job).plural, "--field-selector", name)
         return [c["type"] for c in found["status"]["conditions"] if c["status"] == "True"][-1]
 
     @cached_property
     def workers(self) -> list[str]:
-        return [pod_name(job_name(self.job), index) for index in range(self.job.cluster.nodes)]
+        return [kind(self.job).worker_name(job_name(self.job), index) for index in range(self.job.cluster.nodes)]
 
 
 def losses(metrics_jsonl: str) -> list[float]:

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The end-to-end test on a real cluster: builds the images, brings them to the nodes, runs tests/e2e.
 #
-#   KUBECONFIG      the cluster; it has the Kubeflow training operator (PyTorchJob v1) and ReadWriteMany volumes by default
+#   KUBECONFIG      the cluster; it has the Kubeflow training operator (PyTorchJob v1), Kubeflow Trainer 2.1 (TrainJob) and ReadWriteMany
+#                   volumes by default
 #   YAONGI_IMAGES   "given": the nodes have or can pull the images already (names: YAONGI_{PIPELINE,TRAINER,PROMETHEUS}_IMAGE)
 #   LOAD_IMAGE      command that brings an image to the nodes, called with its name, for kind: "kind load docker-image"
-#   YAONGI_CLUSTER  instead of a running cluster: a program that starts one, with the verbs build, up, base-image, install-operator
-#                   and build-image NAME CONTEXT ARGUMENT... (build and load); it writes KUBECONFIG
+#   YAONGI_CLUSTER  instead of a running cluster: a program that starts one, with the verbs build, up, base-image, install-operator,
+#                   install-trainer and build-image NAME CONTEXT ARGUMENT... (build and load); it writes KUBECONFIG
 #
 # Arguments go to pytest in place of tests/e2e.
 set -euo pipefail
@@ -22,11 +23,13 @@ if [ -n "${YAONGI_CLUSTER:-}" ]; then
     "$YAONGI_CLUSTER" build
     "$YAONGI_CLUSTER" up
     "$YAONGI_CLUSTER" install-operator
+    "$YAONGI_CLUSTER" install-trainer
     export BUILD_IMAGE="$YAONGI_CLUSTER build-image"
 fi
 command -v kubectl >/dev/null || fail "kubectl is not installed"
 kubectl get --raw /readyz >/dev/null || fail "the cluster of $KUBECONFIG does not answer"
 kubectl get crd pytorchjobs.kubeflow.org >/dev/null || fail "the cluster lacks the Kubeflow training operator (PyTorchJob v1)"
+kubectl get crd trainjobs.trainer.kubeflow.org >/dev/null || fail "the cluster lacks Kubeflow Trainer 2.1 with JobSet (TrainJob)"
 
 export YAONGI_PIPELINE_IMAGE=${YAONGI_PIPELINE_IMAGE:-localhost/yaongi-pipeline:0.1.0}
 export YAONGI_TRAINER_IMAGE=${YAONGI_TRAINER_IMAGE:-localhost/yaongi-trainer:0.1.0}

@@ -6,136 +6,36 @@ The workers run shell scripts in place of the trainer, everything around them is
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from cuttable import relay
-from kube import PIPELINE_IMAGE, Namespace, Object, pod, wait_for
-from kubernetes import client, config
+from kube import PIPELINE_IMAGE, Namespace, pod, wait_for
+from kubernetes import client
+from launching import (
+    HERE,
+    Launcher,
+    as_account,
+    jobs_of,
+    pods_of,
+    process_arguments,
+    read_until,
+    scripted,
+    start_process,
+    tiny,
+)
 
 from components.launch import LaunchError
 from components.launch.kubernetes import launch
 from components.launch.kubernetes_api import Cluster
 from components.launch.kubernetes_follow import JobFailed
-from manifests.render import config_map, pytorchjob
-from manifests.spec import JobSpec, job_from
+from manifests.kinds import pod_template
+from manifests.render import job_objects
 
 pytestmark = pytest.mark.e2e
-
-HERE = Path(__file__).parent
-BUSYBOX = os.environ.get("YAONGI_BUSYBOX_IMAGE", "localhost/busybox:1.35")
-WORKER = 'index="${HOSTNAME##*-}"; '
-SMALL = {"nodes": 2, "cpus_per_node": 0.05, "memory_gib_per_node": 0.0625, "shared_memory_gib": 0.03125}
-SHORT = {"grace_seconds": 3, "queue_timeout_seconds": 60, "start_timeout_seconds": 60, "run_timeout_seconds": 120}
-
-
-def tiny(namespace: Namespace, **changes: Any) -> JobSpec:
-    """A job of a name of its own, too small to wait for room on a node."""
-    cluster = {**SMALL, **SHORT, "namespace": namespace.name, **changes.pop("cluster", {})}
-    return job_from({"preset": "tiny", "name": f"t{uuid.uuid4().hex[:6]}"}, {"cluster": cluster, **changes})
-
-
-def scripted(job: JobSpec, script: str, image: str = BUSYBOX) -> Object:
-    """The job as rendered, with a shell script in place of the trainer."""
-    rendered = pytorchjob(job)
-    container = rendered["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
-    del container["args"]
-    container.update(image=image, command=["sh", "-c", WORKER + script])
-    return rendered
-
-
-class Launcher:
-    """Launches and keeps the lines written."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-        self.lines: list[str] = []
-
-    def __call__(self, job: JobSpec, script: str, image: str = BUSYBOX) -> None:
-        launch(self.cluster, scripted(job, script, image), config_map(job), job.cluster, self.write)
-
-    def write(self, line: str) -> None:
-        print(line, flush=True)
-        self.lines.append(line)
-
-    def count(self, text: str) -> int:
-        return sum(text == line for line in self.lines)
-
-    def has(self, text: str) -> bool:
-        return any(text in line for line in self.lines)
-
-
-def as_account(
-    namespace: Namespace, account: str, change: Callable[[client.Configuration], None] | None = None
-) -> Cluster:
-    """The cluster as one of the namespace's service accounts sees it."""
-    settings = client.Configuration()
-    config.load_kube_config(client_configuration=settings)
-    settings.cert_file = settings.key_file = None
-    token = namespace.kubectl("create", "token", account, "--duration=3600s").strip()
-    settings.api_key = {"authorization": f"Bearer {token}"}
-    settings.retries = 0
-    if change:
-        change(settings)
-    return Cluster(client.ApiClient(settings), namespace.name)
-
-
-@pytest.fixture
-def launcher(namespace: Namespace) -> Launcher:
-    return Launcher(as_account(namespace, "yaongi-launcher"))
-
-
-@pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def process_arguments(job: JobSpec, script: str, namespace: str | None) -> str:
-    """What launcher_process.py takes; without a namespace it looks for its own."""
-    limits = job.cluster.model_dump(mode="json")
-    return json.dumps({"namespace": namespace, "job": scripted(job, script), "spec": config_map(job), "limits": limits})
-
-
-def start_process(
-    namespace: Namespace, job: JobSpec, script: str, processes: list[subprocess.Popen[str]]
-) -> subprocess.Popen[str]:
-    """A launcher in its own process, as the cluster's administrator."""
-    arguments = process_arguments(job, script, namespace.name)
-    command = [sys.executable, str(HERE / "launcher_process.py"), arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    processes.append(process)
-    return process
-
-
-def read_until(process: subprocess.Popen[str], text: str) -> None:
-    """Let the launcher run until it has said `text`."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        if text in line:
-            return
-    raise AssertionError(f"the launcher ended without {text!r}")
-
-
-def pods_of(namespace: Namespace, job: JobSpec) -> list[Object]:
-    return namespace.find("pods", "-l", f"training.kubeflow.org/job-name={job.run_name}")
-
-
-def jobs_of(namespace: Namespace, job: JobSpec) -> list[Object]:
-    return namespace.find("pytorchjobs", "--field-selector", f"metadata.name={job.run_name}")
 
 
 def test_two_workers_succeed_and_each_line_of_worker_0_is_shown_once(namespace: Namespace, launcher: Launcher) -> None:
@@ -204,7 +104,7 @@ def test_without_rights_the_verb_and_the_remedy_are_named(namespace: Namespace) 
     with pytest.raises(LaunchError, match=rf"no permission to get persistentvolumeclaims .* as {who}; .*{remedy}"):
         launcher(tiny(namespace), "true")
     with pytest.raises(LaunchError, match=f"no permission to create pytorchjobs in namespace '{namespace.name}'"):
-        launcher.cluster.create_job(pytorchjob(tiny(namespace)))
+        launcher.cluster.create(job_objects(tiny(namespace))[-1])
 
 
 def test_a_cluster_without_pytorchjob_is_told(namespace: Namespace) -> None:
@@ -219,7 +119,7 @@ def test_an_absent_namespace_is_told(namespace: Namespace) -> None:
     cluster = Cluster.connect("no-such-namespace")
     job = tiny(namespace, cluster={"namespace": "no-such-namespace"})
     with pytest.raises(LaunchError, match="namespace 'no-such-namespace' does not exist"):
-        cluster.create_job(pytorchjob(job))
+        cluster.create(job_objects(job)[-1])
 
 
 def test_an_unreachable_api_is_told(namespace: Namespace) -> None:
@@ -256,9 +156,9 @@ def test_a_spent_quota_is_told(namespace: Namespace, launcher: Launcher) -> None
 def test_pod_security_that_rejects_the_workers_is_told_at_once(namespace: Namespace, launcher: Launcher) -> None:
     job = tiny(namespace)
     rendered = scripted(job, "true")
-    rendered["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["hostNetwork"] = True
+    pod_template(rendered)["spec"]["hostNetwork"] = True
     with pytest.raises(LaunchError, match=r"cannot start: a worker cannot be created: .*violates PodSecurity"):
-        launch(launcher.cluster, rendered, config_map(job), job.cluster, launcher.write)
+        launch(launcher.cluster, rendered, job.cluster, launcher.write)
 
 
 def test_the_run_timeout_ends_the_job(namespace: Namespace, launcher: Launcher) -> None:
@@ -354,7 +254,7 @@ def test_an_api_outage_neither_ends_the_run_nor_repeats_its_log(namespace: Names
                 way.mend()
 
         script = 'i=0; while [ $i -lt 12 ]; do i=$((i+1)); echo "line $i"; sleep 1; done'
-        launch(launcher.cluster, scripted(job, script), config_map(job), job.cluster, write)
+        launch(launcher.cluster, scripted(job, script), job.cluster, write)
     assert outage
     assert launcher.has("does not answer; trying again")
     assert [launcher.count(f"line {i}") for i in range(1, 13)] == [1] * 12

@@ -16,7 +16,8 @@ from kube import PIPELINE_IMAGE, TRAINER_IMAGE, Namespace, pod, wait_for
 from pipeline_run import ACCOUNT, ON_CLUSTER, RUN_TIMEOUT, SETS, STEPS, PipelineRun, losses
 from scrape import Prometheus
 
-from manifests.names import OPERATOR_JOB_LABEL, job_name
+from manifests.kinds import PYTORCHJOB
+from manifests.names import job_name
 from manifests.spec import load_job
 from trainer.specbase import changes_from_sets
 
@@ -125,7 +126,7 @@ def test_a_run_that_cannot_work_ends_red_and_says_why(
     last = [line for line in run.log.splitlines() if "error:" in line][-1]
     assert reason in last, last
     running = first.namespace.find(
-        "pods", "-l", f"{OPERATOR_JOB_LABEL}={job_name(run.job)}", "--field-selector", "status.phase=Running"
+        "pods", "-l", PYTORCHJOB.selector(job_name(run.job)), "--field-selector", "status.phase=Running"
     )
     assert running == [], "a failed run left workers running"
 

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manifests import generate
+from manifests.kinds import Object, pod_template, workers
 from manifests.names import Task, job_name
 from manifests.rbac import RULES, rbac
-from manifests.render import config_map, pod_monitor, pvcs, pytorchjob
+from manifests.render import config_map, job_objects, pod_monitor, pvcs
 from manifests.spec import JobSpec, job_from, preset_names
+from trainer.exitcodes import ExitCode
 from trainer.spec import TrainSpec
 from trainer.specbase import deep_merge, parse
 
@@ -30,27 +32,24 @@ def job(preset: str = "tiny", **changes: Any) -> JobSpec:
     return job_from({"preset": preset}, deep_merge(base, changes))
 
 
-def worker(rendered: dict[str, Any]) -> dict[str, Any]:
-    return rendered["spec"]["pytorchReplicaSpecs"]["Worker"]
+def pod_spec(rendered: list[Object]) -> Object:
+    return pod_template(rendered)["spec"]
 
 
-def pod_spec(rendered: dict[str, Any]) -> dict[str, Any]:
-    return worker(rendered)["template"]["spec"]
-
-
-def container(rendered: dict[str, Any]) -> dict[str, Any]:
+def container(rendered: list[Object]) -> Object:
     (found,) = pod_spec(rendered)["containers"]
     return found
 
 
 every_job = pytest.mark.parametrize("preset", preset_names())
+every_kind = pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
 every_task = pytest.mark.parametrize("task", TASKS)
 
 
 @every_job
 @every_task
-def test_workers_always_have_a_rendezvous_and_end_truthfully(preset: str, task: Task) -> None:
-    spec = pytorchjob(job(preset), task)["spec"]
+def test_pytorchjobs_always_have_a_rendezvous_and_end_truthfully(preset: str, task: Task) -> None:
+    spec = job_objects(job(preset), task)[-1]["spec"]
     assert list(spec["pytorchReplicaSpecs"]) == ["Worker"], "a master brings an init container that is not restricted"
     replicas = spec["pytorchReplicaSpecs"]["Worker"]["replicas"]
     elastic = spec["elasticPolicy"]
@@ -60,43 +59,77 @@ def test_workers_always_have_a_rendezvous_and_end_truthfully(preset: str, task: 
     assert spec["pytorchReplicaSpecs"]["Worker"]["restartPolicy"] == "ExitCode"
     assert spec["runPolicy"]["cleanPodPolicy"] == "Running"
     assert "backoffLimit" not in spec["runPolicy"], "the operator ignores it under ExitCode"
+    assert spec["runPolicy"]["schedulingPolicy"]["minAvailable"] == replicas, "a gang is all workers or none"
+
+
+@every_job
+@every_task
+def test_trainjobs_fail_for_permanent_codes_and_restart_as_a_gang_for_others(preset: str, task: Task) -> None:
+    _, runtime, trainjob = job_objects(job(preset, cluster={"job": "trainjob"}), task)
+    reference = trainjob["spec"]["runtimeRef"]
+    assert (reference["apiGroup"], reference["kind"]) == ("trainer.kubeflow.org", runtime["kind"])
+    assert reference["name"] == runtime["metadata"]["name"]
+    assert trainjob["spec"]["trainer"]["numProcPerNode"], "left out, the operator starts one for each CPU"
+    jobset = runtime["spec"]["template"]["spec"]
+    (nodes,) = jobset["replicatedJobs"]
+    assert nodes["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    assert nodes["name"] == "node" and [c["name"] for c in pod_spec([runtime])["containers"]] == ["node"]
+    spec = nodes["template"]["spec"]
+    assert (spec["backoffLimit"], spec["completionMode"]) == (0, "Indexed"), "one that fails restarts all"
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    codes = rule["onExitCodes"]
+    assert (rule["action"], codes["operator"], codes["containerName"]) == ("FailJob", "In", "node")
+    ours = {int(code) for code in ExitCode} - {0}
+    assert ours & set(codes["values"]) == {1, 2, 65, 66, 70, 71, 75} and max(codes["values"]) == 127
+    assert jobset["failurePolicy"]["restartStrategy"] == "BlockingRecreate", "two generations would share a run"
+    (rule,) = jobset["failurePolicy"]["rules"]
+    assert rule["action"] == "FailJobSet" and "PodFailurePolicy" in rule["onJobFailureReasons"]
+    assert "ttlSecondsAfterFinished" not in jobset, "the operator would make the JobSet anew and train again"
 
 
 @pytest.mark.parametrize(
     ("gpus", "nodes", "task", "ranks", "replicas"),
     [(0, 2, "train", "1", 2), (8, 2, "train", "8", 2), (8, 2, "evaluate", "1", 1), (1, 1, "export", "1", 1)],
 )
-def test_ranks_and_gpus_follow_the_cluster(gpus: int, nodes: int, task: Task, ranks: str, replicas: int) -> None:
-    rendered = pytorchjob(job(cluster={"gpus_per_node": gpus, "nodes": nodes, "cpus_per_node": 24}), task)
-    assert rendered["spec"]["nprocPerNode"] == ranks
-    assert worker(rendered)["replicas"] == replicas
+@every_kind
+def test_ranks_and_gpus_follow_the_cluster(
+    kind: str, gpus: int, nodes: int, task: Task, ranks: str, replicas: int
+) -> None:
+    cluster = {"job": kind, "gpus_per_node": gpus, "nodes": nodes, "cpus_per_node": 24}
+    rendered = job_objects(job(cluster=cluster), task)
+    spec = rendered[-1]["spec"]
+    assert str(spec["nprocPerNode"] if kind == "pytorchjob" else spec["trainer"]["numProcPerNode"]) == ranks
+    assert workers(rendered[-1]) == replicas
     limits = container(rendered)["resources"]["limits"]
     assert limits.get("nvidia.com/gpu") == (ranks if gpus else None)
     threads = {entry["name"]: entry["value"] for entry in container(rendered)["env"]}["OMP_NUM_THREADS"]
     assert int(threads) * int(ranks) <= 24
 
 
-def test_each_local_rank_has_its_metrics_port() -> None:
-    eight = job(cluster={"gpus_per_node": 8, "nodes": 1})
-    ports = {port["name"]: port["containerPort"] for port in container(pytorchjob(eight))["ports"]}
+@every_kind
+def test_each_local_rank_has_its_metrics_port(kind: str) -> None:
+    eight = job(cluster={"job": kind, "gpus_per_node": 8, "nodes": 1})
+    ports = {port["name"]: port["containerPort"] for port in container(job_objects(eight))["ports"]}
     assert ports == {f"metrics-{rank}": 9400 + rank for rank in range(8)}
-    assert "ports" not in container(pytorchjob(eight, "evaluate"))
-    silent = job(train={"runtime": {"metrics_port": 0}})
-    assert "ports" not in container(pytorchjob(silent))
+    assert "ports" not in container(job_objects(eight, "evaluate"))
+    silent = job(cluster={"job": kind}, train={"runtime": {"metrics_port": 0}})
+    assert "ports" not in container(job_objects(silent))
     scraped = [endpoint["port"] for endpoint in pod_monitor(eight)["spec"]["podMetricsEndpoints"]]
     assert scraped == list(ports)
     run_of_pod = {"sourceLabels": ["__meta_kubernetes_pod_label_yaongi_run"], "targetLabel": "run"}
     for endpoint in pod_monitor(eight)["spec"]["podMetricsEndpoints"]:
         assert endpoint["relabelings"] == [run_of_pod]
     selected = pod_monitor(eight)["spec"]["selector"]["matchLabels"].items()
-    assert selected <= worker(pytorchjob(eight))["template"]["metadata"]["labels"].items()
+    assert selected <= pod_template(job_objects(eight))["metadata"]["labels"].items()
 
 
 @every_job
 @every_task
-def test_pods_are_restricted(preset: str, task: Task) -> None:
+@every_kind
+def test_pods_are_restricted(kind: str, preset: str, task: Task) -> None:
     """The fields that the restricted Pod Security Standard asks for, and a root nobody can write to."""
-    rendered = pytorchjob(job(preset), task)
+    rendered = job_objects(job(preset, cluster={"job": kind}), task)
     spec, main = pod_spec(rendered), container(rendered)
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -108,13 +141,14 @@ def test_pods_are_restricted(preset: str, task: Task) -> None:
     assert all(set(volume) - {"name"} <= allowed for volume in spec["volumes"])
     assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
     assert spec["automountServiceAccountToken"] is False
-    assert worker(rendered)["template"]["metadata"]["annotations"]["sidecar.istio.io/inject"] == "false"
+    assert pod_template(rendered)["metadata"]["annotations"]["sidecar.istio.io/inject"] == "false"
 
 
 @every_task
-def test_what_is_mounted_is_what_the_spec_says(task: Task) -> None:
-    given = job(storage={"checkpoints_dir": "/data/runs", "checkpoints_pvc": "mine"})
-    rendered = pytorchjob(given, task)
+@every_kind
+def test_what_is_mounted_is_what_the_spec_says(kind: str, task: Task) -> None:
+    given = job(cluster={"job": kind}, storage={"checkpoints_dir": "/data/runs", "checkpoints_pvc": "mine"})
+    rendered = job_objects(given, task)
     sources = {volume["name"]: volume for volume in pod_spec(rendered)["volumes"]}
     mounts = {mount["mountPath"]: sources[mount["name"]] for mount in container(rendered)["volumeMounts"]}
     assert mounts["/data/runs"]["persistentVolumeClaim"]["claimName"] == "mine"
@@ -146,62 +180,80 @@ DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
     name=st.from_regex(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", fullmatch=True),
     nodes=st.sampled_from([1, 2, 4, 8, 16]),
     task=st.sampled_from(TASKS),
+    kind=st.sampled_from(["pytorchjob", "trainjob"]),
 )
-def test_names_fit_wherever_kubernetes_uses_them(name: str, nodes: int, task: Task) -> None:
-    given_job = job(name=name, cluster={"nodes": nodes})
+def test_names_fit_wherever_kubernetes_uses_them(name: str, nodes: int, task: Task, kind: str) -> None:
+    given_job = job(name=name, cluster={"nodes": nodes, "job": kind})
     found = job_name(given_job, task)
-    last_pod = f"{found}-worker-{nodes - 1}"
+    last_pod = f"{found}-worker-{nodes - 1}" if kind == "pytorchjob" else f"{found}-node-0-{nodes - 1}-abcde"
     assert DNS_LABEL.fullmatch(found) and DNS_LABEL.fullmatch(last_pod) and len(last_pod) <= 63
     assert given_job.run_name.rpartition("-")[2] in found, "the hash tells runs apart, also of cut names"
     assert found.endswith("" if task == "train" else f"-{task}")
-    labels = pytorchjob(given_job, task)["metadata"]["labels"]
-    assert all(len(value) <= 63 for value in labels.values())
+    for item in job_objects(given_job, task):
+        assert item["metadata"]["name"] == found
+        assert all(len(value) <= 63 for value in item["metadata"]["labels"].values())
 
 
-def test_train_keeps_the_runs_own_name() -> None:
-    longest = job(name="n" * 40)
-    assert pytorchjob(longest)["metadata"]["name"] == longest.run_name
+@pytest.mark.parametrize(("kind", "characters"), [("pytorchjob", 40), ("trainjob", 38)])
+def test_train_keeps_the_runs_own_name(kind: str, characters: int) -> None:
+    longest = job(name="n" * characters, cluster={"job": kind, "nodes": 4})
+    assert job_name(longest) == longest.run_name
 
 
-def test_digest_changes_with_what_runs_and_with_nothing_else() -> None:
-    def digest(**changes: Any) -> str:
-        return pytorchjob(job(**changes))["metadata"]["annotations"]["yaongi/digest"]
+@every_kind
+def test_digest_changes_with_what_runs_and_with_nothing_else(kind: str) -> None:
+    def digest(cluster: dict[str, Any] | None = None, **changes: Any) -> str:
+        rendered = job_objects(job(cluster={"job": kind, **(cluster or {})}, **changes))
+        return rendered[-1]["metadata"]["annotations"]["yaongi/digest"]
 
-    owned = pytorchjob(job(), owner={"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": "u"})
-    assert owned["metadata"]["ownerReferences"] == [{"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": "u"}]
-    assert owned["metadata"]["annotations"]["yaongi/digest"] == digest() == digest(cluster={"namespace": "elsewhere"})
+    assert digest() == digest(cluster={"namespace": "elsewhere"})
     assert digest() != digest(cluster={"nodes": 1})
+    assert digest() != digest(cluster={"cpus_per_node": 3})
     assert digest() != digest(train={"evaluate": {"max_tokens": 1}})
 
 
-def test_places_on_the_cluster_come_from_the_spec() -> None:
+@every_kind
+def test_places_on_the_cluster_come_from_the_spec(kind: str) -> None:
     taint = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60}
     any_taint = {"operator": "Exists"}
     places = {"queue": "team-a", "node_selector": {"zone": "b"}, "tolerations": [taint, any_taint]}
-    rendered = pytorchjob(job(cluster=places))
-    assert rendered["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
+    rendered = job_objects(job(cluster={"job": kind, "priority_class": "high", **places}))
+    labelled = [item["kind"] for item in rendered if "kueue.x-k8s.io/queue-name" in item["metadata"]["labels"]]
+    assert labelled == [rendered[-1]["kind"]], "Kueue suspends what carries its label"
+    assert rendered[-1]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
+    assert pod_spec(rendered)["priorityClassName"] == "high"
     assert pod_spec(rendered)["nodeSelector"] == {"zone": "b"}
     assert pod_spec(rendered)["tolerations"] == [taint, any_taint]
-    assert "kueue.x-k8s.io/queue-name" not in pytorchjob(job())["metadata"]["labels"]
+    plain = job_objects(job(cluster={"job": kind}))
+    assert "kueue.x-k8s.io/queue-name" not in plain[-1]["metadata"]["labels"]
+    assert not {"priorityClassName", "nodeSelector", "tolerations"} & set(pod_spec(plain))
 
 
 def test_limits_and_grace_come_from_the_spec() -> None:
     limits = {"queue_timeout_seconds": 10, "start_timeout_seconds": 20, "run_timeout_seconds": 30}
-    rendered = pytorchjob(job(cluster={**limits, "grace_seconds": 45, "ttl_seconds_after_finished": 7}))
-    assert rendered["spec"]["runPolicy"]["activeDeadlineSeconds"] == 60, "counted from creation, so with the waiting"
-    assert rendered["spec"]["runPolicy"]["ttlSecondsAfterFinished"] == 7
+    limits |= {"grace_seconds": 45, "ttl_seconds_after_finished": 7}
+    rendered = job_objects(job(cluster=limits))
+    spec = rendered[-1]["spec"]
+    assert spec["runPolicy"]["activeDeadlineSeconds"] == 60, "counted from creation, so with the waiting"
+    assert spec["runPolicy"]["ttlSecondsAfterFinished"] == 7
     assert pod_spec(rendered)["terminationGracePeriodSeconds"] == 45
-    assert rendered["spec"]["elasticPolicy"]["rdzvConf"] == [{"key": "join_timeout", "value": "20"}]
+    assert spec["elasticPolicy"]["rdzvConf"] == [{"key": "join_timeout", "value": "20"}]
+
+    rendered = job_objects(job(cluster={**limits, "job": "trainjob"}))
+    (nodes,) = rendered[1]["spec"]["template"]["spec"]["replicatedJobs"]
+    assert nodes["template"]["spec"]["activeDeadlineSeconds"] == 60
+    assert pod_spec(rendered)["terminationGracePeriodSeconds"] == 45
+    assert {"name": "PET_RDZV_CONF", "value": "timeout=20"} in container(rendered)["env"]
 
 
 @pytest.mark.parametrize(("gib", "text"), [(3, "3Gi"), (0.5, "512Mi"), (1.25, "1280Mi")])
 def test_memory_is_written_without_loss(gib: float, text: str) -> None:
-    assert container(pytorchjob(job(cluster={"memory_gib_per_node": gib})))["resources"]["limits"]["memory"] == text
+    assert container(job_objects(job(cluster={"memory_gib_per_node": gib})))["resources"]["limits"]["memory"] == text
 
 
 def test_a_relative_directory_cannot_be_mounted() -> None:
     with pytest.raises(ValueError, match=r"storage\.datasets_dir 'work/datasets' must be an absolute path"):
-        pytorchjob(job(storage={"datasets_dir": "work/datasets"}))
+        job_objects(job(storage={"datasets_dir": "work/datasets"}))
 
 
 def test_claims_are_shared_between_nodes() -> None:
@@ -241,6 +293,6 @@ def test_example_files_read_back_as_what_was_rendered() -> None:
     """YAML's own traps (numbers, block texts, Korean) change nothing."""
     two_nodes = generate.examples()["two-by-eight-h100"]
     read = list(yaml.safe_load_all((MANIFESTS / "examples/two-by-eight-h100.yaml").read_text(encoding="utf-8")))
-    assert read == [config_map(two_nodes), pytorchjob(two_nodes)]
-    assert worker(read[1])["replicas"] == 2
-    assert container(read[1])["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    assert read == job_objects(two_nodes)
+    assert workers(read[-1]) == 2
+    assert container(read)["resources"]["limits"]["nvidia.com/gpu"] == "8"

@@ -1,0 +1,113 @@
+"""The two kinds of job that run a task, and how their operators name the job's pods.
+
+`pytorchjob` is the training operator's (v1): each worker is a pod of its own that is recreated alone. `trainjob` is
+Kubeflow Trainer's (v2): a JobSet of one indexed Job, whose pods are recreated together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Object = dict[str, Any]
+JobKindName = Literal["pytorchjob", "trainjob"]
+
+
+@dataclass(frozen=True)
+class JobKind:
+    """What launchers, tests and tools have to know of a kind of job.
+
+    Attributes:
+        operator: what a cluster without this kind lacks.
+        container: name of the training container, prescribed by the operator.
+        worker: stands between the job's name and the worker's index in the worker's host name.
+        job_label, index_label: pod labels with the job's name and the worker's index.
+        succeeded: condition of a job that has finished well; that of a failed one is `Failed` in both.
+        attempt_label: pod label that counts restarts of all workers together; None where each restarts alone.
+        children: kinds and names of what the operator makes between job and pods, for events about them.
+    """
+
+    kind: str
+    group: str
+    version: str
+    plural: str
+    operator: str
+    container: str
+    worker: str
+    job_label: str
+    index_label: str
+    succeeded: str
+    attempt_label: str | None = None
+    children: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def api_version(self) -> str:
+        return f"{self.group}/{self.version}"
+
+    def worker_name(self, job_name: str, index: int | str) -> str:
+        """Host name of a worker; of a PyTorchJob also its pod's name."""
+        return f"{job_name}-{self.worker}-{index}"
+
+    def worker_of(self, pod: Object) -> str:
+        labels = pod["metadata"]["labels"]
+        return self.worker_name(labels[self.job_label], labels[self.index_label])
+
+    def selector(self, job_name: str) -> str:
+        """Label selector of the job's pods."""
+        return f"{self.job_label}={job_name}"
+
+    def child_name(self, kind: str, job_name: str) -> str | None:
+        """Name of the job's child of another kind; None if it has none of that kind."""
+        return next((name.format(job=job_name) for child, name in self.children if child == kind), None)
+
+
+PYTORCHJOB = JobKind(
+    kind="PyTorchJob",
+    group="kubeflow.org",
+    version="v1",
+    plural="pytorchjobs",
+    operator="the Kubeflow training operator 1.9",
+    container="pytorch",
+    worker="worker",
+    job_label="training.kubeflow.org/job-name",
+    index_label="training.kubeflow.org/replica-index",
+    succeeded="Succeeded",
+)
+TRAINJOB = JobKind(
+    kind="TrainJob",
+    group="trainer.kubeflow.org",
+    version="v1alpha1",
+    plural="trainjobs",
+    operator="Kubeflow Trainer 2.1",
+    container="node",
+    worker="node-0",
+    job_label="jobset.sigs.k8s.io/jobset-name",
+    index_label="batch.kubernetes.io/job-completion-index",
+    succeeded="Complete",
+    attempt_label="jobset.sigs.k8s.io/restart-attempt",
+    children=(("JobSet", "{job}"), ("Job", "{job}-node-0")),
+)
+KINDS: Mapping[JobKindName, JobKind] = {"pytorchjob": PYTORCHJOB, "trainjob": TRAINJOB}
+CONTAINERS = frozenset(kind.container for kind in KINDS.values())
+
+
+def kind_of(job: Object) -> JobKind:
+    """The kind of a job as it was rendered or as the API server has it."""
+    return next(kind for kind in KINDS.values() if kind.kind == job["kind"])
+
+
+def workers(job: Object) -> int:
+    """How many workers a job has."""
+    if kind_of(job) is TRAINJOB:
+        return job["spec"]["trainer"]["numNodes"]
+    return job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"]
+
+
+def pod_template(objects: Iterable[Object]) -> Object:
+    """The workers' pod template among the objects of one rendered job; changing it changes them."""
+    by_kind = {item["kind"]: item for item in objects}
+    if "TrainingRuntime" in by_kind:
+        (replicated_job,) = by_kind["TrainingRuntime"]["spec"]["template"]["spec"]["replicatedJobs"]
+        return replicated_job["template"]["spec"]["template"]
+    return by_kind["PyTorchJob"]["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
