@@ -33,8 +33,7 @@ build() {
         labels+=(--label "org.opencontainers.image.$label")
     done
     docker/image.sh build "$name" . -f "docker/$image.Dockerfile" --build-arg "BASE_IMAGE=$base" "${labels[@]}" "$@"
-    docker/image.sh run "$name" /opt/yaongi/bin/python -c "$(cat docker/inventory.py)" \
-        | "$python" docker/sbom.py "$name" "$revision" "$created" "dist/sbom/yaongi-$image.cdx.json"
+    "$python" docker/sbom.py "$name" "dist/sbom/yaongi-$image.cdx.json"
     echo "built $name ($revision), dist/sbom/yaongi-$image.cdx.json"
 }
 build pipeline "${PIPELINE_BASE_IMAGE:-}"

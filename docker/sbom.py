@@ -1,6 +1,6 @@
-"""Write the bill of materials of an image as CycloneDX 1.6 JSON, from what inventory.py printed in it.
+"""Write the bill of materials of an image as CycloneDX 1.6 JSON, from what inventory.py finds in it and its labels.
 
-    docker/image.sh run IMAGE … | python sbom.py IMAGE REVISION CREATED TARGET
+    python docker/sbom.py IMAGE TARGET
 
 The same image gives the same bytes. It names packages, versions and licences: no hosts, no paths.
 """
@@ -8,6 +8,7 @@ The same image gives the same bytes. It names packages, versions and licences: n
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
 
+HERE = Path(__file__).parent
+LABEL = "org.opencontainers.image."
 Inventory = dict[str, list]
 
 
@@ -51,27 +54,44 @@ def package(url: PackageURL, licence: str | None = None) -> Component:
     )
 
 
-def bom(image: str, revision: str, created: str, inventory: Inventory) -> Bom:
-    """Bill of an image `NAME:TAG` that was built from `revision` of the sources at `created` (ISO 8601)."""
+def bom(image: str, labels: dict[str, str], inventory: Inventory) -> Bom:
+    """Bill of the image `NAME:TAG`; revision and time are those of its sources."""
     name, _, tag = image.rpartition("/")[2].partition(":")
     about = Component(type=ComponentType.CONTAINER, name=name, version=tag, bom_ref="image")
-    about.properties.add(Property(name="org.opencontainers.image.revision", value=revision))
+    revision = labels[LABEL + "revision"]
+    about.properties.add(Property(name=LABEL + "revision", value=revision))
     content = json.dumps([image, revision, inventory], sort_keys=True)
     found = Bom(
         components=components(inventory),
-        metadata=BomMetaData(component=about, timestamp=datetime.fromisoformat(created)),
+        metadata=BomMetaData(component=about, timestamp=datetime.fromisoformat(labels[LABEL + "created"])),
         serial_number=uuid.uuid5(uuid.NAMESPACE_URL, content),
     )
     found.register_dependency(about, found.components)
     return found
 
 
-def main(image: str, revision: str, created: str, target: str) -> None:
-    text = JsonV1Dot6(bom(image, revision, created, json.load(sys.stdin))).output_as_string(indent=1)
+def as_json(found: Bom) -> str:
+    """Raises: ValueError: it is not valid CycloneDX."""
+    text = JsonV1Dot6(found).output_as_string(indent=1)
     if error := JsonStrictValidator(SchemaVersion.V1_6).validate_str(text):
-        sys.exit(f"{target}: not CycloneDX 1.6: {error}")
+        raise ValueError(f"not CycloneDX 1.6: {error}")
+    return text + "\n"
+
+
+def ask(verb: str, image: str, *command: str) -> str:
+    return subprocess.run(
+        [HERE / "image.sh", verb, image, *command], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+
+
+def main(image: str, target: str) -> None:
+    labels = dict(line.split("=", 1) for line in ask("labels", image).splitlines())
+    if missing := [name for name in ("revision", "created") if LABEL + name not in labels]:
+        sys.exit(f"{image} lacks the label {LABEL}{missing[0]}; build it with docker/build.sh")
+    inventory = ask("run", image, "/opt/yaongi/bin/python", "-c", (HERE / "inventory.py").read_text())
+    text = as_json(bom(image, labels, json.loads(inventory)))
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    Path(target).write_text(text + "\n", encoding="utf-8")
+    Path(target).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
