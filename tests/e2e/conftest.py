@@ -8,6 +8,7 @@ import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 @pytest.fixture(scope="session")
 def namespace() -> Iterator[Namespace]:
     """Deleted afterwards, unless YAONGI_E2E_KEEP is set."""
+    with restricted_namespace() as space:
+        space.apply(*base_objects(space.name))
+        yield space
+
+
+@contextmanager
+def restricted_namespace() -> Iterator[Namespace]:
+    """A new and empty one that admits only pods of the restricted standard."""
     if shutil.which("kubectl") is None or not os.environ.get("KUBECONFIG"):
         pytest.skip("needs kubectl and KUBECONFIG, a cluster with the training operator (make e2e)")
     name = f"yaongi-e2e-{uuid.uuid4().hex[:6]}"
@@ -43,13 +52,18 @@ def namespace() -> Iterator[Namespace]:
     space = Namespace(name)
     space.apply(restricted)
     try:
-        space.apply(*base_objects(name))
         yield space
     finally:
         if os.environ.get("YAONGI_E2E_KEEP"):
             print(f"kept namespace {name}")
         else:
             subprocess.run(["kubectl", "delete", "namespace", name, "--timeout=120s"], check=False)
+
+
+@pytest.fixture
+def empty_namespace() -> Iterator[Namespace]:
+    with restricted_namespace() as space:
+        yield space
 
 
 def base_objects(namespace: str) -> list[Object]:

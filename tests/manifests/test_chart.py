@@ -24,7 +24,7 @@ CONFIGURATIONS = sorted(path.name.removesuffix("-values.yaml") for path in (CHAR
 KUBERNETES = "1.34"
 OPTIONAL = {
     "prometheus-operator": ["monitoring.coreos.com/v1/PodMonitor", "monitoring.coreos.com/v1/PrometheusRule"],
-    "kueue": ["kueue.x-k8s.io/v1beta1/LocalQueue"],
+    "kueue": ["kueue.x-k8s.io/v1beta2/LocalQueue"],
 }
 CUSTOM = ("monitoring.coreos.com/", "kueue.x-k8s.io/")
 Object = dict[str, Any]
@@ -169,7 +169,7 @@ OPERATOR = "monitoring.coreos.com/v1"
     ("switch", "apis", "kind"),
     [
         ("monitoring.podMonitor.enabled", [f"{OPERATOR}/PodMonitor"], "PodMonitor"),
-        ("queue.enabled", ["kueue.x-k8s.io/v1beta1/LocalQueue"], "LocalQueue"),
+        ("queue.enabled", ["kueue.x-k8s.io/v1beta2/LocalQueue"], "LocalQueue"),
     ],
 )
 def test_optional_kinds_follow_the_cluster(switch: str, apis: list[str], kind: str) -> None:
@@ -203,6 +203,12 @@ def test_a_wrong_value_is_named(wrong: str, message: str) -> None:
     done = template("--set", wrong)
     assert done.returncode != 0 and not done.stdout
     assert message in done.stderr
+
+
+def test_an_older_kueue_gets_its_own_version() -> None:
+    objects = rendered("--values", CHART / "ci" / "kueue-values.yaml", apis=["kueue.x-k8s.io/v1beta1/LocalQueue"])
+    versions = {item["apiVersion"] for item in objects if item["apiVersion"].startswith("kueue")}
+    assert versions == {"kueue.x-k8s.io/v1beta1"}
 
 
 def test_a_queue_without_quotas_is_refused() -> None:
