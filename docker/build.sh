@@ -16,7 +16,7 @@ revision=$(git describe --always --dirty --exclude '*' 2>/dev/null || echo unkno
 # The time of the sources, so that the same sources give the same labels.
 created=$(date -u -d "@${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || date +%s)}" +%Y-%m-%dT%H:%M:%SZ)
 # Where the sources are published; nothing for a clone of a folder. Never with what stands before an @: it may be a password.
-origin=$(git remote get-url origin 2>/dev/null | sed -nE 's#^(https?://|ssh://|git@)([^/]*@)?([^:/]+)(:[0-9]+)?[:/](.*)$#https://\3/\5#p' | sed 's/\.git$//')
+origin=$({ git remote get-url origin 2>/dev/null || true; } | sed -nE 's#^(https?://|ssh://|git@)([^/]*@)?([^:/]+)(:[0-9]+)?[:/](.*)$#https://\3/\5#p' | sed 's/\.git$//')
 
 # A clean build folder and a fixed time (a zip's earliest) make the wheel a function of the sources: unchanged, it hits the layer cache.
 rm -rf build dist
