@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from kube import Namespace, Object, wait_for
+from kube import Namespace, wait_for
 from launching import Launcher, as_account, jobs_of, pods_of, tiny
 from tools import tool
 
-from manifests.chart import CHART
+from manifests import chart
 from manifests.rbac import ROLE
 from manifests.render import pvcs
 
@@ -55,7 +55,7 @@ def claims(space: Namespace) -> dict[str, str]:
 def test_a_job_survives_an_upgrade_and_uninstalling_leaves_only_what_is_kept(empty_namespace: Namespace) -> None:
     space = empty_namespace
     before = everything(space)
-    helm(space, "install", RELEASE, str(CHART), *SMALL)
+    helm(space, "install", RELEASE, str(chart.CHART), *SMALL)
 
     job = tiny(space)
     launcher = Launcher(as_account(space, ROLE))
@@ -68,7 +68,13 @@ def test_a_job_survives_an_upgrade_and_uninstalling_leaves_only_what_is_kept(emp
 
         running = wait_for("both workers to run", workers, 60, is_there=lambda found: len(found) == 2)
         helm(
-            space, "upgrade", RELEASE, str(CHART), *SMALL, "--set", "launcher.accounts={runner},commonLabels.team=blue"
+            space,
+            "upgrade",
+            RELEASE,
+            str(chart.CHART),
+            *SMALL,
+            "--set",
+            "launcher.accounts={runner},commonLabels.team=blue",
         )
         (binding,) = space.find("rolebindings")
         assert {subject["name"] for subject in binding["subjects"]} == {"runner", ROLE}
@@ -91,7 +97,7 @@ def test_a_job_survives_an_upgrade_and_uninstalling_leaves_only_what_is_kept(emp
     print(f"left by uninstall: {sorted(left)}")
 
     unkept = ["--set", "storage.datasets.keep=false,storage.checkpoints.keep=false"]
-    helm(space, "install", RELEASE, str(CHART), *SMALL, *unkept)
+    helm(space, "install", RELEASE, str(chart.CHART), *SMALL, *unkept)
     assert claims(space) == kept, "the next release of that name takes the kept claims over"
     helm(space, "uninstall", RELEASE, "--wait")
     wait_for("nothing to be left", lambda: everything(space) - before, 30, is_there=lambda found: not found)
@@ -134,18 +140,16 @@ def test_monitors_and_rules_are_what_the_prometheus_operator_takes(empty_namespa
         space,
         "install",
         RELEASE,
-        str(CHART),
+        str(chart.CHART),
         *SMALL,
         "--set",
         "storage.datasets.keep=false,storage.checkpoints.keep=false",
     )
 
-    def one(kind: str) -> Object:
-        (found,) = space.find(f"{kind}.monitoring.coreos.com")
-        return found
-
-    monitor = one("podmonitors")
-    assert monitor["metadata"]["labels"]["release"] == "kube-prometheus-stack"
-    assert one("prometheusrules")["spec"]["groups"]
+    ours = [item for objects in chart.objects().values() for item in objects]
+    wanted = {(item["kind"], item["metadata"]["name"]) for item in ours if "monitoring" in item["apiVersion"]}
+    made = [item for kind in MONITORING_KINDS for item in space.find(f"{kind}.monitoring.coreos.com")]
+    assert {(item["kind"], item["metadata"]["name"]) for item in made} == wanted != set()
+    assert all(item["metadata"]["labels"]["release"] == "kube-prometheus-stack" for item in made)
     helm(space, "uninstall", RELEASE, "--wait")
     wait_for("nothing to be left", lambda: everything(space) - before, 30, is_there=lambda found: not found)
