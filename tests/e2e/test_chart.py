@@ -18,6 +18,7 @@ from tools import tool
 from manifests import chart
 from manifests.rbac import ROLE
 from manifests.render import pvcs
+from pipelines.pretrain import HUB_SECRET
 
 pytestmark = pytest.mark.e2e
 
@@ -55,7 +56,8 @@ def claims(space: Namespace) -> dict[str, str]:
 def test_a_job_survives_an_upgrade_and_uninstalling_leaves_only_what_is_kept(empty_namespace: Namespace) -> None:
     space = empty_namespace
     before = everything(space)
-    helm(space, "install", RELEASE, str(chart.CHART), *SMALL)
+    notes = helm(space, "install", RELEASE, str(chart.CHART), *SMALL)
+    assert f"kubectl create secret generic {HUB_SECRET} --namespace {space.name} --from-file=token=" in notes
 
     job = tiny(space)
     launcher = Launcher(as_account(space, ROLE))
