@@ -12,6 +12,7 @@ Task = Literal["train", "evaluate", "export"]
 APP = "yaongi-trainer"
 RUN_LABEL = "yaongi/run"
 TASK_LABEL = "yaongi/task"
+PIPELINE_LABEL = "yaongi/pipeline-run"  # on launched jobs: the run of the pipeline whose launcher follows it
 DIGEST_ANNOTATION = "yaongi/digest"
 
 STEP_APP = "yaongi-step"  # pods of the pipeline's steps
