@@ -58,8 +58,11 @@ def test_the_bill_of_materials_is_what_pip_and_dpkg_say(image: str, tmp_path: Pa
     debian = {tuple(line.split()) for line in ask("run", image, "dpkg-query", "-W").splitlines()}
     subprocess.run([sys.executable, ROOT / "docker" / "sbom.py", image, tmp_path / "image.cdx.json"], check=True)
     text = (tmp_path / "image.cdx.json").read_text()
+    bill, written = json.loads(text), ROOT / "dist" / "sbom" / f"{image.rpartition('/')[2].partition(':')[0]}.cdx.json"
+    if written.exists() and json.loads(written.read_text())["metadata"] == bill["metadata"]:
+        assert written.read_text() == text, "the bill written when this image was built"
     found: dict[str, set[tuple[str, str]]] = {"pypi": set(), "deb": set()}
-    for component in json.loads(text)["components"]:
+    for component in bill["components"]:
         kind = component.get("purl", ":/").split(":")[1].split("/")[0]
         found.setdefault(kind, set()).add((component["name"], component["version"]))
     python = packages_of_pip(image, "--python /opt/yaongi/bin/python") | packages_of_pip(image, "")
