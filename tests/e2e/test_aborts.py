@@ -17,7 +17,6 @@ from launching import (
     Launcher,
     as_account,
     jobs_of,
-    pods_of,
     process_arguments,
     read_until,
     running_pods_of,
@@ -155,10 +154,12 @@ def test_the_exit_handler_takes_its_own_jobs_and_not_those_that_another_run_has_
     first = start_process(namespace, job, WORKER, processes, "run-1")
     read_until(first, "up")
     first.kill()
+    account = Launcher(as_account(namespace, "yaongi-launcher"))
+    (listed,) = account.cluster.jobs(KINDS[job.cluster.job], f"{PIPELINE_LABEL}=run-1")
     second = start_process(namespace, job, WORKER, processes, "run-2")
     read_until(second, "is there already; following it")
 
-    account = Launcher(as_account(namespace, "yaongi-launcher"))
+    assert not account.cluster.delete_unchanged(listed), "it was adopted between listing and deletion"
     cleanup(account.cluster, "run-1", job.cluster, account.write)
     assert account.lines == ["this run left no job running"]
     (adopted,) = jobs_of(namespace, job)
@@ -171,19 +172,3 @@ def test_the_exit_handler_takes_its_own_jobs_and_not_those_that_another_run_has_
     print(f"exit handler ({kind}): no worker left after {time.monotonic() - begun:.1f} s")
     assert account.has(f"deleted job {job.run_name}") and account.has("no worker runs any more")
     assert not jobs_of(namespace, job) and not running_pods_of(namespace, job)
-
-
-def test_a_job_that_was_just_adopted_is_not_deleted(
-    namespace: Namespace, processes: list[subprocess.Popen[str]]
-) -> None:
-    """Between the listing and the deletion: the deletion names the version that was listed."""
-    job = tiny(namespace)
-    process = start_process(namespace, job, WORKER, processes, "run-1")
-    read_until(process, "up")
-    cluster = as_account(namespace, "yaongi-launcher")
-    (listed,) = cluster.jobs(KINDS["pytorchjob"], f"{PIPELINE_LABEL}=run-1")
-    namespace.kubectl("label", "pytorchjob", job.run_name, f"{PIPELINE_LABEL}=run-2", "--overwrite")
-    assert cluster.delete_unchanged(listed) is False
-    assert jobs_of(namespace, job) and len(pods_of(namespace, job)) == 2
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
