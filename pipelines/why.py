@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
+
+DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # nothing else can be a job's name
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A PyTorchJob or TrainJob, ours or not; or its beginning.")]
 Namespace = Annotated[
@@ -20,8 +23,10 @@ def why(job: Job, namespace: Namespace = "") -> None:
     from pipelines.runs import choose
 
     cluster = Cluster.connect(namespace or None)
-    found = situation(cluster, job)
-    if found.job is None and not found.pods and not found.events:
-        names = [each["metadata"]["name"] for each in jobs(cluster)]
-        found = situation(cluster, choose(job, names, f"among the jobs of namespace '{cluster.namespace}'"))
-    print(f"{found.name} is {explain(found)}")
+    names = [each["metadata"]["name"] for each in jobs(cluster)]
+    if job not in names and any(name.startswith(job) for name in names):
+        job = choose(job, names, "")
+    found = situation(cluster, job) if DNS_LABEL.fullmatch(job) else None
+    if found is None or (found.job is None and not found.pods and not found.events):
+        choose(job, names, f"among the jobs of namespace '{cluster.namespace}'")
+    print(f"{job} is {explain(found)}")

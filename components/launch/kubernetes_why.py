@@ -192,7 +192,7 @@ def _crashing(found: Situation, now: datetime) -> Answer | None:
         words = explain.own_reason(last.get("message", ""))
         return Answer(
             "restarting",
-            f"{pod['metadata']['name']} crashes again and again, {status['restartCount']} times so far: exit code "
+            f"{pod['metadata']['name']} crashes again and again, {_times(status['restartCount'])}: exit code "
             f"{last.get('exitCode')} ({meaning})" + (f": {words}" if words else ""),
             f"the log says more: yaongi logs {found.name}",
         )
@@ -268,7 +268,9 @@ def _restarting(found: Situation, now: datetime) -> Answer | None:
     if last is None:
         return None
     return Answer(
-        "restarting", f"a worker is made anew, {_times(found)}: {last.describe()}", f"log: yaongi logs {found.name}"
+        "restarting",
+        f"a worker is made anew, {_times(_exits(found))}: {last.describe()}",
+        f"log: yaongi logs {found.name}",
     )
 
 
@@ -296,7 +298,7 @@ def _starting(found: Situation, now: datetime) -> Answer | None:
 def _running(found: Situation, now: datetime) -> Answer:
     job = found.job or {}
     last, age = _last_exit(found), explain.age_seconds(job)
-    restarts = f"; restarted, {_times(found)}: {last.describe()}" if last else ""
+    restarts = f"; restarted, {_times(_exits(found))}: {last.describe()}" if last else ""
     deadline = job.get("spec", {}).get("runPolicy", {}).get("activeDeadlineSeconds")
     late = ""
     if deadline and age > deadline:
@@ -327,8 +329,11 @@ def _last_exit(found: Situation) -> explain.Exit | None:
     return None
 
 
-def _times(found: Situation) -> str:
-    count = sum(event.get("count") or 1 for event in _exit_events(found))
+def _exits(found: Situation) -> int:
+    return sum(event.get("count") or 1 for event in _exit_events(found))
+
+
+def _times(count: int) -> str:
     return "once so far" if count == 1 else f"{count} times so far"
 
 

@@ -63,7 +63,7 @@ CAUSES: dict[str, tuple[list[Change], str]] = {
     "traceback": ([shell("echo boom; exit 1")], r"^failed: .*exited 1 \(unexpected error.*: boom; the log says more"),
     "looping": (
         [shell("echo boom; exit 3"), restarting("OnFailure")],
-        r"^restarting: looping-worker-0 crashes again and again, \d+ times so far: exit code 3 .*: boom",
+        r"^restarting: looping-worker-0 crashes again and again, (once|\d+ times) so far: exit code 3 .*: boom",
     ),
     "communication": (
         [shell("exit 160")],
