@@ -16,6 +16,7 @@ from components.plan.component import plan
 from components.shards.component import encode, shards
 from components.summary.component import summary
 from components.tokenizer.component import tokenizer
+from manifests.names import APP_LABEL, STEP_APP
 from manifests.spec import StorageSpec
 
 STORAGE = StorageSpec()
@@ -54,10 +55,11 @@ def pretrain(
     """
 
     def based(task: dsl.PipelineTask, limit: int) -> dsl.PipelineTask:
-        """Image, identity and longest time of every step."""
+        """Image, identity and longest time of every step; Prometheus finds it by its label."""
         task.set_container_image(image).set_caching_options(False)
         kubernetes.set_image_pull_policy(task, "IfNotPresent")
         kubernetes.set_timeout(task, limit)
+        kubernetes.add_pod_label(task, APP_LABEL, STEP_APP)
         return kubernetes.set_security_context(task, run_as_user=UID, run_as_group=UID, run_as_non_root=True)
 
     def placed(task: dsl.PipelineTask, limit: int = DATA_SECONDS) -> dsl.PipelineTask:

@@ -14,6 +14,7 @@ import yaml
 from tools import tool
 
 from manifests import chart
+from manifests.alerts import prometheus_rule
 from manifests.chartvalues import ChartValues, defaults
 from manifests.rbac import ROLE, RULES, rbac
 from manifests.render import pvcs
@@ -25,6 +26,7 @@ KUBERNETES = "1.34"
 # Values that wait for a kind of another project, and that kind.
 SWITCHES = {
     "monitoring.podMonitor.enabled": "monitoring.coreos.com/v1/PodMonitor",
+    "monitoring.rules.enabled": "monitoring.coreos.com/v1/PrometheusRule",
     "queue.enabled": "kueue.x-k8s.io/v1beta2/LocalQueue",
 }
 OPTIONAL = {
@@ -144,12 +146,24 @@ def test_claims_take_size_class_and_mode(configured: Callable[[str], list[Object
 def test_monitors_scrape_every_rank_with_the_labels_that_prometheus_selects(
     configured: Callable[[str], list[Object]],
 ) -> None:
-    (monitor,) = of_kind(configured("prometheus-operator"), "PodMonitor")
+    ours = configured("prometheus-operator")
+    monitor, of_steps = of_kind(ours, "PodMonitor")
     endpoints = monitor["spec"]["podMetricsEndpoints"]
     assert [endpoint["port"] for endpoint in endpoints] == [f"metrics-{rank}" for rank in range(16)]
     assert {endpoint["interval"] for endpoint in endpoints} == {"5s"}
-    assert monitor["metadata"]["labels"]["prometheus"] == "main"
+    (rule,) = of_kind(ours, "PrometheusRule")
+    assert {each["metadata"]["labels"]["prometheus"] for each in (monitor, of_steps, rule)} == {"main"}
     assert monitor["spec"]["selector"] == chart.objects()["podmonitor"][0]["spec"]["selector"]
+
+
+def test_alerts_are_those_of_the_manifests_and_link_to_the_runbooks_given() -> None:
+    apis = OPTIONAL["prometheus-operator"]
+    (plain,) = of_kind(rendered(apis=apis), "PrometheusRule")
+    assert plain["spec"] == prometheus_rule({})["spec"]
+    (linked,) = of_kind(
+        rendered("--set", "monitoring.rules.runbooks=https://example.org/r/", apis=apis), "PrometheusRule"
+    )
+    assert linked["spec"] == prometheus_rule({}, "https://example.org/r")["spec"]
 
 
 def test_kueue_gets_a_queue_and_what_it_draws_from(configured: Callable[[str], list[Object]]) -> None:
