@@ -16,6 +16,7 @@ from rich.console import Console
 from components.running import FORESEEN, one_line
 from pipelines import verbs
 from pipelines.data import app as data_app
+from pipelines.lint import lint
 from trainer import __version__
 
 EXAMPLES = """
@@ -48,6 +49,7 @@ app = typer.Typer(
 
 app.add_typer(data_app, name="data")
 verbs.register(app)
+app.command()(lint)
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A preset's name (see `yaongi presets`) or a job file.")]
 Sets = Annotated[

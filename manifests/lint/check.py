@@ -1,0 +1,90 @@
+"""Run every rule over manifests: texts in, findings out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Importing the modules of rules registers them.
+from manifests.lint import environment, lifecycle, pods, resources, scheduling, security, shape, topology, trainjob
+from manifests.lint.documents import Document, read
+from manifests.lint.place import Path, Place, path_text
+from manifests.lint.registry import RULES, Severity
+from manifests.lint.subjects import PyTorchJob, Runtime, TrainJob, subjects
+
+RULE_MODULES = (topology, lifecycle, trainjob, resources, scheduling, pods, environment, security, shape)
+IGNORE_ANNOTATION = "yaongi/lint-ignore"
+NEWEST_MEASURED_TRAINER = "2.1"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule that one place breaks. `line` counts from 1."""
+
+    rule: str
+    severity: Severity
+    source: str
+    line: int
+    object: str
+    path: str
+    what: str
+    why: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """`jobs`: how many jobs and runtimes were found among `objects`."""
+
+    findings: list[Finding]
+    objects: int
+    jobs: int
+
+    @property
+    def errors(self) -> int:
+        return sum(finding.severity is Severity.ERROR for finding in self.findings)
+
+
+def lint(texts: dict[str, str], trainer_version: str = NEWEST_MEASURED_TRAINER) -> Result:
+    """Check every PyTorchJob, TrainJob and training runtime; all texts are one input and may refer to each other.
+
+    Args:
+        texts: manifests by the name that findings give them.
+        trainer_version: of Kubeflow Trainer that TrainJobs are for, one of `TRAINER_VERSIONS`.
+    Raises:
+        Unreadable: a text that is no YAML of Kubernetes objects.
+    """
+    documents = [document for source, text in texts.items() for document in read(text, source)]
+    found: list[Finding] = []
+    jobs = 0
+    for document, subject in subjects(documents, trainer_version):
+        jobs += isinstance(subject, PyTorchJob | TrainJob | Runtime)
+        ignored = ignored_rules(document)
+        for rule in RULES.values():
+            if isinstance(subject, rule.subject) and rule.id not in ignored:
+                for hit in rule.check(subject):
+                    found.append(_finding(rule.id, document, hit.place.path, hit.what))
+    order = list(texts)
+    found.sort(key=lambda f: (order.index(f.source), f.line, f.severity, f.rule, f.path))
+    return Result(found, len(documents), jobs)
+
+
+def ignored_rules(document: Document) -> set[str]:
+    """Rules that the object's annotation switches off for it."""
+    written = Place(document.value)["metadata"]["annotations"][IGNORE_ANNOTATION].text
+    return {word.strip() for word in written.split(",") if word.strip()}
+
+
+def _finding(rule_id: str, document: Document, path: Path, what: str) -> Finding:
+    rule = RULES[rule_id]
+    name = Place(document.value)["metadata"]["name"].text
+    return Finding(
+        rule=rule.id,
+        severity=rule.severity,
+        source=document.source,
+        line=document.line(path),
+        object=f"{document.value['kind']}/{name or '(unnamed)'}",
+        path=path_text(path),
+        what=what,
+        why=rule.why,
+        fix=rule.fix,
+    )

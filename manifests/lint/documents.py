@@ -1,0 +1,159 @@
+"""YAML as Kubernetes reads it, with the line of every value.
+
+PyYAML's safe loader, but with numbers and booleans as Go's YAML has them: dates and 1:20 are texts, y and 0123456789
+are not. Mappings with the same key twice, of which the API server silently takes the last, are noted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import yaml
+
+from manifests.lint.place import Path
+
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*|0[xX][0-9a-fA-F_]+|0[oO]?[0-7_]+|0b[01_]+)")
+_FLOAT = re.compile(r"[-+]?(\.[0-9_]+|[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_BOOLEAN = re.compile(r"y|Y|yes|Yes|YES|n|N|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF")
+
+
+class Unreadable(ValueError):
+    """The input is no YAML; the message says where and how to mend."""
+
+
+@dataclass
+class Document:
+    """One Kubernetes object of the input. `path` leads to it from the top of its YAML document (through a List)."""
+
+    value: dict[str, Any]
+    source: str
+    node: yaml.Node
+    path: Path = ()
+    duplicates: tuple[Path, ...] = ()
+
+    def line(self, path: Path) -> int:
+        """Line, from 1, of the value at `path` in the object, or of the nearest that is written around it."""
+        node, line = self.node, self.node.start_mark.line
+        for step in (*self.path, *path):
+            found = _child(node, step)
+            if found is None:
+                break
+            node, line = found
+        return line + 1
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with the numbers that Go's YAML knows."""
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    digits = node.value.replace("_", "")
+    leading_zero = re.fullmatch(r"([-+]?)0([0-7]+)", digits)
+    return int(f"{leading_zero[1]}0o{leading_zero[2]}" if leading_zero else digits, 0)
+
+
+def _float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | int:
+    digits = node.value.replace("_", "").lower()
+    number = float(digits.replace(".inf", "inf").replace(".nan", "nan"))
+    return int(number) if number.is_integer() and "." not in digits else number
+
+
+def _boolean(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> bool:
+    return node.value.lower() in ("y", "yes", "true", "on")
+
+
+_REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "int", "float", "bool")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern, _convert, _first in (
+    ("int", _INTEGER, _integer, "-+0123456789"),
+    ("float", _FLOAT, _float, "-+.0123456789"),
+    ("bool", _BOOLEAN, _boolean, "yYnNtTfFoO"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern.pattern})$"), list(_first))
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _convert)
+
+
+def read(text: str, source: str) -> Iterator[Document]:
+    """Every Kubernetes object of a YAML or JSON text of one or more documents; a List counts as its items.
+
+    Raises:
+        Unreadable: no YAML, or a document that is no mapping with apiVersion and kind.
+    """
+    try:
+        yield from _objects(text, source)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, Unreadable):
+            raise
+        template = "; it is a template: render it first (helm template, kustomize build)" if "{{" in text else ""
+        raise Unreadable(f"{source}{_position(error)}: not readable as YAML ({_problem(error)}){template}") from None
+
+
+def _objects(text: str, source: str) -> Iterator[Document]:
+    loader = _Loader(text)
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            duplicates = tuple(_duplicates(node))  # now: constructing mixes in what `<<` merges
+            value = loader.construct_document(node)
+            if value is None:  # a comment between two ---
+                continue
+            if not (isinstance(value, dict) and isinstance(value.get("kind"), str) and "apiVersion" in value):
+                where = f"{source}:{node.start_mark.line + 1}"
+                raise Unreadable(f"{where}: no Kubernetes object (apiVersion and kind are missing)")
+            if value["kind"].endswith("List") and isinstance(value.get("items"), list):
+                for index, item in enumerate(value["items"]):
+                    if isinstance(item, dict):
+                        yield _item(Document(item, source, node, ("items", index), duplicates))
+                continue
+            yield Document(value, source, node, duplicates=duplicates)
+    finally:
+        loader.dispose()
+
+
+def _item(document: Document) -> Document:
+    depth = len(document.path)
+    own = tuple(path[depth:] for path in document.duplicates if path[:depth] == document.path)
+    return replace(document, duplicates=own)
+
+
+def _duplicates(top: yaml.Node) -> Iterator[Path]:
+    """Paths of keys that a mapping has twice."""
+    todo: list[tuple[yaml.Node, Path]] = [(top, ())]
+    done: set[int] = set()  # an alias leads to the same node again
+    while todo:
+        node, path = todo.pop()
+        if id(node) in done:
+            continue
+        done.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            yield from ((*path, key) for key, times in Counter(keys).items() if times > 1)
+            todo += [(value, (*path, str(key.value))) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            todo += [(value, (*path, index)) for index, value in enumerate(node.value)]
+
+
+def _child(node: yaml.Node, step: str | int) -> tuple[yaml.Node, int] | None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in reversed(node.value):
+            if isinstance(key, yaml.ScalarNode) and key.value == step:
+                return value, key.start_mark.line
+    if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+        return node.value[step], node.value[step].start_mark.line
+    return None
+
+
+def _position(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f":{mark.line + 1}" if mark else ""
+
+
+def _problem(error: Exception) -> str:
+    return getattr(error, "problem", None) or " ".join(str(error).split()) or type(error).__name__

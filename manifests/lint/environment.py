@@ -1,0 +1,97 @@
+"""Environment variables: what the operators set themselves, what refers to what, what must not stand there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from manifests.lint.registry import Hit, Severity, rule
+from manifests.lint.subjects import Container, Pod, PyTorchJob
+
+ERROR, WARNING = Severity.ERROR, Severity.WARNING
+# The training operator 1.9 appends these after the user's own, or leaves them to torchrun, which sets them by rank.
+OPERATORS = re.compile(
+    r"PET_(MASTER_ADDR|MASTER_PORT|NODE_RANK|NPROC_PER_NODE|NNODES|RDZV_BACKEND|RDZV_ENDPOINT|RDZV_ID|RDZV_CONF|"
+    r"MAX_RESTARTS|STANDALONE)|MASTER_ADDR|MASTER_PORT|WORLD_SIZE|RANK"
+)
+_SECRET_NAME = re.compile(
+    r"(^|_)(TOKEN|PASSWORD|PASSWD|PASSPHRASE|SECRET|SECRETS|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS?)$"
+)
+_SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|glpat-[\w-]{20,}|"
+    r"sk-[A-Za-z0-9_-]{20,}|xox[abp]-[\w-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+_REFERENCE = re.compile(r"(?<!\$)\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
+
+
+@rule(
+    "reserved-env",
+    ERROR,
+    PyTorchJob,
+    why="The operator appends its own values after yours, and the last one counts: yours is silently replaced. "
+    "One that it does not set in this topology takes effect, and is the same in every pod: every pod says it "
+    "is that rank.",
+    fix="Remove it; the spec says the same (replicas, nprocPerNode, elasticPolicy.rdzvHost, rdzvPort, rdzvId, "
+    "maxRestarts).",
+)
+def reserved_env(job: PyTorchJob) -> Iterator[Hit]:
+    for pod in job.pods:
+        for entry in pod.main.place["env"].each() if pod.main else ():
+            if OPERATORS.fullmatch(entry["name"].text):
+                yield Hit(entry["name"], f"{entry['name'].text} is set")
+
+
+@rule(
+    "duplicate-env",
+    ERROR,
+    Container,
+    why="In a pod the last of two variables of the same name counts, whichever was meant; of a TrainJob the API "
+    "server denies it.",
+    fix="Keep one of them.",
+)
+def duplicate_env(container: Container) -> Iterator[Hit]:
+    seen: set[str] = set()
+    for entry in container.place["env"].each():
+        name = entry["name"].text
+        if name and name in seen:
+            yield Hit(entry["name"], f"{name} is set twice")
+        seen.add(name)
+
+
+@rule(
+    "env-reference",
+    ERROR,
+    Pod,
+    why="$(NAME) in a variable's value is replaced only if NAME stands before it in the list. The operator's "
+    "variables come after all of yours, so that $(MASTER_ADDR) stays there letter by letter. (In command and "
+    "args it does work.)",
+    fix="Move the definition up; of the operator's variables, use $(NAME) in args or read them in the process.",
+)
+def env_reference(pod: Pod) -> Iterator[Hit]:
+    for container in pod.containers:
+        entries = list(container.place["env"].each())
+        later = [entry["name"].text for entry in entries]
+        for entry in entries:
+            later.remove(entry["name"].text)
+            for name in _REFERENCE.findall(entry["value"].text):
+                if name in later or (container.is_main and OPERATORS.fullmatch(name)):
+                    yield Hit(entry["value"], f"$({name}) is not known yet in {entry['name'].text}")
+
+
+@rule(
+    "secret-in-env",
+    ERROR,
+    Container,
+    why="Whoever may read the job, its pods, its events or this file's repository reads the secret.",
+    fix="Put it into a Secret and refer to it: valueFrom.secretKeyRef. Change the one that was written here.",
+)
+def secret_in_env(container: Container) -> Iterator[Hit]:
+    for entry in container.place["env"].each():
+        name, value = entry["name"].text, entry["value"].text
+        literal = value and not value.startswith(("/", "$("))
+        if literal and (_SECRET_NAME.search(name.upper()) or _SECRET_VALUE.search(value)):
+            yield Hit(entry["name"], f"{name} holds a secret in plain text")
+    for key in ("command", "args"):
+        for place in container.place[key].each():
+            if _SECRET_VALUE.search(place.text):
+                yield Hit(place, "a secret in plain text")

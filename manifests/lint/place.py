@@ -1,0 +1,88 @@
+"""A value somewhere in a manifest that knows its path, and never fails to answer.
+
+Manifests that people bring have the wrong shape anywhere; a rule that looks for a field finds an empty place there
+instead of an exception. Wrong shapes themselves are what the API server rejects by its schema.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+Path = tuple[str | int, ...]
+
+_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(m|k|[KMGTPE]i?|[eE][+-]?[0-9]+)?")
+_SUFFIXES = {"": Decimal(1), "m": Decimal("0.001"), "k": Decimal(1000)}
+_SUFFIXES |= {letter: Decimal(1000) ** power for power, letter in enumerate("KMGTPE", 1)}
+_SUFFIXES |= {f"{letter}i": Decimal(1024) ** power for power, letter in enumerate("KMGTPE", 1)}
+
+
+@dataclass(frozen=True)
+class Place:
+    """`value` is None where there is nothing."""
+
+    value: Any
+    path: Path = ()
+
+    def __getitem__(self, key: str) -> Place:
+        inside = self.value.get(key) if isinstance(self.value, dict) else None
+        return Place(inside, (*self.path, key))
+
+    def __bool__(self) -> bool:
+        """Whether anything is written here, be it 0 or false."""
+        return self.value is not None
+
+    def __contains__(self, key: str) -> bool:
+        return isinstance(self.value, dict) and key in self.value
+
+    def each(self) -> Iterator[Place]:
+        """Elements of a list."""
+        if isinstance(self.value, list):
+            for index, element in enumerate(self.value):
+                yield Place(element, (*self.path, index))
+
+    def fields(self) -> Iterator[tuple[str, Place]]:
+        """Keys and places of a mapping."""
+        if isinstance(self.value, dict):
+            for key, element in self.value.items():
+                yield str(key), Place(element, (*self.path, str(key)))
+
+    @property
+    def text(self) -> str:
+        return self.value if isinstance(self.value, str) else ""
+
+    @property
+    def number(self) -> int | None:
+        """A whole number; None for anything else, also a text with digits."""
+        return self.value if isinstance(self.value, int) and not isinstance(self.value, bool) else None
+
+    @property
+    def quantity(self) -> Decimal | None:
+        """A resource quantity ("1500m", "2Gi", 8) in base units; None if it is none."""
+        found = _QUANTITY.fullmatch(str(self.value)) if isinstance(self.value, str | int | float) else None
+        if found is None or isinstance(self.value, bool):
+            return None
+        number, suffix = found[1], found[2] or ""
+        try:
+            return Decimal(number) * _SUFFIXES[suffix] if suffix in _SUFFIXES else Decimal(number + suffix)
+        except InvalidOperation:
+            return None
+
+    def __str__(self) -> str:
+        return path_text(self.path)
+
+
+def path_text(path: Path) -> str:
+    """spec.template.containers[0].env[2].value; a key with dots of its own is put in brackets."""
+    parts = []
+    for step in path:
+        if isinstance(step, int):
+            parts.append(f"[{step}]")
+        elif "." in step:
+            parts.append(f'["{step}"]')
+        else:
+            parts.append(f".{step}")
+    return "".join(parts).removeprefix(".")

@@ -1,0 +1,54 @@
+"""What a rule is, and the table of all of them; each module of rules beside this one adds its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from manifests.lint.place import Place
+
+
+class Severity(StrEnum):
+    """An error is rejected, never runs, wastes GPUs or gives a wrong result; a warning does so only on a bad day."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True)
+class Hit:
+    """Where a rule strikes, and what is there."""
+
+    place: Place
+    what: str
+
+
+Check = Callable[[Any], Iterator[Hit]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`why` is what really happens, measured or read in the operator's source; `fix` is what to write instead."""
+
+    id: str
+    severity: Severity
+    subject: type
+    why: str
+    fix: str
+    check: Check
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(id: str, severity: Severity, subject: type, *, why: str, fix: str) -> Callable[[Check], Check]:
+    """Register a generator of hits; it is called once for each `subject` (see `subjects`) in the input."""
+
+    def register(check: Check) -> Check:
+        assert id not in RULES, f"two rules are called {id}"
+        RULES[id] = Rule(id, severity, subject, why, fix, check)
+        return check
+
+    return register

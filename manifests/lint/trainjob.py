@@ -1,0 +1,247 @@
+"""Kubeflow Trainer (v2): what a TrainJob may say depends on its version, and what comes of it on its runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from manifests.lint.registry import Hit, Severity, rule
+from manifests.lint.subjects import ANCESTOR_LABEL, NODE_CONTAINER, Runtime, TrainJob
+
+ERROR, WARNING = Severity.ERROR, Severity.WARNING
+# Checked by the webhook of a torch runtime (Trainer 2.1, pkg/constants).
+RESERVED = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
+RUNTIME_KINDS = ("TrainingRuntime", "ClusterTrainingRuntime")
+LONGEST_NAME = 63
+
+
+@rule(
+    "trainjob-runtime-ref",
+    ERROR,
+    TrainJob,
+    why="The API server denies a TrainJob without runtimeRef.name, the webhook one of another kind of runtime.",
+    fix="Write spec.runtimeRef with name and kind: TrainingRuntime (of the namespace) or ClusterTrainingRuntime.",
+)
+def trainjob_runtime_ref(job: TrainJob) -> Iterator[Hit]:
+    reference = job.spec["runtimeRef"]
+    if not reference["name"].text:
+        yield Hit(reference, "no runtime is named")
+    elif reference["kind"] and reference["kind"].text not in RUNTIME_KINDS:
+        yield Hit(reference["kind"], f"kind '{reference['kind'].value}'")
+
+
+@rule(
+    "trainjob-runtime-scope",
+    ERROR,
+    TrainJob,
+    why="Without a kind the runtime is looked for among the cluster's, not in the namespace; the webhook denies "
+    "the job because it finds none of that name.",
+    fix="Write kind: TrainingRuntime in runtimeRef.",
+)
+def trainjob_runtime_scope(job: TrainJob) -> Iterator[Hit]:
+    reference = job.spec["runtimeRef"]
+    if reference["name"].text in job.other_scope:
+        kind = reference["kind"].text or "no kind"
+        yield Hit(reference, f"{kind} for '{reference['name'].text}', which is defined here in the other scope")
+
+
+@rule(
+    "trainjob-name",
+    ERROR,
+    TrainJob,
+    why="Pods are called <name>-node-0-<n>, within 63 characters. The API accepts longer names; then the JobSet "
+    "is denied, which only an event tells: the TrainJob has no status.",
+    fix="Shorten metadata.name.",
+)
+def trainjob_name(job: TrainJob) -> Iterator[Hit]:
+    place = job.place["metadata"]["name"]
+    longest = f"{place.text}-node-0-{max(0, (job.nodes or 1) - 1)}"
+    if len(longest) > LONGEST_NAME - len("-abcde"):  # what the Job controller appends
+        yield Hit(place, f"pods called '{longest}-…' are too long by {len(longest) - LONGEST_NAME + len('-abcde')}")
+
+
+@rule(
+    "trainjob-num-nodes",
+    ERROR,
+    TrainJob,
+    why="numNodes 0 is accepted, and the job is Complete at once, without a single pod; below 0 it has no pods "
+    "and no end.",
+    fix="Write numNodes of 1 or more.",
+)
+def trainjob_num_nodes(job: TrainJob) -> Iterator[Hit]:
+    if job.nodes is not None and job.nodes < 1:
+        yield Hit(job.spec["trainer"]["numNodes"], f"numNodes {job.nodes}")
+
+
+@rule(
+    "trainjob-num-proc",
+    ERROR,
+    TrainJob,
+    why="Before 2.2 the webhook takes a number, auto, cpu or gpu, and accepts 0; from 2.2 on the field is a "
+    "number from 1.",
+    fix="Write the number of GPUs of a node.",
+)
+def trainjob_num_proc(job: TrainJob) -> Iterator[Hit]:
+    place = job.spec["trainer"]["numProcPerNode"]
+    words = ("auto", "cpu", "gpu") if job.before("2.2") else ()
+    if place and place.text not in words and (place.number is None or place.number < 1):
+        yield Hit(place, f"numProcPerNode {place.value!r}")
+
+
+@rule(
+    "trainjob-nproc-not-gpus",
+    ERROR,
+    TrainJob,
+    why="torchrun starts as many processes as are written. Two on one GPU end in NCCL's 'Duplicate GPU detected'; "
+    "fewer than GPUs leave the rest idle, but allocated.",
+    fix="Make numProcPerNode equal to the GPUs of resourcesPerNode.limits, or leave it to the runtime's auto.",
+)
+def trainjob_nproc_not_gpus(job: TrainJob) -> Iterator[Hit]:
+    if job.accelerators and job.processes is not None and job.processes != job.accelerators:
+        place = job.spec["trainer"]["numProcPerNode"]
+        yield Hit(place, f"{job.processes} processes for {job.accelerators} GPUs")
+
+
+@rule(
+    "trainjob-reserved-env",
+    ERROR,
+    TrainJob,
+    why="A torch runtime sets these itself. With numProcPerNode written the webhook denies the job; without, the "
+    "values are silently replaced.",
+    fix="Remove them: numNodes and numProcPerNode say the same.",
+)
+def trainjob_reserved_env(job: TrainJob) -> Iterator[Hit]:
+    for entry in job.spec["trainer"]["env"].each():
+        if entry["name"].text in RESERVED:
+            yield Hit(entry["name"], f"{entry['name'].text} is set")
+
+
+@rule(
+    "trainjob-override-env",
+    ERROR,
+    TrainJob,
+    why="The webhook denies podTemplateOverrides with env for the containers node, dataset-initializer and "
+    "model-initializer.",
+    fix="Write them in spec.trainer.env or spec.initializer.*.env.",
+)
+def trainjob_override_env(job: TrainJob) -> Iterator[Hit]:
+    for override in job.spec["podTemplateOverrides"].each():
+        for container in override["spec"]["containers"].each():
+            owned = container["name"].text in (NODE_CONTAINER, "dataset-initializer", "model-initializer")
+            if owned and container["env"].value:
+                yield Hit(container["env"], f"env of container '{container['name'].text}'")
+
+
+@rule(
+    "trainjob-unknown-override",
+    ERROR,
+    TrainJob,
+    why="The webhook denies an override of a replicated job that the runtime does not have.",
+    fix="Use the names of the runtime's replicatedJobs in targetJobs.",
+)
+def trainjob_unknown_override(job: TrainJob) -> Iterator[Hit]:
+    if job.runtime is None:
+        return
+    known = {entry["name"].text for entry, _ in job.runtime.replicated_jobs()}
+    for override in job.spec["podTemplateOverrides"].each():
+        for target in override["targetJobs"].each():
+            if target["name"].text not in known:
+                yield Hit(target, f"'{target['name'].text}' is none of {', '.join(sorted(known)) or 'no jobs'}")
+
+
+@rule(
+    "trainjob-no-deadline",
+    WARNING,
+    TrainJob,
+    why="Nothing ends a job that hangs. Trainer 2.0 and 2.1 have no deadline for a TrainJob; its runtime's Job "
+    "has one.",
+    fix="From 2.2 on write spec.activeDeadlineSeconds; before, activeDeadlineSeconds in the spec of the runtime's Job.",
+)
+def trainjob_no_deadline(job: TrainJob) -> Iterator[Hit]:
+    place = job.spec["activeDeadlineSeconds"]
+    if place or (job.runtime is None and job.before("2.2")):
+        return
+    trainer = job.runtime.trainer if job.runtime else None
+    if trainer is None or not trainer["template"]["spec"]["activeDeadlineSeconds"]:
+        yield Hit(place, "no deadline in the job, and none in its runtime" if job.runtime else "no deadline")
+
+
+@rule(
+    "trainjob-managed-by",
+    ERROR,
+    TrainJob,
+    why="The API server denies any other manager.",
+    fix="Leave managedBy out, or write trainer.kubeflow.org/trainjob-controller or kueue.x-k8s.io/multikueue.",
+)
+def trainjob_managed_by(job: TrainJob) -> Iterator[Hit]:
+    place = job.spec["managedBy"]
+    if place and place.text not in ("trainer.kubeflow.org/trainjob-controller", "kueue.x-k8s.io/multikueue"):
+        yield Hit(place, f"managedBy '{place.value}'")
+
+
+@rule(
+    "runtime-no-trainer",
+    ERROR,
+    Runtime,
+    why=f"What a TrainJob says of nodes, image, command and env goes to the replicated job labelled {ANCESTOR_LABEL}: "
+    "trainer. Without one it is silently left out: the runtime's own container runs, on one node, and the job is "
+    "Complete.",
+    fix=f'Label the replicated job: template.metadata.labels["{ANCESTOR_LABEL}"]: trainer.',
+)
+def runtime_no_trainer(runtime: Runtime) -> Iterator[Hit]:
+    if runtime.trainer is None:
+        yield Hit(runtime.job_set["replicatedJobs"], "no replicated job is labelled as the trainer")
+
+
+@rule(
+    "runtime-container-name",
+    ERROR,
+    Runtime,
+    why=f"The trainer's container is found by the name `{NODE_CONTAINER}`; the webhook denies a runtime without it.",
+    fix=f"Call the training container {NODE_CONTAINER}.",
+)
+def runtime_container_name(runtime: Runtime) -> Iterator[Hit]:
+    if runtime.trainer is not None:
+        containers = runtime.trainer["template"]["spec"]["template"]["spec"]["containers"]
+        names = [container["name"].text for container in containers.each()]
+        if NODE_CONTAINER not in names:
+            yield Hit(containers, f"containers are called {', '.join(names) or '(none)'}")
+
+
+@rule(
+    "runtime-replicas",
+    ERROR,
+    Runtime,
+    why="The webhook denies replicas other than 1: nodes are the parallelism of one indexed Job.",
+    fix="Leave replicas out; write mlPolicy.numNodes.",
+)
+def runtime_replicas(runtime: Runtime) -> Iterator[Hit]:
+    for entry, step in runtime.replicated_jobs():
+        if step and entry["replicas"] and entry["replicas"].number != 1:
+            yield Hit(entry["replicas"], f"replicas {entry['replicas'].value}")
+
+
+@rule(
+    "runtime-ttl",
+    ERROR,
+    Runtime,
+    why="A TTL deletes the finished JobSet, not the TrainJob, whose controller misses it and makes it anew: the whole "
+    "training runs again, and again after every TTL. (Measured with Trainer 2.1.)",
+    fix="Remove ttlSecondsAfterFinished from the JobSet and its Jobs; delete finished TrainJobs by other means.",
+)
+def runtime_ttl(runtime: Runtime) -> Iterator[Hit]:
+    place = runtime.job_set["ttlSecondsAfterFinished"]
+    if place:
+        yield Hit(place, f"ttlSecondsAfterFinished {place.value}")
+
+
+@rule(
+    "runtime-elastic",
+    ERROR,
+    Runtime,
+    why="Trainer does nothing with torch.elasticPolicy (2.2 removed it), and the API server denies it beside numNodes.",
+    fix="Write mlPolicy.numNodes; elastic training needs a PyTorchJob.",
+)
+def runtime_elastic(runtime: Runtime) -> Iterator[Hit]:
+    place = runtime.place["spec"]["mlPolicy"]["torch"]["elasticPolicy"]
+    if place:
+        yield Hit(place, "elasticPolicy of a runtime")

@@ -1,0 +1,274 @@
+"""The linter against manifests that break one rule each, and against ours and well-known ones."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lint_cases import BROKEN, OF_TEXT, changed, good
+
+from manifests import generate
+from manifests.lint.check import Result, lint
+from manifests.lint.documents import Unreadable
+from manifests.lint.page import PAGE, page
+from manifests.lint.registry import RULES
+from manifests.render import config_map, pvcs, pytorchjob
+from manifests.spec import job_from, preset_names
+
+
+def text(*objects: dict) -> str:
+    return yaml.safe_dump_all(objects, sort_keys=False)
+
+
+def rules_of(result: Result) -> set[str]:
+    return {finding.rule for finding in result.findings}
+
+
+def test_the_manifests_that_the_cases_change_break_no_rule():
+    result = lint({"good.yaml": text(*good().values())})
+    assert result.findings == []
+    assert (result.objects, result.jobs) == (4, 3)
+
+
+def test_every_rule_has_cases():
+    assert BROKEN.keys() | OF_TEXT == RULES.keys()
+    assert len(RULES) >= 20
+
+
+@pytest.mark.parametrize(("rule", "changes"), [(rule, case) for rule, cases in BROKEN.items() for case in cases])
+def test_each_rule_finds_what_breaks_it(rule, changes):
+    found = [finding for finding in lint({"x": text(*changed(*changes))}).findings if finding.rule == rule]
+    assert found, f"{rule} says nothing"
+    assert all(finding.what and finding.path and finding.line for finding in found)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(
+            (("MAIN/image", "registry.example:5000/trainer@sha256:" + "0" * 64),), id="a digest without a tag"
+        ),
+        pytest.param((("MAIN/env/0", {"name": "TOKENIZERS_PARALLELISM", "value": "false"}),), id="no token"),
+        pytest.param((("MAIN/env/0", {"name": "HF_TOKEN_PATH", "value": "/etc/token"}),), id="a token's path"),
+        pytest.param((("MAIN/env/0", {"name": "GITHUB_TOKEN", "value": "/etc/token"}),), id="a file"),
+        pytest.param((("MAIN/env/2", {"name": "LEVEL", "value": "$(NCCL_DEBUG)"}),), id="a reference backwards"),
+        pytest.param((("MAIN/env/0", {"name": "TEXT", "value": "$$(RANK)"}),), id="an escaped reference"),
+        pytest.param((("MAIN/args", ["$(MASTER_ADDR)"]),), id="a reference in args"),
+        pytest.param((("MAIN/env/0", {"name": "PET_LOG_DIR", "value": "/tmp"}),), id="an option of torchrun's own"),
+        pytest.param((("WORKER/restartPolicy", "OnFailure"), ("RUN/backoffLimit", 3)), id="bounded restarts"),
+        pytest.param((("MAIN/resources/limits/nvidia.com\0gpu", 2),), id="a number of GPUs"),
+        pytest.param((("MAIN/resources/requests/memory", "65536Mi"),), id="the limit in another unit"),
+        pytest.param((("RUN/schedulingPolicy", {"minAvailable": 2}),), id="a gang of all"),
+        pytest.param((("RUN/suspend", True),), id="suspended for a queue"),
+        pytest.param(
+            (("TEMPLATE/metadata", {"labels": {"sidecar.istio.io/inject": "false"}}),), id="no sidecar, by label"
+        ),
+        pytest.param(
+            (("ELASTIC/minReplicas", 1), ("ELASTIC/maxReplicas", 4), ("job/spec/nprocPerNode", "auto")), id="elastic"
+        ),
+    ],
+)
+def test_what_only_looks_like_a_trap_is_none(changes):
+    assert lint({"x": text(*changed(*changes))}).findings == []
+
+
+def test_our_own_jobs_are_clean():
+    texts = dict(generate.files())
+    for preset in preset_names():
+        many = {
+            "train": {"batch": {"tokens_per_step": 2**19}},
+            "cluster": {"gpus_per_node": 8, "nodes": 4, "queue": "team"},
+        }
+        for name, changes in (("as-it-is", {}), ("4x8", many)):
+            job = job_from({"preset": preset}, changes)
+            for task in ("train", "evaluate", "export"):
+                texts[f"{preset}-{name}-{task}"] = text(*pvcs(job), config_map(job, task), pytorchjob(job, task))
+    result = lint(texts)
+    assert result.findings == []
+    assert result.jobs >= len(preset_names()) * 6
+
+
+# The shape of the first example in the operator's documentation, and of its elastic one.
+SIMPLE = """\
+apiVersion: kubeflow.org/v1
+kind: PyTorchJob
+metadata: {name: simple}
+spec:
+  pytorchReplicaSpecs:
+    Master: &replica
+      replicas: 1
+      restartPolicy: OnFailure
+      template:
+        spec:
+          containers:
+          - {name: pytorch, image: "example/mnist:v1", imagePullPolicy: Always, command: [python3, /opt/mnist.py]}
+    Worker: *replica
+"""
+ELASTIC = """\
+apiVersion: kubeflow.org/v1
+kind: PyTorchJob
+metadata: {name: elastic}
+spec:
+  elasticPolicy:
+    rdzvBackend: c10d
+    minReplicas: 1
+    maxReplicas: 3
+    maxRestarts: 100
+    metrics: [{type: Resource, resource: {name: cpu, target: {type: Utilization, averageUtilization: 80}}}]
+  pytorchReplicaSpecs:
+    Worker:
+      replicas: 2
+      restartPolicy: OnFailure
+      template:
+        spec:
+          containers:
+          - name: pytorch
+            image: example/imagenet:latest
+            command: [python, -m, torch.distributed.run, /workspace/imagenet.py]
+"""
+UNRESTRICTED = {
+    "capabilities", "privilege-escalation", "run-as-non-root", "seccomp", "service-account-token", "writable-root"
+}  # fmt: skip
+CARELESS = {"clean-pod-policy", "no-deadline", "no-ttl", "restart-unbounded", "memory-limit", "istio-sidecar"}
+
+
+def test_the_well_known_example_with_a_master():
+    assert rules_of(lint({"simple": SIMPLE})) == UNRESTRICTED | CARELESS | {"master-init-container"}
+
+
+def test_the_well_known_elastic_example():
+    expected = UNRESTRICTED | CARELESS | {"elastic-autoscaler", "image-tag", "nproc-auto-cpu"}
+    assert rules_of(lint({"elastic": ELASTIC})) == expected
+
+
+def test_a_finding_has_the_line_of_its_value():
+    (finding,) = [f for f in lint({"dir/elastic.yaml": ELASTIC}).findings if f.rule == "image-tag"]
+    assert (finding.source, finding.line) == ("dir/elastic.yaml", 19)
+    assert ELASTIC.splitlines()[finding.line - 1].strip() == "image: example/imagenet:latest"
+    assert finding.path == "spec.pytorchReplicaSpecs.Worker.template.spec.containers[0].image"
+    assert finding.object == "PyTorchJob/elastic"
+
+
+def test_lines_are_right_in_later_documents_and_in_lists():
+    inside = textwrap.indent(ELASTIC, "  ").replace("  apiVersion", "- apiVersion", 1)
+    wrapped = f"# first\n---\napiVersion: v1\nkind: List\nitems:\n{inside}"
+    result = lint({"list": wrapped})
+    (finding,) = [f for f in result.findings if f.rule == "image-tag"]
+    assert wrapped.splitlines()[finding.line - 1].strip() == "image: example/imagenet:latest"
+    assert finding.path.startswith("spec.pytorchReplicaSpecs"), "the path is within the object"
+    assert rules_of(result) == rules_of(lint({"elastic": ELASTIC}))
+
+
+def test_json_is_yaml():
+    assert rules_of(lint({"x": json.dumps(yaml.safe_load(ELASTIC))})) == rules_of(lint({"x": ELASTIC}))
+
+
+def test_a_key_that_is_written_twice_is_found_at_the_one_that_counts():
+    twice = ELASTIC.replace("    maxReplicas: 3\n", "    maxReplicas: 3\n    minReplicas: 2\n")
+    (finding,) = [f for f in lint({"x": twice}).findings if f.rule == "duplicate-key"]
+    assert (finding.path, finding.line) == ("spec.elasticPolicy.minReplicas", 9)
+    merged = ELASTIC.replace("spec:\n", "spec: &a\n  x: {y: {<<: {b: 1}, b: 2}}\n", 1)
+    assert "duplicate-key" not in rules_of(lint({"x": merged})), "a merge may be overridden"
+
+
+def test_numbers_are_read_as_the_cluster_reads_them():
+    """What kubectl 1.34 made of each was tried; PyYAML by itself differs in half of them."""
+    denied = [
+        "yes",
+        "y",
+        "Off",
+        "0x10",
+        "0o17",
+        "017",
+        "0b11",
+        "1e3",
+        "1_000",
+        "1.",
+        ".5",
+        "1.5_0",
+        "+1",
+        "-08",
+        "0123456789",
+    ]
+    accepted = ["2020-01-01", "1:20", "~", '"8"', "8x", "nope", "1.2.3"]
+    for value in denied + accepted:
+        env = f"            env: [{{name: A, value: {value}}}]\n            image"
+        found = rules_of(lint({"x": ELASTIC.replace("            image", env)}))
+        assert ("env-not-a-string" in found) == (value in denied), value
+
+
+def test_an_annotation_ignores_rules_for_its_object_only():
+    ignoring = ELASTIC.replace("name: elastic", 'name: a, annotations: {yaongi/lint-ignore: "image-tag, no-ttl"}')
+    result = lint({"one": ignoring, "other": ELASTIC})
+    assert {f.rule for f in result.findings if f.source == "other"} - {
+        f.rule for f in result.findings if f.source == "one"
+    } == {"image-tag", "no-ttl"}
+
+
+def test_fields_of_a_trainjob_depend_on_the_version():
+    def unknown(version: str, **fields: object) -> list[str]:
+        objects = good()
+        objects["trainjob"]["spec"].update(fields)
+        found = lint({"x": text(*objects.values())}, version).findings
+        return [finding.what for finding in found if finding.rule == "trainjob-unknown-field"]
+
+    assert unknown("2.1", podTemplateOverrides=[]) == []
+    assert "2.2 replaced it by runtimePatches" in unknown("2.2", podTemplateOverrides=[])[0]
+    assert unknown("2.3", runtimePatches=[], activeDeadlineSeconds=5) == []
+    assert len(unknown("2.1", runtimePatches=[], activeDeadlineSeconds=5)) == 2
+    assert "podTemplateOverrides, 2.2 by" in unknown("2.1", podSpecOverrides=[])[0]
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("a: [1\n", "x.yaml:2: not readable as YAML"),
+        ("kind: {{ .Values.kind }}\n", "it is a template: render it first"),
+        ("spec: {}\n", "x.yaml:1: no Kubernetes object"),
+        ("---\n- a\n", "x.yaml:2: no Kubernetes object"),
+        ("kind: A\napiVersion: v1\nmetadata: {name: !!python/object:os.system x}\n", "not readable as YAML"),
+        ("[" * 500, "not readable as YAML"),
+        ("kind: A\napiVersion: v1\nn: " + "1" * 5000, "not readable as YAML"),
+    ],
+)
+def test_what_is_no_manifest_is_told_in_one_line(broken, said):
+    with pytest.raises(Unreadable) as error:
+        lint({"x.yaml": broken})
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_aliases_of_aliases_take_no_time():
+    """Nine levels of nine: 387 million values when written out."""
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    bomb = "apiVersion: kubeflow.org/v1\nkind: PyTorchJob\nmetadata: {name: a}\nspec:\n  " + "\n  ".join(levels)
+    assert "unknown-field" in rules_of(lint({"x": bomb}))
+
+
+JUNK = st.sampled_from([None, 0, -1, True, "", "x", [], {}, [None], ["x"], [{}], {"a": None}, 1.5, "1Gi", [[1]]])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_shape_of_a_manifest_makes_a_rule_fail(data):
+    objects = list(good().values())
+    place = data.draw(st.sampled_from(objects))
+    while isinstance(place, dict | list) and place:
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        if not place[key] or not isinstance(place[key], dict | list) or data.draw(st.integers(0, 3)) == 0:
+            break
+        place = place[key]
+    place[key] = data.draw(JUNK)
+    if isinstance(objects[0].get("kind"), str) and "apiVersion" in objects[0]:
+        try:
+            lint({"x": text(*objects)})
+        except Unreadable:  # kind itself was hit
+            assert not all(isinstance(o.get("kind"), str) and "apiVersion" in o for o in objects)
+
+
+def test_the_page_is_what_the_rules_say():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m manifests.lint.page"
