@@ -2,10 +2,11 @@
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
 
-USER 0:0
+USER root
+# hadolint ignore=DL3008
 RUN set -eu; \
     apt-get update; \
-    apt-get install -y --no-install-recommends 'tini=0.19.*'; \
+    apt-get install -y --no-install-recommends tini; \
     rm -rf /var/lib/apt/lists/*; \
     getent group 1000 >/dev/null || groupadd --gid 1000 yaongi; \
     getent passwd 1000 >/dev/null || useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp yaongi; \
@@ -27,10 +28,13 @@ ENV PATH=/opt/yaongi/bin:$PATH \
     HF_HOME=/tmp/cache/huggingface \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
-# docker/build.sh adds version, revision, time, source and base.
+ARG VERSION=0
+ARG REVISION=unknown
 LABEL org.opencontainers.image.title="yaongi pipeline" \
       org.opencontainers.image.description="Runs the pipeline's steps: yaongi run JOB, or as the image of its KFP components" \
-      org.opencontainers.image.licenses="Apache-2.0"
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["/usr/local/bin/entry"]

@@ -10,6 +10,7 @@ import math
 from manifests.kinds import Object
 from manifests.names import SPEC_DIR, SPEC_FILE, Task, job_name, kind, labels, ranks_per_pod
 from manifests.spec import JobSpec
+from trainer.failures import NODE_VARIABLE
 
 USER_ID = 1000
 SCRATCH_GIB = 16
@@ -55,7 +56,10 @@ def container(job: JobSpec, task: Task) -> Object:
         "imagePullPolicy": job.cluster.image_pull_policy,
         # args, not command: the image's entry sets the umask and reaps zombies as PID 1.
         "args": ["python", "-m", "trainer.entrypoint", task, "--spec", f"{SPEC_DIR}/{SPEC_FILE}"],
-        "env": [{"name": name, "value": value} for name, value in environment(job, task).items()],
+        "env": [
+            *({"name": name, "value": value} for name, value in environment(job, task).items()),
+            {"name": NODE_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+        ],
         **({"ports": ports} if ports else {}),
         "resources": resources(job, task),
         "securityContext": {

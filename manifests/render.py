@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from manifests import pytorchjob, trainjob
 from manifests.kinds import TRAINJOB, Object
-from manifests.names import DIGEST_ANNOTATION, SPEC_FILE, Task, job_name, kind, labels
+from manifests.names import APP, DIGEST_ANNOTATION, RUN_LABEL, SPEC_FILE, Task, job_name, kind, labels
 from manifests.objects import gibibytes
 from manifests.spec import JobSpec
 from trainer.spec import TrainSpec
@@ -49,11 +49,20 @@ def config_map(job: JobSpec, task: Task = "train") -> Object:
 
 
 def worker_spec(job: JobSpec) -> TrainSpec:
-    """The run's TrainSpec with the cluster's deadline: the operator looks at its own only when a pod changes."""
-    spec = job.train_spec()
-    if spec.runtime.deadline_seconds is not None:
-        return spec
-    return spec.updated({"runtime": {"deadline_seconds": job.cluster.run_timeout_seconds}})
+    """The run's TrainSpec with what the trainer has to hold the cluster to: deadline, GPUs, size of /dev/shm.
+
+    The operator looks at its own deadline only when a pod changes. Where GPUs are asked for, `auto` would train on the
+    CPU of a node that has lost them.
+    """
+    spec, cluster = job.train_spec(), job.cluster
+    runtime: Object = {}
+    if spec.runtime.deadline_seconds is None:
+        runtime["deadline_seconds"] = cluster.run_timeout_seconds
+    if spec.runtime.device == "auto" and cluster.gpus_per_node:
+        runtime["device"] = "cuda"
+    if spec.runtime.preflight.min_shared_memory_gib is None:
+        runtime["preflight"] = {"min_shared_memory_gib": cluster.shared_memory_gib}
+    return spec.updated({"runtime": runtime})
 
 
 def pvcs(job: JobSpec, *, datasets_gib: float = DATASETS_GIB, checkpoints_gib: float = CHECKPOINTS_GIB) -> list[Object]:
@@ -71,6 +80,27 @@ def pvcs(job: JobSpec, *, datasets_gib: float = DATASETS_GIB, checkpoints_gib: f
         }
         for name, size in sizes.items()
     ]
+
+
+def pod_monitor(job: JobSpec) -> Object:
+    """Scrapes every local rank of every run in its namespace; needs the Prometheus operator.
+
+    Series carry the run beside the namespace and pod that the operator adds: alerts and dashboards select by it.
+    """
+    interval = f"{job.observability.scrape_interval_seconds:g}s"
+    of_run = {"sourceLabels": [f"__meta_kubernetes_pod_label_{RUN_LABEL.replace('/', '_')}"], "targetLabel": "run"}
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PodMonitor",
+        "metadata": {"name": APP, "labels": dict(job.observability.monitor_labels)},
+        "spec": {
+            "selector": {"matchLabels": {"app.kubernetes.io/name": APP}},
+            "podMetricsEndpoints": [
+                {"port": f"metrics-{rank}", "interval": interval, "relabelings": [of_run]}
+                for rank in range(job.cluster.ranks_per_node)
+            ],
+        },
+    }
 
 
 def _metadata(job: JobSpec, task: Task) -> Object:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from trainer import failures, limits, restarts
+from trainer import failures, limits, preflight, restarts
 from trainer.__main__ import load_spec, parser
 from trainer.checkpoint import latest_step
 from trainer.exitcodes import STOPS, ExitCode, TrainingError, of_process, retryable
@@ -61,10 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         clocks = Limits(spec.run_dir)
         if reason := clocks.passed():
             raise TrainingError(ExitCode.LIMIT, reason)
-        record = restarts.begin(spec.run_dir, spec.runtime.max_restarts, options.task)
+        try:
+            record = restarts.begin(spec.run_dir, spec.runtime.max_restarts, options.task)
+        except OSError as error:
+            raise TrainingError(
+                ExitCode.CHECKPOINT, f"{spec.run_dir}: {error.strerror}; mend the volume, or the rights on it"
+            ) from error
         counted = True
         if spec.runtime.deadline_seconds is not None:
             clocks.deadline = record.first_start + spec.runtime.deadline_seconds
+        if options.task == "train":
+            preflight.of_node(spec)
         code, reason = supervise(spec, options, clocks)
     except Signalled as stop:
         _ignore_signals()

@@ -33,7 +33,7 @@ MEANING: dict[ExitCode, str] = {
     ExitCode.UNEXPECTED: "unexpected error; the traceback is in the log",
     ExitCode.SPEC: "bad spec",
     ExitCode.DATA: "bad data",
-    ExitCode.CHECKPOINT: "corrupt checkpoint",
+    ExitCode.CHECKPOINT: "corrupt checkpoint, or a volume that cannot take one",
     ExitCode.DIVERGED: "training diverged",
     ExitCode.BUDGET: "restart budget spent",
     ExitCode.LIMIT: "deadline passed or launcher gone; checkpoint saved",

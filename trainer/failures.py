@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import sys
 import time
 import traceback
@@ -20,6 +21,7 @@ from trainer.exitcodes import MEANING, STOPS, ExitCode, TrainingError, retryable
 from trainer.specbase import SpecError
 
 DIRECTORY_VARIABLE = "YAONGI_FAILURES"
+NODE_VARIABLE = "NODE_NAME"  # a pod's own hostname is that of the pod
 _COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket timeout|timed out", re.I)
 _GPU = re.compile(r"cuda error|cublas|cudnn|device-side|acceleratorerror", re.I)
 
@@ -32,6 +34,11 @@ class Failure:
     code: int
     reason: str
     time: float = field(default_factory=time.time)
+
+
+def node_name() -> str:
+    """The machine a person would look at: the cluster's name of it, else the hostname."""
+    return os.environ.get(NODE_VARIABLE) or socket.gethostname()
 
 
 def classify(error: BaseException) -> tuple[int, str]:

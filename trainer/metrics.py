@@ -144,6 +144,23 @@ METRICS: tuple[Metric, ...] = (
     Metric("checkpoint_failures_total", "counter", "Checkpoints that could not be saved.", "checkpoints"),
     Metric("restarts_total", "counter", "Restarts of this run so far by reason.", "restarts", ("reason",)),
     Metric(
+        "preflight_result",
+        "gauge",
+        "1 when a check before the start passed, 0 when it warned; one that fails ends the process.",
+        "",
+        ("check",),
+        per_rank=True,
+    ),
+    Metric(
+        "preflight_bytes_per_second",
+        "gauge",
+        "Measured before the start: datasets (read), checkpoints (written), links (the slowest between two ranks).",
+        "bytes/s",
+        ("check",),
+        per_rank=True,
+    ),
+    Metric("preflight_seconds", "gauge", "Duration of the checks before the start.", "s", per_rank=True),
+    Metric(
         "heartbeat_timestamp_seconds", "gauge", "Unix time at which the rank last finished a step.", "s", per_rank=True
     ),
     Metric(

@@ -33,6 +33,7 @@ from trainer.optim import Optimizers, build_optimizers
 from trainer.optim.rules import Assignment
 from trainer.parallel.mesh import Mesh
 from trainer.precision import Precision
+from trainer.preflight import ranks as preflight
 from trainer.recorder import Recorder
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError, to_yaml
@@ -64,12 +65,14 @@ class Run:
 
 def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     """Build everything, load the newest checkpoint, and say what was chosen and why."""
+    findings = preflight.of_ranks(spec.runtime.preflight, world)
     with users_mistakes():
         micro_batches = spec.micro_batches(world.size)
         gpu_bytes = device_bytes(world.device)
         layout = choose_layout(spec.parallel, spec.model, spec.optimizer, world.size, world.local_size, gpu_bytes)
         refuse_too_large(spec, layout, gpu_bytes)
         recorder = Recorder(spec, world, started)
+        recorder.preflight(findings)
         chosen = precision.resolve(spec.precision, precision.device_capability(world.device))
         if chosen.fp8:
             te.check_runtime(chosen.fp8, spec.runtime)

@@ -27,6 +27,7 @@ from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
 from trainer.logs import MetricsFile
 from trainer.owntime import OwnTime
+from trainer.preflight import Finding, of_entrypoint
 from trainer.spec import TrainSpec
 from trainer.spikes import SKIP_REASONS, SkipReason
 
@@ -112,6 +113,16 @@ class Recorder:
         self._board = Board(self._spec.run_dir, step)
         for code, count in restarts.summary(self._spec.run_dir).items():
             self.metrics.add("restarts_total", count, reason=code)
+
+    def preflight(self, findings: list[Finding]) -> None:
+        """Export what was measured before the start; the node's own checks by its first rank."""
+        everything = [*(of_entrypoint() if self._world.local_rank == 0 else []), *findings]
+        for finding in everything:
+            self.metrics.set("preflight_result", not finding.warning, check=finding.check)
+            if finding.bytes_per_second is not None:
+                self.metrics.set("preflight_bytes_per_second", finding.bytes_per_second, check=finding.check)
+        if everything:
+            self.metrics.set("preflight_seconds", sum(finding.seconds for finding in everything))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

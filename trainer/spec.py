@@ -270,6 +270,21 @@ class ParallelSpec(Spec):
     shard_optimizer: bool = False
 
 
+class PreflightSpec(Spec):
+    """Checks before the first step (trainer/preflight), a few seconds in all.
+
+    Where no floor is named, what is suspiciously slow is warned of; a named one ends the start. Links between GPUs have
+    a floor in any case, 1 GB/s. On a cluster, `min_shared_memory_gib` is cluster.shared_memory_gib.
+    """
+
+    enabled: bool = True
+    min_read_mb_per_second: Positive | None = None
+    min_write_mb_per_second: Positive | None = None
+    min_link_gb_per_second: Positive | None = None
+    min_shared_memory_gib: Positive | None = None
+    max_clock_skew_seconds: Positive = 5.0
+
+
 class RuntimeSpec(Spec):
     """How the processes run; nothing here changes what is computed beyond rounding."""
 
@@ -282,6 +297,7 @@ class RuntimeSpec(Spec):
     hang_timeout_seconds: Count = 1800
     max_restarts: Annotated[int, Field(ge=0)] = 10
     deadline_seconds: Count | None = None
+    preflight: PreflightSpec = PreflightSpec()
 
 
 class EvaluateSpec(Spec):

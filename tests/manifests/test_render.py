@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from manifests import generate
 from manifests.kinds import Object, pod_template, workers
-from manifests.monitors import pod_monitor, step_monitor
 from manifests.names import Task, job_name
 from manifests.rbac import RULES, rbac
-from manifests.render import config_map, job_objects, pvcs
+from manifests.render import config_map, job_objects, pod_monitor, pvcs
 from manifests.spec import JobSpec, job_from, preset_names
 from trainer.exitcodes import ExitCode
 from trainer.spec import TrainSpec
@@ -104,7 +103,8 @@ def test_ranks_and_gpus_follow_the_cluster(
     assert workers(rendered[-1]) == replicas
     limits = container(rendered)["resources"]["limits"]
     assert limits.get("nvidia.com/gpu") == (ranks if gpus else None)
-    threads = {entry["name"]: entry["value"] for entry in container(rendered)["env"]}["OMP_NUM_THREADS"]
+    environment = {entry["name"]: entry for entry in container(rendered)["env"]}
+    threads = environment["OMP_NUM_THREADS"]["value"]
     assert int(threads) * int(ranks) <= 24
 
 
@@ -123,18 +123,6 @@ def test_each_local_rank_has_its_metrics_port(kind: str) -> None:
         assert endpoint["relabelings"] == [run_of_pod]
     selected = pod_monitor(eight)["spec"]["selector"]["matchLabels"].items()
     assert selected <= pod_template(job_objects(eight))["metadata"]["labels"].items()
-
-
-def test_steps_are_scraped_at_an_address_made_of_their_pods() -> None:
-    """Kubeflow Pipelines declares no container port, among which `port` and `portNumber` select."""
-    spec = step_monitor(job())["spec"]
-    assert spec["selector"]["matchLabels"] == {"app.kubernetes.io/name": "yaongi-step"}
-    (endpoint,) = spec["podMetricsEndpoints"]
-    assert not {"port", "portNumber", "targetPort"} & set(endpoint)
-    container, address, run = endpoint["relabelings"]
-    assert (container["action"], container["regex"]) == ("keep", "main")
-    assert (address["targetLabel"], address["replacement"]) == ("__address__", "${1}:9390")
-    assert run == {"sourceLabels": ["__meta_kubernetes_pod_label_pipeline_runid"], "targetLabel": "run"}
 
 
 @every_job
@@ -176,13 +164,24 @@ def test_what_is_mounted_is_what_the_spec_says(kind: str, task: Task) -> None:
     ]  # fmt: skip
 
 
-def test_the_mounted_spec_is_the_runs_spec_with_the_clusters_deadline() -> None:
-    given = job(cluster={"run_timeout_seconds": 1000})
-    mounted = parse(TrainSpec, yaml.safe_load(config_map(given)["data"]["train.yaml"]))
-    assert mounted.runtime.deadline_seconds == 1000
-    assert mounted.updated({"runtime": {"deadline_seconds": None}}) == given.train_spec()
-    own = job(train={"runtime": {"deadline_seconds": 7}})
-    assert parse(TrainSpec, yaml.safe_load(config_map(own)["data"]["train.yaml"])) == own.train_spec()
+def test_the_mounted_spec_holds_the_workers_to_what_the_cluster_promised() -> None:
+    def mounted(given: JobSpec) -> TrainSpec:
+        return parse(TrainSpec, yaml.safe_load(config_map(given)["data"]["train.yaml"]))
+
+    given = job(cluster={"run_timeout_seconds": 1000, "shared_memory_gib": 1.5})
+    found = mounted(given)
+    assert found.runtime.deadline_seconds == 1000
+    assert found.runtime.preflight.min_shared_memory_gib == 1.5
+    assert found.model_copy(update={"runtime": given.train_spec().runtime}) == given.train_spec()
+    assert found.runtime.device == "auto"
+    assert mounted(job(cluster={"gpus_per_node": 1})).runtime.device == "cuda", "a lost GPU must not train on the CPU"
+    own = job(train={"runtime": {"deadline_seconds": 7, "preflight": {"min_shared_memory_gib": 0.25}}})
+    assert mounted(own) == own.train_spec()
+
+
+def test_a_worker_knows_its_nodes_name() -> None:
+    (entry,) = (entry for entry in container(job_objects(job()))["env"] if entry["name"] == "NODE_NAME")
+    assert entry["valueFrom"]["fieldRef"]["fieldPath"] == "spec.nodeName"
 
 
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")

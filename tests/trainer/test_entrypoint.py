@@ -19,7 +19,7 @@ from pathlib import Path
 import micro
 import pytest
 
-from trainer import distributed, entrypoint, failures, limits, restarts
+from trainer import distributed, entrypoint, failures, limits, preflight, restarts
 from trainer.exitcodes import MEANING, ExitCode, TrainingError, of_process, retryable
 from trainer.failures import Failure, classify, root_cause
 from trainer.restarts import NodeRecord
@@ -77,7 +77,7 @@ def shim(
     for number, handler in {**handlers, signal.SIGQUIT: quits}.items():
         signal.signal(number, handler)
     # What the entrypoint and torchrun set for their children.
-    for name in (failures.DIRECTORY_VARIABLE, "TORCHELASTIC_SIGNALS_TO_HANDLE"):
+    for name in (failures.DIRECTORY_VARIABLE, preflight.VARIABLE, "TORCHELASTIC_SIGNALS_TO_HANDLE"):
         os.environ.pop(name, None)
     logging.getLogger("trainer").handlers = []
 
@@ -231,8 +231,8 @@ def test_directory_that_cannot_be_made_is_one_line(micro_data: Path, tmp_path: P
     file = micro.write_spec(micro.micro_spec(micro_data, tmp_path / "file" / "run"), tmp_path / "spec.yaml")
     command = [sys.executable, "-m", "trainer.entrypoint", "--spec", str(file)]
     done = subprocess.run(command, env=micro.environment(), capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"{tmp_path / 'file' / 'run'}: Not a directory; mend the path" in done.stderr
+    assert done.returncode == 66 and "Traceback" not in done.stderr
+    assert f"{tmp_path / 'file' / 'run'}: Not a directory; mend the volume" in done.stderr
 
 
 def test_bad_spec_ends_with_2_before_anything_starts(tmp_path: Path, micro_data: Path):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from prometheus_client import generate_latest
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - imported here so that no test's time contains it
 
-from trainer import checkpoint, distributed, failures, limits
+from trainer import checkpoint, distributed, failures, limits, preflight
 from trainer.checkpoint import CheckpointManifest
 from trainer.checkpointer import Checkpointer
 from trainer.data.loader import TokenLoader
@@ -212,6 +212,8 @@ def test_every_metric_of_the_table_is_exported(micro_data: Path, tmp_path: Path,
     Path(spec.run_dir).mkdir()
     nodes = {"pod": NodeRecord(total=2, reasons={"137": 2})}
     (tmp_path / "run" / "restarts.json").write_text(json.dumps({"nodes": {k: vars(v) for k, v in nodes.items()}}))
+    monkeypatch.setenv(preflight.VARIABLE, "")
+    preflight.of_node(spec)  # as the entrypoint does
     assert train(spec) == 0
     (page,) = pages
     lines = [line for line in page.splitlines() if not line.startswith("#")]

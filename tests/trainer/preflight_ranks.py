@@ -1,0 +1,67 @@
+"""One of three ranks of the preflight tests: makes the checks between ranks, in turn with one fault after another.
+
+Each rank prints what a case gave, as JSON; `NODE_NAME` says which machine it pretends to be on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from types import SimpleNamespace
+
+import torch.distributed as dist
+
+from trainer import distributed
+from trainer.exitcodes import TrainingError
+from trainer.preflight import ranks
+from trainer.spec import PreflightSpec, RuntimeSpec
+
+FAULTY = 1
+pass_on = ranks._pass_on
+
+
+def late(world, outgoing, incoming):
+    """What the faulty rank sends takes 0.4 s longer; what it receives does not."""
+    if world.rank != FAULTY:
+        return pass_on(world, outgoing, incoming)
+    dist.recv(incoming, (world.rank - 1) % world.size)
+    time.sleep(0.4)
+    dist.send(outgoing, (world.rank + 1) % world.size)
+
+
+def losing(world, outgoing, incoming):
+    pass_on(world, outgoing, incoming)
+    if world.rank == FAULTY:
+        incoming[7] = -1
+
+
+def main() -> None:
+    world = distributed.start(RuntimeSpec(device="cpu", communication_timeout_seconds=60), seed=0)
+    shift = 60 if world.rank == FAULTY else 0
+    skewed = SimpleNamespace(time=lambda: time.time() + shift, perf_counter=time.perf_counter)
+    found = {}
+    for case, patches, limits in (
+        ("sound", {}, {}),
+        ("skewed", {"time": skewed}, {}),
+        ("slow", {"_pass_on": late}, {}),
+        ("below the floor", {"_pass_on": late}, {"min_link_gb_per_second": 0.012}),
+        ("losing", {"_pass_on": losing}, {}),
+    ):
+        before = {name: getattr(ranks, name) for name in patches}
+        for name, value in patches.items():
+            setattr(ranks, name, value)
+        try:
+            findings = ranks.of_ranks(PreflightSpec(**limits), world)
+            found[case] = [vars(finding) for finding in findings]
+        except TrainingError as error:
+            found[case] = [error.code, str(error)]
+        for name, value in before.items():
+            setattr(ranks, name, value)
+        world.barrier()
+    with open(os.environ["RESULT"], "w", encoding="utf-8") as stream:
+        json.dump(found, stream)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""What a check returns, and how its figures are judged and written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MB, GB, GIB = 1e6, 1e9, 2**30
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A check that did not fail: `text` for the summary ("" when there is nothing to tell), and what to warn of."""
+
+    text: str = ""
+    bytes_per_second: float | None = None
+    warning: str | None = None
+
+
+def megabytes(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / MB:,.0f} MB/s"
+
+
+def gibibytes(count: float) -> str:
+    return f"{count / GIB:,.1f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:,.0f} MiB"

@@ -1,0 +1,166 @@
+"""Volumes and shared memory of a node: can they be used, are they large enough, how fast are they. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+from trainer.checkpoint import published
+from trainer.data.manifest import DataError, read_manifest, sync_directory
+from trainer.exitcodes import ExitCode, TrainingError
+from trainer.memory import training_memory
+from trainer.preflight.measured import GIB, MB, Measured, gibibytes, megabytes
+from trainer.spec import TokensSpec, TrainSpec
+
+SHARED_MEMORY = Path("/dev/shm")
+READ_BYTES, WRITE_BYTES = 64 * 2**20, 16 * 2**20
+PATIENCE_SECONDS = 2.0  # then what has been moved so far is the measurement
+SLOW_MB_PER_SECOND = 10.0  # warned of where the spec names no floor
+JUDGED_BYTES = 4 * 2**20  # of less, the time says more about opening files than about the volume
+_CHUNK = 2**20
+
+
+def readable(tokens: TokensSpec, floor_mb_per_second: float | None) -> Measured:
+    """Read some of the shards, from the volume rather than from the page cache.
+
+    Raises:
+        TrainingError: 65, they cannot be read, or more slowly than the spec demands.
+    """
+    directory = Path(tokens.shards)
+    try:
+        files = read_manifest(directory, "shards").files
+    except DataError as error:
+        raise TrainingError(ExitCode.DATA, str(error)) from None
+    tokens_files = [entry for entry in files if entry.path.endswith(".bin") and entry.split == "train"]
+    count, began = 0, time.monotonic()
+    for entry in sorted(tokens_files, key=lambda entry: -entry.bytes):
+        file = directory / entry.path
+        try:
+            count += _read(file, READ_BYTES - count, began + PATIENCE_SECONDS)
+        except OSError as error:
+            raise TrainingError(
+                ExitCode.DATA, f"{file}: {error.strerror}; mend the volume of the datasets or the rights on it"
+            ) from None
+        if count >= READ_BYTES or time.monotonic() > began + PATIENCE_SECONDS:
+            break
+    rate = count / max(time.monotonic() - began, 1e-6)
+    floor = "runtime.preflight.min_read_mb_per_second"
+    warning = _judged(f"{directory} is read at", rate, count, floor_mb_per_second, floor, ExitCode.DATA)
+    return Measured(f"datasets {megabytes(rate)}", rate, warning)
+
+
+def writable(spec: TrainSpec, floor_mb_per_second: float | None) -> Measured:
+    """Write, sync, rename, read back and remove a file where the checkpoints go, and look at the free space.
+
+    Raises:
+        TrainingError: 66, any of that is impossible, too slow by the spec's own floor, or the space too little.
+    """
+    directory = Path(spec.run_dir)
+    # One name for each node: what a killed start leaves behind, the next one overwrites.
+    draft = directory / f".preflight-{socket.gethostname()}.draft"
+    final = draft.with_suffix("")
+    block = os.urandom(_CHUNK)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        began, count = time.monotonic(), 0
+        with draft.open("wb", buffering=0) as stream:
+            while count < WRITE_BYTES and time.monotonic() < began + PATIENCE_SECONDS:
+                count += stream.write(block)
+            os.fsync(stream.fileno())
+        rate = count / max(time.monotonic() - began, 1e-6)
+        draft.replace(final)
+        sync_directory(directory)
+        with final.open("rb") as stream:
+            _drop_cached(stream.fileno())
+            same = all(part == block[: len(part)] for part in iter(lambda: stream.read(_CHUNK), b""))
+    except OSError as error:
+        raise TrainingError(
+            ExitCode.CHECKPOINT,
+            f"{directory} cannot take checkpoints ({error.strerror}); free space on its volume, or mend its rights: it "
+            f"must be writable for uid {os.getuid()}",
+        ) from None
+    finally:
+        _remove(draft, final)
+    if not same:
+        raise TrainingError(
+            ExitCode.CHECKPOINT, f"{directory} gives back other bytes than were written; use another volume"
+        )
+    free = _free(spec, directory)
+    floor = "runtime.preflight.min_write_mb_per_second"
+    warning = _judged(f"{directory} is written at", rate, count, floor_mb_per_second, floor, ExitCode.CHECKPOINT)
+    return Measured(f"checkpoints {megabytes(rate)}, {gibibytes(free)} free", rate, warning)
+
+
+def shared_memory(minimum_gib: float | None, path: Path = SHARED_MEMORY) -> Measured:
+    """Compare the size of /dev/shm, through which NCCL and worker processes talk, with what the job asks for.
+
+    Raises:
+        TrainingError: 2, it is smaller.
+    """
+    try:
+        size = _size(path)
+    except OSError as error:
+        raise TrainingError(ExitCode.SPEC, f"{path}: {error.strerror}; mount a memory volume there") from None
+    if minimum_gib is not None and size < 0.99 * minimum_gib * GIB:  # a kernel rounds to pages
+        raise TrainingError(
+            ExitCode.SPEC,
+            f"{path} has {gibibytes(size)}, the job asks for {minimum_gib:g} GiB; mount an emptyDir of medium Memory "
+            "there with that sizeLimit, below the memory limit of the container (docker: --shm-size), or lower "
+            "cluster.shared_memory_gib",
+        )
+    return Measured(f"shared memory {gibibytes(size)}")
+
+
+def _free(spec: TrainSpec, directory: Path) -> float:
+    """Free bytes of the checkpoint volume; enough for what the run is going to keep there besides what it has."""
+    memory = training_memory(spec.model, spec.optimizer)
+    size = memory.weights + memory.optimizer
+    # A new checkpoint is complete before the oldest goes.
+    missing = max(1, spec.checkpoint.keep_last + 1 - len(published(directory)))
+    status = os.statvfs(directory)
+    free = status.f_bavail * status.f_frsize
+    if status.f_blocks and free < missing * size:  # some network file systems do not tell
+        raise TrainingError(
+            ExitCode.CHECKPOINT,
+            f"{directory} has {gibibytes(free)} free, the run needs {gibibytes(missing * size)} ({missing} checkpoints "
+            f"of {gibibytes(size)}); free space, enlarge the volume, or lower checkpoint.keep_last",
+        )
+    return free
+
+
+def _judged(what: str, rate: float, count: int, floor_mb: float | None, field: str, code: ExitCode) -> str | None:
+    if count < JUDGED_BYTES or rate >= (floor_mb or SLOW_MB_PER_SECOND) * MB:
+        return None
+    text = f"{what} {rate / MB:.1f} MB/s, "
+    if floor_mb is None:
+        return f"{text}less than {SLOW_MB_PER_SECOND:g}; training may wait for it, look at the volume"
+    raise TrainingError(code, f"{text}the floor is {floor_mb:g}; use a faster volume or lower {field}")
+
+
+def _read(file: Path, most: int, deadline: float) -> int:
+    count = 0
+    with file.open("rb", buffering=0) as stream:
+        _drop_cached(stream.fileno())
+        while count < most and time.monotonic() < deadline and (part := stream.read(min(_CHUNK, most - count))):
+            count += len(part)
+    return count
+
+
+def _drop_cached(descriptor: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _size(path: Path) -> int:
+    status = os.statvfs(path)
+    return status.f_blocks * status.f_frsize
+
+
+def _remove(*files: Path) -> None:
+    for file in files:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError:
+            continue  # the check has failed for the same reason already
