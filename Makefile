@@ -58,7 +58,7 @@ test-peers: .venv-peers/.ready ## token files against megatron-core's reader and
 	$(UV) pip install --quiet --python .venv-kernels/bin/python --no-deps --no-build-isolation -e .
 	@touch $@
 
-images: setup ## both container images; see docker/build.sh for BASE_IMAGE, TAG and the rest
+images: setup ## both container images and what is in them (dist/sbom); see docker/build.sh for BASE_IMAGE, TAG and the rest
 	docker/build.sh
 
 e2e: setup ## the real thing on the cluster of KUBECONFIG; see tests/e2e/run.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the wheel once and both images from it: PREFIXyaongi-{pipeline,trainer}:TAG.
+# Builds the wheel once, both images from it (PREFIXyaongi-{pipeline,trainer}:TAG), and lists what is in each: dist/sbom/*.cdx.json.
 #
 #   BASE_IMAGE           base of the trainer image (default: an NGC PyTorch image, whose torch is kept)
 #   PIPELINE_BASE_IMAGE  base of the pipeline image (default: python:3.11-slim-bookworm)
@@ -13,18 +13,28 @@ python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || { echo "docker/build.sh: no $python; run 'make setup' first or set PYTHON" >&2; exit 2; }
 version=$("$python" -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])')
 revision=$(git describe --always --dirty --exclude '*' 2>/dev/null || echo unknown)
+# The time of the sources, so that the same sources give the same labels.
+created=$(date -u -d "@${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || date +%s)}" +%Y-%m-%dT%H:%M:%SZ)
+# Where the sources are published; nothing for a clone of a folder. Never with what stands before an @: it may be a password.
+origin=$({ git remote get-url origin 2>/dev/null || true; } | sed -nE 's#^(https?://|ssh://|git@)([^/]*@)?([^:/]+)(:[0-9]+)?[:/](.*)$#https://\3/\5#p' | sed 's/\.git$//')
 
 # A clean build folder and a fixed time (a zip's earliest) make the wheel a function of the sources: unchanged, it hits the layer cache.
 rm -rf build dist
-export SOURCE_DATE_EPOCH=315532800
-"$python" -m build --wheel --no-isolation --outdir dist . >/dev/null
+SOURCE_DATE_EPOCH=315532800 "$python" -m build --wheel --no-isolation --outdir dist . >/dev/null
 "$python" docker/check_wheel.py dist/yaongi-"$version"-*.whl
 
 build() {
-    local image=$1 name=${IMAGE_PREFIX-localhost/}yaongi-$1:${TAG:-$version}
-    shift
-    docker/build-image.sh "$name" . -f "docker/$image.Dockerfile" --build-arg "VERSION=$version" --build-arg "REVISION=$revision" "$@"
-    echo "built $name ($revision)"
+    local image=$1 base=$2 name=${IMAGE_PREFIX-localhost/}yaongi-$1:${TAG:-$version} label digest labels=()
+    shift 2
+    base=${base:-$(sed -n 's/^ARG BASE_IMAGE=//p' "docker/$image.Dockerfile")}
+    digest=$(docker/image.sh digest "$base")
+    for label in "version=$version" "revision=$revision" "created=$created" "base.name=$base" \
+        ${digest:+"base.digest=$digest"} ${origin:+"source=$origin"}; do
+        labels+=(--label "org.opencontainers.image.$label")
+    done
+    docker/image.sh build "$name" . -f "docker/$image.Dockerfile" --build-arg "BASE_IMAGE=$base" "${labels[@]}" "$@"
+    "$python" docker/sbom.py "$name" "dist/sbom/yaongi-$image.cdx.json"
+    echo "built $name ($revision), dist/sbom/yaongi-$image.cdx.json"
 }
-build pipeline ${PIPELINE_BASE_IMAGE:+--build-arg "BASE_IMAGE=$PIPELINE_BASE_IMAGE"}
-build trainer --build-arg "CPU_ONLY=${CPU_ONLY:-0}" ${BASE_IMAGE:+--build-arg "BASE_IMAGE=$BASE_IMAGE"}
+build pipeline "${PIPELINE_BASE_IMAGE:-}"
+build trainer "${BASE_IMAGE:-}" --build-arg "CPU_ONLY=${CPU_ONLY:-0}"

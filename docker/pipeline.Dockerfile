@@ -2,11 +2,10 @@
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
 
-USER root
-# hadolint ignore=DL3008
+USER 0:0
 RUN set -eu; \
     apt-get update; \
-    apt-get install -y --no-install-recommends tini; \
+    apt-get install -y --no-install-recommends 'tini=0.19.*'; \
     rm -rf /var/lib/apt/lists/*; \
     getent group 1000 >/dev/null || groupadd --gid 1000 yaongi; \
     getent passwd 1000 >/dev/null || useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp yaongi; \
@@ -28,13 +27,10 @@ ENV PATH=/opt/yaongi/bin:$PATH \
     HF_HOME=/tmp/cache/huggingface \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
-ARG VERSION=0
-ARG REVISION=unknown
+# docker/build.sh adds version, revision, time, source and base.
 LABEL org.opencontainers.image.title="yaongi pipeline" \
       org.opencontainers.image.description="Runs the pipeline's steps: yaongi run JOB, or as the image of its KFP components" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.licenses="Apache-2.0"
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["/usr/local/bin/entry"]

@@ -4,19 +4,18 @@ FROM ${BASE_IMAGE}
 # 1: without what only GPUs need, for tests on CPUs.
 ARG CPU_ONLY=0
 
-USER root
-# hadolint ignore=DL3008
+USER 0:0
 RUN set -eu; \
     apt-get update; \
-    apt-get install -y --no-install-recommends tini; \
+    apt-get install -y --no-install-recommends 'tini=0.19.*'; \
     rm -rf /var/lib/apt/lists/*; \
     getent group 1000 >/dev/null || groupadd --gid 1000 yaongi; \
     getent passwd 1000 >/dev/null || useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp yaongi; \
     python3 -m venv --system-site-packages --without-pip /opt/yaongi
 
 COPY requirements-trainer.lock docker/select_requirements.py /opt/yaongi/
+WORKDIR /opt/yaongi
 RUN set -eu; \
-    cd /opt/yaongi; \
     if [ "$CPU_ONLY" = 1 ]; then flags=--cpu-only; else flags=; fi; \
     python3 select_requirements.py requirements-trainer.lock $flags > requirements.txt; \
     PIP_CONSTRAINT='' python3 -m pip --python bin/python install --no-cache-dir --no-deps --require-hashes -r requirements.txt
@@ -35,13 +34,10 @@ ENV PATH=/opt/yaongi/bin:$PATH \
     TRITON_CACHE_DIR=/tmp/cache/triton \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
-ARG VERSION=0
-ARG REVISION=unknown
+# docker/build.sh adds version, revision, time, source and base.
 LABEL org.opencontainers.image.title="yaongi trainer" \
       org.opencontainers.image.description="Trains, evaluates and exports: python -m trainer.entrypoint" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.licenses="Apache-2.0"
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["/usr/local/bin/entry"]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+from manifests.alerts import prometheus_rule
 from manifests.chartvalues import defaults, schema, table, values_yaml
 from manifests.kinds import Object
+from manifests.monitors import pod_monitor, step_monitor
 from manifests.queue import cluster_queue, local_queue, resource_flavor
 from manifests.rbac import rbac
-from manifests.render import pod_monitor, pvcs
+from manifests.render import pvcs
 from manifests.spec import job_from
 from manifests.yamltext import to_yaml
 
@@ -29,12 +31,14 @@ def objects() -> dict[str, list[Object]]:
     job = job_from({"preset": "h100-4b"}, {"cluster": {"gpus_per_node": RANKS_SCRAPED}})
     queue = defaults()["queue"]
     behind = queue["clusterQueue"]
-    monitor = pod_monitor(job)
-    del monitor["metadata"]["labels"]  # the chart's values have them
+    monitors, rule = [pod_monitor(job), step_monitor(job)], prometheus_rule({})
+    for each in (*monitors, rule):
+        del each["metadata"]["labels"]  # the chart's values have them
     return {
         "launcher": rbac("default"),
         "storage": pvcs(job),
-        "podmonitor": [monitor],
+        "podmonitor": monitors,
+        "prometheusrule": [rule],
         "queue": [
             local_queue(queue["name"], behind["name"]),
             cluster_queue(behind["name"], behind["flavor"], behind["quotas"]),

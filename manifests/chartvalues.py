@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from manifests.alerts import RUNBOOKS
 from manifests.objects import gibibytes
 from manifests.rbac import ACCOUNTS, ROLE
 from manifests.render import CHECKPOINTS_GIB, DATASETS_GIB
@@ -68,10 +69,15 @@ class Storage(Values):
 
 
 class PodMonitor(Values):
-    enabled: Switch = Field("auto", description="Scrape every rank; auto: where the Prometheus operator is installed.")
+    enabled: Switch = Field("auto", description="Scrape them; auto: where the Prometheus operator is installed.")
     interval: Duration = Field(
         f"{DEFAULT_OBSERVABILITY.scrape_interval_seconds:g}s", description="Time between two scrapes."
     )
+
+
+class Rules(Values):
+    enabled: Switch = Field("auto", description="Alerts; auto: where the Prometheus operator is installed.")
+    runbooks: str = Field(RUNBOOKS, description="URL of a copy of docs/runbooks, which the alerts link to.")
 
 
 class Dashboards(Values):
@@ -84,7 +90,8 @@ class Monitoring(Values):
     labels: Texts = Field(
         DEFAULT_OBSERVABILITY.monitor_labels, description="Labels that Prometheus selects monitors and rules by."
     )
-    pod_monitor: PodMonitor = Field(PodMonitor(), description="PodMonitor of the training pods.")
+    pod_monitor: PodMonitor = Field(PodMonitor(), description="PodMonitors of training pods and pipeline steps.")
+    rules: Rules = Field(Rules(), description="PrometheusRule.")
     dashboards: Dashboards = Field(Dashboards(), description="Dashboards.")
 
 

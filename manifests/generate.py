@@ -1,4 +1,4 @@
-"""Write the committed manifests, or print some of them: `python -m manifests.generate [rbac NAMESPACE]`.
+"""Write the committed manifests, or print some of them: `python -m manifests.generate [rbac NAMESPACE | rules]`.
 
 Without arguments `base/` and `examples/` beside this file and what the Helm chart has from here are written anew; tests
 compare them with the committed.
@@ -10,8 +10,10 @@ import argparse
 from pathlib import Path
 
 from manifests import chart
+from manifests.alerts import RUNBOOKS, prometheus_rule, rule_groups
+from manifests.monitors import pod_monitor, step_monitor
 from manifests.rbac import rbac
-from manifests.render import job_objects, pod_monitor, pvcs
+from manifests.render import job_objects, pvcs
 from manifests.spec import JobSpec, job_from
 from manifests.yamltext import to_manifest
 
@@ -33,10 +35,12 @@ def examples() -> dict[str, JobSpec]:
 def files() -> dict[str, str]:
     """Path below this folder → content."""
     jobs = examples()
+    watched = jobs["two-by-eight-h100"]
     content = {
         "base/rbac.yaml": rbac(DEFAULT_NAMESPACE),
         "base/storage.yaml": pvcs(jobs["one-h100"]),
-        "base/podmonitor.yaml": [pod_monitor(jobs["two-by-eight-h100"])],
+        "base/podmonitor.yaml": [pod_monitor(watched), step_monitor(watched)],
+        "base/prometheusrule.yaml": [prometheus_rule(watched.observability.monitor_labels)],
     }
     for name, job in jobs.items():
         content[f"examples/{name}.yaml"] = job_objects(job)
@@ -48,9 +52,14 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command")
     rights = commands.add_parser("rbac", help="print the launcher's rights for a namespace")
     rights.add_argument("namespace")
+    rules = commands.add_parser("rules", help="print the alerts as a file for a Prometheus without the operator")
+    rules.add_argument("--runbooks", default=RUNBOOKS, help="URL of docs/runbooks, for the alerts' links")
     arguments = parser.parse_args()
     if arguments.command == "rbac":
         print(to_manifest(rbac(arguments.namespace)), end="")
+        return
+    if arguments.command == "rules":
+        print(to_manifest([rule_groups(arguments.runbooks)]), end="")
         return
     for folder, content in ((HERE, files()), (chart.CHART, chart.files())):
         for path, text in content.items():

@@ -10,8 +10,10 @@ from manifests.spec import JobSpec
 Task = Literal["train", "evaluate", "export"]
 
 APP = "yaongi-trainer"
+APP_LABEL = "app.kubernetes.io/name"
 RUN_LABEL = "yaongi/run"
 TASK_LABEL = "yaongi/task"
+PIPELINE_LABEL = "yaongi/pipeline-run"  # on launched jobs: the run of the pipeline whose launcher follows it
 DIGEST_ANNOTATION = "yaongi/digest"
 
 STEP_APP = "yaongi-step"  # pods of the pipeline's steps
@@ -55,7 +57,7 @@ def job_name(job: JobSpec, task: Task = "train") -> str:
 
 def labels(job: JobSpec, task: Task) -> dict[str, str]:
     return {
-        "app.kubernetes.io/name": APP,
+        APP_LABEL: APP,
         "app.kubernetes.io/instance": job_name(job, task),
         "app.kubernetes.io/component": task,
         "app.kubernetes.io/part-of": "yaongi",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from manifests.kinds import Object
 
-API = "kueue.x-k8s.io/v1beta1"
+API = "kueue.x-k8s.io/v1beta2"  # what is used of it is the same in v1beta1, which older Kueues serve
 
 
 def local_queue(name: str, cluster_queue: str) -> Object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from manifests import pytorchjob, trainjob
 from manifests.kinds import TRAINJOB, Object
-from manifests.names import APP, DIGEST_ANNOTATION, RUN_LABEL, SPEC_FILE, Task, job_name, kind, labels
+from manifests.names import DIGEST_ANNOTATION, SPEC_FILE, Task, job_name, kind, labels
 from manifests.objects import gibibytes
 from manifests.spec import JobSpec
 from trainer.spec import TrainSpec
@@ -80,27 +80,6 @@ def pvcs(job: JobSpec, *, datasets_gib: float = DATASETS_GIB, checkpoints_gib: f
         }
         for name, size in sizes.items()
     ]
-
-
-def pod_monitor(job: JobSpec) -> Object:
-    """Scrapes every local rank of every run in its namespace; needs the Prometheus operator.
-
-    Series carry the run beside the namespace and pod that the operator adds: alerts and dashboards select by it.
-    """
-    interval = f"{job.observability.scrape_interval_seconds:g}s"
-    of_run = {"sourceLabels": [f"__meta_kubernetes_pod_label_{RUN_LABEL.replace('/', '_')}"], "targetLabel": "run"}
-    return {
-        "apiVersion": "monitoring.coreos.com/v1",
-        "kind": "PodMonitor",
-        "metadata": {"name": APP, "labels": dict(job.observability.monitor_labels)},
-        "spec": {
-            "selector": {"matchLabels": {"app.kubernetes.io/name": APP}},
-            "podMetricsEndpoints": [
-                {"port": f"metrics-{rank}", "interval": interval, "relabelings": [of_run]}
-                for rank in range(job.cluster.ranks_per_node)
-            ],
-        },
-    }
 
 
 def _metadata(job: JobSpec, task: Task) -> Object:

@@ -7,6 +7,7 @@ checks what lies on its volume and does no work that is done.
 
 from kfp import dsl, kubernetes
 
+from components.cleanup.component import cleanup
 from components.download.component import download
 from components.hygiene.component import hygiene
 from components.images import PIPELINE_IMAGE
@@ -15,10 +16,15 @@ from components.plan.component import plan
 from components.shards.component import encode, shards
 from components.summary.component import summary
 from components.tokenizer.component import tokenizer
+from manifests.names import APP_LABEL, STEP_APP
 from manifests.spec import StorageSpec
 
 STORAGE = StorageSpec()
 UID = 1000  # of both images
+RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER  # marks the jobs of this run of the pipeline
+# Of a step's pod, pulling its image included. A launcher watches cluster.{queue,start,run}_timeout_seconds instead: its
+# pod's end at a time that does not know of those would look like a person's.
+SHORT_SECONDS, DATA_SECONDS, OWN_CLOCKS = 1800, 7 * 86_400, 0
 HUB_SECRET = "huggingface"  # optional; its key `token` is an access token of the Hugging Face Hub
 
 
@@ -48,12 +54,17 @@ def pretrain(
         overrides: JSON object with any other field of the job, for example {"train": {"seed": 1}}.
     """
 
-    def placed(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """Image, volumes and identity of a step that reads or writes the two volumes."""
+    def based(task: dsl.PipelineTask, limit: int) -> dsl.PipelineTask:
+        """Image, identity and longest time of every step; Prometheus finds it by its label."""
         task.set_container_image(image).set_caching_options(False)
         kubernetes.set_image_pull_policy(task, "IfNotPresent")
-        kubernetes.set_security_context(task, run_as_user=UID, run_as_group=UID, run_as_non_root=True)
-        kubernetes.mount_pvc(task, datasets_pvc, STORAGE.datasets_dir)
+        kubernetes.set_timeout(task, limit)
+        kubernetes.add_pod_label(task, APP_LABEL, STEP_APP)
+        return kubernetes.set_security_context(task, run_as_user=UID, run_as_group=UID, run_as_non_root=True)
+
+    def placed(task: dsl.PipelineTask, limit: int = DATA_SECONDS) -> dsl.PipelineTask:
+        """A step that reads or writes the two volumes."""
+        kubernetes.mount_pvc(based(task, limit), datasets_pvc, STORAGE.datasets_dir)
         kubernetes.mount_pvc(task, checkpoints_pvc, STORAGE.checkpoints_dir)
         return task
 
@@ -63,28 +74,32 @@ def pretrain(
 
     def launched(name: str, job: str, after: str) -> dsl.PipelineTask:
         """A task of the trainer; the job it creates belongs to the launcher's pod."""
-        task = placed(launch(job=job, task=name, after=after)).set_display_name(name)
+        task = placed(launch(job=job, task=name, after=after, pipeline_run=RUN_ID), OWN_CLOCKS).set_display_name(name)
         return kubernetes.use_field_path_as_env(task, "POD_NAME", "metadata.name")
 
-    job = placed(
-        plan(
-            preset=preset,
-            steps=steps,
-            nodes=nodes,
-            gpus_per_node=gpus_per_node,
-            datasets_pvc=datasets_pvc,
-            checkpoints_pvc=checkpoints_pvc,
-            trainer_image=trainer_image,
-            overrides=overrides,
-        )
-    ).output
-    fetched = from_hub(download(job=job)).output
-    raw = from_hub(hygiene(job=job, raw=fetched)).output
-    trained = placed(tokenizer(job=job, raw=raw)).outputs
-    with dsl.ParallelFor(trained["Output"], name="encode-ranges") as part:
-        encoded = placed(encode(part=part)).output
-    tokens = placed(shards(job=job, raw=raw, tokenizer=trained["tokenizer"], after=dsl.Collected(encoded))).output
-    model = launched("train", job, tokens).output
-    quality = launched("evaluate", job, model).output
-    exported = launched("export", job, quality).output
-    placed(summary(job=job, exported=exported))
+    # Runs however the other steps end, also when the run is terminated, which stops a launcher without a signal.
+    last = based(cleanup(pipeline_run=RUN_ID, preset=preset, overrides=overrides), SHORT_SECONDS)
+    with dsl.ExitHandler(last, name="pretrain"):
+        job = placed(
+            plan(
+                preset=preset,
+                steps=steps,
+                nodes=nodes,
+                gpus_per_node=gpus_per_node,
+                datasets_pvc=datasets_pvc,
+                checkpoints_pvc=checkpoints_pvc,
+                trainer_image=trainer_image,
+                overrides=overrides,
+            ),
+            SHORT_SECONDS,
+        ).output
+        fetched = from_hub(download(job=job)).output
+        raw = from_hub(hygiene(job=job, raw=fetched)).output
+        trained = placed(tokenizer(job=job, raw=raw)).outputs
+        with dsl.ParallelFor(trained["Output"], name="encode-ranges") as part:
+            encoded = placed(encode(part=part)).output
+        tokens = placed(shards(job=job, raw=raw, tokenizer=trained["tokenizer"], after=dsl.Collected(encoded))).output
+        model = launched("train", job, tokens).output
+        quality = launched("evaluate", job, model).output
+        exported = launched("export", job, quality).output
+        placed(summary(job=job, exported=exported), SHORT_SECONDS)

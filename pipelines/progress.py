@@ -6,6 +6,7 @@ the log file only.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
 from typing import TextIO
@@ -15,6 +16,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from components.running import DONE, FAILED, STARTED
 
+# What kfp.local says of a step that has died, also of one that could not say so itself.
+TASK_FAILED = re.compile(r"Task \S+ finished with status \S*FAILURE")
 INDENT = " " * 4  # kfp.local puts it before every line of a step, several times where steps lie in one another
 
 
@@ -59,9 +62,9 @@ class Watcher:
             self.seconds[name] = time.monotonic() - self.running.pop(name)
             self._print(text, style="green")
         elif self.step and text.startswith(FAILED):
-            self.failure = text.removeprefix(FAILED)
-            if self.running.pop(self.failure.partition(": ")[0], None) is None:
-                self.running.clear()
+            self._failed(text.removeprefix(FAILED))
+        elif TASK_FAILED.search(line):
+            self._failed(self.last_line)
         elif self.verbose:
             self._print(line)
         elif self.step and line.startswith(INDENT) and text and not self._for_the_log(text):
@@ -69,6 +72,12 @@ class Watcher:
         if line.startswith(INDENT) and text:
             # What a step that dies of something unforeseen said last, which is the end of its traceback.
             self.last_line = f"{self.step}: {text.strip()}" if self.step else text.strip()
+
+    def _failed(self, failure: str) -> None:
+        """The first one counts: what comes after it is the cleaning up."""
+        self.failure = self.failure or failure
+        if self.running.pop(failure.partition(": ")[0], None) is None:
+            self.running.clear()
 
     def _for_the_log(self, text: str) -> bool:
         """Whether `text` is a result as JSON or belongs to a traceback; the last line of one is not indented."""

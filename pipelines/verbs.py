@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pipelines.why import why
+
 Run = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's name or its beginning, its directory, a preset or job file.")
 ]
@@ -22,7 +24,7 @@ WIDE = 200  # characters of a table's lines where nothing is on a terminal
 
 
 def register(app: typer.Typer) -> None:
-    for command in (local, status, logs, stop, resume):
+    for command in (local, status, logs, stop, resume, why):
         app.command()(command)
 
 

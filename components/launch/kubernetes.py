@@ -22,7 +22,7 @@ from components.launch.kubernetes_api import ApiUnreachable, Cluster, Refused
 from components.launch.kubernetes_follow import Follower, JobFailed
 from components.launch.lease import held
 from manifests.kinds import JobKind, Object, kind_of, pod_template
-from manifests.names import DIGEST_ANNOTATION, Task
+from manifests.names import DIGEST_ANNOTATION, PIPELINE_LABEL, Task
 from manifests.render import job_objects
 from manifests.spec import ClusterSpec, JobSpec
 from trainer.exitcodes import ExitCode
@@ -34,8 +34,11 @@ def show(line: str) -> None:
     print(line, flush=True)
 
 
-def run(job: JobSpec, task: Task = "train") -> None:
+def run(job: JobSpec, task: Task = "train", pipeline_run: str = "") -> None:
     """Run `task` of `job` on the cluster; returns when it has succeeded.
+
+    Args:
+        pipeline_run: id of the pipeline's run that the job is marked with, "" without a pipeline.
 
     Raises:
         LaunchError: it could not start or did not succeed; one line: what, where, how to mend.
@@ -44,7 +47,10 @@ def run(job: JobSpec, task: Task = "train") -> None:
     # A launcher outside the cluster may not have the volume; then there is no lease, as for a job applied by hand.
     mounted = Path(job.storage.checkpoints_dir).is_dir()
     with held(job.run_dir) if mounted else nullcontext(_nothing) as let_lease_lapse:
-        launch(cluster, job_objects(job, task), job.cluster, on_leftover=let_lease_lapse)
+        objects = job_objects(job, task)
+        if pipeline_run:
+            objects[-1]["metadata"]["labels"][PIPELINE_LABEL] = pipeline_run
+        launch(cluster, objects, job.cluster, on_leftover=let_lease_lapse)
 
 
 def _nothing() -> None:
@@ -87,7 +93,7 @@ def launch(
                     cluster.own(need["kind"], need["metadata"]["name"], _reference(current))
                 write(f"launcher: created job {name} in namespace {cluster.namespace}")
             else:
-                _adopt(cluster, current)
+                _adopt(cluster, current, job)
                 write(f"launcher: job {name} in namespace {cluster.namespace} is there already; following it")
             Follower(cluster, current, limits, write).follow()
         except JobFailed:
@@ -140,12 +146,20 @@ def _create(cluster: Cluster, job: Object, needs: Sequence[Object]) -> Object:
         _replace(cluster, need)
     try:
         # The operator answers from a copy of the cluster's state that may lag behind what was created just now.
-        return _patiently(lambda: cluster.create(body), lambda error: "must be created before" in str(error))
+        return _patiently(lambda: _create_once(cluster, body), lambda error: "must be created before" in str(error))
     except Refused as error:
         if error.status != HTTPStatus.CONFLICT:  # then another launcher was faster, and it is that one's
             for need in needs:
                 cluster.delete(need["kind"], need["metadata"]["name"])
         raise
+
+
+def _create_once(cluster: Cluster, body: Object) -> Object:
+    """The object, made by the first or a second request: the answer to the first one may be all that was lost."""
+    try:
+        return cluster.create(body)
+    except ApiUnreachable:
+        return cluster.get(body["kind"], body["metadata"]["name"]) or cluster.create(body)
 
 
 def _replace(cluster: Cluster, need: Object) -> None:
@@ -166,10 +180,10 @@ def _patiently(create: Callable[[], Object], may_pass: Callable[[Refused], bool]
         time.sleep(0.5)
 
 
-def _adopt(cluster: Cluster, current: Object) -> None:
-    """The launcher that made the job may be gone; from now on it lives and dies with this one."""
-    if owner := cluster.own_pod():
-        cluster.own(current["kind"], current["metadata"]["name"], owner)
+def _adopt(cluster: Cluster, current: Object, job: Object) -> None:
+    """The launcher that made the job may be gone; from now on it lives and dies with this one and its pipeline."""
+    labels = {PIPELINE_LABEL: job["metadata"]["labels"].get(PIPELINE_LABEL)}
+    cluster.own(current["kind"], current["metadata"]["name"], cluster.own_pod(), labels)
 
 
 def _reference(job: Object) -> Object:
@@ -204,7 +218,7 @@ def _stop(cluster: Cluster, kind: JobKind, name: str, grace_seconds: int, write:
     """
     write(f"launcher: deleting job {name}; its workers have {grace_seconds} s to save a checkpoint")
     try:
-        for pause in (1, 2, 4, 8, 16, 0):
+        for pause in (4, 8, 0):
             try:
                 cluster.delete(kind.kind, name)
                 break

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -24,6 +25,8 @@ from components.launch import LaunchError
 from manifests.kinds import KINDS, PYTORCHJOB, TRAINJOB, JobKind, Object
 
 POD_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0)  # between attempts
+PASSING = (429, 500, 502, 503, 504)  # states of the API server that pass: overload, a new leader, a restart
 REQUEST_TIMEOUT_SECONDS = (5, 30)  # connect, read
 # What the client lets through for a kubeconfig that is no YAML, no text, or of another shape, beside its own error.
 UNUSABLE = (config.ConfigException, OSError, yaml.YAMLError, ValueError, TypeError)
@@ -93,9 +96,23 @@ class Cluster:
     def call(self, doing: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One request; `doing` is the verb and resource for error messages ("create pytorchjobs").
 
+        What may be asked twice is asked again when the server does not answer or has trouble of its own.
+
         Raises:
             Refused, ApiUnreachable
         """
+        for pause in () if doing.startswith("create") else PAUSES_SECONDS:
+            try:
+                return self._request(doing, function, *args, **kwargs)
+            except Refused as error:
+                if error.status not in PASSING:
+                    raise
+            except ApiUnreachable:
+                pass  # asked again below, at last without another chance
+            time.sleep(pause)
+        return self._request(doing, function, *args, **kwargs)
+
+    def _request(self, doing: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, _request_timeout=REQUEST_TIMEOUT_SECONDS, **kwargs)
         except ApiException as error:
@@ -146,10 +163,18 @@ class Cluster:
         resource = self._resource(body["kind"])
         return self.call(f"create {resource.plural}", resource.create, body=body)
 
-    def own(self, kind: str, name: str, owner: Object) -> None:
-        """Make `owner` the object's only owner, with which it is collected."""
+    def jobs(self, kind: JobKind, selector: str) -> list[Object]:
+        """Those whose labels `selector` selects."""
+        place = (kind.group, kind.version, self.namespace, kind.plural)
+        found = self.call(
+            f"list {kind.plural}", self.custom.list_namespaced_custom_object, *place, label_selector=selector
+        )
+        return found["items"]
+
+    def own(self, kind: str, name: str, owner: Object | None, labels: dict[str, str | None] | None = None) -> None:
+        """Make `owner` the object's only owner, with which it is collected, and set labels (None removes either)."""
         resource = self._resource(kind)
-        patch = {"metadata": {"ownerReferences": [owner]}}
+        patch = {"metadata": {"ownerReferences": [owner] if owner else [], "labels": labels or {}}}
         self.call(f"patch {resource.plural}", resource.patch, name=name, body=patch)
 
     def delete(self, kind: str, name: str) -> None:
@@ -160,6 +185,19 @@ class Cluster:
         except Refused as error:
             if error.status != HTTPStatus.NOT_FOUND or "cannot delete" not in str(error):
                 raise
+
+    def delete_unchanged(self, job: Object) -> bool:
+        """As `delete`, unless somebody has changed the job since it was read; whether it is deleted."""
+        metadata, resource = job["metadata"], self._resource(job["kind"])
+        same = client.V1Preconditions(uid=metadata["uid"], resource_version=metadata["resourceVersion"])
+        options = client.V1DeleteOptions(preconditions=same, propagation_policy="Background")
+        try:
+            self.call(f"delete {resource.plural}", resource.delete, name=metadata["name"], body=options)
+        except Refused as error:
+            if error.status not in (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT):
+                raise
+            return False
+        return True
 
     def _resource(self, kind: str) -> _Resource:
         if kind == "ConfigMap":

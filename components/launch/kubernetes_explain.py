@@ -9,27 +9,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
+from components.launch.kubernetes_causes import CONFIG, CREATION, IMAGE, SCHEDULING, Obstacle, exit_meaning, fix_for
 from manifests.kinds import CONTAINERS, PYTORCHJOB, TRAINJOB, Object, kind_of
-from trainer.exitcodes import MEANING, ExitCode, retryable
+from trainer.exitcodes import retryable
 
 Phase = Literal["queued", "starting", "running"]
 LONGEST_MESSAGE_CHARACTERS = 600
 
-# An image that is absent does not appear by waiting; other pull errors (a registry that is down) may pass.
 HOPELESS_WAITING = {"InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError"}
 IMAGE_WAITING = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
-ABSENT_IMAGE_WORDS = ("not found", "does not exist", "manifest unknown", "denied", "unauthorized", "no such host")
+CONFIG_WAITING = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 CREATION_FAILURES = {"FailedCreatePod", "FailedCreateService", "FailedCreate", "TrainJobResourcesCreationFailed"}
 # Of a pod that a Job tries to make again and again; without it the same refusal has the same words.
 RANDOM_SUFFIX = re.compile(rf'(?<=-{TRAINJOB.worker}-)(?P<index>\d+)-[a-z0-9]{{5}}(?=")')
-# Refusals of the pod itself, which no amount of waiting turns into a pod.
-HOPELESS_CREATION_WORDS = (
-    "violates PodSecurity",
-    "Invalid value",
-    "is invalid",
-    "denied the request",
-    "serviceaccount",
-)
 
 
 def has_condition(job: Object, condition: str) -> bool:
@@ -42,7 +34,11 @@ def condition_message(job: Object, condition: str) -> str:
 
 
 def is_active(job: Object) -> bool:
-    return not has_condition(job, kind_of(job).succeeded) and not has_condition(job, "Failed")
+    return not has_succeeded(job) and not has_condition(job, "Failed")
+
+
+def has_succeeded(job: Object) -> bool:
+    return has_condition(job, kind_of(job).succeeded)
 
 
 def is_running(job: Object) -> bool:
@@ -73,7 +69,8 @@ def is_over(pod: Object) -> bool:
 
 def container_status(pod: Object) -> Object:
     statuses = pod.get("status", {}).get("containerStatuses", [])
-    return next((status for status in statuses if status["name"] in CONTAINERS), {})
+    named = (status for status in statuses if status["name"] in CONTAINERS)
+    return next(named, statuses[0] if statuses else {})
 
 
 def container_state(pod: Object) -> Object:
@@ -82,42 +79,46 @@ def container_state(pod: Object) -> Object:
 
 def container(pod: Object) -> Object:
     """The training container, also where a mesh has put another beside it."""
-    return next(container for container in pod["spec"]["containers"] if container["name"] in CONTAINERS)
-
-
-@dataclass(frozen=True)
-class Obstacle:
-    """Why a pod does not run; `hopeless` if waiting cannot help, `pulling` if its image is the reason."""
-
-    text: str
-    hopeless: bool
-    pulling: bool = False
+    containers = pod["spec"]["containers"]
+    return next((each for each in containers if each["name"] in CONTAINERS), containers[0])
 
 
 def obstacle(pod: Object) -> Obstacle | None:
+    """Why the container of a pod does not start; None while nothing hinders it."""
     waiting = container_state(pod).get("waiting", {})
     reason, message = waiting.get("reason", ""), one_line(waiting.get("message", ""))
     if reason in IMAGE_WAITING:
-        text = (
-            f"image '{container(pod)['image']}' cannot be pulled ({reason}: {message}); "
-            "check cluster.image, and that the nodes can reach its registry"
-        )
-        absent = any(word in message.lower() for word in ABSENT_IMAGE_WORDS)
-        return Obstacle(text, reason in HOPELESS_WAITING or absent, pulling=True)
-    if reason in HOPELESS_WAITING:
-        return Obstacle(f"container cannot be made ({reason}: {message})", True)
+        image = container(pod)["image"]
+        fix, hopeless = fix_for(IMAGE, f"{image} {reason} {message}")
+        text = f"image '{image}' cannot be pulled ({reason}: {message})"
+        return Obstacle(text, fix or "check cluster.image", hopeless or reason in HOPELESS_WAITING, pulling=True)
+    if reason in CONFIG_WAITING:
+        fix, _ = fix_for(CONFIG, message)
+        return Obstacle(f"container cannot be made ({reason}: {message})", fix, reason in HOPELESS_WAITING)
     for condition in pod.get("status", {}).get("conditions", []):
         if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
-            return Obstacle(f"cannot be scheduled: {one_line(condition.get('message', ''))}", False)
+            # What follows is about preemption, and long.
+            message = re.split(r" preemption: | no new claims to deallocate", one_line(condition.get("message", "")))[0]
+            return Obstacle(f"cannot be scheduled: {message}", fix_for(SCHEDULING, message, several=True)[0])
     return None
 
 
 def creation_obstacle(event: Object) -> Obstacle | None:
-    """The operator could not create a pod or service: quota, Pod Security, an admission webhook."""
-    if event.get("reason") not in CREATION_FAILURES:
-        return None
+    """A controller could not create a pod or service: quota, Pod Security, an admission webhook."""
     message = RANDOM_SUFFIX.sub(r"\g<index>", one_line(event.get("message", "")))
-    return Obstacle(f"a worker cannot be created: {message}", any(word in message for word in HOPELESS_CREATION_WORDS))
+    # Of a service that is there already the operator only had not heard yet.
+    if event.get("reason") not in CREATION_FAILURES or "already exists" in message:
+        return None
+    fix, hopeless = fix_for(CREATION, message)
+    return Obstacle(f"a worker cannot be created: {message}", fix, hopeless)
+
+
+def mount_obstacle(event: Object) -> Obstacle | None:
+    """The kubelet could not mount a volume of a pod."""
+    if event.get("reason") not in ("FailedMount", "FailedAttachVolume"):
+        return None
+    message = one_line(event.get("message", ""))
+    return Obstacle(f"a volume cannot be mounted: {message}", fix_for(CONFIG, message)[0])
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,7 @@ class Exit:
 
     @property
     def meaning(self) -> str:
-        if self.reason == "OOMKilled":
-            return "out of memory; raise cluster.memory_gib_per_node or lower train.batch.micro_batch_rows"
-        if self.code in list(ExitCode):
-            return MEANING[ExitCode(self.code)]
-        return self.reason or "unknown exit code"
+        return exit_meaning(self.code, self.reason)
 
 
 def exit_of(pod: Object) -> Exit | None:
@@ -186,13 +183,17 @@ def is_about(event: Object, job: Object) -> bool:
     kind, metadata, about = kind_of(job), job["metadata"], event.get("involvedObject", {})
     if about.get("kind") == kind.kind:
         return about.get("uid") == metadata["uid"]
-    # Both are UTC to the second and sort as text; events of the newer API have a time in eventTime only.
-    time = event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
+    time = event_time(event)
     if about.get("kind") == "Pod":
         is_its = about.get("name", "").startswith(kind.worker_name(metadata["name"], ""))
     else:
         is_its = about.get("name", "") == kind.child_name(about.get("kind", ""), metadata["name"])
     return is_its and time[:19] >= metadata["creationTimestamp"][:19]
+
+
+def event_time(event: Object) -> str:
+    """Its last time, UTC, sortable as text to the second; events of the newer API have it in eventTime only."""
+    return event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
 
 
 def is_news(event: Object) -> bool:

@@ -131,7 +131,7 @@ class Follower:
             raise LaunchError(f"job {self.name} was deleted in namespace '{self.cluster.namespace}' by somebody else")
         for job in mine:
             self.job = job
-            if explain.has_condition(job, self.kind.succeeded):
+            if explain.has_succeeded(job):
                 self.write(f"launcher: job {self.name} succeeded ({self.restarts} restarts)")
                 return True
             if explain.has_condition(job, "Failed"):
@@ -207,8 +207,8 @@ class Follower:
     def _note(self, worker: str, found: explain.Obstacle) -> None:
         self.obstacles[worker] = found
         if found.hopeless:
-            raise LaunchError(f"job {self.name} cannot start: {self._named(worker, found.text)}")
-        self._tell(worker, found.text)
+            raise LaunchError(f"job {self.name} cannot start: {self._named(worker, str(found))}")
+        self._tell(worker, str(found))
 
     def _tell(self, what: str, text: str) -> None:
         """Say it once, for the first pod or worker that it is true of."""
@@ -247,7 +247,7 @@ class Follower:
         if not self.pods_known:
             return
         now = time.monotonic()
-        obstacles = [self._named(worker, found.text) for worker, found in self.obstacles.items()]
+        obstacles = [self._named(worker, str(found)) for worker, found in self.obstacles.items()]
         why = "; ".join(obstacles) or self._no_reason()
         spent = now - self.clock.since
         if any(now - since > PULL_PATIENCE_SECONDS for since in self.pulling_since.values()):

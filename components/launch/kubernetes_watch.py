@@ -70,7 +70,8 @@ class Watcher(threading.Thread):
                     self._version = None
                     continue
                 if error.status in (HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND):
-                    self._changes.put(self._cluster.refusal(f"list and watch {self._kind}", error))
+                    verb = "list" if self._version is None else "watch"
+                    self._changes.put(self._cluster.refusal(f"{verb} {self._kind}", error))
                     return
                 pause = self._wait(pause)
             except Unreachable:
@@ -142,9 +143,11 @@ class LogFollower(threading.Thread):
         pause = FIRST_PAUSE_SECONDS
         while not self._stopped.is_set():
             ended = uid in self._ended
+            doing = "get pods"
             try:
                 if self._cluster.core.read_namespaced_pod(name, self._cluster.namespace).metadata.uid != uid:
                     return
+                doing = "get pods/log"
                 lines = Watch().stream(
                     self._cluster.core.read_namespaced_pod_log,
                     name,
@@ -162,7 +165,7 @@ class LogFollower(threading.Thread):
                         last, since, pause = stamp, time.monotonic(), FIRST_PAUSE_SECONDS
             except ApiException as error:
                 if error.status == HTTPStatus.FORBIDDEN:
-                    self._write(f"launcher: no log: {self._cluster.refusal('get pods/log', error)}")
+                    self._write(f"launcher: no log: {self._cluster.refusal(doing, error)}")
                 if error.status in (HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND):
                     return
             except Unreachable:

@@ -19,8 +19,12 @@ from trainer.spec import TrainSpec
 from trainer.specbase import parse, read_yaml, to_yaml
 
 
-def run(job: JobSpec, task: Task, after: StageResult | None = None) -> StageResult:
-    """Run `task` of `job`; `after` is the result of the step before it.
+def run(job: JobSpec, task: Task, after: StageResult | None = None, pipeline_run: str = "") -> StageResult:
+    """Run `task` of `job`.
+
+    Args:
+        after: the result of the step before it.
+        pipeline_run: id of the pipeline's run, by which its exit handler finds the job; "" without a pipeline.
 
     Raises:
         LaunchError: the run directory holds another run, the task failed or left no whole artefact, or what it
@@ -39,7 +43,7 @@ def run(job: JobSpec, task: Task, after: StageResult | None = None) -> StageResu
     else:
         from components.launch import kubernetes
 
-        kubernetes.run(job, task)
+        kubernetes.run(job, task, pipeline_run)
     done = finished(job, task)
     if done is None:
         raise LaunchError(f"{task} ended without an error, yet left no finished result in {job.run_dir}; see its logs")

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from manifests.spec import JobSpec, job_from
-from trainer.specbase import SpecError, deep_merge
+from manifests.spec import ClusterSpec, JobSpec, job_from, preset
+from trainer.specbase import SpecError, deep_merge, parse
 
 # Plain field → its place in the JobSpec. A value in AS_PRESET leaves the preset's own.
 PLAIN = {
@@ -72,6 +72,18 @@ def runnable_here(job: JobSpec) -> JobSpec:
                 f"'{claim}' there, so it must be mounted there where the other steps run too"
             )
     return job
+
+
+def placement(preset_name: str, overrides: str) -> ClusterSpec | None:
+    """Where the training jobs are, for a step that can have no result of `plan`; None for a form that `plan` refuses.
+
+    Of the plain fields, none says where.
+    """
+    try:
+        found = deep_merge(preset(preset_name) if preset_name else {}, _overrides(overrides))
+        return parse(ClusterSpec, found.get("cluster", {}), "cluster")
+    except (ValueError, TypeError):
+        return None
 
 
 def arguments_for(preset: str, changes: dict[str, Any]) -> dict[str, Any]:

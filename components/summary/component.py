@@ -10,16 +10,19 @@ def summary(
     report: dsl.Output[dsl.HTML],
     overview: dsl.Output[dsl.Markdown],
     metrics: dsl.Output[dsl.Metrics],
+    model: dsl.Output[dsl.Model],
 ):
-    """Show the run's report, overview and numbers beside the pipeline; the files stay on the volume."""
+    """Show the run's report, overview, numbers and model beside the pipeline; the files stay on the volume."""
     from components.running import step
-    from components.summary.step import markdown, publish_report, read_run
+    from components.summary.step import markdown, model_artefact, publish_report, read_run
     from manifests.spec import job_from_json
 
     with step("summary"):
-        run = read_run(job_from_json(job).run_dir)
+        spec = job_from_json(job)
+        run = read_run(spec.run_dir)
         publish_report(run, report.path)
         with open(overview.path, "w", encoding="utf-8") as file:
             file.write(markdown(run))
-        for name, value in run.metrics().items():
-            metrics.log_metric(name, value)
+        metrics.metadata.update(run.metrics())
+        model.uri, found = model_artefact(spec, run)
+        model.metadata.update(found)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from components.launch import LaunchError
 from components.launch.artefacts import NUMBERS
+from manifests.spec import JobSpec
 from trainer.checkpoint import latest
 from trainer.results import read_json
 
@@ -31,9 +32,10 @@ class RunSummary:
     samples: list[tuple[str, str]]
 
     def metrics(self) -> dict[str, float]:
-        """The numbers to compare runs by."""
+        """The numbers to compare runs by; only finite ones, since JSON and so Kubeflow Pipelines know no others."""
         quality = {f"bits_per_byte_{domain}": value for domain, value in self.bits_per_byte.items()}
-        return {name: float(getattr(self, name)) for name in NUMBERS} | quality
+        numbers = {name: float(getattr(self, name)) for name in NUMBERS} | quality
+        return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the summary."""
@@ -79,6 +81,36 @@ def markdown(run: RunSummary) -> str:
     table = "".join(f"| {label} | {value} |\n" for label, value in run.rows())
     samples = "".join(f"\n**{prompt}**{text}\n".replace("\n\n", "\n") for prompt, text in run.samples)
     return f"# {run.name}\n\n| | |\n|---|---|\n{table}\n## Samples\n{samples}"
+
+
+def model_artefact(job: JobSpec, run: RunSummary) -> tuple[str, dict[str, str | float]]:
+    """Address and metadata of the exported model; its bytes stay where they are.
+
+    The address of a model on a volume is one that KServe serves from: pvc://<claim>/<path>.
+
+    Raises:
+        LaunchError: there is no export.
+    """
+    needed = ("checkpoint_digest", "step", "parameters", "sha256", "code_version")
+    manifest = read_json(run.export / "manifest.json", needed)
+    if manifest is None:
+        raise LaunchError(f"{run.export} is missing or unfinished; run the pipeline to its end first")
+    address = run.export.as_uri()
+    if job.cluster.target == "kubernetes":
+        address = f"pvc://{job.storage.checkpoints_pvc}/{run.export.relative_to(job.storage.checkpoints_dir)}"
+    licences = sorted({source.licence for source in job.data.sources.values()})
+    metadata: dict[str, str | float] = {
+        "run": run.name,
+        "step": manifest["step"],
+        "parameters": manifest["parameters"],
+        "framework": "pytorch",
+        "format": "safetensors",
+        "sha256": manifest["sha256"]["model.safetensors"],
+        "checkpoint_digest": manifest["checkpoint_digest"],
+        "code_version": manifest["code_version"],
+        "data_licences": ", ".join(licences),
+    }
+    return address, metadata | run.metrics()
 
 
 def publish_report(run: RunSummary, target: str | Path) -> None:

@@ -220,6 +220,6 @@ def test_evaluation_refuses_a_checkpoint_that_moved_on(job, launched):
 def test_on_kubernetes_the_task_becomes_a_job(tmp_path, monkeypatch, launched):
     job = job_for(tmp_path, cluster={"target": "kubernetes"})
     submitted = []
-    monkeypatch.setattr(kubernetes, "run", lambda job, task: submitted.append(task) or leave_training(job))
-    run(job, "train")
-    assert (submitted, launched) == (["train"], [])
+    monkeypatch.setattr(kubernetes, "run", lambda job, *given: submitted.append(given) or leave_training(job))
+    run(job, "train", pipeline_run="r1")
+    assert (submitted, launched) == ([("train", "r1")], [])

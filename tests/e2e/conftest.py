@@ -8,6 +8,7 @@ import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from manifests.names import job_name
 from manifests.spec import load_job
 from trainer.specbase import changes_from_sets
 
+OPERATED = ("PodMonitor", "PrometheusRule")  # objects of the Prometheus operator, which a test cluster lacks
 BASE = Path(__file__).parents[2] / "manifests" / "base"
 
 # A shell starts its background jobs with SIGINT ignored, and so would be the launchers that tests interrupt.
@@ -32,6 +34,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 @pytest.fixture(scope="session")
 def namespace() -> Iterator[Namespace]:
     """Deleted afterwards, unless YAONGI_E2E_KEEP is set."""
+    with restricted_namespace() as space:
+        space.apply(*base_objects(space.name))
+        yield space
+
+
+@contextmanager
+def restricted_namespace() -> Iterator[Namespace]:
+    """A new and empty one that admits only pods of the restricted standard."""
     if shutil.which("kubectl") is None or not os.environ.get("KUBECONFIG"):
         pytest.skip("needs kubectl and KUBECONFIG, a cluster with the training operator (make e2e)")
     name = f"yaongi-e2e-{uuid.uuid4().hex[:6]}"
@@ -43,7 +53,6 @@ def namespace() -> Iterator[Namespace]:
     space = Namespace(name)
     space.apply(restricted)
     try:
-        space.apply(*base_objects(name))
         yield space
     finally:
         if os.environ.get("YAONGI_E2E_KEEP"):
@@ -52,12 +61,18 @@ def namespace() -> Iterator[Namespace]:
             subprocess.run(["kubectl", "delete", "namespace", name, "--timeout=120s"], check=False)
 
 
+@pytest.fixture
+def empty_namespace() -> Iterator[Namespace]:
+    with restricted_namespace() as space:
+        yield space
+
+
 def base_objects(namespace: str) -> list[Object]:
     """manifests/base as it is shipped, in another namespace; monitors need an operator that a test cluster lacks."""
     found = []
     for path in sorted(BASE.glob("*.yaml")):
         text = path.read_text().replace("namespace: kubeflow", f"namespace: {namespace}")
-        found += [item for item in yaml.safe_load_all(text) if item and item["kind"] != "PodMonitor"]
+        found += [item for item in yaml.safe_load_all(text) if item and item["kind"] not in OPERATED]
     assert {item["kind"] for item in found} >= {"PersistentVolumeClaim", "ServiceAccount", "Role", "RoleBinding"}
     return found
 

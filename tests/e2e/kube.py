@@ -37,6 +37,11 @@ class Namespace:
         """Objects of a kind, as `kubectl get KIND SELECTION` finds them."""
         return json.loads(self.kubectl("get", kind, *selection, "-o", "json"))["items"]
 
+    def get(self, kind: str, name: str) -> Object | None:
+        """None if it is absent."""
+        found = self.kubectl("get", kind, name, "--ignore-not-found", "-o", "json")
+        return json.loads(found) if found else None
+
     def show(self, title: str) -> None:
         """Print what the namespace holds, for whoever reads the test's log."""
         print(f"--- {title}\n{self.kubectl('get', 'pytorchjobs,trainjobs,pods', '-o', 'wide')}", flush=True)

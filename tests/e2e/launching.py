@@ -17,6 +17,7 @@ from kubernetes import client, config
 from components.launch.kubernetes import launch
 from components.launch.kubernetes_api import Cluster
 from manifests.kinds import KINDS, Object, pod_template
+from manifests.names import PIPELINE_LABEL
 from manifests.render import job_objects
 from manifests.spec import JobSpec, job_from
 
@@ -33,9 +34,11 @@ def tiny(namespace: Namespace, **changes: Any) -> JobSpec:
     return job_from({"preset": "tiny", "name": f"t{uuid.uuid4().hex[:6]}"}, {"cluster": cluster, **changes})
 
 
-def scripted(job: JobSpec, script: str, image: str = BUSYBOX) -> list[Object]:
+def scripted(job: JobSpec, script: str, image: str = BUSYBOX, pipeline_run: str = "") -> list[Object]:
     """The job's objects as rendered, with a shell script in place of the trainer."""
     rendered = job_objects(job)
+    if pipeline_run:
+        rendered[-1]["metadata"]["labels"][PIPELINE_LABEL] = pipeline_run
     (container,) = pod_template(rendered)["spec"]["containers"]
     del container["args"]
     container.update(image=image, command=["sh", "-c", WORKER + script])
@@ -78,17 +81,17 @@ def as_account(
     return Cluster(client.ApiClient(settings), namespace.name)
 
 
-def process_arguments(job: JobSpec, script: str, namespace: str | None) -> str:
+def process_arguments(job: JobSpec, script: str, namespace: str | None, pipeline_run: str = "") -> str:
     """What launcher_process.py takes; without a namespace it looks for its own."""
-    limits = job.cluster.model_dump(mode="json")
-    return json.dumps({"namespace": namespace, "objects": scripted(job, script), "limits": limits})
+    objects, limits = scripted(job, script, pipeline_run=pipeline_run), job.cluster.model_dump(mode="json")
+    return json.dumps({"namespace": namespace, "objects": objects, "limits": limits})
 
 
 def start_process(
-    namespace: Namespace, job: JobSpec, script: str, processes: list[subprocess.Popen[str]]
+    namespace: Namespace, job: JobSpec, script: str, processes: list[subprocess.Popen[str]], pipeline_run: str = ""
 ) -> subprocess.Popen[str]:
     """A launcher in its own process, as the cluster's administrator."""
-    arguments = process_arguments(job, script, namespace.name)
+    arguments = process_arguments(job, script, namespace.name, pipeline_run)
     command = [sys.executable, str(HERE / "launcher_process.py"), arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     processes.append(process)
@@ -107,6 +110,12 @@ def read_until(process: subprocess.Popen[str], text: str) -> None:
 
 def pods_of(namespace: Namespace, job: JobSpec) -> list[Object]:
     return namespace.find("pods", "-l", KINDS[job.cluster.job].selector(job.run_name))
+
+
+def running_pods_of(namespace: Namespace, job: JobSpec) -> list[str]:
+    """Those that have not ended: a pod object that is left to be looked at holds nothing."""
+    pods = pods_of(namespace, job)
+    return [found["metadata"]["name"] for found in pods if found["status"]["phase"] not in ("Succeeded", "Failed")]
 
 
 def jobs_of(namespace: Namespace, job: JobSpec) -> list[Object]:

@@ -37,7 +37,7 @@ export YAONGI_PROMETHEUS_IMAGE=${YAONGI_PROMETHEUS_IMAGE:-localhost/prometheus:2
 if [ "${YAONGI_IMAGES:-}" != given ]; then
     section "build the images"
     docker/build.sh
-    docker/build-image.sh "$YAONGI_PROMETHEUS_IMAGE" tests/e2e/prometheus \
+    docker/image.sh build "$YAONGI_PROMETHEUS_IMAGE" tests/e2e/prometheus \
         ${PIPELINE_BASE_IMAGE:+--build-arg "BASE_IMAGE=$PIPELINE_BASE_IMAGE"}
     if [ -n "${LOAD_IMAGE:-}" ]; then
         for image in "$YAONGI_PIPELINE_IMAGE" "$YAONGI_TRAINER_IMAGE" "$YAONGI_PROMETHEUS_IMAGE"; do $LOAD_IMAGE "$image"; done

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from cuttable import relay
-from kube import PIPELINE_IMAGE, Namespace, pod, wait_for
+from kube import Namespace, wait_for
 from kubernetes import client
 from launching import (
     HERE,
@@ -21,7 +21,6 @@ from launching import (
     as_account,
     jobs_of,
     pods_of,
-    process_arguments,
     read_until,
     scripted,
     start_process,
@@ -97,16 +96,6 @@ def test_an_absent_claim_is_named_before_anything_is_created(namespace: Namespac
     assert not jobs_of(namespace, job)
 
 
-def test_without_rights_the_verb_and_the_remedy_are_named(namespace: Namespace) -> None:
-    launcher = Launcher(as_account(namespace, "default"))
-    remedy = rf"python -m manifests\.generate rbac {namespace.name} \| kubectl apply"
-    who = f"system:serviceaccount:{namespace.name}:default"
-    with pytest.raises(LaunchError, match=rf"no permission to get persistentvolumeclaims .* as {who}; .*{remedy}"):
-        launcher(tiny(namespace), "true")
-    with pytest.raises(LaunchError, match=f"no permission to create pytorchjobs in namespace '{namespace.name}'"):
-        launcher.cluster.create(job_objects(tiny(namespace))[-1])
-
-
 def test_a_cluster_without_pytorchjob_is_told(namespace: Namespace) -> None:
     """The real answer to a resource that is not there, for want of a cluster without the operator."""
     cluster = Cluster.connect(namespace.name)
@@ -161,22 +150,6 @@ def test_pod_security_that_rejects_the_workers_is_told_at_once(namespace: Namesp
         launch(launcher.cluster, rendered, job.cluster, launcher.write)
 
 
-def test_the_run_timeout_ends_the_job(namespace: Namespace, launcher: Launcher) -> None:
-    job = tiny(namespace, cluster={"run_timeout_seconds": 4})
-    with pytest.raises(LaunchError, match=r"ran longer than cluster\.run_timeout_seconds = 4"):
-        launcher(job, "sleep 100")
-    assert not jobs_of(namespace, job) and not pods_of(namespace, job)
-
-
-def test_sigterm_removes_job_and_pods(namespace: Namespace, processes: list[subprocess.Popen[str]]) -> None:
-    job = tiny(namespace)
-    process = start_process(namespace, job, "echo up; sleep 100", processes)
-    read_until(process, "up")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
-    assert not jobs_of(namespace, job) and not pods_of(namespace, job)
-
-
 def test_a_killed_launcher_is_replaced_by_a_new_one(
     namespace: Namespace, launcher: Launcher, processes: list[subprocess.Popen[str]]
 ) -> None:
@@ -191,21 +164,6 @@ def test_a_killed_launcher_is_replaced_by_a_new_one(
     assert launcher.count("done") == 1
     after = {p["metadata"]["uid"] for p in pods_of(namespace, job)}
     assert len(before) == 2 and after <= before, "the workers were not started again"
-
-
-def test_a_launcher_in_a_pod_owns_its_job(namespace: Namespace) -> None:
-    """As on Kubeflow Pipelines: in-cluster configuration, and no signal when the pod is taken away."""
-    job = tiny(namespace)
-    command = ["python", "-c", (HERE / "launcher_process.py").read_text(), process_arguments(job, "sleep 100", None)]
-    namespace.apply(pod("owner", PIPELINE_IMAGE, command, account="yaongi-launcher", mounts={}))
-    wait_for("both workers", lambda: len(pods_of(namespace, job)) == 2, 120)
-    (found,) = jobs_of(namespace, job)
-    (owner,) = found["metadata"]["ownerReferences"]
-    launcher_pod = json.loads(namespace.kubectl("get", "pod", "owner", "-o", "json"))
-    assert (owner["kind"], owner["name"]) == ("Pod", "owner")
-    assert owner["uid"] == launcher_pod["metadata"]["uid"]
-    namespace.kubectl("delete", "pod", "owner", "--grace-period=0", "--force")
-    wait_for("the job to be collected", lambda: not jobs_of(namespace, job) and not pods_of(namespace, job), 60)
 
 
 def test_a_running_job_with_other_settings_is_left_alone(

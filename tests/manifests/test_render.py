@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from manifests import generate
 from manifests.kinds import Object, pod_template, workers
+from manifests.monitors import pod_monitor, step_monitor
 from manifests.names import Task, job_name
 from manifests.rbac import RULES, rbac
-from manifests.render import config_map, job_objects, pod_monitor, pvcs
+from manifests.render import config_map, job_objects, pvcs
 from manifests.spec import JobSpec, job_from, preset_names
 from trainer.exitcodes import ExitCode
 from trainer.spec import TrainSpec
@@ -123,6 +124,18 @@ def test_each_local_rank_has_its_metrics_port(kind: str) -> None:
         assert endpoint["relabelings"] == [run_of_pod]
     selected = pod_monitor(eight)["spec"]["selector"]["matchLabels"].items()
     assert selected <= pod_template(job_objects(eight))["metadata"]["labels"].items()
+
+
+def test_steps_are_scraped_at_an_address_made_of_their_pods() -> None:
+    """Kubeflow Pipelines declares no container port, among which `port` and `portNumber` select."""
+    spec = step_monitor(job())["spec"]
+    assert spec["selector"]["matchLabels"] == {"app.kubernetes.io/name": "yaongi-step"}
+    (endpoint,) = spec["podMetricsEndpoints"]
+    assert not {"port", "portNumber", "targetPort"} & set(endpoint)
+    container, address, run = endpoint["relabelings"]
+    assert (container["action"], container["regex"]) == ("keep", "main")
+    assert (address["targetLabel"], address["replacement"]) == ("__address__", "${1}:9390")
+    assert run == {"sourceLabels": ["__meta_kubernetes_pod_label_pipeline_runid"], "targetLabel": "run"}
 
 
 @every_job

@@ -1,4 +1,5 @@
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import yaml
 
 import components
 from components.plan.step import AS_PRESET
+from manifests.spec import ClusterSpec, preset, preset_names
 from pipelines.compile import COMMITTED
 
 ROOT = Path(components.__file__).parents[1]
@@ -21,8 +23,14 @@ def documents():
 
 
 @pytest.fixture(scope="module")
-def tasks(documents):
-    return {task["taskInfo"]["name"]: task for task in documents[0]["root"]["dag"]["tasks"].values()}
+def dag(documents):
+    """The steps that the exit handler follows."""
+    return documents[0]["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+
+
+@pytest.fixture(scope="module")
+def tasks(dag):
+    return {task["taskInfo"]["name"]: task for task in dag.values()}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +45,8 @@ def test_the_committed_pipeline_is_the_compiled_one(tmp_path):
     assert (tmp_path / "new.yaml").read_text() == COMMITTED.read_text(), "pretrain.yaml is stale; run `make gen`"
 
 
-def test_steps_follow_one_another(documents, tasks):
-    names = {key: task["taskInfo"]["name"] for key, task in documents[0]["root"]["dag"]["tasks"].items()}
+def test_steps_follow_one_another(dag, tasks):
+    names = {key: task["taskInfo"]["name"] for key, task in dag.items()}
     after = {name: {names[key] for key in task.get("dependentTasks", [])} - {"plan"} for name, task in tasks.items()}
     assert after == {
         "plan": set(),
@@ -58,7 +66,9 @@ def test_no_step_is_cached_by_the_backend(documents, tasks):
     assert tasks.keys() == STEPS | {LOOP}
     inside = documents[0]["components"][tasks[LOOP]["componentRef"]["name"]]["dag"]["tasks"]
     assert list(inside) == ["encode"]
-    for name, task in (tasks | inside).items():
+    outside = documents[0]["root"]["dag"]["tasks"]
+    assert set(outside) == {"exit-handler-1", "cleanup"}
+    for name, task in (tasks | inside | {"cleanup": outside["cleanup"]}).items():
         assert name == LOOP or not task["cachingOptions"].get("enableCache"), name
 
 
@@ -68,16 +78,48 @@ def test_every_step_runs_our_image_and_installs_nothing(executors):
         assert "pip install" not in " ".join(executor["container"]["command"]), name
 
 
-def test_every_step_mounts_the_claims_that_the_form_names(documents, executors):
+def test_every_step_but_the_cleanup_mounts_the_claims_that_the_form_names(documents, executors):
     platform = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert platform.keys() == executors.keys()
     for name, settings in platform.items():
-        mounts = {m["mountPath"]: m["pvcNameParameter"]["componentInputParameter"] for m in settings["pvcMount"]}
-        here = "pipelinechannel--" if name == "exec-encode" else ""  # what a loop calls the pipeline's fields
+        mounts = {
+            m["mountPath"]: m["pvcNameParameter"]["componentInputParameter"] for m in settings.get("pvcMount", [])
+        }
+        here = "pipelinechannel--"  # what loops and exit handlers call the pipeline's fields
         claims = {"/mnt/datasets": f"{here}datasets_pvc", "/mnt/checkpoints": f"{here}checkpoints_pvc"}
-        assert mounts == claims, name
+        assert mounts == ({} if name == "exec-cleanup" else claims), name  # no volume can keep it from its work
         assert settings["imagePullPolicy"] == "IfNotPresent", name
         assert settings["securityContext"]["runAsUser"] == "1000", name
+
+
+def test_what_comes_last_comes_always_and_knows_the_jobs_of_this_run(documents, dag):
+    """kfp.local takes a step for an exit handler's only if it asks how the others ended."""
+    last = documents[0]["root"]["dag"]["tasks"]["cleanup"]
+    assert last["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    assert last["dependentTasks"] == ["exit-handler-1"]
+    inputs = last["inputs"]["parameters"]
+    assert inputs["ended"] == {"taskFinalStatus": {"producerTask": "exit-handler-1"}}
+    marks = [task["inputs"]["parameters"]["pipeline_run"] for key, task in dag.items() if key.startswith("launch")]
+    # Resolved by the backend and by kfp.local alike, but only where it is the whole value.
+    assert marks == [inputs["pipeline_run"]] * 3 == [{"runtimeValue": {"constant": "{{$.pipeline_job_uuid}}"}}] * 3
+
+
+def test_a_step_that_hangs_ends_and_launchers_have_clocks_of_their_own(documents):
+    platform = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    limits = {
+        name.removeprefix("exec-"): int(found.get("activeDeadlineSeconds", 0)) for name, found in platform.items()
+    }
+    assert {name for name, seconds in limits.items() if not seconds} == {"launch", "launch-2", "launch-3"}
+    assert limits["cleanup"] == limits["plan"] == limits["summary"] == 1800
+    assert limits["download"] == limits["hygiene"] == limits["tokenizer"] == limits["encode"] == limits["shards"]
+
+
+def test_the_default_images_have_tags_that_no_node_pulls_anew(documents):
+    """A tag of `latest`, or none, makes Kubernetes pull before every step."""
+    images = [documents[0]["root"]["inputDefinitions"]["parameters"]["image"]["defaultValue"]]
+    images += [preset(name).get("cluster", {}).get("image", ClusterSpec().image) for name in preset_names()]
+    for image in images:
+        assert re.fullmatch(r"[^:]+:(?!latest$)[\w.-]+", image.rpartition("/")[2]), image
 
 
 def test_only_the_steps_that_fetch_see_the_hubs_token_and_none_needs_it(documents):
@@ -111,7 +153,7 @@ def test_the_pipeline_assumes_no_namespace():
 
 def test_component_files_hold_nothing_but_the_wrapper():
     files = sorted((ROOT / "components").glob("*/component.py"))
-    assert len(files) == 7
+    assert len(files) == 8
     for file in files:
         lines = [
             line for line in file.read_text().splitlines() if line.strip() and not line.startswith(("import", "from"))

@@ -63,6 +63,30 @@ def test_verbose_shows_everything():
     assert "KFP Executor" in shown and "Traceback" in shown
 
 
+CLEANED_UP = """\
+
+13:00:02.000 - ERROR - Task \x1b[96m'launch'\x1b[0m finished with status \x1b[91mFAILURE\x1b[0m
+13:00:02.100 - INFO - Executing task \x1b[96m'cleanup'\x1b[0m
+    [KFP Executor 2026-01-01 INFO]: Looking for component `cleanup`
+    {
+        "ended": {
+            "state": "FAILED"
+        }
+    }
+    ▶ cleanup
+    deleting job small
+    error: cleanup: the API server cannot be reached
+"""
+
+
+def test_a_step_that_was_killed_is_what_failed_not_what_cleans_up_after_it():
+    watcher, shown, _ = watch(LINES + CLEANED_UP)
+    assert watcher.failure == "train: step 1/4  loss 8.3"
+    assert shown.splitlines()[-2:] == ["▶ cleanup", "  deleting job small"]
+    watcher, _, _ = watch(LINES + "    error: train: loss is nan\n" + CLEANED_UP)
+    assert watcher.failure == "train: loss is nan"
+
+
 SIDE_BY_SIDE = """\
             ▶ encode 1/2
             ▶ encode 2/2

@@ -1,5 +1,6 @@
 """The pipeline itself on this machine, with a job as small as the data path and the model allow."""
 
+import hashlib
 import json
 import os
 import signal
@@ -9,9 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from kfp import local
+from safetensors.torch import load_file
 from small_job import small_job
 
+from components.summary.component import summary
+from manifests.spec import job_from
 from trainer.checkpoint import latest_step
+from trainer.specbase import read_yaml
 
 YAONGI = Path(sys.executable).with_name("yaongi")
 STEPS = ["plan", "download", "hygiene", "tokenizer", "encode", "shards", "train", "evaluate", "export", "summary"]
@@ -37,9 +43,16 @@ def artefacts(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def test_a_job_runs_from_text_to_export_and_a_second_time_does_nothing(tmp_path):
-    job = small_job(tmp_path)
-    first = yaongi("run", job, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A folder in which a small job has run from text to export, and what that printed."""
+    folder = tmp_path_factory.mktemp("ran")
+    return folder, yaongi("run", small_job(folder), cwd=folder)
+
+
+def test_a_job_runs_from_text_to_export_and_a_second_time_does_nothing(ran):
+    tmp_path, first = ran
+    job = tmp_path / "small.yaml"
     assert first.returncode == 0, first.stdout + first.stderr
     assert [line.split()[1] for line in first.stdout.splitlines() if line.startswith("✓")] == STEPS
     assert "KFP Executor" not in first.stdout
@@ -50,6 +63,7 @@ def test_a_job_runs_from_text_to_export_and_a_second_time_does_nothing(tmp_path)
     assert (run_dir / "report.html").is_file() and (run_dir / "export/model.safetensors").is_file()
     (log,) = (tmp_path / "work/logs").iterdir()
     assert "KFP Executor" in log.read_text()
+    assert "cleanup" not in first.stdout, "there is nothing to clean up on this machine"
 
     made = artefacts(tmp_path)
     second = yaongi("run", job, cwd=tmp_path)
@@ -57,6 +71,37 @@ def test_a_job_runs_from_text_to_export_and_a_second_time_does_nothing(tmp_path)
     assert artefacts(tmp_path) == made
     for task in ("train", "evaluate", "export"):
         assert f"{task}: unchanged and verified, nothing to do" in second.stdout
+
+
+def test_the_run_is_shown_beside_the_pipeline(ran, tmp_path):
+    """Report, overview, numbers and model as Kubeflow Pipelines gets them from the last step."""
+    folder, first = ran
+    assert first.returncode == 0, first.stdout + first.stderr
+    (run_dir,) = (folder / "work/checkpoints/runs").iterdir()
+    job = job_from(read_yaml(run_dir / "job.yaml"))
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path))
+    outputs = summary(job=job.model_dump_json(), exported="").outputs
+
+    evaluation = json.loads((run_dir / "eval.json").read_text())
+    result = json.loads((run_dir / "result.json").read_text())
+    numbers = outputs["metrics"].metadata
+    assert numbers["loss_last"] == result["loss_last"] and numbers["steps"] == 4
+    assert numbers["bits_per_byte_en"] == evaluation["domains"]["en"]["bits_per_byte"]
+    page = Path(outputs["report"].path).read_text()
+    assert page == (run_dir / "report.html").read_text() and "<svg" in page
+    overview = Path(outputs["overview"].path).read_text()
+    assert overview.startswith(f"# {run_dir.name}\n") and "512 in 4 steps" in overview
+
+    model = outputs["model"]
+    assert model.uri == (run_dir / "export").as_uri()
+    weights = (run_dir / "export" / "model.safetensors").read_bytes()
+    assert model.metadata["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert model.metadata["checkpoint_digest"] == result["checkpoint_digest"]
+    assert (model.metadata["run"], model.metadata["step"]) == (run_dir.name, 4)
+    assert model.metadata["data_licences"] == "CC0-1.0"
+    tensors = load_file(run_dir / "export" / "model.safetensors").values()
+    assert model.metadata["parameters"] <= sum(tensor.numel() for tensor in tensors)
+    assert model.metadata["bits_per_byte_code"] == evaluation["domains"]["code"]["bits_per_byte"]
 
 
 def test_a_step_that_fails_is_one_line_on_stderr_that_names_it(tmp_path):

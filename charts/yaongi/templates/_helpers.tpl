@@ -32,7 +32,8 @@ items:
 {{ (index . 0).Files.Get (printf "files/%s.yaml" (index . 1)) }}
 {{- end }}
 
-{{/* The same if they are wanted, else none; the first one's API decides: (list root file switch needed). */}}
+{{/* The same if they are wanted, else none; the first one's API decides, or an older version of it that will do:
+(list root file switch needed [older]). */}}
 {{- define "yaongi.optional" -}}
 {{- $root := index . 0 -}}
 {{- $field := index . 2 -}}
@@ -42,6 +43,13 @@ items:
 {{- $first := first (fromYaml $file).items -}}
 {{- $api := printf "%s/%s" $first.apiVersion $first.kind -}}
 {{- $there := $root.Capabilities.APIVersions.Has $api -}}
+{{- range slice . 4 -}}
+{{- $older := printf "%s/%s" (dir $first.apiVersion) . -}}
+{{- if and (not $there) ($root.Capabilities.APIVersions.Has (printf "%s/%s" $older $first.kind)) -}}
+{{- $there = true -}}
+{{- $file = replace $first.apiVersion $older $file -}}
+{{- end -}}
+{{- end -}}
 {{- if and (eq (toString $switch) "true") (not $there) -}}
 {{- fail (printf "%s is true, but the cluster has no %s; install %s, or set it to auto or false" $field $api (index . 3)) -}}
 {{- end -}}

@@ -1,0 +1,62 @@
+"""Stop what a run of the pipeline left running on the cluster.
+
+The exit handler's step: it runs after the others however they ended. A launcher that could say goodbye has taken its
+job along; one that was killed has not, and its pod object, which owns the job, stays. Jobs that have ended are left for
+inspection, and so is a job that a launcher of another run has adopted meanwhile, since adoption changes its label.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from components.launch import LaunchError
+from components.launch import kubernetes_explain as explain
+from components.launch.kubernetes import show
+from components.launch.kubernetes_api import Cluster
+from manifests.kinds import KINDS
+from manifests.names import PIPELINE_LABEL
+from manifests.spec import ClusterSpec
+
+EXTRA_SECONDS = 60  # beside the grace period, until a node has removed a pod
+
+
+def run(pipeline_run: str, where: ClusterSpec, write: Callable[[str], None] = show) -> None:
+    """Delete the running jobs of a run of the pipeline and wait until none of its pods runs any more.
+
+    Args:
+        pipeline_run: the id that its launchers marked their jobs with.
+        where: kind and namespace of the jobs, and how long their workers have to save a checkpoint.
+
+    Raises:
+        LaunchError: the cluster refuses, or pods do not end.
+    """
+    cleanup(Cluster.connect(where.namespace), pipeline_run, where, write)
+
+
+def cleanup(cluster: Cluster, pipeline_run: str, where: ClusterSpec, write: Callable[[str], None]) -> None:
+    """As `run`."""
+    kind = KINDS[where.job]
+    selector = f"{PIPELINE_LABEL}={pipeline_run}"
+    deleted: set[str] = set()
+    begun = time.monotonic()
+    while True:
+        jobs = cluster.jobs(kind, selector)
+        running = [job for job in jobs if explain.is_active(job)]
+        for job in running:
+            if "deletionTimestamp" not in job["metadata"] and cluster.delete_unchanged(job):
+                name = job["metadata"]["name"]
+                deleted.add(name)
+                write(f"deleted job {name}; its workers have {where.grace_seconds} s to save a checkpoint")
+        names = sorted(deleted | {job["metadata"]["name"] for job in jobs})
+        pods = [p["metadata"]["name"] for name in names for p in cluster.pods(kind, name) if not explain.is_over(p)]
+        spent = time.monotonic() - begun
+        if not running and not pods:
+            break
+        if spent > where.grace_seconds + EXTRA_SECONDS:
+            raise LaunchError(
+                f"after {spent:.0f} s these still run: {', '.join(pods) or ', '.join(names)}; a node may be "
+                f"lost: kubectl delete pod -n {cluster.namespace} --force --grace-period=0 <pod>"
+            )
+        time.sleep(1)
+    write(f"no worker runs any more ({spent:.0f} s)" if deleted else "this run left no job running")

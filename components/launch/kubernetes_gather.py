@@ -1,0 +1,102 @@
+"""Read from a cluster what explains one job: itself, pods, events, claims, Kueue's account, nodes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from components.launch import kubernetes_explain as explain
+from components.launch.kubernetes_api import Cluster, Refused
+from components.launch.kubernetes_why import QUEUE_LABEL, Situation
+from manifests.kinds import KINDS, JobKind, Object, kind_of
+
+WORKLOADS = ("kueue.x-k8s.io", "v1beta1")
+
+
+def jobs(cluster: Cluster) -> list[Object]:
+    """All PyTorchJobs and TrainJobs of the namespace; a kind that the cluster lacks has none."""
+    found: list[Object] = []
+    for kind in KINDS.values():
+        found += [job | {"kind": kind.kind} for job in _items(cluster, kind)]
+    return found
+
+
+def _items(cluster: Cluster, kind: JobKind) -> list[Object]:
+    call = cluster.custom.list_namespaced_custom_object
+    try:
+        place = (kind.group, kind.version, cluster.namespace, kind.plural)
+        return cluster.call(f"list {kind.plural}", call, *place)["items"]
+    except Refused as error:
+        if error.status == HTTPStatus.NOT_FOUND:
+            return []
+        raise
+
+
+def situation(cluster: Cluster, name: str) -> Situation:
+    """What the cluster holds about the job `name`; `job` is None if it is not, or no longer, there.
+
+    Raises:
+        LaunchError: the API server cannot be reached, or jobs and pods may not be read. Anything else that may not be
+            read is left out.
+    """
+    job = next((job for job in jobs(cluster) if job["metadata"]["name"] == name), None)
+    kinds = [kind_of(job)] if job else list(KINDS.values())
+    pods = [pod for kind in kinds for pod in cluster.pods(kind, name)]
+    claims = _claims(cluster, pods)
+    waiting = any(not explain.has_started(pod) or "deletionTimestamp" in pod["metadata"] for pod in pods)
+    return Situation(
+        name,
+        cluster.namespace,
+        job,
+        pods,
+        _events(cluster, name, job, {item["metadata"]["uid"] for item in (*pods, *claims)}),
+        claims,
+        _workload(cluster, job) if job else None,
+        _listed(cluster, "list nodes", cluster.core.list_node) if waiting else [],
+    )
+
+
+def _events(cluster: Cluster, name: str, job: Object | None, uids: set[str]) -> list[Object]:
+    events = _listed(cluster, "list events", cluster.core.list_namespaced_event, cluster.namespace)
+    if job is None:
+        plural = {kind.kind for kind in KINDS.values()}
+        about = [e for e in events if e["involvedObject"].get("kind") in plural and e["involvedObject"]["name"] == name]
+        return about or [event for event in events if event["involvedObject"].get("uid") in uids]
+    return [e for e in events if e["involvedObject"].get("uid") in uids or explain.is_about(e, job)]
+
+
+def _claims(cluster: Cluster, pods: list[Object]) -> list[Object]:
+    named = {
+        volume["persistentVolumeClaim"]["claimName"]
+        for pod in pods
+        for volume in pod["spec"].get("volumes", [])
+        if "persistentVolumeClaim" in volume
+    }
+    if not named:
+        return []
+    read = cluster.core.list_namespaced_persistent_volume_claim
+    claims = _listed(cluster, "list persistentvolumeclaims", read, cluster.namespace)
+    return [claim for claim in claims if claim["metadata"]["name"] in named]
+
+
+def _workload(cluster: Cluster, job: Object) -> Object | None:
+    if QUEUE_LABEL not in job["metadata"].get("labels", {}):
+        return None
+    call = cluster.custom.list_namespaced_custom_object
+    try:
+        found = cluster.call("list workloads", call, *WORKLOADS, cluster.namespace, "workloads")["items"]
+    except Refused:
+        return None
+    uid = job["metadata"]["uid"]
+    owned = [w for w in found if any(owner["uid"] == uid for owner in w["metadata"].get("ownerReferences", []))]
+    return owned[0] if owned else None
+
+
+def _listed(cluster: Cluster, doing: str, call: Callable[..., Any], *args: Any) -> list[Object]:
+    """Items of a core resource; [] where looking is forbidden."""
+    try:
+        return json.loads(cluster.call(doing, call, *args, _preload_content=False).data)["items"]
+    except Refused:
+        return []

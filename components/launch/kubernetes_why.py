@@ -1,0 +1,355 @@
+"""Why a job does not run, or how it ended, in one sentence with a remedy. Pure functions over the API's objects.
+
+Works for PyTorchJobs and TrainJobs whoever made them. The first look that has an answer wins: what concerns the whole
+job (gone, ended, suspended) before what hinders single pods, and a reason from the cluster before a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+from components.launch import kubernetes_explain as explain
+from components.launch.kubernetes_causes import KUEUE, Obstacle, exit_meaning, fix_for
+from manifests.kinds import Object, kind_of
+
+State = Literal["gone", "ending", "succeeded", "failed", "suspended", "queued", "starting", "restarting", "running"]
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+PATIENCE_SECONDS = 15  # that a controller or a kubelet may take before its silence means something
+# How the training operator tells a worker's exit; the pod itself is replaced at once.
+EXIT_EVENT = re.compile(r"Error pod (\S+) container \S+ exitCode: (\d+) terminated message: (.*)", re.S)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the cluster holds about one job. Lists are empty where there is nothing, or where looking is forbidden.
+
+    Attributes:
+        job: None when it is gone.
+        events: about the job, what its controller made of it, its pods and their claims; any order.
+        claims: those that its pods name.
+        workload: Kueue's account of the job.
+        nodes: all nodes.
+    """
+
+    name: str
+    namespace: str
+    job: Object | None
+    pods: list[Object] = field(default_factory=list)
+    events: list[Object] = field(default_factory=list)
+    claims: list[Object] = field(default_factory=list)
+    workload: Object | None = None
+    nodes: list[Object] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        return self.job["kind"] if self.job else "job"
+
+    @property
+    def workers(self) -> int:
+        """Of any job: also with a master, or with the number of nodes left to the runtime."""
+        spec = (self.job or {}).get("spec", {})
+        if "pytorchReplicaSpecs" in spec:
+            return sum(replica.get("replicas", 1) for replica in spec["pytorchReplicaSpecs"].values())
+        return spec.get("trainer", {}).get("numNodes") or max(len(self.pods), 1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`sentence` says what is, `fix` what to do about it ("" if nothing)."""
+
+    state: State
+    sentence: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state}: {self.sentence}" + (f"; {self.fix}" if self.fix else "")
+
+
+def why(found: Situation, now: datetime | None = None) -> Answer:
+    """The answer for a job that is, or was, there."""
+    now = now or datetime.now(UTC)
+    looks: tuple[Callable[[Situation, datetime], Answer | None], ...] = (
+        *(_gone, _ended, _suspended, _without_pods, _terminating, _crashing, _hindered, _restarting, _starting),
+    )
+    for look in looks:
+        if answer := look(found, now):
+            return answer
+    return _running(found, now)
+
+
+def _gone(found: Situation, now: datetime) -> Answer | None:
+    if found.job is None:
+        if found.pods:
+            return _terminating(found, now) or Answer("ending", f"it was deleted and {_listed(found.pods)} still end")
+        last = max(found.events, key=explain.event_time, default=None)
+        said = f" (last event, {_age(last, now)} ago: {explain.one_line(last.get('message', ''))})" if last else ""
+        return Answer("gone", f"the job was deleted, or removed after its time to live{said}", "start it again")
+    if "deletionTimestamp" in found.job["metadata"]:
+        held = ", ".join(found.job["metadata"].get("finalizers", []))
+        waits = f"; it waits for {held}" if held else ""
+        return _terminating(found, now) or Answer("ending", f"it is being deleted{waits}")
+    return None
+
+
+def _ended(found: Situation, now: datetime) -> Answer | None:
+    job = found.job or {}
+    if explain.has_succeeded(job):
+        return Answer("succeeded", "all workers have finished")
+    if not explain.has_condition(job, "Failed"):
+        return None
+    said = explain.condition_message(job, "Failed")
+    cause = explain.culprit(end for end in map(explain.exit_of, found.pods) if end) or _last_exit(found)
+    before = f"; before that {cause.describe()}" if cause else ""
+    if "longer than specified deadline" in said or "DeadlineExceeded" in said:
+        return Answer(
+            "failed",
+            f"its activeDeadlineSeconds have passed{before}",
+            "raise it (cluster.run_timeout_seconds) and start the job again; it goes on from its last checkpoint",
+        )
+    if cause is None:
+        return Answer("failed", said or "it gives no reason", "its pods are gone; look at the run directory's logs")
+    limit = "its backoffLimit is spent: " if "backoff limit" in said else ""
+    return Answer("failed", f"{limit}{cause.describe()}", f"the log says more: yaongi logs {found.name}")
+
+
+def _suspended(found: Situation, now: datetime) -> Answer | None:
+    spec = (found.job or {}).get("spec", {})
+    if not (spec.get("suspend") or spec.get("runPolicy", {}).get("suspend")):
+        return None
+    queue = (found.job or {})["metadata"].get("labels", {}).get(QUEUE_LABEL)
+    if found.workload is not None:
+        conditions = found.workload.get("status", {}).get("conditions", [])
+        told = [c for c in conditions if c["type"] in ("QuotaReserved", "Evicted", "Preempted", "Admitted")]
+        message = next((c["message"] for c in told if c.get("message") and c["status"] != "True"), "")
+        message = message or next((c["message"] for c in told if c.get("message")), "no reason given")
+        fix, _ = fix_for(KUEUE, message)
+        return Answer("queued", f"Kueue holds it back in queue '{queue}': {explain.one_line(message)}", fix)
+    if queue:
+        return Answer(
+            "queued",
+            f"it waits in queue '{queue}', but Kueue has no workload for it",
+            f"check that Kueue runs and handles {found.kind}s, or remove the label {QUEUE_LABEL}",
+        )
+    patch = '{"spec":{"suspend":false}}' if "suspend" in spec else '{"spec":{"runPolicy":{"suspend":false}}}'
+    resume = f"kubectl patch {found.kind.lower()} {found.name} -n {found.namespace} --type merge -p '{patch}'"
+    return Answer("suspended", "somebody has suspended it", f"resume it: {resume}")
+
+
+def _without_pods(found: Situation, now: datetime) -> Answer | None:
+    """Fewer pods than workers: they cannot be created, or nobody tries."""
+    if len(found.pods) >= found.workers:
+        return None
+    for event in sorted(found.events, key=explain.event_time, reverse=True):
+        if obstacle := explain.creation_obstacle(event):
+            some = f"{len(found.pods)} of {found.workers} workers exist; " if found.pods else ""
+            return Answer("queued", some + obstacle.text, obstacle.fix)
+    job = found.job or {}
+    if found.pods or job.get("status", {}).get("conditions"):
+        return None
+    if manager := _managed_by(job):
+        return Answer("queued", f"it is left to '{manager}' (managedBy)", f"check that {manager} runs, or remove it")
+    operator = kind_of(job).operator
+    if (age := explain.age_seconds(job)) < PATIENCE_SECONDS:
+        return Answer("queued", f"it was created {age:.0f} s ago and {operator} has not taken it up yet")
+    return Answer(
+        "queued",
+        f"{operator} has not taken it up for {age:.0f} s",
+        "check that it runs: kubectl get pods -A | grep -E 'training-operator|trainer'",
+    )
+
+
+def _terminating(found: Situation, now: datetime) -> Answer | None:
+    """Pods that should be gone already; their names are taken until they are."""
+    stuck = []
+    for pod in found.pods:
+        if stamp := pod["metadata"].get("deletionTimestamp"):  # the time by which it should have ended
+            late = (now - datetime.fromisoformat(stamp)).total_seconds()
+            if late > PATIENCE_SECONDS:
+                stuck.append(pod)
+    if not stuck:
+        return None
+    node = stuck[0]["spec"].get("nodeName", "")
+    lost = "" if _is_ready(found, node) else ", which does not answer"
+    return Answer(
+        "ending",
+        f"{_listed(stuck)} cannot end: stuck Terminating on node {node}{lost}",
+        f"if that node is lost: kubectl delete pod -n {found.namespace} --force --grace-period=0 "
+        f"{stuck[0]['metadata']['name']}",
+    )
+
+
+def _crashing(found: Situation, now: datetime) -> Answer | None:
+    for pod in found.pods:
+        status = explain.container_status(pod)
+        if status.get("state", {}).get("waiting", {}).get("reason") != "CrashLoopBackOff":
+            continue
+        last = status.get("lastState", {}).get("terminated", {})
+        meaning = exit_meaning(last.get("exitCode"), last.get("reason", ""))
+        words = explain.own_reason(last.get("message", ""))
+        return Answer(
+            "restarting",
+            f"{pod['metadata']['name']} crashes again and again, {_times(status['restartCount'])}: exit code "
+            f"{last.get('exitCode')} ({meaning})" + (f": {words}" if words else ""),
+            f"the log says more: yaongi logs {found.name}",
+        )
+    return None
+
+
+def _hindered(found: Situation, now: datetime) -> Answer | None:
+    """Pods that are there and cannot start."""
+    hindered = [(pod, obstacle) for pod in found.pods if (obstacle := _obstacle(pod, found))]
+    if not hindered:
+        return None
+    pod, obstacle = hindered[0]
+    alike = [other for other, same in hindered if same.text == obstacle.text]
+    held = sum(bool(other["spec"].get("nodeName")) for other in found.pods)
+    waiting = pod["spec"].get("nodeName") is None
+    short = f"; short by {found.workers - held} of {found.workers} workers, {held} have a node and wait" if held else ""
+    sentence = f"{_listed(alike)} {obstacle.text}{short if waiting else ''}"
+    return Answer("queued" if waiting else "starting", sentence, obstacle.fix)
+
+
+def _obstacle(pod: Object, found: Situation) -> Obstacle | None:
+    obstacle = explain.obstacle(pod)
+    if obstacle is None and not explain.has_started(pod):
+        about = [event for event in found.events if event["involvedObject"].get("uid") == pod["metadata"]["uid"]]
+        mounts = [hit for hit in map(explain.mount_obstacle, sorted(about, key=explain.event_time)) if hit]
+        return mounts[-1] if mounts else None
+    if obstacle is None or not obstacle.text.startswith("cannot be scheduled"):
+        return obstacle
+    if "unbound immediate" in obstacle.text and (told := _unbound(found)):
+        return Obstacle(f"{obstacle.text} ({told})", obstacle.fix)
+    if "untolerated taint" in obstacle.text and (taints := _untolerated(pod, found.nodes)):
+        return Obstacle(f"{obstacle.text} ({', '.join(taints)})", obstacle.fix)
+    return obstacle
+
+
+def _unbound(found: Situation) -> str:
+    """Claims without a volume, and what was last said about them."""
+    told = []
+    for claim in found.claims:
+        if claim.get("status", {}).get("phase") != "Bound":
+            uid = claim["metadata"]["uid"]
+            about = [event for event in found.events if event["involvedObject"].get("uid") == uid]
+            last = max(about, key=explain.event_time, default={}).get("message", "no event")
+            told.append(f"claim '{claim['metadata']['name']}': {explain.one_line(last)}")
+    return "; ".join(told)
+
+
+def _untolerated(pod: Object, nodes: list[Object]) -> list[str]:
+    """Taints that keep the pod away, as `node: key=value:effect`."""
+    tolerations = pod["spec"].get("tolerations", [])
+    return [
+        f"{node['metadata']['name']}: {taint['key']}={taint.get('value', '')}:{taint['effect']}"
+        for node in nodes
+        for taint in node["spec"].get("taints", [])
+        if taint["effect"] != "PreferNoSchedule" and not any(_tolerates(each, taint) for each in tolerations)
+    ]
+
+
+def _tolerates(toleration: Object, taint: Object) -> bool:
+    """Kubernetes' rule: an empty key with Exists tolerates all; an empty effect all effects."""
+    if toleration.get("effect") and toleration["effect"] != taint["effect"]:
+        return False
+    if toleration.get("operator") == "Exists":
+        return toleration.get("key") in (None, "", taint["key"])
+    return toleration.get("key") == taint["key"] and toleration.get("value", "") == taint.get("value", "")
+
+
+def _restarting(found: Situation, now: datetime) -> Answer | None:
+    """Workers that failed and are made anew, as under restartPolicy ExitCode."""
+    if all(explain.has_started(pod) for pod in found.pods) and len(found.pods) == found.workers:
+        return None
+    last = _last_exit(found)
+    if last is None:
+        return None
+    return Answer(
+        "restarting",
+        f"a worker is made anew, {_times(_exits(found))}: {last.describe()}",
+        f"log: yaongi logs {found.name}",
+    )
+
+
+def _starting(found: Situation, now: datetime) -> Answer | None:
+    waiting = [pod for pod in found.pods if not explain.has_started(pod)]
+    if len(found.pods) < found.workers:
+        return Answer("queued", f"{len(found.pods)} of {found.workers} workers exist; their controller makes the rest")
+    if not waiting:
+        return None
+    pod, node = waiting[0], waiting[0]["spec"].get("nodeName", "")
+    if not node:
+        return Answer("queued", f"{_listed(waiting)} wait for the scheduler")
+    if not _is_ready(found, node):
+        fix = f"start the node, or kubectl delete pod {pod['metadata']['name']} -n {found.namespace} to move it"
+        return Answer("starting", f"{_listed(waiting)} cannot start: node {node} does not answer", fix)
+    about = [event for event in found.events if event["involvedObject"].get("uid") == pod["metadata"]["uid"]]
+    last = max(about, key=explain.event_time, default=None)
+    if last is not None and last.get("reason") == "Pulling":
+        return Answer(
+            "starting", f"node {node} pulls the image '{explain.container(pod)['image']}', for {_age(last, now)}"
+        )
+    return Answer("starting", f"{_listed(waiting)} start on node {node}")
+
+
+def _running(found: Situation, now: datetime) -> Answer:
+    job = found.job or {}
+    last, age = _last_exit(found), explain.age_seconds(job)
+    restarts = f"; restarted, {_times(_exits(found))}: {last.describe()}" if last else ""
+    deadline = job.get("spec", {}).get("runPolicy", {}).get("activeDeadlineSeconds")
+    late = ""
+    if deadline and age > deadline:
+        late = (
+            f"; its activeDeadlineSeconds passed {age - deadline:.0f} s ago, which the operator sees at a pod's change"
+        )
+    return Answer("running", f"{found.workers} of {found.workers} workers run, for {age:.0f} s{restarts}{late}")
+
+
+def _managed_by(job: Object) -> str:
+    """Another controller that the operator leaves the job to; "" for its own name or none."""
+    spec = job.get("spec", {})
+    manager = spec.get("managedBy") or spec.get("runPolicy", {}).get("managedBy") or ""
+    return "" if manager in ("kubeflow.org/training-operator", "trainer.kubeflow.org/trainjob-controller") else manager
+
+
+def _exit_events(found: Situation) -> list[Object]:
+    mine = [event for event in found.events if EXIT_EVENT.match(event.get("message", ""))]
+    return sorted(mine, key=explain.event_time)
+
+
+def _last_exit(found: Situation) -> explain.Exit | None:
+    for event in reversed(_exit_events(found)):
+        pod, code, words = EXIT_EVENT.match(event["message"]).groups()  # type: ignore[union-attr]
+        node = next((p["spec"].get("nodeName", "") for p in found.pods if p["metadata"]["name"] == pod), "")
+        reason = event.get("reason", "")
+        return explain.Exit(pod, node, int(code), reason, explain.own_reason(words), explain.event_time(event))
+    return None
+
+
+def _exits(found: Situation) -> int:
+    return sum(event.get("count") or 1 for event in _exit_events(found))
+
+
+def _times(count: int) -> str:
+    return "once so far" if count == 1 else f"{count} times so far"
+
+
+def _is_ready(found: Situation, node: str) -> bool:
+    """Also when nothing is known about the node."""
+    for each in found.nodes:
+        if each["metadata"]["name"] == node:
+            ready = [c for c in each.get("status", {}).get("conditions", []) if c["type"] == "Ready"]
+            return bool(ready) and ready[0]["status"] == "True"
+    return True
+
+
+def _listed(pods: list[Object]) -> str:
+    first = pods[0]["metadata"]["name"]
+    return first if len(pods) == 1 else f"{first} and {len(pods) - 1} more"
+
+
+def _age(event: Object, now: datetime) -> str:
+    return f"{max(0.0, (now - datetime.fromisoformat(explain.event_time(event))).total_seconds()):.0f} s"

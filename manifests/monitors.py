@@ -1,0 +1,60 @@
+"""What Prometheus scrapes, for clusters with the Prometheus operator.
+
+Series carry the run beside the namespace and pod that the operator adds: alerts and dashboards select by it.
+"""
+
+from __future__ import annotations
+
+from manifests.kinds import Object
+from manifests.names import APP, APP_LABEL, RUN_LABEL, STEP_APP, STEP_METRICS_PORT
+from manifests.spec import JobSpec
+
+KFP_RUN_LABEL = "pipeline/runid"  # Kubeflow Pipelines puts it on every pod of a run
+
+
+def pod_monitor(job: JobSpec) -> Object:
+    """Scrapes every local rank of every run in its namespace."""
+    return _pod_monitor(
+        job, APP, [{"port": f"metrics-{rank}", "relabelings": [_run_from(RUN_LABEL)]} for rank in _ranks(job)]
+    )
+
+
+def step_monitor(job: JobSpec) -> Object:
+    """Scrapes the pipeline's steps while they work.
+
+    Kubeflow Pipelines lets nobody declare container ports, and the operator's `portNumber` only selects among declared
+    ones; so the address is made here, for the one container that is the step's. A step's run is the pipeline run's id.
+    """
+    relabelings = [
+        {"sourceLabels": ["__meta_kubernetes_pod_container_name"], "regex": "main", "action": "keep"},
+        {
+            "sourceLabels": ["__meta_kubernetes_pod_ip"],
+            "targetLabel": "__address__",
+            "replacement": f"${{1}}:{STEP_METRICS_PORT}",
+        },
+        _run_from(KFP_RUN_LABEL),
+    ]
+    return _pod_monitor(job, STEP_APP, [{"relabelings": relabelings}])
+
+
+def _pod_monitor(job: JobSpec, app: str, endpoints: list[Object]) -> Object:
+    interval = f"{job.observability.scrape_interval_seconds:g}s"
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PodMonitor",
+        "metadata": {"name": app, "labels": dict(job.observability.monitor_labels)},
+        "spec": {
+            "jobLabel": APP_LABEL,
+            "selector": {"matchLabels": {APP_LABEL: app}},
+            "podMetricsEndpoints": [{**endpoint, "interval": interval} for endpoint in endpoints],
+        },
+    }
+
+
+def _run_from(label: str) -> Object:
+    # Prometheus writes a label's name with _ for what its own names cannot hold.
+    return {"sourceLabels": [f"__meta_kubernetes_pod_label_{label.replace('/', '_')}"], "targetLabel": "run"}
+
+
+def _ranks(job: JobSpec) -> range:
+    return range(job.cluster.ranks_per_node)

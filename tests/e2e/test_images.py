@@ -1,0 +1,72 @@
+"""Both images as built: their labels, their user, and whether the bill of materials says what is in them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from kube import PIPELINE_IMAGE, TRAINER_IMAGE
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+PREFIX = "org.opencontainers.image."
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+each_image = pytest.mark.parametrize("image", [PIPELINE_IMAGE, TRAINER_IMAGE], ids=["pipeline", "trainer"])
+
+
+def ask(verb: str, image: str, *command: str) -> str:
+    done = subprocess.run([ROOT / "docker" / "image.sh", verb, image, *command], capture_output=True, text=True)
+    if "none of buildah" in done.stderr or "has no image" in done.stderr:
+        pytest.skip(f"needs the images in this machine's storage: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def packages_of_pip(image: str, which: str) -> set[tuple[str, str]]:
+    """What the base's pip lists, in an environment of its own or below it."""
+    command = f"PATH=/usr/local/bin:/usr/bin:/bin python3 -m pip {which} list --format=json"
+    listed = json.loads(ask("run", image, "sh", "-c", command))
+    return {(re.sub(r"[-_.]+", "-", item["name"]).lower(), item["version"]) for item in listed}
+
+
+@each_image
+def test_labels_tell_where_the_image_is_from(image: str) -> None:
+    labels = dict(line.split("=", 1) for line in ask("labels", image).splitlines())
+    found = {name.removeprefix(PREFIX): value for name, value in labels.items() if name.startswith(PREFIX)}
+    print(json.dumps(found, indent=1))
+    assert found["version"] == VERSION
+    assert found["licenses"] == "Apache-2.0"
+    assert re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", found["revision"])
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", found["created"])
+    assert found["base.name"] and re.fullmatch(r"sha256:[0-9a-f]{64}", found["base.digest"])
+    assert found["title"].startswith("yaongi") and len(found["description"]) > 20
+
+
+@each_image
+def test_it_says_its_version(image: str) -> None:
+    assert VERSION in ask("run", image, "/usr/local/bin/entry", "yaongi", "--version")
+
+
+@each_image
+def test_the_bill_of_materials_is_what_pip_and_dpkg_say(image: str, tmp_path: Path) -> None:
+    debian = {tuple(line.split()) for line in ask("run", image, "dpkg-query", "-W").splitlines()}
+    subprocess.run([sys.executable, ROOT / "docker" / "sbom.py", image, tmp_path / "image.cdx.json"], check=True)
+    text = (tmp_path / "image.cdx.json").read_text()
+    bill, written = json.loads(text), ROOT / "dist" / "sbom" / f"{image.rpartition('/')[2].partition(':')[0]}.cdx.json"
+    if written.exists() and json.loads(written.read_text())["metadata"] == bill["metadata"]:
+        assert written.read_text() == text, "the bill written when this image was built"
+    found: dict[str, set[tuple[str, str]]] = {"pypi": set(), "deb": set()}
+    for component in bill["components"]:
+        kind = component.get("purl", ":/").split(":")[1].split("/")[0]
+        found.setdefault(kind, set()).add((component["name"], component["version"]))
+    python = packages_of_pip(image, "--python /opt/yaongi/bin/python") | packages_of_pip(image, "")
+    print(f"{image}: {len(found['pypi'])} Python and {len(found['deb'])} Debian packages")
+    assert found["pypi"] == python and len(python) > 50
+    assert found["deb"] == {(name.partition(":")[0], version) for name, version in debian}
+    assert not re.search(r"https?://(?!cyclonedx\.org)|file:|/opt/|/root|/home", text), "no host, no path"
