@@ -124,7 +124,7 @@ def test_a_killed_launcher_whose_pod_stays_leaves_no_worker_and_a_checkpoint(vol
             (status,) = ended["status"]["containerStatuses"]
             assert status["state"]["terminated"]["exitCode"] == 75
             assert "has not renewed its lease" in status["state"]["terminated"]["message"]
-    assert run.condition == "Failed"
+    wait_for("the job to be known as failed", lambda: run.condition == "Failed", 20)
     step = int(run.read("checkpoints/LATEST").strip().removeprefix("step-"))
     assert step == len(run.read("logs/metrics.jsonl").splitlines()) >= 3, "the step it stopped at is saved"
 
