@@ -9,6 +9,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+from manifests import dashboards
 from manifests.alerts import prometheus_rule
 from manifests.chartvalues import defaults, schema, table, values_yaml
 from manifests.kinds import Object
@@ -76,4 +77,5 @@ def files() -> dict[str, str]:
         "values.yaml": note + values_yaml(),
         "values.schema.json": schema(),
         **{f"files/{name}.yaml": note + to_yaml(found) for name, found in objects().items()},
+        **{f"files/dashboards/{name}": text for name, text in dashboards.files().items()},
     }

@@ -64,7 +64,7 @@ def main() -> None:
     for folder, content in ((HERE, files()), (chart.CHART, chart.files())):
         for path, text in content.items():
             target = folder / path
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text, encoding="utf-8")
             print(f"wrote {target.relative_to(HERE.parent)}")
 

@@ -1,0 +1,149 @@
+"""Is everything there that should run, what has been lost, and to what?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from manifests.dashboards.frame import Row, build
+from manifests.dashboards.panels import OF_RUN, Query, chart, metric, number, rate
+
+
+def cluster() -> dict[str, Any]:
+    return build(
+        "yaongi-cluster",
+        "yaongi / Cluster and jobs",
+        "Jobs and their phases, restarts, where the time goes, memory and scraped processes.",
+        [Row("Now", _now()), Row("Jobs", _jobs()), Row("Where the time goes", _time()), Row("Processes", _processes())],
+    )
+
+
+def _now() -> list[Any]:
+    useful, all_classes = metric("goodput_seconds_total", **{"class": "step"}), metric("goodput_seconds_total")
+    return [
+        number("Processes", "That answered the last scrape.", "short", Query(f"sum by (run) (up{{{OF_RUN}}})")),
+        number(
+            "Progress",
+            "Steps done of those planned.",
+            "percentunit",
+            Query(f"max by (run) ({metric('step')}) / max by (run) ({metric('planned_steps')})"),
+            decimals=1,
+        ),
+        number(
+            "Goodput",
+            "Share of the time shown in which steps were computed; the rest is start-up, waiting, saving or lost work.",
+            "percentunit",
+            Query(f"sum by (run) (increase({useful}[$__range])) / sum by (run) (increase({all_classes}[$__range]))"),
+            limits=[("red", 0), ("orange", 0.8), ("green", 0.95)],
+            decimals=1,
+        ),
+        number(
+            "Restarts",
+            "Of the run so far, all reasons.",
+            "short",
+            Query(f"sum by (run) (max by (run, reason) ({metric('restarts_total')}))"),
+            limits=[("orange", 1), ("red", 5)],
+        ),
+        number(
+            "Replaced pods",
+            "Pods of the jobs shown that took another one's place.",
+            "short",
+            Query(
+                f"sum by (run, task) (max_over_time({metric('job_pod_restarts_total')}[$__range]))", "{{task}} {{run}}"
+            ),
+            limits=[("orange", 1), ("red", 5)],
+        ),
+        number(
+            "Memory",
+            "Highest peak of any rank, of what there is for it. Beyond its limit a process is killed.",
+            "percentunit",
+            Query(f"max by (run) ({_memory_share()})"),
+            limits=[("orange", 0.85), ("red", 0.95)],
+            decimals=1,
+        ),
+    ]
+
+
+def _jobs() -> list[Any]:
+    return [
+        chart(
+            "Phase of the job",
+            "1 for the phase that it is in, as its launcher sees it. Long queued: no room, or no quota.",
+            "none",
+            Query(f"max by (run, task, phase) ({metric('job_phase')})", "{{task}} {{phase}} {{run}}"),
+            stacked=True,
+            least=0,
+        ),
+        chart(
+            "Time in each phase",
+            "So far, as long as the launcher has followed it.",
+            "s",
+            Query(f"max by (run, task, phase) ({metric('job_phase_seconds_total')})", "{{task}} {{phase}} {{run}}"),
+            least=0,
+        ),
+        chart(
+            "Renewals of the lease",
+            "In the interval of a point, by outcome. Failed ones end the run when they go on.",
+            "short",
+            Query(
+                f"sum by (run, outcome) (increase({metric('lease_renewals_total')}[$__rate_interval]))",
+                "{{outcome}} {{run}}",
+            ),
+            least=0,
+        ),
+    ]
+
+
+def _time() -> list[Any]:
+    classes = rate("goodput_seconds_total")
+    return [
+        chart(
+            "Use of the time",
+            "Share of the wall time: computing steps, start-up, waiting for data, saving, work that a restart lost.",
+            "percentunit",
+            Query(
+                f"sum by (run, class) ({classes}) / on (run) group_left () sum by (run) ({classes})",
+                "{{class}} {{run}}",
+            ),
+            width=12,
+            stacked=True,
+            least=0,
+            most=1,
+        ),
+        chart(
+            "Restarts",
+            "Of the run so far, by reason.",
+            "short",
+            Query(f"max by (run, reason) ({metric('restarts_total')})", "{{reason}} {{run}}"),
+            width=12,
+            least=0,
+        ),
+    ]
+
+
+def _memory_share() -> str:
+    used, limit = metric("memory_bytes"), metric("memory_limit_bytes")
+    return f"max by (run, rank, place) ({used}) / max by (run, rank, place) ({limit})"
+
+
+def _processes() -> list[Any]:
+    return [
+        chart(
+            "Peak memory",
+            "Of the GPU's allocator (gpu) and of the process (host), over what there is for the rank.",
+            "percentunit",
+            Query(_memory_share(), "{{place}} rank {{rank}} {{run}}"),
+            width=12,
+            limits=[("red", 0.95)],
+            least=0,
+            most=1,
+        ),
+        chart(
+            "Scraped processes",
+            "1 while Prometheus reaches the process's metrics, 0 while it does not.",
+            "none",
+            Query(f"max by (run, pod) (up{{{OF_RUN}}})", "{{pod}}"),
+            width=12,
+            least=0,
+            most=1,
+        ),
+    ]

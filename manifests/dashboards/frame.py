@@ -1,0 +1,95 @@
+"""What the dashboards have in common: variables, links between them, annotations, and rows of panels as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grafana_foundation_sdk.builders import dashboard
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import dashboard as model
+
+from manifests.dashboards.panels import DATASOURCE, OF_RUN, Panel, metric
+from trainer.metrics import PREFIX
+
+TAG = "yaongi"
+EVERYTHING = model.VariableOption(selected=True, text=["All"], value=["$__all"])
+
+
+@dataclass(frozen=True)
+class Row:
+    title: str
+    panels: Sequence[Panel]
+
+
+def build(uid: str, title: str, description: str, rows: Sequence[Row], *, steps: bool = True) -> dict[str, Any]:
+    """The JSON model of a dashboard that Grafana loads or a ConfigMap carries.
+
+    Args:
+        uid: under which it can be linked to; never changes.
+        steps: whether it shows steps of the pipeline too, beside training.
+    """
+    made = dashboard.Dashboard(title).uid(uid).description(description).tags([TAG]).time("now-6h", "now").refresh("30s")
+    made.tooltip(model.DashboardCursorSync.CROSSHAIR).timezone("browser").editable()
+    made.variables(_variables(steps)).annotations(_annotations())
+    others = dashboard.DashboardLink("yaongi").type(model.DashboardLinkType.DASHBOARDS).tags([TAG])
+    made.link(others.icon("external link").include_vars(True).keep_time(True).as_dropdown(False))
+    number = 0
+    for row in rows:
+        made.with_row(dashboard.Row(row.title).id(number := number + 1))
+        for panel in row.panels:
+            made.with_panel(panel.id(number := number + 1))
+    content = json.loads(json.dumps(made.build(), cls=JSONEncoder))
+    for annotation, more in zip(content["annotations"]["list"], _ANNOTATION_TEXTS, strict=True):
+        annotation.update(more)
+    return content
+
+
+def _variables(steps: bool) -> list[dashboard.DatasourceVariable | dashboard.QueryVariable]:
+    """Anything is chosen at first, also series that lack the label, as those of a Prometheus on one's own machine."""
+    source = dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus")
+    queries = {
+        "namespace": f'label_values({{__name__=~"{PREFIX}.+"}}, namespace)',
+        "run": f'label_values({PREFIX}build_info{{namespace=~"$namespace"}}, run)',
+        "pipeline": f'label_values({PREFIX}stage_heartbeat_timestamp_seconds{{namespace=~"$namespace"}}, run)',
+        "rank": f"label_values({PREFIX}heartbeat_timestamp_seconds{{{OF_RUN}}}, rank)",
+    }
+    if not steps:
+        del queries["pipeline"]
+    chosen = [
+        dashboard.QueryVariable(name)
+        .label(name.capitalize())
+        .datasource(DATASOURCE)
+        .query({"query": query, "refId": name})
+        .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(model.VariableSort.NUMERICAL_ASC if name == "rank" else model.VariableSort.ALPHABETICAL_ASC)
+        .multi(True)
+        .include_all(True)
+        .all_value(".*")
+        .current(EVERYTHING)
+        for name, query in queries.items()
+    ]
+    return [source, *chosen]
+
+
+def _annotations() -> list[dashboard.AnnotationQuery]:
+    # A restarted process may be another instance after a pause: what counts is the number now against the one before.
+    restarts = metric("restarts_total")
+    before = f"last_over_time({restarts}[1h] offset $__rate_interval)"
+    restarted = f"max by (run, reason) ({restarts}) > max by (run, reason) ({before})"
+    # Until a process has saved one, the time is that of its start, and there is no duration.
+    saved_at, duration = metric("checkpoint_last_success_timestamp_seconds"), metric("checkpoint_seconds")
+    saved = f"1000 * max by (run) ({saved_at} and {duration})"
+    return [
+        dashboard.AnnotationQuery().name(name).datasource(DATASOURCE).expr(expression).enable(True).icon_color(color)
+        for name, expression, color in (("Restarts", restarted, "red"), ("Checkpoints", saved, "blue"))
+    ]
+
+
+# Of the Prometheus data source, which the SDK's model of an annotation does not know.
+_ANNOTATION_TEXTS = (
+    {"titleFormat": "restart", "textFormat": "{{run}} restarted: {{reason}}", "tagKeys": "run,reason"},
+    {"titleFormat": "checkpoint", "textFormat": "{{run}} saved", "tagKeys": "run", "useValueForTime": True},
+)

@@ -1,0 +1,134 @@
+"""The look of a panel, and how it names a metric.
+
+`metric("loss")` knows only the table of trainer/metrics.py and adds what the template variables select; expressions
+are written with it alone, so no dashboard can ask for a metric that nobody exports. Charts sum over pods and
+instances, since a pod that is made anew continues the curve of the one before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, table, timeseries
+from grafana_foundation_sdk.models import common as looks
+from grafana_foundation_sdk.models import dashboard as model
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+
+from trainer.metrics import BY_NAME, PREFIX
+
+DATASOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
+OF_RUN = 'namespace=~"$namespace", run=~"$run"'
+OF_STEPS = 'namespace=~"$namespace", run=~"$pipeline"'  # a step knows only the run of the pipeline that it is part of
+
+Panel = timeseries.Panel | stat.Panel | table.Panel
+Limit = tuple[str, float]
+"""A colour and the value from which on it holds."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A PromQL expression and what its series are called, with labels as `{{label}}`."""
+
+    expression: str
+    legend: str = "{{run}}"
+
+
+def metric(name: str, suffix: str = "", **labels: str) -> str:
+    """Selector of one of our metrics for the chosen runs, and the chosen ranks where it has a rank.
+
+    Args:
+        suffix: `_bucket`, `_sum` or `_count` of a histogram.
+        labels: exact matches of further labels.
+    """
+    known = BY_NAME[name]
+    assert (known.kind == "histogram") == bool(suffix), f"{name} is a {known.kind}"
+    assert set(labels) <= set(known.labels), f"{name} has the labels {known.labels}"
+    chosen = OF_RUN if "trainer" in known.processes else OF_STEPS
+    matchers = [chosen, *(f'{label}="{value}"' for label, value in labels.items())]
+    if known.per_rank:
+        matchers.append('rank=~"$rank"')
+    return f"{PREFIX}{name}{suffix}{{{', '.join(matchers)}}}"
+
+
+def rate(name: str, suffix: str = "", **labels: str) -> str:
+    return f"rate({metric(name, suffix, **labels)}[$__rate_interval])"
+
+
+def chart(
+    title: str,
+    description: str,
+    unit: str,
+    *queries: Query,
+    width: int = 8,
+    stacked: bool = False,
+    logarithmic: bool = False,
+    limits: Sequence[Limit] = (),
+    least: float | None = None,
+    most: float | None = None,
+) -> timeseries.Panel:
+    """Curves over time; `limits` are dashed lines, `least` and `most` the ends of the axis."""
+    panel = timeseries.Panel().title(title).description(description).unit(unit).span(width).height(8)
+    panel.datasource(DATASOURCE).targets(_targets(queries)).thresholds(_thresholds(limits))
+    legend = common.VizLegendOptions().display_mode(looks.LegendDisplayMode.LIST)
+    panel.legend(legend.placement(looks.LegendPlacement.BOTTOM).show_legend(True).calcs([]))
+    panel.tooltip(common.VizTooltipOptions().mode(looks.TooltipDisplayMode.MULTI).sort(looks.SortOrder.DESCENDING))
+    panel.line_width(1).show_points(looks.VisibilityMode.NEVER).fill_opacity(50 if stacked else 0)
+    if stacked:
+        panel.stacking(common.StackingConfig().mode(looks.StackingMode.NORMAL).group("A"))
+    if logarithmic:
+        panel.scale_distribution(common.ScaleDistributionConfig().type(looks.ScaleDistribution.LOG).log(10))
+    if limits:
+        panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(looks.GraphTresholdsStyleMode.DASHED))
+    if least is not None:
+        panel.min(least)
+    if most is not None:
+        panel.max(most)
+    return panel
+
+
+def number(
+    title: str,
+    description: str,
+    unit: str,
+    query: Query,
+    *,
+    width: int = 4,
+    limits: Sequence[Limit] = (),
+    decimals: int | None = None,
+) -> stat.Panel:
+    """The newest value of each series, large, on the colour of the limit that it has passed."""
+    panel = stat.Panel().title(title).description(description).unit(unit).span(width).height(4)
+    panel.datasource(DATASOURCE).targets(_targets([query])).thresholds(_thresholds(limits))
+    panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).values(False).fields(""))
+    panel.graph_mode(looks.BigValueGraphMode.NONE).text_mode(looks.BigValueTextMode.AUTO)
+    panel.color_mode(looks.BigValueColorMode.BACKGROUND if limits else looks.BigValueColorMode.NONE)
+    return panel if decimals is None else panel.decimals(decimals)
+
+
+def facts(title: str, description: str, expression: str, *, hidden: Sequence[str], width: int = 24) -> table.Panel:
+    """The labels of series whose value says nothing, a row for each, without those that are `hidden`."""
+    panel = table.Panel().title(title).description(description).unit("none").span(width).height(5)
+    target = prometheus.Dataquery().expr(expression).instant().format(PromQueryFormat.TABLE).legend_format("{{run}}")
+    panel.datasource(DATASOURCE).with_target(target.ref_id("A").datasource(DATASOURCE)).show_header(True)
+    panel.thresholds(_thresholds(()))
+    left_out = dict.fromkeys(["Time", "Value", "__name__", "instance", "job", "endpoint", "container", *hidden], True)
+    return panel.with_transformation(model.DataTransformerConfig("organize", {"excludeByName": left_out}))
+
+
+def _targets(queries: Sequence[Query]) -> list[prometheus.Dataquery]:
+    return [
+        prometheus.Dataquery()
+        .expr(query.expression)
+        .range()
+        .legend_format(query.legend)
+        .ref_id(chr(ord("A") + number))
+        .datasource(DATASOURCE)
+        for number, query in enumerate(queries)
+    ]
+
+
+def _thresholds(limits: Sequence[Limit]) -> dashboard.ThresholdsConfig:
+    steps = [model.Threshold(value=None, color="green" if limits else "text")]
+    steps += [model.Threshold(value=value, color=color) for color, value in limits]
+    return dashboard.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(steps)
