@@ -22,6 +22,7 @@ from trainer.flops import flops_per_token
 from trainer.model.hybrid import build_model
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
+from trainer.ops.wide import computed_in
 
 SPEC = ModelSpec(
     vocab_size=4096,
@@ -81,8 +82,9 @@ def compare(rows: int, length: int, repeats: int, dtype: torch.dtype) -> None:
     ids_BT = torch.randint(0, SPEC.vocab_size, (rows, length))
     labels_BT = torch.cat([ids_BT[:, 1:], torch.full((rows, 1), -100)], dim=1)
     seq_idx_BT = torch.zeros_like(ids_BT, dtype=torch.int32)
-    ours, theirs = build_model(SPEC, seed=0), nemotron()
-    left, right = torch.randn(1024, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
+    ours, theirs = build_model(SPEC, seed=0, dtype=dtype), nemotron()
+    fastest = computed_in(dtype, ids_BT.device)
+    left, right = torch.randn(1024, 1024, dtype=fastest), torch.randn(1024, 1024, dtype=fastest)
 
     def train(loss: Callable[[], Tensor]) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -70,7 +70,7 @@ def convert(
         if leaf in _EXPERT_WEIGHTS:
             grouped.setdefault(place, {})[leaf] = Fp8Grouped(recipe, state.slots(index), module)
             continue
-        assert type(module) is nn.Linear and module.bias is None, row.name
+        assert isinstance(module, nn.Linear) and module.bias is None, row.name
         module.__class__ = Fp8Linear
         module.recipe, module.slots = recipe, state.slots(index)
     for place, products in grouped.items():

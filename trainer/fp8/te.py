@@ -95,7 +95,7 @@ def convert(model: nn.Module, weights: list[str], fp8: Fp8Spec) -> TeState:
     for name in weights:
         place = name.removesuffix(".weight")
         linear = model.get_submodule(place)
-        assert type(linear) is nn.Linear and linear.bias is None, name
+        assert isinstance(linear, nn.Linear) and linear.bias is None, name
         weight, shape = linear.weight, (linear.in_features, linear.out_features)
         linear.__class__ = te.Linear
         te.Linear.__init__(linear, *shape, bias=False, params_dtype=weight.dtype, device="meta")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from trainer.model.linear import Linear
 from trainer.modelspec import AttentionSpec
 from trainer.ops import Documents
 
@@ -24,10 +25,10 @@ class Attention(nn.Module):
         self.spec = spec
         self.query_factor = query_factor
         self.attend = attend
-        self.q_proj = nn.Linear(hidden, spec.num_heads * spec.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, spec.num_kv_heads * spec.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, spec.num_kv_heads * spec.head_dim, bias=False)
-        self.o_proj = nn.Linear(spec.num_heads * spec.head_dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, spec.num_heads * spec.head_dim)
+        self.k_proj = Linear(hidden, spec.num_kv_heads * spec.head_dim)
+        self.v_proj = Linear(hidden, spec.num_kv_heads * spec.head_dim)
+        self.o_proj = Linear(spec.num_heads * spec.head_dim, hidden)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)

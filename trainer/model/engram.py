@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.model.linear import Linear
 from trainer.model.mamba2 import CausalConv
 from trainer.model.ngrams import PAD_TOKEN, multipliers, table_primes, token_classes
 from trainer.model.norm import RMSNorm
@@ -98,8 +99,8 @@ class Engram(nn.Module):
         self.hash = NgramHash(spec, vocab_size, primes)
         rows_JW = torch.empty(sum(primes), spec.width_per_order // spec.num_heads)
         self.tables = nn.Embedding.from_pretrained(rows_JW, freeze=False)
-        self.key_proj = nn.Linear(spec.d_mem, hidden, bias=False)
-        self.value_proj = nn.Linear(spec.d_mem, hidden, bias=False)
+        self.key_proj = Linear(spec.d_mem, hidden)
+        self.value_proj = Linear(spec.d_mem, hidden)
         gate_eps = torch.finfo(torch.float32).eps
         self.key_norm = RMSNorm(hidden, gate_eps)
         self.query_norm = RMSNorm(hidden, gate_eps)

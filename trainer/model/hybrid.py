@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from trainer import mup, ops
 from trainer.model.attention import Attention
 from trainer.model.engram import Engram, table_primes
+from trainer.model.linear import Linear
 from trainer.model.mamba2 import Mamba2
 from trainer.model.mlp import SquaredReluMlp
 from trainer.model.moe import Moe, MoeOutput
@@ -45,6 +46,7 @@ from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
 from trainer.ops.cross_entropy import IGNORE, cross_entropy_sum
 from trainer.ops.experts import compute_dtype
+from trainer.ops.wide import computed_in
 from trainer.parallel.rows import own_rows
 from trainer.spec import BackendsSpec
 
@@ -119,7 +121,7 @@ class HybridModel(nn.Module):
             for index, layer in enumerate(spec.layers)
         )
         self.final_norm = RMSNorm(spec.hidden, spec.norm_eps)
-        self.head = nn.Linear(spec.hidden, spec.vocab_size, bias=False)
+        self.head = Linear(spec.hidden, spec.vocab_size)
         self.mtp = nn.ModuleList()
         for _ in range(spec.mtp.depth if spec.mtp else 0):
             layer = Layer(*(_sublayer(spec, -1, symbol, functions, {}) for symbol in spec.mtp.layer))
@@ -180,7 +182,7 @@ class HybridModel(nn.Module):
         by_document = self.choices["attention"].name in ("flash_attn", "varlen") if self.choices else False
         documents.prepare(
             sorted(shifts),
-            mask=dtype if attends and not by_document else None,
+            mask=computed_in(dtype, seq_idx_BT.device) if attends and not by_document else None,
             positions=attends and spec.attention.rope_theta is not None,
             starts=attends and by_document,
         )

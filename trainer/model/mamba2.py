@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.model.linear import Linear
 from trainer.model.norm import GatedRMSNorm
 from trainer.model.recompute import Recomputed
 from trainer.modelspec import MambaSpec
@@ -42,14 +43,14 @@ class Mamba2(Recomputed):
         super().__init__()
         self.spec = spec
         self.scan, self.convolve = scan, convolve
-        self.zxbc_proj = nn.Linear(hidden, spec.d_inner + spec.conv_dim, bias=False)
-        self.dt_proj = nn.Linear(hidden, spec.num_heads, bias=False)
+        self.zxbc_proj = Linear(hidden, spec.d_inner + spec.conv_dim)
+        self.dt_proj = Linear(hidden, spec.num_heads)
         self.conv = CausalConv(spec.conv_dim, spec.conv_kernel, bias=True)
         self.A_log = nn.Parameter(torch.empty(spec.num_heads))
         self.D = nn.Parameter(torch.empty(spec.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(spec.num_heads))
         self.norm = GatedRMSNorm(spec.d_inner, spec.num_groups, norm_eps)
-        self.out_proj = nn.Linear(spec.d_inner, hidden, bias=False)
+        self.out_proj = Linear(spec.d_inner, hidden)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         return self.zxbc_proj(x_BTD), self.dt_proj(x_BTD)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from trainer.model.linear import Linear
 from trainer.model.recompute import Recomputed
 from trainer.modelspec import MlpSpec
 
@@ -12,8 +13,8 @@ from trainer.modelspec import MlpSpec
 class SquaredReluMlp(Recomputed):
     def __init__(self, hidden: int, spec: MlpSpec) -> None:
         super().__init__()
-        self.up = nn.Linear(hidden, spec.width, bias=False)
-        self.down = nn.Linear(spec.width, hidden, bias=False)
+        self.up = Linear(hidden, spec.width)
+        self.down = Linear(spec.width, hidden)
 
     def project(self, x_BTD: Tensor) -> Tensor:
         return self.up(x_BTD)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from trainer.model.linear import Linear
 from trainer.modelspec import MoeSpec
 from trainer.ops.experts import count_choices
 
@@ -37,13 +38,13 @@ class Moe(nn.Module):
         self.spec = spec
         self.run_experts = run_experts
         self.exchange: Callable[..., Tensor] | None = None  # trainer.parallel.experts, where ranks share the experts
-        self.router = nn.Linear(hidden, spec.num_experts, bias=False)
+        self.router = Linear(hidden, spec.num_experts)
         self.register_buffer("bias_E", torch.empty(spec.num_experts, dtype=torch.float32))
         self.up_EFD = nn.Parameter(torch.empty(spec.num_experts, spec.expert_width, hidden))
         self.down_EDF = nn.Parameter(torch.empty(spec.num_experts, hidden, spec.expert_width))
         if spec.shared_width:
-            self.shared_up = nn.Linear(hidden, spec.shared_width, bias=False)
-            self.shared_down = nn.Linear(spec.shared_width, hidden, bias=False)
+            self.shared_up = Linear(hidden, spec.shared_width)
+            self.shared_down = Linear(spec.shared_width, hidden)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """The input itself and the scores of all experts, [B, T, E] fp32."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from trainer.model.linear import Linear
 from trainer.model.norm import RMSNorm
 from trainer.ops import Documents
 
@@ -25,7 +26,7 @@ class MtpModule(nn.Module):
         super().__init__()
         self.hidden_norm = RMSNorm(hidden, norm_eps)
         self.token_norm = RMSNorm(hidden, norm_eps)
-        self.proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.proj = Linear(2 * hidden, hidden)
         self.layer = layer
         self.head_norm = RMSNorm(hidden, norm_eps)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.ops.documents import Documents
+from trainer.ops.wide import computed_in
 
 
 def attention_reference(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents) -> Tensor:
@@ -39,13 +40,16 @@ def attention_sdpa(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Do
     if q_BTHD.is_cuda and heads_per_group > 1:
         k_BTKD, v_BTKD = (kv_BTKD.repeat_interleave(heads_per_group, dim=2) for kv_BTKD in (k_BTKD, v_BTKD))
         heads_per_group = 1
-    whole_rows = documents.whole_rows
-    y_BHTD = F.scaled_dot_product_attention(
-        q_BTHD.transpose(1, 2),
-        k_BTKD.transpose(1, 2),
-        v_BTKD.transpose(1, 2),
-        attn_mask=None if whole_rows else documents.added_mask_B1TT(q_BTHD.dtype),
-        is_causal=whole_rows,
-        enable_gqa=heads_per_group > 1,
-    )
-    return y_BHTD.transpose(1, 2)
+    whole_rows, dtype = documents.whole_rows, q_BTHD.dtype
+    wide = computed_in(dtype, q_BTHD.device)
+    q_BTHD, k_BTKD, v_BTKD = (tensor.to(wide) for tensor in (q_BTHD, k_BTKD, v_BTKD))
+    with torch.autocast(q_BTHD.device.type, enabled=False):  # which would narrow them again
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BTHD.transpose(1, 2),
+            k_BTKD.transpose(1, 2),
+            v_BTKD.transpose(1, 2),
+            attn_mask=None if whole_rows else documents.added_mask_B1TT(wide),
+            is_causal=whole_rows,
+            enable_gqa=heads_per_group > 1,
+        )
+    return y_BHTD.transpose(1, 2).to(dtype)

@@ -34,14 +34,15 @@ def conv_reference(
 
 def conv_torch(x_BTC: Tensor, w_CK: Tensor, bias_C: Tensor | None, documents: Documents, dilation: int = 1) -> Tensor:
     """The same as K shifted multiply-adds over whole tensors, keeping nothing but x for the backward pass."""
-    masks = [documents.same_BT(k * dilation)[:, :, None] for k in range(1, w_CK.shape[1])]
+    shifts = range(dilation, dilation * w_CK.shape[1], dilation)
+    masks = [] if documents.whole_rows else [documents.same_BT(shift)[:, :, None] for shift in shifts]
     return _ShiftedConv.apply(
         x_BTC, w_CK.to(x_BTC.dtype), None if bias_C is None else bias_C.to(x_BTC.dtype), dilation, *masks
     )
 
 
 class _ShiftedConv(torch.autograd.Function):
-    """Taps as shifts of time: tap k reads x[t - k·dilation] where mask k holds."""
+    """Taps as shifts of time: tap k reads x[t - k·dilation] where mask k holds; no masks: wherever the row has it."""
 
     @staticmethod
     def forward(
@@ -57,7 +58,9 @@ class _ShiftedConv(torch.autograd.Function):
             shift = k * dilation
             if shift < length:
                 tap_C = w_CK[:, num_taps - 1 - k]
-                seen_BTC = torch.where(masks[k - 1][:, shift:], x_BTC[:, : length - shift], 0)
+                seen_BTC = x_BTC[:, : length - shift]
+                if masks:
+                    seen_BTC = torch.where(masks[k - 1][:, shift:], seen_BTC, 0)
                 y_BTC[:, shift:].addcmul_(seen_BTC, tap_C)
         return y_BTC
 
@@ -72,7 +75,9 @@ class _ShiftedConv(torch.autograd.Function):
         for k in range(1, num_taps):
             shift = k * ctx.dilation
             if shift < length:
-                masked_BTC = torch.where(masks[k - 1][:, shift:], grad_BTC[:, shift:], 0)
+                masked_BTC = grad_BTC[:, shift:]
+                if masks:
+                    masked_BTC = torch.where(masks[k - 1][:, shift:], masked_BTC, 0)
                 grad_x_BTC[:, : length - shift].addcmul_(masked_BTC, w_CK[:, num_taps - 1 - k])
                 grad_w_CK[:, num_taps - 1 - k] = (masked_BTC * x_BTC[:, : length - shift]).sum((0, 1))
         grad_bias_C = grad_BTC.sum((0, 1)) if ctx.has_bias else None

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trainer.ops.experts import compute_dtype
+from trainer.ops.wide import computed_in
 
 IGNORE = -100
 
@@ -46,10 +47,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         with torch.autocast(h_ND.device.type, enabled=False):
-            w_VD = weight_VD.to(dtype)
+            wide = computed_in(dtype, h_ND.device)
+            w_VD = weight_VD.to(dtype).to(wide)
             for start in range(0, h_ND.shape[0], chunk_tokens):
                 chunk = slice(start, start + chunk_tokens)
-                h_nD, labels_n = h_ND[chunk].to(dtype), labels_N[chunk]
+                h_nD, labels_n = h_ND[chunk].to(dtype).to(wide), labels_N[chunk]
                 logp_nV = F.log_softmax((h_nD @ w_VD.T).float(), dim=-1)
                 total += F.nll_loss(logp_nV, labels_n, ignore_index=IGNORE, reduction="sum")
                 if not (needs_h or needs_weight):
@@ -59,7 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_nV.scatter_add_(
                     1, labels_n.clamp(min=0)[:, None], -torch.ones_like(counted_n1, dtype=torch.float32)
                 )
-                grad_nV = (grad_nV * counted_n1).to(dtype)
+                grad_nV = grad_nV.mul_(counted_n1).to(dtype).to(wide)
                 if needs_h:
                     grad_h_ND[chunk] = grad_nV @ w_VD
                 if needs_weight:

@@ -10,12 +10,13 @@ Legend as in `trainer.ops.experts`; r the copies of one expert.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+
+from trainer.ops.wide import computed_in
 
 
 @torch.library.custom_op("yaongi::experts", mutates_args=())
@@ -27,12 +28,11 @@ def experts(
     Args:
         order_R: the copies (token · K + slot) sorted by expert; ends_E: where each expert's copies end.
     """
-    wide = _computed_in(x_SD.dtype)
+    wide = computed_in(x_SD.dtype, x_SD.device)
     y_SD = torch.zeros_like(x_SD, dtype=torch.float32)
     before_RF = x_SD.new_empty(order_R.numel(), up_EFD.shape[1])
     for e, rows, copies_r, token_r in _by_expert(order_R, ends_E, weight_SK.shape[1]):
-        before_rF = x_SD[token_r].to(wide) @ up_EFD[e].to(x_SD.dtype).to(wide).T
-        before_RF[rows] = before_rF
+        _product(x_SD[token_r].to(wide), up_EFD[e].to(x_SD.dtype).to(wide).T, before_RF[rows])
         hidden_rF = _activated(before_RF[rows], weight_SK.flatten()[copies_r]).to(wide)
         y_SD.index_add_(0, token_r, (hidden_rF @ down_EDF[e].to(x_SD.dtype).to(wide).T).float())
     return y_SD.to(x_SD.dtype), before_RF
@@ -57,7 +57,7 @@ def _gradients(
     before_RF: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, up, down and weight, in their dtypes."""
-    wide = _computed_in(x_SD.dtype)
+    wide = computed_in(x_SD.dtype, x_SD.device)
     grad_x_SD = torch.zeros_like(x_SD, dtype=torch.float32)
     grad_up_EFD, grad_down_EDF = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
     grad_weight_R = torch.empty(weight_SK.numel(), dtype=weight_SK.dtype)
@@ -66,9 +66,9 @@ def _gradients(
         grad_rD, positive_rF = grad_SD[token_r].to(wide), F.relu(before_RF[rows]).to(wide)
         slope_rF = (grad_rD @ down_EDF[e].to(x_SD.dtype).to(wide)).mul_(positive_rF)  # less the factors 2 and weight
         grad_weight_R[copies_r] = (slope_rF.float() * positive_rF.float()).sum(1).to(weight_SK.dtype)
-        grad_down_EDF[e] = grad_rD.T @ _activated(before_RF[rows], weight_r).to(wide)
+        _product(grad_rD.T, _activated(before_RF[rows], weight_r).to(wide), grad_down_EDF[e])
         grad_before_rF = slope_rF.mul_((2 * weight_r)[:, None].to(wide))
-        grad_up_EFD[e] = grad_before_rF.T @ x_SD[token_r].to(wide)
+        _product(grad_before_rF.T, x_SD[token_r].to(wide), grad_up_EFD[e])
         grad_x_SD.index_add_(0, token_r, (grad_before_rF @ up_EFD[e].to(x_SD.dtype).to(wide)).float())
     return grad_x_SD.to(x_SD.dtype), grad_up_EFD, grad_down_EDF, grad_weight_R.view_as(weight_SK)
 
@@ -82,6 +82,7 @@ def _(
 
 def _keep(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)  # nobody differentiates the hidden layer; zeros of its size would be made
 
 
 def _backward(ctx: FunctionCtx, grad_SD: Tensor, _grad_before_RF: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -106,10 +107,9 @@ def _activated(before_rF: Tensor, weight_r: Tensor) -> Tensor:
     return F.relu(before_rF).square_().mul_(weight_r[:, None].to(before_rF.dtype))
 
 
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.bfloat16 and not _multiplies_bf16() else dtype
-
-
-@cache
-def _multiplies_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def _product(left: Tensor, right: Tensor, result: Tensor) -> None:
+    """result ← left @ right, without a copy where the dtypes agree."""
+    if result.dtype == left.dtype:
+        torch.mm(left, right, out=result)
+    else:
+        result.copy_(left @ right)

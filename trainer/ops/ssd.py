@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trainer.ops.documents import Documents
+from trainer.ops.wide import matmul
 
 
 def ssd_reference(
@@ -126,21 +127,28 @@ class _WithinChunk(torch.autograd.Function):
         ctx: FunctionCtx, dtx_GRQP: Tensor, log_GRQ: Tensor, B_GQN: Tensor, C_GQN: Tensor, seen_11QQ: Tensor
     ) -> Tensor:
         decay_GRQQ = (log_GRQ[..., :, None] - log_GRQ[..., None, :]).masked_fill_(~seen_11QQ, -math.inf).exp_()
-        mix_GRQQ = decay_GRQQ * (C_GQN @ B_GQN.transpose(-1, -2)).float()[..., None, :, :]
+        mix_GRQQ = decay_GRQQ * _scores(B_GQN, C_GQN)
         ctx.save_for_backward(dtx_GRQP, B_GQN, C_GQN, decay_GRQQ, mix_GRQQ)
-        return mix_GRQQ.to(dtx_GRQP.dtype) @ dtx_GRQP
+        return matmul(mix_GRQQ.to(dtx_GRQP.dtype), dtx_GRQP)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_GRQP: Tensor) -> tuple[Tensor | None, ...]:
         dtx_GRQP, B_GQN, C_GQN, decay_GRQQ, mix_GRQQ = ctx.saved_tensors
-        grad_dtx_GRQP = mix_GRQQ.to(grad_GRQP.dtype).transpose(-1, -2) @ grad_GRQP
-        grad_mix_GRQQ = (grad_GRQP @ dtx_GRQP.transpose(-1, -2)).float()
-        by_log_GRQQ = grad_mix_GRQQ * mix_GRQQ
+        # Once, not in each product; and not as part of what is kept until here.
+        grad_GRQP, dtx_GRQP = grad_GRQP.contiguous(), dtx_GRQP.contiguous()
+        grad_dtx_GRQP = matmul(mix_GRQQ.to(grad_GRQP.dtype).transpose(-1, -2), grad_GRQP)
+        by_scores_GRQQ = matmul(grad_GRQP, dtx_GRQP.transpose(-1, -2)).float().mul_(decay_GRQQ)
+        grad_scores_GQQ = by_scores_GRQQ.sum(-3).to(B_GQN.dtype)
+        by_log_GRQQ = by_scores_GRQQ.mul_(_scores(B_GQN, C_GQN))
         grad_log_GRQ = by_log_GRQQ.sum(-1) - by_log_GRQQ.sum(-2)
-        grad_scores_GQQ = grad_mix_GRQQ.mul_(decay_GRQQ).sum(-3).to(B_GQN.dtype)
-        grad_B_GQN = grad_scores_GQQ.transpose(-1, -2) @ C_GQN
-        return grad_dtx_GRQP, grad_log_GRQ, grad_B_GQN, grad_scores_GQQ @ B_GQN, None
+        grad_B_GQN = matmul(grad_scores_GQQ.transpose(-1, -2), C_GQN)
+        return grad_dtx_GRQP, grad_log_GRQ, grad_B_GQN, matmul(grad_scores_GQQ, B_GQN), None
+
+
+def _scores(B_GQN: Tensor, C_GQN: Tensor) -> Tensor:
+    """C_i·B_j, [G, 1, Q, Q] in fp32."""
+    return matmul(C_GQN, B_GQN.transpose(-1, -2)).float()[..., None, :, :]
 
 
 def _chunk(tensor: Tensor, pad: int, chunks: int) -> Tensor:
