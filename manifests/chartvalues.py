@@ -22,7 +22,7 @@ from trainer.specbase import Spec
 
 Switch = Literal["auto", True, False]
 DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
-Optional = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$", max_length=253)]
+NameOrEmpty = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$", max_length=253)]
 Quantity = (
     Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")] | Annotated[int, Field(ge=0)]
 )
@@ -45,10 +45,10 @@ class Launcher(Values):
 
 
 class Claim(Values):
-    existing_claim: Optional = Field("", description="Use this claim of the namespace and make none.")
+    existing_claim: NameOrEmpty = Field("", description="Use this claim of the namespace and make none.")
     name: DnsName = Field(description="Name of the claim that is made; jobs look for the default.")
     size: Quantity = Field(description="What the claim asks for.")
-    storage_class_name: Optional = Field("", description="Storage class; empty is the cluster's default class.")
+    storage_class_name: NameOrEmpty = Field("", description="Storage class; empty is the cluster's default class.")
     access_modes: list[Literal["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]] = Field(
         ["ReadWriteMany"],
         min_length=1,
