@@ -55,8 +55,17 @@ def held(
     def renew() -> None:
         atomic_write(path, json.dumps(asdict(Lease(holder, time.time(), renewal_seconds, lease_seconds))).encode())
 
+    def taken_over() -> bool:
+        now = LeaseWatch(path.parent)
+        now.lapsed()
+        return now.lease is not None and now.lease.holder != holder
+
     def keep() -> None:
         while not ended.wait(renewal_seconds):
+            if taken_over():  # this process stood still for so long that it was taken for dead
+                print("launcher: another launcher has taken this run over; leaving its lease alone", flush=True)
+                abandoned.set()
+                return
             try:
                 renew()
                 measuring.add("lease_renewals_total", outcome="renewed")

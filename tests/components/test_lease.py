@@ -120,6 +120,14 @@ def test_a_lease_that_is_abandoned_stays_to_lapse(tmp_path: Path) -> None:
     assert lapses_within(watch, 1.5)
 
 
+def test_a_launcher_that_stood_still_leaves_the_lease_of_its_successor_alone(tmp_path: Path) -> None:
+    with held(tmp_path, **QUICK):
+        write(tmp_path, time.time())
+        left = (tmp_path / "lease").read_bytes()
+        time.sleep(0.5)
+    assert (tmp_path / "lease").read_bytes() == left
+
+
 def test_the_lease_is_given_back_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), held(tmp_path):
         raise RuntimeError

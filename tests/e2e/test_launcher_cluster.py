@@ -8,11 +8,16 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from cuttable import relay
+import urllib3
+from cuttable import Relay, relay
 from kube import Namespace, wait_for
 from kubernetes import client
 from launching import (
@@ -191,8 +196,9 @@ def test_a_job_deleted_by_somebody_else_is_told(namespace: Namespace, processes:
     assert process.wait(timeout=60) == 1
 
 
-def test_an_api_outage_neither_ends_the_run_nor_repeats_its_log(namespace: Namespace) -> None:
-    job = tiny(namespace, cluster={"nodes": 1})
+@contextmanager
+def behind_relay(namespace: Namespace) -> Iterator[tuple[Launcher, Relay]]:
+    """A launcher whose way to the API server can be cut."""
     server = urlsplit(Cluster.connect(namespace.name).server)
     with relay(server.hostname, server.port) as way:
 
@@ -200,7 +206,12 @@ def test_an_api_outage_neither_ends_the_run_nor_repeats_its_log(namespace: Names
             settings.host = f"https://127.0.0.1:{way.port}"
             settings.tls_server_name = server.hostname
 
-        launcher = Launcher(as_account(namespace, "yaongi-launcher", through))
+        yield Launcher(as_account(namespace, "yaongi-launcher", through)), way
+
+
+def test_an_api_outage_neither_ends_the_run_nor_repeats_its_log(namespace: Namespace) -> None:
+    job = tiny(namespace, cluster={"nodes": 1})
+    with behind_relay(namespace) as (launcher, way):
         outage: list[float] = []
 
         def write(line: str) -> None:
@@ -216,6 +227,24 @@ def test_an_api_outage_neither_ends_the_run_nor_repeats_its_log(namespace: Names
     assert outage
     assert launcher.has("does not answer; trying again")
     assert [launcher.count(f"line {i}") for i in range(1, 13)] == [1] * 12
+
+
+def test_an_outage_at_the_start_is_waited_for_and_a_lost_answer_makes_no_second_job(namespace: Namespace) -> None:
+    job = tiny(namespace, cluster={"nodes": 1})
+    with behind_relay(namespace) as (launcher, way):
+        create = launcher.cluster.custom.create_namespaced_custom_object
+        created: list[str] = []
+
+        def answer_lost(**arguments: Any) -> None:
+            created.append(create(**arguments)["metadata"]["uid"])
+            raise urllib3.exceptions.ProtocolError("connection aborted")
+
+        launcher.cluster.custom.create_namespaced_custom_object = answer_lost
+        way.cut()
+        threading.Timer(2, way.mend).start()
+        launcher(job, "echo worked; sleep 1")
+    assert launcher.count("worked") == 1
+    assert [found["metadata"]["uid"] for found in jobs_of(namespace, job)] == created
 
 
 def test_the_examples_pass_the_servers_own_validation(namespace: Namespace) -> None:

@@ -92,6 +92,21 @@ def test_every_step_but_the_cleanup_mounts_the_claims_that_the_form_names(docume
         assert settings["securityContext"]["runAsUser"] == "1000", name
 
 
+def test_every_claims_name_is_known_where_the_backend_looks_it_up(documents):
+    """Among the inputs of the group of steps that a step belongs to, not of the step."""
+    executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    components = documents[0]["components"]
+    groups = [documents[0]["root"], *(found for found in components.values() if "dag" in found)]
+    asked = 0
+    for group in groups:
+        for task in group["dag"]["tasks"].values():
+            label = components[task["componentRef"]["name"]].get("executorLabel")
+            for mount in executors.get(label, {}).get("pvcMount", []):
+                asked += 1
+                assert mount["pvcNameParameter"]["componentInputParameter"] in group["inputDefinitions"]["parameters"]
+    assert asked == 2 * (len(executors) - 1)
+
+
 def test_what_comes_last_comes_always_and_knows_the_jobs_of_this_run(documents, dag):
     """kfp.local takes a step for an exit handler's only if it asks how the others ended."""
     last = documents[0]["root"]["dag"]["tasks"]["cleanup"]
