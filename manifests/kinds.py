@@ -88,6 +88,8 @@ TRAINJOB = JobKind(
     attempt_label="jobset.sigs.k8s.io/restart-attempt",
     children=(("JobSet", "{job}"), ("Job", "{job}-node-0")),
 )
+ANCESTOR_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"  # says which of a runtime's jobs the trainer is
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 KINDS: Mapping[JobKindName, JobKind] = {"pytorchjob": PYTORCHJOB, "trainjob": TRAINJOB}
 CONTAINERS = frozenset(kind.container for kind in KINDS.values())
 

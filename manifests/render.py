@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from manifests import pytorchjob, trainjob
-from manifests.kinds import TRAINJOB, Object
+from manifests.kinds import QUEUE_LABEL, TRAINJOB, Object
 from manifests.names import DIGEST_ANNOTATION, SPEC_FILE, Task, job_name, kind, labels
 from manifests.objects import gibibytes
 from manifests.spec import JobSpec
@@ -35,7 +35,7 @@ def job_objects(job: JobSpec, task: Task = "train") -> list[Object]:
         needs, spec = [mounted], pytorchjob.job_spec(job, task)
     metadata = _metadata(job, task)
     if job.cluster.queue:
-        metadata["labels"]["kueue.x-k8s.io/queue-name"] = job.cluster.queue
+        metadata["labels"][QUEUE_LABEL] = job.cluster.queue
     # Tells a job made of this very spec from one of the same name that asks for other resources.
     contents = [item.get("spec", item.get("data")) for item in needs]
     metadata["annotations"] = {DIGEST_ANNOTATION: canonical_digest([spec, *contents])}

@@ -7,13 +7,12 @@ restarts all workers together, from the last checkpoint.
 
 from __future__ import annotations
 
-from manifests.kinds import TRAINJOB, Object
+from manifests.kinds import ANCESTOR_LABEL, TRAINJOB, Object
 from manifests.names import Task, job_name, ranks_per_pod, replicas
 from manifests.objects import pod_template
 from manifests.spec import JobSpec
 from trainer.exitcodes import retryable
 
-ANCESTOR_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"
 # A run that restarts without getting further is ended by its entrypoint, whose count is on the volume. This bounds
 # only what dies before the entrypoint can count, without ending a run that is preempted every few minutes.
 MOST_RESTARTS = 1000

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from manifests.kinds import QUEUE_LABEL
 from manifests.lint.registry import Hit, Severity, rule
 from manifests.lint.subjects import Pod, PyTorchJob, TrainJob
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 RESTART_POLICIES = ("Always", "OnFailure", "Never", "ExitCode")
 CLEAN_POD_POLICIES = ("Running", "All", "None")
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 SHORTEST_GRACE_SECONDS = 60
 SHORTEST_TTL_SECONDS = 60
 KEEPS = ("persistentVolumeClaim", "nfs", "csi", "hostPath", "ephemeral", "cephfs", "fc", "iscsi")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from manifests.kinds import PYTORCHJOB, TRAINJOB
 from manifests.lint.registry import Hit, Severity, rule
 from manifests.lint.subjects import Container, Pod
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
-RENDEZVOUS_PORTS = {"PyTorchJob": (23456, "pytorchjob-port"), "TrainJob": (29500, "")}
+RENDEZVOUS_PORTS = {PYTORCHJOB.kind: (23456, "pytorchjob-port"), TRAINJOB.kind: (29500, "")}
 LONGEST_PORT_NAME = 15
 ISTIO = "sidecar.istio.io/inject"
 
@@ -67,7 +68,7 @@ def liveness_probe(container: Container) -> Iterator[Hit]:
     fix="Use another number, 9400 for metrics for instance.",
 )
 def port_taken(pod: Pod) -> Iterator[Hit]:
-    number, name = RENDEZVOUS_PORTS[pod.kind]
+    number, name = RENDEZVOUS_PORTS[pod.kind.kind]
     for port in pod.main.place["ports"].each() if pod.main else ():
         if port["containerPort"].number == number and (not name or port["name"].text != name):
             yield Hit(port, f"port '{port['name'].text}' is {number}, the rendezvous' own")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from manifests.lint.lifecycle import QUEUE_LABEL
+from manifests.kinds import QUEUE_LABEL
 from manifests.lint.registry import Hit, Severity, rule
 from manifests.lint.subjects import AnyObject, Pod, PyTorchJob
 

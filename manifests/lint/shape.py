@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import get_close_matches
 
+from manifests.kinds import PYTORCHJOB, TRAINJOB
 from manifests.lint.fields import (
     CONTAINER,
     ELASTIC,
@@ -24,10 +25,10 @@ from manifests.lint.subjects import AnyObject, Container, Pod, PyTorchJob, Train
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 VERSIONS = {
-    "PyTorchJob": "kubeflow.org/v1",
-    "TrainJob": "trainer.kubeflow.org/v1alpha1",
-    "TrainingRuntime": "trainer.kubeflow.org/v1alpha1",
-    "ClusterTrainingRuntime": "trainer.kubeflow.org/v1alpha1",
+    PYTORCHJOB.kind: PYTORCHJOB.api_version,
+    TRAINJOB.kind: TRAINJOB.api_version,
+    "TrainingRuntime": TRAINJOB.api_version,
+    "ClusterTrainingRuntime": TRAINJOB.api_version,
 }
 RENAMED = {
     "podTemplateOverrides": "2.2 replaced it by runtimePatches",
@@ -90,7 +91,7 @@ def unknown_field(job: PyTorchJob) -> Iterator[Hit]:
     fix="Correct the name, or move it to where it belongs.",
 )
 def unknown_pod_field(pod: Pod) -> Iterator[Hit]:
-    newer = pod.kind == "TrainJob"  # JobSet was built with a newer Kubernetes than the training operator
+    newer = pod.kind is TRAINJOB  # JobSet was built with a newer Kubernetes than the training operator
     yield from _unknown(pod.spec, POD | NEWER_POD if newer else POD)
     for container in pod.containers:
         yield from _unknown(container.place, CONTAINER | NEWER_CONTAINER if newer else CONTAINER)

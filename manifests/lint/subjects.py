@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from manifests.kinds import ANCESTOR_LABEL, PYTORCHJOB, TRAINJOB, JobKind
 from manifests.lint.documents import Document
 from manifests.lint.fields import TRAINER_VERSIONS
 from manifests.lint.place import Path, Place
 
-JOB_CONTAINER = "pytorch"  # of a PyTorchJob; the webhook admits no job without it
-NODE_CONTAINER = "node"  # of a training runtime's trainer
-ANCESTOR_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"
 ACCELERATOR = re.compile(r"(nvidia\.com/(gpu|mig-.+)|amd\.com/gpu|habana\.ai/gaudi|gpu\.intel\.com/.+)")
 LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed", "mpirun")
 
@@ -73,8 +71,8 @@ class Pod:
     """
 
     template: Place
-    kind: str
-    main_name: str
+    kind: JobKind
+    main_name: str  # "" for a pod that does not train
     replicas: int = 1
     restart_policy: str | None = None
     processes: int | None = None
@@ -154,8 +152,8 @@ class PyTorchJob:
         return [
             Pod(
                 role["template"],
-                kind="PyTorchJob",
-                main_name=JOB_CONTAINER,
+                kind=PYTORCHJOB,
+                main_name=PYTORCHJOB.container,
                 replicas=self.replicas(role),
                 restart_policy=role["restartPolicy"].text or "OnFailure",
                 processes=self.processes,
@@ -194,13 +192,13 @@ class Runtime:
         for entry, step in self.replicated_jobs():
             template = entry["template"]["spec"]["template"]
             if step != "trainer":
-                found.append(Pod(template, kind="TrainJob", main_name=""))
+                found.append(Pod(template, kind=TRAINJOB, main_name=""))
                 continue
             found.append(
                 Pod(
                     template,
-                    kind="TrainJob",
-                    main_name=NODE_CONTAINER,
+                    kind=TRAINJOB,
+                    main_name=TRAINJOB.container,
                     replicas=max(nodes),
                     processes=processes[0],
                     replacing=next(iter(resources), None),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from manifests.kinds import PYTORCHJOB
 from manifests.lint.registry import Hit, Severity, rule
-from manifests.lint.subjects import JOB_CONTAINER, Container, Pod, PyTorchJob
+from manifests.lint.subjects import Container, Pod, PyTorchJob
+from manifests.names import DNS_LABEL_CHARACTERS
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 BACKENDS = ("c10d", "etcd", "etcd-v2")
-LONGEST_NAME = 63
 _DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _NODES_OPTION = re.compile(r"--nnodes[= ]([^ ]+)")
 
@@ -49,14 +50,14 @@ def master_replicas(job: PyTorchJob) -> Iterator[Hit]:
     ERROR,
     PyTorchJob,
     why=f"The operator gives addresses and ranks to, and reads exit codes from, the container called "
-    f"`{JOB_CONTAINER}`; the webhook denies a job without one.",
-    fix=f"Call the training container {JOB_CONTAINER}.",
+    f"`{PYTORCHJOB.container}`; the webhook denies a job without one.",
+    fix=f"Call the training container {PYTORCHJOB.container}.",
 )
 def container_name(job: PyTorchJob) -> Iterator[Hit]:
     for role in job.roles:
         containers = role["template"]["spec"]["containers"]
         names = [container["name"].text for container in containers.each()]
-        if JOB_CONTAINER not in names:
+        if PYTORCHJOB.container not in names:
             yield Hit(containers, f"containers are called {', '.join(names) or '(none)'}")
 
 
@@ -85,10 +86,10 @@ def image_missing(job: PyTorchJob) -> Iterator[Hit]:
 )
 def job_name(job: PyTorchJob) -> Iterator[Hit]:
     place = job.place["metadata"]["name"]
-    suffix = f"-worker-{max(0, job.replicas(job.worker) - 1)}" if job.worker else "-master-0"
+    suffix = PYTORCHJOB.worker_name("", max(0, job.replicas(job.worker) - 1)) if job.worker else "-master-0"
     if place.text and not _DNS_LABEL.fullmatch(place.text):
         yield Hit(place, f"'{place.text}' is no DNS label")
-    elif len(place.text) + len(suffix) > LONGEST_NAME:
+    elif len(place.text) + len(suffix) > DNS_LABEL_CHARACTERS:
         yield Hit(place, f"'{place.text}{suffix}' has {len(place.text) + len(suffix)} characters")
 
 

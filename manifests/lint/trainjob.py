@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from manifests.kinds import ANCESTOR_LABEL, TRAINJOB
 from manifests.lint.registry import Hit, Severity, rule
-from manifests.lint.subjects import ANCESTOR_LABEL, NODE_CONTAINER, Runtime, TrainJob
+from manifests.lint.subjects import Runtime, TrainJob
+from manifests.names import DNS_LABEL_CHARACTERS, POD_SUFFIX_CHARACTERS
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 # Checked by the webhook of a torch runtime (Trainer 2.1, pkg/constants).
 RESERVED = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 RUNTIME_KINDS = ("TrainingRuntime", "ClusterTrainingRuntime")
-LONGEST_NAME = 63
 
 
 @rule(
@@ -54,9 +55,10 @@ def trainjob_runtime_scope(job: TrainJob) -> Iterator[Hit]:
 )
 def trainjob_name(job: TrainJob) -> Iterator[Hit]:
     place = job.place["metadata"]["name"]
-    longest = f"{place.text}-node-0-{max(0, (job.nodes or 1) - 1)}"
-    if len(longest) > LONGEST_NAME - len("-abcde"):  # what the Job controller appends
-        yield Hit(place, f"pods called '{longest}-…' are too long by {len(longest) - LONGEST_NAME + len('-abcde')}")
+    worker = TRAINJOB.worker_name(place.text, max(0, (job.nodes or 1) - 1))
+    over = len(worker) + POD_SUFFIX_CHARACTERS - DNS_LABEL_CHARACTERS
+    if over > 0:
+        yield Hit(place, f"pods called '{worker}-…' are too long by {over}")
 
 
 @rule(
@@ -126,7 +128,7 @@ def trainjob_reserved_env(job: TrainJob) -> Iterator[Hit]:
 def trainjob_override_env(job: TrainJob) -> Iterator[Hit]:
     for override in job.spec["podTemplateOverrides"].each():
         for container in override["spec"]["containers"].each():
-            owned = container["name"].text in (NODE_CONTAINER, "dataset-initializer", "model-initializer")
+            owned = container["name"].text in (TRAINJOB.container, "dataset-initializer", "model-initializer")
             if owned and container["env"].value:
                 yield Hit(container["env"], f"env of container '{container['name'].text}'")
 
@@ -196,14 +198,14 @@ def runtime_no_trainer(runtime: Runtime) -> Iterator[Hit]:
     "runtime-container-name",
     ERROR,
     Runtime,
-    why=f"The trainer's container is found by the name `{NODE_CONTAINER}`; the webhook denies a runtime without it.",
-    fix=f"Call the training container {NODE_CONTAINER}.",
+    why=f"The trainer's container is found by the name `{TRAINJOB.container}`; the webhook denies a runtime without it.",
+    fix=f"Call the training container {TRAINJOB.container}.",
 )
 def runtime_container_name(runtime: Runtime) -> Iterator[Hit]:
     if runtime.trainer is not None:
         containers = runtime.trainer["template"]["spec"]["template"]["spec"]["containers"]
         names = [container["name"].text for container in containers.each()]
-        if NODE_CONTAINER not in names:
+        if TRAINJOB.container not in names:
             yield Hit(containers, f"containers are called {', '.join(names) or '(none)'}")
 
 
@@ -232,6 +234,24 @@ def runtime_ttl(runtime: Runtime) -> Iterator[Hit]:
     place = runtime.job_set["ttlSecondsAfterFinished"]
     if place:
         yield Hit(place, f"ttlSecondsAfterFinished {place.value}")
+
+
+@rule(
+    "runtime-restarts-alone",
+    WARNING,
+    Runtime,
+    why="The Job controller recreates a failed pod alone, six times unless backoffLimit says otherwise, while the "
+    "others wait for a process group that has lost its member; exit codes that no restart can help count like "
+    "any other.",
+    fix="Write backoffLimit: 0 and a podFailurePolicy in the Job's spec, and failurePolicy.maxRestarts in the "
+    "JobSet's, which restarts all workers together.",
+)
+def runtime_restarts_alone(runtime: Runtime) -> Iterator[Hit]:
+    nodes = max((pod.replicas for pod in runtime.pods if pod.main), default=1)
+    if runtime.trainer is not None and nodes > 1:
+        place = runtime.trainer["template"]["spec"]["backoffLimit"]
+        if place.number != 0:
+            yield Hit(place, f"backoffLimit {'6 by default' if not place else place.value} for {nodes} nodes")
 
 
 @rule(

@@ -62,7 +62,7 @@ spec:
       - name: node
         template:
           metadata: {labels: {trainer.kubeflow.org/trainjob-ancestor-step: trainer}}
-          spec: {activeDeadlineSeconds: 3600}
+          spec: {activeDeadlineSeconds: 3600, backoffLimit: 0}
 """
 
 TRAINJOB = """
@@ -135,7 +135,6 @@ LONG = {
     "REPLICATED": "runtime/spec/template/spec/replicatedJobs/0",
     "TRAINER": "trainjob/spec/trainer",
 }
-KUEUE = "kueue.x-k8s.io/queue-name"
 MASTER = ("MASTER", {"replicas": 1, "restartPolicy": "ExitCode", "template": pod("pytorch")})
 NOT_ELASTIC = ("job/spec/elasticPolicy", ...)
 TORCHRUN = ("MAIN/command", ["torchrun", "train.py"])
@@ -234,6 +233,7 @@ BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
     "runtime-container-name": [(("REPLICATED/template/spec/template/spec/containers/0/name", "main"),)],
     "runtime-replicas": [(("REPLICATED/replicas", 2),)],
     "runtime-ttl": [(("runtime/spec/template/spec/ttlSecondsAfterFinished", 600),)],
+    "runtime-restarts-alone": [(("REPLICATED/template/spec/backoffLimit", ...),)],
     "runtime-elastic": [(("runtime/spec/mlPolicy/torch/elasticPolicy", {"minNodes": 1, "maxNodes": 4}),)],
     "gpu-limit": [
         (("MAIN/resources/limits/nvidia.com\0gpu", ...),),
@@ -257,8 +257,8 @@ BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
         (("RUN/schedulingPolicy", {"scheduleTimeoutSeconds": 60}), ("ELASTIC/minReplicas", 1)),
     ],
     "queue-label-place": [
-        ((f"job/metadata/annotations/{KUEUE}".replace("io/", "io\0"), "team"),),
-        ((f"TEMPLATE/metadata/labels/{KUEUE}".replace("io/", "io\0"), "team"),),
+        (("job/metadata/annotations/kueue.x-k8s.io\0queue-name", "team"),),
+        (("TEMPLATE/metadata/labels/kueue.x-k8s.io\0queue-name", "team"),),
     ],
     "two-queues": [(("RUN/schedulingPolicy", {"queue": "volcano"}),)],
     "elastic-autoscaler": [(("ELASTIC/metrics", [{"type": "Resource"}]),)],

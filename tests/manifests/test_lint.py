@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from lint_cases import BROKEN, OF_TEXT, changed, good
 
 from manifests import generate
+from manifests.kinds import KINDS
 from manifests.lint.check import Result, lint
 from manifests.lint.documents import Unreadable
 from manifests.lint.page import PAGE, page
 from manifests.lint.registry import RULES
-from manifests.render import config_map, pvcs, pytorchjob
+from manifests.render import job_objects, pvcs
 from manifests.spec import job_from, preset_names
+from trainer.specbase import deep_merge
 
 
 def text(*objects: dict) -> str:
@@ -76,20 +78,24 @@ def test_what_only_looks_like_a_trap_is_none(changes):
     assert lint({"x": text(*changed(*changes))}).findings == []
 
 
-def test_our_own_jobs_are_clean():
-    texts = dict(generate.files())
-    for preset in preset_names():
-        many = {
-            "train": {"batch": {"tokens_per_step": 2**19}},
-            "cluster": {"gpus_per_node": 8, "nodes": 4, "queue": "team"},
-        }
-        for name, changes in (("as-it-is", {}), ("4x8", many)):
-            job = job_from({"preset": preset}, changes)
-            for task in ("train", "evaluate", "export"):
-                texts[f"{preset}-{name}-{task}"] = text(*pvcs(job), config_map(job, task), pytorchjob(job, task))
-    result = lint(texts)
-    assert result.findings == []
-    assert result.jobs >= len(preset_names()) * 6
+LARGE = {"train": {"batch": {"tokens_per_step": 2**19}}, "cluster": {"gpus_per_node": 8, "nodes": 4, "queue": "team"}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("preset", "changes"), [*((name, {}) for name in preset_names()), ("h100-4b", LARGE)])
+def test_our_own_jobs_are_clean(preset, changes, kind):
+    job = job_from({"preset": preset}, deep_merge(changes, {"cluster": {"job": kind}}))
+    for task in ("train", "evaluate", "export"):
+        result = lint({task: text(*pvcs(job), *job_objects(job, task))})
+        assert result.findings == []
+        assert result.jobs == (2 if kind == "trainjob" else 1), "a TrainJob has a runtime beside it"
+
+
+def test_our_examples_are_clean():
+    for path, content in generate.files().items():
+        result = lint({path: content})
+        assert result.findings == []
+        assert result.jobs or not path.startswith("examples/")
 
 
 # The shape of the first example in the operator's documentation, and of its elastic one.
@@ -252,7 +258,7 @@ def test_aliases_of_aliases_take_no_time():
 JUNK = st.sampled_from([None, 0, -1, True, "", "x", [], {}, [None], ["x"], [{}], {"a": None}, 1.5, "1Gi", [[1]]])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_no_shape_of_a_manifest_makes_a_rule_fail(data):
     objects = list(good().values())

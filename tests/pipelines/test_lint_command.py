@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from manifests.generate import to_manifest
 from manifests.lint.registry import RULES
-from manifests.render import pytorchjob
+from manifests.render import job_objects
 from manifests.spec import job_from
+from manifests.yamltext import to_manifest
 from pipelines import cli
 
 
@@ -33,8 +33,7 @@ def lint(monkeypatch, capsys, tmp_path):
     return run
 
 
-JOB = pytorchjob(job_from({"preset": "tiny"}))
-CLEAN = to_manifest([JOB])
+CLEAN = to_manifest(job_objects(job_from({"preset": "tiny"}))[-1:])
 WARNED = CLEAN.replace("automountServiceAccountToken: false", "automountServiceAccountToken: true")
 BROKEN = CLEAN.replace("cleanPodPolicy: Running", "cleanPodPolicy: None")
 
