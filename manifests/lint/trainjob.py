@@ -198,7 +198,7 @@ def runtime_no_trainer(runtime: Runtime) -> Iterator[Hit]:
     "runtime-container-name",
     ERROR,
     Runtime,
-    why=f"The trainer's container is found by the name `{TRAINJOB.container}`; the webhook denies a runtime without it.",
+    why=f"The trainer's container is found by the name `{TRAINJOB.container}`; the webhook denies runtimes without it.",
     fix=f"Call the training container {TRAINJOB.container}.",
 )
 def runtime_container_name(runtime: Runtime) -> Iterator[Hit]:
