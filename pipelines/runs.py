@@ -17,6 +17,10 @@ from trainer.specbase import SpecError
 CANDIDATES_SHOWN = 8
 
 
+class UnknownRun(SpecError):
+    """No run begins with what was given."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run of this machine; it may not have a directory yet, when its data is still being prepared."""
@@ -66,7 +70,7 @@ def choose(text: str, names: Collection[str], where: str, exactly: str | None = 
             other settings, too.
 
     Raises:
-        SpecError: none or several; lists candidates.
+        UnknownRun, SpecError: none, or several; lists candidates.
     """
     if exactly in names:
         return exactly
@@ -78,14 +82,14 @@ def choose(text: str, names: Collection[str], where: str, exactly: str | None = 
     if found:
         raise SpecError(f"'{text}' is the beginning of several runs: {_listed(found)}; give more of the name")
     known = f"known: {_listed(sorted(names))}" if names else "none is known"
-    raise SpecError(f"no run '{text}' {where}; {known}")
+    raise UnknownRun(f"no run '{text}' {where}; {known}")
 
 
 def find(text: str, workdir: Path) -> Run:
     """The local run that `text` means.
 
     Raises:
-        SpecError: none, or several.
+        UnknownRun, SpecError: none, or several.
     """
     path = Path(text)
     if path.is_dir() and (path / "job.yaml").is_file():

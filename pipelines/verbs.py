@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from pipelines.why import why
+
+if TYPE_CHECKING:
+    from pipelines.background import Process
 
 Run = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's name or its beginning, its directory, a preset or job file.")
@@ -20,6 +23,10 @@ Sets = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field: train.steps=20; repeatable."),
 ]
 Workdir = Annotated[Path, typer.Option(help="Folder for data, checkpoints and logs of local runs.")]
+Namespace = Annotated[
+    str,
+    typer.Option("--namespace", "-n", help="Look on the cluster, in this namespace; else there for unknown runs only."),
+]
 WIDE = 200  # characters of a table's lines where nothing is on a terminal
 
 
@@ -41,29 +48,34 @@ def local(job: Job, sets: Sets = None, workdir: Workdir = Path("work")) -> None:
 def status(
     run: Annotated[str, typer.Argument(metavar="[RUN]", help="As for `logs`; without it all runs.")] = "",
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew every two seconds until the run ends.")] = False,
+    namespace: Namespace = "",
     workdir: Workdir = Path("work"),
 ) -> None:
     """How far runs are, how fast, when they end, and why one does not run."""
     from rich.live import Live
 
-    from pipelines import runs, view
+    from pipelines import everywhere, view
 
     console = Console()
     if not console.is_terminal:
         console.width = WIDE
     if not run:
-        views = [view.of_local(each) for each in runs.local_runs(workdir).values()]
-        console.print(view.table(views) if views else f"no runs in {workdir}", soft_wrap=True)
+        views = everywhere.all_views(namespace, workdir, console)
+        where = f"namespace {namespace}" if namespace else workdir
+        console.print(view.table(views) if views else f"no runs in {where}", soft_wrap=True)
+        for each in views:
+            if each.why and each.state not in ("running", "stopped"):
+                console.print(f"{each.name}: {each.why}", soft_wrap=True, highlight=False, markup=False)
         return
-    found = runs.find(run, workdir)
-    shown = view.of_local(found)
+    look = everywhere.looking_at(run, namespace, workdir)
+    shown = look()
     if not watch:
         console.print(view.details(shown), soft_wrap=True)
         return
     with Live(view.details(shown), console=console, auto_refresh=False) as live:
         while not shown.is_over:
             time.sleep(2)
-            shown = view.of_local(found)
+            shown = look()
             live.update(view.details(shown), refresh=True)
 
 
@@ -71,49 +83,69 @@ def logs(
     run: Run,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="A rank's own log of the training.")] = None,
-    task: Annotated[str, typer.Option(help="Only one step: train, evaluate, export, or a data step.")] = "",
+    task: Annotated[str, typer.Option(help="Only one step: train, evaluate, export, or here a data step.")] = "",
+    namespace: Namespace = "",
     workdir: Workdir = Path("work"),
 ) -> None:
-    """What a run has printed."""
-    from pipelines import locallogs, runs
+    """What a run has printed: here its pipeline, on the cluster the trainer."""
+    from pipelines import everywhere, locallogs
+    from pipelines.runs import Run as LocalRun
 
-    locallogs.show(runs.find(run, workdir), Console(), follow=follow, rank=rank, task=task)
+    found = everywhere.find(run, namespace, workdir)
+    if isinstance(found, LocalRun):
+        locallogs.show(found, Console(), follow=follow, rank=rank, task=task)
+        return
+    from pipelines import remote
+
+    remote.show_logs(found, lambda line: print(line, flush=True), follow=follow, rank=rank, task=task)
 
 
-def stop(run: Run, workdir: Workdir = Path("work")) -> None:
-    """Stop a run; a training saves a checkpoint, from which `resume` goes on."""
-    from pipelines import background, runs
+def stop(run: Run, namespace: Namespace = "", workdir: Workdir = Path("work")) -> None:
+    """Stop a run; a training saves a checkpoint first, from which `resume` goes on."""
+    from pipelines import background, everywhere
+    from pipelines.runs import Run as LocalRun
     from trainer.checkpoint import latest_step
 
-    found = runs.find(run, workdir)
-    before = latest_step(found.directory)
-    background.stop(workdir, found.name)
-    step = latest_step(found.directory)
-    new = "checkpoint saved" if step > before else "the newest checkpoint is"
-    saved = f"{new} at step {step}" if step else "it has no checkpoint yet"
-    print(f"stopped {found.name}; {saved}; continue: yaongi resume {found.name}")
+    found = everywhere.find(run, namespace, workdir)
+    if isinstance(found, LocalRun):
+        before = latest_step(found.directory)
+        background.stop(workdir, found.name)
+        step = latest_step(found.directory)
+        new = "checkpoint saved" if step > before else "the newest checkpoint is"
+        saved, where = f"{new} at step {step}" if step else "it has no checkpoint yet", ""
+    else:
+        from pipelines import remote
+
+        saved, where = remote.stop(found, workdir, print), f" -n {found.cluster.namespace}"
+    print(f"stopped {found.name}; {saved}; continue: yaongi resume {found.name}{where}")
 
 
-def resume(run: Run, workdir: Workdir = Path("work")) -> None:
-    """Start a stopped or failed run again, in the background, from its last checkpoint."""
+def resume(run: Run, namespace: Namespace = "", workdir: Workdir = Path("work")) -> None:
+    """Start a stopped or failed run again from its last checkpoint, in the background or as a job of the cluster."""
     from components.launch import LaunchError
-    from pipelines import background, runs
-    from trainer.limits import lease_expires
+    from components.launch.lease import held
+    from pipelines import background, everywhere, runs
+    from trainer.limits import LEASE
 
-    found = runs.find(run, workdir)
+    found, cluster = everywhere.find_or_ask(run, namespace, workdir)
+    if cluster is not None:
+        from pipelines import remote
+
+        name = remote.resume(run, cluster, workdir, print, exactly=runs.named(run, workdir))
+        place = f"-n {cluster.namespace}"
+        print(f"job {name} goes on; follow it: yaongi logs {name} {place} --follow; how far: yaongi status {place}")
+        return
+    assert found is not None
     spec = found.job()
     if spec is None:
         raise LaunchError(f"run {found.name}: neither {found.directory} nor {workdir} holds its job; yaongi local JOB")
-    expires = lease_expires(found.directory)
-    if expires is not None and expires > time.time():
-        raise LaunchError(f"a launcher follows run {found.name}: its lease is alive; wait for it or stop it")
+    if (found.directory / LEASE).exists():
+        with held(found.directory):  # refuses while a launcher is alive
+            pass
     process = background.read(workdir, found.name)
     _say_started(background.start(spec, workdir, Path(process.cwd) if process else Path.cwd()))
 
 
-def _say_started(process: object) -> None:
-    from pipelines.background import Process
-
-    assert isinstance(process, Process)
+def _say_started(process: Process) -> None:
     print(f"run {process.run} runs in the background (process {process.pid})")
     print(f"follow it: yaongi logs {process.run} --follow; how far: yaongi status; end it: yaongi stop {process.run}")

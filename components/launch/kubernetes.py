@@ -85,12 +85,11 @@ def launch(
             if current is None:
                 ours = True  # from here on: a creation whose answer is lost may have taken place
                 try:
-                    current = _create(cluster, job, needs)
+                    current = _create(cluster, job, needs, cluster.own_pod())
                 except Refused:
                     ours = False
                     raise
-                for need in needs:
-                    cluster.own(need["kind"], need["metadata"]["name"], _reference(current))
+                _hand_over(cluster, needs, current)
                 write(f"launcher: created job {name} in namespace {cluster.namespace}")
             else:
                 _adopt(cluster, current, job)
@@ -99,8 +98,8 @@ def launch(
         except JobFailed:
             raise
         except BaseException as error:  # also a signal; it may have come while the job was being created
-            stop = ours or not isinstance(error, LaunchError)
-            if stop and not _stop(cluster, kind, name, limits.grace_seconds, write):
+            to_stop = ours or not isinstance(error, LaunchError)
+            if to_stop and not stop(cluster, kind, name, limits.grace_seconds, write):
                 on_leftover()
             raise
 
@@ -138,8 +137,24 @@ def _make_room(cluster: Cluster, job: Object, limits: ClusterSpec, write: Callab
     return None
 
 
-def _create(cluster: Cluster, job: Object, needs: Sequence[Object]) -> Object:
-    owner = cluster.own_pod()
+def start(
+    cluster: Cluster, objects: Sequence[Object], limits: ClusterSpec, write: Callable[[str], None] = show
+) -> None:
+    """Create a job that nobody follows, as one applied by hand; a finished one of its name is deleted first.
+
+    Raises:
+        LaunchError: it runs already, or cannot be created.
+    """
+    *needs, job = objects
+    name = job["metadata"]["name"]
+    _require_claims(cluster, pod_template(objects))
+    if _make_room(cluster, job, limits, write) is not None:
+        raise LaunchError(f"job {name} runs already in namespace '{cluster.namespace}'")
+    _hand_over(cluster, needs, _create(cluster, job, needs, owner=None))
+    write(f"created job {name} in namespace {cluster.namespace}")
+
+
+def _create(cluster: Cluster, job: Object, needs: Sequence[Object], owner: Object | None) -> Object:
     body = {**job, "metadata": {**job["metadata"], **({"ownerReferences": [owner]} if owner else {})}}
     # Before the job, whose pods would otherwise fail to mount it at first.
     for need in needs:
@@ -152,6 +167,12 @@ def _create(cluster: Cluster, job: Object, needs: Sequence[Object]) -> Object:
             for need in needs:
                 cluster.delete(need["kind"], need["metadata"]["name"])
         raise
+
+
+def _hand_over(cluster: Cluster, needs: Sequence[Object], job: Object) -> None:
+    """What the job needs is collected with it."""
+    for need in needs:
+        cluster.own(need["kind"], need["metadata"]["name"], _reference(job))
 
 
 def _create_once(cluster: Cluster, body: Object) -> Object:
@@ -211,7 +232,7 @@ def _wait_until_gone(
         time.sleep(1)
 
 
-def _stop(cluster: Cluster, kind: JobKind, name: str, grace_seconds: int, write: Callable[[str], None]) -> bool:
+def stop(cluster: Cluster, kind: JobKind, name: str, grace_seconds: int, write: Callable[[str], None]) -> bool:
     """Delete the job and wait for its pods, which save a checkpoint; whether all are gone.
 
     Raises nothing of its own: the error that led here is what gets raised.

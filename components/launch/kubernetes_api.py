@@ -177,6 +177,12 @@ class Cluster:
         patch = {"metadata": {"ownerReferences": [owner] if owner else [], "labels": labels or {}}}
         self.call(f"patch {resource.plural}", resource.patch, name=name, body=patch)
 
+    def unsuspend(self, job: Object) -> None:
+        resource = self._resource(job["kind"])
+        changed = {"suspend": False}
+        body = {"spec": changed if "suspend" in job["spec"] else {"runPolicy": changed}}
+        self.call(f"patch {resource.plural}", resource.patch, name=job["metadata"]["name"], body=body)
+
     def delete(self, kind: str, name: str) -> None:
         """With all that it owns; a job's pods get their grace period. Absent is fine."""
         resource = self._resource(kind)
@@ -242,10 +248,15 @@ class Cluster:
         )
         return json.loads(response.data)["items"]
 
-    def log_tail(self, pod: str, lines: int) -> list[str]:
-        """The last lines a pod has written; none if they cannot be had any more."""
+    def log_tail(self, pod: str, lines: int, **options: Any) -> list[str]:
+        """The last lines a pod has written; none if they cannot be had any more.
+
+        Args:
+            options: the API's own: container, timestamps, previous.
+        """
+        read = self.core.read_namespaced_pod_log
         try:
-            text = self.call("get pods/log", self.core.read_namespaced_pod_log, pod, self.namespace, tail_lines=lines)
+            text = self.call("get pods/log", read, pod, self.namespace, tail_lines=lines, **options)
         except LaunchError:
             return []
         return text.splitlines()

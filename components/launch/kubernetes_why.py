@@ -269,7 +269,7 @@ def _restarting(found: Situation, now: datetime) -> Answer | None:
         return None
     return Answer(
         "restarting",
-        f"a worker is made anew, {_times(_exits(found))}: {last.describe()}",
+        f"a worker is made anew, {_times(restarts(found))}: {last.describe()}",
         f"log: yaongi logs {found.name}",
     )
 
@@ -298,14 +298,14 @@ def _starting(found: Situation, now: datetime) -> Answer | None:
 def _running(found: Situation, now: datetime) -> Answer:
     job = found.job or {}
     last, age = _last_exit(found), explain.age_seconds(job)
-    restarts = f"; restarted, {_times(_exits(found))}: {last.describe()}" if last else ""
+    often = f"; restarted, {_times(restarts(found))}: {last.describe()}" if last else ""
     deadline = job.get("spec", {}).get("runPolicy", {}).get("activeDeadlineSeconds")
     late = ""
     if deadline and age > deadline:
         late = (
             f"; its activeDeadlineSeconds passed {age - deadline:.0f} s ago, which the operator sees at a pod's change"
         )
-    return Answer("running", f"{found.workers} of {found.workers} workers run, for {age:.0f} s{restarts}{late}")
+    return Answer("running", f"{found.workers} of {found.workers} workers run, for {age:.0f} s{often}{late}")
 
 
 def _managed_by(job: Object) -> str:
@@ -329,7 +329,11 @@ def _last_exit(found: Situation) -> explain.Exit | None:
     return None
 
 
-def _exits(found: Situation) -> int:
+def restarts(found: Situation) -> int:
+    """How often workers were made anew, as far as the cluster remembers; events go after an hour."""
+    attempts = kind_of(found.job).attempt_label if found.job else None
+    if attempts:
+        return max((int(pod["metadata"]["labels"].get(attempts, 0)) for pod in found.pods), default=0)
     return sum(event.get("count") or 1 for event in _exit_events(found))
 
 

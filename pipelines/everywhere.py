@@ -1,0 +1,88 @@
+"""Runs of this machine and of the cluster together: what is not known here is looked for there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from components.launch import LaunchError
+from pipelines import runs, view
+from pipelines.runs import Run, UnknownRun, named
+from pipelines.view import View
+
+if TYPE_CHECKING:  # it takes a second, which nobody should wait for whose run is here
+    from components.launch.kubernetes_api import Cluster
+    from pipelines.remote import RemoteRun
+
+
+def connect(namespace: str) -> Cluster:
+    """The cluster's namespace; "" for that of the kubeconfig's context."""
+    from components.launch.kubernetes_api import Cluster
+
+    return Cluster.connect(namespace or None)
+
+
+def find_or_ask(text: str, namespace: str, workdir: Path) -> tuple[Run | None, Cluster | None]:
+    """The run of this machine, or the cluster to ask: for an unknown one, and where a namespace is given.
+
+    Raises:
+        UnknownRun, SpecError: none here and no cluster to ask; or several.
+        LaunchError: the namespace's cluster cannot be asked.
+    """
+    if namespace:
+        return None, connect(namespace)
+    try:
+        return runs.find(text, workdir), None
+    except UnknownRun as unknown:
+        try:
+            return None, connect("")
+        except LaunchError:
+            raise unknown from None
+
+
+def find(text: str, namespace: str, workdir: Path) -> Run | RemoteRun:
+    """A run of this machine or of the cluster.
+
+    Raises:
+        as `find_or_ask`, or none there either.
+    """
+    here, cluster = find_or_ask(text, namespace, workdir)
+    if cluster is None:
+        assert here is not None
+        return here
+    from pipelines import remote
+
+    return remote.find(text, cluster, named(text, workdir))
+
+
+def looking_at(text: str, namespace: str, workdir: Path) -> Callable[[], View]:
+    """What gives a new view of a run each time."""
+    found = find(text, namespace, workdir)
+    if isinstance(found, Run):
+        return lambda: view.of_local(found)
+    from pipelines import remote
+
+    return lambda: remote.view(remote.find(found.name, found.cluster))
+
+
+def all_views(namespace: str, workdir: Path, console: Console) -> list[View]:
+    """Those of the cluster only where a namespace is given; a cluster that cannot be asked costs a line.
+
+    Raises:
+        LaunchError: the namespace's cluster cannot be asked.
+    """
+    views = [] if namespace else [view.of_local(each) for each in runs.local_runs(workdir).values()]
+    try:
+        cluster = connect(namespace)
+        from pipelines import remote
+
+        views += [remote.view(each) for each in remote.remote_runs(cluster).values()]
+    except LaunchError as error:
+        if namespace:
+            raise
+        if "no cluster to launch on" not in str(error):
+            console.print(f"cluster: {error}", style="dim", soft_wrap=True, highlight=False)
+    return views

@@ -1,0 +1,258 @@
+"""Runs on a cluster: find their jobs, show them, print their logs, stop and resume them.
+
+A run has a job for each task of the trainer, labelled with the run's name. A job that somebody else has made counts as
+a run of its own name; it can be looked at, and is stopped by its owner.
+
+Numbers come from the log of rank 0: reading it takes no right that the launcher does not have, while the metrics of a
+pod would take the right to proxy to any port of any pod.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.launch import LaunchError, kubernetes
+from components.launch import kubernetes_explain as explain
+from components.launch.kubernetes_api import Cluster
+from components.launch.kubernetes_gather import jobs, situation
+from components.launch.kubernetes_watch import LogFollower
+from components.launch.kubernetes_why import QUEUE_LABEL, restarts, why
+from components.launch.lease import held
+from manifests.kinds import TRAINJOB, Object, kind_of
+from manifests.names import PIPELINE_LABEL, RUN_LABEL, SPEC_FILE, TASK_LABEL
+from manifests.spec import ClusterSpec
+from pipelines.runs import choose
+from pipelines.standing import PUBLISHED, of_log
+from pipelines.view import View
+from trainer.data.manifest import atomic_write
+
+TAIL_LINES = 2000  # enough to hold a checkpoint's line between those of steps
+ALL_LINES = 10_000_000
+POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class RemoteRun:
+    """A run with its jobs by task; of a job that is not ours the task is train."""
+
+    name: str
+    cluster: Cluster
+    jobs: dict[str, Object]
+
+    def job(self, task: str = "") -> Object:
+        """The job of a task, or the one that was made last.
+
+        Raises:
+            LaunchError: there is none for the task.
+        """
+        if task and task not in self.jobs:
+            raise LaunchError(f"run {self.name} has no job for '{task}'; it has: {', '.join(self.jobs)}")
+        return (
+            self.jobs[task] if task else max(self.jobs.values(), key=lambda job: job["metadata"]["creationTimestamp"])
+        )
+
+
+def remote_runs(cluster: Cluster) -> dict[str, RemoteRun]:
+    """All runs that have jobs in the namespace, by name."""
+    found: dict[str, RemoteRun] = {}
+    for job in jobs(cluster):
+        labels = job["metadata"].get("labels", {})
+        name = labels.get(RUN_LABEL, job["metadata"]["name"])
+        found.setdefault(name, RemoteRun(name, cluster, {})).jobs[labels.get(TASK_LABEL, "train")] = job
+    return dict(sorted(found.items()))
+
+
+def find(text: str, cluster: Cluster, exactly: str | None = None) -> RemoteRun:
+    """The run that `text` names, or alone begins.
+
+    Raises:
+        SpecError: none, or several.
+    """
+    runs = remote_runs(cluster)
+    return runs[choose(text, runs, f"in namespace '{cluster.namespace}'", exactly)]
+
+
+def view(run: RemoteRun) -> View:
+    job = run.job()
+    task = job["metadata"].get("labels", {}).get(TASK_LABEL, "train")
+    name, cluster = job["metadata"]["name"], run.cluster
+    found = situation(cluster, name)
+    answer = why(found)
+    lines: list[str] = []
+    if task == "train":
+        for pod in _of_index(found.pods, kind_of(job).index_label, 0):
+            lines = cluster.log_tail(pod["metadata"]["name"], TAIL_LINES, timestamps=True, container=_container(pod))
+    plain = answer.state in ("running", "succeeded") and "restarted" not in answer.sentence
+    said = "" if plain else f"{answer.sentence}; {answer.fix}" if answer.fix else answer.sentence
+    rows = [("job", f"{job['kind']} {name}"), ("task", task)]
+    rows += [("pod", _where(pod)) for pod in found.pods]
+    numbers = replace(of_log(lines, datetime.now(UTC)), restarts=restarts(found))
+    return View(run.name, f"namespace {cluster.namespace}", answer.state, said, numbers, rows)
+
+
+def show_logs(run: RemoteRun, write: Callable[[str], None], *, follow: bool, rank: int | None, task: str) -> None:
+    """Print the log of the pod that a rank runs in; what a restarted container wrote before comes first.
+
+    Raises:
+        LaunchError: no such task, rank or pod.
+    """
+    job = run.job(task)
+    kind, name = kind_of(job), job["metadata"]["name"]
+    index = (rank or 0) // _ranks_per_pod(job)
+    follower = LogFollower(run.cluster, write)
+    if follow:
+        follower.start()
+    told: set[str] = set()
+    while True:
+        current = run.cluster.get(kind.kind, name)
+        pods = _of_index(run.cluster.pods(kind, name), kind.index_label, index)
+        for pod in pods:
+            if explain.container_status(pod).get("restartCount") and pod["metadata"]["uid"] not in told:
+                told.add(pod["metadata"]["uid"])
+                for line in _lines(run.cluster, pod, previous=True):
+                    write(line)
+            if not follow:
+                for line in _lines(run.cluster, pod):
+                    write(line)
+            elif explain.has_started(pod):
+                follower.add(pod)
+            if explain.is_over(pod):
+                follower.ended(pod["metadata"]["uid"])
+        if not follow:
+            if not pods:
+                raise LaunchError(f"job {name} has no pod for rank {rank or 0}; see: yaongi why {name}")
+            return
+        if current is None or not explain.is_active(current):
+            follower.finish(15)
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def stop(run: RemoteRun, workdir: Path, write: Callable[[str], None]) -> str:
+    """Delete the run's jobs, whose workers save a checkpoint first, and wait until no pod is left.
+
+    A deleted job frees its GPUs also where a queue would resume a suspended one. What it was made of is kept in the
+    workdir, for `resume`.
+
+    Returns:
+        What was saved, in a few words.
+
+    Raises:
+        LaunchError: nothing of it runs, it is not ours, or pods are left.
+    """
+    active = [job for job in run.jobs.values() if explain.is_active(job)]
+    if not active:
+        raise LaunchError(f"run {run.name} is not running in namespace '{run.cluster.namespace}'")
+    saved = "nothing of it was running yet"
+    for job in active:
+        kind, name = kind_of(job), job["metadata"]["name"]
+        if RUN_LABEL not in job["metadata"].get("labels", {}):
+            place = f"-n {run.cluster.namespace}"
+            raise LaunchError(
+                f"job {name} was not made by yaongi; stop it with: kubectl delete {kind.plural} {name} {place}"
+            )
+        atomic_write(_kept(workdir, name), yaml.safe_dump_all(_objects(run.cluster, job)).encode())
+        lines: list[str] = []
+        follower = LogFollower(run.cluster, lines.append)
+        follower.start()
+        pods = run.cluster.pods(kind, name)
+        for pod in _of_index(pods, kind.index_label, 0):
+            if explain.has_started(pod):
+                follower.add(pod)
+        grace = max((pod["spec"].get("terminationGracePeriodSeconds", 30) for pod in pods), default=30)
+        gone = kubernetes.stop(run.cluster, kind, name, grace, write)
+        follower.finish(5)
+        steps = [match[1] for match in map(PUBLISHED.match, lines) if match]
+        saved = f"the newest checkpoint is of step {steps[-1]}" if steps else "it had saved no checkpoint yet"
+        if not gone:
+            raise LaunchError(f"job {name} may still run; see: yaongi why {name} -n {run.cluster.namespace}")
+    return saved
+
+
+def resume(text: str, cluster: Cluster, workdir: Path, write: Callable[[str], None], exactly: str | None = None) -> str:
+    """Create the run's training job again, from what `stop` kept or from a failed job; a suspended one goes on.
+
+    Returns:
+        The job's name.
+
+    Raises:
+        SpecError: no such run.
+        LaunchError: it runs, a launcher follows it, or it cannot be created.
+    """
+    runs = remote_runs(cluster)
+    kept = {path.stem: path for path in _kept(workdir, "").parent.glob("*.yaml")}
+    name = choose(text, {*runs, *kept}, f"in namespace '{cluster.namespace}' or stopped from {workdir}", exactly)
+    if name not in runs:
+        objects = list(yaml.safe_load_all(kept[name].read_text(encoding="utf-8")))
+    else:
+        job = runs[name].job("train")
+        if explain.has_condition(job, "Suspended") and QUEUE_LABEL not in job["metadata"].get("labels", {}):
+            cluster.unsuspend(job)
+            return name
+        objects = _objects(cluster, job)
+    with _lease_of(objects):
+        kubernetes.start(cluster, objects, ClusterSpec(), write)
+    return objects[-1]["metadata"]["name"]
+
+
+def _lease_of(objects: list[Object]) -> AbstractContextManager[object]:
+    """Refuses while a launcher is alive, and removes the lease of a dead one, which would end the new job at once.
+
+    Only where the volume is mounted here.
+    """
+    specs = [item["data"][SPEC_FILE] for item in objects if SPEC_FILE in item.get("data", {})]
+    run_dir = yaml.safe_load(specs[0])["run_dir"] if specs else ""
+    return held(run_dir) if run_dir and Path(run_dir).is_dir() else nullcontext()
+
+
+def _objects(cluster: Cluster, job: Object) -> list[Object]:
+    """The job with what it needs, as they were made: without what the cluster and a launcher have added."""
+    name = job["metadata"]["name"]
+    kinds = ("ConfigMap", "TrainingRuntime") if kind_of(job) is TRAINJOB else ("ConfigMap",)
+    plain = cluster.core.api_client.sanitize_for_serialization  # the client has classes for what is no custom resource
+    needs = [plain(need) | {"kind": kind} for kind in kinds if (need := cluster.get(kind, name))]
+    return [_as_made(item) for item in (*needs, job)]
+
+
+def _as_made(body: Object) -> Object:
+    metadata = {key: body["metadata"][key] for key in ("name", "labels", "annotations") if body["metadata"].get(key)}
+    metadata["labels"] = {key: value for key, value in metadata.get("labels", {}).items() if key != PIPELINE_LABEL}
+    kept = {key: value for key, value in body.items() if key in ("apiVersion", "kind", "spec", "data")}
+    return kept | {"metadata": metadata}
+
+
+def _kept(workdir: Path, name: str) -> Path:
+    folder = workdir / "stopped"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.yaml"
+
+
+def _ranks_per_pod(job: Object) -> int:
+    spec = job["spec"]
+    number = str(spec.get("nprocPerNode") or spec.get("trainer", {}).get("numProcPerNode") or 1)
+    return int(number) if number.isdigit() else 1
+
+
+def _of_index(pods: list[Object], label: str, index: int) -> list[Object]:
+    return [pod for pod in pods if pod["metadata"]["labels"].get(label) == str(index)]
+
+
+def _container(pod: Object) -> str:
+    return explain.container(pod)["name"]
+
+
+def _lines(cluster: Cluster, pod: Object, **options: Any) -> list[str]:
+    return cluster.log_tail(pod["metadata"]["name"], ALL_LINES, container=_container(pod), **options)
+
+
+def _where(pod: Object) -> str:
+    status = pod.get("status", {})
+    return f"{pod['metadata']['name']} on {pod['spec'].get('nodeName', 'no node')}: {status.get('phase', 'unknown')}"

@@ -1,0 +1,89 @@
+"""`yaongi status`, `logs`, `stop` and `resume` on a run of the cluster; a script speaks in the trainer's place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from kube import Namespace, wait_for
+from launching import scripted, tiny
+
+from components.launch.kubernetes import start
+from components.launch.kubernetes_api import Cluster
+from manifests.kinds import KINDS
+from pipelines import cli
+
+pytestmark = pytest.mark.e2e
+
+# Goes on from the step in a file on the volume, and saves it when it is stopped.
+SCRIPT = """
+file=/mnt/checkpoints/$RUN; step=$(cat $file 2>/dev/null || echo 0)
+save() {
+  [ "$index" = 0 ] && echo $step > $file && echo "checkpoint of step $step published after 0.1 s"
+  echo '{"code": 143, "reason": "stopped by SIGTERM"}' > /dev/termination-log; exit 143
+}
+trap save TERM
+echo "worker $index begins after step $step"
+while [ $step -lt 1000 ]; do
+  step=$((step + 1))
+  echo "step $step/1000  loss 2.5000  grad 1.0  lr 1.00e-02  1,234 tokens/s  ETA 0:10:00"
+  sleep 0.3
+done
+"""
+
+
+@pytest.fixture
+def yaongi(
+    namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Runs the command line in an empty folder; gives exit code and what was printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["yaongi", *arguments, "--namespace", namespace.name])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = "".join(capsys.readouterr())
+        with capsys.disabled():
+            print(f"$ yaongi {' '.join(arguments)} ({code})\n{said}", flush=True)
+        return code, said
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_shown_stopped_and_resumed(
+    namespace: Namespace, yaongi: Callable[..., tuple[int, str]], kind: str
+) -> None:
+    def good(*arguments: str) -> str:
+        code, said = yaongi(*arguments)
+        assert code == 0, said
+        return said
+
+    job = tiny(namespace, cluster={"job": kind})
+    name = job.run_name
+    start(Cluster.connect(namespace.name), scripted(job, SCRIPT.replace("$RUN", name)), job.cluster)
+    wait_for("steps", lambda: "step        " in (shown := good("status", name)) and "/1,000" in shown, 90, every=2)
+    assert f"{name}  namespace {namespace.name}  running" in good("status")
+    shown = good("status", name[:7])
+    for line in ("loss        2.5000", "speed       1,234 tokens/s", "left        0:10:00", "checkpoint  none yet"):
+        assert line in shown
+    assert good("logs", name).startswith("worker 0 begins after step 0\nstep 1/1000")
+    assert good("logs", name, "--rank", str(job.cluster.ranks_per_node)).startswith("worker 1 begins")
+
+    stopped = good("stop", name)
+    saved = int(stopped.split("the newest checkpoint is of step ")[1].split(";")[0])
+    assert saved > 0 and f"continue: yaongi resume {name} -n {namespace.name}" in stopped
+    assert not namespace.find("pods", "-l", KINDS[job.cluster.job].selector(name))
+
+    assert f"job {name} goes on" in good("resume", name)
+    wait_for("its log", lambda: f"begins after step {saved}" in good("logs", name), 60, every=2)
+    code, said = yaongi("resume", name)
+    assert code == 1 and f"job {name} runs already" in said
+    good("stop", name)
