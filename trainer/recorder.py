@@ -21,6 +21,7 @@ from trainer.checkpoint import CheckpointManifest
 from trainer.data.manifest import atomic_write
 from trainer.data.plan import Cursor
 from trainer.distributed import World
+from trainer.exitcodes import ExitCode, retryable
 from trainer.exporter import Metrics
 from trainer.flops import flops_per_token
 from trainer.fp8.state import Fp8State
@@ -111,7 +112,8 @@ class Recorder:
         self._file = MetricsFile(self._spec.run_dir, step)
         self.metrics.add("goodput_seconds_total", self._file.lost_seconds, **{"class": "lost"})
         self._board = Board(self._spec.run_dir, step)
-        for code, count in restarts.summary(self._spec.run_dir).items():
+        counts = {str(int(code)): 0 for code in ExitCode if retryable(code)} | restarts.summary(self._spec.run_dir)
+        for code, count in counts.items():
             self.metrics.add("restarts_total", count, reason=code)
 
     def preflight(self, findings: list[Finding]) -> None:

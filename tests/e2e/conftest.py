@@ -23,6 +23,7 @@ from manifests.names import job_name
 from manifests.spec import load_job
 from trainer.specbase import changes_from_sets
 
+SCRAPED = ("first", "stopped")  # the runs that Prometheus knows
 OPERATED = ("PodMonitor", "PrometheusRule")  # objects of the Prometheus operator, which a test cluster lacks
 BASE = Path(__file__).parents[2] / "manifests" / "base"
 
@@ -88,9 +89,13 @@ def volumes(namespace: Namespace) -> Iterator[Namespace]:
 
 @pytest.fixture(scope="session")
 def prometheus(namespace: Namespace) -> Prometheus:
-    job = load_job("tiny", changes_from_sets(["name=first", *SETS]))
+    jobs = {name: load_job("tiny", changes_from_sets([f"name={name}", *SETS])) for name in SCRAPED}
+    workers = {
+        job.run_name: [PYTORCHJOB.worker_name(job_name(job), index) for index in range(job.cluster.nodes)]
+        for job in jobs.values()
+    }
     server = Prometheus(namespace)
-    server.start([PYTORCHJOB.worker_name(job_name(job), index) for index in range(job.cluster.nodes)])
+    server.start(workers, {name: job.run_name for name, job in jobs.items()})
     return server
 
 

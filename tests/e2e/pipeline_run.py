@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from kube import PIPELINE_IMAGE, TRAINER_IMAGE, Namespace, pod
+from kube import PIPELINE_IMAGE, TRAINER_IMAGE, Namespace, Object, pod
 
-from manifests.names import job_name, kind
+from manifests.names import APP_LABEL, STEP_APP, job_name, kind
 from manifests.spec import JobSpec, load_job
 from trainer.specbase import changes_from_sets
 
@@ -43,7 +43,7 @@ class PipelineRun:
         arguments = [part for change in sets for part in ("--set", change)]
         command = ["yaongi", "run", "tiny", "--target", "kubernetes", "--workdir", "/tmp/work", *arguments]
         job = load_job("tiny", changes_from_sets(sets))
-        namespace.apply(pod(name, PIPELINE_IMAGE, command, account=ACCOUNT))
+        namespace.apply(*driver(name, command))
         return cls(namespace, name, job)
 
     def finish(self, *, meanwhile: Callable[[], None] = lambda: None) -> PipelineRun:
@@ -72,6 +72,14 @@ class PipelineRun:
     @cached_property
     def workers(self) -> list[str]:
         return [kind(self.job).worker_name(job_name(self.job), index) for index in range(self.job.cluster.nodes)]
+
+
+def driver(name: str, command: list[str]) -> list[Object]:
+    """A pod that executes steps of the pipeline, labelled as Kubeflow Pipelines would, and its name in DNS."""
+    labels = {APP_LABEL: STEP_APP, "app.kubernetes.io/instance": name}
+    spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": labels}
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec}
+    return [service, pod(name, PIPELINE_IMAGE, command, account=ACCOUNT, labels=labels)]
 
 
 def losses(metrics_jsonl: str) -> list[float]:

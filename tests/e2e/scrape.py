@@ -1,4 +1,8 @@
-"""A real Prometheus in the namespace; it finds workers by the names that the training operator gives them."""
+"""A real Prometheus in the namespace, with the alerts as they are shipped.
+
+It finds workers by the names that their operator gives them and drivers by a service that `PipelineRun` makes, since
+Debian's has no Kubernetes discovery; it labels them as the monitors of manifests/monitors.py do.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ import os
 from urllib.parse import urlencode
 
 from kube import Namespace, Object, pod
+
+from manifests.alerts import rule_groups
+from manifests.names import APP, STEP_APP, STEP_METRICS_PORT
 
 IMAGE = os.environ.get("YAONGI_PROMETHEUS_IMAGE", "localhost/prometheus:2.42")
 PORT = 9400
@@ -18,23 +25,25 @@ class Prometheus:
     def __init__(self, namespace: Namespace) -> None:
         self.namespace = namespace
 
-    def start(self, workers: list[str]) -> None:
-        """Scrape `workers` every second; each is a pod with one rank and a headless service of the pod's name."""
-        targets = {
-            "names": [f"{worker}.{self.namespace.name}.svc.cluster.local" for worker in workers],
-            "type": "A",
-            "port": PORT,
-            "refresh_interval": "1s",
-        }
+    def start(self, workers: dict[str, list[str]], drivers: dict[str, str]) -> None:
+        """Scrape every second.
+
+        Args:
+            workers: pods of each run, of one rank each, with a headless service of the pod's name.
+            drivers: run of each pod that executes steps of the pipeline, with a headless service of its name.
+        """
+        scraped = [self._targets(APP, run, names, PORT) for run, names in workers.items()]
+        scraped += [self._targets(STEP_APP, run, [name], STEP_METRICS_PORT) for name, run in drivers.items()]
         config = {
-            "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
-            "scrape_configs": [{"job_name": "yaongi", "dns_sd_configs": [targets]}],
+            "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "5s"},
+            "rule_files": ["/config/rules.json"],
+            "scrape_configs": scraped,
         }
         config_map: Object = {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {"name": "prometheus"},
-            "data": {"prometheus.yml": json.dumps(config)},
+            "data": {"prometheus.yml": json.dumps(config), "rules.json": json.dumps(rule_groups())},
         }
         server = pod(
             "prometheus",
@@ -45,6 +54,24 @@ class Prometheus:
         )
         self.namespace.apply(config_map, server)
         self.namespace.running("prometheus")
+
+    def _targets(self, app: str, run: str, pods: list[str], port: int) -> Object:
+        space = self.namespace.name
+        names = [f"{name}.{space}.svc.cluster.local" for name in pods]
+        return {
+            "job_name": f"{app}/{run}",
+            "dns_sd_configs": [{"names": names, "type": "A", "port": port, "refresh_interval": "1s"}],
+            "relabel_configs": [
+                {"target_label": "job", "replacement": app},
+                {"target_label": "namespace", "replacement": space},
+                {"target_label": "run", "replacement": run},
+                {"target_label": "pod", "source_labels": ["__meta_dns_name"], "regex": r"([^.]+)\..*"},
+            ],
+        }
+
+    def firing(self) -> list[dict[str, str]]:
+        """Labels of the alerts that fire now."""
+        return [series["metric"] for series in self.query('ALERTS{alertstate="firing"}')]
 
     def query(self, expression: str) -> list[Object]:
         """Result of an instant query: [{"metric": labels, "value": [time, text]}]; "values" for a range selector."""
