@@ -254,12 +254,13 @@ def submit(
         str, typer.Option(help="Image of the pipeline's steps; the trainer's is --set cluster.image=…")
     ] = "",
     follow: Annotated[bool, typer.Option(help="Wait for the run to end, showing its steps.")] = True,
+    browse: Annotated[bool, typer.Option("--open", help="Open the run's page in a browser.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Run the pipeline on Kubeflow Pipelines."""
     from pipelines.submit import submit as submit_run
 
-    submit_run(job, _changes(sets), host=host, image=image, follow=follow, console=Console())
+    submit_run(job, _changes(sets), host=host, image=image, follow=follow, console=Console(), browse=browse)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,16 @@ from pipelines import runs, view
 from pipelines.runs import Run, UnknownRun, named
 from pipelines.view import View
 
+KFP_RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
 if TYPE_CHECKING:  # it takes a second, which nobody should wait for whose run is here
     from components.launch.kubernetes_api import Cluster
     from pipelines.remote import RemoteRun
+
+
+def is_kfp(text: str) -> bool:
+    """Whether this is the id of a run on Kubeflow Pipelines."""
+    return KFP_RUN_ID.fullmatch(text) is not None
 
 
 def connect(namespace: str) -> Cluster:
@@ -58,8 +66,12 @@ def find(text: str, namespace: str, workdir: Path) -> Run | RemoteRun:
     return remote.find(text, cluster, named(text, workdir))
 
 
-def looking_at(text: str, namespace: str, workdir: Path) -> Callable[[], View]:
+def looking_at(text: str, namespace: str, workdir: Path, host: str) -> Callable[[], View]:
     """What gives a new view of a run each time."""
+    if is_kfp(text):
+        from pipelines import kfp_runs
+
+        return lambda: kfp_runs.view(host, text)
     found = find(text, namespace, workdir)
     if isinstance(found, Run):
         return lambda: view.of_local(found)

@@ -27,6 +27,9 @@ Namespace = Annotated[
     str,
     typer.Option("--namespace", "-n", help="Look on the cluster, in this namespace; else there for unknown runs only."),
 ]
+Host = Annotated[
+    str, typer.Option(envvar="KFP_HOST", help="Kubeflow Pipelines, http://…, where RUN is the id of a run there.")
+]
 WIDE = 200  # characters of a table's lines where nothing is on a terminal
 
 
@@ -49,6 +52,7 @@ def status(
     run: Annotated[str, typer.Argument(metavar="[RUN]", help="As for `logs`; without it all runs.")] = "",
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew every two seconds until the run ends.")] = False,
     namespace: Namespace = "",
+    host: Host = "",
     workdir: Workdir = Path("work"),
 ) -> None:
     """How far runs are, how fast, when they end, and why one does not run."""
@@ -67,7 +71,7 @@ def status(
             if each.why and each.state not in ("running", "stopped"):
                 console.print(f"{each.name}: {each.why}", soft_wrap=True, highlight=False, markup=False)
         return
-    look = everywhere.looking_at(run, namespace, workdir)
+    look = everywhere.looking_at(run, namespace, workdir, host)
     shown = look()
     if not watch:
         console.print(view.details(shown), soft_wrap=True)
@@ -85,12 +89,20 @@ def logs(
     rank: Annotated[int | None, typer.Option(min=0, help="A rank's own log of the training.")] = None,
     task: Annotated[str, typer.Option(help="Only one step: train, evaluate, export, or here a data step.")] = "",
     namespace: Namespace = "",
+    host: Host = "",
     workdir: Workdir = Path("work"),
 ) -> None:
     """What a run has printed: here its pipeline, on the cluster the trainer."""
     from pipelines import everywhere, locallogs
     from pipelines.runs import Run as LocalRun
 
+    if everywhere.is_kfp(run):
+        from pipelines import kfp_runs
+
+        if follow:
+            kfp_runs.follow(kfp_runs.connect(host), run, Console())
+        kfp_runs.show_logs(host, run, print, task=task)
+        return
     found = everywhere.find(run, namespace, workdir)
     if isinstance(found, LocalRun):
         locallogs.show(found, Console(), follow=follow, rank=rank, task=task)
@@ -100,12 +112,17 @@ def logs(
     remote.show_logs(found, lambda line: print(line, flush=True), follow=follow, rank=rank, task=task)
 
 
-def stop(run: Run, namespace: Namespace = "", workdir: Workdir = Path("work")) -> None:
+def stop(run: Run, namespace: Namespace = "", host: Host = "", workdir: Workdir = Path("work")) -> None:
     """Stop a run; a training saves a checkpoint first, from which `resume` goes on."""
     from pipelines import background, everywhere
     from pipelines.runs import Run as LocalRun
     from trainer.checkpoint import latest_step
 
+    if everywhere.is_kfp(run):
+        from pipelines import kfp_runs
+
+        print(f"run {run} ended as {kfp_runs.stop(host, run)}; submit its job again to continue")
+        return
     found = everywhere.find(run, namespace, workdir)
     if isinstance(found, LocalRun):
         before = latest_step(found.directory)

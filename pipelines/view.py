@@ -17,6 +17,7 @@ from pipelines.standing import Standing, of_directory
 from trainer.exitcodes import STOPS
 from trainer.results import read_json
 
+OVER = {"finished", "succeeded", "failed", "stopped", "killed", "gone", "idle", "canceled", "skipped"}
 COLOURS = {"running": "green", "finished": "green", "succeeded": "green", "failed": "red", "killed": "red"}
 
 
@@ -33,7 +34,7 @@ class View:
 
     @property
     def is_over(self) -> bool:
-        return self.state in ("finished", "succeeded", "failed", "stopped", "killed", "gone", "idle")
+        return self.state in OVER
 
 
 def of_local(run: Run) -> View:

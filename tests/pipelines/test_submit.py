@@ -1,10 +1,12 @@
-"""`yaongi submit` against a server that speaks as much of the API of Kubeflow Pipelines as a run needs."""
+"""`yaongi submit`, and the verbs on its runs, against a server that speaks as much of the API of Kubeflow Pipelines as
+they need; the answers have the shapes of the client's own models."""
 
 import io
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlparse
+from urllib.parse import parse_qs, urlparse
 
 import pytest
 from rich.console import Console
@@ -12,9 +14,10 @@ from rich.console import Console
 from components.launch import LaunchError
 from components.plan.step import resolve
 from manifests.spec import load_job
-from pipelines import submit
+from pipelines import cli, kfp_runs, submit
 from trainer.specbase import SpecError
 
+RUN = "0f6c2f8e-8a7b-4d43-9c55-3d1e6a0b7c21"
 EXPERIMENT = {"experiment_id": "e1", "display_name": "yaongi"}
 
 
@@ -46,33 +49,41 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"multi_user": False})
         elif path.endswith("/experiments"):
             self.answer({"experiments": [EXPERIMENT]})
-        elif path.endswith("/runs/r1"):
+        elif path.endswith(f"/runs/{RUN}"):
             states = self.server.states
-            self.answer({"run_id": "r1"} | (states.pop(0) if len(states) > 1 else states[0]))
+            self.answer({"run_id": RUN, "display_name": "tiny-1"} | (states.pop(0) if len(states) > 1 else states[0]))
+        elif path == "/k8s/pod/logs":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f"log of {parse_qs(urlparse(self.path).query)['podname'][0]}\n".encode())
         else:
             self.answer({"message": path}, 404)
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if not urlparse(self.path).path.endswith("/runs"):
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+        if urlparse(self.path).path.endswith(f"/runs/{RUN}:terminate"):
+            self.server.states[:] = [{"state": "CANCELING"}, {"state": "CANCELED"}]
+            self.answer({})
+        elif not urlparse(self.path).path.endswith("/runs"):
             self.answer(EXPERIMENT)
         elif self.server.refusing:
             self.answer({"message": "quota exceeded"}, 403)
         else:
             self.server.created = body
-            self.answer({"run_id": "r1", "display_name": body["display_name"]})
+            self.answer({"run_id": RUN, "display_name": body["display_name"]})
 
     def log_message(self, *arguments) -> None:
         pass
 
 
 def tasks(**states: str) -> dict:
-    return {"task_details": [{"display_name": name, "state": state} for name, state in states.items()]}
+    pods = {"child_tasks": [{"pod_name": "pod-of-it"}]}
+    return {"task_details": [{"display_name": name, "state": state} | pods for name, state in states.items()]}
 
 
 @pytest.fixture
 def backend(monkeypatch):
-    monkeypatch.setattr(submit, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(kfp_runs, "POLL_SECONDS", 0.01)
     made = Backend(
         [
             {"state": "RUNNING", "run_details": tasks(plan="SUCCEEDED", train="RUNNING")},
@@ -101,7 +112,7 @@ def test_a_run_is_created_from_the_compiled_pipeline_and_followed_to_its_end(bac
     assert parameters == {"preset": "tiny", "steps": 9, "overrides": '{"train": {"seed": 3}}'}
     assert resolve(**parameters).run_name == name
     assert output.splitlines() == [
-        f"run {name}: {backend.url}/#/runs/details/r1",
+        f"run {name}: {backend.url}/#/runs/details/{RUN}",
         "plan: succeeded",
         "train: running",
         "train: succeeded",
@@ -136,3 +147,63 @@ def test_a_refusal_is_told_with_its_reason(backend):
 def test_a_submitted_run_does_not_train_on_this_machine(backend):
     with pytest.raises(SpecError, match=r"^cluster\.target: "):
         run(backend, {"cluster": {"target": "local"}})
+
+
+@pytest.fixture
+def yaongi(monkeypatch, capsys, tmp_path, backend):
+    """Runs a verb against the backend; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("KFP_HOST", backend.url)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["yaongi", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_status_shows_the_steps_of_a_run_and_what_failed(yaongi, backend):
+    states = {"root": "RUNNING", "plan-driver": "SUCCEEDED", "plan": "SUCCEEDED", "train": "FAILED"}
+    backend.states[:] = [{"state": "FAILED", "run_details": tasks(**states)}]
+    code, said, _ = yaongi("status", RUN)
+    assert code == 0 and said.startswith("tiny-1\nstate       failed: failed: train; see: yaongi logs")
+    assert [line.split(maxsplit=1)[1] for line in said.splitlines() if line.startswith("step  ") and ":" in line] == [
+        "plan: succeeded",
+        "train: failed",
+    ]
+    assert f"page        {backend.url}/#/runs/details/{RUN}" in said
+
+
+def test_logs_are_those_of_the_pods_of_a_step(yaongi, backend):
+    backend.states[:] = [{"state": "RUNNING", "run_details": tasks(plan="SUCCEEDED", train="RUNNING")}]
+    assert yaongi("logs", RUN, "--task", "train")[:2] == (0, "▶ train (running)\nlog of pod-of-it\n")
+    assert yaongi("logs", RUN)[1].count("log of pod-of-it") == 2
+    code, _, error = yaongi("logs", RUN, "--task", "nothing")
+    assert code == 1 and error == f"error: run {RUN} has no step 'nothing'; it has: plan, train\n"
+
+
+def test_stop_terminates_a_run_and_waits_for_its_end(yaongi, backend):
+    backend.states[:] = [{"state": "RUNNING"}]
+    assert yaongi("stop", RUN)[:2] == (0, f"run {RUN} ended as canceled; submit its job again to continue\n")
+    code, _, error = yaongi("stop", RUN)
+    assert code == 1 and error == f"error: run {RUN} has ended already, as canceled\n"
+
+
+def test_a_run_that_the_backend_does_not_know_or_no_host_is_one_line(yaongi, backend, monkeypatch):
+    other = RUN.replace("0f6c", "ffff")
+    code, _, error = yaongi("status", other)
+    assert code == 1 and error == f"error: {backend.url} refused run {other}: Not Found (404)\n"
+    monkeypatch.delenv("KFP_HOST")
+    assert yaongi("status", RUN)[2].startswith("error: --host is missing")
+
+
+def test_a_browser_is_opened_on_request_and_its_absence_costs_a_line(backend, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda page: opened.append(page))  # None: no browser
+    output = io.StringIO()
+    console = Console(file=output, width=200)
+    submit.submit("tiny", {}, host=backend.url, follow=False, console=console, browse=True)
+    assert opened == [f"{backend.url}/#/runs/details/{RUN}"] and "no browser could be opened here" in output.getvalue()
