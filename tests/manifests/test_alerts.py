@@ -12,7 +12,7 @@ import yaml
 from alert_cases import CASES, Case
 from tools import tool
 
-from manifests import generate
+from manifests import generate, metricsdoc
 from manifests.alerts import ALERTS, RECORDED, RUNBOOKS, prometheus_rule, rule_groups
 from manifests.yamltext import to_manifest
 from trainer.metrics import BY_NAME, PREFIX
@@ -110,6 +110,12 @@ def test_expressions_use_only_metrics_and_labels_that_are_exported(name: str) ->
             known |= set(re.findall(r"\w+", re.findall(r"by \(([^)]*)\)", source)[0]))
     for listed in re.findall(r"(?:by|on) \(([^)]*)\)", expression):
         assert set(re.findall(r"\w+", listed)) <= known, listed
+
+
+def test_the_committed_reference_is_the_generated_one() -> None:
+    assert metricsdoc.COMMITTED.read_text(encoding="utf-8") == metricsdoc.reference(), (
+        "run python -m manifests.metricsdoc"
+    )
 
 
 def test_each_recorded_series_is_used() -> None:
