@@ -13,7 +13,13 @@ def cluster() -> dict[str, Any]:
         "yaongi-cluster",
         "yaongi / Cluster and jobs",
         "Jobs and their phases, restarts, where the time goes, memory and scraped processes.",
-        [Row("Now", _now()), Row("Jobs", _jobs()), Row("Where the time goes", _time()), Row("Processes", _processes())],
+        [
+            Row("Now", _now()),
+            Row("Jobs", _jobs()),
+            Row("Where the time goes", _time()),
+            Row("Checks before the start", _preflight()),
+            Row("Processes", _processes()),
+        ],
     )
 
 
@@ -25,7 +31,7 @@ def _now() -> list[Any]:
             "Progress",
             "Steps done of those planned.",
             "percentunit",
-            Query(f"max by (run) ({metric('step')}) / max by (run) ({metric('planned_steps')})"),
+            Query(_progress()),
             decimals=1,
         ),
         number(
@@ -63,6 +69,10 @@ def _now() -> list[Any]:
     ]
 
 
+def _progress() -> str:
+    return f"max by (run) ({metric('step')}) / max by (run) ({metric('planned_steps')})"
+
+
 def _jobs() -> list[Any]:
     return [
         chart(
@@ -72,6 +82,7 @@ def _jobs() -> list[Any]:
             Query(f"max by (run, task, phase) ({metric('job_phase')})", "{{task}} {{phase}} {{run}}"),
             stacked=True,
             least=0,
+            alerts=["QueueWait"],
         ),
         chart(
             "Time in each phase",
@@ -89,6 +100,7 @@ def _jobs() -> list[Any]:
                 "{{outcome}} {{run}}",
             ),
             least=0,
+            alerts=["LeaseRenewalFailing"],
         ),
     ]
 
@@ -97,6 +109,15 @@ def _time() -> list[Any]:
     classes = rate("goodput_seconds_total")
     return [
         chart(
+            "Progress",
+            "Steps done of those planned; level while nothing gets further, back after a restart.",
+            "percentunit",
+            Query(_progress()),
+            least=0,
+            most=1,
+            alerts=["NoProgress"],
+        ),
+        chart(
             "Use of the time",
             "Share of the wall time: computing steps, start-up, waiting for data, saving, work that a restart lost.",
             "percentunit",
@@ -104,7 +125,6 @@ def _time() -> list[Any]:
                 f"sum by (run, class) ({classes}) / on (run) group_left () sum by (run) ({classes})",
                 "{{class}} {{run}}",
             ),
-            width=12,
             stacked=True,
             least=0,
             most=1,
@@ -114,8 +134,38 @@ def _time() -> list[Any]:
             "Of the run so far, by reason.",
             "short",
             Query(f"max by (run, reason) ({metric('restarts_total')})", "{{reason}} {{run}}"),
-            width=12,
             least=0,
+            alerts=["RestartStorm"],
+        ),
+    ]
+
+
+def _preflight() -> list[Any]:
+    def newest(name: str) -> str:
+        return f"min by (run, check) (last_over_time({metric(name)}[$__range]))"
+
+    return [
+        number(
+            "Checks",
+            "Of volumes, shared memory, GPUs, links and clocks, by each rank; the worst one.",
+            "none",
+            Query(newest("preflight_result"), "{{check}} {{run}}"),
+            width=12,
+            limits=[("orange", 0), ("green", 1)],
+            words=["warned", "passed"],
+        ),
+        number(
+            "Speeds",
+            "Measured by those checks, the slowest rank: reading data, writing checkpoints, links between ranks.",
+            "binBps",
+            Query(newest("preflight_bytes_per_second"), "{{check}} {{run}}"),
+            width=8,
+        ),
+        number(
+            "Duration",
+            "Of the checks.",
+            "s",
+            Query(f"max by (run) (last_over_time({metric('preflight_seconds')}[$__range]))"),
         ),
     ]
 
@@ -136,6 +186,7 @@ def _processes() -> list[Any]:
             limits=[("red", 0.95)],
             least=0,
             most=1,
+            alerts=["MemoryNearLimit"],
         ),
         chart(
             "Scraped processes",
@@ -145,5 +196,6 @@ def _processes() -> list[Any]:
             width=12,
             least=0,
             most=1,
+            alerts=["TargetDown"],
         ),
     ]

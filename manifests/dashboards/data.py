@@ -104,6 +104,7 @@ def _preparation() -> list[Any]:
             Query(f"time() - max by (stage) ({metric('stage_heartbeat_timestamp_seconds')})", "{{stage}}"),
             width=6,
             least=0,
+            alerts=["DataStepStalled"],
         ),
         chart(
             "Verified files",
@@ -202,6 +203,7 @@ def _checkpoints() -> list[Any]:
             Query(f"time() - max by (run) ({saved})", "age {{run}}"),
             Query(f"2 * max by (run) ({interval}) * {step_seconds}", "twice the interval {{run}}"),
             least=0,
+            alerts=["CheckpointTooOld", "CheckpointFailing"],
         ),
         chart(
             "Duration",

@@ -82,9 +82,11 @@ def _annotations() -> list[dashboard.AnnotationQuery]:
     # Until a process has saved one, the time is that of its start, and there is no duration.
     saved_at, duration = metric("checkpoint_last_success_timestamp_seconds"), metric("checkpoint_seconds")
     saved = f"1000 * max by (run) ({saved_at} and {duration})"
+    firing = f'ALERTS{{alertname=~"Yaongi.+", alertstate="firing", {OF_RUN}}}'
+    events = (("Restarts", restarted, "orange"), ("Checkpoints", saved, "blue"), ("Alerts", firing, "red"))
     return [
         dashboard.AnnotationQuery().name(name).datasource(DATASOURCE).expr(expression).enable(True).icon_color(color)
-        for name, expression, color in (("Restarts", restarted, "red"), ("Checkpoints", saved, "blue"))
+        for name, expression, color in events
     ]
 
 
@@ -92,4 +94,5 @@ def _annotations() -> list[dashboard.AnnotationQuery]:
 _ANNOTATION_TEXTS = (
     {"titleFormat": "restart", "textFormat": "{{run}} restarted: {{reason}}", "tagKeys": "run,reason"},
     {"titleFormat": "checkpoint", "textFormat": "{{run}} saved", "tagKeys": "run", "useValueForTime": True},
+    {"titleFormat": "{{alertname}}", "textFormat": "{{run}} {{severity}}", "tagKeys": "run,severity"},
 )

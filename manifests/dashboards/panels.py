@@ -15,6 +15,7 @@ from grafana_foundation_sdk.models import common as looks
 from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
+from manifests.alerts import ALERTS, RUNBOOKS
 from trainer.metrics import BY_NAME, PREFIX
 
 DATASOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -66,10 +67,17 @@ def chart(
     limits: Sequence[Limit] = (),
     least: float | None = None,
     most: float | None = None,
+    alerts: Sequence[str] = (),
 ) -> timeseries.Panel:
-    """Curves over time; `limits` are dashed lines, `least` and `most` the ends of the axis."""
+    """Curves over time.
+
+    Args:
+        limits: drawn as dashed lines.
+        least, most: ends of the axis.
+        alerts: that watch what is shown; the panel links to their runbooks.
+    """
     panel = timeseries.Panel().title(title).description(description).unit(unit).span(width).height(8)
-    panel.datasource(DATASOURCE).targets(_targets(queries)).thresholds(_thresholds(limits))
+    panel.datasource(DATASOURCE).targets(_targets(queries)).thresholds(_thresholds(limits)).links(_runbooks(alerts))
     legend = common.VizLegendOptions().display_mode(looks.LegendDisplayMode.LIST)
     panel.legend(legend.placement(looks.LegendPlacement.BOTTOM).show_legend(True).calcs([]))
     panel.tooltip(common.VizTooltipOptions().mode(looks.TooltipDisplayMode.MULTI).sort(looks.SortOrder.DESCENDING))
@@ -96,13 +104,21 @@ def number(
     width: int = 4,
     limits: Sequence[Limit] = (),
     decimals: int | None = None,
+    words: Sequence[str] = (),
 ) -> stat.Panel:
-    """The newest value of each series, large, on the colour of the limit that it has passed."""
+    """The newest value of each series, large, on the colour of the limit that it has passed.
+
+    Args:
+        words: shown for the values 0, 1, …
+    """
     panel = stat.Panel().title(title).description(description).unit(unit).span(width).height(4)
     panel.datasource(DATASOURCE).targets(_targets([query])).thresholds(_thresholds(limits))
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).values(False).fields(""))
     panel.graph_mode(looks.BigValueGraphMode.NONE).text_mode(looks.BigValueTextMode.AUTO)
     panel.color_mode(looks.BigValueColorMode.BACKGROUND if limits else looks.BigValueColorMode.NONE)
+    if words:
+        meanings = {str(value): model.ValueMappingResult(text=word, index=value) for value, word in enumerate(words)}
+        panel.mappings([model.ValueMap(options=meanings)])
     return panel if decimals is None else panel.decimals(decimals)
 
 
@@ -125,6 +141,18 @@ def _targets(queries: Sequence[Query]) -> list[prometheus.Dataquery]:
         .ref_id(chr(ord("A") + number))
         .datasource(DATASOURCE)
         for number, query in enumerate(queries)
+    ]
+
+
+def _runbooks(alerts: Sequence[str]) -> list[dashboard.DashboardLink]:
+    """The chart puts the place of the runbooks in front, as it does for the alerts."""
+    known = {alert.name: alert for alert in ALERTS}
+    return [
+        dashboard.DashboardLink(f"Runbook: {name}")
+        .type(model.DashboardLinkType.LINK)
+        .url(f"{RUNBOOKS}/{known[name].runbook}")
+        .target_blank(True)
+        for name in alerts
     ]
 
 

@@ -66,7 +66,14 @@ def _of_run(name: str) -> str:
 def _learning() -> list[Any]:
     steps = f"sum by (run) ({rate('steps_total')})"
     return [
-        chart("Loss", "Mean cross-entropy of each step.", "none", Query(_of_run("loss")), width=12),
+        chart(
+            "Loss",
+            "Mean cross-entropy of each step.",
+            "none",
+            Query(_of_run("loss")),
+            width=12,
+            alerts=["LossSpike"],
+        ),
         chart(
             "Gradient norm",
             "Before clipping. Spikes that come more and more often go before a divergence.",
@@ -103,6 +110,7 @@ def _learning() -> list[Any]:
             ),
             width=6,
             least=0,
+            alerts=["NonFinite"],
         ),
     ]
 
@@ -140,6 +148,7 @@ def _speed() -> list[Any]:
             Query(f"{own} / {steps}", "rank {{rank}} {{run}}"),
             width=12,
             least=0,
+            alerts=["Straggler"],
         ),
         chart(
             "Phases of a step",
@@ -154,6 +163,7 @@ def _speed() -> list[Any]:
             stacked=True,
             least=0,
             most=1,
+            alerts=["DataStall"],
         ),
     ]
 
@@ -178,6 +188,7 @@ def _experts_and_fp8() -> list[Any]:
             width=6,
             limits=[("red", 0.25)],
             least=0,
+            alerts=["ExpertCollapse"],
         ),
         chart(
             "FP8: largest magnitude",
@@ -195,6 +206,7 @@ def _experts_and_fp8() -> list[Any]:
             width=6,
             limits=[("red", 0.01)],
             least=0,
+            alerts=["Fp8Overflow"],
         ),
     ]
 
@@ -217,6 +229,7 @@ def _ranks() -> list[Any]:
             width=12,
             limits=[("red", 900)],
             least=0,
+            alerts=["HeartbeatStale"],
         ),
         facts(
             "What runs",

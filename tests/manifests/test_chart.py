@@ -13,7 +13,7 @@ import pytest
 import yaml
 from tools import tool
 
-from manifests import chart
+from manifests import chart, dashboards
 from manifests.alerts import prometheus_rule
 from manifests.chartvalues import ChartValues, defaults
 from manifests.rbac import ROLE, RULES, rbac
@@ -164,6 +164,19 @@ def test_alerts_are_those_of_the_manifests_and_link_to_the_runbooks_given() -> N
         rendered("--set", "monitoring.rules.runbooks=https://example.org/r/", apis=apis), "PrometheusRule"
     )
     assert linked["spec"] == prometheus_rule({}, "https://example.org/r")["spec"]
+
+
+def test_dashboards_are_those_of_the_manifests_and_link_to_the_runbooks_given() -> None:
+    def shown(*arguments: str) -> dict[str, str]:
+        maps = of_kind(rendered(*arguments), "ConfigMap")
+        return {name: text for each in maps for name, text in each["data"].items() if name.endswith(".json")}
+
+    assert shown() == dashboards.files()
+    linked = shown("--set", "monitoring.rules.runbooks=https://example.org/r/")
+    assert linked == {
+        name: text.replace('"docs/runbooks/', '"https://example.org/r/') for name, text in dashboards.files().items()
+    }
+    assert linked != dashboards.files()
 
 
 def test_kueue_gets_a_queue_and_what_it_draws_from(configured: Callable[[str], list[Object]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from manifests.alerts import ALERTS, RUNBOOKS
 from manifests.dashboards.query import View, annotations, dashboards, panels, substituted, targets
 from trainer.metrics import METRICS, PREFIX
 
@@ -100,11 +101,17 @@ def test_every_variable_is_used_and_every_use_is_a_variable(content: dict[str, A
 
 @each
 def test_events_are_marked_and_dashboards_lead_to_each_other(content: dict[str, Any]) -> None:
-    assert set(annotations(content)) == {"Restarts", "Checkpoints"}
+    assert set(annotations(content)) == {"Restarts", "Checkpoints", "Alerts"}
     (link,) = [link for link in content["links"] if link["type"] == "dashboards"]
     assert link["includeVars"] and link["keepTime"]
     for other in DASHBOARDS.values():
         assert set(link["tags"]) <= set(other["tags"])
+
+
+def test_every_alert_is_explained_beside_what_it_watches() -> None:
+    links = [link for content in DASHBOARDS.values() for panel in panels(content) for link in panel.get("links", [])]
+    linked = {link["url"] for link in links}
+    assert linked == {f"{RUNBOOKS}/{alert.runbook}" for alert in ALERTS}
 
 
 def test_uids_last() -> None:
