@@ -6,12 +6,21 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
+from raw_cases import small_job, write_raw
 
 from components import measuring
+from components.download.retry import retried
+from components.hygiene import step as hygiene
+from components.launch.lease import held
+from components.launch.phases import PhaseMetrics
 from components.progress import ByteProgress
 from components.running import step
+from components.shards import step as shards
+from components.tokenizer import step as tokenizer
+from trainer.data.manifest import read_manifest
 from trainer.specbase import SpecError
 
 
@@ -90,3 +99,82 @@ def test_a_port_that_is_none_is_refused_in_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("YAONGI_METRICS_PORT", "9x")
     with pytest.raises(SpecError, match="YAONGI_METRICS_PORT is '9x'; give a port number"), measuring.served("plan"):
         pass
+
+
+@pytest.mark.enable_socket
+def test_what_the_data_steps_count_is_what_their_manifests_say(port: int, tmp_path: Path) -> None:
+    job = small_job(tmp_path, {"hygiene": {"exact_duplicates": True}})
+    raw = write_raw(job, documents=40)
+    with step("hygiene"):
+        kept = hygiene.run(job, raw)
+        dropped = scrape(port)
+    with step("tokenizer"):
+        trained = tokenizer.run(job, kept)
+    with step("shards"):
+        made = shards.run(job, kept, trained)
+        written = scrape(port)
+    manifest = read_manifest(made.path)
+    for source in job.data.sources:
+        of_source = f'source="{source}"'
+        assert written[f'yaongi_documents_total{{{of_source},stage="shards"}}'] == manifest.counts(source).documents
+        for split in ("train", "heldout"):
+            tokens = manifest.counts(source, split).tokens
+            assert written.get(f'yaongi_shard_tokens_total{{{of_source},split="{split}"}}', 0) == tokens
+    assert dropped['yaongi_left_out_documents_total{filter="exact_duplicates"}'] == kept.summary["left_out_documents"]
+    assert dropped['yaongi_stage_bytes_total{stage="hygiene"}'] == sum(
+        one.bytes for one in read_manifest(raw.path).files
+    )
+    with step("shards"):
+        shards.run(job, kept, trained)
+        again = scrape(port)
+    assert again['yaongi_files_verified_total{stage="shards"}'] == len(manifest.files)
+    assert not any("shard_tokens" in name for name in again), "nothing was written"
+
+
+@pytest.mark.enable_socket
+def test_the_phases_of_a_job_add_up_to_the_time_it_was_followed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("components.launch.phases.time.monotonic", lambda: now)
+    with step("train"):
+        phases = PhaseMetrics("train")
+        for phase, seconds in (("queued", 5), ("queued", 7), ("starting", 3), ("running", 60), ("running", 0)):
+            phases.tick(phase)
+            now += seconds
+        phases.restarted()
+        seen = scrape(port)
+    of_phase = 'phase="{}",task="train"'.format
+    spent = {p: seen[f"yaongi_job_phase_seconds_total{{{of_phase(p)}}}"] for p in ("queued", "starting", "running")}
+    assert spent == {"queued": 12, "starting": 3, "running": 60}
+    assert {p: seen[f"yaongi_job_phase{{{of_phase(p)}}}"] for p in spent} == {"queued": 0, "starting": 0, "running": 1}
+    assert seen['yaongi_job_pod_restarts_total{task="train"}'] == 1
+
+
+@pytest.mark.enable_socket
+def test_renewals_of_the_lease_are_counted_by_outcome(port: int, tmp_path: Path) -> None:
+    with step("train"), held(tmp_path / "run", lease_seconds=60, renewal_seconds=0.05):
+        at_first = scrape(port)['yaongi_lease_renewals_total{outcome="failed"}']
+        time.sleep(0.3)
+        (tmp_path / "run" / "lease").unlink()
+        (tmp_path / "run").rename(tmp_path / "away")  # the volume is gone
+        time.sleep(0.3)
+        seen = scrape(port)
+        (tmp_path / "away").rename(tmp_path / "run")
+    assert at_first == 0
+    assert seen['yaongi_lease_renewals_total{outcome="renewed"}'] >= 1
+    assert seen['yaongi_lease_renewals_total{outcome="failed"}'] >= 1
+
+
+@pytest.mark.enable_socket
+def test_repeated_requests_are_counted(port: int) -> None:
+    answers = iter([TimeoutError(), TimeoutError(), "text"])
+
+    def ask() -> str:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with step("download"):
+        assert retried(ask, lambda error: isinstance(error, TimeoutError), 5, 0.01, 0.02) == "text"
+        seen = scrape(port)
+    assert seen["yaongi_download_retries_total"] == 2

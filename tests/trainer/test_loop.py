@@ -184,12 +184,15 @@ def test_save_on_a_full_disk_leaves_the_older_checkpoint_and_training_goes_on(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
+    pages: list[str] = []
+    monkeypatch.setattr(Metrics, "close", lambda self: pages.append(generate_latest(self.registry).decode()))
     monkeypatch.setattr(Checkpointer, "_write", on_full_disk)
     options = {"keep_last": 5, "asynchronous": asynchronous}
     spec = micro.micro_spec(micro_data, tmp_path / "run", checkpoint=options)
     with caplog.at_level(logging.ERROR, logger="trainer"):
         assert train(spec) == 0
     assert "checkpoint of step 8 was not saved" in caplog.text and "GiB free" in caplog.text
+    assert "yaongi_checkpoint_failures_total 1.0" in pages[0]
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["LATEST", "step-00000004", "step-00000012"]
     last = micro.micro_spec(micro_data, tmp_path / "run8", steps=8, checkpoint=options)
