@@ -11,6 +11,7 @@ Task = Literal["train", "evaluate", "export"]
 
 APP = "yaongi-trainer"
 APP_LABEL = "app.kubernetes.io/name"
+EGRESS_LABEL, HUB = "yaongi/egress", "hub"  # of steps that fetch data from the web
 RUN_LABEL = "yaongi/run"
 TASK_LABEL = "yaongi/task"
 PIPELINE_LABEL = "yaongi/pipeline-run"  # on launched jobs: the run of the pipeline whose launcher follows it

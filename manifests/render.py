@@ -5,6 +5,7 @@ from __future__ import annotations
 from manifests import pytorchjob, trainjob
 from manifests.kinds import QUEUE_LABEL, TRAINJOB, Object
 from manifests.names import DIGEST_ANNOTATION, SPEC_FILE, Task, job_name, kind, labels
+from manifests.network import worker_policy
 from manifests.objects import gibibytes
 from manifests.spec import JobSpec
 from trainer.spec import TrainSpec
@@ -22,7 +23,13 @@ def job_objects(job: JobSpec, task: Task = "train") -> list[Object]:
     for field in ("datasets_dir", "checkpoints_dir"):
         if not getattr(job.storage, field).startswith("/"):
             raise ValueError(f"storage.{field} {getattr(job.storage, field)!r} must be an absolute path in the pods")
-    mounted = config_map(job, task)
+    policy = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(job, task),
+        "spec": worker_policy(job, task),
+    }
+    needs = [config_map(job, task), policy]
     if kind(job) is TRAINJOB:
         runtime = {
             "apiVersion": TRAINJOB.api_version,
@@ -30,9 +37,9 @@ def job_objects(job: JobSpec, task: Task = "train") -> list[Object]:
             "metadata": _metadata(job, task),
             "spec": trainjob.runtime_spec(job, task),
         }
-        needs, spec = [mounted, runtime], trainjob.job_spec(job, task)
+        needs, spec = [*needs, runtime], trainjob.job_spec(job, task)
     else:
-        needs, spec = [mounted], pytorchjob.job_spec(job, task)
+        spec = pytorchjob.job_spec(job, task)
     metadata = _metadata(job, task)
     if job.cluster.queue:
         metadata["labels"][QUEUE_LABEL] = job.cluster.queue

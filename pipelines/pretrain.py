@@ -16,7 +16,7 @@ from components.plan.component import plan
 from components.shards.component import encode, shards
 from components.summary.component import summary
 from components.tokenizer.component import tokenizer
-from manifests.names import APP_LABEL, STEP_APP
+from manifests.names import APP_LABEL, EGRESS_LABEL, HUB, STEP_APP
 from manifests.spec import StorageSpec
 
 STORAGE = StorageSpec()
@@ -69,7 +69,8 @@ def pretrain(
         return task
 
     def from_hub(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """A placed step that may read gated datasets, where the namespace holds the secret."""
+        """A placed step that reaches the web, and reads gated datasets where the namespace holds the secret."""
+        kubernetes.add_pod_label(task, EGRESS_LABEL, HUB)
         return kubernetes.use_secret_as_env(placed(task), HUB_SECRET, {"token": "HF_TOKEN"}, optional=True)
 
     def launched(name: str, job: str, after: str) -> dsl.PipelineTask:

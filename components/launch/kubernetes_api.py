@@ -31,8 +31,9 @@ REQUEST_TIMEOUT_SECONDS = (5, 30)  # connect, read
 # What the client lets through for a kubeconfig that is no YAML, no text, or of another shape, beside its own error.
 UNUSABLE = (config.ConfigException, OSError, yaml.YAMLError, ValueError, TypeError)
 Unreachable = (urllib3.exceptions.HTTPError, OSError)
-# Kind → group, version, plural of the custom resources.
+# Kind → group, version, plural of what the client's calls for custom resources serve.
 RESOURCES = {kind.kind: (kind.group, kind.version, kind.plural) for kind in KINDS.values()}
+RESOURCES["NetworkPolicy"] = ("networking.k8s.io", "v1", "networkpolicies")
 RESOURCES["TrainingRuntime"] = (TRAINJOB.group, TRAINJOB.version, "trainingruntimes")
 
 

@@ -21,7 +21,7 @@ GANG = {"job": "trainjob"}
 def needs_of(namespace: Namespace, job: JobSpec) -> list[str]:
     """What was made for the job and goes with it."""
     name = f"metadata.name={job.run_name}"
-    found = namespace.find("trainingruntimes,jobsets,configmaps", "--field-selector", name)
+    found = namespace.find("trainingruntimes,jobsets,configmaps,networkpolicies", "--field-selector", name)
     return sorted(item["kind"] for item in found)
 
 
@@ -41,7 +41,7 @@ def test_two_workers_succeed_and_take_all_they_needed_along(namespace: Namespace
         "PET_RDZV_CONF": "timeout=60",
     }
     assert launcher.has(f"job {name} succeeded (0 restarts)")
-    assert needs_of(namespace, job) == ["ConfigMap", "JobSet", "TrainingRuntime"]
+    assert needs_of(namespace, job) == ["ConfigMap", "JobSet", "NetworkPolicy", "TrainingRuntime"]
     namespace.kubectl("delete", "trainjob", name)
     wait_for("all of it to be collected", lambda: not needs_of(namespace, job) and not pods_of(namespace, job), 60)
 

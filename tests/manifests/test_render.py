@@ -66,7 +66,7 @@ def test_pytorchjobs_always_have_a_rendezvous_and_end_truthfully(preset: str, ta
 @every_job
 @every_task
 def test_trainjobs_fail_for_permanent_codes_and_restart_as_a_gang_for_others(preset: str, task: Task) -> None:
-    _, runtime, trainjob = job_objects(job(preset, cluster={"job": "trainjob"}), task)
+    *_, runtime, trainjob = job_objects(job(preset, cluster={"job": "trainjob"}), task)
     reference = trainjob["spec"]["runtimeRef"]
     assert (reference["apiGroup"], reference["kind"]) == ("trainer.kubeflow.org", runtime["kind"])
     assert reference["name"] == runtime["metadata"]["name"]
@@ -265,7 +265,7 @@ def test_limits_and_grace_come_from_the_spec() -> None:
     assert spec["elasticPolicy"]["rdzvConf"] == [{"key": "join_timeout", "value": "20"}]
 
     rendered = job_objects(job(cluster={**limits, "job": "trainjob"}))
-    (nodes,) = rendered[1]["spec"]["template"]["spec"]["replicatedJobs"]
+    (nodes,) = rendered[-2]["spec"]["template"]["spec"]["replicatedJobs"]
     assert nodes["template"]["spec"]["activeDeadlineSeconds"] == 60
     assert pod_spec(rendered)["terminationGracePeriodSeconds"] == 45
     assert {"name": "PET_RDZV_CONF", "value": "timeout=20"} in container(rendered)["env"]

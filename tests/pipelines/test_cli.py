@@ -107,18 +107,22 @@ def test_describe_shows_the_requested_model(yaongi):
 
 def test_render_prints_what_kubectl_takes(yaongi):
     _, output, _ = yaongi("render", "tiny", "--set", "cluster.nodes=1", "--set", "cluster.image=mine:7")
-    config_map, job = yaml.safe_load_all(output)
-    assert (config_map["kind"], job["kind"]) == ("ConfigMap", "PyTorchJob")
+    *needs, job = yaml.safe_load_all(output)
+    assert [item["kind"] for item in (*needs, job)] == ["ConfigMap", "NetworkPolicy", "PyTorchJob"]
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
     assert worker["replicas"] == 1
     assert worker["template"]["spec"]["containers"][0]["image"] == "mine:7"
+
+    _, output, _ = yaongi("render", "tiny", "--set", "cluster.job=trainjob")
+    kinds = [item["kind"] for item in yaml.safe_load_all(output)]
+    assert kinds == ["ConfigMap", "NetworkPolicy", "TrainingRuntime", "TrainJob"], "the order of creation"
 
 
 def test_render_refuses_a_task_that_does_not_exist(yaongi):
     code, output, error = yaongi("render", "tiny", "--task", "foo")
     assert (code, output) == (2, "")
     assert "'foo'" in error and "train" in error and "export" in error
-    config_map, _ = yaml.safe_load_all(yaongi("render", "tiny", "--task", "evaluate")[1])
+    config_map, *_ = yaml.safe_load_all(yaongi("render", "tiny", "--task", "evaluate")[1])
     assert config_map["metadata"]["name"].endswith("-evaluate")
 
 

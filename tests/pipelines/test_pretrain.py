@@ -180,3 +180,12 @@ def test_the_dag_fits_on_a_screen():
     from pipelines import pretrain
 
     assert len(inspect.getsource(pretrain).splitlines()) <= 110
+
+
+def test_every_step_is_labelled_and_only_those_that_fetch_data_reach_the_web(documents):
+    """The network policies and monitors select steps by these labels."""
+    platform = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    labels = {name.removeprefix("exec-"): found["podMetadata"]["labels"] for name, found in platform.items()}
+    assert labels.keys() == {name.removeprefix("exec-") for name in documents[0]["deploymentSpec"]["executors"]}
+    assert {found["app.kubernetes.io/name"] for found in labels.values()} == {"yaongi-step"}
+    assert {name for name, found in labels.items() if found.get("yaongi/egress") == "hub"} == {"download", "hygiene"}
