@@ -21,7 +21,6 @@ from cuttable import Relay, relay
 from kube import Namespace, wait_for
 from kubernetes import client
 from launching import (
-    HERE,
     Launcher,
     as_account,
     jobs_of,
@@ -245,10 +244,3 @@ def test_an_outage_at_the_start_is_waited_for_and_a_lost_answer_makes_no_second_
         launcher(job, "echo worked; sleep 1")
     assert launcher.count("worked") == 1
     assert [found["metadata"]["uid"] for found in jobs_of(namespace, job)] == created
-
-
-def test_the_examples_pass_the_servers_own_validation(namespace: Namespace) -> None:
-    manifests = HERE.parents[1] / "manifests"
-    for path in sorted((manifests / "examples").glob("*.yaml")):
-        said = namespace.kubectl("apply", "--dry-run=server", "-f", str(path))
-        assert "pytorchjob.kubeflow.org/" in said and "configmap/" in said
