@@ -14,6 +14,7 @@ from manifests.alerts import prometheus_rule
 from manifests.chartvalues import defaults, schema, table, values_yaml
 from manifests.kinds import Object
 from manifests.monitors import pod_monitor, step_monitor
+from manifests.network import default_deny, network_policies
 from manifests.queue import cluster_queue, local_queue, resource_flavor
 from manifests.rbac import rbac
 from manifests.render import pvcs
@@ -40,6 +41,7 @@ def objects() -> dict[str, list[Object]]:
         "storage": pvcs(job),
         "podmonitor": monitors,
         "prometheusrule": [rule],
+        "network": [*network_policies(), default_deny()],
         "queue": [
             local_queue(queue["name"], behind["name"]),
             cluster_queue(behind["name"], behind["flavor"], behind["quotas"]),

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from manifests.alerts import RUNBOOKS
+from manifests.network import PRIVATE
 from manifests.objects import gibibytes
 from manifests.rbac import ACCOUNTS, ROLE
 from manifests.render import CHECKPOINTS_GIB, DATASETS_GIB
@@ -27,6 +28,7 @@ Quantity = (
     Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")] | Annotated[int, Field(ge=0)]
 )
 Duration = Annotated[str, Field(pattern=r"^[0-9]+(ms|s|m|h)$")]
+Cidr = Annotated[str, Field(pattern=r"^[0-9a-fA-F.:]+/[0-9]{1,3}$")]
 Texts = dict[str, str]
 DEFAULT_STORAGE = StorageSpec()
 DEFAULT_OBSERVABILITY = ObservabilitySpec()
@@ -66,6 +68,15 @@ class Storage(Values):
         Claim(name=DEFAULT_STORAGE.checkpoints_pvc, size=gibibytes(CHECKPOINTS_GIB)),
         description="Runs: checkpoints, logs, reports, exported models.",
     )
+
+
+class NetworkPolicy(Values):
+    enabled: bool = Field(True, description="Workers talk to each other only, steps to the cluster, some to the Hub.")
+    cluster_ranges: list[Cidr] = Field(
+        list(PRIVATE),
+        description="Addresses that steps may reach: those of the API server, and of an object store for instance.",
+    )
+    default_deny: bool = Field(False, description="Close the namespace's other pods too, KFP's own among them.")
 
 
 class PodMonitor(Values):
@@ -119,6 +130,7 @@ class ChartValues(Values):
     common_labels: Texts = Field({}, description="Labels put on every object.")
     launcher: Launcher = Field(Launcher(), description="Who may launch jobs.")
     storage: Storage = Field(Storage(), description="The two volumes.")
+    network_policy: NetworkPolicy = Field(NetworkPolicy(), description="Who may talk to whom.")
     monitoring: Monitoring = Field(Monitoring(), description="Prometheus and Grafana.")
     queue: Queue = Field(Queue(), description="Kueue.")
 

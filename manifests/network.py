@@ -55,6 +55,11 @@ def network_policies(private: Sequence[str] = PRIVATE) -> list[Object]:
     ]
 
 
+def default_deny() -> Object:
+    """Closes every pod of a namespace, ours or not, but for what other policies allow it."""
+    return _policy("yaongi-default-deny", {}, ingress=[], egress=[])
+
+
 def worker_policy(job: JobSpec, task: Task) -> Object:
     """The spec of a job's own policy: its workers are reached by each other, and at their metrics ports by scrapers.
 
@@ -73,7 +78,7 @@ def _policy(name: str, labels: dict[str, str], **rules: list[Object]) -> Object:
         "kind": "NetworkPolicy",
         "metadata": {"name": name, "labels": {"app.kubernetes.io/part-of": "yaongi"}},
         "spec": {
-            "podSelector": {"matchLabels": labels},
+            "podSelector": {"matchLabels": labels} if labels else {},
             "policyTypes": [direction.capitalize() for direction in rules],
             **rules,
         },

@@ -16,6 +16,7 @@ from tools import tool
 from manifests import chart, dashboards
 from manifests.alerts import prometheus_rule
 from manifests.chartvalues import ChartValues, defaults
+from manifests.network import default_deny, network_policies
 from manifests.rbac import ROLE, RULES, rbac
 from manifests.render import pvcs
 from manifests.spec import job_from
@@ -143,6 +144,15 @@ def test_claims_take_size_class_and_mode(configured: Callable[[str], list[Object
     assert not of_kind(configured("existing-claims"), "PersistentVolumeClaim")
 
 
+def test_policies_are_those_of_the_manifests(configured: Callable[[str], list[Object]]) -> None:
+    def specs(objects: list[Object]) -> dict[str, Object]:
+        return {item["metadata"]["name"]: item["spec"] for item in of_kind(objects, "NetworkPolicy")}
+
+    assert specs(configured("default")) == specs(network_policies())
+    assert specs(configured("locked-down-network")) == specs([*network_policies(["10.20.0.0/16"]), default_deny()])
+    assert not specs(configured("minimal"))
+
+
 def test_monitors_scrape_every_rank_with_the_labels_that_prometheus_selects(
     configured: Callable[[str], list[Object]],
 ) -> None:
@@ -218,6 +228,7 @@ def test_optional_kinds_follow_the_cluster(switch: str, api: str) -> None:
             "at '/monitoring/podMonitor/enabled': value must be one of 'auto', true",
         ),
         ("monitoring.podMonitor.interval=often", "at '/monitoring/podMonitor/interval'"),
+        ("networkPolicy.clusterRanges={10.0.0.1}", "at '/networkPolicy/clusterRanges/0'"),
         ("launcher.accounts={Pipeline Runner}", "at '/launcher/accounts/0'"),
         ("huggingfaceToken=secret", "additional properties 'huggingfaceToken' not allowed"),
         ("queue.name=Team_A", "at '/queue/name'"),
