@@ -118,20 +118,23 @@ def test_a_killed_launcher_whose_pod_stays_leaves_no_worker_and_a_checkpoint(vol
     gone_within_a_minute("kill -9", lambda: running_pods_of_run(run))
     volumes.show("after kill -9 of the launcher")
     assert run.finish().code == 137, "the launcher's pod is still there"
-    for worker in run.workers:
-        ended = volumes.get("pod", worker)
-        if ended:  # the operator removes one that ends after the job is known to have failed
-            (status,) = ended["status"]["containerStatuses"]
-            assert status["state"]["terminated"]["exitCode"] == 75
-            assert "has not renewed its lease" in status["state"]["terminated"]["message"]
+    left = pods_of_run(run)  # the operator removes one that ends after the job is known to have failed
+    assert left
+    for worker in left:
+        (status,) = worker["status"]["containerStatuses"]
+        assert status["state"]["terminated"]["exitCode"] == 75
+        assert "has not renewed its lease" in status["state"]["terminated"]["message"]
     wait_for("the job to be known as failed", lambda: run.condition == "Failed", 20)
     step = int(run.read("checkpoints/LATEST").strip().removeprefix("step-"))
     assert step == len(run.read("logs/metrics.jsonl").splitlines()) >= 3, "the step it stopped at is saved"
 
 
-def running_pods_of_run(run: PipelineRun) -> list[str]:
-    pods = run.namespace.find("pods", "-l", KINDS[run.job.cluster.job].selector(job_name(run.job)))
-    return [found["metadata"]["name"] for found in pods if found["status"]["phase"] not in ("Succeeded", "Failed")]
+def pods_of_run(run: PipelineRun) -> list[Object]:
+    return run.namespace.find("pods", "-l", KINDS[run.job.cluster.job].selector(job_name(run.job)))
+
+
+def running_pods_of_run(run: PipelineRun) -> list[Object]:
+    return [found for found in pods_of_run(run) if found["status"]["phase"] not in ("Succeeded", "Failed")]
 
 
 def test_the_exit_handler_removes_what_a_killed_step_left_pending(volumes: Namespace) -> None:
