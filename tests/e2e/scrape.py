@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 from urllib.parse import urlencode
 
 from kube import Namespace, Object, pod
@@ -75,7 +76,11 @@ class Prometheus:
 
     def query(self, expression: str) -> list[Object]:
         """Result of an instant query: [{"metric": labels, "value": [time, text]}]; "values" for a range selector."""
-        path = f"/api/v1/namespaces/{self.namespace.name}/pods/prometheus:9090/proxy/api/v1/query"
-        answer = json.loads(self.namespace.kubectl("get", "--raw", f"{path}?{urlencode({'query': expression})}"))
+        return self.ask("query", query=expression)["result"]
+
+    def ask(self, path: str, **parameters: str | float) -> Any:
+        """`data` of the answer to a request of its HTTP API."""
+        api = f"/api/v1/namespaces/{self.namespace.name}/pods/prometheus:9090/proxy/api/v1"
+        answer = json.loads(self.namespace.kubectl("get", "--raw", f"{api}/{path}?{urlencode(parameters)}"))
         assert answer["status"] == "success", answer
-        return answer["data"]["result"]
+        return answer["data"]

@@ -1,0 +1,222 @@
+"""Draws a dashboard from its JSON and a Prometheus: its grid, titles, units, limits and annotations, by matplotlib."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib.dates as mdates
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
+
+from manifests.dashboards.query import Series, View, annotations, dashboards, series, substituted, targets
+
+GRID_COLUMNS, COLUMN_INCHES, ROW_INCHES = 24, 0.75, 0.36
+BACKGROUND, PANEL, INK, FAINT = "#111217", "#181b1f", "#d8d9da", "#5a5d63"
+COLORS = {"green": "#37872d", "orange": "#e0762f", "red": "#c4162a", "blue": "#5794f2", "text": INK}
+CURVES = ["#73bf69", "#f2cc0c", "#8ab8ff", "#ff780a", "#f2495c", "#b877d9", "#5794f2", "#fade2a", "#37872d", "#ffa6b0"]
+NO_DATA = "No data"
+
+
+def draw(ask: Any, view: View, folder: Path) -> None:
+    """Write `folder/<name>.png` of each committed dashboard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in dashboards().items():
+        picture = _draw(content, ask, view)
+        picture.savefig(folder / f"{name}.png", dpi=80, facecolor=BACKGROUND)
+        plt.close(picture)
+        print(f"wrote {folder / name}.png")
+
+
+def _draw(content: Mapping[str, Any], ask: Any, view: View) -> Figure:
+    height = 2 + max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in content["panels"])
+    size = (GRID_COLUMNS * COLUMN_INCHES, height * ROW_INCHES)
+    plt.rcParams.update(
+        {"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.prop_cycle": plt.cycler(color=CURVES)}
+    )
+    figure = plt.figure(figsize=size)
+    chosen = "   ".join(f"{name}: {value}" for name, value in view.chosen.items())
+    figure.text(0.01, 1 - 1.2 / height, content["title"], fontsize=15, va="center")
+    figure.text(0.99, 1 - 1.2 / height, chosen, ha="right", va="center", color=FAINT)
+    marks = _marks(content, ask, view)
+    for panel in content["panels"]:
+        place = panel["gridPos"]
+        left, top = place["x"] / GRID_COLUMNS, 1 - (place["y"] + 2) / height
+        box = (left, top - place["h"] / height, place["w"] / GRID_COLUMNS, place["h"] / height)
+        if panel["type"] == "row":
+            figure.text(left + 0.008, box[1] + box[3] / 2, panel["title"], fontsize=11, va="center")
+            continue
+        found = [one for target in targets(panel) for one in series(ask, target, view) if not one.is_empty]
+        _panel(figure, panel, box, found, view, marks)
+    return figure
+
+
+def _panel(
+    figure: Figure,
+    panel: Mapping[str, Any],
+    box: tuple[float, ...],
+    ask: Any,
+    view: View,
+    marks: list[Any],
+    height: int,
+) -> None:
+    left, bottom, width, tall = box
+    gap, gap_y = 0.002, 0.12 / height
+    frame = figure.add_axes((left + gap, bottom + gap_y, width - 2 * gap, tall - 2 * gap_y), facecolor=PANEL)
+    frame.set(xticks=[], yticks=[])
+    frame.spines[:].set_visible(False)
+    frame.set(xlim=(0, 1), ylim=(0, 1))
+    frame.text(
+        0.01 + 0.02 / width / 24, 1 - 0.5 / panel["gridPos"]["h"], panel["title"], va="center", fontweight="bold"
+    )
+    found = [one for target in targets(panel) for one in series(ask, target, view) if not one.is_empty]
+    if not found:
+        frame.text(0.5, 0.45, NO_DATA, ha="center", va="center", color=FAINT, fontsize=12)
+        return
+    if panel["type"] == "table":
+        _table(frame, panel, found)
+    elif panel["type"] == "stat":
+        _stat(frame, panel, found)
+    else:
+        units = panel["gridPos"]["h"]
+        inner = (left + gap + 0.028, bottom + tall * 2.3 / units, width - 2 * gap - 0.036, tall * (units - 3.4) / units)
+        _curves(figure.add_axes(inner, facecolor=PANEL), panel, found, view, marks)
+
+
+def _stat(frame: Axes, panel: Mapping[str, Any], found: list[Series]) -> None:
+    defaults, share = panel["fieldConfig"]["defaults"], 1 / len(found)
+    steps = defaults["thresholds"]["steps"]
+    words = {value: word["text"] for each in defaults.get("mappings", []) for value, word in each["options"].items()}
+    for number, one in enumerate(found):
+        last = [value for _, value in one.points if math.isfinite(value)][-1]
+        if panel["options"]["colorMode"] == "background":
+            color = COLORS[[step["color"] for step in steps if step["value"] is None or last >= step["value"]][-1]]
+            frame.add_patch(Rectangle((number * share + 0.01, 0.04), share - 0.02, 0.66, color=color))
+        text = words.get(f"{last:g}") or shown(last, defaults["unit"], defaults.get("decimals"))
+        middle, several = (number + 0.5) * share, len(found) > 1
+        size, at = (11, 0.45) if several else (18, 0.36)
+        frame.text(middle, at, text, ha="center", va="center", fontsize=size)
+        if several:
+            name = "\n".join(textwrap.wrap(_short(one.name), max(round(6 * share * panel["gridPos"]["w"]), 8)))
+            frame.text(middle, 0.18, name, ha="center", va="center", fontsize=7)
+
+
+def _table(frame: Axes, panel: Mapping[str, Any], found: list[Series]) -> None:
+    hidden = set(panel["transformations"][0]["options"]["excludeByName"])
+    for row, one in enumerate(found[:4]):
+        cells = {label: value for label, value in one.labels.items() if label not in hidden}
+        for column, (label, value) in enumerate(cells.items()):
+            x = 0.01 + column / len(cells)
+            if row == 0:
+                frame.text(x, 0.66, label, color=CURVES[2], va="center")
+            frame.text(x, 0.46 - row * 0.2, textwrap.shorten(value, 22, placeholder="…"), va="center", fontsize=8)
+
+
+def _curves(axes: Axes, panel: Mapping[str, Any], found: list[Series], view: View, marks: list[Any]) -> None:
+    defaults = panel["fieldConfig"]["defaults"]
+    custom = defaults.get("custom", {})
+    if custom.get("stacking", {}).get("mode") == "normal":
+        moments = sorted({at for one in found for at, _ in one.points})
+        known = [{at: value for at, value in one.points if math.isfinite(value)} for one in found]
+        heights = [[values.get(at, 0.0) for at in moments] for values in known]
+        names = [_short(one.name) for one in found]
+        axes.stackplot([_when(at) for at in moments], heights, labels=names, alpha=0.75, linewidth=0)
+    else:
+        for one in found:
+            marker = "o" if len(one.points) < 3 else None
+            times, values = _with_gaps(one.points, 2.5 * view.step)
+            axes.plot(times, values, linewidth=1.1, label=_short(one.name), marker=marker, markersize=3)
+    for color, at in marks:
+        axes.axvline(_when(at), color=COLORS[color], linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
+    if custom.get("scaleDistribution", {}).get("type") == "log":
+        axes.set_yscale("log")
+    if custom.get("thresholdsStyle", {}).get("mode") == "dashed":
+        _limits(axes, defaults)
+    axes.set_ylim(defaults.get("min"), defaults.get("max"))
+    axes.set_xlim(_when(view.start), _when(view.end))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, defaults["unit"])))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axes.xaxis.set_major_locator(mdates.AutoDateLocator(maxticks=6))
+    axes.xaxis.set_major_formatter(mdates.DateFormatter("%H:%M"))
+    axes.tick_params(colors=FAINT, labelsize=7.5, length=2)
+    axes.grid(color="#2c2f34", linewidth=0.6)
+    axes.spines[:].set_visible(False)
+    columns = min(len(found), max(1, round(panel["gridPos"]["w"] / 3)))
+    where = {"loc": "upper left", "bbox_to_anchor": (-0.03, -0.12), "borderaxespad": 0, "ncols": columns}
+    axes.legend(**where, frameon=False, fontsize=7.5, labelcolor=INK, handlelength=1, columnspacing=1)
+
+
+def _limits(axes: Axes, defaults: Mapping[str, Any]) -> None:
+    """Dashed lines; one that is far above the curves does not squeeze them."""
+    low, high = axes.get_ylim()
+    for step in defaults["thresholds"]["steps"][1:]:
+        axes.axhline(step["value"], color=COLORS[step["color"]], linestyle="--", linewidth=1)
+        if step["value"] < 4 * high:
+            high = max(high, 1.05 * step["value"])
+    axes.set_ylim(low, high)
+
+
+def _marks(content: Mapping[str, Any], ask: Any, view: View) -> list[tuple[str, float]]:
+    """(colour, time) of each event that the dashboard marks; what goes on for several points is one event."""
+    found = []
+    for annotation, expression in zip(content["annotations"]["list"], annotations(content).values(), strict=True):
+        query = substituted(expression, view)
+        for one in ask("query_range", query=query, start=view.start, end=view.end, step=view.step)["result"]:
+            if annotation.get("useValueForTime"):
+                times = sorted({float(value) / 1000 for _, value in one["values"]})
+            else:
+                points = [float(at) for at, _ in one["values"]]
+                times = points[:1] + [b for a, b in pairwise(points) if b - a > 1.5 * view.step]
+            found += [(annotation["iconColor"], at) for at in times]
+    return found
+
+
+def _with_gaps(points: list[tuple[float, float]], longest: float) -> tuple[list[Any], list[float]]:
+    times, values, before = [], [], None
+    for at, value in points:
+        if before is not None and at - before > longest:
+            times.append(_when(at))
+            values.append(math.nan)
+        times.append(_when(at))
+        values.append(value)
+        before = at
+    return times, values
+
+
+def _when(at: float) -> datetime:
+    return datetime.fromtimestamp(at)
+
+
+def _short(name: str) -> str:
+    """Legends end in the run, which the picture names once."""
+    parts = name.split()
+    return " ".join(parts[:-1]) or name if len(parts) > 1 else name
+
+
+def shown(value: float, unit: str, decimals: int | None = None) -> str:
+    """A value in a unit of Grafana's."""
+    if unit == "percentunit":
+        return f"{100 * value:.{1 if decimals is None else decimals}f} %"
+    if unit == "s":
+        for seconds, name in ((3600, "h"), (60, "min")):
+            if abs(value) >= 2 * seconds:
+                return f"{value / seconds:.3g} {name}"
+        return f"{value:.3g} s" if abs(value) >= 1 or value == 0 else f"{1000 * value:.3g} ms"
+    if unit == "none":
+        return f"{value:.{decimals}f}" if decimals is not None else f"{value:.4g}"
+    suffix = {"bytes": "B", "Bps": "B/s", "binBps": "B/s", "short": ""}.get(unit, unit.removeprefix("si:"))
+    base, prefixes = (
+        (1024, ("", "Ki", "Mi", "Gi", "Ti")) if unit in ("bytes", "binBps") else (1000, ("", "k", "M", "G", "T"))
+    )
+    size = 0
+    while abs(value) >= base and size < len(prefixes) - 1:
+        value, size = value / base, size + 1
+    return f"{value:.3g} {prefixes[size]}{suffix}".strip()

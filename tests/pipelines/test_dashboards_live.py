@@ -1,0 +1,112 @@
+"""Every panel of every dashboard, asked of a real Prometheus that has watched a real run, killed once and resumed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from tools import tool
+
+from manifests.dashboards.query import View, annotations, dashboards, panels, series, substituted, targets
+from trainer.metrics import METRICS, PREFIX
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "dashboards.py"
+STEPS, KILLED_AT = 40, 22
+# Panel → why this run has nothing for it. They are tried in tests/e2e/test_dashboards_cluster.py, but for the first.
+ELSEWHERE = {
+    "Model FLOPs utilisation": "the peak of a CPU is not known",
+    "Replaced pods": "there are no pods",
+    "Phase of the job": "the local launcher has no phases",
+    "Time in each phase": "the local launcher has no phases",
+    "Renewals of the lease": "the local launcher has no lease",
+}
+# Counter → why it stands still here.
+STILL = {
+    "checkpoint_failures_total": "no checkpoint fails",
+    "download_retries_total": "nothing is fetched over a network",
+    "fp8_overflows_total": "numbers may stay below what the history foresees",
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(1500)]
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("dashboards_benchmark", FILE)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["dashboards_benchmark"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["dashboards_benchmark"]
+
+
+@pytest.fixture(scope="module")
+def watched(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, View]]:
+    """(how to ask Prometheus, the whole story)"""
+    tool("prometheus")
+    sets = [f"train.steps={STEPS}", *benchmark.SMALL_STEPS]
+    run = benchmark.WatchedRun(tmp_path_factory.mktemp("watched"), "tiny", sets)
+    with run.prometheus:
+        started = time.time()
+        run.tell(KILLED_AT)
+        yield run.prometheus.ask, run.view(started)
+
+
+def test_every_panel_shows_something(watched: tuple[Any, View]) -> None:
+    ask, view = watched
+    empty = {
+        panel["title"]
+        for content in dashboards().values()
+        for panel in panels(content)
+        for target in targets(panel)
+        if all(one.is_empty for one in series(ask, target, view))
+    }
+    assert empty == set(ELSEWHERE), f"without data: {empty - set(ELSEWHERE)}; not expected: {set(ELSEWHERE) - empty}"
+
+
+def test_panels_show_the_same_whatever_is_chosen_of_one_run(watched: tuple[Any, View]) -> None:
+    """A Prometheus of one's own puts no labels on: All must take series that have none."""
+    ask, view = watched
+    everything = View(view.start, view.end, view.scrape_interval, {})
+    for content in dashboards().values():
+        for panel in panels(content):
+            for target in targets(panel):
+                assert series(ask, target, everything) == series(ask, target, view), panel["title"]
+
+
+def test_counters_count(watched: tuple[Any, View]) -> None:
+    ask, view = watched
+    span = f"[{int(view.end - view.start) + 1}s]"
+    still = set()
+    for metric in METRICS:
+        if metric.kind != "counter" or "trainer" not in metric.processes:
+            continue
+        name = PREFIX + metric.name
+        query = f"max(max_over_time({name}{span}) - min_over_time({name}{span}))"
+        (found,) = ask("query", query=query, time=view.end)["result"]
+        if float(found["value"][1]) <= 0:
+            still.add(metric.name)
+    assert still <= set(STILL), f"never raised between two scrapes: {still - set(STILL)}"
+
+
+def test_the_restart_and_every_checkpoint_are_marked(watched: tuple[Any, View]) -> None:
+    ask, view = watched
+    marks = annotations(dashboards()["training"])
+
+    def asked(name: str) -> list[dict[str, Any]]:
+        query = substituted(marks[name], view)
+        return ask("query_range", query=query, start=view.start, end=view.end, step=view.step)["result"]
+
+    (restart,) = asked("Restarts")
+    assert restart["metric"]["reason"] == "137"
+    (saved,) = asked("Checkpoints")
+    times = {float(value) / 1000 for _, value in saved["values"]}
+    assert all(view.start < at < view.end for at in times)
+    assert len(times) == 2, "the kill came after the first, and the last is that of the end"
