@@ -21,6 +21,7 @@ import tempfile
 import threading
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -29,6 +30,7 @@ from trainer.__main__ import load_spec, parser
 from trainer.checkpoint import latest_step
 from trainer.exitcodes import STOPS, ExitCode, TrainingError, of_process, retryable
 from trainer.failures import Failure
+from trainer.hostmemory import out_of_memory_kills
 from trainer.limits import Limits
 from trainer.spec import TrainSpec
 
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser("trainer.entrypoint").parse_args(arguments)
     spec: TrainSpec | None = None
     clocks: Limits | None = None
-    counted = False
+    counted, label = False, ""
     try:
         spec = load_spec(options.spec, options.set)
         clocks = Limits(spec.run_dir)
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             clocks.deadline = record.first_start + spec.runtime.deadline_seconds
         if options.task == "train":
             preflight.of_node(spec)
-        code, reason = supervise(spec, options, clocks)
+        code, reason, label = supervise(spec, options, clocks)
     except Signalled as stop:
         _ignore_signals()
         code, reason = _stopped(spec, clocks, stop.number)
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _ignore_signals()  # what is left takes a moment, and must come out
     if spec is not None and counted:
         try:
-            restarts.end(spec.run_dir, code, options.task)
+            restarts.end(spec.run_dir, code, options.task, reason=label)
         except OSError as error:
             log.warning("%s: how this start ended could not be noted (%s)", spec.run_dir, error.strerror)
     write_termination_message(code, reason)
@@ -91,8 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(code)
 
 
-def supervise(spec: TrainSpec, options: Namespace, clocks: Limits) -> tuple[int, str]:
-    """Start the processes, wait, and explain how they ended: (exit code, one line)."""
+def supervise(spec: TrainSpec, options: Namespace, clocks: Limits) -> tuple[int, str, str]:
+    """Start the processes, wait, and explain how they ended: exit code, one line, what to count it as ("": the code).
+
+    Of ranks that were killed, the kernel's own count says whether it was for want of memory.
+    """
+    kills_before = out_of_memory_kills()
     directory = Path(tempfile.mkdtemp(prefix="yaongi-failures-"))
     os.environ[failures.DIRECTORY_VARIABLE] = str(directory)
     over = threading.Event()
@@ -107,17 +113,21 @@ def supervise(spec: TrainSpec, options: Namespace, clocks: Limits) -> tuple[int,
     except Signalled as stop:
         permanent = [failure for failure in failures.recorded(directory) if not retryable(failure.code)]
         if not permanent:
-            return _stopped(spec, clocks, stop.number)
+            return *_stopped(spec, clocks, stop.number), ""
         found, reported = permanent, []
     finally:
         over.set()
         shutil.rmtree(directory, ignore_errors=True)
     if not found:
-        return ExitCode.OK, f"{options.task} finished"
+        return ExitCode.OK, f"{options.task} finished", ""
+    if out_of_memory_kills() > kills_before:
+        found = [
+            replace(each, reason=failures.OUT_OF_MEMORY) if each.code == ExitCode.KILLED else each for each in found
+        ]
     # A rank's own words say more than its exit code; but a rank that has died of a signal had no time for words.
     by_rank = {failure.rank: failure for failure in found} | {failure.rank: failure for failure in reported}
     cause = failures.root_cause(by_rank.values())
-    return cause.code, f"rank {cause.rank}: {cause.reason}"
+    return cause.code, f"rank {cause.rank}: {cause.reason}", failures.label(cause)
 
 
 def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:

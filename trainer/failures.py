@@ -22,6 +22,9 @@ from trainer.specbase import SpecError
 
 DIRECTORY_VARIABLE = "YAONGI_FAILURES"
 NODE_VARIABLE = "NODE_NAME"  # a pod's own hostname is that of the pod
+PEER_STOPPED = "peer_stopped"
+OUT_OF_MEMORY = "out of memory; lower batch.micro_batch_rows or give the pod more"
+_OUT_OF_MEMORY = re.compile(r"out of (GPU )?memory")
 _COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket timeout|timed out", re.I)
 _GPU = re.compile(r"cuda error|cublas|cudnn|device-side|acceleratorerror", re.I)
 
@@ -52,7 +55,7 @@ def classify(error: BaseException) -> tuple[int, str]:
     if _names_a_path(error):
         return ExitCode.UNEXPECTED, f"{error.filename}: {error.strerror}; mend the path or its rights, then start again"
     if isinstance(error, MemoryError):
-        return ExitCode.KILLED, f"out of memory; lower batch.micro_batch_rows or give the pod more ({named})"
+        return ExitCode.KILLED, f"{OUT_OF_MEMORY} ({named})"
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, RuntimeError):
         if isinstance(error, torch.OutOfMemoryError):
@@ -67,6 +70,20 @@ def classify(error: BaseException) -> tuple[int, str]:
 def _names_a_path(error: BaseException) -> bool:
     """A directory that cannot be written, say: a matter of the machine, which a traceback does not make clearer."""
     return isinstance(error, OSError) and error.filename is not None
+
+
+def label(failure: Failure) -> str:
+    """What restarts are counted by: the exit code's name, or more where more is known of how a rank ended."""
+    if failure.code == ExitCode.KILLED and _OUT_OF_MEMORY.match(failure.reason):
+        return "out_of_memory"
+    if failure.code in STOPS:  # this node was not told to stop: then `label` is not asked
+        return PEER_STOPPED
+    return code_label(failure.code)
+
+
+def code_label(code: int) -> str:
+    """An exit code's name as a value of a metric's label: killed, communication, …"""
+    return ExitCode(code).name.lower() if code in list(ExitCode) else str(code)
 
 
 def show(error: BaseException, code: int, reason: str) -> None:

@@ -7,12 +7,26 @@ import resource
 from pathlib import Path
 
 # Of this container, in its own view: cgroup v2, then v1. "max", or a number beyond all memory, means no limit.
+KILL_FILES = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
 LIMIT_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def peak_bytes() -> int:
     """Largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def out_of_memory_kills() -> int:
+    """How many processes of this container the kernel has killed for want of memory; 0 where it does not tell."""
+    for file in KILL_FILES:
+        try:
+            lines = file.read_text().splitlines()
+        except OSError:
+            continue
+        for name, _, count in (line.partition(" ") for line in lines):
+            if name == "oom_kill" and count.isdigit():
+                return int(count)
+    return 0
 
 
 def limit_bytes() -> int:

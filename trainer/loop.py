@@ -47,6 +47,7 @@ def train(spec: TrainSpec) -> int:
     world = distributed.start(spec.runtime, spec.seed)
     with Watchdog(spec.runtime.hang_timeout_seconds) as watchdog:
         run = prepare(spec, world, started)
+        watchdog.doing = run.recorder.doing
         watchdog.beat()
         code = 0
         for step in range(run.first_step, spec.steps):

@@ -142,7 +142,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("checkpoint_interval_steps", "gauge", "Steps from one checkpoint to the next.", "steps"),
     Metric("checkpoint_failures_total", "counter", "Checkpoints that could not be saved.", "checkpoints"),
-    Metric("restarts_total", "counter", "Restarts of this run so far by reason.", "restarts", ("reason",)),
+    Metric(
+        "restarts_total",
+        "counter",
+        "Restarts of the run's nodes so far by reason: terminated, killed, out_of_memory, communication and so on.",
+        "restarts",
+        ("reason",),
+    ),
     Metric(
         "preflight_result",
         "gauge",

@@ -83,6 +83,7 @@ class Recorder:
         self._file: MetricsFile | None = None
         self._board: Board | None = None
         self._phases: dict[str, float] = {}
+        self._phase, self._steps_done = "preparation", 0
         self._sources: dict[str, int] = {}
         self._rate: float | None = None
         self._fp8_overflows = 0.0
@@ -101,6 +102,7 @@ class Recorder:
         self.metrics.add("goodput_seconds_total", time.time() - self._started, **{"class": "startup"})
         for reason in SKIP_REASONS:  # from 0, else the first one would not show as an increase
             self.metrics.add("skipped_steps_total", 0, reason=reason)
+        self._steps_done = step
         self.metrics.set("step", step)
         self.metrics.set("planned_steps", self._spec.steps)
         self.metrics.set("checkpoint_interval_steps", self._spec.checkpoint.every_steps)
@@ -112,9 +114,8 @@ class Recorder:
         self._file = MetricsFile(self._spec.run_dir, step)
         self.metrics.add("goodput_seconds_total", self._file.lost_seconds, **{"class": "lost"})
         self._board = Board(self._spec.run_dir, step)
-        counts = {str(int(code)): 0 for code in ExitCode if retryable(code)} | restarts.summary(self._spec.run_dir)
-        for code, count in counts.items():
-            self.metrics.add("restarts_total", count, reason=code)
+        for reason, count in (dict.fromkeys(restarts.REASONS, 0) | restarts.summary(self._spec.run_dir)).items():
+            self.metrics.add("restarts_total", count, reason=reason)
 
     def preflight(self, findings: list[Finding]) -> None:
         """Export what was measured before the start; the node's own checks by its first rank."""
@@ -130,6 +131,7 @@ class Recorder:
     def phase(self, name: str) -> Iterator[None]:
         """Time a part of a step: data, forward_backward, optimizer or checkpoint."""
         began = time.perf_counter()
+        self._phase = name
         try:
             yield
         finally:
@@ -140,6 +142,10 @@ class Recorder:
             if name == "data":
                 self.metrics.add("own_seconds_total", seconds)
 
+    def doing(self) -> str:
+        """The phase that was entered last; may be asked from another thread."""
+        return f"{self._phase} of step {self._steps_done + (self._phase != 'checkpoint')}"
+
     def step_seconds(self) -> float:
         """Seconds in all phases since the last call, without checkpoints."""
         seconds = sum(value for name, value in self._phases.items() if name != "checkpoint")
@@ -149,6 +155,7 @@ class Recorder:
     def step(self, record: StepRecord, epochs: dict[str, float]) -> None:
         """Export one finished step."""
         self._export(record, epochs)
+        self._steps_done = record.step
         if self._file is None or self._board is None:
             return
         self._file.write(vars(record))
@@ -222,7 +229,7 @@ class Recorder:
             "checkpoint_digest": manifest.digest,
             "world_size": self._world.size,
             "seconds": self.seconds(),
-            "restarts": sum(restarts.summary(self._spec.run_dir).values()),
+            "restarts": restarts.count(self._spec.run_dir),
         }
         atomic_write(Path(self._spec.run_dir) / "result.json", json.dumps(result, indent=1).encode())
         log.info(

@@ -12,6 +12,7 @@ import json
 import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from pydantic import TypeAdapter
 from trainer.checkpoint import latest_step
 from trainer.data.manifest import atomic_write
 from trainer.exitcodes import STOPS, ExitCode, TrainingError, retryable
+from trainer.failures import code_label
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,8 @@ log = logging.getLogger(__name__)
 class NodeRecord:
     """One node's starts. Times are Unix seconds; the deadline counts from `first_start`.
 
-    `exit_code` is None while it runs, and for ever if it was killed.
+    `exit_code` is None while it runs, and for ever if it was killed; `ended` says it in a word, and more closely.
+    `reasons` count the restarts by that word.
     """
 
     first_start: float = field(default_factory=time.time)
@@ -39,6 +42,7 @@ class NodeRecord:
     total: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     exit_code: int | None = None
+    ended: str = ""
 
 
 _Nodes = TypeAdapter(dict[str, NodeRecord])
@@ -72,12 +76,13 @@ def begin(run_dir: str | Path, max_restarts: int, task: str = "train", node: str
                 record.first_start = time.time()
             if retryable(code):
                 record.total += 1
-                record.reasons[str(int(code))] = record.reasons.get(str(int(code)), 0) + 1
-            record.step, record.exit_code = step, None
+                reason = record.ended or code_label(code)
+                record.reasons[reason] = record.reasons.get(reason, 0) + 1
+            record.step, record.exit_code, record.ended = step, None, ""
         nodes[key] = record
         if record.without_progress > max_restarts:
             record.exit_code = int(ExitCode.BUDGET)
-            often = ", ".join(f"{count}× code {reason}" for reason, count in record.reasons.items())
+            often = ", ".join(f"{count}× {reason}" for reason, count in record.reasons.items())
             raise TrainingError(
                 ExitCode.BUDGET,
                 f"restarted {max_restarts} times at step {step} without getting further ({often}); "
@@ -86,18 +91,28 @@ def begin(run_dir: str | Path, max_restarts: int, task: str = "train", node: str
         return record
 
 
-def end(run_dir: str | Path, exit_code: int, task: str = "train", node: str | None = None) -> None:
-    """Note how this start ended."""
+def end(run_dir: str | Path, exit_code: int, task: str = "train", node: str | None = None, reason: str = "") -> None:
+    """Note how this start ended; a `reason` of "" is the exit code's own name."""
     with _locked(_file(run_dir, task)) as nodes:
         key = node or socket.gethostname()
         if key in nodes:
-            nodes[key].exit_code = int(exit_code)
+            nodes[key].exit_code, nodes[key].ended = int(exit_code), reason
 
 
 def summary(run_dir: str | Path) -> dict[str, int]:
-    """Restarts of the training so far by exit code, those of the node that had most."""
+    """Restarts of the training's nodes so far by reason, all nodes together.
+
+    A node that is lost costs the others a restart too: those are `communication` or, where it had time to say that it
+    stops, `peer_stopped`. A killed entrypoint is `killed`, also where a whole container ran out of memory: the pod that
+    comes after it cannot know.
+    """
     nodes = _read(_file(run_dir, "train"))
-    return max((node.reasons for node in nodes.values()), key=lambda reasons: sum(reasons.values()), default={})
+    return dict(sum((Counter(node.reasons) for node in nodes.values()), Counter()))
+
+
+def count(run_dir: str | Path) -> int:
+    """How often the training was restarted: a node that is lost and the others that wait for it are one restart."""
+    return max((node.total for node in _read(_file(run_dir, "train")).values()), default=0)
 
 
 def _file(run_dir: str | Path, task: str) -> Path:

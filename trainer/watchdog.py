@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -25,11 +26,14 @@ class Watchdog:
 
     With 160, without a dump, when it was not called for `PEER_SECONDS` and a peer has recorded a failure before that.
 
+    `doing` tells what the process is at, for that last line.
+
     A thread watches, because a hang is most often one C++ call that never returns to the interpreter.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
         self._timeout = timeout_seconds
+        self.doing: Callable[[], str] = lambda: "start-up"
         self._last = time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -53,7 +57,10 @@ class Watchdog:
                 _end(ExitCode.COMMUNICATION, f"rank {peer.rank} has failed and is waited for no longer: {peer.reason}")
             if idle < self._timeout:
                 continue
-            reason = f"no step finished for {self._timeout:.0f} s (runtime.hang_timeout_seconds); stacks are in the log"
+            reason = (
+                f"no step finished for {self._timeout:.0f} s (runtime.hang_timeout_seconds) on {failures.node_name()}, "
+                f"which hangs in {self.doing()}; stacks are in the log"
+            )
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             _end(ExitCode.HANG, reason)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import micro
 import pytest
 
-from trainer import distributed, entrypoint, failures, limits, preflight, restarts
+from trainer import distributed, entrypoint, failures, hostmemory, limits, preflight, restarts
 from trainer.exitcodes import MEANING, ExitCode, TrainingError, of_process, retryable
 from trainer.failures import Failure, classify, root_cause
 from trainer.restarts import NodeRecord
@@ -184,24 +184,60 @@ def test_budget_is_for_restarts_without_progress(shim, tmp_path: Path):
     latest.write_text("step-00000004\n")
     assert [shim(killed, runtime=runtime)[0] for _ in range(3)] == [137, 137, 137], "progress gives a new budget"
     code, message = shim(killed, runtime=runtime)
-    assert code == 71 and "step 4" in message["reason"] and "6× code 137" in message["reason"]
+    assert code == 71 and "step 4" in message["reason"] and "6× killed" in message["reason"]
     assert shim("pass", runtime=runtime)[0] == 0, "a start after a permanent end is a person's decision"
-    assert restarts.summary(tmp_path / "run") == {"137": 6}
+    assert restarts.summary(tmp_path / "run") == {"killed": 6} and restarts.count(tmp_path / "run") == 6
 
 
 def test_killed_entrypoint_and_stop_signals_in_the_books(tmp_path: Path):
     restarts.begin(tmp_path, 1, node="a")
     restarts.begin(tmp_path, 1, node="a")  # the first start never said how it ended
-    assert restarts.summary(tmp_path) == {"137": 1}
+    assert restarts.summary(tmp_path) == {"killed": 1}
     for _ in range(5):
         restarts.end(tmp_path, ExitCode.TERMINATED, node="a")
         restarts.begin(tmp_path, 1, node="a")
     restarts.begin(tmp_path, 1, node="b")
     restarts.begin(tmp_path, 1, "evaluate", node="b")
-    assert restarts.summary(tmp_path) == {"137": 1, "143": 5}
+    restarts.end(tmp_path, ExitCode.COMMUNICATION, node="b")
+    restarts.begin(tmp_path, 1, node="b")
+    assert restarts.summary(tmp_path) == {"killed": 1, "terminated": 5, "communication": 1}
+    assert restarts.count(tmp_path) == 6, "what one node's loss costs the others is the same restart"
     with pytest.raises(TrainingError, match="restarted 1 times at step 0") as error:
         restarts.begin(tmp_path, 1, node="a")
     assert error.value.code == ExitCode.BUDGET
+
+
+def memory_group(bytes_allowed: int) -> tuple[Path, Path] | None:
+    """A control group with a memory limit (v2, else v1): its directory and the file where the kernel counts kills."""
+    for parent, limit, counter in (
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.events"),
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.oom_control"),
+    ):
+        group = parent / f"yaongi-test-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(bytes_allowed))
+            return group, group / counter
+        except OSError:
+            if group.is_dir():
+                group.rmdir()
+    return None
+
+
+def test_want_of_memory_is_told_from_other_kills(shim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = memory_group(100 * 2**20)
+    if found is None:
+        pytest.skip("needs the right to make a control group")
+    group, counter = found
+    monkeypatch.setattr(hostmemory, "KILL_FILES", (counter,))
+    try:
+        code, message = shim(f"open('{group}/cgroup.procs', 'w').write(str(os.getpid())); bytearray(300 * 2**20)")
+        assert code == ExitCode.KILLED and "out of memory; lower batch.micro_batch_rows" in message["reason"]
+        assert shim("os.kill(os.getpid(), signal.SIGKILL)")[0] == ExitCode.KILLED
+        assert shim("pass")[0] == 0
+    finally:
+        group.rmdir()
+    assert restarts.summary(tmp_path / "run") == {"out_of_memory": 1, "killed": 1}
 
 
 @pytest.mark.parametrize(
@@ -212,7 +248,7 @@ def test_damaged_books_cost_no_more_than_the_count(tmp_path: Path, text: str):
     assert restarts.summary(tmp_path) == {}
     assert restarts.begin(tmp_path, 1, node="a").total == 0
     restarts.end(tmp_path, ExitCode.KILLED, node="a")
-    assert restarts.begin(tmp_path, 1, node="a").reasons == {"137": 1}
+    assert restarts.begin(tmp_path, 1, node="a").reasons == {"killed": 1}
 
 
 @pytest.mark.parametrize(("code", "anew"), [(143, True), (130, True), (75, True), (137, False), (None, False)])

@@ -213,7 +213,7 @@ def test_every_metric_of_the_table_is_exported(micro_data: Path, tmp_path: Path,
         runtime={"log_every_steps": 1},
     )
     Path(spec.run_dir).mkdir()
-    nodes = {"pod": NodeRecord(total=2, reasons={"137": 2})}
+    nodes = {"pod": NodeRecord(total=2, reasons={"killed": 2})}
     (tmp_path / "run" / "restarts.json").write_text(json.dumps({"nodes": {k: vars(v) for k, v in nodes.items()}}))
     monkeypatch.setenv(preflight.VARIABLE, "")
     preflight.of_node(spec)  # as the entrypoint does
@@ -222,7 +222,7 @@ def test_every_metric_of_the_table_is_exported(micro_data: Path, tmp_path: Path,
     lines = [line for line in page.splitlines() if not line.startswith("#")]
     exported = {metric.name for metric in METRICS if any(line.startswith(f"yaongi_{metric.name}") for line in lines)}
     assert exported == {metric.name for metric in METRICS if "trainer" in metric.processes} - {"mfu_ratio"}
-    assert 'yaongi_restarts_total{reason="137"} 2.0' in lines
+    assert 'yaongi_restarts_total{reason="killed"} 2.0' in lines
     assert "yaongi_step 3.0" in lines and "yaongi_planned_steps 3.0" in lines
     assert "yaongi_tokens_total 768.0" in lines and "yaongi_steps_total 3.0" in lines
     values = {line.split()[0]: float(line.split()[1]) for line in lines}

@@ -1,0 +1,60 @@
+"""The entrypoint as it is, but with ranks that misbehave as FAULT says: `faulty_rank.py [ARGUMENT OF THE ENTRYPOINT]…`.
+
+FAULT is a word and, after a space, what it needs: `stall STEP` never gets the data of that step; `late FILE` makes a
+file and only then, on the last rank, goes to the final barrier; `die FILE` is killed there instead.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def misbehave(fault: str, argument: str) -> None:
+    from trainer import loop
+    from trainer.data.loader import TokenLoader
+
+    if fault == "stall":
+        get = TokenLoader.__next__
+        left = iter(range(1, int(argument)))
+
+        def stalling(loader: TokenLoader) -> object:
+            if next(left, None) is None:
+                time.sleep(600)
+            return get(loader)
+
+        TokenLoader.__next__ = stalling
+    elif os.environ["RANK"] != "0":
+        finish = loop.finish
+
+        def finish_badly(run: loop.Run) -> None:
+            barrier = run.world.barrier
+
+            def late() -> None:
+                time.sleep(4)
+                Path(argument).touch()
+                if fault == "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                barrier()
+
+            object.__setattr__(run.world, "barrier", late)
+            finish(run)
+
+        loop.finish = finish_badly
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        from trainer.__main__ import main
+
+        misbehave(*os.environ["FAULT"].split(maxsplit=1))
+        code = main()
+        sys.stdout.flush()
+        os._exit(code)
+    from trainer import entrypoint
+
+    entrypoint.RANK_PROGRAM = (__file__,)
+    sys.exit(entrypoint.main())
