@@ -25,6 +25,11 @@ SETS = [
 # Two workers and the test's other pods fit a node with two CPUs; still one thread for each rank.
 ON_CLUSTER = [f"cluster.image={TRAINER_IMAGE}", "cluster.cpus_per_node=0.5", "cluster.memory_gib_per_node=2"]
 RUN_TIMEOUT = 1200
+TRAIN_STEP = (
+    "import sys; from components.launch.step import run; from components.running import step;"
+    "from manifests.spec import job_from_json;\n"
+    "with step('train'): run(job_from_json(sys.argv[1]), 'train')"
+)
 
 
 @dataclass
@@ -44,6 +49,14 @@ class PipelineRun:
         command = ["yaongi", "run", "tiny", "--target", "kubernetes", "--workdir", "/tmp/work", *arguments]
         job = load_job("tiny", changes_from_sets(sets))
         namespace.apply(*driver(name, command))
+        return cls(namespace, name, job)
+
+    @classmethod
+    def start_training(cls, namespace: Namespace, name: str, *changes: str) -> PipelineRun:
+        """The launcher's step alone, the way Kubeflow Pipelines runs it: job in, one line out."""
+        job = load_job("tiny", changes_from_sets([f"name={name}", *SETS, *ON_CLUSTER, *changes]))
+        command = ["python", "-c", TRAIN_STEP, job.model_dump_json()]
+        namespace.apply(pod(name, PIPELINE_IMAGE, command, account=ACCOUNT))
         return cls(namespace, name, job)
 
     def finish(self, *, meanwhile: Callable[[], None] = lambda: None) -> PipelineRun:

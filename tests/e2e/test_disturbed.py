@@ -1,0 +1,112 @@
+"""Workers are deleted and killed while they train; the run ends as if nothing had happened, and its books say what has.
+
+The oracle is the run that nothing disturbed: the same steps, data and losses, to the last bit.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+from kube import Namespace, wait_for
+from pipeline_run import RUN_TIMEOUT, PipelineRun
+from prometheus_client.parser import text_string_to_metric_families
+
+pytestmark = pytest.mark.e2e
+
+# A rank is `python -u -m trainer train …`, its parent `python -m trainer.entrypoint train …`.
+KILL_A_RANK = """
+import os, pathlib, signal
+for process in pathlib.Path("/proc").glob("[0-9]*"):
+    if b"\\0-m\\0trainer\\0" in (process / "cmdline").read_bytes():
+        os.kill(int(process.name), signal.SIGKILL)
+"""
+KILL_EVERYTHING = "import os, signal; os.kill(-1, signal.SIGKILL)"  # but the container's first process, which follows
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What one disturbance cost: seconds until a step was trained that had not been, and steps trained twice."""
+
+    what: str
+    seconds: float
+    steps_lost: int
+
+
+class Disturbed:
+    """The run while it is being disturbed."""
+
+    def __init__(self, run: PipelineRun) -> None:
+        self.run, self.namespace = run, run.namespace
+
+    def step(self) -> int:
+        """The last one trained. The launcher's pod has to be alive, else nobody would ever get further."""
+        (driver,) = self.namespace.find("pods", "--field-selector", f"metadata.name={self.run.pod}")
+        assert driver["status"]["phase"] in ("Pending", "Running"), self.namespace.kubectl("logs", self.run.pod)
+        return len(self.run.read("logs/metrics.jsonl").splitlines())
+
+    def resumed_from(self) -> list[int]:
+        """The step of the checkpoint that each start has gone on from, 0 for those that found none."""
+        starts = re.split(r"mesh \(copies", self.run.read("logs/rank-0.log"))[1:]
+        found = (re.search(r"resuming from the checkpoint of step (\d+)", start) for start in starts)
+        return [int(match[1]) if match else 0 for match in found]
+
+    def disturb(self, what: str, act: Callable[[], object]) -> Recovery:
+        before, starts = self.step(), len(self.resumed_from())
+        act()
+        began = time.monotonic()
+
+        def further() -> bool:
+            return len(self.resumed_from()) > starts and self.step() > max(before, self.resumed_from()[-1])
+
+        wait_for(f"a new step after: {what}", further, 240)
+        recovery = Recovery(what, time.monotonic() - began, max(0, before - self.resumed_from()[-1]))
+        print(f"{what} after step {before}: {recovery.seconds:.0f} s to a new step, {recovery.steps_lost} steps lost")
+        return recovery
+
+    def exported_restarts(self) -> dict[str, float]:
+        """yaongi_restarts_total by reason, as rank 0 exports it now."""
+        path = f"/api/v1/namespaces/{self.namespace.name}/pods/{self.run.workers[0]}:9400/proxy/metrics"
+        page = self.namespace.kubectl("get", "--raw", path)
+        families = {family.name: family for family in text_string_to_metric_families(page)}
+        return {sample.labels["reason"]: sample.value for sample in families["yaongi_restarts"].samples}
+
+
+def restarts(run: PipelineRun) -> dict[str, Counter[str]]:
+    """Restarts by worker and reason."""
+    return {node: Counter(record["reasons"]) for node, record in run.read_json("restarts.json")["nodes"].items()}
+
+
+def test_lost_workers_change_neither_the_outcome_nor_the_losses(first: PipelineRun) -> None:
+    assert first.code == 0, first.log
+    namespace: Namespace = first.namespace
+    disturbed = Disturbed(run := PipelineRun.start_training(namespace, "disturbed", "train.checkpoint.every_steps=4"))
+    zero, one = run.workers
+    wait_for("step 5", lambda: disturbed.step() >= 5, RUN_TIMEOUT, every=0.5)
+    recoveries = [
+        disturbed.disturb("worker 1 deleted", lambda: namespace.kubectl("delete", "pod", one, "--wait=false")),
+        disturbed.disturb("rank of worker 1 killed", lambda: namespace.execute(one, "python", "-c", KILL_A_RANK)),
+        disturbed.disturb("worker 0 deleted", lambda: namespace.kubectl("delete", "pod", zero, "--wait=false")),
+        disturbed.disturb(
+            "all of worker 0 killed", lambda: namespace.execute(zero, "python", "-c", KILL_EVERYTHING, check=False)
+        ),
+    ]
+    exported, books = disturbed.exported_restarts(), restarts(run)
+    print("restarts by worker:", {node: dict(reasons) for node, reasons in books.items()}, "exported:", exported)
+    run.finish()
+    assert run.code == 0, run.log
+    assert run.condition == "Succeeded"
+    assert run.losses == first.losses
+    assert run.read_json("result.json")["loss_last"] == first.read_json("result.json")["loss_last"]
+    by_stop, by_kill = recoveries[0::2], recoveries[1::2]
+    assert [each.steps_lost for each in by_stop] == [0, 0], "a worker that is told to stop saves the step it is at"
+    assert all(each.steps_lost <= 2 * 4 for each in by_kill), "the last checkpoint may not have been published yet"
+    for node in (zero, one):
+        assert (books[node]["terminated"], books[node]["killed"]) == (1, 1)
+        assert set(books[node]) <= {"terminated", "killed", "communication", "peer_stopped"}
+    assert exported == sum(books.values(), Counter())
+    assert run.read_json("result.json")["restarts"] >= len(recoveries)
