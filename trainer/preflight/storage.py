@@ -58,8 +58,8 @@ def writable(spec: TrainSpec, floor_mb_per_second: float | None) -> Measured:
         TrainingError: 66, any of that is impossible, too slow by the spec's own floor, or the space too little.
     """
     directory = Path(spec.run_dir)
-    # One name for each node: what a killed start leaves behind, the next one overwrites.
-    draft = directory / f".preflight-{socket.gethostname()}.draft"
+    # A container's processes have the same numbers each time, so what a killed start leaves behind is overwritten.
+    draft = directory / f".preflight-{socket.gethostname()}-{os.getpid()}.draft"
     final = draft.with_suffix("")
     block = os.urandom(_CHUNK)
     try:
