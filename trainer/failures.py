@@ -22,7 +22,7 @@ from trainer.specbase import SpecError
 
 DIRECTORY_VARIABLE = "YAONGI_FAILURES"
 NODE_VARIABLE = "NODE_NAME"  # a pod's own hostname is that of the pod
-PEER_STOPPED = "peer_stopped"
+PEER_STOPPED, OUT_OF_MEMORY_LABEL = "peer_stopped", "out_of_memory"
 OUT_OF_MEMORY = "out of memory; lower batch.micro_batch_rows or give the pod more"
 _OUT_OF_MEMORY = re.compile(r"out of (GPU )?memory")
 _COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket timeout|timed out", re.I)
@@ -75,7 +75,7 @@ def _names_a_path(error: BaseException) -> bool:
 def label(failure: Failure) -> str:
     """What restarts are counted by: the exit code's name, or more where more is known of how a rank ended."""
     if failure.code == ExitCode.KILLED and _OUT_OF_MEMORY.match(failure.reason):
-        return "out_of_memory"
+        return OUT_OF_MEMORY_LABEL
     if failure.code in STOPS:  # this node was not told to stop: then `label` is not asked
         return PEER_STOPPED
     return code_label(failure.code)

@@ -145,7 +145,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "restarts_total",
         "counter",
-        "Restarts of the run's nodes so far by reason: terminated, killed, out_of_memory, communication and so on.",
+        "Restarts of this run so far by cause: terminated, killed, out_of_memory, communication and so on.",
         "restarts",
         ("reason",),
     ),

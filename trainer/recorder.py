@@ -21,7 +21,6 @@ from trainer.checkpoint import CheckpointManifest
 from trainer.data.manifest import atomic_write
 from trainer.data.plan import Cursor
 from trainer.distributed import World
-from trainer.exitcodes import ExitCode, retryable
 from trainer.exporter import Metrics
 from trainer.flops import flops_per_token
 from trainer.fp8.state import Fp8State

@@ -23,9 +23,12 @@ from pydantic import TypeAdapter
 from trainer.checkpoint import latest_step
 from trainer.data.manifest import atomic_write
 from trainer.exitcodes import STOPS, ExitCode, TrainingError, retryable
-from trainer.failures import code_label
+from trainer.failures import OUT_OF_MEMORY_LABEL, PEER_STOPPED, code_label
 
 log = logging.getLogger(__name__)
+
+REASONS = (*(code_label(code) for code in ExitCode if retryable(code)), OUT_OF_MEMORY_LABEL, PEER_STOPPED)
+ECHOES = (code_label(ExitCode.HANG), code_label(ExitCode.COMMUNICATION), PEER_STOPPED)  # all nodes have them together
 
 
 @dataclass
@@ -100,14 +103,21 @@ def end(run_dir: str | Path, exit_code: int, task: str = "train", node: str | No
 
 
 def summary(run_dir: str | Path) -> dict[str, int]:
-    """Restarts of the training's nodes so far by reason, all nodes together.
+    """Restarts of the training so far by cause; their sum is `count`, or more where nodes failed at once.
 
-    A node that is lost costs the others a restart too: those are `communication` or, where it had time to say that it
-    stops, `peer_stopped`. A killed entrypoint is `killed`, also where a whole container ran out of memory: the pod that
-    comes after it cannot know.
+    A node that is lost costs the others a restart too, which lose their peer or stop with it: those count only where
+    no node has a cause of its own. A killed entrypoint is `killed`, also where a whole container ran out of memory: the
+    pod that comes after it cannot know.
     """
-    nodes = _read(_file(run_dir, "train"))
-    return dict(sum((Counter(node.reasons) for node in nodes.values()), Counter()))
+    by_node = [Counter(node.reasons) for node in _read(_file(run_dir, "train")).values()]
+    causes = Counter({reason: n for reason, n in sum(by_node, Counter()).items() if reason not in ECHOES})
+    unexplained = count(run_dir) - causes.total()
+    for reason in ECHOES:
+        of_any_node = max((node[reason] for node in by_node), default=0)
+        if (found := min(unexplained, of_any_node)) > 0:
+            causes[reason] = found
+            unexplained -= found
+    return dict(causes)
 
 
 def count(run_dir: str | Path) -> int:

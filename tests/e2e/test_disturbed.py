@@ -108,5 +108,6 @@ def test_lost_workers_change_neither_the_outcome_nor_the_losses(first: PipelineR
     for node in (zero, one):
         assert (books[node]["terminated"], books[node]["killed"]) == (1, 1)
         assert set(books[node]) <= {"terminated", "killed", "communication", "peer_stopped"}
-    assert exported == sum(books.values(), Counter())
+    # What one worker's loss costs the other is no restart of its own.
+    assert {reason: count for reason, count in exported.items() if count} == {"terminated": 2, "killed": 2}
     assert run.read_json("result.json")["restarts"] >= len(recoveries)

@@ -200,8 +200,12 @@ def test_killed_entrypoint_and_stop_signals_in_the_books(tmp_path: Path):
     restarts.begin(tmp_path, 1, "evaluate", node="b")
     restarts.end(tmp_path, ExitCode.COMMUNICATION, node="b")
     restarts.begin(tmp_path, 1, node="b")
-    assert restarts.summary(tmp_path) == {"killed": 1, "terminated": 5, "communication": 1}
-    assert restarts.count(tmp_path) == 6, "what one node's loss costs the others is the same restart"
+    assert restarts.summary(tmp_path) == {"killed": 1, "terminated": 5}, "what a lost node costs the others is no cause"
+    assert restarts.count(tmp_path) == 6
+    for node in ("a", "b"):
+        restarts.end(tmp_path, ExitCode.HANG, node=node)
+        restarts.begin(tmp_path, 3, node=node)
+    assert restarts.summary(tmp_path) == {"killed": 1, "terminated": 5, "hang": 1}
     with pytest.raises(TrainingError, match="restarted 1 times at step 0") as error:
         restarts.begin(tmp_path, 1, node="a")
     assert error.value.code == ExitCode.BUDGET
