@@ -90,7 +90,7 @@ class PipelineRun:
 def driver(name: str, command: list[str]) -> list[Object]:
     """A pod that executes steps of the pipeline, labelled as Kubeflow Pipelines would, and its name in DNS."""
     labels = {APP_LABEL: STEP_APP, "app.kubernetes.io/instance": name}
-    spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": labels}
+    spec = {"clusterIP": "None", "selector": labels}
     service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec}
     return [service, pod(name, PIPELINE_IMAGE, command, account=ACCOUNT, labels=labels)]
 

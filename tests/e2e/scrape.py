@@ -70,9 +70,9 @@ class Prometheus:
             ],
         }
 
-    def firing(self) -> list[dict[str, str]]:
-        """Labels of the alerts that fire now."""
-        return [series["metric"] for series in self.query('ALERTS{alertstate="firing"}')]
+    def firing(self, run: str) -> list[dict[str, str]]:
+        """Labels of the alerts that fire now for a run."""
+        return [series["metric"] for series in self.query(f'ALERTS{{alertstate="firing", run="{run}"}}')]
 
     def query(self, expression: str) -> list[Object]:
         """Result of an instant query: [{"metric": labels, "value": [time, text]}]; "values" for a range selector."""

@@ -52,7 +52,7 @@ def test_a_stopped_rank_is_named_by_an_alert_which_ends_when_it_goes_on(
 
     wait_for("step 5", lambda: len(run.read("logs/metrics.jsonl").splitlines()) >= 5, RUN_TIMEOUT, every=0.5)
     print(namespace.execute(victim, "python", "-c", SIGNAL, STOP))
-    fired = wait_for("an alert", prometheus.firing, 240)
+    fired = wait_for("an alert", lambda: prometheus.firing(job.run_name), 240)
     print("firing:", fired)
     down = [labels for labels in fired if labels["alertname"] == "YaongiTargetDown"]
     assert [(found["run"], found["pod"], found["severity"]) for found in down] == [(job.run_name, victim, "critical")]
@@ -61,7 +61,7 @@ def test_a_stopped_rank_is_named_by_an_alert_which_ends_when_it_goes_on(
     assert float(age["value"][1]) > 30
 
     print(namespace.execute(victim, "python", "-c", SIGNAL, CONTINUE))
-    wait_for("the alert to end", lambda: not prometheus.firing(), 60)
+    wait_for("the alert to end", lambda: not prometheus.firing(job.run_name), 60)
     run.finish()
     assert run.code == 0, run.log
     assert run.losses == first.losses
