@@ -11,7 +11,13 @@ from pathlib import Path
 
 PACKAGES = ("pipelines", "components", "manifests", "trainer")
 # Generated for people to apply, upload or point an editor at; no code reads them.
-NOT_PACKED = ("manifests/base/", "manifests/examples/", "manifests/job.schema.json", "pipelines/pretrain.yaml")
+NOT_PACKED = (
+    "manifests/base/",
+    "manifests/dashboards/",
+    "manifests/examples/",
+    "manifests/job.schema.json",
+    "pipelines/pretrain.yaml",
+)
 
 
 def main(wheel: str) -> None:
