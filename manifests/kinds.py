@@ -25,6 +25,7 @@ class JobKind:
         job_label, index_label: pod labels with the job's name and the worker's index.
         succeeded: condition of a job that has finished well; that of a failed one is `Failed` in both.
         attempt_label: pod label that counts restarts of all workers together; None where each restarts alone.
+        needs: kinds of the objects of the job's name that it needs, in the order of their creation.
         children: kinds and names of what the operator makes between job and pods, for events about them.
     """
 
@@ -39,6 +40,7 @@ class JobKind:
     index_label: str
     succeeded: str
     attempt_label: str | None = None
+    needs: tuple[str, ...] = ("ConfigMap", "NetworkPolicy")
     children: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -86,6 +88,7 @@ TRAINJOB = JobKind(
     index_label="batch.kubernetes.io/job-completion-index",
     succeeded="Complete",
     attempt_label="jobset.sigs.k8s.io/restart-attempt",
+    needs=("ConfigMap", "NetworkPolicy", "TrainingRuntime"),
     children=(("JobSet", "{job}"), ("Job", "{job}-node-0")),
 )
 ANCESTOR_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"  # says which of a runtime's jobs the trainer is

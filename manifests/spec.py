@@ -125,7 +125,7 @@ class ClusterSpec(Spec):
 
     Ranks = nodes × max(gpus_per_node, 1). `gpu_memory_gib` is what each GPU has: a model that cannot fit is refused
     before any work. `job` is the kind of job that the cluster's operator knows: PyTorchJob (training operator v1) or
-    TrainJob (Kubeflow Trainer v2).
+    TrainJob (Kubeflow Trainer v2). Of a finished TrainJob nothing is deleted after `ttl_seconds_after_finished`.
     """
 
     target: Literal["kubernetes", "local"] = "kubernetes"

@@ -26,7 +26,7 @@ from components.launch.kubernetes_gather import jobs, situation
 from components.launch.kubernetes_watch import LogFollower
 from components.launch.kubernetes_why import QUEUE_LABEL, restarts, why
 from components.launch.lease import held
-from manifests.kinds import TRAINJOB, Object, kind_of
+from manifests.kinds import Object, kind_of
 from manifests.names import PIPELINE_LABEL, RUN_LABEL, SPEC_FILE, TASK_LABEL
 from manifests.spec import ClusterSpec
 from pipelines.runs import choose
@@ -216,9 +216,8 @@ def _lease_of(objects: list[Object]) -> AbstractContextManager[object]:
 def _objects(cluster: Cluster, job: Object) -> list[Object]:
     """The job with what it needs, as they were made: without what the cluster and a launcher have added."""
     name = job["metadata"]["name"]
-    kinds = ("ConfigMap", "TrainingRuntime") if kind_of(job) is TRAINJOB else ("ConfigMap",)
     plain = cluster.core.api_client.sanitize_for_serialization  # the client has classes for what is no custom resource
-    needs = [plain(need) | {"kind": kind} for kind in kinds if (need := cluster.get(kind, name))]
+    needs = [plain(need) | {"kind": kind} for kind in kind_of(job).needs if (need := cluster.get(kind, name))]
     return [_as_made(item) for item in (*needs, job)]
 
 

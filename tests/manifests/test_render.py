@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manifests import generate
-from manifests.kinds import Object, pod_template, workers
+from manifests.kinds import Object, kind_of, pod_template, workers
 from manifests.monitors import pod_monitor, step_monitor
 from manifests.names import Task, job_name
 from manifests.rbac import RULES, rbac
@@ -107,6 +107,14 @@ def test_ranks_and_gpus_follow_the_cluster(
     environment = {entry["name"]: entry for entry in container(rendered)["env"]}
     threads = environment["OMP_NUM_THREADS"]["value"]
     assert int(threads) * int(ranks) <= 24
+
+
+@every_kind
+@every_task
+def test_what_a_job_needs_has_its_name_and_comes_before_it(kind: str, task: Task) -> None:
+    *needs, rendered = job_objects(job(cluster={"job": kind}), task)
+    assert tuple(need["kind"] for need in needs) == kind_of(rendered).needs
+    assert {need["metadata"]["name"] for need in needs} == {rendered["metadata"]["name"]}
 
 
 @every_kind
