@@ -159,7 +159,8 @@ def stop(run: RemoteRun, workdir: Path, write: Callable[[str], None]) -> str:
             raise LaunchError(
                 f"job {name} was not made by yaongi; stop it with: kubectl delete {kind.plural} {name} {place}"
             )
-        atomic_write(_kept(workdir, name), yaml.safe_dump_all(_objects(run.cluster, job)).encode())
+        _kept(workdir).mkdir(parents=True, exist_ok=True)
+        atomic_write(_kept(workdir) / f"{name}.yaml", yaml.safe_dump_all(_objects(run.cluster, job)).encode())
         lines: list[str] = []
         follower = LogFollower(run.cluster, lines.append)
         follower.start()
@@ -168,7 +169,7 @@ def stop(run: RemoteRun, workdir: Path, write: Callable[[str], None]) -> str:
             if explain.has_started(pod):
                 follower.add(pod)
         grace = max((pod["spec"].get("terminationGracePeriodSeconds", 30) for pod in pods), default=30)
-        gone = kubernetes.stop(run.cluster, kind, name, grace, write)
+        gone = kubernetes.stop(run.cluster, kind, name, grace, lambda line: write(line.removeprefix("launcher: ")))
         follower.finish(5)
         steps = [match[1] for match in map(PUBLISHED.match, lines) if match]
         saved = f"the newest checkpoint is of step {steps[-1]}" if steps else "it had saved no checkpoint yet"
@@ -185,21 +186,25 @@ def resume(text: str, cluster: Cluster, workdir: Path, write: Callable[[str], No
 
     Raises:
         SpecError: no such run.
-        LaunchError: it runs, a launcher follows it, or it cannot be created.
+        LaunchError: it runs or has succeeded, a launcher follows it, or it cannot be created.
     """
     runs = remote_runs(cluster)
-    kept = {path.stem: path for path in _kept(workdir, "").parent.glob("*.yaml")}
+    kept = {path.stem: path for path in _kept(workdir).glob("*.yaml")}
     name = choose(text, {*runs, *kept}, f"in namespace '{cluster.namespace}' or stopped from {workdir}", exactly)
     if name not in runs:
         objects = list(yaml.safe_load_all(kept[name].read_text(encoding="utf-8")))
     else:
         job = runs[name].job("train")
-        if explain.has_condition(job, "Suspended") and QUEUE_LABEL not in job["metadata"].get("labels", {}):
+        if explain.has_succeeded(job):
+            raise LaunchError(f"run {name} has been trained to its end; there is nothing to resume")
+        if explain.is_suspended(job) and QUEUE_LABEL not in job["metadata"].get("labels", {}):
             cluster.unsuspend(job)
             return name
         objects = _objects(cluster, job)
     with _lease_of(objects):
         kubernetes.start(cluster, objects, ClusterSpec(), write)
+    if name in kept:
+        kept[name].unlink()
     return objects[-1]["metadata"]["name"]
 
 
@@ -228,10 +233,9 @@ def _as_made(body: Object) -> Object:
     return kept | {"metadata": metadata}
 
 
-def _kept(workdir: Path, name: str) -> Path:
-    folder = workdir / "stopped"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{name}.yaml"
+def _kept(workdir: Path) -> Path:
+    """Holds what stopped jobs were made of, each in a file of the job's name."""
+    return workdir / "stopped"
 
 
 def _ranks_per_pod(job: Object) -> int:

@@ -41,6 +41,11 @@ def has_succeeded(job: Object) -> bool:
     return has_condition(job, kind_of(job).succeeded)
 
 
+def is_suspended(job: Object) -> bool:
+    """Whether somebody, or a queue, wants it so; the condition follows later."""
+    return bool(job["spec"].get("suspend") or job["spec"].get("runPolicy", {}).get("suspend"))
+
+
 def is_running(job: Object) -> bool:
     """Whether its workers have started; a TrainJob says so by their number only."""
     if kind_of(job) is TRAINJOB:

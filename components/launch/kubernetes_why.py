@@ -117,10 +117,9 @@ def _ended(found: Situation, now: datetime) -> Answer | None:
 
 
 def _suspended(found: Situation, now: datetime) -> Answer | None:
-    spec = (found.job or {}).get("spec", {})
-    if not (spec.get("suspend") or spec.get("runPolicy", {}).get("suspend")):
+    if found.job is None or not explain.is_suspended(found.job):
         return None
-    queue = (found.job or {})["metadata"].get("labels", {}).get(QUEUE_LABEL)
+    spec, queue = found.job["spec"], found.job["metadata"].get("labels", {}).get(QUEUE_LABEL)
     if found.workload is not None:
         conditions = found.workload.get("status", {}).get("conditions", [])
         told = [c for c in conditions if c["type"] in ("QuotaReserved", "Evicted", "Preempted", "Admitted")]

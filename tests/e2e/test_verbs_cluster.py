@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from launching import scripted, tiny
 from components.launch.kubernetes import start
 from components.launch.kubernetes_api import Cluster
 from manifests.kinds import KINDS
-from pipelines import cli
 
 pytestmark = pytest.mark.e2e
 
@@ -34,35 +33,22 @@ done
 """
 
 
-@pytest.fixture
-def yaongi(
-    namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str]]:
-    """Runs the command line in an empty folder; gives exit code and what was printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["yaongi", *arguments, "--namespace", namespace.name])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = "".join(capsys.readouterr())
-        with capsys.disabled():
-            print(f"$ yaongi {' '.join(arguments)} ({code})\n{said}", flush=True)
-        return code, said
-
-    return run
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_is_shown_stopped_and_resumed(
-    namespace: Namespace, yaongi: Callable[..., tuple[int, str]], kind: str
+    namespace: Namespace,
+    yaongi: Callable[..., tuple[int, str, str]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    kind: str,
 ) -> None:
+    def ask(*arguments: str) -> tuple[int, str]:
+        code, said, error = yaongi(*arguments, "--namespace", namespace.name)
+        with capsys.disabled():
+            print(f"$ yaongi {' '.join(arguments)} ({code})\n{said}{error}", flush=True)
+        return code, said + error
+
     def good(*arguments: str) -> str:
-        code, said = yaongi(*arguments)
+        code, said = ask(*arguments)
         assert code == 0, said
         return said
 
@@ -70,7 +56,7 @@ def test_a_run_is_shown_stopped_and_resumed(
     name = job.run_name
     start(Cluster.connect(namespace.name), scripted(job, SCRIPT.replace("$RUN", name)), job.cluster)
     wait_for("steps", lambda: "step        " in (shown := good("status", name)) and "/1,000" in shown, 90, every=2)
-    assert f"{name}  namespace {namespace.name}  running" in good("status")
+    wait_for("both workers", lambda: f"{name}  namespace {namespace.name}  running" in good("status"), 60, every=2)
     shown = good("status", name[:7])
     for line in ("loss        2.5000", "speed       1,234 tokens/s", "left        0:10:00", "checkpoint  none yet"):
         assert line in shown
@@ -83,7 +69,14 @@ def test_a_run_is_shown_stopped_and_resumed(
     assert not namespace.find("pods", "-l", KINDS[job.cluster.job].selector(name))
 
     assert f"job {name} goes on" in good("resume", name)
-    wait_for("its log", lambda: f"begins after step {saved}" in good("logs", name), 60, every=2)
-    code, said = yaongi("resume", name)
+    wait_for("its log", lambda: f"begins after step {saved}" in ask("logs", name)[1], 60, every=2)
+    code, said = ask("resume", name)
     assert code == 1 and f"job {name} runs already" in said
+    assert not list((tmp_path / "work/stopped").iterdir())
+
+    suspension = {"suspend": True} if kind == "trainjob" else {"runPolicy": {"suspend": True}}
+    namespace.kubectl("patch", kind, name, "--type=merge", "-p", json.dumps({"spec": suspension}))
+    wait_for("the suspension", lambda: "suspended: somebody has suspended it" in good("status", name), 60, every=2)
+    good("resume", name)
+    wait_for("new workers", lambda: "worker 0 begins" in ask("logs", name)[1], 60, every=2)
     good("stop", name)

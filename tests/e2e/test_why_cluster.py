@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import uuid
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 from broken_jobs import (
@@ -34,7 +31,6 @@ from components.launch.kubernetes_gather import situation
 from components.launch.kubernetes_why import why
 
 pytestmark = pytest.mark.e2e
-YAONGI = Path(sys.executable).with_name("yaongi")
 
 # Name → changes to a job that would run, and what the answer has to say. PyTorchJobs, or TrainJobs where marked.
 CAUSES: dict[str, tuple[list[Change], str]] = {
@@ -137,16 +133,15 @@ def test_the_cause_and_the_remedy_are_named(broken_jobs: Namespace, name: str) -
     assert "\n" not in said
 
 
-def test_the_command_takes_the_beginning_of_a_name_and_lists_what_it_could_be(broken_jobs: Namespace) -> None:
-    def ask(name: str) -> subprocess.CompletedProcess[str]:
-        command = [YAONGI, "why", name, "-n", broken_jobs.name]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-    assert ask("noclai").stdout.startswith("noclaim is queued: noclaim-worker-0 cannot be scheduled: ")
-    several = ask("train-")
-    assert several.returncode == 2 and "'train-' is the beginning of several runs: train-badspec, " in several.stderr
-    nothing = ask("nothing")
-    assert nothing.returncode == 2 and f"among the jobs of namespace '{broken_jobs.name}'; known: " in nothing.stderr
+def test_the_command_takes_the_beginning_of_a_name_and_lists_what_it_could_be(
+    broken_jobs: Namespace, yaongi: Callable[..., tuple[int, str, str]]
+) -> None:
+    place = ("-n", broken_jobs.name)
+    assert yaongi("why", "noclai", *place)[1].startswith("noclaim is queued: noclaim-worker-0 cannot be scheduled: ")
+    code, _, error = yaongi("why", "train-", *place)
+    assert code == 2 and "'train-' is the beginning of several runs: train-badspec, " in error
+    code, _, error = yaongi("why", "nothing", *place)
+    assert code == 2 and f"among the jobs of namespace '{broken_jobs.name}'; known: " in error
 
 
 def test_a_job_that_is_gone_leaves_its_last_event(broken_jobs: Namespace) -> None:

@@ -4,29 +4,9 @@ import sys
 import pytest
 import yaml
 
-from pipelines import cli, doctor
+from pipelines import doctor
 from pipelines.compile import COMMITTED
 from trainer import __version__
-
-
-@pytest.fixture
-def yaongi(monkeypatch, capsys, tmp_path):
-    """Runs the command line in an empty folder; gives exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("YAONGI_VERBOSE", "")  # set, so that what --verbose leaves there is undone too
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["yaongi", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 def test_the_version_is_the_packages(yaongi):

@@ -3,7 +3,6 @@ they need; the answers have the shapes of the client's own models."""
 
 import io
 import json
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlparse
@@ -14,7 +13,7 @@ from rich.console import Console
 from components.launch import LaunchError
 from components.plan.step import resolve
 from manifests.spec import load_job
-from pipelines import cli, kfp_runs, submit
+from pipelines import kfp_runs, submit
 from trainer.specbase import SpecError
 
 RUN = "0f6c2f8e-8a7b-4d43-9c55-3d1e6a0b7c21"
@@ -150,25 +149,16 @@ def test_a_submitted_run_does_not_train_on_this_machine(backend):
 
 
 @pytest.fixture
-def yaongi(monkeypatch, capsys, tmp_path, backend):
-    """Runs a verb against the backend; gives exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+def asked(monkeypatch, yaongi, backend):
+    """The command line with the backend's address in the environment."""
     monkeypatch.setenv("KFP_HOST", backend.url)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["yaongi", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return run
+    return yaongi
 
 
-def test_status_shows_the_steps_of_a_run_and_what_failed(yaongi, backend):
+def test_status_shows_the_steps_of_a_run_and_what_failed(asked, backend):
     states = {"root": "RUNNING", "plan-driver": "SUCCEEDED", "plan": "SUCCEEDED", "train": "FAILED"}
     backend.states[:] = [{"state": "FAILED", "run_details": tasks(**states)}]
-    code, said, _ = yaongi("status", RUN)
+    code, said, _ = asked("status", RUN)
     assert code == 0 and said.startswith("tiny-1\nstate       failed: failed: train; see: yaongi logs")
     assert [line.split(maxsplit=1)[1] for line in said.splitlines() if line.startswith("step  ") and ":" in line] == [
         "plan: succeeded",
@@ -177,27 +167,27 @@ def test_status_shows_the_steps_of_a_run_and_what_failed(yaongi, backend):
     assert f"page        {backend.url}/#/runs/details/{RUN}" in said
 
 
-def test_logs_are_those_of_the_pods_of_a_step(yaongi, backend):
+def test_logs_are_those_of_the_pods_of_a_step(asked, backend):
     backend.states[:] = [{"state": "RUNNING", "run_details": tasks(plan="SUCCEEDED", train="RUNNING")}]
-    assert yaongi("logs", RUN, "--task", "train")[:2] == (0, "▶ train (running)\nlog of pod-of-it\n")
-    assert yaongi("logs", RUN)[1].count("log of pod-of-it") == 2
-    code, _, error = yaongi("logs", RUN, "--task", "nothing")
+    assert asked("logs", RUN, "--task", "train")[:2] == (0, "▶ train (running)\nlog of pod-of-it\n")
+    assert asked("logs", RUN)[1].count("log of pod-of-it") == 2
+    code, _, error = asked("logs", RUN, "--task", "nothing")
     assert code == 1 and error == f"error: run {RUN} has no step 'nothing'; it has: plan, train\n"
 
 
-def test_stop_terminates_a_run_and_waits_for_its_end(yaongi, backend):
+def test_stop_terminates_a_run_and_waits_for_its_end(asked, backend):
     backend.states[:] = [{"state": "RUNNING"}]
-    assert yaongi("stop", RUN)[:2] == (0, f"run {RUN} ended as canceled; submit its job again to continue\n")
-    code, _, error = yaongi("stop", RUN)
+    assert asked("stop", RUN)[:2] == (0, f"run {RUN} ended as canceled; submit its job again to continue\n")
+    code, _, error = asked("stop", RUN)
     assert code == 1 and error == f"error: run {RUN} has ended already, as canceled\n"
 
 
-def test_a_run_that_the_backend_does_not_know_or_no_host_is_one_line(yaongi, backend, monkeypatch):
+def test_a_run_that_the_backend_does_not_know_or_no_host_is_one_line(asked, backend, monkeypatch):
     other = RUN.replace("0f6c", "ffff")
-    code, _, error = yaongi("status", other)
+    code, _, error = asked("status", other)
     assert code == 1 and error == f"error: {backend.url} refused run {other}: Not Found (404)\n"
     monkeypatch.delenv("KFP_HOST")
-    assert yaongi("status", RUN)[2].startswith("error: --host is missing")
+    assert asked("status", RUN)[2].startswith("error: --host is missing")
 
 
 def test_a_browser_is_opened_on_request_and_its_absence_costs_a_line(backend, monkeypatch):

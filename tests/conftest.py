@@ -1,0 +1,34 @@
+"""The command line, for the tests of several packages."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Answer = tuple[int, str, str]
+
+
+@pytest.fixture
+def yaongi(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Answer]:
+    """Runs the command line in an empty folder; gives exit code, stdout and stderr."""
+    from pipelines import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("YAONGI_VERBOSE", "")  # set, so that what --verbose leaves there is undone too
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["yaongi", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
