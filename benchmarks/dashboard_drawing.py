@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib.dates as mdates
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from manifests.dashboards.query import Series, View, annotations, dashboards, series, substituted, targets
 
@@ -39,9 +38,7 @@ def draw(ask: Any, view: View, folder: Path) -> None:
 def _draw(content: Mapping[str, Any], ask: Any, view: View) -> Figure:
     height = 2 + max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in content["panels"])
     size = (GRID_COLUMNS * COLUMN_INCHES, height * ROW_INCHES)
-    plt.rcParams.update(
-        {"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.prop_cycle": plt.cycler(color=CURVES)}
-    )
+    plt.rcParams.update({"font.size": 10, "text.color": INK, "axes.prop_cycle": plt.cycler(color=CURVES)})
     figure = plt.figure(figsize=size)
     chosen = "   ".join(f"{name}: {value}" for name, value in view.chosen.items())
     figure.text(0.01, 1 - 1.2 / height, content["title"], fontsize=15, va="center")
@@ -60,24 +57,15 @@ def _draw(content: Mapping[str, Any], ask: Any, view: View) -> Figure:
 
 
 def _panel(
-    figure: Figure,
-    panel: Mapping[str, Any],
-    box: tuple[float, ...],
-    ask: Any,
-    view: View,
-    marks: list[Any],
-    height: int,
+    figure: Figure, panel: Mapping[str, Any], box: Sequence[float], found: list[Series], view: View, marks: list[Any]
 ) -> None:
     left, bottom, width, tall = box
-    gap, gap_y = 0.002, 0.12 / height
+    gap, gap_y = 0.002, 0.12 * tall / panel["gridPos"]["h"]
     frame = figure.add_axes((left + gap, bottom + gap_y, width - 2 * gap, tall - 2 * gap_y), facecolor=PANEL)
-    frame.set(xticks=[], yticks=[])
+    frame.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
     frame.spines[:].set_visible(False)
-    frame.set(xlim=(0, 1), ylim=(0, 1))
-    frame.text(
-        0.01 + 0.02 / width / 24, 1 - 0.5 / panel["gridPos"]["h"], panel["title"], va="center", fontweight="bold"
-    )
-    found = [one for target in targets(panel) for one in series(ask, target, view) if not one.is_empty]
+    title = {"va": "center", "fontweight": "bold"}
+    frame.text(0.006 / width, 1 - 0.55 / panel["gridPos"]["h"], panel["title"], **title)
     if not found:
         frame.text(0.5, 0.45, NO_DATA, ha="center", va="center", color=FAINT, fontsize=12)
         return
@@ -87,7 +75,7 @@ def _panel(
         _stat(frame, panel, found)
     else:
         units = panel["gridPos"]["h"]
-        inner = (left + gap + 0.028, bottom + tall * 2.3 / units, width - 2 * gap - 0.036, tall * (units - 3.4) / units)
+        inner = (left + gap + 0.03, bottom + tall * 1.8 / units, width - 2 * gap - 0.038, tall * (units - 2.9) / units)
         _curves(figure.add_axes(inner, facecolor=PANEL), panel, found, view, marks)
 
 
@@ -128,30 +116,30 @@ def _curves(axes: Axes, panel: Mapping[str, Any], found: list[Series], view: Vie
         known = [{at: value for at, value in one.points if math.isfinite(value)} for one in found]
         heights = [[values.get(at, 0.0) for at in moments] for values in known]
         names = [_short(one.name) for one in found]
-        axes.stackplot([_when(at) for at in moments], heights, labels=names, alpha=0.75, linewidth=0)
+        axes.stackplot(moments, heights, labels=names, alpha=0.75, linewidth=0)
     else:
         for one in found:
             marker = "o" if len(one.points) < 3 else None
             times, values = _with_gaps(one.points, 2.5 * view.step)
             axes.plot(times, values, linewidth=1.1, label=_short(one.name), marker=marker, markersize=3)
     for color, at in marks:
-        axes.axvline(_when(at), color=COLORS[color], linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
+        axes.axvline(at, color=COLORS[color], linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
     if custom.get("scaleDistribution", {}).get("type") == "log":
         axes.set_yscale("log")
     if custom.get("thresholdsStyle", {}).get("mode") == "dashed":
         _limits(axes, defaults)
     axes.set_ylim(defaults.get("min"), defaults.get("max"))
-    axes.set_xlim(_when(view.start), _when(view.end))
+    axes.set_xlim(view.start, view.end)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, defaults["unit"])))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-    axes.xaxis.set_major_locator(mdates.AutoDateLocator(maxticks=6))
-    axes.xaxis.set_major_formatter(mdates.DateFormatter("%H:%M"))
-    axes.tick_params(colors=FAINT, labelsize=7.5, length=2)
+    axes.xaxis.set_major_locator(FixedLocator(_full_times(view)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{datetime.fromtimestamp(at):%H:%M}"))
+    axes.tick_params(colors=FAINT, labelsize=8, length=2)
     axes.grid(color="#2c2f34", linewidth=0.6)
     axes.spines[:].set_visible(False)
     columns = min(len(found), max(1, round(panel["gridPos"]["w"] / 3)))
     where = {"loc": "upper left", "bbox_to_anchor": (-0.03, -0.12), "borderaxespad": 0, "ncols": columns}
-    axes.legend(**where, frameon=False, fontsize=7.5, labelcolor=INK, handlelength=1, columnspacing=1)
+    axes.legend(**where, frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1, columnspacing=1)
 
 
 def _limits(axes: Axes, defaults: Mapping[str, Any]) -> None:
@@ -179,20 +167,23 @@ def _marks(content: Mapping[str, Any], ask: Any, view: View) -> list[tuple[str, 
     return found
 
 
-def _with_gaps(points: list[tuple[float, float]], longest: float) -> tuple[list[Any], list[float]]:
-    times, values, before = [], [], None
+def _with_gaps(points: list[tuple[float, float]], longest: float) -> tuple[list[float], list[float]]:
+    times: list[float] = []
+    values: list[float] = []
     for at, value in points:
-        if before is not None and at - before > longest:
-            times.append(_when(at))
+        if times and at - times[-1] > longest:
+            times.append(at)
             values.append(math.nan)
-        times.append(_when(at))
+        times.append(at)
         values.append(value)
-        before = at
     return times, values
 
 
-def _when(at: float) -> datetime:
-    return datetime.fromtimestamp(at)
+def _full_times(view: View) -> list[float]:
+    """At most six full minutes or hours."""
+    apart = next(minutes * 60 for minutes in (1, 2, 5, 15, 60, 240, 1440) if view.end - view.start < 360 * minutes)
+    first = math.ceil(view.start / apart)
+    return [float(number * apart) for number in range(first, int(view.end / apart) + 1)]
 
 
 def _short(name: str) -> str:
@@ -204,7 +195,7 @@ def _short(name: str) -> str:
 def shown(value: float, unit: str, decimals: int | None = None) -> str:
     """A value in a unit of Grafana's."""
     if unit == "percentunit":
-        return f"{100 * value:.{1 if decimals is None else decimals}f} %"
+        return f"{100 * value:.3g} %" if decimals is None else f"{100 * value:.{decimals}f} %"
     if unit == "s":
         for seconds, name in ((3600, "h"), (60, "min")):
             if abs(value) >= 2 * seconds:
@@ -213,10 +204,7 @@ def shown(value: float, unit: str, decimals: int | None = None) -> str:
     if unit == "none":
         return f"{value:.{decimals}f}" if decimals is not None else f"{value:.4g}"
     suffix = {"bytes": "B", "Bps": "B/s", "binBps": "B/s", "short": ""}.get(unit, unit.removeprefix("si:"))
-    base, prefixes = (
-        (1024, ("", "Ki", "Mi", "Gi", "Ti")) if unit in ("bytes", "binBps") else (1000, ("", "k", "M", "G", "T"))
-    )
-    size = 0
-    while abs(value) >= base and size < len(prefixes) - 1:
-        value, size = value / base, size + 1
-    return f"{value:.3g} {prefixes[size]}{suffix}".strip()
+    base, binary = (1024, "i") if unit in ("bytes", "binBps") else (1000, "")
+    power = min(4, int(math.log(abs(value), base))) if abs(value) >= 1 else 0
+    prefix = f"{'kMGT'[power - 1]}{binary}" if power else ""
+    return f"{value / base**power:.3g} {prefix}{suffix}".strip()

@@ -129,7 +129,8 @@ def facts(title: str, description: str, expression: str, *, hidden: Sequence[str
     panel.datasource(DATASOURCE).with_target(target.ref_id("A").datasource(DATASOURCE)).show_header(True)
     panel.thresholds(_thresholds(()))
     left_out = dict.fromkeys(["Time", "Value", "__name__", "instance", "job", "endpoint", "container", *hidden], True)
-    return panel.with_transformation(model.DataTransformerConfig("organize", {"excludeByName": left_out}))
+    without = model.DataTransformerConfig(id_val="organize", options={"excludeByName": left_out})
+    return panel.with_transformation(without)
 
 
 def _targets(queries: Sequence[Query]) -> list[prometheus.Dataquery]:

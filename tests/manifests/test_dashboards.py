@@ -108,6 +108,12 @@ def test_events_are_marked_and_dashboards_lead_to_each_other(content: dict[str, 
         assert set(link["tags"]) <= set(other["tags"])
 
 
+def test_a_table_of_labels_hides_what_says_nothing() -> None:
+    (panel,) = [panel for content in DASHBOARDS.values() for panel in panels(content) if panel["type"] == "table"]
+    (organized,) = panel["transformations"]
+    assert organized["id"] == "organize" and organized["options"]["excludeByName"]["Value"] is True
+
+
 def test_every_alert_is_explained_beside_what_it_watches() -> None:
     links = [link for content in DASHBOARDS.values() for panel in panels(content) for link in panel.get("links", [])]
     linked = {link["url"] for link in links}
