@@ -177,9 +177,9 @@ def step_record(run: Run, step: int, batch: StepBatch, totals: Totals, update: U
     load_LE = totals.expert_load_LE.double()
     ratio, starved = 1.0, 0.0
     if load_LE.numel():
-        mean_L = load_LE.mean(1, keepdim=True)
-        ratio = float((load_LE / mean_L).max())
-        starved = float((load_LE < STARVED_SHARE * mean_L).double().mean(1).max())
+        mean_L1 = load_LE.mean(1, keepdim=True)
+        ratio = float((load_LE / mean_L1).max())
+        starved = float((load_LE < STARVED_SHARE * mean_L1).double().mean(1).max())
     seconds = run.recorder.step_seconds()
     return StepRecord(
         step=step + 1,

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import micro
@@ -23,7 +24,7 @@ from trainer.checkpointer import Checkpointer
 from trainer.data.loader import TokenLoader
 from trainer.exitcodes import ExitCode, TrainingError
 from trainer.exporter import Metrics
-from trainer.loop import train
+from trainer.loop import Totals, Update, step_record, train
 from trainer.metrics import METRICS
 from trainer.model.engram import token_classes
 from trainer.model.hybrid import build_model
@@ -294,3 +295,16 @@ def test_fp16_scales_the_loss_and_keeps_the_scale_over_a_resume(
     first, exact = micro.metrics(spec)[0], micro.metrics(reference)[0]
     assert first["loss"] == pytest.approx(exact["loss"], rel=1e-3), "the scale is divided out again"
     assert first["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.02)
+
+
+def test_experts_below_a_tenth_of_the_mean_load_are_starved_in_the_worst_layer() -> None:
+    load_LE = torch.tensor([[100, 100, 100, 100], [390, 5, 5, 0], [199, 100, 91, 10]])  # means of 100: limit 10
+    run = SimpleNamespace(
+        spec=SimpleNamespace(batch=SimpleNamespace(tokens_per_step=8)),
+        recorder=SimpleNamespace(step_seconds=lambda: 2.0),
+        optimizers=SimpleNamespace(learning_rate=0.1),
+    )
+    totals = Totals(loss=1.0, auxiliary={}, expert_load_LE=load_LE, stop_code=0)
+    record = step_record(run, 0, SimpleNamespace(tokens_by_source={}), totals, Update(1.0, False, None))
+    assert record.expert_starved_ratio == 3 / 4
+    assert record.expert_load_max_ratio == 3.9
