@@ -76,7 +76,7 @@ def test_a_job_survives_an_upgrade_and_uninstalling_leaves_only_what_is_kept(emp
             str(chart.CHART),
             *SMALL,
             "--set",
-            "launcher.accounts={runner},commonLabels.team=blue",
+            "launcher.accounts={runner},commonLabels.team=blue,networkPolicy.defaultDeny=true",
         )
         (binding,) = space.find("rolebindings")
         assert {subject["name"] for subject in binding["subjects"]} == {"runner", ROLE}
