@@ -189,6 +189,14 @@ def test_dashboards_are_those_of_the_manifests_and_link_to_the_runbooks_given() 
     assert linked != dashboards.files()
 
 
+def test_dashboards_are_what_grafanas_sidecar_looks_for(configured: Callable[[str], list[Object]]) -> None:
+    found = of_kind(configured("prometheus-operator"), "ConfigMap")
+    assert len(found) == len(dashboards.files())
+    assert all(each["metadata"]["labels"]["grafana_dashboard"] == "1" for each in found)
+    assert all(each["metadata"]["annotations"] == {"grafana_folder": "Training"} for each in found)
+    assert not of_kind(configured("minimal"), "ConfigMap")
+
+
 def test_kueue_gets_a_queue_and_what_it_draws_from(configured: Callable[[str], list[Object]]) -> None:
     objects = configured("kueue")
     (local,), (behind,), (flavor,) = (
