@@ -203,8 +203,15 @@ def _patiently(create: Callable[[], Object], may_pass: Callable[[Refused], bool]
 
 def _adopt(cluster: Cluster, current: Object, job: Object) -> None:
     """The launcher that made the job may be gone; from now on it lives and dies with this one and its pipeline."""
-    labels = {PIPELINE_LABEL: job["metadata"]["labels"].get(PIPELINE_LABEL)}
-    cluster.own(current["kind"], current["metadata"]["name"], cluster.own_pod(), labels)
+    labels, name = {PIPELINE_LABEL: job["metadata"]["labels"].get(PIPELINE_LABEL)}, current["metadata"]["name"]
+    try:
+        cluster.own(current["kind"], name, cluster.own_pod(), labels)
+    except Refused as error:
+        if error.status != HTTPStatus.NOT_FOUND:
+            raise
+        raise LaunchError(
+            f"job {name} in namespace '{cluster.namespace}' was just being deleted by somebody else; start again"
+        ) from None
 
 
 def _reference(job: Object) -> Object:
