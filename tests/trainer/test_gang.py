@@ -15,6 +15,8 @@ from parallel_ranks import free_port
 from trainer.exitcodes import ExitCode
 from trainer.spec import TrainSpec
 
+pytestmark = pytest.mark.slow  # up to four processes that import PyTorch
+
 FAULTY = str(Path(__file__).with_name("faulty_rank.py"))
 
 
@@ -36,7 +38,6 @@ def test_a_hang_names_rank_node_and_phase(micro_data: Path, tmp_path: Path):
     assert "which hangs in data of step 3; stacks" in message["reason"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "codes"), [("late", {0: 0, 1: 0}), ("die", {0: ExitCode.COMMUNICATION, 1: 137})])
 def test_no_node_ends_well_before_every_rank_has(micro_data: Path, tmp_path: Path, fault: str, codes: dict[int, int]):
     """An elastic job counts as done when the first worker exits 0, and its other workers are deleted."""
