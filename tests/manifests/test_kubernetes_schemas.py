@@ -27,10 +27,11 @@ def validate(item: Object) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_core_objects_have_no_unknown_or_ill_typed_field(path: Path) -> None:
-    core = [item for item in objects(path) if not item["apiVersion"].startswith(CUSTOM)]
-    assert core or path.name == "podmonitor.yaml"
-    for item in core:
-        validate(item)
+    found = objects(path)
+    for item in found:
+        if not item["apiVersion"].startswith(CUSTOM):
+            validate(item)
+    assert found, "an empty file"
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "examples"], ids=lambda path: path.name)
