@@ -28,8 +28,8 @@ def examples() -> dict[str, JobSpec]:
     """The jobs shown as examples, by file name."""
     two_gpus = {"gpus_per_node": 2, "cpus_per_node": 24, "memory_gib_per_node": 240}
     two_nodes = {"nodes": 2, "gpus_per_node": 8, "cpus_per_node": 96, "memory_gib_per_node": 960}
-    # How GKE marks machines that may be taken away. They give a pod 15 s whatever it asks for, less than a checkpoint of
-    # this size takes, so the run goes on from the last periodic one.
+    # How GKE marks machines that may be taken away. They give a pod 15 s whatever it asks for, less than a checkpoint
+    # of this size takes, so the run goes on from the last periodic one.
     spot = {"key": "cloud.google.com/gke-spot", "value": "true"}
     preemptible = {
         "node_selector": {spot["key"]: spot["value"]},
