@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from manifests.dashboards.query import Series, View, annotations, dashboards, series, substituted, targets
 
@@ -74,8 +74,9 @@ def _panel(
     elif panel["type"] == "stat":
         _stat(frame, panel, found)
     else:
-        units = panel["gridPos"]["h"]
-        inner = (left + gap + 0.03, bottom + tall * 1.8 / units, width - 2 * gap - 0.038, tall * (units - 2.9) / units)
+        units, below = panel["gridPos"]["h"], 1.1 + 0.5 * math.ceil(len(found) / _legend_columns(panel))
+        size = (width - 2 * gap - 0.048, tall * (units - 1.1 - below) / units)
+        inner = (left + gap + 0.04, bottom + tall * below / units, *size)
         _curves(figure.add_axes(inner, facecolor=PANEL), panel, found, view, marks)
 
 
@@ -93,7 +94,7 @@ def _stat(frame: Axes, panel: Mapping[str, Any], found: list[Series]) -> None:
         size, at = (11, 0.45) if several else (18, 0.36)
         frame.text(middle, at, text, ha="center", va="center", fontsize=size)
         if several:
-            name = "\n".join(textwrap.wrap(_short(one.name), max(round(6 * share * panel["gridPos"]["w"]), 8)))
+            name = "\n".join(textwrap.wrap(_short(one), max(round(6 * share * panel["gridPos"]["w"]), 8)))
             frame.text(middle, 0.18, name, ha="center", va="center", fontsize=7)
 
 
@@ -115,13 +116,13 @@ def _curves(axes: Axes, panel: Mapping[str, Any], found: list[Series], view: Vie
         moments = sorted({at for one in found for at, _ in one.points})
         known = [{at: value for at, value in one.points if math.isfinite(value)} for one in found]
         heights = [[values.get(at, 0.0) for at in moments] for values in known]
-        names = [_short(one.name) for one in found]
+        names = [_short(one) for one in found]
         axes.stackplot(moments, heights, labels=names, alpha=0.75, linewidth=0)
     else:
         for one in found:
             marker = "o" if len(one.points) < 3 else None
             times, values = _with_gaps(one.points, 2.5 * view.step)
-            axes.plot(times, values, linewidth=1.1, label=_short(one.name), marker=marker, markersize=3)
+            axes.plot(times, values, linewidth=1.1, label=_short(one), marker=marker, markersize=3)
     for color, at in marks:
         axes.axvline(at, color=COLORS[color], linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
     if custom.get("scaleDistribution", {}).get("type") == "log":
@@ -131,15 +132,23 @@ def _curves(axes: Axes, panel: Mapping[str, Any], found: list[Series], view: Vie
     axes.set_ylim(defaults.get("min"), defaults.get("max"))
     axes.set_xlim(view.start, view.end)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, defaults["unit"])))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    low, high = axes.get_ylim()
+    if custom.get("scaleDistribution", {}).get("type") == "log" and high < 10 * low:  # no power of ten, or just one
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: shown(value, defaults["unit"])))
+    else:
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(FixedLocator(_full_times(view)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{datetime.fromtimestamp(at):%H:%M}"))
-    axes.tick_params(colors=FAINT, labelsize=8, length=2)
+    axes.tick_params(which="both", colors=FAINT, labelsize=8, length=2)
     axes.grid(color="#2c2f34", linewidth=0.6)
     axes.spines[:].set_visible(False)
-    columns = min(len(found), max(1, round(panel["gridPos"]["w"] / 3)))
-    where = {"loc": "upper left", "bbox_to_anchor": (-0.03, -0.12), "borderaxespad": 0, "ncols": columns}
-    axes.legend(**where, frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1, columnspacing=1)
+    columns = min(len(found), _legend_columns(panel))
+    where = {"loc": "upper left", "bbox_to_anchor": (-0.05, -0.13), "borderaxespad": 0, "ncols": columns}
+    axes.legend(**where, frameon=False, fontsize=8, labelcolor=INK, handlelength=1, columnspacing=1)
+
+
+def _legend_columns(panel: Mapping[str, Any]) -> int:
+    return int(panel["gridPos"]["w"]) // 2
 
 
 def _limits(axes: Axes, defaults: Mapping[str, Any]) -> None:
@@ -186,10 +195,9 @@ def _full_times(view: View) -> list[float]:
     return [float(number * apart) for number in range(first, int(view.end / apart) + 1)]
 
 
-def _short(name: str) -> str:
+def _short(one: Series) -> str:
     """Legends end in the run, which the picture names once."""
-    parts = name.split()
-    return " ".join(parts[:-1]) or name if len(parts) > 1 else name
+    return one.name.removesuffix(one.labels.get("run", "")).strip() or one.name
 
 
 def shown(value: float, unit: str, decimals: int | None = None) -> str:

@@ -1,6 +1,6 @@
 """Draw each dashboard from a real run that a real Prometheus has watched: the pictures of docs/dashboards.
 
-    python benchmarks/dashboards.py --steps 400 --out docs/dashboards
+    python benchmarks/dashboards.py --steps 160 --out docs/dashboards
 
 Needs the program `prometheus`. The run trains `tiny` in emulated FP8 with a jumpy spike guard; one of its two processes
 is killed half way and the run resumed, so that restarts, skipped steps and lost work are there to be seen.
@@ -39,8 +39,8 @@ EVENTFUL = (
     "train.optimizer.spike_guard.sigmas=2.5",
     "train.optimizer.spike_guard.window=32",
     "train.runtime.log_every_steps=1",
-    # Twice the same text, so that hygiene has something to leave out.
-    'data.sources.ko.origin.paths=["sample://ko.jsonl.gz", "sample://ko.jsonl.gz"]',
+    # The same texts in two sources, so that hygiene has something to leave out.
+    'data.sources.math.origin.paths=["sample://math.jsonl.gz", "sample://code.jsonl.gz"]',
     "hygiene.exact_duplicates=true",
 )
 # Two rows of 256 tokens a step, so that a few hundred steps take minutes.
@@ -185,7 +185,7 @@ def main() -> None:
     from dashboard_drawing import draw
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--out", type=Path, default=Path("docs/dashboards"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -26,6 +26,8 @@ ELSEWHERE = {
     "Time in each phase": "the local launcher has no phases",
     "Renewals of the lease": "the local launcher has no lease",
 }
+# Files of some MB are verified within milliseconds, which may lie between two scrapes.
+TOO_SHORT = {"Verified files"}
 # Counter → why it stands still here.
 STILL = {
     "checkpoint_failures_total": "no checkpoint fails",
@@ -68,6 +70,7 @@ def test_every_panel_shows_something(watched: tuple[Any, View]) -> None:
         for target in targets(panel)
         if all(one.is_empty for one in series(ask, target, view))
     }
+    empty -= TOO_SHORT
     assert empty == set(ELSEWHERE), f"without data: {empty - set(ELSEWHERE)}; not expected: {set(ELSEWHERE) - empty}"
 
 
@@ -105,7 +108,7 @@ def test_the_restart_and_every_checkpoint_are_marked(watched: tuple[Any, View]) 
         return ask("query_range", query=query, start=view.start, end=view.end, step=view.step)["result"]
 
     (restart,) = asked("Restarts")
-    assert restart["metric"]["reason"] == "137"
+    assert restart["metric"]["reason"] == "killed"
     (saved,) = asked("Checkpoints")
     times = {float(value) / 1000 for _, value in saved["values"]}
     assert all(view.start < at < view.end for at in times)
