@@ -20,6 +20,8 @@ DIGEST_ANNOTATION = "yaongi/digest"
 STEP_APP = "yaongi-step"  # pods of the pipeline's steps
 STEP_METRICS_PORT = 9390  # below those of the ranks, which may run on the same machine
 
+HUB_SECRET = "huggingface"  # optional; its key `token` is an access token of the Hugging Face Hub
+
 SPEC_DIR = "/etc/yaongi"
 SPEC_FILE = "train.yaml"
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from components.running import FORESEEN, one_line
 from pipelines import verbs
 from pipelines.data import app as data_app
+from pipelines.doctor.command import doctor
 from pipelines.lint import lint
 from trainer import __version__
 
@@ -50,6 +51,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 verbs.register(app)
 app.command()(lint)
+app.command()(doctor)
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A preset's name (see `yaongi presets`) or a job file.")]
 Sets = Annotated[
@@ -261,15 +263,6 @@ def submit(
     from pipelines.submit import submit as submit_run
 
     submit_run(job, _changes(sets), host=host, image=image, follow=follow, console=Console(), browse=browse)
-
-
-@app.command()
-def doctor(workdir: Workdir = Path("work"), verbose: Verbose = False) -> None:
-    """Check what this machine can do: Python, PyTorch, GPUs, disk, cluster."""
-    from pipelines.doctor import report
-
-    if not report(workdir, Console()):
-        raise typer.Exit(1)
 
 
 def _verbose() -> bool:

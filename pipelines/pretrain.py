@@ -16,7 +16,7 @@ from components.plan.component import plan
 from components.shards.component import encode, shards
 from components.summary.component import summary
 from components.tokenizer.component import tokenizer
-from manifests.names import APP_LABEL, EGRESS_LABEL, HUB, STEP_APP
+from manifests.names import APP_LABEL, EGRESS_LABEL, HUB, HUB_SECRET, STEP_APP
 from manifests.spec import StorageSpec
 
 STORAGE = StorageSpec()
@@ -25,7 +25,6 @@ RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER  # marks the jobs of this run of the pi
 # Of a step's pod, pulling its image included. A launcher watches cluster.{queue,start,run}_timeout_seconds instead: its
 # pod's end at a time that does not know of those would look like a person's.
 SHORT_SECONDS, DATA_SECONDS, OWN_CLOCKS = 1800, 7 * 86_400, 0
-HUB_SECRET = "huggingface"  # optional; its key `token` is an access token of the Hugging Face Hub
 
 
 @dsl.pipeline(name="yaongi-pretrain", description="Raw text to a trained, measured and exported language model.")

@@ -4,8 +4,8 @@ import sys
 import pytest
 import yaml
 
-from pipelines import doctor
 from pipelines.compile import COMMITTED
+from pipelines.doctor import machine
 from trainer import __version__
 
 
@@ -159,7 +159,7 @@ def test_doctor_tells_a_broken_kubeconfig_in_its_line(yaongi, monkeypatch, tmp_p
 
 
 def test_doctor_fails_on_a_machine_that_cannot_run(yaongi, monkeypatch):
-    monkeypatch.setattr(doctor, "MIN_FREE_GIB", 1e9)
+    monkeypatch.setattr(machine, "MIN_FREE_GIB", 1e9)
     code, output, _ = yaongi("doctor")
     assert code == 1
     assert "disk     no" in output

@@ -4,44 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-
-from components.launch import LaunchError
+from pipelines.doctor.findings import Finding
+from trainer.spec import RuntimeSpec
 
 MIN_PYTHON = (3, 11)
 MIN_FREE_GIB = 2.0
+MIN_SHM_GIB = 1.0
+SHM = Path("/dev/shm")
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Finding:
-    """`state`: "no" stops every run on this machine, "missing" only what needs it."""
-
-    what: str
-    state: Literal["ok", "missing", "no"]
-    detail: str
-
-
-def report(workdir: Path, console: Console) -> bool:
-    """Print the findings; False when one of them stops a local run."""
-    table = Table(show_header=False, box=None)
-    found = list(findings(workdir))
-    colours = {"ok": "green", "missing": "yellow", "no": "red"}
-    for finding in found:
-        table.add_row(finding.what, f"[{colours[finding.state]}]{finding.state}[/]", finding.detail)
-    console.print(table)
-    return all(finding.state != "no" for finding in found)
+TOOLS = {"kubectl": "to apply manifests and look at clusters", "helm": "to install the chart"}
 
 
 def findings(workdir: Path) -> Iterator[Finding]:
-    checks: list[Callable[[Path], Iterator[Finding]]] = [_python, _machine, _torch, _cluster]
+    checks: list[Callable[[Path], Iterator[Finding]]] = [
+        _python,
+        _machine,
+        _shared_memory,
+        _torch,
+        _metrics_port,
+        _tools,
+    ]
     for check in checks:
         yield from check(workdir)
 
@@ -76,13 +63,30 @@ def _torch(workdir: Path) -> Iterator[Finding]:
         yield Finding(f"GPU {index}", "ok", f"{device.name}, {device.total_memory / GIB:.0f} GiB, {capability}")
 
 
-def _cluster(workdir: Path) -> Iterator[Finding]:
-    from components.launch.kubernetes_api import Cluster
+def _shared_memory(workdir: Path) -> Iterator[Finding]:
+    if not SHM.is_dir():
+        return
+    size = shutil.disk_usage(SHM).total / GIB
+    few = "raise it for several GPUs or loader processes (docker run --shm-size, mount -o remount,size=)"
+    yield Finding(
+        str(SHM), "ok" if size >= MIN_SHM_GIB else "missing", f"{size:.1f} GiB", "" if size >= MIN_SHM_GIB else few
+    )
 
-    try:
-        cluster = Cluster.connect()
-        cluster.get("PyTorchJob", "yaongi-doctor")
-    except LaunchError as error:
-        yield Finding("cluster", "missing", str(error))
-    else:
-        yield Finding("cluster", "ok", f"{cluster.server} knows PyTorchJob; namespace {cluster.namespace}")
+
+def _metrics_port(workdir: Path) -> Iterator[Finding]:
+    port = RuntimeSpec().metrics_port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError as error:
+            detail = f"{port} is not free ({error.strerror}); another run may be training here"
+            yield Finding("metrics port", "missing", detail, "--set train.runtime.metrics_port=PORT for a second run")
+        else:
+            yield Finding("metrics port", "ok", f"{port} is free")
+
+
+def _tools(workdir: Path) -> Iterator[Finding]:
+    for tool, purpose in TOOLS.items():
+        found = shutil.which(tool)
+        yield Finding(tool, "ok" if found else "missing", found or f"not in PATH; needed only {purpose}")

@@ -1,0 +1,40 @@
+"""The command `yaongi doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def doctor(
+    job: Annotated[
+        str, typer.Argument(metavar="JOB", help="Check the cluster against a preset or job file.", show_default=False)
+    ] = "",
+    namespace: Annotated[str, typer.Option(help="Namespace of the cluster to check; else the kubeconfig's.")] = "",
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of JOB.")
+    ] = None,
+    workdir: Annotated[Path, typer.Option(help="Folder for data, checkpoints and logs of local runs.")] = Path("work"),
+) -> None:
+    """Check what this machine and the cluster of KUBECONFIG have and lack, and what to do.
+
+    With JOB or --namespace the cluster has to be fit for runs too: exit code 1 if it is not.
+    """
+    from manifests.spec import load_job
+    from pipelines.doctor import cluster, machine
+    from pipelines.doctor.findings import show
+    from trainer.specbase import changes_from_sets
+
+    if sets and not job:
+        raise ValueError("--set changes a job; name the JOB")
+    spec = load_job(job, changes_from_sets(sets or [])) if job else None
+    console = Console()
+    console.print("this machine", style="bold")
+    good = show(machine.findings(workdir), console)
+    console.print("cluster", style="bold")
+    good &= show(cluster.findings(namespace or None, spec, is_asked=bool(job or namespace)), console)
+    if not good:
+        raise typer.Exit(1)

@@ -1,0 +1,146 @@
+"""Which operators the cluster has, whether they run, and of which version."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from manifests.kinds import PYTORCHJOB, TRAINJOB, JobKind, Object
+from pipelines.doctor.findings import Finding, told
+from pipelines.doctor.look import Look
+
+Version = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """`image`: last part of its image's name. Versions from `least` up to, not including, `below` are known to do."""
+
+    kind: JobKind
+    image: str
+    least: Version
+    below: Version
+    install: str
+
+
+TRAINING_OPERATOR = Operator(
+    PYTORCHJOB,
+    "training-operator",
+    (1, 9),
+    (2, 0),
+    'kubectl apply --server-side -k "github.com/kubeflow/trainer.git/manifests/overlays/standalone?ref=v1.9.4"',
+)
+TRAINER = Operator(
+    TRAINJOB,
+    "trainer",
+    (2, 1),
+    (2, 2),
+    'kubectl apply --server-side -k "https://github.com/kubeflow/trainer.git/manifests/overlays/manager?ref=v2.1.0"',
+)
+OPERATORS = (TRAINING_OPERATOR, TRAINER)
+
+
+def job_kinds(look: Look, wanted: JobKind | None) -> Iterator[Finding]:
+    """The kinds of training job; one of them is needed, `wanted` if a job says which."""
+    served = {operator.kind for operator in OPERATORS if _serves(look, operator.kind)}
+    for operator in OPERATORS:
+        kind = operator.kind
+        if kind not in served:
+            needed = kind is wanted or (wanted is None and not served)
+            detail = f"the cluster knows no {kind.kind} ({kind.api_version})"
+            yield Finding(kind.kind, "no" if needed else "missing", detail, operator.install)
+            continue
+        yield Finding(kind.kind, "ok", f"served as {kind.api_version}")
+        yield from told(f"{kind.kind} operator", lambda operator=operator: _running(look, operator))
+
+
+def extras(look: Look, queue: str | None) -> Iterator[Finding]:
+    """What a run can use but does not need: queues, monitoring."""
+    if look.get("/apis/kueue.x-k8s.io") is None:
+        detail, state = (
+            ("cluster.queue names a queue, but the cluster has no Kueue", "no") if queue else ("none", "missing")
+        )
+        yield Finding("Kueue", state, detail, "install Kueue to share GPUs fairly, or leave cluster.queue out")
+    elif queue and not _local_queue(look, queue):
+        detail = f"namespace '{look.namespace}' has no LocalQueue '{queue}'"
+        yield Finding("Kueue", "no", detail, "kubectl get localqueues; set cluster.queue to one, or have it made")
+    else:
+        yield Finding(
+            "Kueue", "ok", f"queue '{queue}' is there" if queue else "installed; cluster.queue names no queue"
+        )
+    if look.get("/apis/monitoring.coreos.com/v1") is None:
+        remedy = "install the Prometheus operator (kube-prometheus-stack), or scrape ports 9400 and up by annotations"
+        yield Finding("monitoring", "missing", "no PodMonitor: nothing scrapes the metrics by itself", remedy)
+    else:
+        yield Finding("monitoring", "ok", "the Prometheus operator's kinds are there")
+
+
+def pipelines(host: str) -> Iterator[Finding]:
+    """Kubeflow Pipelines, which only `yaongi submit` needs."""
+    import urllib3
+
+    if not host:
+        yield Finding(
+            "Kubeflow Pipelines", "missing", "KFP_HOST is not set; needed only to submit", "export KFP_HOST=http://…"
+        )
+        return
+    try:
+        answer = urllib3.request("GET", f"{host.rstrip('/')}/apis/v2beta1/healthz", timeout=5.0, retries=False)
+    except (urllib3.exceptions.HTTPError, ValueError) as error:
+        yield Finding(
+            "Kubeflow Pipelines", "no", f"{host} does not answer ({error})", "check KFP_HOST, or port-forward it"
+        )
+        return
+    good = answer.status == 200
+    yield Finding("Kubeflow Pipelines", "ok" if good else "no", f"{host} answers {answer.status}")
+
+
+def _serves(look: Look, kind: JobKind) -> bool:
+    found = look.get(f"/apis/{kind.api_version}") or {}
+    return any(resource["name"] == kind.plural for resource in found.get("resources", []))
+
+
+def _running(look: Look, operator: Operator) -> Iterator[Finding]:
+    what = f"{operator.kind.kind} operator"
+    for deployment in look.items("/apis/apps/v1/deployments"):
+        image = next(
+            (i for i in _images(deployment) if _base(i) in (operator.image, f"{operator.image}-controller-manager")), ""
+        )
+        if not image:
+            continue
+        place = f"{deployment['metadata']['namespace']}/{deployment['metadata']['name']}"
+        if not deployment["status"].get("readyReplicas"):
+            yield Finding(
+                what, "no", f"{place} ({image}) is not ready", f"kubectl -n {place.replace('/', ' describe deploy ')}"
+            )
+            return
+        version = re.search(r":v?(\d+)\.(\d+)", image)
+        known = version is not None and operator.least <= (int(version[1]), int(version[2])) < operator.below
+        span = f"{_text(operator.least)} up to {_text(operator.below)}"
+        remedy = (
+            "" if known else f"a version from {span} (not included) is known to do; jobs may be refused by this one"
+        )
+        yield Finding(what, "ok" if known else "missing", f"{place} runs {image}", remedy)
+        return
+    yield Finding(
+        what, "no", "no deployment of it in any namespace: jobs would be accepted and never run", operator.install
+    )
+
+
+def _local_queue(look: Look, queue: str) -> bool:
+    versions = (look.get("/apis/kueue.x-k8s.io") or {}).get("versions", [])
+    paths = [f"/apis/{v['groupVersion']}/namespaces/{look.namespace}/localqueues/{queue}" for v in versions]
+    return any(look.get(path) for path in paths)
+
+
+def _images(deployment: Object) -> list[str]:
+    return [container["image"] for container in deployment["spec"]["template"]["spec"]["containers"]]
+
+
+def _base(image: str) -> str:
+    return image.rpartition("/")[2].partition(":")[0].partition("@")[0]
+
+
+def _text(version: Version) -> str:
+    return ".".join(map(str, version))

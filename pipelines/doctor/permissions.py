@@ -1,0 +1,48 @@
+"""May whoever asks do what the launcher does, and are there the accounts that do it in pods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from manifests.rbac import ACCOUNTS, RULES
+from pipelines.doctor.findings import Finding
+from pipelines.doctor.look import Look
+
+REVIEW = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+
+
+def permissions(look: Look) -> Iterator[Finding]:
+    """Each right of the launcher's role, asked of the API server for the account of this kubeconfig or pod."""
+    asked, refused = 0, []
+    for rule in RULES:
+        for resource in rule["resources"]:
+            denied = [verb for verb in rule["verbs"] if not _allowed(look, rule["apiGroups"][0], resource, verb)]
+            asked += len(rule["verbs"])
+            if denied:
+                refused.append(f"{'/'.join(denied)} {resource}")
+    remedy = f"python -m manifests.generate rbac {look.namespace} | kubectl apply -f -, and launch with its account"
+    if refused:
+        yield Finding("permissions", "no", f"this account may not {', '.join(refused)}", remedy)
+    else:
+        yield Finding("permissions", "ok", f"this account may do all {asked} things that the launcher does")
+
+
+def accounts(look: Look) -> Iterator[Finding]:
+    """Accounts of the launcher's pods; one is enough."""
+    there = [name for name in ACCOUNTS if look.in_namespace("serviceaccounts", name)]
+    if there:
+        yield Finding("service account", "ok", ", ".join(there))
+        return
+    remedy = f"python -m manifests.generate rbac {look.namespace} | kubectl apply -f -"
+    yield Finding("service account", "missing", f"neither {' nor '.join(ACCOUNTS)}; pods cannot launch jobs", remedy)
+
+
+def _allowed(look: Look, group: str, resource: str, verb: str) -> bool:
+    name, _, part = resource.partition("/")
+    attributes = {"namespace": look.namespace, "group": group, "resource": name, "subresource": part, "verb": verb}
+    body = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": attributes},
+    }
+    return look.post(REVIEW, body)["status"]["allowed"]

@@ -1,0 +1,66 @@
+"""The claims that the pods of a run share, and the secret for gated data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from manifests.kinds import Object
+from manifests.names import HUB_SECRET
+from manifests.spec import StorageSpec
+from pipelines.doctor.findings import Finding
+from pipelines.doctor.look import Look
+
+SHARED = "ReadWriteMany"
+DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
+
+
+def claims(look: Look, storage: StorageSpec, nodes: int) -> Iterator[Finding]:
+    """Existence, binding and access mode of both claims; where one is absent, what would make it."""
+    for name in (storage.datasets_pvc, storage.checkpoints_pvc):
+        claim = look.in_namespace("persistentvolumeclaims", name)
+        if claim is None:
+            remedy = f"kubectl apply -n {look.namespace} -f manifests/base/storage.yaml"
+            yield Finding(f"claim {name}", "no", f"does not exist{_class_hint(look)}", remedy)
+            continue
+        yield _claim(look, claim, nodes)
+
+
+def _claim(look: Look, claim: Object, nodes: int) -> Finding:
+    name, spec = claim["metadata"]["name"], claim["spec"]
+    phase = claim.get("status", {}).get("phase", "Pending")
+    modes = ", ".join(spec["accessModes"])
+    size = claim.get("status", {}).get("capacity", {}).get("storage") or spec["resources"]["requests"]["storage"]
+    detail = f"{phase}, {size}, {modes}, class {spec.get('storageClassName', '(none)')}"
+    if phase != "Bound" and not _binds_late(look, spec.get("storageClassName")):
+        return Finding(f"claim {name}", "no", detail, f"kubectl -n {look.namespace} describe pvc {name}")
+    if SHARED not in spec["accessModes"]:
+        remedy = (
+            f"make the claim {SHARED} (NFS, CephFS, Filestore, FSx …): data steps and workers of all nodes share it"
+        )
+        return Finding(f"claim {name}", "no" if nodes > 1 else "missing", detail, remedy)
+    return Finding(f"claim {name}", "ok", detail)
+
+
+def secret(look: Look) -> Iterator[Finding]:
+    found = look.in_namespace("secrets", HUB_SECRET)
+    if found and "token" in (found.get("data") or {}):
+        yield Finding("secret", "ok", f"'{HUB_SECRET}' has a token for gated datasets")
+        return
+    detail = f"'{HUB_SECRET}' has no key 'token'" if found else f"no '{HUB_SECRET}'; only gated datasets need it"
+    remedy = f"kubectl -n {look.namespace} create secret generic {HUB_SECRET} --from-file=token=FILE"
+    yield Finding("secret", "missing", detail, remedy)
+
+
+def _binds_late(look: Look, name: str | None) -> bool:
+    found = look.get(f"/apis/storage.k8s.io/v1/storageclasses/{name}") if name else None
+    return (found or {}).get("volumeBindingMode") == "WaitForFirstConsumer"
+
+
+def _class_hint(look: Look) -> str:
+    classes = look.items("/apis/storage.k8s.io/v1/storageclasses")
+    annotated = [(c["metadata"]["name"], c["metadata"].get("annotations", {}).get(DEFAULT_CLASS)) for c in classes]
+    default = next((name for name, is_default in annotated if is_default == "true"), None)
+    if default:
+        return f"; the default storage class is {default}, which has to offer {SHARED}"
+    names = ", ".join(name for name, _ in annotated) or "none at all"
+    return f"; there is no default storage class ({names}), so the claim has to name one"

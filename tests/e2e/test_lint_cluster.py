@@ -1,0 +1,163 @@
+"""What the linter says of manifests against what a real API server does with them (dry run on the server)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from kube import Namespace, Object, wait_for
+from kubernetes.client.exceptions import ApiException
+from launching import BUSYBOX
+from lint_cases import BROKEN, changed, good
+
+from components.launch.kubernetes_api import RESOURCES, Cluster
+from manifests.kinds import PYTORCHJOB
+from manifests.lint import fields
+from manifests.lint.check import lint
+
+pytestmark = pytest.mark.e2e
+
+# Rules whose reason says that the API server or a webhook denies the object, and which object that is.
+DENIED = {
+    "replica-types": 0,
+    "master-replicas": 0,
+    "container-name": 0,
+    "image-missing": 0,
+    "elastic-without-worker": 0,
+    "nproc-deprecated": 0,
+    "managed-by": 0,
+    "trainjob-runtime-ref": 3,
+    "trainjob-runtime-scope": 3,
+    "trainjob-reserved-env": 3,
+    "trainjob-override-env": 3,
+    "trainjob-unknown-override": 3,
+    "trainjob-managed-by": 3,
+    "runtime-container-name": 2,
+    "runtime-replicas": 2,
+    "runtime-elastic": 2,
+    "unknown-field": 0,
+    "unknown-pod-field": 0,
+    "trainjob-unknown-field": 3,
+    "not-a-string": 0,
+    "env-not-a-string": 0,
+    "pod-label-not-a-string": 0,
+}
+# Errors that the cluster accepts in silence: what a linter is for.
+ACCEPTED = {
+    "no-rendezvous": 0,
+    "elastic-with-master": 0,
+    "elastic-bounds": 0,
+    "rdzv-conf-empty": 0,
+    "rdzv-backend": 0,
+    "nproc-not-gpus": 0,
+    "restart-policy-unknown": 0,
+    "restart-always": 0,
+    "clean-pod-policy": 0,
+    "clean-pod-policy-unknown": 0,
+    "trainjob-name": 3,
+    "trainjob-num-nodes": 3,
+    "runtime-no-trainer": 2,
+    "runtime-ttl": 2,
+    "gpu-limit": 0,
+    "request-above-limit": 0,
+    "gang-min-available": 0,
+    "port-name": 0,
+    "port-taken": 0,
+    "mount-unknown": 0,
+    "reserved-env": 0,
+    "host-namespace": 0,
+    "privileged": 0,
+}
+
+
+def dry_run(space: Namespace, body: Object) -> str | None:
+    """Why the server would not create the object; None if it would."""
+    group, version, plural = RESOURCES[body["kind"]]
+    api = Cluster.connect(space.name).custom
+    name = "another" if body["kind"] == "TrainingRuntime" else body["metadata"]["name"]  # one of that name is there
+    body = {**body, "metadata": {**body["metadata"], "name": name, "namespace": space.name}}
+    try:
+        api.create_namespaced_custom_object(
+            group, version, space.name, plural, body, dry_run="All", field_validation="Strict"
+        )
+    except ApiException as error:
+        return json.loads(error.body)["message"]
+    return None
+
+
+@pytest.fixture(scope="module")
+def with_runtime(namespace: Namespace) -> Namespace:
+    namespace.apply(good()["runtime"])
+    return namespace
+
+
+def test_what_the_linter_finds_clean_is_accepted(with_runtime):
+    for name in ("job", "runtime", "trainjob"):
+        assert dry_run(with_runtime, good()[name]) is None
+
+
+def test_what_the_linter_says_is_denied_is_denied(with_runtime):
+    for rule, index in DENIED.items():
+        for case in BROKEN[rule]:
+            denied = dry_run(with_runtime, changed(*case)[index])
+            print(f"{rule}: {denied}")
+            assert denied, f"{rule}: the server accepts {case}"
+
+
+def test_what_the_linter_finds_wrong_beyond_is_accepted_in_silence(with_runtime):
+    for rule, index in ACCEPTED.items():
+        for case in BROKEN[rule]:
+            denied = dry_run(with_runtime, changed(*case)[index])
+            assert denied is None, f"{rule}: the server says so itself: {denied}"
+
+
+def test_the_known_fields_are_those_of_the_cluster(namespace):
+    crds = namespace.find("crds")
+    schemas = {crd["spec"]["names"]["kind"]: crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"] for crd in crds}
+
+    def inside(schema: Object, path: str) -> set[str]:
+        for step in path.split("."):
+            schema = schema.get("items", schema)
+            schema = schema["additionalProperties"] if step == "*" else schema["properties"][step]
+        return set(schema.get("items", schema)["properties"])
+
+    job = schemas[PYTORCHJOB.kind]
+    assert inside(job, "spec") == fields.JOB
+    assert inside(job, "spec.runPolicy") == fields.RUN_POLICY
+    assert inside(job, "spec.runPolicy.schedulingPolicy") == fields.SCHEDULING
+    assert inside(job, "spec.elasticPolicy") == fields.ELASTIC
+    assert inside(job, "spec.pytorchReplicaSpecs.*") == fields.REPLICA
+    assert inside(job, "spec.pytorchReplicaSpecs.*.template.spec") == fields.POD
+    assert inside(job, "spec.pytorchReplicaSpecs.*.template.spec.containers") == fields.CONTAINER
+    assert fields.trainjob_fields("2.1") == inside(schemas["TrainJob"], "spec")
+    assert inside(schemas["TrainJob"], "spec.trainer") == fields.TRAINER
+    pods = "spec.replicatedJobs.template.spec.template.spec"
+    assert inside(schemas["JobSet"], pods) == fields.POD | fields.NEWER_POD
+    assert inside(schemas["JobSet"], f"{pods}.containers") == fields.CONTAINER | fields.NEWER_CONTAINER
+
+
+def test_a_runtime_with_a_ttl_trains_again(namespace):
+    """The costliest trap of the list, seen: the second JobSet of one TrainJob."""
+    objects = good()
+    runtime, job = objects["runtime"], objects["trainjob"]
+    runtime["metadata"]["name"] = job["metadata"]["name"] = job["spec"]["runtimeRef"]["name"] = "again"
+    runtime["spec"]["template"]["spec"]["ttlSecondsAfterFinished"] = 1
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    pod["volumes"].pop(0)
+    container = pod["containers"][0]
+    container.update(command=["true"], resources={}, volumeMounts=[])
+    job["spec"]["trainer"] = {"image": BUSYBOX, "numNodes": 1, "numProcPerNode": 1}
+    assert "runtime-ttl" in {finding.rule for finding in lint({"x": json.dumps(runtime)}).findings}
+    namespace.apply(runtime)
+    namespace.apply(job)
+    try:
+        first = wait_for("the first JobSet", lambda: _jobset_uid(namespace), 20)
+        second = wait_for("another", lambda: _jobset_uid(namespace), 60, is_there=lambda uid: uid not in ("", first))
+        print(f"one TrainJob, JobSets {first} and {second}")
+    finally:
+        namespace.kubectl("delete", "trainjob", "again", "--wait=false")
+
+
+def _jobset_uid(space: Namespace) -> str:
+    return space.kubectl("get", "jobset", "again", "-o", "jsonpath={.metadata.uid}", check=False)
