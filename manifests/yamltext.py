@@ -1,12 +1,21 @@
-"""Objects as YAML that people read: texts of several lines as blocks, numbers side by side, no
-aliases for equal parts.
+"""Objects as YAML that people read: texts of several lines as blocks, numbers side by side, no aliases for equal parts.
+
+What Go's YAML, that of kubectl and Helm, takes for a number or boolean is quoted; PyYAML by itself leaves a text like
+`0123456789` or a digest like `12e456789012` bare, and the API server denies it where it wants a text.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
+
+GO_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*|0[xX][0-9a-fA-F_]+|0[oO]?[0-7_]+|0b[01_]+)")
+GO_FLOAT = re.compile(
+    r"[-+]?(\.[0-9_]+|[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+GO_BOOLEAN = re.compile(r"y|Y|yes|Yes|YES|n|N|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -15,7 +24,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    ambiguous = any(pattern.fullmatch(text) for pattern in (GO_INTEGER, GO_FLOAT, GO_BOOLEAN))
+    style = "|" if "\n" in text else "'" if ambiguous else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 def _list(dumper: yaml.SafeDumper, items: list[object]) -> yaml.SequenceNode:

@@ -83,8 +83,9 @@ class Cluster:
                 config.load_incluster_config(settings)
                 default = POD_NAMESPACE_FILE.read_text().strip()
             else:
-                config.load_kube_config(client_configuration=settings)
-                context = config.list_kube_config_contexts()[1]
+                file = os.environ.get("KUBECONFIG") or None  # the client looked at it when it was imported
+                config.load_kube_config(file, client_configuration=settings)
+                context = config.list_kube_config_contexts(file)[1]
                 default = context["context"].get("namespace", "default")
         except UNUSABLE as error:
             raise LaunchError(

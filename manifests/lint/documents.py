@@ -15,10 +15,7 @@ from typing import Any
 import yaml
 
 from manifests.lint.place import Path
-
-_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*|0[xX][0-9a-fA-F_]+|0[oO]?[0-7_]+|0b[01_]+)")
-_FLOAT = re.compile(r"[-+]?(\.[0-9_]+|[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_BOOLEAN = re.compile(r"y|Y|yes|Yes|YES|n|N|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF")
+from manifests.yamltext import GO_BOOLEAN, GO_FLOAT, GO_INTEGER
 
 
 class Unreadable(ValueError):
@@ -72,9 +69,9 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _tag, _pattern, _convert, _first in (
-    ("int", _INTEGER, _integer, "-+0123456789"),
-    ("float", _FLOAT, _float, "-+.0123456789"),
-    ("bool", _BOOLEAN, _boolean, "yYnNtTfFoO"),
+    ("int", GO_INTEGER, _integer, "-+0123456789"),
+    ("float", GO_FLOAT, _float, "-+.0123456789"),
+    ("bool", GO_BOOLEAN, _boolean, "yYnNtTfFoO"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern.pattern})$"), list(_first))
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _convert)

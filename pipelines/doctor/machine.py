@@ -16,6 +16,7 @@ MIN_PYTHON = (3, 11)
 MIN_FREE_GIB = 2.0
 MIN_SHM_GIB = 1.0
 SHM = Path("/dev/shm")
+METRICS_PORT = RuntimeSpec().metrics_port
 GIB = 2**30
 TOOLS = {"kubectl": "to apply manifests and look at clusters", "helm": "to install the chart"}
 
@@ -74,16 +75,15 @@ def _shared_memory(workdir: Path) -> Iterator[Finding]:
 
 
 def _metrics_port(workdir: Path) -> Iterator[Finding]:
-    port = RuntimeSpec().metrics_port
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("0.0.0.0", port))
+            probe.bind(("0.0.0.0", METRICS_PORT))
         except OSError as error:
-            detail = f"{port} is not free ({error.strerror}); another run may be training here"
+            detail = f"{METRICS_PORT} is not free ({error.strerror}); another run may be training here"
             yield Finding("metrics port", "missing", detail, "--set train.runtime.metrics_port=PORT for a second run")
         else:
-            yield Finding("metrics port", "ok", f"{port} is free")
+            yield Finding("metrics port", "ok", f"{METRICS_PORT} is free")
 
 
 def _tools(workdir: Path) -> Iterator[Finding]:

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -143,7 +144,7 @@ def test_doctor_tells_what_is_missing_without_failing_for_it(yaongi, monkeypatch
     monkeypatch.setenv("KUBECONFIG", "/nowhere/config")
     code, output, _ = yaongi("doctor")
     assert code == 0
-    assert "PyTorch  ok" in output and "cluster  missing  no cluster to launch on" in output
+    assert re.search(r"PyTorch +ok ", output) and "cluster  missing  no cluster to launch on" in output
 
 
 @pytest.mark.parametrize("text", ["a: {", "[1]", "hello", "", "current-context: x\ncontexts: 3\n"])
@@ -162,4 +163,4 @@ def test_doctor_fails_on_a_machine_that_cannot_run(yaongi, monkeypatch):
     monkeypatch.setattr(machine, "MIN_FREE_GIB", 1e9)
     code, output, _ = yaongi("doctor")
     assert code == 1
-    assert "disk     no" in output
+    assert re.search(r"disk +no ", output)

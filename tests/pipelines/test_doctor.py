@@ -1,0 +1,125 @@
+"""`yaongi doctor` without a cluster: this machine, and nodes as an API server would list them."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+
+from manifests.spec import ClusterSpec
+from pipelines.doctor import capacity, cluster, machine, operators
+
+
+def node(gpus: int = 8, cpu: str = "96", memory: str = "1000Gi", ready: str = "True", **spec: object) -> dict:
+    labels = {"nvidia.com/gpu.product": "H100", "nvidia.com/cuda.driver-version.full": "570.1", "pool": "train"}
+    return {
+        "metadata": {"labels": labels},
+        "spec": spec,
+        "status": {
+            "allocatable": {"cpu": cpu, "memory": memory, "nvidia.com/gpu": str(gpus)},
+            "conditions": [{"type": "Ready", "status": ready}],
+        },
+    }
+
+
+TWO_BY_EIGHT = {"nodes": 2, "gpus_per_node": 8, "cpus_per_node": 90, "memory_gib_per_node": 900}
+
+
+def fit(listed: list[dict], **changes: object) -> tuple[str, str]:
+    (finding,) = capacity.fits(listed, ClusterSpec.model_validate({**TWO_BY_EIGHT, **changes}))
+    assert bool(finding.remedy) == (finding.state != "ok")
+    return finding.state, finding.detail
+
+
+def test_gpus_are_counted_by_kind_and_driver():
+    (finding,) = capacity.gpus([node(), node(gpus=4), node(gpus=0)])
+    assert (finding.state, finding.detail) == ("ok", "12 × H100, driver 570.1")
+    (none,) = capacity.gpus([node(gpus=0)])
+    assert none.state == "missing" and "device plugin" in none.remedy
+
+
+@pytest.mark.parametrize(
+    ("nodes", "state", "said"),
+    [
+        ([node(), node()], "ok", "2 fit on 2 of 2 nodes"),
+        ([node()], "no", "only 1 fit"),
+        ([node(), node(gpus=4)], "no", "only 1 fit"),
+        ([node(cpu="64"), node(cpu="64000m")], "no", "no usable node has enough cpu "),
+        ([node(memory="800Gi")] * 2, "no", "enough memory "),
+        ([node(), node(unschedulable=True)], "no", "1 of 2 nodes are ready"),
+        ([node(), node(ready="Unknown")], "no", "1 of 2 nodes are ready"),
+        ([node(), node(taints=[{"key": "team", "value": "a", "effect": "NoSchedule"}])], "no", "only 1 fit"),
+        ([node(), node(taints=[{"key": "team", "value": "a", "effect": "PreferNoSchedule"}])], "ok", "2 fit"),
+        ([node(), node(taints=[{"key": "nvidia.com/gpu", "effect": "NoSchedule"}])], "ok", "2 fit"),
+    ],
+)
+def test_a_job_fits_on_nodes_that_it_may_use(nodes, state, said):
+    found, detail = fit(nodes)
+    assert found == state and said in detail
+
+
+def test_selectors_and_tolerations_decide_which_nodes_count():
+    tainted = [node(taints=[{"key": "team", "value": "a", "effect": "NoSchedule"}]) for _ in range(2)]
+    assert fit(tainted, tolerations=[{"key": "team", "value": "a", "effect": "NoSchedule"}])[0] == "ok"
+    assert fit(tainted, tolerations=[{"operator": "Exists"}])[0] == "ok"
+    assert fit(tainted, tolerations=[{"key": "team", "value": "b"}])[0] == "no"
+    assert fit([node(), node()], node_selector={"pool": "train"})[0] == "ok"
+    assert fit([node(), node()], node_selector={"pool": "other"})[0] == "no"
+
+
+def test_small_pods_share_a_node():
+    assert fit([node()], gpus_per_node=0, nodes=10, cpus_per_node=9, memory_gib_per_node=50)[0] == "ok"
+
+
+def kubeconfig(path: Path) -> None:
+    """Of a cluster at a port where nothing listens."""
+    context = {"name": "c", "context": {"cluster": "c", "user": "u"}}
+    there = {"name": "c", "cluster": {"server": "https://127.0.0.1:9"}}
+    config = {"contexts": [context], "current-context": "c", "clusters": [there], "users": [{"name": "u", "user": {}}]}
+    path.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Config", **config}))
+
+
+def test_a_cluster_that_does_not_answer_stops_only_who_wants_it(monkeypatch, tmp_path):
+    kubeconfig(tmp_path / "config")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    (unasked,) = cluster.findings(None, None, is_asked=False)
+    assert unasked.state == "missing" and "https://127.0.0.1:9 cannot be reached" in unasked.detail
+    (asked,) = cluster.findings("mine", None, is_asked=True)
+    assert asked.state == "no"
+
+
+def test_pipelines_are_looked_for_where_kfp_host_says():
+    (unset,) = operators.pipelines("")
+    assert unset.state == "missing" and "KFP_HOST" in unset.remedy
+    (silent,) = operators.pipelines("http://127.0.0.1:9")
+    assert silent.state == "no" and "http://127.0.0.1:9 does not answer" in silent.detail
+    (nonsense,) = operators.pipelines("nowhere")
+    assert nonsense.state == "no"
+
+
+def of_machine(workdir: Path) -> dict[str, machine.Finding]:
+    return {finding.what: finding for finding in machine.findings(workdir)}
+
+
+def test_a_machine_with_little_shared_memory_is_told(monkeypatch, tmp_path):
+    assert of_machine(tmp_path)["/dev/shm"].state == "ok"
+    monkeypatch.setattr(machine, "MIN_SHM_GIB", 1e6)
+    little = of_machine(tmp_path)["/dev/shm"]
+    assert little.state == "missing" and "--shm-size" in little.remedy
+
+
+def test_a_metrics_port_in_use_is_told(monkeypatch, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        monkeypatch.setattr(machine, "METRICS_PORT", taken.getsockname()[1])
+        found = of_machine(tmp_path)["metrics port"]
+    assert found.state == "missing" and "is not free" in found.detail and "metrics_port" in found.remedy
+    assert of_machine(tmp_path)["metrics port"].state == "ok", "the port was given back"
+
+
+def test_a_tool_that_is_absent_is_told_with_its_purpose(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    assert of_machine(tmp_path)["kubectl"].detail == "not in PATH; needed only to apply manifests and look at clusters"
