@@ -85,6 +85,9 @@ def pipelines(host: str) -> Iterator[Finding]:
             "Kubeflow Pipelines", "missing", "KFP_HOST is not set; needed only to submit", "export KFP_HOST=http://…"
         )
         return
+    if not host.startswith(("http://", "https://")):
+        yield Finding("Kubeflow Pipelines", "no", f"KFP_HOST is '{host}'", "begin it with http:// or https://")
+        return
     try:
         answer = urllib3.request("GET", f"{host.rstrip('/')}/apis/v2beta1/healthz", timeout=5.0, retries=False)
     except (urllib3.exceptions.HTTPError, ValueError) as error:
