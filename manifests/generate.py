@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from manifests import chart
 from manifests.alerts import RUNBOOKS, prometheus_rule, rule_groups
 from manifests.chartvalues import defaults
 from manifests.monitors import pod_monitor, step_monitor
@@ -77,6 +76,8 @@ def main() -> None:
     if arguments.command == "rules":
         print(to_manifest([rule_groups(arguments.runbooks)]), end="")
         return
+    from manifests import chart  # needs the Grafana SDK, as no other command here
+
     for folder, content in ((HERE, files()), (chart.CHART, chart.files())):
         for path, text in content.items():
             target = folder / path
