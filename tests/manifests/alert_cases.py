@@ -88,7 +88,7 @@ def skipped(reason: str, values: str, **labels: str) -> dict[str, str]:
 
 
 def restarts(values: str, instance: str = "10.0.0.0:9400") -> dict[str, str]:
-    return {of("yaongi_restarts_total", reason="137", instance=instance): values}
+    return {of("yaongi_restarts_total", reason="killed", instance=instance): values}
 
 
 def queued(seconds: str, now: int) -> dict[str, str]:
