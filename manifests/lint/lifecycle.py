@@ -96,12 +96,8 @@ def exitcode_torchrun(pod: Pod) -> Iterator[Hit]:
     fix="Use restartPolicy: ExitCode and exit 143 on SIGTERM once the checkpoint is saved.",
 )
 def spot_never(pod: Pod) -> Iterator[Hit]:
-    spec = pod.spec
-    words = [f"{key} {value.value}" for key, value in spec["nodeSelector"].fields()]
-    words += [f"{entry['key'].text} {entry['value'].text}" for entry in spec["tolerations"].each()]
-    spot = next((word for word in words if any(name in word.lower() for name in ("spot", "preemptible"))), None)
-    if spot and pod.restart_policy == "Never":
-        yield Hit(spec, f"restartPolicy Never on nodes of '{spot.strip()}'")
+    if pod.restart_policy == "Never" and (spot := _spot(pod)):
+        yield Hit(pod.spec, f"restartPolicy Never on nodes of '{spot}'")
 
 
 @rule(
@@ -266,7 +262,8 @@ def pod_restart_policy(job: PyTorchJob) -> Iterator[Hit]:
 def grace_period(pod: Pod) -> Iterator[Hit]:
     place = pod.spec["terminationGracePeriodSeconds"]
     seconds = 30 if place.number is None else place.number
-    if pod.main and pod.accelerators and seconds < SHORTEST_GRACE_SECONDS:
+    # Spot nodes go 15 to 120 s after their notice, whatever is asked for.
+    if pod.main and pod.accelerators and seconds < SHORTEST_GRACE_SECONDS and not _spot(pod):
         yield Hit(place, f"{seconds} s of grace{'' if place else ' by default'} for a pod with GPUs")
 
 
@@ -283,3 +280,10 @@ def nothing_kept(pod: Pod) -> Iterator[Hit]:
         volumes = list(pod.spec["volumes"].each())
         if not any(kind in volume for volume in volumes for kind in KEEPS):
             yield Hit(pod.spec["volumes"], "no volume outlives the pod")
+
+
+def _spot(pod: Pod) -> str | None:
+    """The node selector or toleration by which a pod asks for nodes that may be taken away."""
+    words = [f"{key} {value.value}" for key, value in pod.spec["nodeSelector"].fields()]
+    words += [f"{entry['key'].text} {entry['value'].text}".strip() for entry in pod.spec["tolerations"].each()]
+    return next((word for word in words if any(name in word.lower() for name in ("spot", "preemptible"))), None)

@@ -68,6 +68,10 @@ def test_each_rule_finds_what_breaks_it(rule, changes):
         pytest.param((("RUN/schedulingPolicy", {"minAvailable": 2}),), id="a gang of all"),
         pytest.param((("RUN/suspend", True),), id="suspended for a queue"),
         pytest.param(
+            (("POD/terminationGracePeriodSeconds", 15), ("POD/nodeSelector", {"cloud.google.com/gke-spot": "true"})),
+            id="a grace that spot nodes can give",
+        ),
+        pytest.param(
             (("TEMPLATE/metadata", {"labels": {"sidecar.istio.io/inject": "false"}}),), id="no sidecar, by label"
         ),
         pytest.param(
