@@ -1,6 +1,6 @@
 """Draw each dashboard from a real run that a real Prometheus has watched: the pictures of docs/dashboards.
 
-    python benchmarks/dashboards.py --steps 160 --out docs/dashboards
+    python benchmarks/dashboards.py --steps 120 --out docs/dashboards
 
 Needs the program `prometheus`. The run trains `tiny` in emulated FP8 with a jumpy spike guard; one of its two processes
 is killed half way and the run resumed, so that restarts, skipped steps and lost work are there to be seen.
@@ -36,8 +36,8 @@ EVENTFUL = (
     "train.precision.fp8.implementation=emulated",
     "train.precision.fp8.recipe=delayed",  # its scale follows the numbers, which therefore overflow now and then
     "train.precision.fp8.amax_history_steps=4",
-    "train.optimizer.spike_guard.sigmas=2.5",
-    "train.optimizer.spike_guard.window=32",
+    "train.optimizer.spike_guard.sigmas=1.5",
+    "train.optimizer.spike_guard.window=16",
     "train.runtime.log_every_steps=1",
     # The same texts in two sources, so that hygiene has something to leave out.
     'data.sources.math.origin.paths=["sample://math.jsonl.gz", "sample://code.jsonl.gz"]',
@@ -185,7 +185,7 @@ def main() -> None:
     from dashboard_drawing import draw
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--out", type=Path, default=Path("docs/dashboards"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
