@@ -201,6 +201,7 @@ def test_this_machines_gpus_pass():
     torch.cuda.empty_cache()
 
 
+@pytest.mark.slow
 def test_faults_between_ranks_name_rank_and_node(tmp_path: Path):
     from parallel_ranks import free_port
 
