@@ -81,7 +81,10 @@ def test_panels_show_the_same_whatever_is_chosen_of_one_run(watched: tuple[Any, 
     for content in dashboards().values():
         for panel in panels(content):
             for target in targets(panel):
-                assert series(ask, target, everything) == series(ask, target, view), panel["title"]
+                found = [
+                    repr(series(ask, target, each)) for each in (view, everything)
+                ]  # nan equals nothing, itself too
+                assert found[0] == found[1], panel["title"]
 
 
 def test_counters_count(watched: tuple[Any, View]) -> None:
@@ -112,4 +115,4 @@ def test_the_restart_and_every_checkpoint_are_marked(watched: tuple[Any, View]) 
     (saved,) = asked("Checkpoints")
     times = {float(value) / 1000 for _, value in saved["values"]}
     assert all(view.start < at < view.end for at in times)
-    assert len(times) == 2, "the kill came after the first, and the last is that of the end"
+    assert len(times) >= 2, "the first comes before the kill, the last at the end"
