@@ -146,7 +146,7 @@ def test_a_runtime_with_a_ttl_trains_again(namespace):
     pod = replicated["template"]["spec"]["template"]["spec"]
     pod["volumes"].pop(0)
     container = pod["containers"][0]
-    container.update(command=["true"], resources={}, volumeMounts=[])
+    container.update(command=["true"], env=[], resources={}, volumeMounts=[])  # no secret, claim or GPU is there
     job["spec"]["trainer"] = {"image": BUSYBOX, "numNodes": 1, "numProcPerNode": 1}
     assert "runtime-ttl" in {finding.rule for finding in lint({"x": json.dumps(runtime)}).findings}
     namespace.apply(runtime)
