@@ -85,7 +85,6 @@ if __name__ == "__main__":
     exit_code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if exit_code:
-        # Threads may hang in a collective that will never finish; nothing of theirs is worth waiting for.
-        os._exit(exit_code)
-    sys.exit(0)
+    # Not sys.exit: after a failure threads may hang in a collective that will never finish, and after success the
+    # teardown of torch's own was seen to abort a process whose work was done.
+    os._exit(exit_code)
