@@ -1,6 +1,6 @@
 """Tokenisation into token files: ours against Megatron's preprocessing approach and datatrove, with one tokenizer.
 
-    python benchmarks/data.py --peers .venv-peers/bin/python     # `make .venv-peers` builds that environment
+    python benchmarks/data.py --peers .venv-peers/bin/python     # `make test-peers` builds that environment
     python benchmarks/data.py --megabytes 1000 --repeats 1       # without peers: memory and speed of ours alone
 
 Each is run on the same corpus in turn, in a process of its own; imports are not counted. MB are 10⁶ bytes of UTF-8

@@ -74,18 +74,29 @@ def follow(client: Any, run_id: str, console: Console) -> None:
     Raises:
         LaunchError: it did not succeed.
     """
-    shown: dict[str, str] = {}
+    import kfp_server_api
+    import urllib3
+
+    shown: dict[str, tuple[str, str]] = {}  # by id: the iterations of a ParallelFor share one name
     while True:
-        run = client.get_run(run_id)
+        try:
+            run = client.get_run(run_id)
+        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
+            status = getattr(error, "status", None) or 500
+            if status < 500:
+                raise LaunchError(f"run {run_id} cannot be followed: {error.reason} ({status})") from None
+            time.sleep(POLL_SECONDS)  # a backend that is being replaced
+            continue
         for task in _steps(run):
-            if shown.get(task.display_name) != task.state:
-                shown[task.display_name] = task.state
+            key, now = task.task_id or task.display_name, (task.display_name, task.state)
+            if shown.get(key) != now:
+                shown[key] = now
                 console.print(f"{task.display_name}: {task.state.lower()}", highlight=False)
         if run.state in ENDED:
             break
         time.sleep(POLL_SECONDS)
     if run.state != "SUCCEEDED":
-        failed = [name for name, state in shown.items() if state == "FAILED"]
+        failed = dict.fromkeys(name for name, state in shown.values() if state == "FAILED")
         where = f"; failed: {', '.join(failed)}" if failed else ""
         raise LaunchError(f"the run ended as {run.state.lower()}{where}; the logs of its steps say why")
 

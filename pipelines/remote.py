@@ -201,6 +201,10 @@ def resume(text: str, cluster: Cluster, workdir: Path, write: Callable[[str], No
             cluster.unsuspend(job)
             return name
         objects = _objects(cluster, job)
+        if not explain.is_active(job):  # deleted before the new one is made; should that fail, this is all that is left
+            kept[name] = _kept(workdir) / f"{name}.yaml"
+            kept[name].parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(kept[name], yaml.safe_dump_all(objects).encode())
     with _lease_of(objects):
         kubernetes.start(cluster, objects, ClusterSpec(), write)
     if name in kept:

@@ -71,7 +71,7 @@ def of_directory(run_dir: Path) -> Standing:
         "steps": spec.steps,
         "checkpoint_step": saved or None,
         "checkpoint_age": time.time() - marker.stat().st_mtime if saved else None,
-        "restarts": sum(restarts.summary(run_dir).values()),
+        "restarts": restarts.count(run_dir),
     }
     if not records:
         return Standing(step=saved, **common)

@@ -37,6 +37,7 @@ from trainer.spec import TrainSpec
 log = logging.getLogger("trainer.entrypoint")
 
 RANK_PROGRAM = ("-m", "trainer")
+HOST_PATIENCE_SECONDS = 86_400.0
 TERMINATION_LOG_VARIABLE = "YAONGI_TERMINATION_LOG"
 TERMINATION_LOG = "/dev/termination-log"
 _TERMINATION_BYTES = 4096  # what Kubernetes keeps
@@ -141,7 +142,8 @@ def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
     if host := rendezvous_host():
         from trainer.distributed import wait_for_host
 
-        wait_for_host(host, spec.runtime.communication_timeout_seconds)
+        # Worker 0 may queue for hours; launcher, lease and deadline end this wait, not the restart budget.
+        wait_for_host(host, HOST_PATIENCE_SECONDS)
     # How long the agent waits between forwarding a stop signal and killing: as long as a checkpoint may take.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(spec.runtime.hang_timeout_seconds))
     try:

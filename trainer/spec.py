@@ -274,7 +274,7 @@ class PreflightSpec(Spec):
     """Checks before the first step (trainer/preflight), a few seconds in all.
 
     Where no floor is named, what is suspiciously slow is warned of; a named one ends the start. Links between GPUs have
-    a floor in any case, 1 GB/s. On a cluster, `min_shared_memory_gib` is cluster.shared_memory_gib.
+    a floor in any case, 0.1 GB/s. On a cluster, `min_shared_memory_gib` is cluster.shared_memory_gib.
     """
 
     enabled: bool = True

@@ -181,7 +181,9 @@ def _matches(pattern: str) -> list[Input]:
     except FileNotFoundError:
         infos = []
     except ImportError as error:
-        raise DataError(f"{pattern}: {_reason(error)}; pip install 'yaongi[buckets]' brings S3 and GCS") from None
+        raise DataError(
+            f"{pattern}: {_reason(error)}; install s3fs or gcsfs (the extra buckets; make setup has them)"
+        ) from None
     except Exception as error:  # each protocol of fsspec has errors of its own
         raise DataError(f"{pattern}: cannot be listed ({_reason(error)}); check the address and the network") from None
     if not infos:

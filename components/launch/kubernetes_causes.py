@@ -151,7 +151,7 @@ IMAGE = (
         "check cluster.image: its registry answers but has no such name or tag",
         hopeless=True,
     ),
-    Rule(r"no such host", "check cluster.image: the nodes cannot resolve the name of its registry", hopeless=True),
+    Rule(r"no such host", "check cluster.image: the nodes cannot resolve the name of its registry"),
     Rule(r"ErrImageNeverPull|Never", "load the image into every node, or let it be pulled", hopeless=True),
     Rule(
         r"connection refused|timeout|timed out|unreachable|deadline exceeded|EOF|50\d ",

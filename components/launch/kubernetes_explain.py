@@ -212,6 +212,15 @@ def is_news(event: Object) -> bool:
     return reason not in ("FailedScheduling", "Failed", "BackOff", "InspectFailed")
 
 
+def running_seconds(job: Object) -> float:
+    """Seconds since its workers run, by its condition; a TrainJob has none, and its age counts."""
+    for condition in job.get("status", {}).get("conditions", []):
+        if condition["type"] == "Running" and condition["status"] == "True" and condition.get("lastTransitionTime"):
+            began = datetime.fromisoformat(condition["lastTransitionTime"])
+            return max(0.0, (datetime.now(UTC) - began).total_seconds())
+    return age_seconds(job)
+
+
 def age_seconds(job: Object) -> float:
     """Seconds since the job started by the cluster's own account (a resumed job starts anew)."""
     status = job.get("status", {})

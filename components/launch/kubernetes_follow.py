@@ -67,7 +67,7 @@ class Follower:
         begun = time.monotonic() - explain.age_seconds(job)
         is_running = explain.is_running(job)
         self.clock = _Clock("queued", time.monotonic() if is_running else begun)
-        self.running_since = begun if is_running else None
+        self.running_since = time.monotonic() - explain.running_seconds(job) if is_running else None
         self.pods_known = False
         self.changes: queue.Queue[Change | LaunchError] = queue.Queue()
         self.log = LogFollower(cluster, write)

@@ -76,6 +76,9 @@ class Watcher(threading.Thread):
                 pause = self._wait(pause)
             except Unreachable:
                 pause = self._wait(pause)
+            except (ValueError, KeyError, TypeError):  # no answer of an API server, but of a proxy perhaps; begin anew
+                self._version = None
+                pause = self._wait(pause)
 
     def _wait(self, pause: float) -> float:
         if self.unreachable_since is None:

@@ -86,7 +86,10 @@ def held(
         ended.set()
         keeper.join()
         if not abandoned.is_set():
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:  # must not hide how the run ended
+                print(f"launcher: the lease {path} could not be given back ({error.strerror}); it lapses", flush=True)
 
 
 def _wait_for(run_dir: Path) -> None:

@@ -25,7 +25,7 @@ _NODES_OPTION = re.compile(r"--nnodes[= ]([^ ]+)")
 )
 def replica_types(job: PyTorchJob) -> Iterator[Hit]:
     specs = job.spec["pytorchReplicaSpecs"]
-    if not specs.value:
+    if not list(specs.fields()):
         yield Hit(specs, "no replicas")
     for name, place in specs.fields():
         if name not in ("Master", "Worker"):

@@ -80,6 +80,7 @@ def test_state_that_no_gpu_can_hold_is_one_line_before_anything_is_built(monkeyp
     from trainer import prepare
 
     spec = micro.micro_spec(tmp_path, tmp_path / "run")
+    spec = spec.updated({"runtime": {"preflight": {"enabled": False}}})
     needed = training_memory(spec.model, spec.optimizer).state
     refuse_too_large(spec, Layout(), needed)
     refuse_too_large(spec, Layout(), None)

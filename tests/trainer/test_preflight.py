@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import micro
 import numpy as np
@@ -65,11 +66,28 @@ def test_a_volume_that_cannot_take_checkpoints_ends_with_66(
 ):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    spec = micro.micro_spec(micro_data, run_dir, checkpoint={"keep_last": keep_last})
+    checkpoint = {"keep_last": keep_last, "every_steps": 1}
+    spec = micro.micro_spec(micro_data, run_dir, steps=900, checkpoint=checkpoint)
     code, message, output = start(spec, tmp_path, mount.format(run_dir))
     assert code == message["code"] == ExitCode.CHECKPOINT
     assert reason.format(run_dir) in message["reason"]
     assert "Traceback" not in output and not list(run_dir.iterdir())
+
+
+def test_space_is_asked_for_what_the_run_will_write_and_found_in_what_it_left_behind(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(storage.os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=2**20, f_blocks=9))
+    one = micro.micro_spec(micro_data, tmp_path, steps=4, checkpoint={"keep_last": 900, "every_steps": 4})
+    assert storage.writable(one, None).bytes_per_second
+    many = one.updated({"steps": 900})
+    with pytest.raises(TrainingError, match=r"the run needs .* \(225 checkpoints"):
+        storage.writable(many, None)
+    torn = tmp_path / "checkpoints" / ".unfinished-step-00000004"
+    torn.mkdir(parents=True)
+    with (torn / "weights").open("wb") as file:
+        file.truncate(2**30)
+    assert storage.writable(many, None).bytes_per_second
 
 
 def test_a_writable_volume_is_measured_and_left_clean(micro_data: Path, tmp_path: Path):
@@ -194,9 +212,7 @@ def test_this_machines_gpus_pass():
     assert gpus.visible("cuda").text == f"{torch.cuda.device_count()} GPUs"
     gpus.computes(torch.device("cuda", 0))
     taken = torch.empty(torch.cuda.mem_get_info()[1] // 3, dtype=torch.uint8, device="cuda")
-    with pytest.raises(TrainingError, match="another process holds the rest") as error:
-        gpus.computes(torch.device("cuda", 0))
-    assert error.value.code == ExitCode.GPU
+    assert "another process holds the rest" in gpus.computes(torch.device("cuda", 0)).warning
     del taken
     torch.cuda.empty_cache()
 

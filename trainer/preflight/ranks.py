@@ -18,8 +18,8 @@ from trainer.preflight.measured import GB, Measured
 from trainer.spec import PreflightSpec
 
 T = TypeVar("T")
-GPU_FLOOR_GB_PER_SECOND = 1.0  # below PCIe 3.0 × 4 and 10 Gbit/s: where NCCL has lost its way
-CPU_SLOW_GB_PER_SECOND = 0.02
+GPU_FLOOR_GB_PER_SECOND = 0.1  # 1 Gbit/s: where NCCL has lost its way; an overlay on 10 Gbit/s carries more
+GPU_SLOW_GB_PER_SECOND, CPU_SLOW_GB_PER_SECOND = 1.0, 0.02
 LINKS_NAMED = 4
 _GPU_BYTES, _CPU_BYTES, _ROUNDS = 64 * 2**20, 4 * 2**20, 3
 
@@ -117,8 +117,9 @@ def links(world: World, floor_gb_per_second: float | None) -> Measured:
             "runtime.preflight.min_link_gb_per_second",
         )
     warning = None
-    if slowest < CPU_SLOW_GB_PER_SECOND * GB:
-        warning = f"{_named(rates, CPU_SLOW_GB_PER_SECOND)}, less than {CPU_SLOW_GB_PER_SECOND:g}; steps will wait"
+    slow = GPU_SLOW_GB_PER_SECOND if on_gpu else CPU_SLOW_GB_PER_SECOND
+    if slowest < slow * GB:
+        warning = f"{_named(rates, slow)}, less than {slow:g}; steps will wait"
     return Measured(f"links {slowest / GB:.2f} GB/s or more", slowest, warning)
 
 

@@ -118,9 +118,10 @@ def _free(spec: TrainSpec, directory: Path) -> float:
     memory = training_memory(spec.model, spec.optimizer)
     size = memory.weights + memory.optimizer
     # A new checkpoint is complete before the oldest goes.
-    missing = max(1, spec.checkpoint.keep_last + 1 - len(published(directory)))
+    planned = -(-spec.steps // spec.checkpoint.every_steps)
+    missing = max(1, min(spec.checkpoint.keep_last + 1, planned) - len(published(directory)))
     status = os.statvfs(directory)
-    free = status.f_bavail * status.f_frsize
+    free = status.f_bavail * status.f_frsize + _leftover(directory)
     if status.f_blocks and free < missing * size:  # some network file systems do not tell
         raise TrainingError(
             ExitCode.CHECKPOINT,
@@ -128,6 +129,18 @@ def _free(spec: TrainSpec, directory: Path) -> float:
             f"of {gibibytes(size)}); free space, enlarge the volume, or lower checkpoint.keep_last",
         )
     return free
+
+
+def _leftover(directory: Path) -> int:
+    """Bytes of what a killed process left half-written or half-deleted; the ranks remove it before they save."""
+    total = 0
+    for path in (directory / "checkpoints").glob(".*step-*"):
+        for file in path.rglob("*"):
+            try:
+                total += file.stat().st_size
+            except OSError:  # gone meanwhile
+                continue
+    return total
 
 
 def _judged(what: str, rate: float, count: int, floor_mb: float | None, field: str, code: ExitCode) -> str | None:
