@@ -36,8 +36,8 @@ EVENTFUL = (
     "train.precision.fp8.implementation=emulated",
     "train.precision.fp8.recipe=delayed",  # its scale follows the numbers, which therefore overflow now and then
     "train.precision.fp8.amax_history_steps=4",
-    "train.optimizer.spike_guard.sigmas=1.5",
-    "train.optimizer.spike_guard.window=16",
+    "train.optimizer.spike_guard.sigmas=0.8",
+    "train.optimizer.spike_guard.window=8",
     "train.runtime.log_every_steps=1",
     # The same texts in two sources, so that hygiene has something to leave out.
     'data.sources.math.origin.paths=["sample://math.jsonl.gz", "sample://code.jsonl.gz"]',

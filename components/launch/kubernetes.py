@@ -185,9 +185,15 @@ def _create_once(cluster: Cluster, body: Object) -> Object:
 
 def _replace(cluster: Cluster, need: Object) -> None:
     """Deleted and created anew: a patched one could still belong to a deleted job and vanish with it."""
-    cluster.delete(need["kind"], need["metadata"]["name"])
-    # A runtime is gone only when its operator has noticed that no job refers to it any more.
-    _patiently(lambda: cluster.create(need), lambda error: error.status == HTTPStatus.CONFLICT)
+    for is_last in (False, True):
+        cluster.delete(need["kind"], need["metadata"]["name"])
+        try:
+            # A runtime is gone only when its operator has noticed that no job refers to it any more.
+            _patiently(lambda: cluster.create(need), lambda error: error.status == HTTPStatus.CONFLICT)
+            return
+        except ApiUnreachable:  # the answer may be all that was lost
+            if is_last:
+                raise
 
 
 def _patiently(create: Callable[[], Object], may_pass: Callable[[Refused], bool]) -> Object:

@@ -56,7 +56,8 @@ def test_a_run_is_shown_stopped_and_resumed(
     name = job.run_name
     start(Cluster.connect(namespace.name), scripted(job, SCRIPT.replace("$RUN", name)), job.cluster)
     wait_for("steps", lambda: "step        " in (shown := good("status", name)) and "/1,000" in shown, 90, every=2)
-    wait_for("both workers", lambda: f"{name}  namespace {namespace.name}  running" in good("status"), 60, every=2)
+    row = f"{name} namespace {namespace.name} running"  # columns are as wide as their longest entries
+    wait_for("both workers", lambda: row in " ".join(good("status").split()), 60, every=2)
     shown = good("status", name[:7])
     for line in ("loss        2.5000", "speed       1,234 tokens/s", "left        0:10:00", "checkpoint  none yet"):
         assert line in shown
