@@ -74,10 +74,28 @@ def follow(client: Any, run_id: str, console: Console) -> None:
     Raises:
         LaunchError: it did not succeed.
     """
+    shown: dict[str, tuple[str, str]] = {}  # by id: the iterations of a ParallelFor share one name
+    for run in _until_ended(client, run_id):
+        for task in _steps(run):
+            key, now = task.task_id or task.display_name, (task.display_name, task.state)
+            if shown.get(key) != now:
+                shown[key] = now
+                console.print(f"{task.display_name}: {task.state.lower()}", highlight=False)
+    if run.state != "SUCCEEDED":
+        failed = dict.fromkeys(name for name, state in shown.values() if state == "FAILED")
+        where = f"; failed: {', '.join(failed)}" if failed else ""
+        raise LaunchError(f"the run ended as {run.state.lower()}{where}; the logs of its steps say why")
+
+
+def _until_ended(client: Any, run_id: str) -> Iterator[Any]:
+    """The run, asked for every few seconds, its end last; a backend that is being replaced is waited for.
+
+    Raises:
+        LaunchError: the backend refuses to tell.
+    """
     import kfp_server_api
     import urllib3
 
-    shown: dict[str, tuple[str, str]] = {}  # by id: the iterations of a ParallelFor share one name
     while True:
         try:
             run = client.get_run(run_id)
@@ -85,20 +103,11 @@ def follow(client: Any, run_id: str, console: Console) -> None:
             status = getattr(error, "status", None) or 500
             if status < 500:
                 raise LaunchError(f"run {run_id} cannot be followed: {error.reason} ({status})") from None
-            time.sleep(POLL_SECONDS)  # a backend that is being replaced
-            continue
-        for task in _steps(run):
-            key, now = task.task_id or task.display_name, (task.display_name, task.state)
-            if shown.get(key) != now:
-                shown[key] = now
-                console.print(f"{task.display_name}: {task.state.lower()}", highlight=False)
-        if run.state in ENDED:
-            break
+        else:
+            yield run
+            if run.state in ENDED:
+                return
         time.sleep(POLL_SECONDS)
-    if run.state != "SUCCEEDED":
-        failed = dict.fromkeys(name for name, state in shown.values() if state == "FAILED")
-        where = f"; failed: {', '.join(failed)}" if failed else ""
-        raise LaunchError(f"the run ended as {run.state.lower()}{where}; the logs of its steps say why")
 
 
 def view(host: str, run_id: str) -> View:
@@ -129,8 +138,7 @@ def stop(host: str, run_id: str) -> str:
         if run.state in ENDED:
             raise LaunchError(f"run {run_id} has ended already, as {run.state.lower()}")
         client.terminate_run(run_id)
-        while (run := client.get_run(run_id)).state not in ENDED:
-            time.sleep(POLL_SECONDS)
+    *_, run = _until_ended(client, run_id)
     return run.state.lower()
 
 

@@ -24,6 +24,7 @@ from trainer.spec import RuntimeSpec
 log = logging.getLogger(__name__)
 
 _DNS_RETRY_SECONDS = (1.0, 2.0, 5.0)  # then every 5 s: a name that failed is cached as missing for so long
+_WAIT_SAID_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def wait_for_host(host: str, timeout_seconds: float) -> None:
         TrainingError: 160, when it has none in time.
     """
     deadline = time.monotonic() + timeout_seconds
-    attempt = 0
+    attempt, next_said = 0, 0.0
     while True:
         try:
             socket.getaddrinfo(host, None)
@@ -112,7 +113,9 @@ def wait_for_host(host: str, timeout_seconds: float) -> None:
                     f"rendezvous host {host} has no address after {timeout_seconds:.0f} s ({error.strerror}); "
                     "is the pod of worker 0 there, and its headless service?",
                 ) from None
-            log.info("rendezvous host %s has no address yet; trying again in %.0f s", host, pause)
+            if time.monotonic() >= next_said:  # worker 0 may queue for hours
+                log.info("rendezvous host %s has no address yet; still trying", host)
+                next_said = time.monotonic() + _WAIT_SAID_SECONDS
             time.sleep(pause)
 
 

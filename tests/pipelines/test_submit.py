@@ -18,6 +18,7 @@ from trainer.specbase import SpecError
 
 RUN = "0f6c2f8e-8a7b-4d43-9c55-3d1e6a0b7c21"
 EXPERIMENT = {"experiment_id": "e1", "display_name": "yaongi"}
+AWAY = {"state": "the backend is being replaced"}
 
 
 class Backend(ThreadingHTTPServer):
@@ -50,7 +51,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"experiments": [EXPERIMENT]})
         elif path.endswith(f"/runs/{RUN}"):
             states = self.server.states
-            self.answer({"run_id": RUN, "display_name": "tiny-1"} | (states.pop(0) if len(states) > 1 else states[0]))
+            state = states.pop(0) if len(states) > 1 else states[0]
+            self.answer({"run_id": RUN, "display_name": "tiny-1"} | state, 503 if state is AWAY else 200)
         elif path == "/k8s/pod/logs":
             self.send_response(200)
             self.end_headers()
@@ -61,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
         if urlparse(self.path).path.endswith(f"/runs/{RUN}:terminate"):
-            self.server.states[:] = [{"state": "CANCELING"}, {"state": "CANCELED"}]
+            self.server.states[:] = [{"state": "CANCELING"}, AWAY, {"state": "CANCELED"}]
             self.answer({})
         elif not urlparse(self.path).path.endswith("/runs"):
             self.answer(EXPERIMENT)
@@ -86,6 +88,7 @@ def backend(monkeypatch):
     made = Backend(
         [
             {"state": "RUNNING", "run_details": tasks(plan="SUCCEEDED", train="RUNNING")},
+            AWAY,
             {"state": "SUCCEEDED", "run_details": tasks(plan="SUCCEEDED", train="SUCCEEDED")},
         ]
     )
@@ -175,7 +178,7 @@ def test_logs_are_those_of_the_pods_of_a_step(asked, backend):
     assert code == 1 and error == f"error: run {RUN} has no step 'nothing'; it has: plan, train\n"
 
 
-def test_stop_terminates_a_run_and_waits_for_its_end(asked, backend):
+def test_stop_terminates_a_run_and_waits_for_its_end_across_an_outage(asked, backend):
     backend.states[:] = [{"state": "RUNNING"}]
     assert asked("stop", RUN)[:2] == (0, f"run {RUN} ended as canceled; submit its job again to continue\n")
     code, _, error = asked("stop", RUN)

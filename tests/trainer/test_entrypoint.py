@@ -301,7 +301,7 @@ def test_nodes_without_a_meeting_point_are_refused(shim, monkeypatch: pytest.Mon
     assert code == 2 and "elasticPolicy" in message["reason"]
 
 
-def test_rendezvous_host_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+def test_rendezvous_host_is_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     asked: list[float] = []
 
     def resolve(host: str, port: None) -> list:
@@ -312,8 +312,12 @@ def test_rendezvous_host_is_waited_for(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(distributed, "_DNS_RETRY_SECONDS", (0.01, 0.02))
-    distributed.wait_for_host("job-worker-0", 5)
+    with caplog.at_level("INFO"):
+        distributed.wait_for_host("job-worker-0", 5)
     assert len(asked) == 3
+    assert sum("job-worker-0 has no address yet" in line for line in caplog.messages) == 1, (
+        "a wait of hours is not told by the second"
+    )
     asked.clear()
     with pytest.raises(TrainingError, match="job-worker-0 has no address") as error:
         distributed.wait_for_host("job-worker-0", 0.015)
