@@ -20,6 +20,12 @@ _STEP_POD = "namespace, run, pod"
 _TARGETS = f'up{{job=~"{APP}|{STEP_APP}"}}'
 _LAUNCHED = "|".join(get_args(Task))
 
+# Shares from which on an alert fires; the dashboards draw the same lines.
+MOST_DATA_WAIT = 0.25  # of a rank's time in its steps
+MOST_STARVED_EXPERTS = 0.25  # of a layer's experts
+MOST_FP8_OVERFLOWS = 0.01  # of the tensors cast
+MOST_MEMORY = 0.95  # of what there is for a rank
+
 PROGRESS = "run:yaongi_progress:ratio"
 LOSS = "run:yaongi_loss:max"
 RESTARTS = "run:yaongi_restarts:sum"
@@ -134,7 +140,7 @@ ALERTS: tuple[Alert, ...] = (
         "DataStall",
         "warning",
         f'sum by ({_RANK}) (rate(yaongi_phase_seconds_total{{phase="data"}}[10m])) / sum by ({_RANK}) '
-        '(rate(yaongi_phase_seconds_total{phase=~"data|forward_backward|optimizer"}[10m])) > 0.25',
+        f'(rate(yaongi_phase_seconds_total{{phase=~"data|forward_backward|optimizer"}}[10m])) > {MOST_DATA_WAIT}',
         "10m",
         "A rank waits for data.",
         "Rank {{ $labels.rank }} of {{ $labels.run }} spends {{ $value | humanizePercentage }} of its steps waiting "
@@ -153,7 +159,7 @@ ALERTS: tuple[Alert, ...] = (
     Alert(
         "ExpertCollapse",
         "warning",
-        alive(f"max by ({_RUN}) (avg_over_time(yaongi_expert_starved_ratio[15m])) > 0.25"),
+        alive(f"max by ({_RUN}) (avg_over_time(yaongi_expert_starved_ratio[15m])) > {MOST_STARVED_EXPERTS}"),
         "15m",
         "Many experts get almost no tokens.",
         "In one layer of {{ $labels.run }}, {{ $value | humanizePercentage }} of the experts got less than a tenth of "
@@ -163,7 +169,7 @@ ALERTS: tuple[Alert, ...] = (
         "Fp8Overflow",
         "warning",
         f"sum by ({_RANK}) (rate(yaongi_fp8_overflows_total[15m])) / (max by ({_RANK}) (yaongi_fp8_tensors)"
-        f" * sum by ({_RANK}) (rate(yaongi_step_seconds_count[15m]))) > 0.01",
+        f" * sum by ({_RANK}) (rate(yaongi_step_seconds_count[15m]))) > {MOST_FP8_OVERFLOWS}",
         "10m",
         "FP8 casts clamp too often.",
         "On rank {{ $labels.rank }} of {{ $labels.run }}, {{ $value | humanizePercentage }} of the FP8 tensors of a "
@@ -172,7 +178,8 @@ ALERTS: tuple[Alert, ...] = (
     Alert(
         "MemoryNearLimit",
         "warning",
-        f"max by ({_RANK}, place) (yaongi_memory_bytes) / max by ({_RANK}, place) (yaongi_memory_limit_bytes) > 0.95",
+        f"max by ({_RANK}, place) (yaongi_memory_bytes) / max by ({_RANK}, place) (yaongi_memory_limit_bytes)"
+        f" > {MOST_MEMORY}",
         "2m",
         "A rank is close to its memory limit.",
         "Rank {{ $labels.rank }} of {{ $labels.run }} has used {{ $value | humanizePercentage }} of its "

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from manifests.kinds import Object
+from manifests.kinds import KINDS, TRAINJOB, Object
 
 ROLE = "yaongi-launcher"
 # The account of KFP's steps, and one of our own for a launcher that runs without KFP.
 ACCOUNTS = ("pipeline-runner", ROLE)
 RULES: list[Object] = [
+    *(
+        {
+            "apiGroups": [kind.group],
+            "resources": [kind.plural],
+            "verbs": ["create", "get", "list", "watch", "patch", "delete"],
+        }
+        for kind in KINDS.values()
+    ),
     {
-        "apiGroups": ["kubeflow.org"],
-        "resources": ["pytorchjobs"],
-        "verbs": ["create", "get", "list", "watch", "patch", "delete"],
-    },
-    {
-        "apiGroups": ["trainer.kubeflow.org"],
-        "resources": ["trainjobs"],
-        "verbs": ["create", "get", "list", "watch", "patch", "delete"],
-    },
-    {
-        "apiGroups": ["trainer.kubeflow.org"],
+        "apiGroups": [TRAINJOB.group],
         "resources": ["trainingruntimes"],
         "verbs": ["create", "patch", "delete"],
     },

@@ -331,6 +331,20 @@ BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
         (("TEMPLATE/metadata/annotations/sidecar.istio.io\0inject", False),),
         (("POD/nodeSelector", {"gpu": True}),),
     ],
+    "not-a-number": [
+        (("WORKER/replicas", "two"),),
+        (("WORKER/replicas", "2"),),
+        (("ELASTIC/maxRestarts", 1.5),),
+        (("RUN/backoffLimit", True),),
+        (("RUN/activeDeadlineSeconds", "1h"),),
+        (("RUN/schedulingPolicy", {"minAvailable": [2]}),),
+    ],
+    "pod-not-a-number": [
+        (("POD/terminationGracePeriodSeconds", "120s"),),
+        (("POD/securityContext/runAsUser", "1000"),),
+        (("MAIN/ports/0/containerPort", "metrics"),),
+        (("POD/tolerations", [{"operator": "Exists", "tolerationSeconds": 0.5}]),),
+    ],
     "unknown-ignore": [(("job/metadata/annotations", {"yaongi/lint-ignore": "no-tll"}),)],
 }
 # Rules about the text itself, which no change of objects can break; tests/manifests/test_lint.py has them.

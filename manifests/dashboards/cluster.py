@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from manifests.alerts import MOST_MEMORY
 from manifests.dashboards.frame import Row, build
 from manifests.dashboards.panels import OF_RUN, Query, chart, metric, number, rate
 
@@ -63,7 +64,7 @@ def _now() -> list[Any]:
             "Highest peak of any rank, of what there is for it. Beyond its limit a process is killed.",
             "percentunit",
             Query(f"max by (run) ({_memory_share()})"),
-            limits=[("orange", 0.85), ("red", 0.95)],
+            limits=[("orange", 0.85), ("red", MOST_MEMORY)],
             decimals=1,
         ),
     ]
@@ -183,7 +184,7 @@ def _processes() -> list[Any]:
             "percentunit",
             Query(_memory_share(), "{{place}} rank {{rank}} {{run}}"),
             width=12,
-            limits=[("red", 0.95)],
+            limits=[("red", MOST_MEMORY)],
             least=0,
             most=1,
             alerts=["MemoryNearLimit"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from manifests.alerts import MOST_DATA_WAIT
 from manifests.dashboards.frame import Row, build
 from manifests.dashboards.panels import Query, chart, metric, number, rate
 
@@ -69,7 +70,7 @@ def _now() -> list[Any]:
             "Share of the time of the steps. Above a few percent: the loader or its volume is too slow.",
             "percentunit",
             Query(_share_of_phase("data")),
-            limits=[("orange", 0.05), ("red", 0.25)],
+            limits=[("orange", 0.05), ("red", MOST_DATA_WAIT)],
             decimals=1,
         ),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from manifests.alerts import MOST_FP8_OVERFLOWS, MOST_STARVED_EXPERTS
 from manifests.dashboards.frame import Row, build
 from manifests.dashboards.panels import Query, chart, facts, metric, number, rate
 
@@ -186,7 +187,7 @@ def _experts_and_fp8() -> list[Any]:
             "percentunit",
             Query(_of_run("expert_starved_ratio")),
             width=6,
-            limits=[("red", 0.25)],
+            limits=[("red", MOST_STARVED_EXPERTS)],
             least=0,
             alerts=["ExpertCollapse"],
         ),
@@ -204,7 +205,7 @@ def _experts_and_fp8() -> list[Any]:
             "percentunit",
             Query(f"sum by (run, rank) ({rate('fp8_overflows_total')}) / ({cast})", "rank {{rank}} {{run}}"),
             width=6,
-            limits=[("red", 0.01)],
+            limits=[("red", MOST_FP8_OVERFLOWS)],
             least=0,
             alerts=["Fp8Overflow"],
         ),

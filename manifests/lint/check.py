@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from manifests.lint import environment, lifecycle, pods, resources, scheduling, security, shape, topology, trainjob
 from manifests.lint.documents import Document, read
 from manifests.lint.place import Path, Place, path_text
-from manifests.lint.registry import RULES, Severity
+from manifests.lint.registry import RULES, Severity, ignored
 from manifests.lint.subjects import PyTorchJob, Runtime, TrainJob, subjects
 
 RULE_MODULES = (topology, lifecycle, trainjob, resources, scheduling, pods, environment, security, shape)
-IGNORE_ANNOTATION = "yaongi/lint-ignore"
 NEWEST_MEASURED_TRAINER = "2.1"
 
 
@@ -58,20 +57,14 @@ def lint(texts: dict[str, str], trainer_version: str = NEWEST_MEASURED_TRAINER) 
     jobs = 0
     for document, subject in subjects(documents, trainer_version):
         jobs += isinstance(subject, PyTorchJob | TrainJob | Runtime)
-        ignored = ignored_rules(document)
+        switched_off = ignored(Place(document.value)["metadata"]["annotations"])
         for rule in RULES.values():
-            if isinstance(subject, rule.subject) and rule.id not in ignored:
+            if isinstance(subject, rule.subject) and rule.id not in switched_off:
                 for hit in rule.check(subject):
                     found.append(_finding(rule.id, document, hit.place.path, hit.what))
     order = list(texts)
     found.sort(key=lambda f: (order.index(f.source), f.line, f.severity, f.rule, f.path))
     return Result(found, len(documents), jobs)
-
-
-def ignored_rules(document: Document) -> set[str]:
-    """Rules that the object's annotation switches off for it."""
-    written = Place(document.value)["metadata"]["annotations"][IGNORE_ANNOTATION].text
-    return {word.strip() for word in written.split(",") if word.strip()}
 
 
 def _finding(rule_id: str, document: Document, path: Path, what: str) -> Finding:

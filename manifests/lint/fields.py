@@ -44,6 +44,32 @@ _BY_VERSION = {
     "2.2": {"activeDeadlineSeconds", "runtimePatches"},
     "2.3": {"activeDeadlineSeconds", "runtimePatches"},
 }
+# Fields that are whole numbers, by where they are; `*` stands for each entry of a list or mapping.
+NUMBERS = {
+    "spec": _names("activeDeadlineSeconds"),  # of a TrainJob, from 2.2
+    "spec.runPolicy": _names("activeDeadlineSeconds backoffLimit ttlSecondsAfterFinished"),
+    "spec.runPolicy.schedulingPolicy": _names("minAvailable scheduleTimeoutSeconds"),
+    "spec.elasticPolicy": _names("maxReplicas maxRestarts minReplicas nProcPerNode rdzvPort"),
+    "spec.pytorchReplicaSpecs.*": _names("replicas"),
+    "spec.trainer": _names("numNodes"),
+    "spec.mlPolicy": _names("numNodes"),
+    "spec.mlPolicy.torch.elasticPolicy": _names("maxNodes maxRestarts minNodes"),
+    "spec.template.spec": _names("ttlSecondsAfterFinished"),
+    "spec.template.spec.failurePolicy": _names("maxRestarts"),
+    "spec.template.spec.replicatedJobs.*": _names("replicas"),
+    "spec.template.spec.replicatedJobs.*.template.spec": _names(
+        "activeDeadlineSeconds backoffLimit backoffLimitPerIndex completions maxFailedIndexes parallelism "
+        "ttlSecondsAfterFinished"
+    ),
+}
+POD_NUMBERS = {
+    "spec": _names("activeDeadlineSeconds priority terminationGracePeriodSeconds"),
+    "spec.securityContext": _names("fsGroup runAsGroup runAsUser"),
+    "spec.tolerations.*": _names("tolerationSeconds"),
+    "spec.initContainers.*.securityContext": _names("runAsGroup runAsUser"),
+    "spec.containers.*.securityContext": _names("runAsGroup runAsUser"),
+    "spec.containers.*.ports.*": _names("containerPort hostPort"),
+}
 TRAINER_VERSIONS = tuple(_BY_VERSION)
 
 

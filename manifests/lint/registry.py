@@ -40,6 +40,7 @@ class Rule:
     check: Check
 
 
+IGNORE_ANNOTATION = "yaongi/lint-ignore"
 RULES: dict[str, Rule] = {}
 
 
@@ -52,3 +53,8 @@ def rule(id: str, severity: Severity, subject: type, *, why: str, fix: str) -> C
         return check
 
     return register
+
+
+def ignored(annotations: Place) -> list[str]:
+    """Names of rules that an object's annotations switch off for it, as written there."""
+    return [word.strip() for word in annotations[IGNORE_ANNOTATION].text.split(",") if word.strip()]

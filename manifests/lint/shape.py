@@ -1,4 +1,4 @@
-"""What the API server's schema refuses, or silently leaves out: versions, field names, texts that must be texts."""
+"""What the API server's schema refuses, or silently leaves out: versions, field names, texts and numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from manifests.lint.fields import (
     JOB,
     NEWER_CONTAINER,
     NEWER_POD,
+    NUMBERS,
     POD,
+    POD_NUMBERS,
     REPLICA,
     RUN_POLICY,
     SCHEDULING,
@@ -20,7 +22,7 @@ from manifests.lint.fields import (
     trainjob_fields,
 )
 from manifests.lint.place import Place
-from manifests.lint.registry import RULES, Hit, Severity, rule
+from manifests.lint.registry import IGNORE_ANNOTATION, RULES, Hit, Severity, ignored, rule
 from manifests.lint.subjects import AnyObject, Container, Pod, PyTorchJob, TrainJob
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
@@ -164,6 +166,29 @@ def pod_label_not_a_string(pod: Pod) -> Iterator[Hit]:
 
 
 @rule(
+    "not-a-number",
+    ERROR,
+    AnyObject,
+    why="The API server denies texts, fractions and booleans where whole numbers belong, a quoted number too.",
+    fix="Write a whole number without quotes: 2.",
+)
+def not_a_number(job: AnyObject) -> Iterator[Hit]:
+    yield from _not_numbers(job.place, NUMBERS)
+
+
+@rule(
+    "pod-not-a-number",
+    ERROR,
+    Pod,
+    why="The API server denies texts, fractions and booleans where whole numbers belong; seconds take no unit, and "
+    "users, groups and ports no name.",
+    fix="Write a whole number without quotes: 60.",
+)
+def pod_not_a_number(pod: Pod) -> Iterator[Hit]:
+    yield from _not_numbers(pod.template, POD_NUMBERS)
+
+
+@rule(
     "unknown-ignore",
     WARNING,
     AnyObject,
@@ -171,11 +196,13 @@ def pod_label_not_a_string(pod: Pod) -> Iterator[Hit]:
     fix="See `yaongi lint --rules`.",
 )
 def unknown_ignore(job: AnyObject) -> Iterator[Hit]:
-    place = job.place["metadata"]["annotations"]["yaongi/lint-ignore"]
-    for word in (word.strip() for word in place.text.split(",")):
-        if word and word not in RULES:
+    annotations = job.place["metadata"]["annotations"]
+    for word in ignored(annotations):
+        if word not in RULES:
             nearest = get_close_matches(word, RULES, 1)
-            yield Hit(place, f"'{word}'" + (f"; did you mean '{nearest[0]}'?" if nearest else ""))
+            yield Hit(
+                annotations[IGNORE_ANNOTATION], f"'{word}'" + (f"; did you mean '{nearest[0]}'?" if nearest else "")
+            )
 
 
 def _unknown(place: Place, known: frozenset[str] | set[str]) -> Iterator[Hit]:
@@ -203,6 +230,31 @@ def _not_texts(place: Place, keys: tuple[str, ...] = ("labels", "annotations")) 
         for name, value in place[key].fields():
             if value and not isinstance(value.value, str):
                 yield Hit(value, f"{name} is {_kind(value)}")
+
+
+def _not_numbers(place: Place, known: dict[str, frozenset[str]]) -> Iterator[Hit]:
+    for path, names in known.items():
+        for inside in _at(place, path.split(".")):
+            for name, value in inside.fields():
+                if name in names and value and not _is_whole(value.value):
+                    what = f"the text '{value.text}'" if isinstance(value.value, str) else _kind(value)
+                    yield Hit(value, f"{name} is {what.replace('no text:', 'no number:')}")
+
+
+def _at(place: Place, path: list[str]) -> Iterator[Place]:
+    """Places at a path of names, where `*` is each entry of a list or mapping."""
+    if not path:
+        yield place
+        return
+    step, *rest = path
+    entries = [*place.each(), *(entry for _, entry in place.fields())] if step == "*" else [place[step]]
+    for entry in entries:
+        yield from _at(entry, rest)
+
+
+def _is_whole(value: object) -> bool:
+    """Clients write 2.0 as 2."""
+    return not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
 
 
 def _kind(place: Place) -> str:

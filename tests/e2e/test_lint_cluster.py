@@ -41,6 +41,8 @@ DENIED = {
     "not-a-string": 0,
     "env-not-a-string": 0,
     "pod-label-not-a-string": 0,
+    "not-a-number": 0,
+    "pod-not-a-number": 0,
 }
 # Errors that the cluster accepts in silence: what a linter is for.
 ACCEPTED = {

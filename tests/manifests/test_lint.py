@@ -244,6 +244,31 @@ def test_fields_of_a_trainjob_depend_on_the_version():
 
 
 @pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("WORKER/replicas", "two", "replicas is the text 'two'"),
+        ("ELASTIC/minReplicas", 1.5, "minReplicas is the number 1.5"),
+        ("RUN/backoffLimit", False, "backoffLimit is the boolean false"),
+        ("RUN/backoffLimit", [3], "backoffLimit is no number: [3]"),
+        ("TRAINER/numNodes", "two", "numNodes is the text 'two'"),
+        ("runtime/spec/mlPolicy/numNodes", "1", "numNodes is the text '1'"),
+        ("REPLICATED/template/spec/backoffLimit", "none", "backoffLimit is the text 'none'"),
+        ("REPLICATED/template/spec/template/spec/priority", "high", "priority is the text 'high'"),
+    ],
+)
+def test_what_stands_for_a_number_is_told(path, value, said):
+    found = lint({"x": text(*changed((path, value)))}).findings
+    assert said in [finding.what for finding in found if finding.rule.endswith("not-a-number")]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("WORKER/replicas", 2.0), ("TRAINER/numProcPerNode", "2"), ("RUN/backoffLimit", None)]
+)
+def test_what_the_cluster_takes_for_a_number_is_one(path, value):
+    assert not {rule for rule in rules_of(lint({"x": text(*changed((path, value)))})) if "a-number" in rule}
+
+
+@pytest.mark.parametrize(
     ("broken", "said"),
     [
         ("a: [1\n", "x.yaml:2: not readable as YAML"),
