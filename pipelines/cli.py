@@ -238,11 +238,15 @@ def render(
 
 @app.command(name="compile")
 def compile_pipeline(
-    output: Annotated[Path, typer.Argument(help="File to write.")] = Path("pretrain.yaml"), verbose: Verbose = False
+    output: Annotated[Path, typer.Argument(help="File to write; its folder is made.", dir_okay=False)] = Path(
+        "pretrain.yaml"
+    ),
+    verbose: Verbose = False,
 ) -> None:
     """Compile the pipeline for upload to Kubeflow Pipelines."""
     from pipelines.compile import write
 
+    output.parent.mkdir(parents=True, exist_ok=True)
     write(output)
     print(f"wrote {output}")
 

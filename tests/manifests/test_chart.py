@@ -144,6 +144,18 @@ def test_claims_take_size_class_and_mode(configured: Callable[[str], list[Object
     assert not of_kind(configured("existing-claims"), "PersistentVolumeClaim")
 
 
+def test_two_claims_of_one_name_are_refused() -> None:
+    one_name = "storage.datasets.name=shared,storage.checkpoints.name=shared"
+    refused = template("--set", one_name)
+    assert refused.returncode and not refused.stdout
+    assert "storage.datasets.name and storage.checkpoints.name are both shared; give each claim a name of its own" in (
+        refused.stderr
+    )
+    for existing in ("datasets", "checkpoints"):
+        objects = rendered("--set", f"{one_name},storage.{existing}.existingClaim=other")
+        assert [claim["metadata"]["name"] for claim in of_kind(objects, "PersistentVolumeClaim")] == ["shared"]
+
+
 def test_policies_are_those_of_the_manifests(configured: Callable[[str], list[Object]]) -> None:
     def specs(objects: list[Object]) -> dict[str, Object]:
         return {item["metadata"]["name"]: item["spec"] for item in of_kind(objects, "NetworkPolicy")}

@@ -121,6 +121,15 @@ def test_compile_writes_the_committed_pipeline(yaongi, tmp_path):
     assert (tmp_path / "new.yaml").read_text() == COMMITTED.read_text()
 
 
+def test_compile_makes_the_folder_and_refuses_one_for_the_file(yaongi, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.compile.compiled", lambda: "compiled")
+    assert yaongi("compile", "out/for-kfp/new.yaml")[:2] == (0, "wrote out/for-kfp/new.yaml\n")
+    assert (tmp_path / "out/for-kfp/new.yaml").read_text() == "compiled"
+    code, _, error = yaongi("compile", "out/for-kfp")
+    assert code == 2 and "'out/for-kfp' is a directory" in error
+    assert [file.name for file in (tmp_path / "out").rglob("*") if file.is_file()] == ["new.yaml"]
+
+
 def test_generate_needs_an_exported_model(yaongi, tmp_path):
     trained = tmp_path / "work/checkpoints/runs/mine-0123abcd"
     trained.mkdir(parents=True)
