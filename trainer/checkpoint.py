@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -253,9 +253,14 @@ def prune(run_dir: str | Path, keep_last: int) -> None:
             _remove(path)
 
 
+def unfinished(run_dir: str | Path) -> Iterator[Path]:
+    """Directories that a killed process left half-written or half-deleted."""
+    return (Path(run_dir) / "checkpoints").glob(".*step-*")
+
+
 def clean_unfinished(run_dir: str | Path) -> None:
-    """Remove what a killed process left half-written or half-deleted."""
-    for path in (Path(run_dir) / "checkpoints").glob(".*step-*"):
+    """Remove what is `unfinished`."""
+    for path in unfinished(run_dir):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -197,13 +197,11 @@ class Checkpointer:
                     f"{path} was trained on {name} {manifest.digests.get(name)}, this run has {digest}; "
                     "use the same data, or another run_dir",
                 )
-        model = self._spec.model.model_dump(mode="json")
-        theirs = manifest.spec["model"]
-        if different := sorted(key for key in model if theirs.get(key) != model[key]):
-            key = different[0]
+        if different := _difference("model", manifest.spec["model"], self._spec.model.model_dump(mode="json")):
+            field, theirs, ours = different
             raise TrainingError(
                 ExitCode.SPEC,
-                f"{path} holds another model: model.{key} is {theirs.get(key)!r} there and {model[key]!r} in the spec; "
+                f"{path} holds another model: {field} is {theirs!r} there and {ours!r} in the spec; "
                 "use the same model, or another run_dir",
             )
         optimizer, written_by = self._spec.optimizer.name, manifest.spec["optimizer"]["name"]
@@ -279,6 +277,14 @@ class Checkpointer:
 
 class _SaveFailed(Exception):
     pass
+
+
+def _difference(field: str, theirs: Any, ours: Any) -> tuple[str, Any, Any] | None:
+    """The first field, with both values, in which a spec differs from a stored one, which may have more fields."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        found = (_difference(f"{field}.{key}", theirs.get(key), value) for key, value in sorted(ours.items()))
+        return next(filter(None, found), None)
+    return None if theirs == ours else (field, theirs, ours)
 
 
 def load_model(path: str | Path, model: nn.Module) -> None:

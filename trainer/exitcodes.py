@@ -57,6 +57,10 @@ class TrainingError(Exception):
         super().__init__(message)
         self.code = int(code)
 
+    def __reduce__(self) -> tuple[type[TrainingError], tuple[int, str]]:
+        """Exceptions are pickled with their message alone; ranks send this one to each other."""
+        return type(self), (self.code, str(self))
+
 
 def retryable(code: int) -> bool:
     """Whether starting again from the last checkpoint can help (the operator's own rule: 128 and above)."""

@@ -122,16 +122,19 @@ def choose_layout(
     return resolve(parallel, model, world, ranks_per_node, fits)
 
 
-def refuse_too_large(spec: TrainSpec, layout: Layout, device_bytes: int | None) -> None:
+def refuse_too_large(spec: TrainSpec, layout: Layout, rank_bytes: int | None) -> None:
     """Weights, gradients and optimizer state are certain; activations, of which this is an estimate, are not judged.
 
+    Args:
+        rank_bytes: memory of a rank's GPU, or its part of the machine's where it computes on CPUs; None: not known.
+
     Raises:
-        ValueError: they alone are more than a GPU has.
+        ValueError: they alone are more than a rank has.
     """
     state = training_memory(spec.model, spec.optimizer, layout).state
-    if device_bytes is not None and state > device_bytes:
+    if rank_bytes is not None and state > rank_bytes:
         raise ValueError(
-            f"model: weights, gradients and optimizer state take {state / 2**30:.1f} GiB on each GPU ({layout}), which "
-            f"has {device_bytes / 2**30:.1f}; use more or larger GPUs, parallel.data fsdp, optimizer.state_dtype bf16, "
-            "or a smaller model"
+            f"model: weights, gradients and optimizer state take {state / 2**30:.1f} GiB on each rank ({layout}), "
+            f"which has {rank_bytes / 2**30:.1f}; use more GPUs or more memory, parallel.data fsdp, "
+            "optimizer.state_dtype bf16, or a smaller model"
         )

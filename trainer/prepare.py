@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer import precision
+from trainer import hostmemory, precision
 from trainer.checkpointer import Checkpointer
 from trainer.data.loader import TokenLoader
 from trainer.data.manifest import DataError, atomic_write, read_manifest
@@ -70,7 +70,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         micro_batches = spec.micro_batches(world.size)
         gpu_bytes = device_bytes(world.device)
         layout = choose_layout(spec.parallel, spec.model, spec.optimizer, world.size, world.local_size, gpu_bytes)
-        refuse_too_large(spec, layout, gpu_bytes)
+        refuse_too_large(spec, layout, gpu_bytes or hostmemory.limit_bytes() // world.local_size)
         recorder = Recorder(spec, world, started)
         recorder.preflight(findings)
         chosen = precision.resolve(spec.precision, precision.device_capability(world.device))

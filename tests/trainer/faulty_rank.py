@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import micro
+
 
 def misbehave(fault: str, argument: str) -> None:
     from trainer import loop
@@ -51,9 +53,7 @@ if __name__ == "__main__":
         from trainer.__main__ import main
 
         misbehave(*os.environ["FAULT"].split(maxsplit=1))
-        code = main()
-        sys.stdout.flush()
-        os._exit(code)
+        micro.end_rank(main())
     from trainer import entrypoint
 
     entrypoint.RANK_PROGRAM = (__file__,)

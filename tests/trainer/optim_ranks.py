@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import micro
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -115,3 +116,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    micro.end_rank()

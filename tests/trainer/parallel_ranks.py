@@ -99,4 +99,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # as trainer.__main__ does it
+    micro.end_rank()

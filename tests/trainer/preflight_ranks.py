@@ -10,6 +10,7 @@ import os
 import time
 from types import SimpleNamespace
 
+import micro
 import torch.distributed as dist
 
 from trainer import distributed
@@ -65,3 +66,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    micro.end_rank()

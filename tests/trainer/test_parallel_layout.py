@@ -54,7 +54,7 @@ def test_mesh_of_a_spec(fields: dict[str, Any], world: int, node: int, expected:
         ({"expert": 3}, MODEL, r"parallel\.expert 3 must divide the 8 ranks .* write one of 1, 2, 4$"),
         ({"expert": 8}, MODEL, r"parallel\.expert 8 must divide .* the 12 experts; write one of 1, 2, 4$"),
         ({"expert": 2}, WITHOUT_EXPERTS, r"parallel\.expert 2: model\.layers has no experts \(E\); write 1"),
-        ({"shard": 3}, MODEL, r"parallel\.shard 3 does not divide the 8 ranks .* write one of 1, 2, 4, 8$"),
+        ({"shard": 3}, MODEL, r"parallel\.shard 3 does not divide the 8 ranks .* write one of 2, 4, 8$"),
         ({"data": "ddp", "shard": 2}, MODEL, r"parallel\.shard is for fsdp.*remove shard"),
         ({"data": "fsdp", "shard_optimizer": True}, MODEL, r"parallel\.shard_optimizer is for ddp.*remove one"),
     ],
@@ -63,6 +63,11 @@ def test_impossible_mesh_is_one_line_that_says_the_way_out(fields: dict[str, Any
     with pytest.raises(ValueError, match=message) as error:
         resolve(ParallelSpec(**fields), model, 8, 8)
     assert "\n" not in str(error.value)
+
+
+def test_one_rank_shares_with_nobody():
+    with pytest.raises(ValueError, match=r"parallel\.shard 2 does not divide the 1 ranks .*; remove it$"):
+        resolve(ParallelSpec(shard=2), MODEL, 1, 1)
 
 
 def test_auto_shards_as_far_as_the_memory_demands():
@@ -76,7 +81,8 @@ def test_auto_shards_as_far_as_the_memory_demands():
     assert [layout.shard for layout in choose] == [1, 1, 4, 4, 16]
 
 
-def test_state_that_no_gpu_can_hold_is_one_line_before_anything_is_built(monkeypatch, tmp_path):
+@pytest.mark.parametrize("device", ["GPU", "CPU"])
+def test_state_that_no_rank_can_hold_is_one_line_before_anything_is_built(monkeypatch, tmp_path, device):
     from trainer import prepare
 
     spec = micro.micro_spec(tmp_path, tmp_path / "run")
@@ -84,8 +90,12 @@ def test_state_that_no_gpu_can_hold_is_one_line_before_anything_is_built(monkeyp
     needed = training_memory(spec.model, spec.optimizer).state
     refuse_too_large(spec, Layout(), needed)
     refuse_too_large(spec, Layout(), None)
-    monkeypatch.setattr(prepare, "device_bytes", lambda device: needed - 1)
-    world = SimpleNamespace(size=1, local_size=1, device=None)
+    if device == "GPU":
+        monkeypatch.setattr(prepare, "device_bytes", lambda _: needed - 1)
+    else:
+        monkeypatch.setattr(prepare, "device_bytes", lambda _: None)
+        monkeypatch.setattr(prepare.hostmemory, "limit_bytes", lambda: 2 * needed - 1)  # two ranks share it
+    world = SimpleNamespace(size=2, local_size=2, device=None)
     with pytest.raises(SpecError, match=r"weights, gradients and optimizer state take .* GiB .*smaller model$"):
         prepare.prepare(spec, world, 0.0)
     assert not (tmp_path / "run").exists()

@@ -207,6 +207,7 @@ def test_products_of_whole_numbers_are_exact_and_a_wrong_one_is_seen(monkeypatch
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_this_machines_gpus_pass():
     assert gpus.driver_mismatch(torch.version.cuda, gpus.driver_cuda_version()) is None
     assert gpus.visible("cuda").text == f"{torch.cuda.device_count()} GPUs"

@@ -119,3 +119,37 @@ def test_world_size_may_change_on_the_way(undisturbed: TrainSpec, micro_data: Pa
     for line in one[:10]:  # later on, a rounding error may send a token to another expert
         assert line["loss"] == pytest.approx(two[line["step"]]["loss"], rel=1e-5)
         assert line["by_source"] == two[line["step"]]["by_source"]
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    undisturbed: TrainSpec, micro_data: Path, tmp_path: Path
+):
+    spec = micro.micro_spec(micro_data, tmp_path / "run", **EVERYTHING)
+    steps = [checkpoint.step_dir(spec.run_dir, step) for step in (20, 24)]
+    for path in steps:
+        shutil.copytree(checkpoint.step_dir(undisturbed.run_dir, int(path.name[-8:])), path)
+    damage(steps[1])
+    code, output = micro.finish(micro.start(spec, ranks=2))
+    assert code == 0 and "Traceback" not in output, output
+    assert f"resuming from {steps[0]} instead of step-00000024" in output
+    assert "resuming from the checkpoint of step 20" in output
+    assert losses(spec) == losses(undisturbed)[20:]
+
+    for path in checkpoint.published(spec.run_dir):
+        damage(path)
+    code, output = micro.finish(micro.start(spec, ranks=2))
+    assert code == ExitCode.CHECKPOINT and "Traceback" not in output, output
+    assert "none of 2 checkpoints verifies" in output
+
+    (steps[0].parent / checkpoint.LATEST).write_text("step-00000002")
+    code, output = micro.finish(micro.start(spec, ranks=2))
+    assert code == ExitCode.CHECKPOINT and "Traceback" not in output, output
+    assert "names step 2, which is not there" in output
+
+
+def damage(path: Path) -> None:
+    """Change one byte of what the second rank has written; where all ranks look, one of them finds it."""
+    file = sorted(path.glob("__1_*"))[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)

@@ -84,9 +84,10 @@ def resolve(
     if parallel.shard_optimizer and (parallel.data == "fsdp" or parallel.shard is not None):
         raise ValueError("parallel.shard_optimizer is for ddp: fsdp shards the optimizer already; remove one of them")
     if parallel.shard is not None and world % parallel.shard:
+        possible = ", ".join(map(str, _divisors(world)[1:]))  # a share of 1 is what ddp is
         raise ValueError(
             f"parallel.shard {parallel.shard} does not divide the {world} ranks (nodes × GPUs of a node); "
-            f"write one of {', '.join(map(str, _divisors(world)))}"
+            + (f"write one of {possible}" if possible else "remove it")
         )
     replicated = Layout(world, "ddp", 1, parallel.expert, parallel.shard_optimizer)
     node = ranks_per_node if 1 < ranks_per_node < world and world % ranks_per_node == 0 else world

@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from trainer.checkpoint import published
+from trainer.checkpoint import published, unfinished
 from trainer.data.manifest import DataError, read_manifest, sync_directory
 from trainer.exitcodes import ExitCode, TrainingError
 from trainer.memory import training_memory
@@ -132,9 +132,9 @@ def _free(spec: TrainSpec, directory: Path) -> float:
 
 
 def _leftover(directory: Path) -> int:
-    """Bytes of what a killed process left half-written or half-deleted; the ranks remove it before they save."""
+    """Bytes of checkpoints that were not finished; the ranks remove them before they save."""
     total = 0
-    for path in (directory / "checkpoints").glob(".*step-*"):
+    for path in unfinished(directory):
         for file in path.rglob("*"):
             try:
                 total += file.stat().st_size
