@@ -210,9 +210,9 @@ class Fp8Spec(Spec):
     """How FP8 products are computed, where `precision.dtype` asks for them.
 
     `recipe` is how operands are scaled: tensor-wise by the amax history (delayed) or by their own amax (current), or
-    in blocks of 128 (weights 128×128, the rest 1×128). `format` hybrid is E4M3 forward and E5M2 for gradients; auto
-    means hybrid for tensor-wise recipes and e4m3 for blocks. `emulated` runs on any device, slowly. The first and last
-    `bf16_end_layers` layers are not converted.
+    in blocks of 128 (weights 128×128, the rest 1×128). `margin` says how often tensor-wise scales are halved. `format`
+    hybrid is E4M3 forward and E5M2 for gradients; auto means hybrid for tensor-wise recipes and e4m3 for blocks.
+    `emulated` runs on any device, slowly. The first and last `bf16_end_layers` layers are not converted.
     """
 
     recipe: Literal["delayed", "current", "block128"] = "current"
@@ -221,6 +221,12 @@ class Fp8Spec(Spec):
     amax_history_steps: Annotated[int, Field(ge=1, le=4096)] = 1024
     margin: Annotated[int, Field(ge=0, le=8)] = 0
     bf16_end_layers: Annotated[int, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _margin_is_used(self) -> Self:
+        if self.margin and self.recipe == "block128":
+            raise ValueError(f"margin {self.margin} is for the recipes delayed and current, not block128; remove it")
+        return self
 
     @property
     def hybrid(self) -> bool:

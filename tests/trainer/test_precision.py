@@ -84,6 +84,15 @@ def test_fp8_by_name_that_cannot_run_is_one_line(monkeypatch, capability, implem
     assert "\n" not in str(caught.value) and "bf16" in str(caught.value)
 
 
+def test_a_margin_that_nothing_would_read_is_refused():
+    with pytest.raises(ValueError, match="margin 1 is for the recipes delayed and current, not block128; remove it"):
+        PrecisionSpec(fp8={"recipe": "block128", "margin": 1})
+    with pytest.raises(ValueError, match=r"by te: it takes no margin for current scaling \(precision\.fp8\.margin 1\)"):
+        by_name("fp8", H100, implementation="te", recipe="current", margin=1)
+    assert by_name("fp8", H100, implementation="torch", recipe="current", margin=1).fp8.margin == 1
+    assert by_name("fp8", H100, implementation="emulated", recipe="delayed", margin=1).fp8.margin == 1
+
+
 def test_blocks_of_torch_take_no_e5m2(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     assert torch_problem("block128", E4M3, H100) is None

@@ -37,6 +37,8 @@ def package() -> ModuleType:
 
 def problem(fp8: Fp8Spec, capability: tuple[int, int] | None) -> str | None:
     """Why Transformer Engine cannot run this recipe here; None where it can. Imports it only on a GPU that would do."""
+    if fp8.margin and fp8.recipe == "current":
+        return f"it takes no margin for current scaling (precision.fp8.margin {fp8.margin})"
     if capability is None:
         return "there is no GPU"
     needed = (9, 0) if fp8.recipe == "block128" else (8, 9)
