@@ -167,6 +167,11 @@ def test_unfinished_checkpoints_are_invisible_and_cleaned(two_checkpoints: Path,
     assert sorted(p.name for p in source.parent.iterdir()) == ["LATEST", "step-00000004", "step-00000008"]
 
 
+def test_what_a_rank_has_found_reaches_the_others_whole():
+    found = pickle.loads(pickle.dumps(TrainingError(ExitCode.CHECKPOINT, "a file is missing")))
+    assert type(found) is TrainingError and found.code == 66 and str(found) == "a file is missing"
+
+
 def test_run_without_checkpoints_starts_from_the_beginning(tmp_path: Path):
     assert latest(tmp_path) is None
     (tmp_path / "checkpoints").mkdir()
