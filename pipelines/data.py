@@ -146,7 +146,7 @@ def cat(
 ) -> None:
     """Print documents of the shards as text, and the raw line that each was."""
     from trainer.data.inspection import documents
-    from trainer.data.manifest import read_manifest
+    from trainer.data.manifest import read_manifest, verify
     from trainer.data.tokenizer import Tokenizer
 
     if Path(where).is_dir():
@@ -158,8 +158,10 @@ def cat(
         directory = Path(job.stage_dir("shards"))
         tokenizer = tokenizer or Path(job.stage_dir("tokenizers"))
     manifest = read_manifest(directory, "shards")
-    if read_manifest(tokenizer, "tokenizer").digest != manifest.inputs.get("tokenizer"):
+    made_with = read_manifest(tokenizer, "tokenizer")
+    if made_with.digest != manifest.inputs.get("tokenizer"):
         raise ValueError(f"{tokenizer}: not the tokenizer that {directory} was made with; name that one")
+    verify(tokenizer, made_with)
     split = "heldout" if heldout else "train"
     for passage in documents(directory, manifest, Tokenizer.load(tokenizer), source, split, first, count):
         _show(passage)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from components.download.readers import split_suffix
 from components.download.retry import retried, status_of
 from components.download.writer import Input
+from components.volume import FULL
 from manifests.dataspec import FilesSource
 from trainer.data.manifest import DataError, checksum
 
@@ -37,13 +37,14 @@ def list_inputs(source: FilesSource, known: list[Input]) -> list[Input]:
     Raises:
         DataError: a pattern that matches nothing, a folder, an unknown suffix, an address that cannot be reached.
     """
-    inputs: dict[str, Input] = {}
+    inputs: dict[str, Input] = {}  # by location: a path and a glob may name the same file, which is read once
     before = {one.name: one for one in known}
     for pattern in source.paths:
         for item in _matches(pattern):
-            if item.name not in inputs:
+            place = os.path.abspath(item.location) if is_local(item) else item.location
+            if place not in inputs:
                 split_suffix(item.name)
-                inputs[item.name] = _identified(item, before.get(item.name))
+                inputs[place] = _identified(item, before.get(item.name))
     return list(inputs.values())
 
 
@@ -88,19 +89,31 @@ def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
     except DataError:
         raise
     except Exception as error:  # each protocol of fsspec has errors of its own
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in FULL:
             raise
-        raise DataError(
-            f"{one.name}: cannot be fetched ({_reason(error)}); check the address and the network"
-        ) from None
+        raise DataError(f"{one.name}: cannot be fetched ({_reason(error)}); {_remedy(error)}") from None
     return copy
+
+
+def check_local(one: Input) -> None:
+    """Refuse a local file whose content is not the one that was listed.
+
+    Raises:
+        DataError: it changed or cannot be read.
+    """
+    if _identified(one, one).checksum != one.checksum:
+        raise _changed(one)
+
+
+def _changed(one: Input) -> DataError:
+    return DataError(f"{one.name}: changed since this download began; what is read must not change, copy it")
 
 
 def _check_unchanged(system: AbstractFileSystem, path: str, one: Input) -> None:
     system.invalidate_cache()
-    info = _retried(lambda: system.info(path))
+    info = _retried(lambda: _info(system, path))
     if (info["size"] or 0, _stamp(info)) != (one.bytes, one.stamp):
-        raise DataError(f"{one.name}: changed since this download began; what is read must not change, copy it")
+        raise _changed(one)
 
 
 def _get_ranges(system: AbstractFileSystem, path: str, copy: Path, size: int, advance: Callable[[int], None]) -> bool:
@@ -160,7 +173,7 @@ def _retried(call: Callable[[], T]) -> T:
 
 def _is_transient(error: BaseException) -> bool:
     final = FileNotFoundError | PermissionError | NotImplementedError | ValueError | ImportError
-    if isinstance(error, final) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+    if isinstance(error, final) or (isinstance(error, OSError) and error.errno in FULL) or _is_refusal(error):
         return False
     status = status_of(error)
     return isinstance(error, Exception) and (status is None or status in (408, 429) or status >= 500)
@@ -177,15 +190,15 @@ def _matches(pattern: str) -> list[Input]:
         system, path = fsspec.core.url_to_fs(pattern)
         magic = "*[" if path.startswith("http") else "*?["  # in a web address ? begins the query
         paths = sorted(_retried(lambda: system.glob(path))) if any(c in path for c in magic) else [path]
-        infos = [(one, _retried(partial(system.info, one))) for one in paths]
+        infos = [(one, _retried(partial(_info, system, one))) for one in paths]
     except FileNotFoundError:
         infos = []
     except ImportError as error:
-        raise DataError(
-            f"{pattern}: {_reason(error)}; install s3fs or gcsfs (the extra buckets; make setup has them)"
-        ) from None
+        extra = pattern.startswith(("s3://", "gs://", "gcs://"))
+        remedy = "they are in the extra buckets, which make setup has" if extra else "or copy the files to S3 or a disk"
+        raise DataError(f"{pattern}: {_reason(error)}; {remedy}") from None
     except Exception as error:  # each protocol of fsspec has errors of its own
-        raise DataError(f"{pattern}: cannot be listed ({_reason(error)}); check the address and the network") from None
+        raise DataError(f"{pattern}: cannot be listed ({_reason(error)}); {_remedy(error)}") from None
     if not infos:
         raise DataError(f"{pattern}: no such file; check the path (globs such as texts/*.jsonl.gz are allowed)")
     local = isinstance(system, LocalFileSystem)
@@ -200,7 +213,24 @@ def _matches(pattern: str) -> list[Input]:
         name = pattern if len(paths) == 1 and one == path else location
         stamp = None if local else _stamp(info)
         found.append(Input(name=name, location=location, bytes=info["size"] or 0, stamp=stamp))
+    if not found:
+        raise DataError(f"{pattern}: only folders; name the files in them, such as {pattern.rstrip('/')}/*.jsonl.gz")
     return found
+
+
+def _info(system: AbstractFileSystem, path: str) -> dict[str, Any]:
+    """What the file system knows of a file.
+
+    Of a web address fsspec says "not found" however its requests ended; here that is only said of one that is not
+    there, so that a busy server is asked again and one that refuses is called so.
+    """
+    try:
+        return system.info(path)
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        if path.startswith("http") and isinstance(cause, Exception) and status_of(cause) not in (404, 410):
+            raise cause from None
+        raise
 
 
 def _identified(item: Input, known: Input | None) -> Input:
@@ -214,6 +244,17 @@ def _identified(item: Input, known: Input | None) -> Input:
     except OSError as error:
         raise DataError(f"{item.name}: cannot be read ({error.strerror}); check its permissions") from None
     return item.model_copy(update={"checksum": content, "stamp": stamp})
+
+
+def _is_refusal(error: BaseException) -> bool:
+    no_credentials = type(error).__name__.endswith("CredentialsError")  # of the libraries of S3 and Google
+    return no_credentials or isinstance(error, PermissionError) or status_of(error) in (401, 403)
+
+
+def _remedy(error: Exception) -> str:
+    if _is_refusal(error):
+        return "check its permissions and the credentials in the environment"
+    return "check the address and the network"
 
 
 def _reason(error: Exception) -> str:

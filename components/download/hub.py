@@ -193,7 +193,9 @@ def _split_files(source: HubSource, commit: str) -> list[str]:
         builder = _retried(
             lambda: datasets.load_dataset_builder(source.dataset, source.config, revision=commit, token=_token())
         )
-    except (datasets.exceptions.DatasetsError, datasets.data_files.EmptyDatasetError):
+    except (datasets.exceptions.DatasetsError, datasets.data_files.EmptyDatasetError) as error:
+        if "gated" in str(error):  # the library keeps nothing else of the Hub's answer
+            raise _no_access(source.dataset) from None
         raise DataError(f"{source.dataset}: holds no data files that can be read; name files of it by URL") from None
     except (ValueError, RuntimeError) as error:
         said = " ".join(str(error).split("\n")[:2])
@@ -229,10 +231,14 @@ def _token() -> str | bool:
 def _refused(name: str, error: Exception) -> DataError:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if isinstance(error, GatedRepoError) or status == 403:
-        return DataError(f"{name}: access refused; accept the dataset's terms on its page on the Hub and set HF_TOKEN")
+        return _no_access(name)
     if isinstance(error, RepositoryNotFoundError):
         return DataError(f"{name}: no such dataset on the Hub, or a private one; check the name, or set HF_TOKEN")
     return DataError(f"{name}: the Hub cannot be read ({_line(error)}); check the network and try again")
+
+
+def _no_access(name: str) -> DataError:
+    return DataError(f"{name}: access refused; accept the dataset's terms on its page on the Hub and set HF_TOKEN")
 
 
 def _line(error: Exception) -> str:

@@ -53,7 +53,8 @@ def rows(path: Path, name: str, columns: list[str], advance: Callable[[int], Non
         else:
             yield from _json_lines(path, name, columns, compression, advance)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{name}: damaged or cut-off gzip ({error}); fetch or compress the file again") from None
+        how = compression.replace(".gz", "gzip").replace(".zst", "zstd")
+        raise DataError(f"{name}: damaged or cut-off {how} ({error}); fetch or compress the file again") from None
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -66,6 +67,8 @@ def _blocks(path: Path, compression: str, advance: Callable[[int], None]) -> Ite
     at = 0
     with open(path, "rb") as raw:
         file: BinaryIO = raw
+        if compression and not path.stat().st_size:
+            raise EOFError("0 bytes")  # even nothing, compressed, is some bytes: the file was not written to its end
         if compression == ".gz":
             file = gzip.GzipFile(fileobj=raw, mode="rb")
         elif compression == ".zst":
@@ -131,7 +134,13 @@ def _parquet(
         size, count, row = path.stat().st_size, file.metadata.num_rows, 0
         for batch in file.iter_batches(BATCH_ROWS, columns=columns):
             advance(size * (row + len(batch)) // count - size * row // count)
-            for values in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
+            try:
+                values_of = [batch.column(column).to_pylist() for column in columns]
+            except UnicodeDecodeError:
+                raise DataError(
+                    f"{name} rows {row + 1} to {row + len(batch)}: a text is not UTF-8; write the file again in UTF-8"
+                ) from None
+            for values in zip(*values_of, strict=True):
                 row += 1
                 yield f"{name} row {row}", list(values)
 

@@ -179,6 +179,9 @@ def _new_parts(task: Task, journal: Journal) -> Iterator[Part]:
             while not whole and (left is None or left > 0):
                 limit = PART_BYTES if left is None else min(PART_BYTES, left)
                 part = write_part(task.directory, number, texts, limit, [files.identity(one) for one in unit], row)
+                for one in unit:
+                    if _is_here(task, one):  # else the part would hold other text than its entry says
+                        files.check_local(one)
                 yield part
                 number, row, whole = number + 1, row + part.rows, part.whole
                 left = None if left is None else left - part.entry.text_bytes

@@ -5,12 +5,12 @@ A run that finds everything unchanged writes nothing; one that finds finished pa
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 from components.download.source import Task, origin, prepare
 from components.download.writer import Journal
 from components.lock import alone
+from components.volume import FULL
 from manifests.dataspec import SourceSpec
 from manifests.spec import JobSpec
 from trainer.data.manifest import (
@@ -82,7 +82,7 @@ def _digest_of(root: Path) -> str | None:
 
 def _system_error(task: Task, error: OSError) -> DataError:
     where = error.filename or task.directory
-    if error.errno == errno.ENOSPC:
+    if error.errno in FULL:
         return DataError(
             f"source '{task.name}': {where}: the disk is full; make room and start again, what is done stays"
         )

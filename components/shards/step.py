@@ -130,6 +130,7 @@ class _Work:
     @classmethod
     def of(cls, job: JobSpec, raw: StageResult, tokenizer: StageResult) -> _Work:
         raw_manifest, tokenizer_manifest = open_stage(raw), open_stage(tokenizer)
+        verify(tokenizer.path, tokenizer_manifest)  # one changed byte of it would change every token
         hygiene = decisions(job, raw_manifest)
         inputs = {"raw": raw_manifest.digest, "tokenizer": tokenizer_manifest.digest}
         vocab_size = Tokenizer.load(tokenizer.path).vocab_size

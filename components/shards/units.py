@@ -171,7 +171,7 @@ class Journal:
         for journal in sorted(directory.glob("journal*.jsonl")):
             lines = list(_lines(journal))
             for line in lines[1:] if lines[:1] == [identity] else []:
-                number, digest = line["unit"], line["checksum"]
+                number, digest = line.get("unit"), line.get("checksum")
                 if number in numbers and number not in self.checksums and _is(unit_file(directory, number), digest):
                     self.checksums[number] = digest
         for number in numbers - self.checksums.keys():
@@ -191,11 +191,14 @@ class Journal:
 
 
 def _lines(journal: Path) -> Iterator[dict[str, Any]]:
-    for line in journal.read_text(encoding="utf-8").splitlines():
+    for line in journal.read_bytes().splitlines():
         try:
-            yield json.loads(line)
+            record = json.loads(line)
         except ValueError:
             return
+        if not isinstance(record, dict):
+            return
+        yield record
 
 
 def _is(path: Path, digest: str) -> bool:

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from components import measuring
+from components.lock import alone
 from components.progress import ByteProgress
+from components.volume import full_volume_explained
 from manifests.spec import JobSpec
 from trainer.data import tokenizer as bpe
 from trainer.data.jsonl import documents
@@ -35,7 +37,8 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
     """Train the tokenizer, or say that an unchanged one is there.
 
     Raises:
-        DataError: raw text that is missing, changed or malformed.
+        DataError: raw text that is missing, changed or malformed; another process trains the same tokenizer.
+        OSError: the volume is full.
     """
     directory = Path(job.stage_dir("tokenizers"))
     raw_manifest = open_stage(raw)
@@ -50,16 +53,16 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
     manifest, why = reusable(directory, "tokenizer", inputs, settings)
     if manifest is None:
         print(f"tokenizer: training {job.tokenizer.vocab_size} tokens ({why})", flush=True)
-        directory.mkdir(parents=True, exist_ok=True)
-        with ByteProgress("tokenizer: sampled", None) as progress:
-            trained = bpe.train(_with_progress(job, raw.path, raw_manifest, progress), job.tokenizer.vocab_size)
-        bpe.save(trained, directory)
-        report = _compression(directory, raw.path, raw_manifest)
-        atomic_write(directory / REPORT, json.dumps(report, indent=1).encode() + b"\n")
-        names = ("tokenizer.json", "tokenizer_config.json", REPORT)
-        files = [file_entry(directory, name, "sha256") for name in names]
-        manifest = Manifest(kind="tokenizer", inputs=inputs, settings=settings, files=files)
-        write_manifest(directory, manifest)
+        with alone(directory, "training a tokenizer"), full_volume_explained(directory):
+            with ByteProgress("tokenizer: sampled", None) as progress:
+                trained = bpe.train(_with_progress(job, raw.path, raw_manifest, progress), job.tokenizer.vocab_size)
+            bpe.save(trained, directory)
+            report = _compression(directory, raw.path, raw_manifest)
+            atomic_write(directory / REPORT, json.dumps(report, indent=1).encode() + b"\n")
+            names = ("tokenizer.json", "tokenizer_config.json", REPORT)
+            files = [file_entry(directory, name, "sha256") for name in names]
+            manifest = Manifest(kind="tokenizer", inputs=inputs, settings=settings, files=files)
+            write_manifest(directory, manifest)
     else:
         measuring.verified(len(manifest.files))
         print(f"tokenizer: {why}: {directory}", flush=True)

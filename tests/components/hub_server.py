@@ -59,6 +59,7 @@ class HubServer:
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.times: list[tuple[float, str]] = []
         self.tokens: set[str | None] = set()
+        self.gated: int | None = None  # the status that whoever asks for a file gets, as without the owner's leave
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -101,6 +102,8 @@ class HubServer:
             recursive = "recursive=true" in urlsplit(handler.path).query.lower()
             commit = commits[parts[1] if len(parts) > 1 else "main"]
             return send(handler, 200, json.dumps(self._api(name, commit, parts, body, recursive)).encode(), {})
+        if self.gated:
+            return send(handler, self.gated, b"", {"X-Error-Code": "GatedRepo"})
         commit, _, file = rest.removeprefix("resolve/").partition("/")
         if file not in self.datasets[name] or commit not in commits:
             return send(handler, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})

@@ -234,6 +234,17 @@ def test_what_does_not_exist_is_named(hub: Hub, make_job, tmp_path: Path, origin
     assert not list(tmp_path.rglob("manifest.json"))
 
 
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("origin", [{}, {"config": None, "files": ["ko/*"]}])
+def test_a_gated_dataset_is_said_to_be_one(
+    hub: Hub, make_job, tmp_path: Path, origin: dict[str, Any], status: int
+) -> None:
+    hub.server.gated = status
+    result, error = hub.run(job(make_job, tmp_path, **origin))
+    assert result is None and error is not None
+    assert "access refused; accept the dataset's terms on its page on the Hub and set HF_TOKEN" in error
+
+
 def test_an_unreachable_hub_is_one_line(make_job, tmp_path: Path) -> None:
     with HubServer({}) as gone:
         address = gone.url

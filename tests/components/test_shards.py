@@ -253,6 +253,29 @@ def test_a_journal_of_other_inputs_is_not_used(
     assert contents(step.run(job, *inputs[1:]).path) == golden
 
 
+@pytest.mark.parametrize("damage", [b'{"unit": 0, "checksun": "0"}', b"5", b'{"unit": 0, "checksum": "\xff"}', b"[]"])
+def test_a_damaged_line_of_a_journal_costs_a_unit_and_no_more(
+    inputs: tuple[Path, StageResult, StageResult], tmp_path: Path, golden: dict[str, bytes], damage: bytes
+) -> None:
+    job = small_job(tmp_path)
+    step.encode_range(_range(job, inputs, 0, 1))
+    (journal,) = (Path(job.stage_dir("shards")) / "units").glob("journal*.jsonl")
+    lines = journal.read_bytes().splitlines()
+    journal.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]) + b"\n")
+    assert contents(step.run(job, *inputs[1:]).path) == golden
+
+
+def test_a_damaged_tokenizer_is_refused_and_named(
+    inputs: tuple[Path, StageResult, StageResult], tmp_path: Path
+) -> None:
+    job, (_, raw, tokenizer) = small_job(tmp_path), inputs
+    copy = shutil.copytree(tokenizer.path, tmp_path / "copy")
+    data = (copy / "tokenizer.json").read_bytes()
+    (copy / "tokenizer.json").write_bytes(data.replace(b"im_start", b"im_stark"))
+    with pytest.raises(DataError, match=r"tokenizer\.json: its content differs from the manifest's sha256"):
+        step.run(job, raw, tokenizer.model_copy(update={"path": str(copy)}))
+
+
 def test_only_one_process_at_a_time(inputs: tuple[Path, StageResult, StageResult], tmp_path: Path) -> None:
     job = small_job(tmp_path)
     with _held(job, 0, 10**6), pytest.raises(DataError, match="another process is making shards there"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from raw_cases import contents, small_job, texts, write_raw
 
+from components.lock import alone
 from components.tokenizer import step
 from components.tokenizer.step import sample
 from trainer.data.manifest import DataError, Manifest, file_entry, read_manifest
@@ -70,3 +71,25 @@ def test_raw_text_that_changed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"part-00000\.jsonl: has \d+ bytes, the manifest says"):
         step.run(job, raw)
     assert not Path(job.stage_dir("tokenizers")).exists()
+
+
+def test_only_one_process_at_a_time(tmp_path: Path) -> None:
+    job = small_job(tmp_path)
+    raw = write_raw(job)
+    with (
+        alone(Path(job.stage_dir("tokenizers")), "waiting"),
+        pytest.raises(DataError, match="another process is train"),
+    ):
+        step.run(job, raw)
+    result = step.run(job, raw)
+    with alone(Path(result.path), "waiting"):  # what is there can be read by any number of runs
+        assert step.run(job, raw) == result
+
+
+def test_a_full_volume_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = small_job(tmp_path)
+    raw = write_raw(job)
+    monkeypatch.setattr(step, "atomic_write", lambda *_: Path("/dev/full").write_bytes(bytes(10**5)))
+    with pytest.raises(OSError, match=r"tokenizers/\w+: the volume is full; make room and run again"):
+        step.run(job, raw)
+    assert not (Path(job.stage_dir("tokenizers")) / "manifest.json").exists()

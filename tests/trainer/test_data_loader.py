@@ -12,7 +12,7 @@ from data_cases import random_documents, tokens_spec, write_shards
 
 from trainer.data import loader as loading
 from trainer.data.loader import IGNORED, MicroBatch, StepBatch, TokenLoader, heldout_documents
-from trainer.data.manifest import Manifest, read_manifest, write_manifest
+from trainer.data.manifest import Manifest, file_entry, read_manifest, write_manifest
 from trainer.data.plan import Cursor
 from trainer.exitcodes import TrainingError
 from trainer.spec import BatchSpec, MixSpec, TokensSpec
@@ -258,6 +258,18 @@ def test_a_truncated_or_missing_file_is_refused(own: Path, name: str) -> None:
 def test_another_tokenizer_is_refused(own: Path) -> None:
     write_manifest(own / "tokenizer", Manifest(kind="tokenizer", settings={"other": 1}, files=[]))
     assert "not the tokenizer that" in refused(own)
+
+
+def test_a_damaged_tokenizer_is_refused_and_named(own: Path) -> None:
+    directory = own / "tokenizer"
+    (directory / "tokenizer.json").write_bytes(b"{}")
+    tokenizer = Manifest(kind="tokenizer", files=[file_entry(directory, "tokenizer.json", "sha256")])
+    write_manifest(directory, tokenizer)
+    shards = read_manifest(own / "shards").model_copy(update={"inputs": {"tokenizer": tokenizer.digest}})
+    write_manifest(own / "shards", shards)
+    TokenLoader(tokens_spec(own, {"ko": 1.0}), BATCH, rank=0, world_size=1).close()
+    (directory / "tokenizer.json").write_bytes(b"[]")
+    assert "tokenizer.json: its content differs from the manifest's sha256" in refused(own)
 
 
 def test_a_mix_that_the_shards_cannot_serve_is_refused(own: Path) -> None:

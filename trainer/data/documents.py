@@ -54,7 +54,7 @@ def open_shards(tokens: TokensSpec) -> tuple[Path, Manifest]:
     """The shards' directory and manifest, after checks that need no reading of the tokens.
 
     Raises:
-        DataError: data missing, of another size or of another tokenizer, or without a source of the mix.
+        DataError: data missing, of another size or of another or damaged tokenizer, or without a source of the mix.
     """
     directory = Path(tokens.shards)
     manifest = read_manifest(directory, "shards")
@@ -64,6 +64,7 @@ def open_shards(tokens: TokensSpec) -> tuple[Path, Manifest]:
             f"{tokens.tokenizer}: not the tokenizer that {tokens.shards} was made with; "
             "name that one, or run the shards step"
         )
+    verify(tokens.tokenizer, tokenizer)
     for name in tokens.mix:
         if name not in manifest.sources:
             raise DataError(
