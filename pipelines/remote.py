@@ -24,9 +24,9 @@ from components.launch import kubernetes_explain as explain
 from components.launch.kubernetes_api import Cluster
 from components.launch.kubernetes_gather import jobs, situation
 from components.launch.kubernetes_watch import LogFollower
-from components.launch.kubernetes_why import QUEUE_LABEL, restarts, why
+from components.launch.kubernetes_why import restarts, why
 from components.launch.lease import held
-from manifests.kinds import Object, kind_of
+from manifests.kinds import QUEUE_LABEL, Object, kind_of
 from manifests.names import PIPELINE_LABEL, RUN_LABEL, SPEC_FILE, TASK_LABEL
 from manifests.spec import ClusterSpec
 from pipelines.runs import choose
@@ -84,7 +84,7 @@ def view(run: RemoteRun) -> View:
     job = run.job()
     task = job["metadata"].get("labels", {}).get(TASK_LABEL, "train")
     name, cluster = job["metadata"]["name"], run.cluster
-    found = situation(cluster, name)
+    found = situation(cluster, name, job)
     answer = why(found)
     lines: list[str] = []
     if task == "train":

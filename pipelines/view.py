@@ -12,6 +12,7 @@ from rich.text import Text
 
 from components.running import DONE, STARTED
 from pipelines import background
+from pipelines.background import Process
 from pipelines.runs import Run
 from pipelines.standing import Standing, of_directory
 from trainer.exitcodes import STOPS
@@ -38,12 +39,14 @@ class View:
 
 
 def of_local(run: Run) -> View:
-    state, why = _state(run)
+    alive = background.is_alive(run.workdir, run.name)  # first, else one that ends meanwhile would look killed
+    process, log = background.read(run.workdir, run.name), newest_log(run)
+    state, why = _running(process, log) if alive else _ended(run, process)
     directory = run.directory
     rows = [("directory", str(directory))]
-    if process := background.read(run.workdir, run.name):
+    if process:
         rows.append(("process", f"{process.pid} on {process.host}, started in {process.cwd}"))
-    if log := newest_log(run):
+    if log:
         rows.append(("log", str(log)))
     return View(run.name, "here", state, why, of_directory(directory), rows)
 
@@ -54,12 +57,13 @@ def newest_log(run: Run) -> Path | None:
     return max(logs, key=lambda file: file.stat().st_mtime, default=None)
 
 
-def _state(run: Run) -> tuple[str, str]:
+def _running(process: Process | None, log: Path | None) -> tuple[str, str]:
+    step = _present_step(process, log)
+    return "running", f"in step {step}" if step else "starting"
+
+
+def _ended(run: Run, process: Process | None) -> tuple[str, str]:
     again = f"continue: yaongi resume {run.name}"
-    if background.is_alive(run.workdir, run.name):
-        step = _present_step(run)
-        return "running", f"in step {step}" if step else "starting"
-    process = background.read(run.workdir, run.name)
     if process is None:
         result = read_json(run.directory / "result.json")
         done = result is not None and (run.directory / "export" / "manifest.json").is_file()
@@ -76,9 +80,8 @@ def _state(run: Run) -> tuple[str, str]:
     return "failed", process.error
 
 
-def _present_step(run: Run) -> str:
+def _present_step(process: Process | None, log: Path | None) -> str:
     """The pipeline's step that started last and has not ended."""
-    log, process = newest_log(run), background.read(run.workdir, run.name)
     if log and process and log.stat().st_mtime < process.started:
         log = None  # of an earlier start
     running: list[str] = []

@@ -165,8 +165,8 @@ class Cluster:
         resource = self._resource(body["kind"])
         return self.call(f"create {resource.plural}", resource.create, body=body)
 
-    def jobs(self, kind: JobKind, selector: str) -> list[Object]:
-        """Those whose labels `selector` selects."""
+    def jobs(self, kind: JobKind, selector: str = "") -> list[Object]:
+        """Those whose labels `selector` selects; all without one."""
         place = (kind.group, kind.version, self.namespace, kind.plural)
         found = self.call(
             f"list {kind.plural}", self.custom.list_namespaced_custom_object, *place, label_selector=selector

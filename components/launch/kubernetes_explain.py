@@ -126,6 +126,14 @@ def mount_obstacle(event: Object) -> Obstacle | None:
     return Obstacle(f"a volume cannot be mounted: {message}", fix_for(CONFIG, message)[0])
 
 
+def tolerates(toleration: Object, taint: Object) -> bool:
+    """Kubernetes' rule: without a key it is for all taints, without an effect for all effects."""
+    same_key = not toleration.get("key") or toleration["key"] == taint["key"]
+    same_effect = not toleration.get("effect") or toleration["effect"] == taint["effect"]
+    same_value = toleration.get("operator") == "Exists" or toleration.get("value", "") == taint.get("value", "")
+    return same_key and same_effect and same_value
+
+
 @dataclass(frozen=True)
 class Exit:
     """How a worker ended."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from components.launch import kubernetes_explain as explain
 from components.launch.kubernetes_api import Cluster, Refused
-from components.launch.kubernetes_why import QUEUE_LABEL, Situation
-from manifests.kinds import KINDS, JobKind, Object, kind_of
+from components.launch.kubernetes_why import Situation
+from manifests.kinds import KINDS, QUEUE_LABEL, JobKind, Object, kind_of
 
 WORKLOADS = ("kueue.x-k8s.io", "v1beta1")
 
@@ -24,24 +24,25 @@ def jobs(cluster: Cluster) -> list[Object]:
 
 
 def _items(cluster: Cluster, kind: JobKind) -> list[Object]:
-    call = cluster.custom.list_namespaced_custom_object
     try:
-        place = (kind.group, kind.version, cluster.namespace, kind.plural)
-        return cluster.call(f"list {kind.plural}", call, *place)["items"]
+        return cluster.jobs(kind)
     except Refused as error:
         if error.status == HTTPStatus.NOT_FOUND:
             return []
         raise
 
 
-def situation(cluster: Cluster, name: str) -> Situation:
-    """What the cluster holds about the job `name`; `job` is None if it is not, or no longer, there.
+def situation(cluster: Cluster, name: str, job: Object | None = None) -> Situation:
+    """What the cluster holds about the job `name`; its `job` is None if it is not, or no longer, there.
+
+    Args:
+        job: as it was listed just now; None to list all jobs and look for it.
 
     Raises:
         LaunchError: the API server cannot be reached, or jobs and pods may not be read. Anything else that may not be
             read is left out.
     """
-    job = next((job for job in jobs(cluster) if job["metadata"]["name"] == name), None)
+    job = job or next((each for each in jobs(cluster) if each["metadata"]["name"] == name), None)
     kinds = [kind_of(job)] if job else list(KINDS.values())
     pods = [pod for kind in kinds for pod in cluster.pods(kind, name)]
     claims = _claims(cluster, pods)

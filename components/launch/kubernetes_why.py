@@ -14,10 +14,9 @@ from typing import Literal
 
 from components.launch import kubernetes_explain as explain
 from components.launch.kubernetes_causes import KUEUE, Obstacle, exit_meaning, fix_for
-from manifests.kinds import Object, kind_of
+from manifests.kinds import QUEUE_LABEL, Object, kind_of
 
 State = Literal["gone", "ending", "succeeded", "failed", "suspended", "queued", "starting", "restarting", "running"]
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PATIENCE_SECONDS = 15  # that a controller or a kubelet may take before its silence means something
 # How the training operator tells a worker's exit; the pod itself is replaced at once.
 EXIT_EVENT = re.compile(r"Error pod (\S+) container \S+ exitCode: (\d+) terminated message: (.*)", re.S)
@@ -55,6 +54,11 @@ class Situation:
         if "pytorchReplicaSpecs" in spec:
             return sum(replica.get("replicas", 1) for replica in spec["pytorchReplicaSpecs"].values())
         return spec.get("trainer", {}).get("numNodes") or max(len(self.pods), 1)
+
+    def about(self, uid: str) -> list[Object]:
+        """The events about one object, the newest last."""
+        mine = [event for event in self.events if event["involvedObject"].get("uid") == uid]
+        return sorted(mine, key=explain.event_time)
 
 
 @dataclass(frozen=True)
@@ -215,8 +219,7 @@ def _hindered(found: Situation, now: datetime) -> Answer | None:
 def _obstacle(pod: Object, found: Situation) -> Obstacle | None:
     obstacle = explain.obstacle(pod)
     if obstacle is None and not explain.has_started(pod):
-        about = [event for event in found.events if event["involvedObject"].get("uid") == pod["metadata"]["uid"]]
-        mounts = [hit for hit in map(explain.mount_obstacle, sorted(about, key=explain.event_time)) if hit]
+        mounts = [hit for hit in map(explain.mount_obstacle, found.about(pod["metadata"]["uid"])) if hit]
         return mounts[-1] if mounts else None
     if obstacle is None or not obstacle.text.startswith("cannot be scheduled"):
         return obstacle
@@ -232,9 +235,8 @@ def _unbound(found: Situation) -> str:
     told = []
     for claim in found.claims:
         if claim.get("status", {}).get("phase") != "Bound":
-            uid = claim["metadata"]["uid"]
-            about = [event for event in found.events if event["involvedObject"].get("uid") == uid]
-            last = max(about, key=explain.event_time, default={}).get("message", "no event")
+            about = found.about(claim["metadata"]["uid"])
+            last = about[-1].get("message", "no event") if about else "no event"
             told.append(f"claim '{claim['metadata']['name']}': {explain.one_line(last)}")
     return "; ".join(told)
 
@@ -246,17 +248,8 @@ def _untolerated(pod: Object, nodes: list[Object]) -> list[str]:
         f"{node['metadata']['name']}: {taint['key']}={taint.get('value', '')}:{taint['effect']}"
         for node in nodes
         for taint in node["spec"].get("taints", [])
-        if taint["effect"] != "PreferNoSchedule" and not any(_tolerates(each, taint) for each in tolerations)
+        if taint["effect"] != "PreferNoSchedule" and not any(explain.tolerates(each, taint) for each in tolerations)
     ]
-
-
-def _tolerates(toleration: Object, taint: Object) -> bool:
-    """Kubernetes' rule: an empty key with Exists tolerates all; an empty effect all effects."""
-    if toleration.get("effect") and toleration["effect"] != taint["effect"]:
-        return False
-    if toleration.get("operator") == "Exists":
-        return toleration.get("key") in (None, "", taint["key"])
-    return toleration.get("key") == taint["key"] and toleration.get("value", "") == taint.get("value", "")
 
 
 def _restarting(found: Situation, now: datetime) -> Answer | None:
@@ -285,12 +278,10 @@ def _starting(found: Situation, now: datetime) -> Answer | None:
     if not _is_ready(found, node):
         fix = f"start the node, or kubectl delete pod {pod['metadata']['name']} -n {found.namespace} to move it"
         return Answer("starting", f"{_listed(waiting)} cannot start: node {node} does not answer", fix)
-    about = [event for event in found.events if event["involvedObject"].get("uid") == pod["metadata"]["uid"]]
-    last = max(about, key=explain.event_time, default=None)
-    if last is not None and last.get("reason") == "Pulling":
-        return Answer(
-            "starting", f"node {node} pulls the image '{explain.container(pod)['image']}', for {_age(last, now)}"
-        )
+    about = found.about(pod["metadata"]["uid"])
+    if about and about[-1].get("reason") == "Pulling":
+        image, age = explain.container(pod)["image"], _age(about[-1], now)
+        return Answer("starting", f"node {node} pulls the image '{image}', for {age}")
     return Answer("starting", f"{_listed(waiting)} start on node {node}")
 
 

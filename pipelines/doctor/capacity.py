@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
 
+from components.launch.kubernetes_explain import tolerates
 from manifests.kinds import Object
 from manifests.lint.place import Place
 from manifests.lint.subjects import ACCELERATOR
@@ -67,12 +68,7 @@ def _usable(node: Object, cluster: ClusterSpec) -> bool:
 def _tolerated(taint: Object, cluster: ClusterSpec) -> bool:
     if taint["key"] == "nvidia.com/gpu" and cluster.gpus_per_node:
         return True  # the admission plugin ExtendedResourceToleration adds it where such taints are used
-    for toleration in cluster.tolerations:
-        same_key = toleration.key in (None, taint["key"])
-        same_value = toleration.operator == "Exists" or (toleration.value or "") == taint.get("value", "")
-        if same_key and same_value and toleration.effect in (None, taint["effect"]):
-            return True
-    return False
+    return any(tolerates(each.model_dump(exclude_none=True), taint) for each in cluster.tolerations)
 
 
 def _allocatable(node: Object) -> Object:

@@ -179,3 +179,20 @@ def test_long_messages_keep_their_end_on_one_line() -> None:
     shown = explain.one_line(text)
     assert shown.startswith("…") and shown.endswith("line 998 | line 999") and "\n" not in shown
     assert len(shown) <= explain.LONGEST_MESSAGE_CHARACTERS + 1
+
+
+@pytest.mark.parametrize(
+    ("toleration", "tolerated"),
+    [
+        ({"operator": "Exists"}, True),
+        ({"operator": "Exists", "effect": "NoExecute"}, False),
+        ({"key": "team", "operator": "Exists"}, True),
+        ({"key": "team", "value": "a"}, True),
+        ({"key": "team", "value": "a", "effect": "NoSchedule"}, True),
+        ({"key": "team", "operator": "Equal", "value": "b"}, False),
+        ({"key": "other", "operator": "Exists"}, False),
+    ],
+)
+def test_a_taint_is_tolerated_by_key_value_and_effect_where_they_are_given(toleration: Object, tolerated: bool) -> None:
+    taint = {"key": "team", "value": "a", "effect": "NoSchedule"}
+    assert explain.tolerates(toleration, taint) is tolerated

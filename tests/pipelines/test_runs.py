@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -111,6 +112,22 @@ def test_only_one_process_drives_a_run_and_how_it_ended_is_kept(job, run, tmp_pa
     assert (shown.state, shown.why) == ("failed", "no disk; left")
     with background.driving(job, tmp_path):
         pass
+    assert view.of_local(run).state == "finished"
+
+
+def test_a_run_that_ends_while_it_is_looked_at_does_not_look_killed(job, run, tmp_path, monkeypatch):
+    read = background.read
+    with ExitStack() as block:
+        block.enter_context(background.driving(job, tmp_path))
+
+        def read_before_its_end(*which):
+            found = read(*which)
+            block.close()
+            return found
+
+        monkeypatch.setattr(background, "read", read_before_its_end)
+        assert view.of_local(run).state == "running"
+    monkeypatch.undo()
     assert view.of_local(run).state == "finished"
 
 
