@@ -27,6 +27,7 @@ from trainer.data.manifest import atomic_write
 from trainer.specbase import to_yaml
 
 START_PATIENCE_SECONDS = 60
+LOOK_PATIENCE_SECONDS = 0.5  # who asks whether a run is alive holds its lock for a moment
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,15 @@ def driving(job: JobSpec, workdir: Path) -> Iterator[None]:
 @contextmanager
 def _locked(workdir: Path, run: str) -> Iterator[IO[bytes]]:
     with (folder(workdir) / f"{run}.lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LaunchError(f"{running(workdir, run)}; follow it: yaongi logs {run} --follow") from None
+        deadline = time.monotonic() + LOOK_PATIENCE_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise LaunchError(f"{running(workdir, run)}; follow it: yaongi logs {run} --follow") from None
+            time.sleep(0.02)
         yield lock
 
 

@@ -18,6 +18,7 @@ from pipelines import verbs
 from pipelines.data import app as data_app
 from pipelines.doctor.command import doctor
 from pipelines.lint import lint
+from pipelines.options import Job, Sets, Workdir
 from trainer import __version__
 
 EXAMPLES = """
@@ -52,13 +53,6 @@ app.add_typer(data_app, name="data")
 verbs.register(app)
 app.command()(lint)
 app.command()(doctor)
-
-Job = Annotated[str, typer.Argument(metavar="JOB", help="A preset's name (see `yaongi presets`) or a job file.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field: train.steps=20; repeatable."),
-]
-Workdir = Annotated[Path, typer.Option(help="Folder for data, checkpoints and logs of local runs.")]
 
 
 def _be_verbose(on: bool) -> None:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.options import Job, Sets, Workdir
+
 if TYPE_CHECKING:
     from manifests.spec import JobSpec
     from trainer.data.inspection import Passage, SourceTotals
@@ -31,8 +33,6 @@ Where = Annotated[
     str,
     typer.Argument(metavar="JOB|DIRECTORY", help="A preset or job file, or a directory with a manifest.json."),
 ]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the job.")]
-Workdir = Annotated[Path, typer.Option(help="Folder of local runs.")]
 WIDE = 200  # characters of a table's lines where nothing is on a terminal
 STAGES = ("raw", "hygiene", "tokenizers", "shards")
 
@@ -169,7 +169,7 @@ def cat(
 
 @app.command()
 def peek(
-    job: Annotated[str, typer.Argument(metavar="JOB", help="A preset or job file.")],
+    job: Job,
     step: Annotated[int, typer.Option(min=1, help="Training step, from 1 as in the logs.")] = 1,
     row: Annotated[int, typer.Option(min=0, help="Row of the step, from 0.")] = 0,
     sets: Sets = None,

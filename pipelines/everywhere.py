@@ -11,6 +11,8 @@ from rich.console import Console
 
 from components.launch import LaunchError
 from pipelines import runs, view
+from pipelines.kept import kept
+from pipelines.kept import view as view_of_kept
 from pipelines.runs import Run, UnknownRun, named
 from pipelines.view import View
 
@@ -72,7 +74,14 @@ def looking_at(text: str, namespace: str, workdir: Path, host: str) -> Callable[
         from pipelines import kfp_runs
 
         return lambda: kfp_runs.view(host, text)
-    found = find(text, namespace, workdir)
+    try:
+        found = find(text, namespace, workdir)
+    except UnknownRun:
+        begins = named(text, workdir) or text
+        stopped = [each for name, each in kept(workdir, namespace).items() if name.startswith(begins)]
+        if len(stopped) != 1:
+            raise
+        return lambda: view_of_kept(stopped[0])
     if isinstance(found, Run):
         return lambda: view.of_local(found)
     from pipelines import remote
@@ -83,18 +92,25 @@ def looking_at(text: str, namespace: str, workdir: Path, host: str) -> Callable[
 def all_views(namespace: str, workdir: Path, console: Console) -> list[View]:
     """Those of the cluster only where a namespace is given; a cluster that cannot be asked costs a line.
 
+    Also those that were stopped from here, of which the cluster knows nothing.
+
     Raises:
         LaunchError: the namespace's cluster cannot be asked.
     """
     views = [] if namespace else [view.of_local(each) for each in runs.local_runs(workdir).values()]
+    stopped = kept(workdir, namespace)
     try:
         cluster = connect(namespace)
         from pipelines import remote
 
-        views += [remote.view(each) for each in remote.remote_runs(cluster).values()]
+        there = remote.remote_runs(cluster)
+        views += [remote.view(each) for each in there.values()]
+        for job in (job for each in there.values() for job in each.jobs.values()):
+            if (again := stopped.get(job["metadata"]["name"])) and again.namespace in ("", cluster.namespace):
+                del stopped[again.name]
     except LaunchError as error:
         if namespace:
             raise
         if "no cluster to launch on" not in str(error):
             console.print(f"cluster: {error}", style="dim", soft_wrap=True, highlight=False)
-    return views
+    return views + [view_of_kept(each) for each in stopped.values()]

@@ -17,8 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from components.launch import LaunchError, kubernetes
 from components.launch import kubernetes_explain as explain
 from components.launch.kubernetes_api import Cluster
@@ -27,12 +25,12 @@ from components.launch.kubernetes_watch import LogFollower
 from components.launch.kubernetes_why import restarts, why
 from components.launch.lease import held
 from manifests.kinds import QUEUE_LABEL, Object, kind_of
-from manifests.names import PIPELINE_LABEL, RUN_LABEL, SPEC_FILE, TASK_LABEL
+from manifests.names import PIPELINE_LABEL, RUN_LABEL, TASK_LABEL
 from manifests.spec import ClusterSpec
+from pipelines.kept import keep, kept, run_dir_of
 from pipelines.runs import choose
 from pipelines.standing import PUBLISHED, of_log
 from pipelines.view import View
-from trainer.data.manifest import atomic_write
 
 TAIL_LINES = 2000  # enough to hold a checkpoint's line between those of steps
 ALL_LINES = 10_000_000
@@ -159,8 +157,7 @@ def stop(run: RemoteRun, workdir: Path, write: Callable[[str], None]) -> str:
             raise LaunchError(
                 f"job {name} was not made by yaongi; stop it with: kubectl delete {kind.plural} {name} {place}"
             )
-        _kept(workdir).mkdir(parents=True, exist_ok=True)
-        atomic_write(_kept(workdir) / f"{name}.yaml", yaml.safe_dump_all(_objects(run.cluster, job)).encode())
+        keep(workdir, run.cluster.namespace, _objects(run.cluster, job))
         lines: list[str] = []
         follower = LogFollower(run.cluster, lines.append)
         follower.start()
@@ -188,11 +185,11 @@ def resume(text: str, cluster: Cluster, workdir: Path, write: Callable[[str], No
         SpecError: no such run.
         LaunchError: it runs or has succeeded, a launcher follows it, or it cannot be created.
     """
-    runs = remote_runs(cluster)
-    kept = {path.stem: path for path in _kept(workdir).glob("*.yaml")}
-    name = choose(text, {*runs, *kept}, f"in namespace '{cluster.namespace}' or stopped from {workdir}", exactly)
+    runs, stopped = remote_runs(cluster), kept(workdir, cluster.namespace)
+    where = f"in namespace '{cluster.namespace}', nor stopped there from {workdir}"
+    name = choose(text, {*runs, *stopped}, where, exactly)
     if name not in runs:
-        objects = list(yaml.safe_load_all(kept[name].read_text(encoding="utf-8")))
+        objects = stopped[name].objects()
     else:
         job = runs[name].job("train")
         if explain.has_succeeded(job):
@@ -202,13 +199,11 @@ def resume(text: str, cluster: Cluster, workdir: Path, write: Callable[[str], No
             return name
         objects = _objects(cluster, job)
         if not explain.is_active(job):  # deleted before the new one is made; should that fail, this is all that is left
-            kept[name] = _kept(workdir) / f"{name}.yaml"
-            kept[name].parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(kept[name], yaml.safe_dump_all(objects).encode())
+            stopped[name] = keep(workdir, cluster.namespace, objects)
     with _lease_of(objects):
         kubernetes.start(cluster, objects, ClusterSpec(), write)
-    if name in kept:
-        kept[name].unlink()
+    if name in stopped:
+        stopped[name].file.unlink()
     return objects[-1]["metadata"]["name"]
 
 
@@ -217,8 +212,7 @@ def _lease_of(objects: list[Object]) -> AbstractContextManager[object]:
 
     Only where the volume is mounted here.
     """
-    specs = [item["data"][SPEC_FILE] for item in objects if SPEC_FILE in item.get("data", {})]
-    run_dir = yaml.safe_load(specs[0])["run_dir"] if specs else ""
+    run_dir = run_dir_of(objects)
     return held(run_dir) if run_dir and Path(run_dir).is_dir() else nullcontext()
 
 
@@ -235,11 +229,6 @@ def _as_made(body: Object) -> Object:
     metadata["labels"] = {key: value for key, value in metadata.get("labels", {}).items() if key != PIPELINE_LABEL}
     kept = {key: value for key, value in body.items() if key in ("apiVersion", "kind", "spec", "data")}
     return kept | {"metadata": metadata}
-
-
-def _kept(workdir: Path) -> Path:
-    """Holds what stopped jobs were made of, each in a file of the job's name."""
-    return workdir / "stopped"
 
 
 def _ranks_per_pod(job: Object) -> int:

@@ -54,7 +54,7 @@ class Standing:
     @property
     def checkpoint(self) -> str:
         if self.checkpoint_step is None:
-            return "none yet"
+            return "none yet" if self.steps else "–"
         age = "" if self.checkpoint_age is None else f", {timedelta(seconds=round(self.checkpoint_age))} old"
         return f"step {self.checkpoint_step:,}{age}"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from pipelines.options import Job, Sets, Workdir
 from pipelines.why import why
 
 if TYPE_CHECKING:
@@ -17,12 +18,6 @@ if TYPE_CHECKING:
 Run = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's name or its beginning, its directory, a preset or job file.")
 ]
-Job = Annotated[str, typer.Argument(metavar="JOB", help="A preset's name (see `yaongi presets`) or a job file.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field: train.steps=20; repeatable."),
-]
-Workdir = Annotated[Path, typer.Option(help="Folder for data, checkpoints and logs of local runs.")]
 Namespace = Annotated[
     str,
     typer.Option("--namespace", "-n", help="Look on the cluster, in this namespace; else there for unknown runs only."),
@@ -49,6 +44,7 @@ def local(job: Job, sets: Sets = None, workdir: Workdir = Path("work")) -> None:
 
 
 def status(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(metavar="[RUN]", help="As for `logs`; without it all runs.")] = "",
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew every two seconds until the run ends.")] = False,
     namespace: Namespace = "",
@@ -63,12 +59,13 @@ def status(
     console = Console()
     if not console.is_terminal:
         console.width = WIDE
+    _check_host(context, run)
     if not run:
         views = everywhere.all_views(namespace, workdir, console)
         where = f"namespace {namespace}" if namespace else workdir
         console.print(view.table(views) if views else f"no runs in {where}", soft_wrap=True)
         for each in views:
-            if each.why and each.state not in ("running", "stopped"):
+            if each.why and each.state != "running":
                 console.print(f"{each.name}: {each.why}", soft_wrap=True, highlight=False, markup=False)
         return
     look = everywhere.looking_at(run, namespace, workdir, host)
@@ -84,6 +81,7 @@ def status(
 
 
 def logs(
+    context: typer.Context,
     run: Run,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="A rank's own log of the training.")] = None,
@@ -96,6 +94,7 @@ def logs(
     from pipelines import everywhere, locallogs
     from pipelines.runs import Run as LocalRun
 
+    _check_host(context, run)
     if everywhere.is_kfp(run):
         from pipelines import kfp_runs
 
@@ -112,12 +111,15 @@ def logs(
     remote.show_logs(found, lambda line: print(line, flush=True), follow=follow, rank=rank, task=task)
 
 
-def stop(run: Run, namespace: Namespace = "", host: Host = "", workdir: Workdir = Path("work")) -> None:
+def stop(
+    context: typer.Context, run: Run, namespace: Namespace = "", host: Host = "", workdir: Workdir = Path("work")
+) -> None:
     """Stop a run; a training saves a checkpoint first, from which `resume` goes on."""
     from pipelines import background, everywhere
     from pipelines.runs import Run as LocalRun
     from trainer.checkpoint import latest_step
 
+    _check_host(context, run)
     if everywhere.is_kfp(run):
         from pipelines import kfp_runs
 
@@ -161,6 +163,25 @@ def resume(run: Run, namespace: Namespace = "", workdir: Workdir = Path("work"))
             pass
     process = background.read(workdir, found.name)
     _say_started(background.start(spec, workdir, Path(process.cwd) if process else Path.cwd()))
+
+
+def _check_host(context: typer.Context, run: str) -> None:
+    """Refuse --host for what is no run of that host. KFP_HOST in the environment may be meant for other runs.
+
+    Raises:
+        SpecError
+    """
+    from pipelines.everywhere import is_kfp
+    from trainer.specbase import SpecError
+
+    source = context.get_parameter_source("host")
+    if source is None or source.name != "COMMANDLINE" or is_kfp(run):
+        return
+    given = f"'{run}' is none" if run else "RUN is missing"
+    raise SpecError(
+        f"--host: a run on Kubeflow Pipelines is named by its whole id, and {given}; give the id that its page's "
+        "address ends in, or leave out --host"
+    )
 
 
 def _say_started(process: Process) -> None:

@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
+from pipelines.options import Namespace
+
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # nothing else can be a job's name
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A PyTorchJob or TrainJob, ours or not; or its beginning.")]
-Namespace = Annotated[
-    str, typer.Option("--namespace", "-n", help="Kubernetes namespace; without it the kubeconfig context's.")
-]
 
 
 def why(job: Job, namespace: Namespace = "") -> None:

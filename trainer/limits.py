@@ -19,6 +19,7 @@ LEASE = "lease"
 TOLD = "limit"  # file in the directory of failures: which limit has passed
 LOOK_SECONDS = 1.0
 LONGEST_LOOK_SECONDS = 3.0  # of the time between two looks, no more than this counts as silence
+UNWATCHED_VARIABLE = "YAONGI_UNWATCHED"  # set in the pods of a job that was made to be followed by no launcher
 MISSED_RENEWALS = 2.5  # after so many a launcher that has not been heard of yet is taken for dead
 LONG_AGO_SECONDS = 600.0  # more than the clocks of two machines differ
 
@@ -39,9 +40,14 @@ class LeaseWatch:
     Only time counts in which the file could be read: when a volume comes back after an outage, a living launcher has
     the same time as before to be heard. A launcher that was never heard of by this process, because it was restarted,
     gets shorter shrift, so that restarts do not add up. Without a lease, silence has no limit.
+
+    Args:
+        unwatched: nobody launched this run, so that a lease which is not renewed is of a former launcher and has no
+            limit either; one that takes the run over is heard of by its renewals.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, *, unwatched: bool = False) -> None:
+        self.unwatched = unwatched
         self.file = Path(run_dir) / LEASE
         self.lease: Lease | None = None
         self.renewals = 0  # seen so far
@@ -52,7 +58,7 @@ class LeaseWatch:
     @property
     def patience_seconds(self) -> float:
         """How much silence is taken for the launcher's end."""
-        if self.lease is None:
+        if self.lease is None or (self.unwatched and not self.renewals):
             return float("inf")
         if self.renewals:
             return self.lease.lapses_after_seconds
@@ -95,7 +101,7 @@ class Limits:
 
     def __init__(self, run_dir: str | Path) -> None:
         self.deadline: float | None = None
-        self._watch = LeaseWatch(run_dir)
+        self._watch = LeaseWatch(run_dir, unwatched=UNWATCHED_VARIABLE in os.environ)
         self._reason: str | None = None
 
     def passed(self) -> str | None:

@@ -6,6 +6,7 @@ stopped, or gives up, takes its job along: nothing keeps GPUs without somebody w
 
 from __future__ import annotations
 
+import copy
 import signal
 import sys
 import threading
@@ -26,6 +27,7 @@ from manifests.names import DIGEST_ANNOTATION, PIPELINE_LABEL, Task
 from manifests.render import job_objects
 from manifests.spec import ClusterSpec, JobSpec
 from trainer.exitcodes import ExitCode
+from trainer.limits import UNWATCHED_VARIABLE
 
 CREATION_PATIENCE_SECONDS = 15
 
@@ -142,9 +144,15 @@ def start(
 ) -> None:
     """Create a job that nobody follows, as one applied by hand; a finished one of its name is deleted first.
 
+    A former launcher's lease may lie on the volume still. Its pods are told that nobody renews it.
+
     Raises:
         LaunchError: it runs already, or cannot be created.
     """
+    objects = copy.deepcopy(list(objects))
+    environment = explain.container(pod_template(objects)).setdefault("env", [])
+    if all(variable["name"] != UNWATCHED_VARIABLE for variable in environment):
+        environment.append({"name": UNWATCHED_VARIABLE, "value": "1"})
     *needs, job = objects
     name = job["metadata"]["name"]
     _require_claims(cluster, pod_template(objects))

@@ -8,16 +8,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pipelines.options import Namespace, Sets, Workdir
+
 
 def doctor(
     job: Annotated[
         str, typer.Argument(metavar="JOB", help="Check the cluster against a preset or job file.", show_default=False)
     ] = "",
-    namespace: Annotated[str, typer.Option(help="Namespace of the cluster to check; else the kubeconfig's.")] = "",
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of JOB.")
-    ] = None,
-    workdir: Annotated[Path, typer.Option(help="Folder for data, checkpoints and logs of local runs.")] = Path("work"),
+    namespace: Namespace = "",
+    sets: Sets = None,
+    workdir: Workdir = Path("work"),
 ) -> None:
     """Check what this machine and the cluster of KUBECONFIG have and lack, and what to do.
 

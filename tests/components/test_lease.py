@@ -11,7 +11,7 @@ import pytest
 
 from components.launch import LaunchError
 from components.launch.lease import LEASE_SECONDS, RENEWAL_SECONDS, held
-from trainer.limits import MISSED_RENEWALS, Lease, LeaseWatch, Limits
+from trainer.limits import MISSED_RENEWALS, UNWATCHED_VARIABLE, Lease, LeaseWatch, Limits
 
 QUICK = {"lease_seconds": 1.0, "renewal_seconds": 0.2}
 
@@ -99,6 +99,19 @@ def test_a_lease_of_long_ago_ends_the_run_and_is_taken_over_at_once(tmp_path: Pa
     with held(tmp_path):
         assert time.monotonic() - begun < 1
         assert Limits(tmp_path).passed() is None
+
+
+def test_a_former_launchers_lease_does_not_end_a_run_that_nobody_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, time.time() - 3600)
+    monkeypatch.setenv(UNWATCHED_VARIABLE, "1")
+    run = Limits(tmp_path)
+    assert run.passed() is None
+    write(tmp_path, time.time())  # a launcher takes it over and dies
+    assert run.passed() is None
+    time.sleep(1.1)
+    assert "not renewed its lease" in (run.passed() or "")
 
 
 def test_a_second_launcher_refuses(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Which run a person means, how far it is, and who drives it."""
 
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -113,6 +115,16 @@ def test_only_one_process_drives_a_run_and_how_it_ended_is_kept(job, run, tmp_pa
     with background.driving(job, tmp_path):
         pass
     assert view.of_local(run).state == "finished"
+
+
+def test_somebody_who_just_looks_keeps_nobody_from_driving_a_run(job, tmp_path):
+    with background.driving(job, tmp_path):
+        pass
+    with (tmp_path / "processes" / f"{job.run_name}.lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as `background.is_alive` does
+        threading.Timer(0.1, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
+        with background.driving(job, tmp_path):
+            assert background.is_alive(tmp_path, job.run_name)
 
 
 def test_a_run_that_ends_while_it_is_looked_at_does_not_look_killed(job, run, tmp_path, monkeypatch):

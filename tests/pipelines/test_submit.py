@@ -3,6 +3,7 @@ they need; the answers have the shapes of the client's own models."""
 
 import io
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlparse
@@ -191,6 +192,18 @@ def test_a_run_that_the_backend_does_not_know_or_no_host_is_one_line(asked, back
     assert code == 1 and error == f"error: {backend.url} refused run {other}: Not Found (404)\n"
     monkeypatch.delenv("KFP_HOST")
     assert asked("status", RUN)[2].startswith("error: --host is missing")
+
+
+def test_a_host_is_refused_where_the_run_is_none_of_its_runs(yaongi, backend, monkeypatch):
+    for verb in ("status", "logs", "stop"):
+        code, said, error = yaongi(verb, RUN[:8], "--host", backend.url)
+        assert (code, said, error.count("\n")) == (2, "", 1)
+        assert error.startswith(f"error: --host: a run on Kubeflow Pipelines is named by its whole id, and '{RUN[:8]}'")
+    assert "whole id, and RUN is missing; give the id" in yaongi("status", "--host", backend.url)[2]
+    monkeypatch.setenv("KUBECONFIG", os.devnull)
+    monkeypatch.setenv("KFP_HOST", backend.url)
+    assert yaongi("status", RUN[:8]) == (2, "", f"error: no run '{RUN[:8]}' in work; none is known\n")
+    assert yaongi("status") == (0, "no runs in work\n", "")
 
 
 def test_a_browser_is_opened_on_request_and_its_absence_costs_a_line(backend, monkeypatch):

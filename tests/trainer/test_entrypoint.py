@@ -154,7 +154,7 @@ def test_code_and_reason_come_out_whatever_happens_at_the_end(
     assert "exit 65" in capsys.readouterr().err
 
 
-def test_deadline_and_lease_end_a_run_with_75(shim, tmp_path: Path):
+def test_deadline_and_lease_end_a_run_with_75(shim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     began = time.monotonic()
     code, message = shim("wait()", runtime={"deadline_seconds": 1})
     assert code == 75 and "deadline" in message["reason"] and time.monotonic() - began < 20
@@ -173,6 +173,9 @@ time.sleep(60)
     (tmp_path / "run" / limits.LEASE).write_text(json.dumps(asdict(replace(lease, renewed=time.time() - 3600))))
     code, message = shim("sys.exit(1)")
     assert code == 75, "a lease that lapsed long ago starts nothing"
+    monkeypatch.setenv(limits.UNWATCHED_VARIABLE, "1")
+    code, message = shim("sys.exit(0)")
+    assert code == 0, "the pods of a run that was resumed without a launcher are told so"
 
 
 def test_budget_is_for_restarts_without_progress(shim, tmp_path: Path):

@@ -1,0 +1,67 @@
+"""What stopped jobs of a cluster were made of: a file each in the workdir, until `yaongi resume` makes them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from manifests.kinds import Object
+from manifests.names import SPEC_FILE
+from pipelines.standing import Standing, of_directory
+from pipelines.view import View
+from trainer.data.manifest import atomic_write
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A stopped job; `namespace` is "" where its file does not name it."""
+
+    name: str
+    namespace: str
+    file: Path
+
+    def objects(self) -> list[Object]:
+        """What the job needs, then the job."""
+        return list(yaml.safe_load_all(self.file.read_text(encoding="utf-8")))
+
+
+def keep(workdir: Path, namespace: str, objects: list[Object]) -> Kept:
+    """Write down what a job, the last of `objects`, is made of."""
+    name = objects[-1]["metadata"]["name"]
+    file = _folder(workdir) / f"{namespace}.{name}.yaml"  # neither name has a dot
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, yaml.safe_dump_all(objects).encode())
+    return Kept(name, namespace, file)
+
+
+def kept(workdir: Path, namespace: str = "") -> dict[str, Kept]:
+    """The stopped jobs by name, only those of a namespace if one is given."""
+    found = {}
+    for file in sorted(_folder(workdir).glob("*.yaml")):
+        place, _, name = file.stem.rpartition(".")
+        if not namespace or place in ("", namespace):
+            found[name] = Kept(name, place, file)
+    return found
+
+
+def view(stopped: Kept) -> View:
+    """Its numbers are known only where the volume is mounted here."""
+    run_dir = run_dir_of(stopped.objects())
+    standing = of_directory(Path(run_dir)) if run_dir else Standing()
+    place = f" -n {stopped.namespace}" if stopped.namespace else ""
+    where = f"namespace {stopped.namespace}" if stopped.namespace else "cluster"
+    again = f"continue: yaongi resume {stopped.name}{place}"
+    return View(stopped.name, where, "stopped", again, standing, [("kept in", str(stopped.file))])
+
+
+def run_dir_of(objects: Iterable[Object]) -> str:
+    """The run directory of the job that some objects make, as its pods see it; "" if it mounts no spec."""
+    specs = [item["data"][SPEC_FILE] for item in objects if SPEC_FILE in item.get("data", {})]
+    return yaml.safe_load(specs[0])["run_dir"] if specs else ""
+
+
+def _folder(workdir: Path) -> Path:
+    return workdir / "stopped"

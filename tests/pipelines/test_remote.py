@@ -1,0 +1,168 @@
+"""`yaongi status`, `stop` and `resume` on runs of a cluster, against a server that keeps objects as an API server does
+and has no operator that would make pods of them."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+import yaml
+
+from components.launch.kubernetes_api import RESOURCES, Cluster
+from manifests.kinds import KINDS, Object, pod_template
+from manifests.render import job_objects
+from manifests.spec import JobSpec, StorageSpec, job_from
+from trainer.limits import UNWATCHED_VARIABLE
+
+
+class ApiServer(ThreadingHTTPServer):
+    """`objects` by path, `asked` are the requests; it knows one kind of job."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.objects: dict[str, Object] = {}
+        self.asked: list[tuple[str, str]] = []
+        self.unknown = [each.plural for name, each in KINDS.items() if name != kind]
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def has(self, path: str) -> list[Object]:
+        """What is in a collection."""
+        return [found for place, found in self.objects.items() if place.rpartition("/")[0] == path]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: ApiServer
+
+    def answer(self, value: Object | None) -> None:
+        body = json.dumps(value if value is not None else {"message": f'"{self.path}" not found'}).encode()
+        self.send_response(200 if value is not None else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def handle_request(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
+        path, objects = urlparse(self.path).path, self.server.objects
+        self.server.asked.append((self.command, path))
+        is_collection = len(path.partition("/namespaces/")[2].split("/")) == 2
+        if any(plural in path for plural in self.server.unknown):
+            self.answer(None)
+        elif self.command == "POST":
+            made = {"uid": str(uuid.uuid4()), "creationTimestamp": datetime.now(UTC).isoformat()}
+            body["metadata"] |= made
+            objects[f"{path}/{body['metadata']['name']}"] = body
+            self.answer(body)
+        elif self.command == "GET" and is_collection:
+            self.answer({"metadata": {}, "items": self.server.has(path)})
+        elif self.command == "DELETE":
+            self.answer({} if objects.pop(path, None) else None)
+        else:
+            self.answer(objects.get(path))
+
+    do_GET = do_POST = do_PATCH = do_DELETE = handle_request
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def server(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
+    """With the volume claims in namespace `team`, which is the one of the kubeconfig's context."""
+    made = ApiServer(kind)
+    for claim in (StorageSpec().datasets_pvc, StorageSpec().checkpoints_pvc):
+        made.objects[f"/api/v1/namespaces/team/persistentvolumeclaims/{claim}"] = {"metadata": {"name": claim}}
+    context = {"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "team"}}
+    there = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{made.server_port}"}}
+    config = {"contexts": [context], "current-context": "c", "clusters": [there], "users": [{"name": "u", "user": {}}]}
+    (tmp_path / "config").write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Config", **config}))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    yield made
+    made.shutdown()
+
+
+def jobs_at(kind: str) -> str:
+    group, version, plural = RESOURCES[KINDS[kind].kind]
+    return f"/apis/{group}/{version}/namespaces/team/{plural}"
+
+
+def launched(kind: str, name: str) -> JobSpec:
+    """A job that a launcher has made."""
+    job = job_from({"preset": "tiny", "name": name}, {"cluster": {"job": kind}})
+    cluster = Cluster.connect("team")
+    for item in job_objects(job):
+        cluster.create(item)
+    return job
+
+
+def environment(job: Object, server: ApiServer, kind: str) -> list[str]:
+    """Names of the variables of the workers that the cluster would make of a job."""
+    runtimes = server.has(jobs_at(kind).replace(KINDS[kind].plural, "trainingruntimes"))
+    (container,) = pod_template([*runtimes, job])["spec"]["containers"]
+    return [variable["name"] for variable in container["env"]]
+
+
+def test_the_status_of_all_runs_lists_the_jobs_once(server, kind, yaongi):
+    names = [launched(kind, name).run_name for name in ("one", "two")]
+    server.asked.clear()
+    code, said, _ = yaongi("status", "--namespace", "team")
+    assert code == 0 and all(f"{name} " in said for name in names)
+    assert server.asked.count(("GET", jobs_at(kind))) == 1
+
+
+def test_a_stopped_run_is_shown_until_it_is_resumed(server, kind, yaongi):
+    name = launched(kind, "mine").run_name
+    code, said, error = yaongi("stop", name, "-n", "team")
+    assert code == 0 and f"continue: yaongi resume {name} -n team" in said, error
+    assert not server.has(jobs_at(kind))
+
+    again = f"continue: yaongi resume {name} -n team"
+    for where in ([], ["-n", "team"]):
+        code, said, _ = yaongi("status", *where)
+        (row, told) = said.splitlines()[1:]
+        assert row.split()[:4] == [name, "namespace", "team", "stopped"] and told == f"{name}: {again}"
+        assert "none yet" not in row, "the checkpoint that stopping has saved is out of sight"
+        assert f"state       stopped: {again}\n" in yaongi("status", "mine", *where)[1]
+    assert yaongi("status", "-n", "other") == (0, "no runs in namespace other\n", "")
+    code, _, error = yaongi("resume", name, "-n", "other")
+    assert code == 2 and error.startswith(f"error: no run '{name}' in namespace 'other', nor stopped there from work")
+
+    assert yaongi("resume", "mine")[:2] == (
+        0,
+        f"created job {name} in namespace team\njob {name} goes on; follow it: yaongi logs {name} -n team --follow; "
+        "how far: yaongi status -n team\n",
+    )
+    code, said, _ = yaongi("status")
+    assert name in said and "stopped" not in said
+
+
+def test_a_stopped_run_that_was_launched_again_is_shown_once(server, kind, yaongi):
+    name = launched(kind, "mine").run_name
+    assert yaongi("stop", name)[0] == 0
+    launched(kind, "mine")
+    shown = yaongi("status")[1]
+    assert f"{name} " in shown and "stopped" not in shown
+
+
+def test_a_run_that_is_resumed_is_not_bound_to_the_lease_of_its_former_launcher(server, kind, yaongi):
+    job = launched(kind, "mine")
+    (made,) = server.has(jobs_at(kind))
+    assert UNWATCHED_VARIABLE not in environment(made, server, kind)
+    for _ in range(2):  # what was resumed once may be stopped again
+        assert yaongi("stop", job.run_name)[0] == 0
+        assert yaongi("resume", job.run_name)[0] == 0
+        (resumed,) = server.has(jobs_at(kind))
+        assert environment(resumed, server, kind).count(UNWATCHED_VARIABLE) == 1
+    assert resumed["metadata"]["annotations"] == made["metadata"]["annotations"], "a launcher takes it for its job"
