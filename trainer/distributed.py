@@ -111,9 +111,9 @@ def wait_for_host(host: str, timeout_seconds: float) -> None:
                 raise TrainingError(
                     ExitCode.COMMUNICATION,
                     f"rendezvous host {host} has no address after {timeout_seconds:.0f} s ({error.strerror}); "
-                    "is the pod of worker 0 there, and its headless service?",
+                    "is its pod there, and its headless service?",
                 ) from None
-            if time.monotonic() >= next_said:  # worker 0 may queue for hours
+            if time.monotonic() >= next_said:  # its pod may queue for hours
                 log.info("rendezvous host %s has no address yet; still trying", host)
                 next_said = time.monotonic() + _WAIT_SAID_SECONDS
             time.sleep(pause)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,7 @@ log = logging.getLogger("trainer.entrypoint")
 
 RANK_PROGRAM = ("-m", "trainer")
 HOST_PATIENCE_SECONDS = 86_400.0
+_FIRST_WORKER = re.compile(r"-(?:worker|node-0)-(0)(?:\.|$)")
 TERMINATION_LOG_VARIABLE = "YAONGI_TERMINATION_LOG"
 TERMINATION_LOG = "/dev/termination-log"
 _TERMINATION_BYTES = 4096  # what Kubernetes keeps
@@ -139,11 +141,13 @@ def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     arguments = torchrun.parse_args([*torchrun_options(spec), *RANK_PROGRAM, *command])
-    if host := rendezvous_host():
+    if hosts := rendezvous_hosts():
         from trainer.distributed import wait_for_host
 
-        # Worker 0 may queue for hours; launcher, lease and deadline end this wait, not the restart budget.
-        wait_for_host(host, HOST_PATIENCE_SECONDS)
+        # Any worker may queue for hours; launcher, lease and deadline end this wait, not the rendezvous' own timeout,
+        # which would cost restarts.
+        for host in hosts:
+            wait_for_host(host, HOST_PATIENCE_SECONDS)
     # How long the agent waits between forwarding a stop signal and killing: as long as a checkpoint may take.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(spec.runtime.hang_timeout_seconds))
     try:
@@ -202,6 +206,21 @@ def rendezvous_host() -> str | None:
     """Host at which the nodes meet; None when this machine is alone."""
     endpoint = os.environ.get("PET_RDZV_ENDPOINT")
     return endpoint.rpartition(":")[0] or endpoint if endpoint else os.environ.get("PET_MASTER_ADDR")
+
+
+def rendezvous_hosts() -> list[str]:
+    """Hosts of all nodes, first the one at which they meet; only that one where the others' names cannot be told.
+
+    The operators number the workers of a job in their names: `job-worker-0`, or `job-node-0-0.job` for a TrainJob.
+    """
+    if (host := rendezvous_host()) is None:
+        return []
+    fewest, _, most = os.environ.get("PET_NNODES", "1").partition(":")
+    numbered = _FIRST_WORKER.search(host)
+    if numbered is None or not fewest.isdecimal() or most not in ("", fewest):
+        return [host]
+    before, after = host[: numbered.start(1)], host[numbered.end(1) :]
+    return [f"{before}{worker}{after}" for worker in range(int(fewest))]
 
 
 def write_termination_message(code: int, reason: str) -> None:

@@ -304,6 +304,27 @@ def test_nodes_without_a_meeting_point_are_refused(shim, monkeypatch: pytest.Mon
     assert code == 2 and "elasticPolicy" in message["reason"]
 
 
+@pytest.mark.parametrize(
+    ("environment", "hosts"),
+    [
+        ({}, []),
+        ({"PET_RDZV_ENDPOINT": "a-worker-0:23456", "PET_NNODES": "2:2"}, ["a-worker-0", "a-worker-1"]),
+        ({"PET_MASTER_ADDR": "a-node-0-0.a", "PET_NNODES": "3"}, [f"a-node-0-{i}.a" for i in range(3)]),
+        ({"PET_MASTER_ADDR": "worker-0-node-0-0.worker-0", "PET_NNODES": "1"}, ["worker-0-node-0-0.worker-0"]),
+        # Nobody knows how many come, or what they are called.
+        ({"PET_RDZV_ENDPOINT": "a-worker-0:23456", "PET_NNODES": "1:4"}, ["a-worker-0"]),
+        ({"PET_MASTER_ADDR": "a-master-0", "PET_NNODES": "2"}, ["a-master-0"]),
+        ({"PET_RDZV_ENDPOINT": "10.0.0.7:29400", "PET_NNODES": "2"}, ["10.0.0.7"]),
+    ],
+)
+def test_all_workers_are_waited_for_where_their_names_can_be_told(monkeypatch, environment, hosts):
+    for name in ("PET_RDZV_ENDPOINT", "PET_MASTER_ADDR", "PET_NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert entrypoint.rendezvous_hosts() == hosts
+
+
 def test_rendezvous_host_is_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     asked: list[float] = []
 
