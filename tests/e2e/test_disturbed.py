@@ -27,6 +27,8 @@ for process in pathlib.Path("/proc").glob("[0-9]*"):
 """
 KILL_EVERYTHING = "import os, signal; os.kill(-1, signal.SIGKILL)"  # but the container's first process, which follows
 
+START_SECONDS = 25  # also the time that torchrun's own rendezvous waits
+
 
 @dataclass(frozen=True)
 class Recovery:
@@ -76,6 +78,26 @@ class Disturbed:
         return {sample.labels["reason"]: sample.value for sample in families["yaongi_restarts"].samples}
 
 
+def start_with_worker_1_queued(namespace: Namespace) -> PipelineRun:
+    """A quota leaves room for the launcher and worker 0 alone, for longer than a rendezvous waits for late workers."""
+    alive = [pod for pod in namespace.find("pods") if pod["status"]["phase"] in ("Pending", "Running")]
+    spec = {"hard": {"pods": str(len(alive) + 2)}}
+    namespace.apply({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "one-worker"}, "spec": spec})
+    try:
+        wait_for("the quota", lambda: namespace.find("resourcequotas")[0].get("status", {}).get("hard"), 20)
+        changes = ["train.checkpoint.every_steps=4", f"cluster.start_timeout_seconds={START_SECONDS}"]
+        run = PipelineRun.start_training(namespace, "disturbed", *changes)
+        zero, one = run.workers
+        wait_for("worker 0", lambda: namespace.get("pod", zero), 120)
+        namespace.running(zero)
+        waiting = f"rendezvous host {one} has no address yet"
+        wait_for("worker 0 to wait for worker 1", lambda: waiting in namespace.kubectl("logs", zero), 60)
+        time.sleep(START_SECONDS + 10)
+    finally:
+        namespace.kubectl("delete", "resourcequota", "one-worker")
+    return run
+
+
 def restarts(run: PipelineRun) -> dict[str, Counter[str]]:
     """Restarts by worker and reason."""
     return {node: Counter(record["reasons"]) for node, record in run.read_json("restarts.json")["nodes"].items()}
@@ -84,9 +106,10 @@ def restarts(run: PipelineRun) -> dict[str, Counter[str]]:
 def test_lost_workers_change_neither_the_outcome_nor_the_losses(first: PipelineRun) -> None:
     assert first.code == 0, first.log
     namespace: Namespace = first.namespace
-    disturbed = Disturbed(run := PipelineRun.start_training(namespace, "disturbed", "train.checkpoint.every_steps=4"))
+    disturbed = Disturbed(run := start_with_worker_1_queued(namespace))
     zero, one = run.workers
     wait_for("step 5", lambda: disturbed.step() >= 5, RUN_TIMEOUT, every=0.5)
+    assert restarts(run) == {zero: Counter(), one: Counter()}, "to wait for a queued worker costs no restarts"
     recoveries = [
         disturbed.disturb("worker 1 deleted", lambda: namespace.kubectl("delete", "pod", one, "--wait=false")),
         disturbed.disturb("rank of worker 1 killed", lambda: namespace.execute(one, "python", "-c", KILL_A_RANK)),
@@ -100,6 +123,7 @@ def test_lost_workers_change_neither_the_outcome_nor_the_losses(first: PipelineR
     run.finish()
     assert run.code == 0, run.log
     assert run.condition == "Succeeded"
+    assert "exceeded quota: one-worker" in run.log
     assert run.losses == first.losses
     assert run.read_json("result.json")["loss_last"] == first.read_json("result.json")["loss_last"]
     by_stop, by_kill = recoveries[0::2], recoveries[1::2]
