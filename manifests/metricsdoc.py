@@ -10,8 +10,8 @@ from trainer.metrics import METRICS, PREFIX, Metric, Process
 
 COMMITTED = Path(__file__).parent.parent / "docs" / "metrics.md"
 SERVED: dict[Process, str] = {
-    "trainer": f"Every rank, on port `runtime.metrics_port` (9400) + local rank. Job `{APP}` in Prometheus; values of "
-    "the whole run come from rank 0, those with the label `rank` from each.",
+    "trainer": f"Every rank, on port `train.runtime.metrics_port` (9400) + local rank. Job `{APP}` in Prometheus; "
+    "values of the whole run come from rank 0, those with the label `rank` from each.",
     "launcher": f"The steps train, evaluate and export of the pipeline, on port {STEP_METRICS_PORT} "
     f"(YAONGI_METRICS_PORT; 0 serves none). Job `{STEP_APP}`.",
     "data": "The other steps of the pipeline, on the same port. "

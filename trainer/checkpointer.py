@@ -197,7 +197,7 @@ class Checkpointer:
                     f"{path} was trained on {name} {manifest.digests.get(name)}, this run has {digest}; "
                     "use the same data, or another run_dir",
                 )
-        if different := _difference("model", manifest.spec["model"], self._spec.model.model_dump(mode="json")):
+        if different := _difference("train.model", manifest.spec["model"], self._spec.model.model_dump(mode="json")):
             field, theirs, ours = different
             raise TrainingError(
                 ExitCode.SPEC,
@@ -208,7 +208,7 @@ class Checkpointer:
         if optimizer != written_by:
             raise TrainingError(
                 ExitCode.SPEC,
-                f"{path} holds the state of optimizer {written_by}, optimizer.name is {optimizer} in the spec; "
+                f"{path} holds the state of optimizer {written_by}, train.optimizer.name is {optimizer} in the spec; "
                 "use the same optimizer, or another run_dir",
             )
 

@@ -129,7 +129,7 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise TrainingError(
-            ExitCode.SPEC, "runtime.device is cuda but this machine has no usable GPU; write auto or cpu"
+            ExitCode.SPEC, "train.runtime.device is cuda but this machine has no usable GPU; write auto or cpu"
         )
     if local_rank >= torch.cuda.device_count():
         raise TrainingError(

@@ -154,7 +154,7 @@ def _score_sources(
         raise TrainingError(
             ExitCode.DATA,
             f"{spec.tokens.shards}: no held-out text of source '{nothing[0]}' to score; raise data.heldout_fraction "
-            "or evaluate.max_tokens",
+            "or train.evaluate.max_tokens",
         )
     return scores, domain_of
 

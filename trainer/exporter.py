@@ -41,7 +41,8 @@ class Metrics:
             except OSError as error:
                 what = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
                 raise ValueError(
-                    f"metrics port {port} {what}; set runtime.metrics_port to a free one, or to 0 for no metrics server"
+                    f"metrics port {port} {what}; set train.runtime.metrics_port to a free one, or to 0 for no metrics "
+                    "server"
                 ) from None
 
     def set(self, name: str, value: float, **labels: str) -> None:

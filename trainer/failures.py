@@ -23,7 +23,7 @@ from trainer.specbase import SpecError
 DIRECTORY_VARIABLE = "YAONGI_FAILURES"
 NODE_VARIABLE = "NODE_NAME"  # a pod's own hostname is that of the pod
 PEER_STOPPED, OUT_OF_MEMORY_LABEL = "peer_stopped", "out_of_memory"
-OUT_OF_MEMORY = "out of memory; lower batch.micro_batch_rows or give the pod more"
+OUT_OF_MEMORY = "out of memory; lower train.batch.micro_batch_rows or give the pod more"
 _OUT_OF_MEMORY = re.compile(r"out of (GPU )?memory")
 _COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket timeout|timed out", re.I)
 _GPU = re.compile(r"cuda error|cublas|cudnn|device-side|acceleratorerror", re.I)
@@ -59,7 +59,7 @@ def classify(error: BaseException) -> tuple[int, str]:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, RuntimeError):
         if isinstance(error, torch.OutOfMemoryError):
-            return ExitCode.KILLED, f"out of GPU memory; lower batch.micro_batch_rows ({named})"
+            return ExitCode.KILLED, f"out of GPU memory; lower train.batch.micro_batch_rows ({named})"
         if isinstance(error, torch.distributed.DistError) or _COMMUNICATION.search(text):
             return ExitCode.COMMUNICATION, named
         if isinstance(error, torch.AcceleratorError) or _GPU.search(text):

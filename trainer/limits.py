@@ -112,7 +112,7 @@ class Limits:
 
     def _look(self) -> str | None:
         if self.deadline is not None and time.time() >= self.deadline:
-            return "the deadline has passed; raise runtime.deadline_seconds and resume to go on"
+            return "the deadline has passed; raise train.runtime.deadline_seconds and resume to go on"
         if self._watch.lapsed():
             return (
                 f"the launcher has not renewed its lease for {self._watch.silent_seconds:.0f} s, so nobody watches "

@@ -159,7 +159,7 @@ def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
         raise TrainingError(
             ExitCode.DIVERGED,
             f"{MAX_SKIPPED_STEPS} steps in a row were skipped, the last one, step {step + 1}, for {skipped}; lower the "
-            "learning rates, or set LATEST back to an older checkpoint and pass over the data by tokens.skip",
+            "learning rates, or set LATEST back to an older checkpoint and pass over the data by train.skip",
         )
     return Update(norm, clipped, skipped)
 

@@ -135,6 +135,6 @@ def refuse_too_large(spec: TrainSpec, layout: Layout, rank_bytes: int | None) ->
     if rank_bytes is not None and state > rank_bytes:
         raise ValueError(
             f"model: weights, gradients and optimizer state take {state / 2**30:.1f} GiB on each rank ({layout}), "
-            f"which has {rank_bytes / 2**30:.1f}; use more GPUs or more memory, parallel.data fsdp, "
-            "optimizer.state_dtype bf16, or a smaller model"
+            f"which has {rank_bytes / 2**30:.1f}; use more GPUs or more memory, train.parallel.data fsdp, "
+            "train.optimizer.state_dtype bf16, or a smaller model"
         )

@@ -82,7 +82,7 @@ def resolve(spec: PrecisionSpec, capability: Capability | None) -> Precision:
         return _fp8_by_name(spec.fp8, capability)
     if requested == "bf16" and capability is not None and capability < BF16_CAPABILITY:
         raise ValueError(
-            f"precision.dtype bf16: this GPU has compute capability {_text(capability)} and bf16 needs "
+            f"train.precision.dtype bf16: this GPU has compute capability {_text(capability)} and bf16 needs "
             f"{_text(BF16_CAPABILITY)}; write fp16 or auto"
         )
     return _rung(requested, f"{requested} was asked for")
@@ -108,14 +108,15 @@ def _fp8_by_name(fp8: Fp8Spec, capability: Capability | None) -> Precision:
     if fp8.implementation != "auto":
         if problem := fp8_problem(fp8, fp8.implementation, capability):
             raise ValueError(
-                f"precision.dtype fp8 by {fp8.implementation}: {problem}; write bf16, or emulated to try it anywhere"
+                f"train.precision.dtype fp8 by {fp8.implementation}: {problem}; write bf16, or emulated to "
+                "try it anywhere"
             )
         return _fp8(fp8, fp8.implementation, f"fp8 by {fp8.implementation} was asked for")
     implementation, reasons = _proven_fp8(fp8, capability)
     if implementation is None:
         raise ValueError(
-            f"precision.dtype fp8: no implementation is known to work here ({'; '.join(reasons)}); write bf16, or name "
-            "one as precision.fp8.implementation: te, torch, or emulated (slow, anywhere)"
+            f"train.precision.dtype fp8: no implementation is known to work here ({'; '.join(reasons)}); write bf16, "
+            "or name one as train.precision.fp8.implementation: te, torch, or emulated (slow, anywhere)"
         )
     return _fp8(fp8, implementation, f"fp8 was asked for, {implementation} is proven here")
 

@@ -153,7 +153,9 @@ def read_data(spec: TrainSpec) -> tuple[dict[str, str], list[int] | None]:
     except DataError as error:
         raise TrainingError(ExitCode.DATA, str(error)) from None
     if size > spec.model.vocab_size:
-        raise SpecError(f"model.vocab_size {spec.model.vocab_size} is below the tokenizer's {size} entries; raise it")
+        raise SpecError(
+            f"train.model.vocab_size {spec.model.vocab_size} is below the tokenizer's {size} entries; raise it"
+        )
     return digests, token_classes(Path(spec.tokens.tokenizer) / "tokenizer.json") if spec.model.engram else None
 
 

@@ -89,7 +89,7 @@ def begin(run_dir: str | Path, max_restarts: int, task: str = "train", node: str
             raise TrainingError(
                 ExitCode.BUDGET,
                 f"restarted {max_restarts} times at step {step} without getting further ({often}); "
-                "mend the cause and resume, or raise runtime.max_restarts",
+                "mend the cause and resume, or raise train.runtime.max_restarts",
             )
         return record
 

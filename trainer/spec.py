@@ -63,9 +63,9 @@ class TokensSpec(Spec):
     def _stages_are_sound(self) -> Self:
         starts = [stage.from_tokens for stage in self.curriculum]
         if any(a >= b for a, b in pairwise(starts)):
-            raise ValueError(f"curriculum: from_tokens {starts} must rise")
+            raise ValueError(f"train.curriculum: from_tokens {starts} must rise")
         for stage in self.curriculum:
-            where = f"curriculum: the stage from token {stage.from_tokens}"
+            where = f"train.curriculum: the stage from token {stage.from_tokens}"
             if stage.weights is None and stage.seq_len is None:
                 raise ValueError(f"{where} changes nothing; give it weights or seq_len")
             if stage.weights is None:
@@ -80,7 +80,7 @@ class TokensSpec(Spec):
     def _skip_is_ordered(self) -> Self:
         bounds = [-1, *(bound for first_and_last in self.skip for bound in first_and_last)]
         if any(a >= b for a, b in pairwise(bounds)):
-            raise ValueError(f"skip {self.skip} must be ranges [first, last) that rise and do not touch")
+            raise ValueError(f"train.skip {self.skip} must be ranges [first, last) that rise and do not touch")
         return self
 
     @model_validator(mode="after")
@@ -339,14 +339,14 @@ class TrainSpec(Spec):
         row_tokens = self.batch.micro_batch_rows * self.tokens.seq_len
         if self.batch.tokens_per_step % row_tokens:
             raise ValueError(
-                f"batch.tokens_per_step {self.batch.tokens_per_step} must be a multiple of "
+                f"train.batch.tokens_per_step {self.batch.tokens_per_step} must be a multiple of "
                 f"micro_batch_rows × seq_len = {row_tokens}"
             )
         for stage in self.tokens.curriculum:
             if stage.seq_len and row_tokens % stage.seq_len:
                 raise ValueError(
-                    f"tokens.curriculum: seq_len {stage.seq_len} must divide the tokens of a micro-batch, "
-                    f"micro_batch_rows × seq_len = {row_tokens}; raise batch.micro_batch_rows"
+                    f"train.curriculum: seq_len {stage.seq_len} must divide the tokens of a micro-batch, "
+                    f"micro_batch_rows × seq_len = {row_tokens}; raise train.batch.micro_batch_rows"
                 )
         return self
 
@@ -355,7 +355,7 @@ class TrainSpec(Spec):
         final, peak = self.schedule.final_learning_rate, self.optimizer.peak_learning_rate
         if final > peak and self.schedule.name != "constant":
             raise ValueError(
-                f"schedule.final_learning_rate {final:g} exceeds the peak, optimizer.{self.optimizer.name}."
+                f"train.schedule.final_learning_rate {final:g} exceeds the peak, train.optimizer.{self.optimizer.name}."
                 f"learning_rate {peak:g}; lower the one or raise the other"
             )
         return self
@@ -371,7 +371,7 @@ class TrainSpec(Spec):
         if step_rows % per_round:
             raise ValueError(
                 f"a step of {step_rows} rows cannot be shared by {world_size} ranks in micro-batches of "
-                f"{self.batch.micro_batch_rows} rows; make batch.tokens_per_step a multiple of "
+                f"{self.batch.micro_batch_rows} rows; make train.batch.tokens_per_step a multiple of "
                 f"{per_round * self.tokens.seq_len}"
             )
         return step_rows // per_round

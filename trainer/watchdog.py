@@ -58,8 +58,8 @@ class Watchdog:
             if idle < self._timeout:
                 continue
             reason = (
-                f"no step finished for {self._timeout:.0f} s (runtime.hang_timeout_seconds) on {failures.node_name()}, "
-                f"which hangs in {self.doing()}; stacks are in the log"
+                f"no step finished for {self._timeout:.0f} s (train.runtime.hang_timeout_seconds) on "
+                f"{failures.node_name()}, which hangs in {self.doing()}; stacks are in the log"
             )
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             _end(ExitCode.HANG, reason)

@@ -72,13 +72,17 @@ def test_ranks_that_share_the_state_need_less_each():
     cluster = {"nodes": 2, "gpus_per_node": 8, "gpu_memory_gib": 24}
     rows = {"batch": {"micro_batch_rows": 1}}
     assert load_job("h100-4b", {"cluster": cluster, "train": rows})
-    with pytest.raises(SpecError, match=r"take 41\.2 GiB on each GPU \(ddp=16x1,experts=16x1\).*parallel\.data fsdp"):
+    with pytest.raises(
+        SpecError, match=r"take 41\.2 GiB on each GPU \(ddp=16x1,experts=16x1\).*train\.parallel\.data fsdp"
+    ):
         load_job("h100-4b", {"cluster": cluster, "train": {**rows, "parallel": {"data": "ddp"}}})
     assert load_job("h100-4b", {"cluster": cluster, "train": {**rows, "parallel": {"expert": 16}}})
 
 
 def test_a_mesh_that_the_cluster_cannot_form_is_refused_before_submission():
-    with pytest.raises(SpecError, match=r"parallel\.expert 6 must divide the 16 ranks .* write one of 1, 2, 4, 8, 16"):
+    with pytest.raises(
+        SpecError, match=r"train\.parallel\.expert 6 must divide the 16 ranks .* write one of 1, 2, 4, 8, 16"
+    ):
         load_job("h100-4b", {"cluster": {"nodes": 2, "gpus_per_node": 8}, "train": {"parallel": {"expert": 6}}})
 
 

@@ -26,11 +26,11 @@ from trainer.specbase import SpecError
         ({"train": {"optimizer": {"spike_guard": {"sigmas": 3}}}}, "train.optimizer.spike_guard", "skips 13 steps"),
         ({"train": {"optimizer": {"muon": {"momentum": 1}}}}, "train.optimizer.muon.momentum", "less than 1"),
         ({"train": {"optimizer": {"adamw": {"beta2": 1}}}}, "train.optimizer.adamw.beta2", "less than 1"),
-        ({"train": {"schedule": {"final_learning_rate": 0.02}}}, "JobSpec", "optimizer.muon.learning_rate 0.01"),
+        ({"train": {"schedule": {"final_learning_rate": 0.02}}}, "JobSpec", "train.optimizer.muon.learning_rate 0.01"),
         (
             {"train": {"optimizer": {"name": "adamw"}, "schedule": {"final_learning_rate": 0.006}}},
             "JobSpec",
-            "optimizer.adamw.learning_rate 0.005; lower the one or raise the other",
+            "train.optimizer.adamw.learning_rate 0.005; lower the one or raise the other",
         ),
         ({"train": {"model": {"norm_eps": -1}}}, "train.model.norm_eps", "greater than 0"),
         ({"train": {"model": {"attention": {"rope_theta": 0}}}}, "train.model.attention.rope_theta", "greater than 0"),
@@ -47,7 +47,7 @@ from trainer.specbase import SpecError
         ({"tokenizer": {"vocab_size": 5120}}, "JobSpec", "make them equal"),
         ({"tokenizer": {"vocab_size": 5000}}, "tokenizer", "make it and train.model.vocab_size 5120"),
         ({"data": {"sources": {"ko": {"weight": 0.9}}}}, "data", "they must sum to 1"),
-        ({"cluster": {"nodes": 3}}, "JobSpec", "make batch.tokens_per_step a multiple of 6144"),
+        ({"cluster": {"nodes": 3}}, "JobSpec", "make train.batch.tokens_per_step a multiple of 6144"),
         ({"name": "Not A Name"}, "name", "match pattern"),
     ],
 )

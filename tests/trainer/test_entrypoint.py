@@ -241,7 +241,7 @@ def test_want_of_memory_is_told_from_other_kills(shim, tmp_path: Path, monkeypat
     monkeypatch.setattr(hostmemory, "KILL_FILES", (counter,))
     try:
         code, message = shim(f"open('{group}/cgroup.procs', 'w').write(str(os.getpid())); bytearray(300 * 2**20)")
-        assert code == ExitCode.KILLED and "out of memory; lower batch.micro_batch_rows" in message["reason"]
+        assert code == ExitCode.KILLED and "out of memory; lower train.batch.micro_batch_rows" in message["reason"]
         assert shim("os.kill(os.getpid(), signal.SIGKILL)")[0] == ExitCode.KILLED
         assert shim("pass")[0] == 0
     finally:

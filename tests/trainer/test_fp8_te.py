@@ -72,7 +72,9 @@ def test_a_missing_package_is_one_line(monkeypatch):
 )
 def test_delayed_scaling_refuses_compilation_and_recomputation(runtime):
     delayed = Fp8Spec(recipe="delayed", implementation="te")
-    with pytest.raises(ValueError, match=rf"runtime\.{next(iter(runtime))} does not go with delayed .*recipe current"):
+    with pytest.raises(
+        ValueError, match=rf"train\.runtime\.{next(iter(runtime))} does not go with delayed .*recipe current"
+    ):
         te.check_runtime(delayed, RuntimeSpec(**runtime))
     te.check_runtime(delayed, RuntimeSpec())
     te.check_runtime(Fp8Spec(recipe="current", implementation="te"), RuntimeSpec(**runtime))

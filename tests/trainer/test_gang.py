@@ -34,7 +34,9 @@ def test_a_hang_names_rank_node_and_phase(micro_data: Path, tmp_path: Path):
     assert start(spec, tmp_path, "stall 3").wait(timeout=120) == ExitCode.HANG
     message = json.loads((tmp_path / "termination-log-0").read_text())
     assert message["code"] == ExitCode.HANG and message["retryable"]
-    assert message["reason"].startswith("rank 0: no step finished for 4 s (runtime.hang_timeout_seconds) on node-0, ")
+    assert message["reason"].startswith(
+        "rank 0: no step finished for 4 s (train.runtime.hang_timeout_seconds) on node-0, "
+    )
     assert "which hangs in data of step 3; stacks" in message["reason"]
 
 

@@ -144,12 +144,14 @@ def test_other_data_or_another_model_is_refused(micro_data: Path, tmp_path: Path
     spec = micro.micro_spec(micro_data, tmp_path / "run", steps=1)
     assert train(spec) == 0
     wider: TrainSpec = spec.updated({"model": {"mlp": {"width": 64}}, "steps": 2})
-    with pytest.raises(TrainingError, match=r"model\.mlp\.width is 32 there and 64 .*use the same model") as error:
+    with pytest.raises(
+        TrainingError, match=r"train\.model\.mlp\.width is 32 there and 64 .*use the same model"
+    ) as error:
         train(wider)
     assert error.value.code == ExitCode.SPEC
     dist.destroy_process_group()
     plain: TrainSpec = spec.updated({"optimizer": {"name": "adamw"}, "steps": 2})
-    with pytest.raises(TrainingError, match=r"state of optimizer muon, optimizer\.name is adamw") as error:
+    with pytest.raises(TrainingError, match=r"state of optimizer muon, train\.optimizer\.name is adamw") as error:
         train(plain)
     assert error.value.code == ExitCode.SPEC and "\n" not in str(error.value)
     dist.destroy_process_group()

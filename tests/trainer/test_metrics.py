@@ -97,7 +97,7 @@ def test_other_ranks_export_only_their_own(serve):
 @pytest.mark.enable_socket
 def test_taken_port_is_one_clear_line(serve):
     _, port = serve()
-    with pytest.raises(ValueError, match=f"metrics port {port} is taken; set runtime.metrics_port") as caught:
+    with pytest.raises(ValueError, match=f"metrics port {port} is taken; set train.runtime.metrics_port") as caught:
         Metrics(rank=0, port=port)
     assert "\n" not in str(caught.value)
 

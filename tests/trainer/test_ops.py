@@ -286,7 +286,7 @@ def test_a_named_backend_is_taken_or_refused(monkeypatch):
     named = BackendsSpec(experts="grouped", ssd="reference")
     assert resolve(named, CPU)["ssd"] == ("reference", "named in the spec", True)
     monkeypatch.delattr(F, "grouped_mm")
-    with pytest.raises(ValueError, match=r"backends\.experts: 'grouped' cannot run on cpu: .*use 'auto'"):
+    with pytest.raises(ValueError, match=r"train\.backends\.experts: 'grouped' cannot run on cpu: .*use 'auto'"):
         resolve(named, CPU)
     fallen_back = resolve(BackendsSpec(), CPU)["experts"]
     assert fallen_back.name == "reference" and "not grouped" in fallen_back.reason

@@ -170,4 +170,4 @@ def test_mesh_that_the_ranks_cannot_form_ends_with_2_in_one_line(micro_data: Pat
     code, output = micro.finish(process)
     assert code == ExitCode.SPEC and "Traceback" not in output
     (line,) = (line for line in output.splitlines() if line.startswith("exit 2"))
-    assert "parallel.expert 3 must divide the 1 ranks" in line and "write one of 1" in line
+    assert "train.parallel.expert 3 must divide the 1 ranks" in line and "write one of 1" in line

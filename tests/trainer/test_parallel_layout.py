@@ -51,12 +51,16 @@ def test_mesh_of_a_spec(fields: dict[str, Any], world: int, node: int, expected:
 @pytest.mark.parametrize(
     ("fields", "model", "message"),
     [
-        ({"expert": 3}, MODEL, r"parallel\.expert 3 must divide the 8 ranks .* write one of 1, 2, 4$"),
-        ({"expert": 8}, MODEL, r"parallel\.expert 8 must divide .* the 12 experts; write one of 1, 2, 4$"),
-        ({"expert": 2}, WITHOUT_EXPERTS, r"parallel\.expert 2: model\.layers has no experts \(E\); write 1"),
-        ({"shard": 3}, MODEL, r"parallel\.shard 3 does not divide the 8 ranks .* write one of 2, 4, 8$"),
-        ({"data": "ddp", "shard": 2}, MODEL, r"parallel\.shard is for fsdp.*remove shard"),
-        ({"data": "fsdp", "shard_optimizer": True}, MODEL, r"parallel\.shard_optimizer is for ddp.*remove one"),
+        ({"expert": 3}, MODEL, r"train\.parallel\.expert 3 must divide the 8 ranks .* write one of 1, 2, 4$"),
+        ({"expert": 8}, MODEL, r"train\.parallel\.expert 8 must divide .* the 12 experts; write one of 1, 2, 4$"),
+        (
+            {"expert": 2},
+            WITHOUT_EXPERTS,
+            r"train\.parallel\.expert 2: train\.model\.layers has no experts \(E\); write 1",
+        ),
+        ({"shard": 3}, MODEL, r"train\.parallel\.shard 3 does not divide the 8 ranks .* write one of 2, 4, 8$"),
+        ({"data": "ddp", "shard": 2}, MODEL, r"train\.parallel\.shard is for fsdp.*remove shard"),
+        ({"data": "fsdp", "shard_optimizer": True}, MODEL, r"train\.parallel\.shard_optimizer is for ddp.*remove one"),
     ],
 )
 def test_impossible_mesh_is_one_line_that_says_the_way_out(fields: dict[str, Any], model: ModelSpec, message: str):
@@ -66,7 +70,7 @@ def test_impossible_mesh_is_one_line_that_says_the_way_out(fields: dict[str, Any
 
 
 def test_one_rank_shares_with_nobody():
-    with pytest.raises(ValueError, match=r"parallel\.shard 2 does not divide the 1 ranks .*; remove it$"):
+    with pytest.raises(ValueError, match=r"train\.parallel\.shard 2 does not divide the 1 ranks .*; remove it$"):
         resolve(ParallelSpec(shard=2), MODEL, 1, 1)
 
 

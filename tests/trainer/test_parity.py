@@ -84,7 +84,9 @@ def test_a_named_backend_without_a_record_runs_and_says_so(with_records, mamba_i
     ("op", "backend"), [("ssd", "mamba_ssm"), ("conv", "causal_conv1d"), ("attention", "varlen"), ("experts", "te")]
 )
 def test_a_kernel_named_where_there_is_no_gpu_is_refused_in_one_line(op, backend):
-    with pytest.raises(ValueError, match=rf"backends\.{op}: '{backend}' cannot run on cpu: needs a CUDA device; use"):
+    with pytest.raises(
+        ValueError, match=rf"train\.backends\.{op}: '{backend}' cannot run on cpu: needs a CUDA device; use"
+    ):
         resolve(BackendsSpec(**{op: backend}), CPU)
 
 

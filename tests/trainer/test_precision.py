@@ -74,7 +74,12 @@ def test_a_proven_package_that_breaks_on_import_is_passed_over(monkeypatch):
         (L4, "torch", "block128", "128-block products need 9.x"),
         (B200, "torch", "block128", "128-block products need 9.x"),
         (CPU, "auto", "current", "no implementation is known to work here"),
-        (H100, "auto", "current", r"current scaling unproven on sm_90 .*name one as precision\.fp8\.implementation"),
+        (
+            H100,
+            "auto",
+            "current",
+            r"current scaling unproven on sm_90 .*name one as train\.precision\.fp8\.implementation",
+        ),
     ],
 )
 def test_fp8_by_name_that_cannot_run_is_one_line(monkeypatch, capability, implementation, recipe, problem):
@@ -87,7 +92,9 @@ def test_fp8_by_name_that_cannot_run_is_one_line(monkeypatch, capability, implem
 def test_a_margin_that_nothing_would_read_is_refused():
     with pytest.raises(ValueError, match="margin 1 is for the recipes delayed and current, not block128; remove it"):
         PrecisionSpec(fp8={"recipe": "block128", "margin": 1})
-    with pytest.raises(ValueError, match=r"by te: it takes no margin for current scaling \(precision\.fp8\.margin 1\)"):
+    with pytest.raises(
+        ValueError, match=r"by te: it takes no margin for current scaling \(train\.precision\.fp8\.margin 1\)"
+    ):
         by_name("fp8", H100, implementation="te", recipe="current", margin=1)
     assert by_name("fp8", H100, implementation="torch", recipe="current", margin=1).fp8.margin == 1
     assert by_name("fp8", H100, implementation="emulated", recipe="delayed", margin=1).fp8.margin == 1
@@ -96,7 +103,7 @@ def test_a_margin_that_nothing_would_read_is_refused():
 def test_blocks_of_torch_take_no_e5m2(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     assert torch_problem("block128", E4M3, H100) is None
-    assert "write precision.fp8.format e4m3" in torch_problem("block128", E5M2, H100)
+    assert "write train.precision.fp8.format e4m3" in torch_problem("block128", E5M2, H100)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert "CUDA 12.8" in torch_problem("block128", E4M3, H100)
     assert torch_problem("current", E5M2, L4) is None

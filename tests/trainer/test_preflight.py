@@ -96,7 +96,9 @@ def test_a_writable_volume_is_measured_and_left_clean(micro_data: Path, tmp_path
     measured = storage.writable(spec, None)
     assert measured.bytes_per_second > 0 and "free" in measured.text
     assert [path.name for path in tmp_path.iterdir()] == ["train.yaml"]
-    with pytest.raises(TrainingError, match=r"the floor is 1e\+09; .* lower runtime.preflight.min_write_mb") as error:
+    with pytest.raises(
+        TrainingError, match=r"the floor is 1e\+09; .* lower train.runtime.preflight.min_write_mb"
+    ) as error:
         storage.writable(spec, 1e9)
     assert error.value.code == ExitCode.CHECKPOINT
 

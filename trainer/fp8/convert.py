@@ -55,7 +55,7 @@ def convert(
     chosen = [row for row in table if row.converted]
     if not chosen:
         reasons = "; ".join(sorted({row.reason for row in table if row.active}))
-        raise ValueError(f"precision.dtype fp8: no product of this model can be FP8 ({reasons}); write bf16")
+        raise ValueError(f"train.precision.dtype fp8: no product of this model can be FP8 ({reasons}); write bf16")
     done = f"{share(table):.0%} of the products' operations"
     log.info("fp8: %s scaling, %s: %s", fp8.recipe, recipe.implementation, done)
     for line in summary(table):

@@ -169,7 +169,7 @@ def experts_problem(recipe: Recipe, backend: str, capability: tuple[int, int] | 
     if recipe.scaling == "block128":
         return "torch's grouped FP8 product knows no blocks of 128"
     if recipe.gradient is not E4M3:
-        return "torch's grouped FP8 product takes no E5M2; precision.fp8.format e4m3 would do"
+        return "torch's grouped FP8 product takes no E5M2; train.precision.fp8.format e4m3 would do"
     if capability is not None and capability[0] != 9:
         return "torch's grouped FP8 product needs compute capability 9.0"
     return None

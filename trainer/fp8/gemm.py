@@ -84,7 +84,7 @@ def torch_problem(recipe: str, gradient: torch.dtype, capability: tuple[int, int
     if capability[0] != 9:
         return f"{have}, torch's {BLOCK}-block products need 9.x"
     if gradient is not E4M3:
-        return f"torch's {BLOCK}-block products take E4M3 only; write precision.fp8.format e4m3"
+        return f"torch's {BLOCK}-block products take E4M3 only; write train.precision.fp8.format e4m3"
     if not hasattr(F, "scaled_mm"):
         return f"torch {torch.__version__} has no torch.nn.functional.scaled_mm"
     if tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2])) < (12, 9):

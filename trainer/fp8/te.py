@@ -31,14 +31,14 @@ def package() -> ModuleType:
     """
     found = packages.load(PACKAGE)
     if isinstance(found, str):
-        raise ValueError(f"precision.fp8.implementation te: {found}; write torch, or use an image with it")
+        raise ValueError(f"train.precision.fp8.implementation te: {found}; write torch, or use an image with it")
     return found
 
 
 def problem(fp8: Fp8Spec, capability: tuple[int, int] | None) -> str | None:
     """Why Transformer Engine cannot run this recipe here; None where it can. Imports it only on a GPU that would do."""
     if fp8.margin and fp8.recipe == "current":
-        return f"it takes no margin for current scaling (precision.fp8.margin {fp8.margin})"
+        return f"it takes no margin for current scaling (train.precision.fp8.margin {fp8.margin})"
     if capability is None:
         return "there is no GPU"
     needed = (9, 0) if fp8.recipe == "block128" else (8, 9)
@@ -62,8 +62,8 @@ def check_runtime(fp8: Fp8Spec, runtime: RuntimeSpec) -> None:
     ):
         if on:
             raise ValueError(
-                f"runtime.{name} does not go with delayed FP8 scaling by Transformer Engine; write "
-                "precision.fp8.recipe current, or precision.fp8.implementation torch"
+                f"train.runtime.{name} does not go with delayed FP8 scaling by Transformer Engine; write "
+                "train.precision.fp8.recipe current, or train.precision.fp8.implementation torch"
             )
 
 

@@ -299,12 +299,13 @@ def _check_classes(spec: ModelSpec, token_classes: list[int] | None) -> None:
         return
     if token_classes is None:
         raise ValueError(
-            "model.engram: compress_tokens needs the token classes of a tokenizer; "
+            "train.model.engram: compress_tokens needs the token classes of a tokenizer; "
             "pass trainer.model.engram.token_classes(tokenizer.json) or set compress_tokens: false"
         )
     if len(token_classes) > spec.vocab_size:
         raise ValueError(
-            f"model.vocab_size {spec.vocab_size} is smaller than the tokenizer's {len(token_classes)} entries; raise it"
+            f"train.model.vocab_size {spec.vocab_size} is smaller than the tokenizer's {len(token_classes)} "
+            "entries; raise it"
         )
 
 

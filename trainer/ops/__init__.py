@@ -169,7 +169,7 @@ def resolve(
         problem = op.backends[wanted].unsupported(setting)
         if problem is not None:
             raise ValueError(
-                f"backends.{op.name}: '{wanted}' cannot run on {setting.device.type}: {problem}; use 'auto'"
+                f"train.backends.{op.name}: '{wanted}' cannot run on {setting.device.type}: {problem}; use 'auto'"
             )
         proven = _proven(op.name, wanted, setting)
         reason = "named in the spec" if proven else f"named in the spec; {_unproven(op.name, wanted, setting)}"

@@ -80,13 +80,17 @@ def resolve(
     """
     _check_experts(parallel, model, world)
     if parallel.data == "ddp" and parallel.shard is not None:
-        raise ValueError("parallel.shard is for fsdp, parallel.data is ddp; remove shard or write data: fsdp")
+        raise ValueError(
+            "train.parallel.shard is for fsdp, train.parallel.data is ddp; remove shard or write data: fsdp"
+        )
     if parallel.shard_optimizer and (parallel.data == "fsdp" or parallel.shard is not None):
-        raise ValueError("parallel.shard_optimizer is for ddp: fsdp shards the optimizer already; remove one of them")
+        raise ValueError(
+            "train.parallel.shard_optimizer is for ddp: fsdp shards the optimizer already; remove one of them"
+        )
     if parallel.shard is not None and world % parallel.shard:
         possible = ", ".join(map(str, _divisors(world)[1:]))  # a share of 1 is what ddp is
         raise ValueError(
-            f"parallel.shard {parallel.shard} does not divide the {world} ranks (nodes × GPUs of a node); "
+            f"train.parallel.shard {parallel.shard} does not divide the {world} ranks (nodes × GPUs of a node); "
             + (f"write one of {possible}" if possible else "remove it")
         )
     replicated = Layout(world, "ddp", 1, parallel.expert, parallel.shard_optimizer)
@@ -103,13 +107,13 @@ def _check_experts(parallel: ParallelSpec, model: ModelSpec, world: int) -> None
     if parallel.expert == 1:
         return
     if not any("E" in layer for layer in model.layers):
-        raise ValueError(f"parallel.expert {parallel.expert}: model.layers has no experts (E); write 1")
+        raise ValueError(f"train.parallel.expert {parallel.expert}: train.model.layers has no experts (E); write 1")
     assert model.moe is not None
     number = model.moe.num_experts
     possible = [n for n in _divisors(world) if number % n == 0]
     if world % parallel.expert or number % parallel.expert:
         raise ValueError(
-            f"parallel.expert {parallel.expert} must divide the {world} ranks (nodes × GPUs of a node) and the "
+            f"train.parallel.expert {parallel.expert} must divide the {world} ranks (nodes × GPUs of a node) and the "
             f"{number} experts; write one of {', '.join(map(str, possible))}"
         )
 

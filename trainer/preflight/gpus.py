@@ -75,11 +75,11 @@ def driver_mismatch(torch_cuda: str | None, driver: tuple[int, int] | None) -> s
     compatibility); an image with NVIDIA's forward compatibility package brings a library that says so itself.
     """
     if torch_cuda is None:
-        return "this torch is built without CUDA; use an image or a wheel with it, or write runtime.device: cpu"
+        return "this torch is built without CUDA; use an image or a wheel with it, or write train.runtime.device: cpu"
     if driver is None:
         return (
             "there is no NVIDIA driver here (libcuda.so.1); run on a GPU node, in a container that asks for GPUs "
-            "(cluster.gpus_per_node), or write runtime.device: cpu"
+            "(cluster.gpus_per_node), or write train.runtime.device: cpu"
         )
     if driver[0] < int(torch_cuda.split(".")[0]):
         return (

@@ -72,7 +72,7 @@ def clocks(world: World, most_seconds: float) -> Measured:
         raise TrainingError(
             ExitCode.COMMUNICATION,
             f"the clock of {wrong} is {abs(moment - reference):.1f} s {'ahead of' if moment > reference else 'behind'} "
-            f"that of {other}, {most_seconds:g} s are allowed (runtime.preflight.max_clock_skew_seconds); "
+            f"that of {other}, {most_seconds:g} s are allowed (train.runtime.preflight.max_clock_skew_seconds); "
             "mend time synchronisation (NTP, chrony) on that node",
         )
     return Measured(f"clocks within {spread:.2f} s")
@@ -114,7 +114,7 @@ def links(world: World, floor_gb_per_second: float | None) -> Measured:
         raise TrainingError(
             ExitCode.COMMUNICATION,
             f"{_named(rates, floor)}, the floor is {floor:g}: {remedy}; drain a bad node, or lower "
-            "runtime.preflight.min_link_gb_per_second",
+            "train.runtime.preflight.min_link_gb_per_second",
         )
     warning = None
     slow = GPU_SLOW_GB_PER_SECOND if on_gpu else CPU_SLOW_GB_PER_SECOND

@@ -46,7 +46,7 @@ def readable(tokens: TokensSpec, floor_mb_per_second: float | None) -> Measured:
         if count >= READ_BYTES or time.monotonic() > began + PATIENCE_SECONDS:
             break
     rate = count / max(time.monotonic() - began, 1e-6)
-    floor = "runtime.preflight.min_read_mb_per_second"
+    floor = "train.runtime.preflight.min_read_mb_per_second"
     warning = _judged(f"{directory} is read at", rate, count, floor_mb_per_second, floor, ExitCode.DATA)
     return Measured(f"datasets {megabytes(rate)}", rate, warning)
 
@@ -88,7 +88,7 @@ def writable(spec: TrainSpec, floor_mb_per_second: float | None) -> Measured:
             ExitCode.CHECKPOINT, f"{directory} gives back other bytes than were written; use another volume"
         )
     free = _free(spec, directory)
-    floor = "runtime.preflight.min_write_mb_per_second"
+    floor = "train.runtime.preflight.min_write_mb_per_second"
     warning = _judged(f"{directory} is written at", rate, count, floor_mb_per_second, floor, ExitCode.CHECKPOINT)
     return Measured(f"checkpoints {megabytes(rate)}, {gibibytes(free)} free", rate, warning)
 
@@ -126,7 +126,7 @@ def _free(spec: TrainSpec, directory: Path) -> float:
         raise TrainingError(
             ExitCode.CHECKPOINT,
             f"{directory} has {gibibytes(free)} free, the run needs {gibibytes(missing * size)} ({missing} checkpoints "
-            f"of {gibibytes(size)}); free space, enlarge the volume, or lower checkpoint.keep_last",
+            f"of {gibibytes(size)}); free space, enlarge the volume, or lower train.checkpoint.keep_last",
         )
     return free
 
