@@ -78,7 +78,7 @@ def looking_at(text: str, namespace: str, workdir: Path, host: str) -> Callable[
         found = find(text, namespace, workdir)
     except UnknownRun:
         begins = named(text, workdir) or text
-        stopped = [each for name, each in kept(workdir, namespace).items() if name.startswith(begins)]
+        stopped = [each for each in kept(workdir, namespace) if each.name.startswith(begins)]
         if len(stopped) != 1:
             raise
         return lambda: view_of_kept(stopped[0])
@@ -105,12 +105,12 @@ def all_views(namespace: str, workdir: Path, console: Console) -> list[View]:
 
         there = remote.remote_runs(cluster)
         views += [remote.view(each) for each in there.values()]
-        for job in (job for each in there.values() for job in each.jobs.values()):
-            if (again := stopped.get(job["metadata"]["name"])) and again.namespace in ("", cluster.namespace):
-                del stopped[again.name]
+        again = {job["metadata"]["name"] for each in there.values() for job in each.jobs.values()}
+        places = ("", cluster.namespace)
+        stopped = [each for each in stopped if each.namespace not in places or each.name not in again]
     except LaunchError as error:
         if namespace:
             raise
         if "no cluster to launch on" not in str(error):
             console.print(f"cluster: {error}", style="dim", soft_wrap=True, highlight=False)
-    return views + [view_of_kept(each) for each in stopped.values()]
+    return views + [view_of_kept(each) for each in stopped]

@@ -37,13 +37,13 @@ def keep(workdir: Path, namespace: str, objects: list[Object]) -> Kept:
     return Kept(name, namespace, file)
 
 
-def kept(workdir: Path, namespace: str = "") -> dict[str, Kept]:
-    """The stopped jobs by name, only those of a namespace if one is given."""
-    found = {}
+def kept(workdir: Path, namespace: str = "") -> list[Kept]:
+    """The stopped jobs, only those of a namespace if one is given."""
+    found = []
     for file in sorted(_folder(workdir).glob("*.yaml")):
         place, _, name = file.stem.rpartition(".")
         if not namespace or place in ("", namespace):
-            found[name] = Kept(name, place, file)
+            found.append(Kept(name, place, file))
     return found
 
 

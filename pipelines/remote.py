@@ -185,7 +185,7 @@ def resume(text: str, cluster: Cluster, workdir: Path, write: Callable[[str], No
         SpecError: no such run.
         LaunchError: it runs or has succeeded, a launcher follows it, or it cannot be created.
     """
-    runs, stopped = remote_runs(cluster), kept(workdir, cluster.namespace)
+    runs, stopped = remote_runs(cluster), {each.name: each for each in kept(workdir, cluster.namespace)}
     where = f"in namespace '{cluster.namespace}', nor stopped there from {workdir}"
     name = choose(text, {*runs, *stopped}, where, exactly)
     if name not in runs:

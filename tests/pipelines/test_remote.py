@@ -151,9 +151,15 @@ def test_a_stopped_run_is_shown_until_it_is_resumed(server, kind, yaongi):
 def test_a_stopped_run_that_was_launched_again_is_shown_once(server, kind, yaongi):
     name = launched(kind, "mine").run_name
     assert yaongi("stop", name)[0] == 0
+    (file,) = Path("work/stopped").iterdir()
+    (file.parent / file.name.replace("team.", "other.")).write_bytes(file.read_bytes())
     launched(kind, "mine")
-    shown = yaongi("status")[1]
+    shown = yaongi("status", "-n", "team")[1]
     assert f"{name} " in shown and "stopped" not in shown
+    assert [line.split()[2:4] for line in yaongi("status")[1].splitlines() if f"{name}  namespace" in line] == [
+        ["team", "queued"],
+        ["other", "stopped"],
+    ]
 
 
 def test_a_run_that_is_resumed_is_not_bound_to_the_lease_of_its_former_launcher(server, kind, yaongi):
