@@ -73,8 +73,8 @@ def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> 
             f"{manifest.kind}: {counts.files} files, {counts.documents:,} documents, {counts.tokens:,} tokens, "
             f"digest {manifest.digest[:12]}: {state} ({directory / MANIFEST_NAME})"
         )
-    for line in problems:
-        print(f"damaged: {line}")
+        for line in found:  # now: a later stage may not be made yet, which ends the command
+            print(f"damaged: {line}")
     if problems:
         raise DataError(f"{len(problems)} damaged: {problems[0]}")
 

@@ -19,6 +19,7 @@ from pipelines.run import local_job
 from trainer.data.loader import TokenLoader
 from trainer.data.manifest import DataError, read_manifest
 from trainer.data.tokenizer import Tokenizer
+from trainer.specbase import changes_from_sets
 
 SETS = ["data.max_bytes_per_source=40000", "train.steps=8", "train.packing=best_fit"]
 
@@ -64,6 +65,19 @@ def test_verify_names_every_damaged_file(job: JobSpec, tmp_path: Path) -> None:
     assert isinstance(result.exception, DataError) and str(result.exception).startswith("2 damaged: ")
     assert f"damaged: {flipped}: its content differs" in result.output
     assert f"damaged: {cut}: has " in result.output
+
+
+def test_verify_names_damage_of_one_stage_where_a_later_one_is_missing(job: JobSpec, tmp_path: Path) -> None:
+    spec, _ = local_job("tiny", changes_from_sets(SETS), target="local", workdir=tmp_path)
+    raw = Path(shutil.copytree(job.stage_dir("raw"), spec.stage_dir("raw")))
+    flipped = raw / "ko" / "part-00000.jsonl"
+    data = bytearray(flipped.read_bytes())
+    data[100] ^= 1
+    flipped.write_bytes(data)
+    sets = [word for change in SETS for word in ("--set", change)]
+    result = CliRunner().invoke(app, ["verify", "tiny", *sets, "--workdir", str(tmp_path)])
+    assert f"damaged: {flipped}: its content differs" in result.output
+    assert isinstance(result.exception, DataError) and "manifest.json: not there" in str(result.exception)
 
 
 def test_stats_are_the_counts_of_the_manifest_with_a_picture(job: JobSpec, workdir: Path, tmp_path: Path) -> None:
