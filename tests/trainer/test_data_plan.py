@@ -239,6 +239,26 @@ def test_a_cursor_of_another_plan_is_refused() -> None:
         Cursor.from_dict({"drawn": 1})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"skipped": {"ko": 0}},
+        {"skipped": None},
+        {"drawn": {}},
+        {"drawn": {"ko": -1, "en": 0, "code": 0}},
+        {"skipped": {"ko": 10**9, "en": 0, "code": 0}},
+        {"drawn": {"ko": "many", "en": 0, "code": 0}},
+    ],
+)
+def test_a_cursor_that_cannot_be_is_refused(change: dict[str, object]) -> None:
+    running = stream()
+    running.take(500)
+    good = running.cursor().to_dict()
+    assert set(good["drawn"]) == {"ko", "en", "code"} and Cursor.from_dict(good) == running.cursor()
+    with pytest.raises(DataError, match="the checkpoint's data cursor cannot be read; resume from another checkpoint"):
+        Cursor.from_dict(good | change)
+
+
 def test_a_source_without_tokens_is_refused() -> None:
     with pytest.raises(DataError, match="source 'ko' has no training tokens"):
         TokenStream({"ko": np.empty(0, np.int32)}, {"ko": MixSpec(weight=1)}, 0, "digest")

@@ -40,14 +40,19 @@ class Cursor:
     def from_dict(cls, value: dict[str, Any]) -> Self:
         """Raises DataError when `value` is not what `to_dict` gives."""
         try:
-            return cls(
+            cursor = cls(
                 order_version=int(value["order_version"]),
                 plan_digest=str(value["plan_digest"]),
                 drawn={str(name): int(count) for name, count in value["drawn"].items()},
                 skipped={str(name): int(count) for name, count in value["skipped"].items()},
             )
+            # KeyError too: each source has both counts.
+            sound = all(0 <= cursor.skipped[name] <= count for name, count in cursor.drawn.items())
+            if not sound or len(cursor.skipped) != len(cursor.drawn):
+                raise ValueError
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DataError("the checkpoint's data cursor cannot be read; resume from another checkpoint") from None
+        return cursor
 
     @property
     def trained(self) -> dict[str, int]:
