@@ -49,9 +49,9 @@ VOCAB_MULTIPLE = 128
 
 
 class TokenizerSpec(Spec):
-    """Byte-level BPE; `vocab_size` includes special tokens and padding and equals model.vocab_size."""
+    """Byte-level BPE; `vocab_size` includes special tokens, the 256 bytes and padding and equals model.vocab_size."""
 
-    vocab_size: Count
+    vocab_size: Annotated[int, Field(ge=384)]
     sample_bytes: Count = 200_000_000
 
     @model_validator(mode="after")

@@ -44,6 +44,7 @@ from trainer.specbase import SpecError
         ({"train": {"model": {"attention": {"num_kv_heads": 3}}}}, "train.model.attention", "multiple of num_kv_heads"),
         ({"train": {"batch": {"tokens_per_step": 1000}}}, "JobSpec", "multiple of"),
         ({"train": {"schedule": {"decay_fraction": 0.995}}}, "train.schedule", "lower one of them"),
+        ({"tokenizer": {"vocab_size": 256}}, "tokenizer.vocab_size", "greater than or equal to 384"),
         ({"tokenizer": {"vocab_size": 5120}}, "JobSpec", "make them equal"),
         ({"tokenizer": {"vocab_size": 5000}}, "tokenizer", "make it and train.model.vocab_size 5120"),
         ({"data": {"sources": {"ko": {"weight": 0.9}}}}, "data", "they must sum to 1"),
