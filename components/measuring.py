@@ -26,7 +26,8 @@ _stage = ""
 def served(stage: str) -> Iterator[None]:
     """Serve what this process counts during the block, which is the step `stage` of the pipeline.
 
-    A port that is taken only costs the metrics.
+    At its end it waits for the next scrape if there were some, so that Prometheus has the last counts. A port that is
+    taken only costs the metrics.
 
     Raises:
         SpecError: YAONGI_METRICS_PORT is no port.
@@ -43,6 +44,7 @@ def served(stage: str) -> Iterator[None]:
     beat()
     try:
         yield
+        _metrics.await_scrape()
     finally:
         _metrics.close()
         _metrics, _stage = before

@@ -33,13 +33,13 @@ def step(name: str) -> Iterator[None]:
     try:
         with served(name.split()[0]):
             yield
+            print(f"{DONE}{name} ({time.monotonic() - start:.1f} s)", flush=True)
     except FORESEEN as error:
         if os.environ.get("YAONGI_VERBOSE"):
             traceback.print_exc(file=sys.stdout)
         # stdout, as the steps' own lines: the two streams must not overtake each other in a pod's log.
         print(f"{FAILED}{name}: {one_line(error)}", flush=True)
         sys.exit(getattr(error, "code", ExitCode.UNEXPECTED))
-    print(f"{DONE}{name} ({time.monotonic() - start:.1f} s)", flush=True)
 
 
 def one_line(error: BaseException) -> str:

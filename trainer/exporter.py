@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import errno
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    make_wsgi_app,
+    start_http_server,
+)
 
 from trainer.metrics import BY_NAME, METRICS, PREFIX, STEP_BUCKETS, Metric, Process
 
 disable_created_metrics()  # a second series for each counter that nobody reads
+LONGEST_INTERVAL = 60.0  # seconds between scrapes; Prometheus's own default
 
 
 class Metrics:
@@ -35,9 +47,11 @@ class Metrics:
             if (metric.kind != "gauge" or metric.labels) and not self._is_ignored(metric):
                 self._collector(metric)
         self._server = None
+        self._scrapes = _Scrapes(make_wsgi_app(self.registry))
         if port:
             try:
                 self._server, self._thread = start_http_server(port, registry=self.registry)
+                self._server.set_app(self._scrapes)
             except OSError as error:
                 what = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
                 raise ValueError(
@@ -59,6 +73,16 @@ class Metrics:
         """Count a value into a histogram."""
         if child := self._child(name, "histogram", labels):
             child.observe(value)
+
+    def await_scrape(self) -> None:
+        """Return when those who scrape this process regularly have its present values, or are overdue.
+
+        What a process counts last would else be missing in Prometheus for ever. It waits for no one who came less than
+        twice or who comes less than once a minute.
+        """
+        now = time.monotonic()
+        while self._server is not None and self._scrapes.are_due(now):
+            time.sleep(0.02)
 
     def close(self) -> None:
         """Stop serving and free the port."""
@@ -97,3 +121,38 @@ class Metrics:
                 made = Histogram(name, metric.help, labels, registry=self.registry, buckets=STEP_BUCKETS)
             self._collectors[metric.name] = made
         return self._collectors[metric.name]
+
+
+class _Scrapes:
+    """The WSGI application `app`, with a record of who was answered when."""
+
+    def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
+        self._app = app
+        self._last: dict[
+            str, tuple[float, float]
+        ] = {}  # address → (time of its last request, seconds since the one before)
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        address, asked = environ["REMOTE_ADDR"], time.monotonic()
+
+        def sent() -> None:
+            before, _ = self._last.get(address, (-float("inf"), 0.0))
+            self._last[address] = asked, asked - before
+
+        return _Answer(self._app(environ, start_response), sent)
+
+    def are_due(self, since: float) -> bool:
+        """Whether somebody's next request can be expected who has made none after the moment `since`."""
+        now = time.monotonic()
+        return any(
+            asked < since and interval <= LONGEST_INTERVAL and now < asked + 1.2 * interval + 0.2
+            for asked, interval in list(self._last.values())
+        )
+
+
+class _Answer(list[bytes]):
+    """The body of a response; the server closes it when the last byte was sent."""
+
+    def __init__(self, body: Iterable[bytes], sent: Callable[[], None]) -> None:
+        super().__init__(body)
+        self.close = sent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -57,6 +58,42 @@ def test_a_step_serves_what_it_counts_while_it_runs(port: int) -> None:
     assert not any("job_phase" in name or "yaongi_loss" in name for name in later), "those are other processes'"
     with pytest.raises(urllib.error.URLError):
         scrape(port)
+
+
+@pytest.mark.enable_socket
+def test_a_regular_scraper_gets_the_last_counts(port: int) -> None:
+    """The end of a step waits for the scraper that came twice, not for one that came once, nor for one gone since."""
+    seen: list[dict[str, float]] = []
+    with step("shards"):
+        watcher = threading.Thread(target=lambda: [(seen.append(scrape(port)), time.sleep(0.5)) for _ in range(3)])
+        watcher.start()
+        while len(seen) < 2:
+            time.sleep(0.01)
+        measuring.worked_through(7)
+    watcher.join()
+    assert [counted.get('yaongi_stage_bytes_total{stage="shards"}') for counted in seen] == [None, None, 7]
+
+
+@pytest.mark.enable_socket
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_a_step_does_not_wait_for_somebody_who_is_gone(port: int, times: int) -> None:
+    with step("shards"):
+        for _ in range(times):
+            scrape(port)
+        time.sleep(1)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 0.9, "two scrapes were some ms apart: the next one is overdue since long"
+
+
+@pytest.mark.enable_socket
+def test_a_step_that_fails_ends_at_once(port: int) -> None:
+    with pytest.raises(SystemExit), step("shards"):
+        scrape(port)
+        time.sleep(1)
+        scrape(port)
+        begun = time.monotonic()
+        raise ValueError("no room")
+    assert time.monotonic() - begun < 0.9, "a second until the next scrape"
 
 
 @pytest.mark.enable_socket

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ from tools import tool
 from manifests.dashboards.query import View, annotations, dashboards, panels, series, substituted, targets
 from trainer.metrics import METRICS, PREFIX
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "dashboards.py"
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "benchmarks" / "dashboards.py"
+SAMPLE = ROOT / "components" / "download" / "sample" / "ko.jsonl.gz"
 STEPS, KILLED_AT, CHECKPOINT_EVERY = 40, 22, 10
 # Panel → why this run has nothing for it. They are tried in tests/e2e/test_dashboards_cluster.py, but for the first.
 ELSEWHERE = {
@@ -26,8 +30,10 @@ ELSEWHERE = {
     "Time in each phase": "the local launcher has no phases",
     "Renewals of the lease": "the local launcher has no lease",
 }
-# Some MB are copied and verified within a second, of which two scrapes may see nothing.
-TOO_SHORT = {"Download", "Verified files"}
+# The sample's Korean source so many times over, so that each step that makes data lives for several scrapes.
+COPIES = 24
+# Files are verified at the speed of a disk, within less than two scrapes.
+TOO_SHORT = {"Verified files"}
 # Counter → why it stands still here.
 STILL = {
     "checkpoint_failures_total": "no checkpoint fails",
@@ -49,12 +55,22 @@ def benchmark() -> Iterator[ModuleType]:
     del sys.modules["dashboards_benchmark"]
 
 
+def write_corpus(path: Path) -> Path:
+    with gzip.open(SAMPLE, "rt", encoding="utf-8") as sample, path.open("w", encoding="utf-8") as corpus:
+        for document in map(json.loads, sample):
+            for copy in range(COPIES):
+                corpus.write(json.dumps({"text": f"{document['text']}\n{copy}"}, ensure_ascii=False) + "\n")
+    return path
+
+
 @pytest.fixture(scope="module")
 def watched(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, View]]:
     """(how to ask Prometheus, the whole story)"""
     tool("prometheus")
+    workdir = tmp_path_factory.mktemp("watched")
+    corpus = write_corpus(workdir / "corpus.jsonl")
     sets = [f"train.steps={STEPS}", *benchmark.SMALL_STEPS, f"train.checkpoint.every_steps={CHECKPOINT_EVERY}"]
-    run = benchmark.WatchedRun(tmp_path_factory.mktemp("watched"), "tiny", sets)
+    run = benchmark.WatchedRun(workdir, "tiny", [*sets, f'data.sources.ko.origin.paths=["{corpus}"]'])
     with run.prometheus:
         started = time.time()
         run.tell(KILLED_AT)
