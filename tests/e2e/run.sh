@@ -48,4 +48,4 @@ section "the cluster"
 kubectl get nodes -o wide
 kubectl get storageclass
 section "pytest"
-exec "$python" -m pytest -m e2e -v -s --timeout=1800 -p no:cacheprovider "${@:-tests/e2e}"
+exec "$python" -m pytest -m e2e -v -s --timeout=1800 "${@:-tests/e2e}"
