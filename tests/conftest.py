@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,15 @@ from pathlib import Path
 import pytest
 
 Answer = tuple[int, str, str]
+
+if importlib.util.find_spec("hypothesis"):  # not in the environments of the tests of kernels and peers
+    from hypothesis import HealthCheck, settings
+
+    # The same examples everywhere, and no example fails for the time it took: a busy machine is no finding.
+    settings.register_profile(
+        "repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("repeatable")
 
 
 @pytest.fixture

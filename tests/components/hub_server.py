@@ -168,6 +168,20 @@ def _fail(handler: BaseHTTPRequestHandler, fault: str) -> None:
     send(handler, int(status), b"", {"Retry-After": pause} if pause else {})
 
 
+def _wait_for_reader(connection: socket.socket) -> None:
+    """Return once the client has taken everything that was sent, and a little later, or after half a minute."""
+    (_, port), (_, peer) = connection.getsockname(), connection.getpeername()
+    ends = {f"{port:04X} {peer:04X}", f"{peer:04X} {port:04X}"}
+    for _ in range(600):
+        with open("/proc/net/tcp") as table:
+            rows = [line.split() for line in list(table)[1:]]
+        queues = [row[4] for row in rows if f"{row[1][-4:]} {row[2][-4:]}" in ends]
+        if all(queue == "00000000:00000000" for queue in queues):  # of what is to be sent, and to be read
+            break
+        time.sleep(0.05)
+    time.sleep(0.3)
+
+
 def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str], cut: bool = False) -> None:
     handler.send_response(status)
     for name, value in ({"Content-Length": str(len(body))} | headers).items():
@@ -178,7 +192,7 @@ def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dic
     handler.wfile.write(body[: len(body) // 2] if cut else body)
     if cut:
         handler.wfile.flush()
-        time.sleep(0.3)  # what was sent shall arrive before the reset, which would discard it
+        _wait_for_reader(handler.connection)  # the reset discards what was not read
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         handler.connection.close()
         handler.close_connection = True

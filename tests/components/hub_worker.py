@@ -54,7 +54,7 @@ class Hub:
         assert process.stdin
         yield cls(server, process)
         process.stdin.close()
-        process.wait(timeout=30)
+        process.wait(timeout=120)
 
     def run(self, job: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
         assert self.worker.stdin and self.worker.stdout

@@ -3,33 +3,78 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from components.launch import LaunchError
+from components.launch import lease as lease_module
 from components.launch.lease import LEASE_SECONDS, RENEWAL_SECONDS, held
+from trainer import limits
+from trainer.data.manifest import atomic_write
 from trainer.limits import MISSED_RENEWALS, UNWATCHED_VARIABLE, Lease, LeaseWatch, Limits
 
 QUICK = {"lease_seconds": 1.0, "renewal_seconds": 0.2}
 
 
-def lapses_within(watch: LeaseWatch, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+class Clock:
+    """Stands in for the module `time` of who watches a lease, so that a busy machine neither adds nor takes away any.
+
+    A launcher's thread renews by real time all the same.
+    """
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(limits, "time", made)
+    monkeypatch.setattr(lease_module, "time", made)
+    return made
+
+
+def lapses_within(watch: LeaseWatch, seconds: float, clock: Clock) -> bool:
+    end = clock.now + seconds
+    while clock.now < end:
         if watch.lapsed():
             return True
-        time.sleep(0.05)
+        clock.sleep(0.05)
     return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """By real time; a minute is more than it takes."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def renews() -> bool:
+    """Whether a launcher of this process still does."""
+    return any(thread.name == "lease" for thread in threading.enumerate())
 
 
 def write(run: Path, renewed: float, **changes: float) -> None:
     """A lease as a launcher that has just died leaves it."""
     fields = {"renewal_seconds": QUICK["renewal_seconds"], "lapses_after_seconds": QUICK["lease_seconds"], **changes}
     run.mkdir(parents=True, exist_ok=True)
-    (run / "lease").write_text(json.dumps(asdict(Lease("gone", renewed, **fields))))
+    atomic_write(run / "lease", json.dumps(asdict(Lease("gone", renewed, **fields))).encode())
 
 
 def test_a_killed_launcher_leaves_the_workers_time_for_a_checkpoint_within_a_minute() -> None:
@@ -38,30 +83,36 @@ def test_a_killed_launcher_leaves_the_workers_time_for_a_checkpoint_within_a_min
     assert MISSED_RENEWALS * RENEWAL_SECONDS < LEASE_SECONDS, "a new launcher takes over before the run ends itself"
 
 
-def test_a_held_lease_is_renewed_and_given_back(tmp_path: Path) -> None:
+def test_a_held_lease_is_renewed_and_given_back(tmp_path: Path, clock: Clock) -> None:
     run = tmp_path / "runs" / "r"
     watch = LeaseWatch(run)
     with held(run, **QUICK):
-        assert not lapses_within(watch, 1.5)
-        assert watch.renewals >= 3
-    assert not lapses_within(watch, 1.2), "a run that nobody launches any more has no limit"
+        for renewals in (1, 2, 3):
+            wait_until(lambda wanted=renewals: not watch.lapsed() and watch.renewals >= wanted)
+            clock.sleep(0.9)
+            assert not watch.lapsed(), "each renewal gives it another second"
+        assert renews()
+    assert not renews()
+    assert not lapses_within(watch, 1.2, clock), "a run that nobody launches any more has no limit"
 
 
 @pytest.mark.parametrize("skew", [-300.0, 0.0, 300.0])
-def test_silence_is_counted_by_the_readers_own_clock(tmp_path: Path, skew: float) -> None:
+def test_silence_is_counted_by_the_readers_own_clock(tmp_path: Path, skew: float, clock: Clock) -> None:
     watch = LeaseWatch(tmp_path)
     write(tmp_path, time.time() + skew - 1)
     assert not watch.lapsed()
     write(tmp_path, time.time() + skew)
-    assert not lapses_within(watch, 0.8), "it was renewed just now"
-    assert lapses_within(watch, 0.5)
+    assert not lapses_within(watch, 0.8, clock), "it was renewed just now"
+    assert lapses_within(watch, 0.5, clock)
 
 
-def test_a_worker_that_was_restarted_waits_less_for_a_launcher_it_has_not_heard_of(tmp_path: Path) -> None:
+def test_a_worker_that_was_restarted_waits_less_for_a_launcher_it_has_not_heard_of(
+    tmp_path: Path, clock: Clock
+) -> None:
     write(tmp_path, time.time())
-    begun = time.monotonic()
-    assert lapses_within(LeaseWatch(tmp_path), 2)
-    assert 0.4 < time.monotonic() - begun < 0.9
+    begun = clock.now
+    assert lapses_within(LeaseWatch(tmp_path), 2, clock)
+    assert 0.4 < clock.now - begun < 0.9
 
 
 def test_time_in_which_the_volume_did_not_answer_does_not_count(
@@ -80,29 +131,29 @@ def test_time_in_which_the_volume_did_not_answer_does_not_count(
     assert not watch.lapsed() and watch.silent_seconds < 5
 
 
-def test_a_dead_launchers_lease_is_taken_over_before_it_lapses(tmp_path: Path) -> None:
+def test_a_dead_launchers_lease_is_taken_over_before_it_lapses(tmp_path: Path, clock: Clock) -> None:
     run = LeaseWatch(tmp_path)
     for renewed in (1.0, 0.0):
         write(tmp_path, time.time() - renewed)
         assert not run.lapsed()
-    begun = time.monotonic()
+    begun = clock.now
     with held(tmp_path, **QUICK):
-        assert 0.4 < time.monotonic() - begun < 0.9
+        assert 0.4 < clock.now - begun < 0.9
         assert not run.lapsed() and run.lease.holder != "gone", "the run would have ended itself"
 
 
-def test_a_lease_of_long_ago_ends_the_run_and_is_taken_over_at_once(tmp_path: Path) -> None:
+def test_a_lease_of_long_ago_ends_the_run_and_is_taken_over_at_once(tmp_path: Path, clock: Clock) -> None:
     write(tmp_path, time.time() - 3600, renewal_seconds=8.0, lapses_after_seconds=36.0)
     reason = Limits(tmp_path).passed()
     assert "not renewed its lease" in reason and f"delete {tmp_path / 'lease'}" in reason
-    begun = time.monotonic()
+    begun = clock.now
     with held(tmp_path):
-        assert time.monotonic() - begun < 1
+        assert clock.now - begun < 1
         assert Limits(tmp_path).passed() is None
 
 
 def test_a_former_launchers_lease_does_not_end_a_run_that_nobody_launched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     write(tmp_path, time.time() - 3600)
     monkeypatch.setenv(UNWATCHED_VARIABLE, "1")
@@ -110,12 +161,18 @@ def test_a_former_launchers_lease_does_not_end_a_run_that_nobody_launched(
     assert run.passed() is None
     write(tmp_path, time.time())  # a launcher takes it over and dies
     assert run.passed() is None
-    time.sleep(1.1)
+    clock.sleep(1.1)
     assert "not renewed its lease" in (run.passed() or "")
 
 
-def test_a_second_launcher_refuses(tmp_path: Path) -> None:
+def test_a_second_launcher_refuses(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"lease_seconds": 30, "renewal_seconds": 0.2}
+
+    def sleep(_seconds: float) -> None:
+        before = (tmp_path / "lease").read_bytes()
+        wait_until(lambda: (tmp_path / "lease").read_bytes() != before)
+
+    monkeypatch.setattr(clock, "sleep", sleep)
     with (
         held(tmp_path, **times),
         pytest.raises(LaunchError, match=r"another launcher \(.+\) follows the run in"),
@@ -124,20 +181,21 @@ def test_a_second_launcher_refuses(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lease_that_is_abandoned_stays_to_lapse(tmp_path: Path) -> None:
+def test_a_lease_that_is_abandoned_stays_to_lapse(tmp_path: Path, clock: Clock) -> None:
     watch = LeaseWatch(tmp_path)
     with pytest.raises(RuntimeError), held(tmp_path, **QUICK) as let_lapse:
         watch.lapsed()
         let_lapse()
         raise RuntimeError
-    assert lapses_within(watch, 1.5)
+    assert lapses_within(watch, 1.5, clock)
 
 
 def test_a_launcher_that_stood_still_leaves_the_lease_of_its_successor_alone(tmp_path: Path) -> None:
     with held(tmp_path, **QUICK):
-        write(tmp_path, time.time())
-        left = (tmp_path / "lease").read_bytes()
-        time.sleep(0.5)
+        while renews():  # a renewal that is under way when we write is written over ours
+            write(tmp_path, time.time())
+            left = (tmp_path / "lease").read_bytes()
+            time.sleep(0.5)
     assert (tmp_path / "lease").read_bytes() == left
 
 

@@ -7,9 +7,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from raw_cases import small_job, write_raw
 
 from components import measuring
@@ -27,15 +29,13 @@ from trainer.specbase import SpecError
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        free = probe.getsockname()[1]
+    free = free_port()
     monkeypatch.setenv("YAONGI_METRICS_PORT", str(free))
     return free
 
 
 def scrape(port: int) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
         lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
@@ -189,16 +189,23 @@ def test_the_phases_of_a_job_add_up_to_the_time_it_was_followed(port: int, monke
 @pytest.mark.enable_socket
 def test_renewals_of_the_lease_are_counted_by_outcome(port: int, tmp_path: Path) -> None:
     with step("train"), held(tmp_path / "run", lease_seconds=60, renewal_seconds=0.05):
-        at_first = scrape(port)['yaongi_lease_renewals_total{outcome="failed"}']
-        time.sleep(0.3)
-        (tmp_path / "run" / "lease").unlink()
+        at_first = renewals(port, "failed")
+        wait_for(lambda: renewals(port, "renewed") >= 1)
         (tmp_path / "run").rename(tmp_path / "away")  # the volume is gone
-        time.sleep(0.3)
-        seen = scrape(port)
+        wait_for(lambda: renewals(port, "failed") >= 1)
         (tmp_path / "away").rename(tmp_path / "run")
     assert at_first == 0
-    assert seen['yaongi_lease_renewals_total{outcome="renewed"}'] >= 1
-    assert seen['yaongi_lease_renewals_total{outcome="failed"}'] >= 1
+
+
+def renewals(port: int, outcome: str) -> float:
+    return scrape(port)[f'yaongi_lease_renewals_total{{outcome="{outcome}"}}']
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.enable_socket

@@ -33,7 +33,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([tool("promtool"), *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([tool("promtool"), *map(str, arguments)], capture_output=True, text=True, timeout=280)
 
 
 def as_unit_test(case: Case) -> dict[str, object]:

@@ -39,7 +39,7 @@ Object = dict[str, Any]
 
 
 def helm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([tool("helm"), *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    return subprocess.run([tool("helm"), *map(str, arguments)], capture_output=True, text=True, timeout=280)
 
 
 def template(*arguments: str | Path, apis: list[str] | None = None) -> subprocess.CompletedProcess[str]:

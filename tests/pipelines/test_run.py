@@ -24,7 +24,7 @@ STEPS = ["plan", "download", "hygiene", "tokenizer", "encode", "shards", "train"
 
 
 # Seven processes import PyTorch, one after another; on a busy machine that takes its time.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def yaongi(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -124,7 +124,7 @@ def test_a_killed_run_leaves_nothing_behind_but_a_checkpoint(tmp_path):
             if line.startswith("  step 5/"):
                 break
         process.kill()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while running := processes_naming(str(tmp_path)):
         assert time.monotonic() < deadline, running
         time.sleep(0.5)
@@ -156,7 +156,7 @@ def test_a_stopped_run_has_saved_a_checkpoint_and_goes_on_from_it(tmp_path, numb
             if line.startswith("  step 5/"):
                 break
         process.send_signal(number)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=600)
     assert process.returncode == code, error
     assert error == "error: stopped; run the same command again to continue\n"
     (run_dir,) = (tmp_path / "work/checkpoints/runs").iterdir()

@@ -1,7 +1,8 @@
 """The entrypoint as it is, but with ranks that misbehave as FAULT says: `faulty_rank.py [ARGUMENT OF THE ENTRYPOINT]…`.
 
-FAULT is a word and, after a space, what it needs: `stall STEP` never gets the data of that step; `late FILE` makes a
-file and only then, on the last rank, goes to the final barrier; `die FILE` is killed there instead.
+FAULT is a word and, after a space, what it needs: `stall STEP` never gets the data of that step; `hold STEP` gets it
+once the rank has been asked to stop, and no step after it before that; `late FILE` makes a file and only then, on the
+last rank, goes to the final barrier; `die FILE` is killed there instead.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import micro
 
 def misbehave(fault: str, argument: str) -> None:
     from trainer import loop
-    from trainer.data.loader import TokenLoader
+    from trainer.data.loader import StepBatch, TokenLoader
+    from trainer.stopping import StopWish
 
     if fault == "stall":
         get = TokenLoader.__next__
@@ -29,6 +31,24 @@ def misbehave(fault: str, argument: str) -> None:
             return get(loader)
 
         TokenLoader.__next__ = stalling
+    elif fault == "hold":
+        get = TokenLoader.__next__
+        wishes: list[StopWish] = []
+
+        class Watched(StopWish):
+            def __init__(self) -> None:
+                super().__init__()
+                wishes.append(self)
+
+        def holding(loader: TokenLoader) -> StepBatch:
+            batch = get(loader)
+            step = sum(batch.tokens_by_source.values()) // micro.TOKENS_PER_STEP
+            while step >= int(argument) and not wishes[0].code():
+                time.sleep(0.01)
+            return batch
+
+        loop.StopWish = Watched
+        TokenLoader.__next__ = holding
     elif os.environ["RANK"] != "0":
         finish = loop.finish
 

@@ -19,6 +19,8 @@ from trainer.spec import TrainSpec
 from trainer.specbase import deep_merge, parse, to_yaml
 
 VOCAB = 320
+TOKENS_PER_STEP = 256
+FAULTY = str(Path(__file__).with_name("faulty_rank.py"))
 WORDS = ["river", "stone", "다리", "moon", "강물", "light", "seven", "def", "return", "x", "바람", "12"]
 
 
@@ -74,7 +76,7 @@ def micro_spec(data: Path, run_dir: Path, **changes: Any) -> TrainSpec:
             "mix": {"ko": {"weight": 0.5, "max_epochs": 50}, "en": {"weight": 0.5, "max_epochs": 50}},
             "seq_len": 32,
         },
-        "batch": {"tokens_per_step": 256, "micro_batch_rows": 2},
+        "batch": {"tokens_per_step": TOKENS_PER_STEP, "micro_batch_rows": 2},
         "checkpoint": {"every_steps": 4},
         "runtime": {"metrics_port": 0, "log_every_steps": 4, "device": "cpu", "communication_timeout_seconds": 60},
     }
@@ -95,13 +97,19 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **extra}
 
 
-def start(spec: TrainSpec, *arguments: str, ranks: int = 1, module: str = "trainer.entrypoint") -> subprocess.Popen:
-    """Start the entrypoint (or one rank) on a spec, which is written beside the run directory."""
+def start(
+    spec: TrainSpec, *arguments: str, ranks: int = 1, module: str = "trainer.entrypoint", fault: str = ""
+) -> subprocess.Popen:
+    """Start the entrypoint (or one rank) on a spec, which is written beside the run directory.
+
+    Args:
+        fault: the entrypoint's ranks misbehave so, see faulty_rank.py.
+    """
     file = write_spec(spec, Path(spec.run_dir).with_suffix(".yaml"))
-    command = [sys.executable, "-m", module, *arguments, "--spec", str(file)]
+    program = [FAULTY] if fault else ["-m", module]
     return subprocess.Popen(
-        command,
-        env=environment(PET_NPROC_PER_NODE=str(ranks)),
+        [sys.executable, *program, *arguments, "--spec", str(file)],
+        env=environment(PET_NPROC_PER_NODE=str(ranks), FAULT=fault),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -122,6 +130,6 @@ def end_rank(code: int = 0) -> NoReturn:
 
 
 def metrics(spec: TrainSpec) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl."""
-    lines = (Path(spec.run_dir) / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    """Lines of metrics.jsonl, but for one that is being written."""
+    *lines, _unfinished = (Path(spec.run_dir) / "logs" / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import micro
+from ports import free_port
 
 from trainer.spec import TrainSpec
 from trainer.specbase import parse
@@ -38,12 +38,6 @@ def run(specs: list[TrainSpec], ranks: int, directory: Path, timeout: float = 90
     assert not any(codes), "\n".join(logs)[-8000:]
     by_rank = [json.loads(file.with_suffix(f".{rank}.out").read_text()) for rank in range(ranks)]
     return [[observed[number] for observed in by_rank] for number in range(len(specs))]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def observe(run: Any) -> dict[str, Any]:

@@ -2,24 +2,18 @@
 
 import ast
 import pathlib
-import socket
 import urllib.request
 from typing import get_args
 
 import pytest
 import torch
+from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 
 from trainer import metrics as metrics_module
 from trainer.exporter import Metrics
 from trainer.metrics import METRICS, PREFIX, Process
 from trainer.recorder import peak_flops
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -37,7 +31,7 @@ def serve():
 
 
 def scrape(port):
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
         families = list(text_string_to_metric_families(response.read().decode()))
     return families, {(s.name, *sorted(s.labels.items())): s.value for f in families for s in f.samples}
 

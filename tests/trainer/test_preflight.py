@@ -14,6 +14,7 @@ import micro
 import numpy as np
 import pytest
 import torch
+from ports import free_port
 
 from trainer import preflight
 from trainer.data.format import ShardWriter
@@ -38,7 +39,7 @@ def start(spec, directory: Path, mount: str) -> tuple[int, dict, str]:
     script = f'{mount} && exec "$0" -m trainer.entrypoint --spec "$1"'
     environment = micro.environment(YAONGI_TERMINATION_LOG=str(message), NODE_NAME="node-a")
     command = [*NAMESPACE, "sh", "-c", script, sys.executable, str(file)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     return done.returncode, json.loads(message.read_text()), done.stdout + done.stderr
 
 
@@ -222,8 +223,6 @@ def test_this_machines_gpus_pass():
 
 @pytest.mark.slow
 def test_faults_between_ranks_name_rank_and_node(tmp_path: Path):
-    from parallel_ranks import free_port
-
     ranks, port, processes = 3, str(free_port()), []
     for rank in range(ranks):
         membership = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
@@ -232,7 +231,7 @@ def test_faults_between_ranks_name_rank_and_node(tmp_path: Path):
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         command = [sys.executable, str(Path(__file__).with_name("preflight_ranks.py"))]
         processes.append(subprocess.Popen(command, env=environment))
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    assert [process.wait(timeout=280) for process in processes] == [0, 0, 0]
     found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(ranks)]
     assert [finding["check"] for finding in found[0]["sound"]] == ["clocks", "links"]
     assert not any(finding["warning"] for finding in found[0]["sound"] if finding["check"] == "clocks")

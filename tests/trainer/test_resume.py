@@ -68,7 +68,8 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 def test_killed_and_stopped_run_equals_undisturbed_one(undisturbed: TrainSpec, micro_data: Path, tmp_path: Path):
     spec = micro.micro_spec(micro_data, tmp_path / "disturbed", **EVERYTHING)
 
-    killed = micro.start(spec, ranks=2)
+    # Held at a step that they pass only when asked to stop: on no machine have they ended before that.
+    killed = micro.start(spec, ranks=2, fault="hold 20")
     wait_for_step(spec, 5, killed)
     while not checkpoint.latest_step(spec.run_dir):
         time.sleep(0.02)
@@ -78,7 +79,7 @@ def test_killed_and_stopped_run_equals_undisturbed_one(undisturbed: TrainSpec, m
     killed.communicate()
     published, reached = checkpoint.latest_step(spec.run_dir), micro.metrics(spec)[-1]["step"]
 
-    stopped = micro.start(spec, ranks=2)
+    stopped = micro.start(spec, ranks=2, fault="hold 22")
     wait_for_step(spec, reached + 2, stopped)
     stopped.send_signal(signal.SIGTERM)
     code, output = micro.finish(stopped)

@@ -1,0 +1,26 @@
+"""Ports for the servers that tests start."""
+
+from __future__ import annotations
+
+import socket
+from random import SystemRandom
+
+# Below what Linux gives to outgoing connections and to servers that ask for any port (from 32768), and below the node
+# ports of a cluster (from 30000): nobody gets such a port between our look and our server's start.
+FIRST, LAST = 15_000, 29_999
+_given: set[int] = set()
+
+
+def free_port() -> int:
+    """One that nobody listens on, on any address; never the same one twice."""
+    while True:
+        port = SystemRandom().randint(FIRST, LAST)
+        if port in _given:
+            continue
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        _given.add(port)
+        return port
