@@ -1,0 +1,118 @@
+"""A whole training step on tensors that say they are a GPU's, without their data.
+
+torch then checks what no CPU can show: that nothing on the host is mixed with what is on the device, and that products
+get dtypes and shapes as kernels of a GPU take them. Its autograd engine wants a real GPU; so each hand-written backward
+pass is called right after its forward pass, and the optimizers get gradients made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from manifests.spec import load_job
+from trainer import ops
+from trainer.model.engram import Engram
+from trainer.model.hybrid import HybridModel, ModelOutput
+from trainer.optim import build_optimizers
+from trainer.spec import BackendsSpec, TrainSpec
+
+ROWS, POSITIONS = 2, 512
+
+
+class Context:
+    """In place of autograd's."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.needs_input_grad = tuple(isinstance(a, Tensor) and a.is_floating_point() for a in arguments)
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+@contextmanager
+def gpu_without_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Yields the names of the hand-written functions that were differentiated."""
+    differentiated: list[str] = []
+
+    def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+        context = Context(arguments)
+        with torch.no_grad():
+            output = function.forward(context, *arguments)
+            first = output[0] if isinstance(output, tuple) else output
+            assert first.device.type == "cuda"
+            others = [None] * (len(output) - 1) if isinstance(output, tuple) else []
+            gradients = function.backward(context, torch.empty_like(first), *others)
+        for argument, gradient in zip(arguments, gradients, strict=True):
+            if gradient is not None:
+                of_gradient = (gradient.shape, gradient.device.type)  # autograd casts it to the argument's dtype
+                assert of_gradient == (argument.shape, "cuda"), function.__name__
+        differentiated.append(function.__name__)
+        return output
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.autograd.Function, "apply", classmethod(apply))
+    # torch.autocast looks for a GPU before it sets these.
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            yield differentiated
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+def made(spec: TrainSpec, backends: BackendsSpec) -> HybridModel:
+    choices = ops.resolve(backends, "cuda", torch.bfloat16, spec.model)
+    with torch.device("cuda"):
+        model = HybridModel(spec.model, ops.functions(choices))
+    model.choices = choices
+    for module in model.modules():
+        if isinstance(module, Engram):
+            classes = list(range(spec.model.vocab_size)) if module.spec.compress_tokens else None
+            module.hash.set_constants(classes)
+    return model.train()
+
+
+def forward(model: HybridModel, spec: TrainSpec) -> ModelOutput:
+    ids_BT, seq_idx_BT, labels_BT = (
+        torch.zeros(ROWS, POSITIONS, dtype=dtype, device="cuda") for dtype in (torch.int64, torch.int32, torch.int64)
+    )
+    return model(ids_BT, seq_idx_BT, labels_BT)
+
+
+@pytest.mark.parametrize("preset", ["tiny", pytest.param("h100-4b", marks=pytest.mark.slow)])
+def test_every_tensor_of_a_step_is_on_the_gpu(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = load_job(preset).train_spec()
+    with gpu_without_data(monkeypatch) as differentiated:
+        model = made(spec, BackendsSpec())
+        output = forward(model, spec)
+        assert {part.device.type for part in (output.ce_sum, output.aux_sum, output.expert_load_LE)} == {"cuda"}
+        assert set(differentiated) >= {"_RMSNorm", "_GatedRMSNorm", "_ShiftedConv", "_WithinChunk", "_Experts"}
+        assert differentiated[-1] == "_ChunkedCrossEntropy"
+        optimizers = build_optimizers(model, spec.optimizer, spec.model)
+        for parameter in optimizers.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        optimizers.step()
+        model.update_router_bias(output.expert_load_LE)
+        assert {tensor.device.type for tensor in optimizers.state_dict().values()} == {"cuda"}
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
+
+
+def test_a_tensor_left_on_the_host_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test above could not fail."""
+    spec = load_job("tiny").train_spec()
+    with gpu_without_data(monkeypatch):
+        model = made(spec, BackendsSpec())
+        model.final_norm.weight = torch.nn.Parameter(torch.ones(spec.model.hidden))
+        with pytest.raises(RuntimeError, match="device"):
+            forward(model, spec)
