@@ -128,25 +128,25 @@ class _Scrapes:
 
     def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
         self._app = app
-        self._last: dict[
-            str, tuple[float, float]
-        ] = {}  # address → (time of its last request, seconds since the one before)
+        # Address → time of its last request, seconds since the one before.
+        self._asked: dict[str, tuple[float, float]] = {}
+        self._answered: dict[str, float] = {}  # → time of the last request that has its answer
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         address, asked = environ["REMOTE_ADDR"], time.monotonic()
-
-        def sent() -> None:
-            before, _ = self._last.get(address, (-float("inf"), 0.0))
-            self._last[address] = asked, asked - before
-
-        return _Answer(self._app(environ, start_response), sent)
+        before, _ = self._asked.get(address, (-float("inf"), 0.0))
+        self._asked[address] = asked, asked - before
+        body = self._app(environ, start_response)
+        return _Answer(body, lambda: self._answered.update({address: asked}))
 
     def are_due(self, since: float) -> bool:
-        """Whether somebody's next request can be expected who has made none after the moment `since`."""
+        """Whether somebody can be expected to ask, or has asked, who has no answer to what was asked after `since`."""
         now = time.monotonic()
         return any(
-            asked < since and interval <= LONGEST_INTERVAL and now < asked + 1.2 * interval + 0.2
-            for asked, interval in list(self._last.values())
+            self._answered.get(address, 0.0) < since
+            and interval <= LONGEST_INTERVAL
+            and now < asked + 1.2 * interval + 0.2
+            for address, (asked, interval) in list(self._asked.items())
         )
 
 

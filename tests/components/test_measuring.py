@@ -60,40 +60,69 @@ def test_a_step_serves_what_it_counts_while_it_runs(port: int) -> None:
         scrape(port)
 
 
-@pytest.mark.enable_socket
-def test_a_regular_scraper_gets_the_last_counts(port: int) -> None:
-    """The end of a step waits for the scraper that came twice, not for one that came once, nor for one gone since."""
-    seen: list[dict[str, float]] = []
-    with step("shards"):
-        watcher = threading.Thread(target=lambda: [(seen.append(scrape(port)), time.sleep(0.5)) for _ in range(3)])
-        watcher.start()
-        while len(seen) < 2:
-            time.sleep(0.01)
-        measuring.worked_through(7)
-    watcher.join()
-    assert [counted.get('yaongi_stage_bytes_total{stage="shards"}') for counted in seen] == [None, None, 7]
+class Clock:
+    """Stands in for the module `time` of the exporter, so that a busy machine neither adds nor takes away any."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("trainer.exporter.time", made)
+    return made
 
 
 @pytest.mark.enable_socket
-@pytest.mark.parametrize("times", [0, 1, 2])
-def test_a_step_does_not_wait_for_somebody_who_is_gone(port: int, times: int) -> None:
+def test_a_regular_scraper_gets_the_last_counts(port: int, clock: Clock) -> None:
+    last: list[dict[str, float]] = []
     with step("shards"):
-        for _ in range(times):
+        for _ in range(2):
             scrape(port)
-        time.sleep(1)
-        begun = time.monotonic()
-    assert time.monotonic() - begun < 0.9, "two scrapes were some ms apart: the next one is overdue since long"
+            clock.now += 30
+        measuring.worked_through(7)
+        scraper = threading.Timer(0.3, lambda: last.append(scrape(port)))
+        scraper.start()
+    scraper.join()
+    assert last[0]['yaongi_stage_bytes_total{stage="shards"}'] == 7
 
 
 @pytest.mark.enable_socket
-def test_a_step_that_fails_ends_at_once(port: int) -> None:
+@pytest.mark.parametrize(
+    ("scrapes", "seconds_apart", "seconds_after"),
+    [
+        pytest.param(0, 30, 0, id="nobody came"),
+        pytest.param(1, 30, 0, id="once, so nobody knows when again"),
+        pytest.param(2, 61, 0, id="too seldom"),
+        pytest.param(2, 30, 37, id="overdue"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_a_step_does_not_wait_for(
+    port: int, clock: Clock, scrapes: int, seconds_apart: float, seconds_after: float
+) -> None:
+    with step("shards"):
+        for _ in range(scrapes):
+            clock.now += seconds_apart
+            scrape(port)
+        clock.now += seconds_after
+    # The clock stands still: it would wait for ever.
+
+
+@pytest.mark.enable_socket
+@pytest.mark.timeout(60)
+def test_a_step_that_fails_ends_at_once(port: int, clock: Clock) -> None:
     with pytest.raises(SystemExit), step("shards"):
-        scrape(port)
-        time.sleep(1)
-        scrape(port)
-        begun = time.monotonic()
+        for _ in range(2):
+            clock.now += 30
+            scrape(port)
         raise ValueError("no room")
-    assert time.monotonic() - begun < 0.9, "a second until the next scrape"
 
 
 @pytest.mark.enable_socket
