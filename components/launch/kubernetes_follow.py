@@ -9,6 +9,7 @@ import functools
 import queue
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from components.launch import LaunchError
@@ -132,6 +133,8 @@ class Follower:
         for job in mine:
             self.job = job
             if explain.has_succeeded(job):
+                with suppress(LaunchError):  # whatever a pod is told to lack, the job has succeeded
+                    self._see_latest_pods()
                 self.write(f"launcher: job {self.name} succeeded ({self.restarts} restarts)")
                 return True
             if explain.has_condition(job, "Failed"):
@@ -151,6 +154,11 @@ class Follower:
                 self.obstacles.pop("", None)  # all workers could be created
             if phase == "running" and self.running_since is None:
                 self.running_since = time.monotonic()
+
+    def _see_latest_pods(self) -> None:
+        """The job's end may be told before that of its pods, or even before a short one's beginning."""
+        for pod in self.cluster.pods(self.kind, self.name):
+            self._see_pod(pod, gone=False)
 
     def _see_pod(self, pod: Object, *, gone: bool) -> None:
         name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
@@ -221,8 +229,7 @@ class Follower:
         return f"{what}: {text}" if what else text
 
     def _fail(self, job: Object) -> None:
-        for pod in self.cluster.pods(self.kind, self.name):
-            self._see_pod(pod, gone=False)
+        self._see_latest_pods()
         cause = explain.culprit(self.ended.values())
         if cause is None or not cause.final:
             # Not for a worker's exit then: the operator's own deadline, or an eviction under another restart policy.
