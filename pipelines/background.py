@@ -132,7 +132,7 @@ def _write(workdir: Path, process: Process) -> None:
 
 
 def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Process:
-    """Start `yaongi run` for a job in the background; returns once it drives the run.
+    """Start `yaongi run` for a job in the background; returns once it drives the run and its log has begun.
 
     It has a session of its own, so that neither the terminal's end nor its Ctrl-C reaches it.
 
@@ -142,7 +142,7 @@ def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Proc
     run = job.run_name
     if is_alive(workdir, run):
         raise LaunchError(f"{running(workdir, run)}; follow it: yaongi logs {run} --follow")
-    file, console = job_file(workdir, run), console_file(workdir, run)
+    file, console, former = job_file(workdir, run), console_file(workdir, run), _logs(workdir, run)
     folder(workdir).mkdir(parents=True, exist_ok=True)
     atomic_write(file, to_yaml(job).encode())
     places = ["--target", job.cluster.target, "--workdir", str(workdir.absolute())]
@@ -157,15 +157,23 @@ def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Proc
             cwd=cwd,
         )
     deadline = time.monotonic() + START_PATIENCE_SECONDS
+    process = None
     while time.monotonic() < deadline:
-        process = read(workdir, run)
-        if process is not None and process.pid == child.pid:
-            return process
-        if child.poll() is not None:
+        ended = child.poll() is not None
+        found = read(workdir, run)
+        process = found if found is not None and found.pid == child.pid else None
+        # Who looks at the log next shall find this one, not that of the start before.
+        if ended or (process and _logs(workdir, run) - former):
             break
         time.sleep(0.1)
+    if process:
+        return process
     last = (console.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"])[-1]
     raise LaunchError(f"run {run} did not start: {last.removeprefix('error: ')} (output: {console})")
+
+
+def _logs(workdir: Path, run: str) -> set[Path]:
+    return set((workdir / "logs").glob(f"{run}-*.log"))
 
 
 def stop(workdir: Path, run: str) -> None:

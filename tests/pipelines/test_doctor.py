@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ports import free_port
 
 from manifests.spec import ClusterSpec
 from pipelines.doctor import capacity, cluster, machine, operators
@@ -112,7 +113,7 @@ def test_a_machine_with_little_shared_memory_is_told(monkeypatch, tmp_path):
 
 def test_a_metrics_port_in_use_is_told(monkeypatch, tmp_path):
     with socket.socket() as taken:
-        taken.bind(("0.0.0.0", 0))
+        taken.bind(("0.0.0.0", free_port()))
         taken.listen()
         monkeypatch.setattr(machine, "METRICS_PORT", taken.getsockname()[1])
         found = of_machine(tmp_path)["metrics port"]

@@ -21,6 +21,12 @@ def micro_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def quiet_checkpoint_library() -> None:
     """It logs every call at DEBUG, which a failing test would show instead of the failure."""
