@@ -27,7 +27,6 @@ from trainer.checkpoint import CheckpointFile, describe_files
 from trainer.data.manifest import checksum, sync_directory
 from trainer.data.tokenizer import Tokenizer
 from trainer.exitcodes import ExitCode, TrainingError
-from trainer.model.engram import token_classes
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec
 from trainer.report import write_report
@@ -88,8 +87,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Hyb
         if entry != expected[name]:
             raise _damaged(directory / name, "differs from what was written")
     spec = parse(ModelSpec, _read_json(directory / "config.json"), str(directory / "config.json"))
-    classes = token_classes(directory / "tokenizer.json")
-    model = build_model(spec, device=device, seed=0, token_classes=classes)
+    model = build_model(spec, device=device, seed=None)
     weights = load_file(directory / "model.safetensors", device=str(device))
     if different := sorted(weights.keys() ^ model.state_dict().keys()):
         raise _damaged(directory / "model.safetensors", f"and config.json disagree about {different[0]}")

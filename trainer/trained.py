@@ -13,7 +13,6 @@ from trainer.checkpoint import read_manifest as read_checkpoint_manifest
 from trainer.data.manifest import DataError, read_manifest, verify
 from trainer.data.tokenizer import Tokenizer
 from trainer.exitcodes import ExitCode, TrainingError
-from trainer.model.engram import token_classes
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.spec import TrainSpec
 
@@ -43,8 +42,7 @@ def load_trained(spec: TrainSpec, device: torch.device, dtype: torch.dtype | Non
     if path is None:
         raise TrainingError(ExitCode.CHECKPOINT, f"{spec.run_dir}: no checkpoint yet; train first")
     tokenizer = _tokenizer_of(path, spec.tokens.tokenizer)
-    classes = token_classes(Path(spec.tokens.tokenizer) / "tokenizer.json")
-    model = build_model(spec.model, spec.backends, device=device, dtype=dtype, seed=spec.seed, token_classes=classes)
+    model = build_model(spec.model, spec.backends, device=device, dtype=dtype, seed=None).to_empty(device=device)
     checkpoint = load_model_weights(path, model)
     log.info("loaded %s (step %d)", path, checkpoint.step)
     return Trained(model.eval(), tokenizer, checkpoint)

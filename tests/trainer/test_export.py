@@ -2,16 +2,21 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from made_run import make_run, save_checkpoint
 from micro import make_data
+from safetensors.torch import save_file
 
 from trainer import evaluate, export
+from trainer.checkpoint import describe_files
 from trainer.exitcodes import TrainingError
+from trainer.model.hybrid import HybridModel
 from trainer.specbase import parse
+from trainer.trained import load_trained
 
 
 @pytest.fixture
@@ -30,6 +35,50 @@ def test_logits_equal_the_checkpoints(exported):
         assert torch.equal(loaded(ids, seq_idx).logits_BTV, model(ids, seq_idx).logits_BTV)
     assert manifest["parameters"] == sum(p.numel() for p in model.parameters())
     assert tokenizer.decode(tokenizer.encode("다리 river")) == "다리 river"
+
+
+def test_weights_that_come_from_a_file_are_not_drawn_first(tmp_path, monkeypatch):
+    spec, model = make_run(tmp_path)
+
+    def drawn(*_args, **_kwargs):
+        raise AssertionError("weights were drawn")
+
+    monkeypatch.setattr(HybridModel, "init_weights", drawn)
+    trained = load_trained(spec, torch.device("cpu")).model
+    export.run(spec)
+    loaded, _ = export.load(Path(spec.run_dir) / "export")
+    expected = model.state_dict()
+    assert any(name.endswith("bias_E") for name in expected) and any(name.endswith("class_V") for name in expected)
+    for filled in (trained, loaded):
+        assert filled.state_dict().keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in filled.state_dict().items())
+        assert not any(tensor.is_meta for tensor in [*filled.parameters(), *filled.buffers()])
+        assert all(parameter.requires_grad for parameter in filled.parameters())
+
+
+@pytest.mark.parametrize("name", ["layers.0.1.mixer.bias_E", "layers.1.0.mixer.hash.class_V", "head.weight"])
+def test_a_tensor_that_the_file_lacks_is_named(tmp_path, name):
+    spec, model = make_run(tmp_path)
+    export.run(spec)
+    directory = Path(spec.run_dir) / "export"
+    whole = model.state_dict()
+    left = {key: tensor for key, tensor in whole.items() if key != name}
+    assert len(left) == len(whole) - 1
+
+    save_file(left, directory / "model.safetensors")
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["files"] = {
+        file: entry.model_dump() for file, entry in describe_files(directory, manifest["files"]).items()
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(TrainingError, match=rf"disagree about {re.escape(name)};") as of_export:
+        export.load(directory)
+
+    model.state_dict = lambda: left
+    save_checkpoint(spec, model, 16)
+    with pytest.raises(TrainingError, match=rf"model\.{re.escape(name)} should have .* no such tensor") as of_run:
+        load_trained(spec, torch.device("cpu"))
+    assert of_export.value.code == of_run.value.code == 66
 
 
 def test_manifest_has_the_digest_of_every_file(exported):

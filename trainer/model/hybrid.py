@@ -260,7 +260,7 @@ def build_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    seed: int,
+    seed: int | None,
     token_classes: list[int] | None = None,
     share: Callable[[HybridModel], None] | None = None,
 ) -> HybridModel:
@@ -268,6 +268,7 @@ def build_model(
 
     Args:
         dtype: what autocast will give to matrix products, by which kernels are chosen; None without autocast.
+        seed: of the weights; None leaves shapes only, for weights and buffers that all come from a file.
         token_classes: compression table of the tokenizer (`trainer.model.engram.token_classes`), needed by Engram
             layers with compress_tokens.
         share: cuts the parameters between ranks while they have shapes only; no rank ever holds the whole model.
@@ -278,7 +279,7 @@ def build_model(
     device = torch.device(device)
     backends = backends or BackendsSpec()
     choices = ops.resolve(backends, device, dtype or torch.float32, spec)
-    if device.type != "meta":
+    if device.type != "meta" and seed is not None:
         _check_classes(spec, token_classes)
     with torch.device("meta"):
         model = HybridModel(spec, ops.functions(choices))
@@ -287,8 +288,11 @@ def build_model(
         return model
     if share is not None:
         share(model)
-    model.to_empty(device=device)
-    model.init_weights(seed, token_classes)
+    if seed is not None:
+        model.to_empty(device=device)
+        model.init_weights(seed, token_classes)
+    else:  # whoever fills it goes by the state dict
+        assert model.state_dict().keys() >= dict([*model.named_parameters(), *model.named_buffers()]).keys()
     for name, choice in choices.items():
         log.info("operation %s: %s (%s)", name, choice.name, choice.reason)
     return model
