@@ -7,6 +7,7 @@ not know is written again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -73,15 +74,34 @@ class Journal(Record):
         return sum(len(part.inputs) for part in self.parts if part.whole)
 
     def write(self, directory: Path) -> None:
-        atomic_write(directory / JOURNAL_NAME, self.model_dump_json(indent=1).encode())
+        atomic_write(directory / JOURNAL_NAME, _sealed(self.model_dump_json(indent=1).encode()))
 
 
 def read_journal(directory: Path) -> Journal | None:
-    """The journal of a source's directory; None where there is none that can be used."""
+    """The journal of a source's directory; None where there is none that can be used, byte by byte as it was written.
+
+    Counts, rows and revisions in it are what manifests and later runs go by; no checksum of a part would prove them.
+    """
     try:
-        return Journal.model_validate_json((directory / JOURNAL_NAME).read_bytes())
-    except (FileNotFoundError, ValidationError):
+        data = (directory / JOURNAL_NAME).read_bytes()
+    except FileNotFoundError:
         return None
+    content = b"{" + data[len(_sealed(b"{")) :]
+    try:
+        if _sealed(content) == data:
+            return Journal.model_validate_json(content)
+    except ValidationError:
+        pass
+    print(
+        f"download {directory.name}: {JOURNAL_NAME} is damaged or of another version; the source is read again",
+        flush=True,
+    )
+    return None
+
+
+def _sealed(content: bytes) -> bytes:
+    """A JSON object with the digest of its bytes in front. Of bytes, for it is written anew with every part."""
+    return b'{"digest": "' + hashlib.sha256(content).hexdigest().encode() + b'",' + content[1:]
 
 
 def intact(directory: Path, part: Part) -> bool:
