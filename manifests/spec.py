@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from manifests.dataspec import DataSpec, FilesSource, HygieneSpec, Name
 from manifests.kinds import JobKindName
+from trainer.data.vocabulary import SMALLEST_VOCABULARY
 from trainer.modelspec import Count, ModelSpec
 from trainer.parallel.layout import Layout
 from trainer.spec import (
@@ -48,15 +49,19 @@ DOWNLOAD_MARGIN = 1.2
 VOCAB_MULTIPLE = 128
 
 
+def _padded(vocab_size: int) -> int:
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
 class TokenizerSpec(Spec):
     """Byte-level BPE; `vocab_size` includes special tokens, the 256 bytes and padding and equals model.vocab_size."""
 
-    vocab_size: Annotated[int, Field(ge=384)]
+    vocab_size: Annotated[int, Field(ge=_padded(SMALLEST_VOCABULARY))]
     sample_bytes: Count = 200_000_000
 
     @model_validator(mode="after")
     def _is_padded(self) -> Self:
-        padded = -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        padded = _padded(self.vocab_size)
         if padded != self.vocab_size:
             raise ValueError(
                 f"vocab_size {self.vocab_size} is no multiple of {VOCAB_MULTIPLE}, which the matrix products of the "

@@ -1,8 +1,11 @@
 """A wrong job is answered with what is wrong, where, and how to mend it, in one line for each problem."""
 
+from collections.abc import Callable
+
 import pytest
 
-from manifests.spec import load_job, preset_names
+from manifests.spec import TokenizerSpec, load_job, preset_names
+from trainer.data.tokenizer import train
 from trainer.specbase import SpecError
 
 
@@ -58,6 +61,20 @@ def test_a_wrong_field_is_one_line_with_place_and_remedy(changes: dict, where: s
     (line,) = str(error.value).splitlines()
     assert line.startswith(f"tiny: {where}: ")
     assert fix in line
+
+
+def test_the_smallest_vocabulary_of_a_job_is_the_smallest_that_can_be_trained() -> None:
+    def fits(make: Callable[[int], object], vocab_size: int) -> bool:
+        try:
+            make(vocab_size)
+        except ValueError:
+            return False
+        return True
+
+    sizes = range(128, 1024, 128)
+    of_jobs = [fits(lambda size: TokenizerSpec(vocab_size=size), size) for size in sizes]
+    assert of_jobs == [fits(lambda size: train([], size), size) for size in sizes]
+    assert True in of_jobs and False in of_jobs
 
 
 def test_every_preset_is_valid_and_has_a_run_name_of_its_own() -> None:

@@ -26,18 +26,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as RawTokenizer
 
 from trainer.data.manifest import DataError, atomic_write
+from trainer.data.vocabulary import EOD, SMALLEST_VOCABULARY, SPECIAL_TOKENS
 
-EOD = "<|endoftext|>"
-SPECIAL_TOKENS = (
-    EOD,
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|think_start|>",
-    "<|think_end|>",
-)
 PATTERN = "|".join(
     (
         r"[^\r\n\p{L}\p{M}\p{N}]?\p{Hangul}+",
@@ -53,7 +43,6 @@ PATTERN = "|".join(
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
 BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + n): b for n, b in enumerate(_OTHERS)}
-SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 
 
 class Tokenizer:
