@@ -8,16 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Self
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
-from hub_server import send
+from hub_server import Served, send
 
 
-class BucketServer:
+class BucketServer(Served):
     """`objects` of the bucket "texts" by key."""
 
     def __init__(self, objects: dict[str, bytes]) -> None:
@@ -26,28 +24,7 @@ class BucketServer:
         self.ranges: list[tuple[str, str]] = []  # key, Range of each GET
         self.stamps = {"ETag", "Last-Modified"}  # what answers say of an object's version
         self.modified = dict.fromkeys(objects, "Mon, 01 Jan 2024 00:00:00 GMT")
-        bucket = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                bucket.answer(self)
-
-            do_HEAD = do_GET
-
-            def log_message(self, *_: object) -> None: ...
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__()
 
     def replace(self, key: str, data: bytes) -> None:
         self.objects[key], self.modified[key] = data, "Tue, 02 Jan 2024 00:00:00 GMT"

@@ -20,7 +20,38 @@ from urllib.parse import parse_qs, unquote, urlsplit
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class HubServer:
+class Served:
+    """A server on this machine while in its `with`; `answer` answers every request."""
+
+    def __init__(self) -> None:
+        served = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                served.answer(self)
+
+            do_HEAD = do_POST = do_GET
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        raise NotImplementedError
+
+
+class HubServer(Served):
     """`files` of the dataset org/texts by path, and of further `datasets` by name.
 
     Faults: a status, with "+seconds" for Retry-After, "reset" (cut half way), "wrong" (other bytes), "short" (too few).
@@ -35,20 +66,7 @@ class HubServer:
         self._all = {"org/texts": files} | (datasets or {})
         self.reset()
         self.faults = faults or {}
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                hub.answer(self)
-
-            do_HEAD = do_POST = do_GET
-
-            def log_message(self, *_: object) -> None: ...
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        super().__init__()
 
     def reset(self) -> None:
         """Forget faults, changes and what was asked."""
@@ -60,14 +78,6 @@ class HubServer:
         self.times: list[tuple[float, str]] = []
         self.tokens: set[str | None] = set()
         self.gated: int | None = None  # the status that whoever asks for a file gets, as without the owner's leave
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
     def ranges_of(self, path: str) -> list[str | None]:
         return [wanted for method, asked, wanted in self.requests if method == "GET" and asked.endswith(path)]
