@@ -55,23 +55,16 @@ def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
         OSError: the volume is full or a worker was killed.
     """
     work = _Work.of(job, raw, tokenizer)
-    manifest, why = reusable(work.directory, "shards", work.inputs, work.settings)
-    if manifest is None:
-        print(f"shards: {len(work.raw.files)} files to make token files of ({why})", flush=True)
+    before, why = work.reusable()
+    if before is None:
         units = plan_units(work.raw, job.shards.unit_bytes)
         with _ready(job, work, units) as workers:
-            _clear(work.directory)
-            _encode(job, work, units, workers)
-            manifest = Manifest(
-                kind="shards",
-                inputs=work.inputs,
-                settings=work.settings,
-                sources=work.raw.sources,
-                files=_assembled(job, work, units, workers),
-            )
-            _check_counts(work.raw, work.hygiene, manifest)
-            write_manifest(work.directory, manifest)
-    else:
+            before, why = work.reusable()  # again: another process may have finished before this one had the lock
+            if before is None:
+                print(f"shards: {len(work.raw.files)} files to make token files of ({why})", flush=True)
+                manifest = _make(job, work, units, workers)
+    if before is not None:
+        manifest = before
         measuring.verified(len(manifest.files))
         print(f"shards: {why}: {work.directory}", flush=True)
     # Also after a run that was killed between its manifest and this line.
@@ -112,7 +105,8 @@ def encode_range(one: Range) -> None:
     units = range_of(plan_units(work.raw, one.job.shards.unit_bytes), one.index, one.count)
     if units:
         with _ready(one.job, work, units) as workers:
-            _encode(one.job, work, units, workers)
+            if not work.finished():  # by another process, before this one had the lock
+                _encode(one.job, work, units, workers)
 
 
 @dataclass(frozen=True)
@@ -153,6 +147,10 @@ class _Work:
             },
         )
 
+    def reusable(self) -> tuple[Manifest | None, str]:
+        """The manifest of whole shards that are as these would be, else None; and why."""
+        return reusable(self.directory, "shards", self.inputs, self.settings)
+
     def finished(self) -> bool:
         """Whether the shards are there, by their manifest and sizes alone."""
         try:
@@ -161,6 +159,21 @@ class _Work:
         except DataError:
             return False
         return (manifest.inputs, manifest.settings) == (self.inputs, self.settings)
+
+
+def _make(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Workers) -> Manifest:
+    _clear(work.directory)
+    _encode(job, work, units, workers)
+    manifest = Manifest(
+        kind="shards",
+        inputs=work.inputs,
+        settings=work.settings,
+        sources=work.raw.sources,
+        files=_assembled(job, work, units, workers),
+    )
+    _check_counts(work.raw, work.hygiene, manifest)
+    write_manifest(work.directory, manifest)
+    return manifest
 
 
 def _encode(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Workers) -> None:

@@ -19,6 +19,7 @@ from manifests.spec import JobSpec
 from trainer.data import tokenizer as bpe
 from trainer.data.jsonl import documents
 from trainer.data.manifest import (
+    FileEntry,
     Manifest,
     StageResult,
     atomic_write,
@@ -50,24 +51,31 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
         "pattern": bpe.PATTERN,
         "special_tokens": list(bpe.SPECIAL_TOKENS),
     }
-    manifest, why = reusable(directory, "tokenizer", inputs, settings)
-    if manifest is None:
-        print(f"tokenizer: training {job.tokenizer.vocab_size} tokens ({why})", flush=True)
+    before, why = reusable(directory, "tokenizer", inputs, settings)
+    if before is None:
         with alone(directory, "training a tokenizer"), full_volume_explained(directory):
-            with ByteProgress("tokenizer: sampled", None) as progress:
-                trained = bpe.train(_with_progress(job, raw.path, raw_manifest, progress), job.tokenizer.vocab_size)
-            bpe.save(trained, directory)
-            report = _compression(directory, raw.path, raw_manifest)
-            atomic_write(directory / REPORT, json.dumps(report, indent=1).encode() + b"\n")
-            names = ("tokenizer.json", "tokenizer_config.json", REPORT)
-            files = [file_entry(directory, name, "sha256") for name in names]
-            manifest = Manifest(kind="tokenizer", inputs=inputs, settings=settings, files=files)
-            write_manifest(directory, manifest)
-    else:
+            # Again: another process may have finished before this one had the lock.
+            before, why = reusable(directory, "tokenizer", inputs, settings)
+            if before is None:
+                print(f"tokenizer: training {job.tokenizer.vocab_size} tokens ({why})", flush=True)
+                files = _make(job, directory, raw.path, raw_manifest)
+                manifest = Manifest(kind="tokenizer", inputs=inputs, settings=settings, files=files)
+                write_manifest(directory, manifest)
+    if before is not None:
+        manifest = before
         measuring.verified(len(manifest.files))
         print(f"tokenizer: {why}: {directory}", flush=True)
     summary = {"vocab_size": job.tokenizer.vocab_size} | json.loads((directory / REPORT).read_bytes())
     return StageResult(kind="tokenizer", path=str(directory), digest=manifest.digest, summary=summary)
+
+
+def _make(job: JobSpec, directory: Path, raw_dir: str, raw: Manifest) -> list[FileEntry]:
+    with ByteProgress("tokenizer: sampled", None) as progress:
+        trained = bpe.train(_with_progress(job, raw_dir, raw, progress), job.tokenizer.vocab_size)
+    bpe.save(trained, directory)
+    report = _compression(directory, raw_dir, raw)
+    atomic_write(directory / REPORT, json.dumps(report, indent=1).encode() + b"\n")
+    return [file_entry(directory, name, "sha256") for name in ("tokenizer.json", "tokenizer_config.json", REPORT)]
 
 
 def sample(directory: str | Path, manifest: Manifest, source: str, budget_bytes: int) -> Iterator[str]:
