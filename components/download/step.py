@@ -10,7 +10,7 @@ from pathlib import Path
 from components.download.source import Task, origin, prepare
 from components.download.writer import Journal
 from components.lock import alone
-from components.volume import FULL
+from components.volume import FULL, full_volume
 from manifests.dataspec import SourceSpec
 from manifests.spec import JobSpec
 from trainer.data.manifest import (
@@ -83,7 +83,5 @@ def _digest_of(root: Path) -> str | None:
 def _system_error(task: Task, error: OSError) -> DataError:
     where = error.filename or task.directory
     if error.errno in FULL:
-        return DataError(
-            f"source '{task.name}': {where}: the disk is full; make room and start again, what is done stays"
-        )
+        return DataError(f"source '{task.name}': {full_volume(where, error)}")
     return DataError(f"source '{task.name}': {where}: {error.strerror or error}; check the path and its permissions")

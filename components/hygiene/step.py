@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,8 @@ class _ScanFile:
         temporary.mkdir(parents=True)
         for name, scanner in scanners.items():
             with open(temporary / f"{name}.npy", "wb") as file:
-                np.save(file, scanner.result())
+                # Not to the file itself, which NumPy would write to by itself: its error does not say why.
+                np.save(SimpleNamespace(write=file.write), scanner.result())
                 file.flush()
                 os.fsync(file.fileno())
         os.rename(temporary, folder)

@@ -214,7 +214,7 @@ def test_a_copy_longer_than_the_file_is_fetched_again(
     monkeypatch.setattr(files, "RANGE_BYTES", 10_000)
     monkeypatch.setattr(files, "read_range", full)
     job = web_job(bucket, make_job, tmp_path)
-    with pytest.raises(DataError, match="the disk is full"):
+    with pytest.raises(DataError, match="the volume is full; make room and run again"):
         run(job)
     (copy,) = tmp_path.rglob(".fetch/*")
     copy.write_bytes(OBJECTS["a/0.jsonl"] + b'{"text": "too much"}\n')

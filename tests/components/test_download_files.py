@@ -388,7 +388,8 @@ def test_a_disk_that_fills_up_is_one_line(
 
     with monkeypatch.context() as patched:
         patched.setattr("components.download.writer.os.replace", full)
-        with pytest.raises(DataError, match=r"^source 'web': [^\n]*: the disk is full; make room[^\n]*$"):
+        said = r"^source 'web': [^\n]*: the volume is full; make room and run again, what is done stays$"
+        with pytest.raises(DataError, match=said):
             run(job)
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("manifest.json"))
     assert run(job).summary["documents"] == 3

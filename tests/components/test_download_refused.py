@@ -219,4 +219,7 @@ def test_a_quota_that_is_used_up_is_a_full_volume(
         over()
     (tmp_path / "a.jsonl").write_bytes(LINES)
     monkeypatch.setattr(source, "write_part", over)
-    assert "the disk is full; make room" in refused(make_job({"web": from_files(tmp_path / "a.jsonl")}, tmp_path / "d"))
+    job = make_job({"web": from_files(tmp_path / "a.jsonl")}, tmp_path / "d")
+    assert refused(job) == (
+        f"source 'web': {job.stage_dir('raw')}/web: the volume is full; make room and run again, what is done stays"
+    )
