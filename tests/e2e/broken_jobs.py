@@ -19,7 +19,7 @@ EMPTY: list[Object] = [{"name": "tmp", "emptyDir": {}}, {"name": "shm", "emptyDi
 def broken(name: str, namespace: str, *changes: Change, **cluster: Any) -> list[Object]:
     """The objects of a job called `name` whose worker sleeps, on emptyDirs alone, after `changes`."""
     settings = {"cluster": {**SMALL, **SHORT, "namespace": namespace, **cluster}}
-    objects = scripted(job_from({"preset": "tiny", "name": name}, settings), "sleep 300", BUSYBOX)
+    objects = scripted(job_from({"preset": "tiny", "name": name}, settings), "sleep 3600", BUSYBOX)
     pod, container = parts(objects)
     pod["volumes"] = list(EMPTY)
     container["volumeMounts"] = [m for m in container["volumeMounts"] if m["name"] in ("tmp", "shm")]

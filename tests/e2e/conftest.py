@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from kube import PIPELINE_IMAGE, Namespace, Object, pod
-from launching import Launcher, as_account
+from launching import Launcher, as_account, granted
 from pipeline_run import SETS, PipelineRun
 from scrape import Prometheus
 
@@ -37,6 +37,7 @@ def namespace() -> Iterator[Namespace]:
     """Deleted afterwards, unless YAONGI_E2E_KEEP is set."""
     with restricted_namespace() as space:
         space.apply(*base_objects(space.name))
+        granted(space, f"system:serviceaccount:{space.name}:yaongi-launcher")
         yield space
 
 
@@ -54,6 +55,7 @@ def restricted_namespace() -> Iterator[Namespace]:
     space = Namespace(name)
     space.apply(restricted)
     try:
+        space.made()
         yield space
     finally:
         if os.environ.get("YAONGI_E2E_KEEP"):

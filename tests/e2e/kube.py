@@ -24,7 +24,7 @@ class Namespace:
 
     def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
         done = subprocess.run(
-            ["kubectl", "--namespace", self.name, *arguments], input=stdin, capture_output=True, text=True, timeout=120
+            ["kubectl", "--namespace", self.name, *arguments], input=stdin, capture_output=True, text=True, timeout=600
         )
         if check and done.returncode:
             raise AssertionError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
@@ -32,6 +32,27 @@ class Namespace:
 
     def apply(self, *objects: Object) -> None:
         self.kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)}))
+
+    def apply_when_admitted(self, *objects: Object) -> None:
+        """Also what an admission webhook refuses until it has seen the objects that were applied just before."""
+
+        def refusal() -> str:
+            try:
+                self.apply(*objects)
+            except AssertionError as error:
+                return str(error)
+            return ""
+
+        wait_for("the objects to be admitted", refusal, 60, is_there=lambda text: not text)
+
+    def made(self) -> None:
+        """Wait for what controllers put into every new namespace; without the account no pod is admitted."""
+        what = ("serviceaccount/default", "configmap/kube-root-ca.crt")
+        wait_for(
+            "the namespace's own objects",
+            lambda: len(self.kubectl("get", *what, "-o", "name", "--ignore-not-found").split()) == 2,
+            120,
+        )
 
     def find(self, kind: str, *selection: str) -> list[Object]:
         """Objects of a kind, as `kubectl get KIND SELECTION` finds them."""
@@ -60,7 +81,7 @@ class Namespace:
         print(f"--- log of {pod} (exit {found})\n{log}", flush=True)
         return found, log
 
-    def running(self, pod: str, timeout: float = 60) -> None:
+    def running(self, pod: str, timeout: float = 300) -> None:
         self.kubectl("wait", "--for=condition=Ready", f"pod/{pod}", f"--timeout={timeout:g}s")
 
     def execute(self, pod: str, *command: str, check: bool = True) -> str:

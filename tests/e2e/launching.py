@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kube import Namespace
+from kube import Namespace, wait_for
 from kubernetes import client, config
 
 from components.launch.kubernetes import launch
@@ -25,7 +25,11 @@ HERE = Path(__file__).parent
 BUSYBOX = os.environ.get("YAONGI_BUSYBOX_IMAGE", "localhost/busybox:1.35")
 WORKER = 'index="${HOSTNAME##*-}"; '
 SMALL = {"nodes": 2, "cpus_per_node": 0.05, "memory_gib_per_node": 0.0625, "shared_memory_gib": 0.03125}
-SHORT = {"grace_seconds": 3, "queue_timeout_seconds": 60, "start_timeout_seconds": 60, "run_timeout_seconds": 120}
+# None of the time limits is reached but by a test that is about it and sets its own.
+SHORT = {"grace_seconds": 3, "queue_timeout_seconds": 300, "start_timeout_seconds": 300, "run_timeout_seconds": 600}
+# An elastic PyTorchJob has succeeded as soon as any worker has, and the operator removes those that still run: where a
+# line of worker 0 is wanted, the others stay until they are removed.
+ALONE = '[ "$index" = 0 ] || sleep 600; '
 
 
 def tiny(namespace: Namespace, **changes: Any) -> JobSpec:
@@ -45,12 +49,34 @@ def scripted(job: JobSpec, script: str, image: str = BUSYBOX, pipeline_run: str 
     return rendered
 
 
+def granted(namespace: Namespace, user: str, verb: str = "create", resource: str = "pytorchjobs") -> None:
+    """Wait until the API server knows of rights that were applied just before."""
+    question = ("auth", "can-i", verb, resource, "--as", user)
+    wait_for(f"{user} to be allowed", lambda: namespace.kubectl(*question, check=False).strip() == "yes", 60)
+
+
+class Gate:
+    """A file on the volume of checkpoints that workers' scripts wait for, so that they last until a test has seen them.
+
+    Args:
+        volumes: with a pod named `reader`, which has the volume, too.
+    """
+
+    def __init__(self, volumes: Namespace) -> None:
+        self.volumes, self.file = volumes, f"/mnt/checkpoints/gate-{uuid.uuid4().hex[:6]}"
+        self.wait = f"until [ -e {self.file} ]; do sleep 0.2; done"  # for scripts
+
+    def open(self) -> None:
+        self.volumes.execute("reader", "touch", self.file)
+
+
 class Launcher:
     """Launches and keeps the lines written."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.lines: list[str] = []
+        self.acts: dict[str, Callable[[], object]] = {}  # what to do when a line with this text is first written
 
     def __call__(self, job: JobSpec, script: str, image: str = BUSYBOX) -> None:
         launch(self.cluster, scripted(job, script, image), job.cluster, self.write)
@@ -58,6 +84,8 @@ class Launcher:
     def write(self, line: str) -> None:
         print(line, flush=True)
         self.lines.append(line)
+        for text in [text for text in list(self.acts) if text in line]:
+            self.acts.pop(text, lambda: None)()
 
     def count(self, text: str) -> int:
         return sum(text == line for line in self.lines)
@@ -116,6 +144,12 @@ def running_pods_of(namespace: Namespace, job: JobSpec) -> list[str]:
     """Those that have not ended: a pod object that is left to be looked at holds nothing."""
     pods = pods_of(namespace, job)
     return [found["metadata"]["name"] for found in pods if found["status"]["phase"] not in ("Succeeded", "Failed")]
+
+
+def both_pods_of(namespace: Namespace, job: JobSpec) -> set[str]:
+    """UIDs of both workers' pods; the second one's may be made when the first runs already."""
+    pods = wait_for("both workers' pods", lambda: pods_of(namespace, job), 120, is_there=lambda found: len(found) == 2)
+    return {found["metadata"]["uid"] for found in pods}
 
 
 def jobs_of(namespace: Namespace, job: JobSpec) -> list[Object]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from kube import Namespace, wait_for
-from launching import Launcher, as_account, jobs_of, pods_of, tiny
+from launching import Launcher, as_account, granted, jobs_of, pods_of, tiny
 from tools import tool
 
 from manifests import chart
@@ -35,7 +35,7 @@ MONITORING_KINDS = ("podmonitors", "prometheusrules")
 
 def helm(space: Namespace, *arguments: str) -> str:
     done = subprocess.run(
-        [tool("helm"), "--namespace", space.name, *arguments], capture_output=True, text=True, timeout=120
+        [tool("helm"), "--namespace", space.name, *arguments], capture_output=True, text=True, timeout=600
     )
     print(f"--- helm {' '.join(arguments)}\n{done.stdout}{done.stderr}", flush=True)
     assert done.returncode == 0, done.stderr
@@ -60,15 +60,17 @@ def test_a_job_survives_an_upgrade_and_uninstalling_leaves_only_what_is_kept(emp
     assert f"kubectl create secret generic {HUB_SECRET} --namespace {space.name} --from-file=token=" in notes
 
     job = tiny(space)
+    granted(space, f"system:serviceaccount:{space.name}:{ROLE}")
     launcher = Launcher(as_account(space, ROLE))
     with ThreadPoolExecutor(1) as pool:
-        launched = pool.submit(launcher, job, 'echo "worker $index"; sleep 20')
+        upgraded = f"/mnt/checkpoints/{job.run_name}-upgraded"
+        launched = pool.submit(launcher, job, f'echo "worker $index"; until [ -e {upgraded} ]; do sleep 0.2; done')
 
         def workers() -> dict[str, str]:
             running = [pod for pod in pods_of(space, job) if pod["status"]["phase"] == "Running"]
             return {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in running}
 
-        running = wait_for("both workers to run", workers, 60, is_there=lambda found: len(found) == 2)
+        running = wait_for("both workers to run", workers, 300, is_there=lambda found: len(found) == 2)
         helm(
             space,
             "upgrade",
@@ -82,7 +84,8 @@ def test_a_job_survives_an_upgrade_and_uninstalling_leaves_only_what_is_kept(emp
         assert {subject["name"] for subject in binding["subjects"]} == {"runner", ROLE}
         assert {claim["metadata"]["labels"]["team"] for claim in space.find("pvc")} == {"blue"}
         assert workers() == running, "an upgrade does not touch running workers"
-        launched.result(timeout=90)
+        space.execute(min(running), "touch", upgraded)
+        launched.result(timeout=300)
     ended = {pod["metadata"]["name"]: (pod["metadata"]["uid"], pod["status"]["phase"]) for pod in pods_of(space, job)}
     print(f"workers after the upgrade: {ended}")
     # An elastic job is done when any worker is; the operator then removes what it still sees running (cleanPodPolicy
@@ -92,12 +95,12 @@ def test_a_job_survives_an_upgrade_and_uninstalling_leaves_only_what_is_kept(emp
     (done,) = jobs_of(space, job)
     assert any(each["type"] == "Succeeded" and each["status"] == "True" for each in done["status"]["conditions"])
 
-    space.kubectl("delete", "pytorchjob", job.run_name, "--timeout=60s")
+    space.kubectl("delete", "pytorchjob", job.run_name, "--timeout=300s")
     kept = claims(space)
     helm(space, "uninstall", RELEASE, "--wait")
     wanted = {f"persistentvolumeclaim/{claim['metadata']['name']}" for claim in pvcs(job)}
     left = wait_for(
-        "the job's objects to go", lambda: everything(space) - before, 30, is_there=lambda found: found == wanted
+        "the job's objects to go", lambda: everything(space) - before, 180, is_there=lambda found: found == wanted
     )
     print(f"left by uninstall: {sorted(left)}")
 
@@ -105,7 +108,7 @@ def test_a_job_survives_an_upgrade_and_uninstalling_leaves_only_what_is_kept(emp
     helm(space, "install", RELEASE, str(chart.CHART), *SMALL, *unkept)
     assert claims(space) == kept, "the next release of that name takes the kept claims over"
     helm(space, "uninstall", RELEASE, "--wait")
-    wait_for("nothing to be left", lambda: everything(space) - before, 30, is_there=lambda found: not found)
+    wait_for("nothing to be left", lambda: everything(space) - before, 180, is_there=lambda found: not found)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,11 @@ def prometheus_operator_crds() -> Iterator[None]:
     if subprocess.run(["kubectl", "get", "crd", *names], capture_output=True).returncode == 0:
         yield
         return
+
+    def discovered() -> bool:
+        command = ["kubectl", "api-resources", "--api-group=monitoring.coreos.com", "-o", "name"]
+        return set(names) <= set(subprocess.run(command, capture_output=True, text=True).stdout.split())
+
     module, version, digest = MONITORING
     done = subprocess.run(
         ["go", "mod", "download", "-json", f"{module}@{version}"],
@@ -130,10 +138,11 @@ def prometheus_operator_crds() -> Iterator[None]:
     files = [f"--filename={folder / f'monitoring.coreos.com_{kind}.yaml'}" for kind in MONITORING_KINDS]
     subprocess.run(["kubectl", "apply", "--server-side", *files], check=True)
     try:
-        subprocess.run(["kubectl", "wait", "--for=condition=Established", "--timeout=30s", "crd", *names], check=True)
+        subprocess.run(["kubectl", "wait", "--for=condition=Established", "--timeout=120s", "crd", *names], check=True)
+        wait_for("their discovery, which the chart asks", discovered, 120)
         yield
     finally:
-        subprocess.run(["kubectl", "delete", "crd", *names, "--timeout=60s"], check=False)
+        subprocess.run(["kubectl", "delete", "crd", *names, "--timeout=300s"], check=False)
 
 
 @pytest.mark.usefixtures("prometheus_operator_crds")
@@ -157,4 +166,4 @@ def test_monitors_and_rules_are_what_the_prometheus_operator_takes(empty_namespa
     assert {(item["kind"], item["metadata"]["name"]) for item in made} == wanted != set()
     assert all(item["metadata"]["labels"]["release"] == "kube-prometheus-stack" for item in made)
     helm(space, "uninstall", RELEASE, "--wait")
-    wait_for("nothing to be left", lambda: everything(space) - before, 30, is_there=lambda found: not found)
+    wait_for("nothing to be left", lambda: everything(space) - before, 180, is_there=lambda found: not found)

@@ -26,8 +26,9 @@ def states(found: dict[str, Finding], state: str) -> set[str]:
     return {finding.what for finding in found.values() if finding.state == state}
 
 
-def test_a_ready_namespace_lacks_only_what_is_optional(namespace):
-    found = look(namespace.name, "tiny")
+def test_a_ready_namespace_lacks_only_what_is_optional(volumes):
+    """With claims that are bound, as a pod has them."""
+    found = look(volumes.name, "tiny")
     assert states(found, "no") == set()
     assert states(found, "ok") == {
         "cluster", "clock", "namespace", "permissions", "service account", "PyTorchJob", "PyTorchJob operator",
@@ -59,7 +60,7 @@ def test_a_claim_of_one_node_will_not_do_for_two(empty_namespace):
         "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Mi"}}},
     }
     empty_namespace.apply(claim)
-    empty_namespace.kubectl("wait", "--for=jsonpath={.status.phase}=Bound", "pvc/mine", "--timeout=60s")
+    empty_namespace.kubectl("wait", "--for=jsonpath={.status.phase}=Bound", "pvc/mine", "--timeout=300s")
     storage = {"storage": {"datasets_pvc": "mine", "checkpoints_pvc": "mine"}}
     assert look(empty_namespace.name, "tiny", storage)["claim mine"].state == "no"
     alone = look(empty_namespace.name, "tiny", {**storage, "cluster": {"nodes": 1}})["claim mine"]

@@ -21,8 +21,11 @@ from cuttable import Relay, relay
 from kube import Namespace, wait_for
 from kubernetes import client
 from launching import (
+    ALONE,
+    Gate,
     Launcher,
     as_account,
+    both_pods_of,
     jobs_of,
     pods_of,
     read_until,
@@ -43,7 +46,8 @@ pytestmark = pytest.mark.e2e
 
 def test_two_workers_succeed_and_each_line_of_worker_0_is_shown_once(namespace: Namespace, launcher: Launcher) -> None:
     job = tiny(namespace)
-    launcher(job, 'for i in 1 2 3; do echo "worker $index line $i"; sleep 1; done; cat /etc/yaongi/train.yaml; sleep 1')
+    lines = 'for i in 1 2 3; do echo "worker $index line $i"; sleep 1; done; cat /etc/yaongi/train.yaml; sleep 1; '
+    launcher(job, lines + ALONE)
     assert [launcher.count(f"worker 0 line {i}") for i in (1, 2, 3)] == [1, 1, 1]
     assert not launcher.has("worker 1 line")
     assert launcher.count(f"run: {job.run_name}") == 1, "the spec is mounted where the trainer looks for it"
@@ -57,7 +61,7 @@ def test_a_failure_names_worker_node_code_and_reason(namespace: Namespace, launc
     job = tiny(namespace)
     script = (
         'if [ "$index" = 1 ]; then sleep 2; echo "about to give up"; '
-        'echo "steps: must be positive" > /dev/termination-log; exit 2; fi; sleep 100'
+        'echo "steps: must be positive" > /dev/termination-log; exit 2; fi; sleep 600'
     )
     with pytest.raises(JobFailed) as caught:
         launcher(job, script)
@@ -67,18 +71,19 @@ def test_a_failure_names_worker_node_code_and_reason(namespace: Namespace, launc
     assert "about to give up" in message
     assert "\n" not in message
     running = [p for p in pods_of(namespace, job) if p["status"]["phase"] == "Running"]
-    wait_for("the other worker to end", lambda: not [p for p in running if p in pods_of(namespace, job)], 30)
+    wait_for("the other worker to end", lambda: not [p for p in running if p in pods_of(namespace, job)], 120)
 
     launcher.lines.clear()
-    launcher(job, "echo second attempt")
+    launcher(job, ALONE + "echo second attempt")
     assert launcher.has("deleting the finished job")
     assert launcher.count("second attempt") == 1
 
 
-def test_a_retryable_exit_is_told_and_the_new_pod_followed(namespace: Namespace, launcher: Launcher) -> None:
-    job = tiny(namespace, cluster={"nodes": 1})
-    flag = f"/mnt/checkpoints/{job.run_name}"
-    launcher(job, f"if [ -e {flag} ]; then echo again; else touch {flag}; echo first; sleep 2; exit 160; fi")
+def test_a_retryable_exit_is_told_and_the_new_pod_followed(volumes: Namespace, launcher: Launcher) -> None:
+    job = tiny(volumes, cluster={"nodes": 1})
+    flag, shown = f"/mnt/checkpoints/{job.run_name}", Gate(volumes)
+    launcher.acts["first"] = shown.open  # the pod goes with its log as soon as it has failed
+    launcher(job, f"if [ -e {flag} ]; then echo again; else touch {flag}; echo first; {shown.wait}; exit 160; fi")
     assert (launcher.count("first"), launcher.count("again")) == (1, 1)
     assert launcher.has("exited 160 (communication with another rank failed)")
     assert launcher.has("(1 restarts)")
@@ -125,7 +130,7 @@ def test_an_unreachable_api_is_told(namespace: Namespace) -> None:
 
 
 def test_an_unschedulable_job_says_why_and_is_removed(namespace: Namespace, launcher: Launcher) -> None:
-    job = tiny(namespace, cluster={"cpus_per_node": 5000, "queue_timeout_seconds": 5})
+    job = tiny(namespace, cluster={"cpus_per_node": 5000, "queue_timeout_seconds": 20})
     with pytest.raises(
         LaunchError, match=r"waited \d+ s for nodes .*worker-0: cannot be scheduled: .*Insufficient cpu"
     ):
@@ -138,8 +143,8 @@ def test_a_spent_quota_is_told(namespace: Namespace, launcher: Launcher) -> None
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "narrow"}, "spec": {"hard": hard}}
     namespace.apply(quota)
     try:
-        job = tiny(namespace, cluster={"queue_timeout_seconds": 8})
-        wait_for("the quota", lambda: namespace.find("resourcequotas")[0].get("status", {}).get("hard"), 20)
+        job = tiny(namespace, cluster={"queue_timeout_seconds": 20})
+        wait_for("the quota", lambda: namespace.find("resourcequotas")[0].get("status", {}).get("hard"), 120)
         with pytest.raises(LaunchError, match=r"waited \d+ s for nodes .*exceeded quota: narrow"):
             launcher(job, "true")
     finally:
@@ -155,26 +160,27 @@ def test_pod_security_that_rejects_the_workers_is_told_at_once(namespace: Namesp
 
 
 def test_a_killed_launcher_is_replaced_by_a_new_one(
-    namespace: Namespace, launcher: Launcher, processes: list[subprocess.Popen[str]]
+    volumes: Namespace, launcher: Launcher, processes: list[subprocess.Popen[str]]
 ) -> None:
-    job = tiny(namespace)
-    script = "echo begun; sleep 8; echo done"
-    process = start_process(namespace, job, script, processes)
+    job, adopted = tiny(volumes), Gate(volumes)
+    script = f"echo begun; {ALONE}{adopted.wait}; echo done"
+    process = start_process(volumes, job, script, processes)
     read_until(process, "begun")
     process.kill()
-    before = {p["metadata"]["uid"] for p in pods_of(namespace, job)}
+    before = both_pods_of(volumes, job)
+    launcher.acts["is there already; following it"] = adopted.open
     launcher(job, script)
-    assert launcher.has("is there already; following it")
+    assert not launcher.acts, "the second launcher found the job running"
     assert launcher.count("done") == 1
-    after = {p["metadata"]["uid"] for p in pods_of(namespace, job)}
-    assert len(before) == 2 and after <= before, "the workers were not started again"
+    after = {p["metadata"]["uid"] for p in pods_of(volumes, job)}
+    assert after <= before, "the workers were not started again"
 
 
 def test_a_running_job_with_other_settings_is_left_alone(
     namespace: Namespace, launcher: Launcher, processes: list[subprocess.Popen[str]]
 ) -> None:
     job = tiny(namespace)
-    process = start_process(namespace, job, "echo begun; sleep 100", processes)
+    process = start_process(namespace, job, "echo begun; sleep 600", processes)
     read_until(process, "begun")
     other = job.updated({"cluster": {"nodes": 1}})
     assert other.run_name == job.run_name
@@ -182,17 +188,17 @@ def test_a_running_job_with_other_settings_is_left_alone(
         launcher(other, "true")
     assert jobs_of(namespace, job)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=300) != 0
     assert not jobs_of(namespace, job)
 
 
 def test_a_job_deleted_by_somebody_else_is_told(namespace: Namespace, processes: list[subprocess.Popen[str]]) -> None:
     job = tiny(namespace)
-    process = start_process(namespace, job, "echo up; sleep 100", processes)
+    process = start_process(namespace, job, "echo up; sleep 600", processes)
     read_until(process, "up")
     namespace.kubectl("delete", "pytorchjob", job.run_name)
     read_until(process, f"job {job.run_name} was deleted in namespace '{namespace.name}' by somebody else")
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=300) == 1
 
 
 @contextmanager
@@ -208,23 +214,18 @@ def behind_relay(namespace: Namespace) -> Iterator[tuple[Launcher, Relay]]:
         yield Launcher(as_account(namespace, "yaongi-launcher", through)), way
 
 
-def test_an_api_outage_neither_ends_the_run_nor_repeats_its_log(namespace: Namespace) -> None:
-    job = tiny(namespace, cluster={"nodes": 1})
-    with behind_relay(namespace) as (launcher, way):
-        outage: list[float] = []
+def test_an_api_outage_neither_ends_the_run_nor_repeats_its_log(volumes: Namespace) -> None:
+    job, noticed = tiny(volumes, cluster={"nodes": 1}), Gate(volumes)
+    with behind_relay(volumes) as (launcher, way):
 
-        def write(line: str) -> None:
-            launcher.write(line)
-            if line == "line 3":
-                outage.append(time.monotonic())
-                way.cut()
-            elif "does not answer" in line:
-                way.mend()
+        def mend() -> None:
+            way.mend()
+            noticed.open()
 
-        script = 'i=0; while [ $i -lt 12 ]; do i=$((i+1)); echo "line $i"; sleep 1; done'
-        launch(launcher.cluster, scripted(job, script), job.cluster, write)
-    assert outage
-    assert launcher.has("does not answer; trying again")
+        launcher.acts |= {"line 3": way.cut, "does not answer; trying again": mend}
+        lasting = f"[ $i -lt 9 ] || {noticed.wait}"  # until the outage has been noticed
+        launcher(job, f'i=0; while [ $i -lt 12 ]; do i=$((i+1)); echo "line $i"; sleep 1; {lasting}; done')
+    assert not launcher.acts, "there was an outage, which was noticed"
     assert [launcher.count(f"line {i}") for i in range(1, 13)] == [1] * 12
 
 

@@ -90,6 +90,8 @@ def dry_run(space: Namespace, body: Object) -> str | None:
 @pytest.fixture(scope="module")
 def with_runtime(namespace: Namespace) -> Namespace:
     namespace.apply(good()["runtime"])
+    # The webhook looks for the runtime in a copy of the cluster's state that may lag behind.
+    wait_for("the runtime to be known", lambda: dry_run(namespace, good()["trainjob"]) is None, 60)
     return namespace
 
 
@@ -152,10 +154,10 @@ def test_a_runtime_with_a_ttl_trains_again(namespace):
     job["spec"]["trainer"] = {"image": BUSYBOX, "numNodes": 1, "numProcPerNode": 1}
     assert "runtime-ttl" in {finding.rule for finding in lint({"x": json.dumps(runtime)}).findings}
     namespace.apply(runtime)
-    namespace.apply(job)
+    namespace.apply_when_admitted(job)
     try:
-        first = wait_for("the first JobSet", lambda: _jobset_uid(namespace), 20)
-        second = wait_for("another", lambda: _jobset_uid(namespace), 60, is_there=lambda uid: uid not in ("", first))
+        first = wait_for("the first JobSet", lambda: _jobset_uid(namespace), 120)
+        second = wait_for("another", lambda: _jobset_uid(namespace), 300, is_there=lambda uid: uid not in ("", first))
         print(f"one TrainJob, JobSets {first} and {second}")
     finally:
         namespace.kubectl("delete", "trainjob", "again", "--wait=false")

@@ -42,7 +42,7 @@ def test_examples_pass_the_servers_own_validation(namespace: Namespace, path: Pa
             assert "(server dry run)" in dry_run(namespace, item)
         # The webhook looks for the runtime in a copy of the cluster's state that may lag behind.
         admitted = f"/{job['metadata']['name']} created (server dry run)"
-        wait_for("the job to be admitted", lambda: admitted in dry_run(namespace, job, check=False), 10)
+        wait_for("the job to be admitted", lambda: admitted in dry_run(namespace, job, check=False), 60)
     finally:
         for runtime in runtimes:
             namespace.kubectl("delete", "trainingruntime", runtime["metadata"]["name"])
@@ -74,5 +74,5 @@ def test_a_field_that_kubernetes_does_not_know_would_be_noticed(namespace: Names
     policy = next(item for item in base_objects(namespace.name) if item["kind"] == "NetworkPolicy")
     policy["spec"]["policyTypse"] = ["Ingress"]
     command = ["kubectl", "--namespace", namespace.name, *DRY_RUN]
-    done = subprocess.run(command, input=json.dumps(policy), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, input=json.dumps(policy), capture_output=True, text=True, timeout=300)
     assert done.returncode and 'unknown field "spec.policyTypse"' in done.stderr

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 from kube import Namespace, Object, wait_for
 from kubernetes import client, config
-from launching import Launcher, jobs_of, tiny
+from launching import Gate, Launcher, granted, jobs_of, tiny
 
 from components.cleanup.step import cleanup
 from components.launch import LaunchError
@@ -21,6 +21,7 @@ from manifests.spec import JobSpec
 pytestmark = pytest.mark.e2e
 
 AT_ONCE = 6  # short jobs of one worker
+PATIENCE = 60  # seconds that a worker lasts without being adopted
 
 
 @dataclass(frozen=True)
@@ -78,21 +79,25 @@ def as_user(namespace: Namespace, user: str) -> Cluster:
 
 def life_of_a_launcher(namespace: Namespace, user: str, job: JobSpec) -> list[str]:
     """Create a job, adopt it, follow it to its end, run it again, clean up; what was said and what went wrong."""
-    launcher = Launcher(as_user(namespace, user))
+    launcher, adopted = Launcher(as_user(namespace, user)), Gate(namespace)
+    launcher.acts["is there already; following it"] = adopted.open
+    # The worker lasts until it is adopted; where a right is lacking that may never be, so not for ever.
+    script = f"echo worked; i=0; until [ -e {adopted.file} ] || [ $i = {PATIENCE} ]; do i=$((i+1)); sleep 1; done"
 
     def attempt() -> None:
         try:
-            launcher(job, "echo worked; sleep 3")
+            launcher(job, script)
         except LaunchError as error:
             launcher.lines.append(f"error: {error}")
 
     first = threading.Thread(target=attempt)
     first.start()
     try:
-        wait_for("the job", lambda: jobs_of(namespace, job) or not first.is_alive(), 60, every=0.3)
+        wait_for("the job", lambda: jobs_of(namespace, job) or not first.is_alive(), 300, every=0.3)
         if first.is_alive():
             attempt()
     finally:
+        adopted.open()
         first.join()
     if not launcher.has("error: "):
         attempt()
@@ -104,17 +109,18 @@ def life_of_a_launcher(namespace: Namespace, user: str, job: JobSpec) -> list[st
 
 
 @pytest.fixture(scope="module")
-def lives(namespace: Namespace) -> dict[Right | str, list[str]]:
+def lives(volumes: Namespace) -> dict[Right | str, list[str]]:
     """What launchers said that had all rights (by kind of job), and that had all but one."""
     jobs: dict[Right | str, JobSpec] = {
-        key: tiny(namespace, cluster={"nodes": 1, "job": key if isinstance(key, str) else key.kind})
+        key: tiny(volumes, cluster={"nodes": 1, "job": key if isinstance(key, str) else key.kind})
         for key in ("pytorchjob", "trainjob", *rights())
     }
     users = {key: f"with-all-{key}" if isinstance(key, str) else key.user for key in jobs}
     rules = {key: RULES if isinstance(key, str) else all_but(key) for key in jobs}
-    namespace.apply(*(made for key in jobs for made in bound(users[key], rules[key])))
+    volumes.apply(*(made for key in jobs for made in bound(users[key], rules[key])))
+    granted(volumes, users[[*jobs][-1]])
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = {key: pool.submit(life_of_a_launcher, namespace, users[key], job) for key, job in jobs.items()}
+        futures = {key: pool.submit(life_of_a_launcher, volumes, users[key], job) for key, job in jobs.items()}
         return {key: future.result() for key, future in futures.items()}
 
 

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from kube import Namespace, wait_for
-from launching import Launcher, jobs_of, pods_of, read_until, start_process, tiny
+from launching import Gate, Launcher, both_pods_of, jobs_of, pods_of, read_until, start_process, tiny
 from pipeline_run import PipelineRun
 
 from components.launch import LaunchError
@@ -38,12 +38,12 @@ def test_two_workers_succeed_and_take_all_they_needed_along(namespace: Namespace
         "PET_NODE_RANK": "0",
         "PET_MASTER_ADDR": f"{name}-node-0-0.{name}",
         "PET_MASTER_PORT": "29500",
-        "PET_RDZV_CONF": "timeout=60",
+        "PET_RDZV_CONF": f"timeout={job.cluster.start_timeout_seconds}",
     }
     assert launcher.has(f"job {name} succeeded (0 restarts)")
     assert needs_of(namespace, job) == ["ConfigMap", "JobSet", "NetworkPolicy", "TrainingRuntime"]
     namespace.kubectl("delete", "trainjob", name)
-    wait_for("all of it to be collected", lambda: not needs_of(namespace, job) and not pods_of(namespace, job), 60)
+    wait_for("all of it to be collected", lambda: not needs_of(namespace, job) and not pods_of(namespace, job), 180)
 
 
 def test_a_permanent_failure_names_pod_node_code_and_reason_and_can_be_run_again(
@@ -52,7 +52,7 @@ def test_a_permanent_failure_names_pod_node_code_and_reason_and_can_be_run_again
     job = tiny(namespace, cluster=GANG)
     script = (
         'if [ "$index" = 1 ]; then sleep 2; echo "about to give up"; '
-        'echo "steps: must be positive" > /dev/termination-log; exit 2; fi; trap "exit 143" TERM; sleep 100 & wait'
+        'echo "steps: must be positive" > /dev/termination-log; exit 2; fi; trap "exit 143" TERM; sleep 600 & wait'
     )
     with pytest.raises(JobFailed) as caught:
         launcher(job, script)
@@ -63,7 +63,7 @@ def test_a_permanent_failure_names_pod_node_code_and_reason_and_can_be_run_again
     wait_for(
         "the other worker to end",
         lambda: not [p for p in pods_of(namespace, job) if p["status"]["phase"] == "Running"],
-        30,
+        120,
     )
 
     launcher.lines.clear()
@@ -72,13 +72,14 @@ def test_a_permanent_failure_names_pod_node_code_and_reason_and_can_be_run_again
     assert launcher.count("second attempt") == 1
 
 
-def test_a_retryable_exit_restarts_all_workers_once(namespace: Namespace, launcher: Launcher) -> None:
-    job = tiny(namespace, cluster=GANG)
-    flag = f"/mnt/checkpoints/{job.run_name}"
+def test_a_retryable_exit_restarts_all_workers_once(volumes: Namespace, launcher: Launcher) -> None:
+    job = tiny(volumes, cluster=GANG)
+    flag, shown = f"/mnt/checkpoints/{job.run_name}", Gate(volumes)
+    launcher.acts["worker 0 first"] = shown.open  # its pod goes with its log as soon as the other one has failed
     script = (
         f'if [ -e {flag}-$index ]; then echo "worker $index again"; exit 0; fi; touch {flag}-$index; '
-        'echo "worker $index first"; sleep 2; if [ "$index" = 1 ]; then exit 160; fi; '
-        'trap "exit 143" TERM; sleep 100 & wait'
+        f'echo "worker $index first"; if [ "$index" = 1 ]; then {shown.wait}; exit 160; fi; '
+        'trap "exit 143" TERM; sleep 600 & wait'
     )
     launcher(job, script)
     assert (launcher.count("worker 0 first"), launcher.count("worker 0 again")) == (1, 1)
@@ -88,7 +89,7 @@ def test_a_retryable_exit_restarts_all_workers_once(namespace: Namespace, launch
 
 
 def test_an_unschedulable_gang_says_why_and_is_removed(namespace: Namespace, launcher: Launcher) -> None:
-    job = tiny(namespace, cluster={**GANG, "cpus_per_node": 5000, "queue_timeout_seconds": 5})
+    job = tiny(namespace, cluster={**GANG, "cpus_per_node": 5000, "queue_timeout_seconds": 20})
     with pytest.raises(LaunchError, match=r"waited \d+ s for nodes .*node-0-0: cannot be scheduled: .*Insufficient"):
         launcher(job, "true")
     assert not jobs_of(namespace, job) and not pods_of(namespace, job)
@@ -98,8 +99,8 @@ def test_a_spent_quota_is_told(namespace: Namespace, launcher: Launcher) -> None
     hard = {"requests.cpu": "10m"}
     namespace.apply({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "gang"}, "spec": {"hard": hard}})
     try:
-        job = tiny(namespace, cluster={**GANG, "queue_timeout_seconds": 8})
-        wait_for("the quota", lambda: namespace.find("resourcequotas")[0].get("status", {}).get("hard"), 20)
+        job = tiny(namespace, cluster={**GANG, "queue_timeout_seconds": 20})
+        wait_for("the quota", lambda: namespace.find("resourcequotas")[0].get("status", {}).get("hard"), 120)
         with pytest.raises(LaunchError, match=r"waited \d+ s for nodes .*exceeded quota: gang"):
             launcher(job, "true")
         told = [line for line in launcher.lines if "exceeded quota: gang" in line]
@@ -112,17 +113,17 @@ def test_a_killed_launcher_is_replaced_and_the_new_one_stops_the_job(
     namespace: Namespace, processes: list[subprocess.Popen[str]]
 ) -> None:
     job = tiny(namespace, cluster=GANG)
-    script = 'echo begun; trap "exit 143" TERM; sleep 100 & wait'
+    script = 'echo begun; trap "exit 143" TERM; sleep 600 & wait'
     first = start_process(namespace, job, script, processes)
     read_until(first, "begun")
     first.kill()
-    before = {pod["metadata"]["uid"] for pod in pods_of(namespace, job)}
+    before = both_pods_of(namespace, job)
     second = start_process(namespace, job, script, processes)
     read_until(second, "is there already; following it")
     read_until(second, "begun")
     assert {pod["metadata"]["uid"] for pod in pods_of(namespace, job)} == before, "the workers were started again"
     second.terminate()
-    assert second.wait(timeout=60) == 143
+    assert second.wait(timeout=300) == 143
     assert not jobs_of(namespace, job) and not pods_of(namespace, job)
 
 

@@ -95,9 +95,11 @@ def broken_jobs(namespace: Namespace) -> Iterator[Namespace]:
     space.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": space.name, "labels": labels}})
     elsewhere = {"taint": {"nodeSelector": {"node-of": space.name}}}
     elsewhere |= {name: {"nodeName": space.name} for name in ("silent", "lost")}
+    elsewhere["silent"]["tolerations"] = [{"operator": "Exists"}]  # else it is evicted some minutes later
     try:
+        space.made()
         space.apply(*surroundings(space.name))
-        wait_for("the quota", lambda: space.find("resourcequotas")[0].get("status", {}).get("hard"), 20)
+        wait_for("the quota", lambda: space.find("resourcequotas")[0].get("status", {}).get("hard"), 120)
         objects = []
         for name, (changes, _) in CAUSES.items():
             cluster = {"nodes": 2} if name == "gang" else {}
@@ -105,13 +107,10 @@ def broken_jobs(namespace: Namespace) -> Iterator[Namespace]:
                 cluster["job"] = "trainjob"
             objects += broken(name, space.name, *changes, in_pod(**elsewhere.get(name, {})), **cluster)
         # The TrainJobs' operator has to have seen a runtime before it admits a job of it.
-        runtimes = [item for item in objects if item["kind"] == "TrainingRuntime"]
-        space.apply(*runtimes)
+        space.apply(*(item for item in objects if item["kind"] == "TrainingRuntime"))
         space.apply(*(item for item in objects if item["kind"] == "PyTorchJob"))
-        trainjobs = [item for item in objects if item["kind"] == "TrainJob"]
-        wait_for("the runtimes", lambda: len(space.find("trainingruntimes")) == len(runtimes), 20)
-        space.apply(*trainjobs)
-        wait_for("a pod that will be lost", lambda: "lost-worker-0" in space.kubectl("get", "pods"), 30)
+        space.apply_when_admitted(*(item for item in objects if item["kind"] == "TrainJob"))
+        wait_for("a pod that will be lost", lambda: "lost-worker-0" in space.kubectl("get", "pods"), 300)
         space.kubectl("delete", "pytorchjob", "lost", "--wait=false")
         yield space
     finally:
@@ -126,7 +125,7 @@ def test_the_cause_and_the_remedy_are_named(broken_jobs: Namespace, name: str) -
     said = wait_for(
         f"an answer like {expected}",
         lambda: str(why(situation(cluster, name))),
-        60,
+        180,
         is_there=lambda text: re.search(expected, text) is not None,
     )
     print(f"{name} is {said}")
@@ -147,7 +146,7 @@ def test_the_command_takes_the_beginning_of_a_name_and_lists_what_it_could_be(
 def test_a_job_that_is_gone_leaves_its_last_event(broken_jobs: Namespace) -> None:
     broken_jobs.kubectl("delete", "pytorchjob", "done")
     cluster = Cluster.connect(broken_jobs.name)
-    wait_for("its pods to go", lambda: not situation(cluster, "done").pods, 30)
+    wait_for("its pods to go", lambda: not situation(cluster, "done").pods, 120)
     said = str(why(situation(cluster, "done")))
     assert re.match(r"gone: .*removed after its time to live \(last event, \d+ s ago: .*\); start it again$", said), (
         said
