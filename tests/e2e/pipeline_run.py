@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -41,6 +43,8 @@ class PipelineRun:
     job: JobSpec
     code: int = -1
     log: str = ""
+    started: float = field(default_factory=time.time)  # Unix seconds, by this machine's clock
+    ended: float = math.inf
 
     @classmethod
     def start(cls, namespace: Namespace, name: str, *changes: str) -> PipelineRun:
@@ -61,6 +65,7 @@ class PipelineRun:
 
     def finish(self, *, meanwhile: Callable[[], None] = lambda: None) -> PipelineRun:
         self.code, self.log = self.namespace.exit_of(self.pod, RUN_TIMEOUT, meanwhile=meanwhile)
+        self.ended = time.time()
         self.namespace.show(f"after {self.pod}")
         return self
 
@@ -70,6 +75,11 @@ class PipelineRun:
 
     def read_json(self, file: str) -> Any:
         return json.loads(self.read(file))
+
+    @property
+    def since(self) -> str:
+        """For PromQL's ranges: from now back to its start, however long the tests between have taken."""
+        return f"{math.ceil(time.time() - self.started) + 5}s"
 
     @property
     def losses(self) -> list[float]:

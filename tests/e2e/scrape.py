@@ -27,7 +27,7 @@ class Prometheus:
         self.namespace = namespace
 
     def start(self, workers: dict[str, list[str]], drivers: dict[str, str]) -> None:
-        """Scrape every second.
+        """Scrape, and evaluate the rules, every second.
 
         Args:
             workers: pods of each run, of one rank each, with a headless service of the pod's name.
@@ -36,7 +36,7 @@ class Prometheus:
         scraped = [self._targets(APP, run, names, PORT) for run, names in workers.items()]
         scraped += [self._targets(STEP_APP, run, [name], STEP_METRICS_PORT) for name, run in drivers.items()]
         config = {
-            "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "5s"},
+            "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
             "rule_files": ["/config/rules.json"],
             "scrape_configs": scraped,
         }

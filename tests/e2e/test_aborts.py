@@ -16,6 +16,7 @@ from kube import PIPELINE_IMAGE, Namespace, Object, pod, wait_for
 from launching import (
     Launcher,
     as_account,
+    both_pods_of,
     jobs_of,
     process_arguments,
     read_until,
@@ -40,7 +41,11 @@ BOTH_KINDS = pytest.mark.parametrize("kind", KINDS)
 KILL_STEP = """
 import os, pathlib
 for file in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-    if b"--function_to_execute\\0launch" in file.read_bytes():
+    try:
+        arguments = file.read_bytes()
+    except OSError:  # it has ended meanwhile
+        continue
+    if b"--function_to_execute\\0launch" in arguments:
         os.kill(int(file.parent.name), 9)
 """
 
@@ -58,7 +63,7 @@ def in_a_pod(namespace: Namespace, name: str, job: JobSpec, owners: list[Object]
     body = pod(name, PIPELINE_IMAGE, command, account="yaongi-launcher", mounts={})
     body["metadata"]["ownerReferences"] = owners or []
     namespace.apply(body)
-    wait_for("both workers", lambda: len(running_pods_of(namespace, job)) == 2, 120)
+    wait_for("both workers", lambda: len(running_pods_of(namespace, job)) == 2, 300)
     (found,) = jobs_of(namespace, job)
     (owner,) = found["metadata"]["ownerReferences"]
     launcher = namespace.get("pod", name)
@@ -73,7 +78,7 @@ def test_sigterm(namespace: Namespace, processes: list[subprocess.Popen[str]], k
     read_until(process, "up")
     process.send_signal(signal.SIGTERM)
     gone_within_a_minute(f"SIGTERM ({kind})", lambda: running_pods_of(namespace, job))
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=300) == 143
     assert not jobs_of(namespace, job)
 
 
@@ -84,7 +89,7 @@ def test_the_launchers_own_deadline(namespace: Namespace, processes: list[subpro
     read_until(process, "launcher: deleting job")
     gone_within_a_minute(f"the deadline ({kind})", lambda: running_pods_of(namespace, job))
     read_until(process, "ran longer than cluster.run_timeout_seconds = 4")
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=300) == 1
     assert not jobs_of(namespace, job)
 
 
@@ -94,7 +99,7 @@ def test_the_launchers_pod_is_deleted(namespace: Namespace, kind: str) -> None:
     in_a_pod(namespace, f"owner-{kind}", job)
     namespace.kubectl("delete", "pod", f"owner-{kind}", "--grace-period=0", "--force")
     gone_within_a_minute(f"the end of the launcher's pod ({kind})", lambda: running_pods_of(namespace, job))
-    wait_for("the job to be collected", lambda: not jobs_of(namespace, job), 10)
+    wait_for("the job to be collected", lambda: not jobs_of(namespace, job), 120)
 
 
 def test_the_run_is_deleted(namespace: Namespace) -> None:
@@ -105,8 +110,8 @@ def test_the_run_is_deleted(namespace: Namespace) -> None:
     in_a_pod(namespace, "step", job, [{"apiVersion": "v1", "kind": "ConfigMap", "name": "workflow", "uid": uid}])
     namespace.kubectl("delete", "configmap", "workflow")
     gone_within_a_minute("the end of the run", lambda: running_pods_of(namespace, job))
-    wait_for("the job to be collected", lambda: not jobs_of(namespace, job), 10)
-    wait_for("the step to be collected", lambda: not namespace.get("pod", "step"), 60)
+    wait_for("the job to be collected", lambda: not jobs_of(namespace, job), 120)
+    wait_for("the step to be collected", lambda: not namespace.get("pod", "step"), 180)
 
 
 def test_a_killed_launcher_whose_pod_stays_leaves_no_worker_and_a_checkpoint(volumes: Namespace) -> None:
@@ -118,13 +123,19 @@ def test_a_killed_launcher_whose_pod_stays_leaves_no_worker_and_a_checkpoint(vol
     gone_within_a_minute("kill -9", lambda: running_pods_of_run(run))
     volumes.show("after kill -9 of the launcher")
     assert run.finish().code == 137, "the launcher's pod is still there"
-    left = pods_of_run(run)  # the operator removes one that ends after the job is known to have failed
+    wait_for("the job to be known as failed", lambda: run.condition == "Failed", 120)
+
+    def removed() -> list[Object]:
+        """The operator removes what still runs when the job is known to have failed, and it exits as it may."""
+        return [found for found in pods_of_run(run) if "deletionTimestamp" in found["metadata"]]
+
+    wait_for("pods that are being removed to go", lambda: not removed(), 120)
+    left = pods_of_run(run)
     assert left
     for worker in left:
         (status,) = worker["status"]["containerStatuses"]
         assert status["state"]["terminated"]["exitCode"] == 75
         assert "has not renewed its lease" in status["state"]["terminated"]["message"]
-    wait_for("the job to be known as failed", lambda: run.condition == "Failed", 20)
     step = int(run.read("checkpoints/LATEST").strip().removeprefix("step-"))
     assert step == len(run.read("logs/metrics.jsonl").splitlines()) >= 3, "the step it stopped at is saved"
 
@@ -156,6 +167,7 @@ def test_the_exit_handler_takes_its_own_jobs_and_not_those_that_another_run_has_
     job = tiny(namespace, cluster={"job": kind})
     first = start_process(namespace, job, WORKER, processes, "run-1")
     read_until(first, "up")
+    both_pods_of(namespace, job)
     first.kill()
     account = Launcher(as_account(namespace, "yaongi-launcher"))
     (listed,) = account.cluster.jobs(KINDS[job.cluster.job], f"{PIPELINE_LABEL}=run-1")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from kube import Namespace, wait_for
+from kube import Namespace, Object, wait_for
 from pipeline_run import RUN_TIMEOUT, PipelineRun
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -22,12 +22,18 @@ pytestmark = pytest.mark.e2e
 KILL_A_RANK = """
 import os, pathlib, signal
 for process in pathlib.Path("/proc").glob("[0-9]*"):
-    if b"\\0-m\\0trainer\\0" in (process / "cmdline").read_bytes():
+    try:
+        arguments = (process / "cmdline").read_bytes()
+    except OSError:  # it has ended meanwhile
+        continue
+    if b"\\0-m\\0trainer\\0" in arguments:
         os.kill(int(process.name), signal.SIGKILL)
 """
 KILL_EVERYTHING = "import os, signal; os.kill(-1, signal.SIGKILL)"  # but the container's first process, which follows
 
-START_SECONDS = 25  # also the time that torchrun's own rendezvous waits
+# What rank 0 writes when it starts and when it goes on from a checkpoint.
+STARTED, RESUMED = r"mesh \(copies", "resuming from the checkpoint of step"
+START_SECONDS = 60  # also the time that torchrun's own rendezvous waits
 
 
 @dataclass(frozen=True)
@@ -45,28 +51,46 @@ class Disturbed:
     def __init__(self, run: PipelineRun) -> None:
         self.run, self.namespace = run, run.namespace
 
-    def step(self) -> int:
-        """The last one trained. The launcher's pod has to be alive, else nobody would ever get further."""
+    def look(self) -> tuple[int, list[int]]:
+        """The last step trained; the step of the checkpoint that each start has gone on from, 0 for a fresh one.
+
+        In a single request, since a fast machine trains many of the run's few steps in the time of some.
+        """
+        files = f"wc -l < metrics.jsonl || echo 0; grep -E '{STARTED}|{RESUMED}' rank-0.log"
+        shown = self.namespace.execute("reader", "sh", "-c", f"cd {self.run.job.run_dir}/logs && {files}", check=False)
+        lines, *starts = re.split(STARTED, shown)
+        found = (re.search(rf"{RESUMED} ([0-9]+)", start) for start in starts)
+        return int(lines.strip().partition("\n")[0] or 0), [int(match[1]) if match else 0 for match in found]
+
+    def check_driver(self) -> None:
+        """The launcher's pod has to be alive, else nobody would ever get further."""
         (driver,) = self.namespace.find("pods", "--field-selector", f"metadata.name={self.run.pod}")
         assert driver["status"]["phase"] in ("Pending", "Running"), self.namespace.kubectl("logs", self.run.pod)
-        return len(self.run.read("logs/metrics.jsonl").splitlines())
 
-    def resumed_from(self) -> list[int]:
-        """The step of the checkpoint that each start has gone on from, 0 for those that found none."""
-        starts = re.split(r"mesh \(copies", self.run.read("logs/rank-0.log"))[1:]
-        found = (re.search(r"resuming from the checkpoint of step (\d+)", start) for start in starts)
-        return [int(match[1]) if match else 0 for match in found]
+    def reach(self, what: str, there: Callable[[int, list[int]], bool], timeout: float) -> list[int]:
+        """Wait for a step; where each start has gone on from."""
+
+        def look() -> list[int] | None:
+            step, starts = self.look()
+            if there(step, starts):
+                return starts
+            self.check_driver()
+            return None
+
+        return wait_for(what, look, timeout, is_there=lambda found: found is not None, every=0.2) or []
 
     def disturb(self, what: str, act: Callable[[], object]) -> Recovery:
-        before, starts = self.step(), len(self.resumed_from())
+        before, starts = wait_for("the run's files", self.look, 60, is_there=lambda found: bool(found[1]))
         act()
         began = time.monotonic()
+        shown: list[int] = []  # since the new start; at first perhaps what the former one had trained and not saved
 
-        def further() -> bool:
-            return len(self.resumed_from()) > starts and self.step() > max(before, self.resumed_from()[-1])
+        def further(step: int, found: list[int]) -> bool:
+            shown.extend([step] if len(found) > len(starts) else [])
+            return bool(shown) and step != shown[0] and step > max(before, found[-1])
 
-        wait_for(f"a new step after: {what}", further, 240)
-        recovery = Recovery(what, time.monotonic() - began, max(0, before - self.resumed_from()[-1]))
+        resumed = self.reach(f"a new step after: {what}", further, 900)
+        recovery = Recovery(what, time.monotonic() - began, max(0, before - resumed[-1]))
         print(f"{what} after step {before}: {recovery.seconds:.0f} s to a new step, {recovery.steps_lost} steps lost")
         return recovery
 
@@ -80,18 +104,25 @@ class Disturbed:
 
 def start_with_worker_1_queued(namespace: Namespace) -> PipelineRun:
     """A quota leaves room for the launcher and worker 0 alone, for longer than a rendezvous waits for late workers."""
-    alive = [pod for pod in namespace.find("pods") if pod["status"]["phase"] in ("Pending", "Running")]
-    spec = {"hard": {"pods": str(len(alive) + 2)}}
+
+    def alive() -> list[Object]:
+        return [pod for pod in namespace.find("pods") if pod["status"]["phase"] in ("Pending", "Running")]
+
+    def ending() -> list[Object]:
+        return [pod for pod in alive() if "deletionTimestamp" in pod["metadata"]]
+
+    wait_for("pods of former tests to go, which would make room", lambda: not ending(), 300)
+    spec = {"hard": {"pods": str(len(alive()) + 2)}}
     namespace.apply({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "one-worker"}, "spec": spec})
     try:
-        wait_for("the quota", lambda: namespace.find("resourcequotas")[0].get("status", {}).get("hard"), 20)
+        wait_for("the quota", lambda: namespace.find("resourcequotas")[0].get("status", {}).get("hard"), 120)
         changes = ["train.checkpoint.every_steps=4", f"cluster.start_timeout_seconds={START_SECONDS}"]
         run = PipelineRun.start_training(namespace, "disturbed", *changes)
         zero, one = run.workers
-        wait_for("worker 0", lambda: namespace.get("pod", zero), 120)
+        wait_for("worker 0", lambda: namespace.get("pod", zero), 300)
         namespace.running(zero)
         waiting = f"rendezvous host {one} has no address yet"
-        wait_for("worker 0 to wait for worker 1", lambda: waiting in namespace.kubectl("logs", zero), 60)
+        wait_for("worker 0 to wait for worker 1", lambda: waiting in namespace.kubectl("logs", zero), 300)
         time.sleep(START_SECONDS + 10)
     finally:
         namespace.kubectl("delete", "resourcequota", "one-worker")
@@ -108,7 +139,7 @@ def test_lost_workers_change_neither_the_outcome_nor_the_losses(first: PipelineR
     namespace: Namespace = first.namespace
     disturbed = Disturbed(run := start_with_worker_1_queued(namespace))
     zero, one = run.workers
-    wait_for("step 5", lambda: disturbed.step() >= 5, RUN_TIMEOUT, every=0.5)
+    disturbed.reach("step 5", lambda step, _: step >= 5, RUN_TIMEOUT)
     assert restarts(run) == {zero: Counter(), one: Counter()}, "to wait for a queued worker costs no restarts"
     recoveries = [
         disturbed.disturb("worker 1 deleted", lambda: namespace.kubectl("delete", "pod", one, "--wait=false")),
@@ -132,6 +163,10 @@ def test_lost_workers_change_neither_the_outcome_nor_the_losses(first: PipelineR
     for node in (zero, one):
         assert (books[node]["terminated"], books[node]["killed"]) == (1, 1)
         assert set(books[node]) <= {"terminated", "killed", "communication", "peer_stopped"}
-    # What one worker's loss costs the other is no restart of its own.
-    assert {reason: count for reason, count in exported.items() if count} == {"terminated": 2, "killed": 2}
+    # What one worker's loss costs the other is no restart of its own; only where a machine is so slow that a worker
+    # meets its peer's end once more, while both start, is there one without another cause.
+    once_more = max(books[node].total() for node in (zero, one)) - len(recoveries)
+    told = Counter({reason: int(count) for reason, count in exported.items()})
+    assert (told.pop("terminated"), told.pop("killed")) == (2, 2)
+    assert told.total() <= once_more
     assert run.read_json("result.json")["restarts"] >= len(recoveries)
