@@ -37,8 +37,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 # Muon turns rounding in directions that hardly have a gradient into updates: ranks that sum in another order drift
-# apart in proportion to the rate. At this one 12 steps stay within 1e-5.
-RATES = {"muon": {"learning_rate": 5e-4}, "adamw": {"learning_rate": 5e-4}}
+# apart in proportion to the rate, until one sends a token to another expert. At this one 12 steps stay within 2e-7 of
+# each other, whatever instructions the processor has.
+RATES = {"muon": {"learning_rate": 1e-4}, "adamw": {"learning_rate": 1e-4}}
+CLOSE = 2e-6  # of the loss, which 12 steps change by 7e-4
 
 
 def spec_of(data: Path, directory: Path, layout: str, **changes: Any) -> TrainSpec:
@@ -51,8 +53,8 @@ def assert_equal_runs(spec: TrainSpec, reference: list[dict[str, Any]]) -> None:
     lines = micro.metrics(spec)
     assert [line["step"] for line in lines] == [line["step"] for line in reference]
     for line, expected in zip(lines, reference, strict=True):
-        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5), (spec.parallel, line["step"])
-        assert line["auxiliary"]["mtp_1"] == pytest.approx(expected["auxiliary"]["mtp_1"], rel=1e-5)
+        assert line["loss"] == pytest.approx(expected["loss"], rel=CLOSE), (spec.parallel, line["step"])
+        assert line["auxiliary"]["mtp_1"] == pytest.approx(expected["auxiliary"]["mtp_1"], rel=CLOSE)
         if line["step"] <= 3:
             assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-5), (spec.parallel, line["step"])
             assert line["expert_load_max_ratio"] == expected["expert_load_max_ratio"], "loads are those of all ranks"
@@ -122,7 +124,7 @@ def test_four_ranks_repeat_one_under_every_layout(micro_data: Path, tmp_path: Pa
     for spec in [*onto_two, *onto_one]:
         assert [line["step"] for line in micro.metrics(spec)] == list(range(7, 13))
         for line, expected in zip(micro.metrics(spec), reference[6:], strict=True):
-            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5), (spec.parallel, line["step"])
+            assert line["loss"] == pytest.approx(expected["loss"], rel=CLOSE), (spec.parallel, line["step"])
 
 
 @pytest.mark.slow

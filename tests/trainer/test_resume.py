@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(
     1200
 )  # mostly imports, by up to three processes at a time, on whatever cores there are
 # Ranks that sum in another order drift apart in proportion to Muon's rate (tests/trainer/test_parallel.py).
-RATES = {"muon": {"learning_rate": 5e-4}, "adamw": {"learning_rate": 5e-4}}
+RATES = {"muon": {"learning_rate": 1e-4}, "adamw": {"learning_rate": 1e-4}}
 EVERYTHING = {"checkpoint": {"keep_last": 9}, "steps": 24, "optimizer": RATES}
 
 
