@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from components.launch import LaunchError
 from components.launch import lease as lease_module
@@ -55,14 +55,6 @@ def lapses_within(watch: LeaseWatch, seconds: float, clock: Clock) -> bool:
             return True
         clock.sleep(0.05)
     return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """By real time; a minute is more than it takes."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def renews() -> bool:

@@ -7,12 +7,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from ports import free_port
 from raw_cases import small_job, write_raw
+from waiting import wait_until
 
 from components import measuring
 from components.download.retry import retried
@@ -219,22 +219,15 @@ def test_the_phases_of_a_job_add_up_to_the_time_it_was_followed(port: int, monke
 def test_renewals_of_the_lease_are_counted_by_outcome(port: int, tmp_path: Path) -> None:
     with step("train"), held(tmp_path / "run", lease_seconds=60, renewal_seconds=0.05):
         at_first = renewals(port, "failed")
-        wait_for(lambda: renewals(port, "renewed") >= 1)
+        wait_until(lambda: renewals(port, "renewed") >= 1)
         (tmp_path / "run").rename(tmp_path / "away")  # the volume is gone
-        wait_for(lambda: renewals(port, "failed") >= 1)
+        wait_until(lambda: renewals(port, "failed") >= 1)
         (tmp_path / "away").rename(tmp_path / "run")
     assert at_first == 0
 
 
 def renewals(port: int, outcome: str) -> float:
     return scrape(port)[f'yaongi_lease_renewals_total{{outcome="{outcome}"}}']
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.mark.enable_socket

@@ -8,22 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from autograd_context import Context
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainer.fp8.experts import Fp8GroupedProduct
 from trainer.fp8.gemm import aligned, inner_major, outer_major
 from trainer.fp8.linear import Fp8Product, Recipe
 from trainer.fp8.scaling import E4M3, E5M2, by_rows, by_tiles
-
-
-class Context:
-    """In place of autograd's, whose engine asks for a real GPU."""
-
-    saved_tensors: tuple[torch.Tensor, ...]
-
-    def save_for_backward(self, *tensors: torch.Tensor) -> None:
-        self.saved_tensors = tensors
-
 
 SHAPES = [(4096, 2048, 1280), (100, 256, 128), (33, 128, 2048)]  # tokens, inputs, outputs
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from autograd_context import Context
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from manifests.spec import load_job
@@ -26,26 +26,13 @@ from trainer.spec import BackendsSpec, TrainSpec
 ROWS, POSITIONS = 2, 512
 
 
-class Context:
-    """In place of autograd's."""
-
-    def __init__(self, arguments: tuple[Any, ...]) -> None:
-        self.needs_input_grad = tuple(isinstance(a, Tensor) and a.is_floating_point() for a in arguments)
-
-    def save_for_backward(self, *tensors: Tensor) -> None:
-        self.saved_tensors = tensors
-
-    def set_materialize_grads(self, value: bool) -> None:
-        pass
-
-
 @contextmanager
 def gpu_without_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Yields the names of the hand-written functions that were differentiated."""
     differentiated: list[str] = []
 
     def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-        context = Context(arguments)
+        context = Context(*arguments)
         with torch.no_grad():
             output = function.forward(context, *arguments)
             first = output[0] if isinstance(output, tuple) else output
