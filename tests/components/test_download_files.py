@@ -277,7 +277,7 @@ def broken(tmp_path: Path, what: str) -> str:
         "latin.jsonl": '{"text": "\xe9"}\n'.encode("latin-1"),
         "latin.txt": "\xe9".encode("latin-1"),
         "empty.jsonl": b"",
-        "table.csv": b"text\nx\n",
+        "table.xlsx": b"text\nx\n",
     }
     if what == "column.parquet":
         parquet(list(TEXTS), path, "content")
@@ -309,7 +309,7 @@ def broken(tmp_path: Path, what: str) -> str:
         ("latin.jsonl", r"bad\.jsonl:1: not UTF-8"),
         ("latin.txt", r"bad\.txt: not UTF-8 at byte 0"),
         ("empty.jsonl", r"holds no text"),
-        ("table.csv", r"bad\.csv: its suffix says no known format; name the file one of \.jsonl"),
+        ("table.xlsx", r"bad\.xlsx: its suffix says no known format; name the file one of \.jsonl"),
         ("missing", r"none: no such file"),
         ("folder", r"none: a folder; name the files in it"),
         ("glob", r"\*\.jsonl: no such file; check the path"),
