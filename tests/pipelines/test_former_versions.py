@@ -23,7 +23,9 @@ def run(tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "journal.json"}
+    return {
+        str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "journal.json"
+    }
 
 
 def test_every_step_finds_its_work_done(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
