@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from trainer import evaluate, export
 from trainer.exitcodes import TrainingError
 from trainer.report import compact, duration, write_report
 from trainer.report.charts import LINE, MAX_POINTS, _averaged, line_chart
+from trainer.report.settings import dates
 
 VOID = {"meta", "br", "img", "link"}
 
@@ -79,6 +81,25 @@ def test_shows_the_numbers(run):
     assert "200" in text and "51,200" in text  # steps and tokens
 
 
+def test_shows_hyperparameters_and_dates(run):
+    spec, _, _, html = run
+    cells = [text.strip() for text in Page(html).text if text.strip()]
+    shown = dict(zip(cells, cells[1:], strict=False))
+    assert f"{spec.batch.tokens_per_step:,} tokens per step" in shown["batch"]
+    assert f"learning rate {spec.optimizer.muon.learning_rate:g}" in shown["Muon"]
+    assert shown["schedule"].startswith(f"WSD, warm-up {spec.schedule.warmup_fraction:.3g}")
+    day = datetime.now(UTC).strftime("%Y-%m-")
+    assert shown["last step"].startswith(day) and shown["evaluated"].endswith("UTC")
+    assert "started" not in shown  # this run was made without an entrypoint, which counts starts
+
+
+def test_a_start_is_the_first_of_all_nodes(tmp_path):
+    (tmp_path / "restarts.json").write_text('{"nodes": {"b": {"first_start": 90}, "a": {"first_start": 61}}}')
+    assert dates(tmp_path) == [("started", "1970-01-01 00:01 UTC")]
+    (tmp_path / "restarts.json").write_text("{")
+    assert dates(tmp_path) == []
+
+
 def test_text_of_the_model_is_text(run):
     assert "다리 강물" in run[3]
     assert "<script>" not in run[3] and "&lt;script&gt;" in run[3]
@@ -137,6 +158,17 @@ def test_chart_is_proportional_to_the_values():
     assert np.allclose(np.diff(x), x[1] - x[0])
     # SVG counts downwards
     assert np.allclose(np.diff(y) / (y[1] - y[0]), np.diff(values) / (values[1] - values[0]), atol=1e-3)
+
+
+@pytest.mark.parametrize(("points", "lines"), [(19, 1), (20, 2), (120, 2)])
+def test_a_noisy_curve_is_smoothed_once_it_has_points(points, lines):
+    values = 2 + (-1.0) ** np.arange(points)
+    svg = line_chart(range(points), list(values), title="t", name="n")
+    drawn = re.findall(rf'<path d="([^"]*)" clip-path="[^"]*" style="fill: none; stroke: {LINE}', svg)
+    assert len(drawn) == lines
+    heights = [[float(y) for y in re.findall(r"[ML] [-\d.]+ ([-\d.]+)", path)] for path in drawn]
+    spread = [max(found) - min(found) for found in heights]
+    assert lines == 1 or spread[1] < spread[0] / 2
 
 
 def test_missing_value_is_a_gap():

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from trainer.data.manifest import atomic_write
 from trainer.report.charts import line_chart
 from trainer.report.run import Run, read_run
+from trainer.report.settings import dates, hyperparameters
 from trainer.specbase import to_yaml
 
 REPORT = "report.html"
@@ -51,6 +52,8 @@ def render(run: Run) -> str:
         facts=facts(run),
         charts=charts(run),
         shares=shares(run),
+        hyperparameters=hyperparameters(run.spec),
+        dates=dates(run.directory),
         spec_yaml=to_yaml(run.spec),
         widest=max((s["bits_per_byte"] for s in run.evaluation["domains"].values()), default=1)
         if run.evaluation

@@ -85,9 +85,9 @@ def _averaged(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[n
 
 
 def _moving_average(y: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """Centred mean over 1.5% of the points; None for too few of them."""
-    half = len(y) // 132
-    if half < 1 or not np.isfinite(y).any():
+    """Centred mean over 1.5% of the points, five at least; None for too few of them."""
+    half = max(len(y) // 132, 2)
+    if len(y) < 20 or not np.isfinite(y).any():
         return None
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(y, half, constant_values=np.nan), 2 * half + 1)
     present = np.isfinite(windows)
