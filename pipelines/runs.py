@@ -15,6 +15,7 @@ from pipelines import background
 from trainer.specbase import SpecError
 
 CANDIDATES_SHOWN = 8
+RUN_FILES = ("job.yaml", "train.yaml", "checkpoints")  # of which a run directory has one at least
 
 
 class UnknownRun(SpecError):
@@ -40,8 +41,8 @@ class Run:
 def local_runs(workdir: Path) -> dict[str, Run]:
     """All runs that the workdir knows, by name."""
     root = workdir / "checkpoints" / "runs"
-    names = {path.name for path in root.glob("*") if path.is_dir()}
-    names |= {path.stem for path in background.folder(workdir).glob("*.json")}
+    names = {path.name for path in root.glob("*") if any((path / file).exists() for file in RUN_FILES)}
+    names |= {name for path in background.folder(workdir).glob("*.json") if background.read(workdir, name := path.stem)}
     return {name: Run(name, root / name, workdir) for name in sorted(names)}
 
 

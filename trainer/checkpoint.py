@@ -13,8 +13,10 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 LATEST = "LATEST"
+SKIPPED_IN_A_ROW = "skipped_in_a_row"  # scalar: so many steps before the checkpoint were skipped
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +77,8 @@ def unfinished_dir(run_dir: str | Path, step: int) -> Path:
 def published(run_dir: str | Path) -> list[Path]:
     """Checkpoint directories of the run, newest first; none of them read yet. Copies under other names do not count."""
     found = (Path(run_dir) / "checkpoints").glob("step-*")
-    return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=_step_of, reverse=True)
+    ours = (path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+    return sorted(ours, key=_step_of, reverse=True)
 
 
 def _step_of(path: Path) -> int:
@@ -175,7 +179,7 @@ def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> CheckpointManif
         share: (k, n) reads every n-th file only, from the k-th on; names and sizes are compared in any case.
 
     Raises:
-        TrainingError: 66, naming the first damaged, missing or surplus file.
+        TrainingError: 66, naming the first damaged or missing file.
     """
     manifest = read_manifest(path)
     try:
@@ -186,9 +190,10 @@ def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> CheckpointManif
 
 
 def _compare(directory: Path, manifest: CheckpointManifest, share: tuple[int, int]) -> None:
-    surplus = sorted(entry.name for entry in directory.iterdir() if entry.name not in {*manifest.files, MANIFEST})
-    if surplus:
-        raise _damaged(directory / surplus[0], "does not belong to the checkpoint")
+    foreign = sorted(entry for entry in directory.iterdir() if entry.name not in {*manifest.files, MANIFEST})
+    for entry in foreign if share[0] == 0 else ():
+        if not entry.name.startswith("."):  # .nfs…, .DS_Store and the like are nobody's mistake
+            _warn_of(entry)
     for name, expected in manifest.files.items():
         if not (directory / name).is_file():
             raise _damaged(directory / name, "is missing")
@@ -201,11 +206,17 @@ def _compare(directory: Path, manifest: CheckpointManifest, share: tuple[int, in
             raise _damaged(directory / name, f"differs from what was written (xxh3 {actual.xxh3_128})")
 
 
+@cache
+def _warn_of(foreign: Path) -> None:
+    """Once for each process; what a checkpoint consists of is there and whole without it."""
+    log.warning("%s does not belong to the checkpoint; ignored", foreign)
+
+
 def load_model_weights(path: str | Path, model: nn.Module) -> CheckpointManifest:
     """Verify a checkpoint and fill `model` (parameters and buffers) from it in one process; for evaluation and export.
 
     Raises:
-        TrainingError: 66, when the checkpoint is damaged or holds another model.
+        TrainingError: 66, when the checkpoint is damaged or holds another model; 70, when weights are not finite.
     """
     from trainer.checkpointer import load_model
 
@@ -246,11 +257,37 @@ def publish(run_dir: str | Path, manifest: CheckpointManifest) -> Path:
 
 
 def prune(run_dir: str | Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, never the one that LATEST names."""
-    step = latest_step(run_dir)
-    for path in published(run_dir)[keep_last:]:
-        if _step_of(path) != step:
+    """Delete all but the newest `keep_last` checkpoints, never the one that LATEST names.
+
+    One that was made in a row of skipped steps takes nobody's place, since the way back may lead past that row: it is
+    kept as the newest one, or where there is room.
+    """
+    step, found = latest_step(run_dir), published(run_dir)
+    sound = [path for path in found if not _in_a_row(path)][:keep_last]
+    kept = list(dict.fromkeys([*found[:1], *sound, *found]))[: max(keep_last, len({*found[:1], *sound}))]
+    for path in found:
+        if path not in kept and _step_of(path) != step:
             _remove(path)
+
+
+def _in_a_row(path: Path) -> bool:
+    """Whether a checkpoint was made in a row of skipped steps; one whose manifest cannot be read is no way back."""
+    try:
+        return read_manifest(path).scalars.get(SKIPPED_IN_A_ROW, 0) > 0
+    except TrainingError:
+        return True
+
+
+def newest_until(run_dir: str | Path, step: int) -> Path | None:
+    """The newest checkpoint of `step` or an earlier one; not read, None when there is none."""
+    return next((path for path in published(run_dir) if _step_of(path) <= step), None)
+
+
+def how_to_go_back(path: Path | None) -> str:
+    """What a person has to do so that the run goes on from the checkpoint `path`; None: there is none."""
+    if path is None:
+        return "there is no checkpoint from before; train from the start, in another run"
+    return f"to go on from {path.name}, the newest checkpoint from before, write its name into {path.parent / LATEST}"
 
 
 def unfinished(run_dir: str | Path) -> Iterator[Path]:
@@ -269,8 +306,8 @@ def _remove(path: Path) -> None:
 
     One that cannot be deleted is only worth a warning: what needs its name fails by itself.
     """
-    doomed = path.with_name(f".deleted-{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    # A name of its own: of an earlier one NFS may keep a file that somebody reads (.nfs…), for as long as he does.
+    doomed = path.with_name(f".deleted-{time.time_ns()}-{path.name}")
     try:
         path.rename(doomed)
     except OSError as error:

@@ -93,8 +93,19 @@ class Checkpointer:
         """Checkpoint the state after `step` steps; returns once training may change the tensors again.
 
         A save that fails (disk full, say) is logged, leaves nothing behind and does not end the run; `wait` tells.
+
+        Raises:
+            TrainingError: 70 on every rank, weights or optimizer states of any are not finite. No step can mend those.
         """
         self.wait()
+        state = _state(self._model, self._optimizers)
+        if broken := self._not_finite(state):
+            before = checkpoint.newest_until(self._spec.run_dir, step)
+            raise TrainingError(
+                ExitCode.DIVERGED,
+                f"{broken} is not finite after step {step}, so there is no checkpoint of it; lower the learning rates; "
+                f"{checkpoint.how_to_go_back(before)}",
+            )
         began = time.monotonic()
         manifest = CheckpointManifest(
             step=step,
@@ -106,7 +117,7 @@ class Checkpointer:
             scalars=scalars,
             files={},
         )
-        tensors = {**_state(self._model, self._optimizers), **_random_state(self._world), **self._fp8_state()}
+        tensors = {**state, **_random_state(self._world), **self._fp8_state()}
         self.saved_step = step
         if self._spec.checkpoint.asynchronous:
             tensors = self._copy(tensors)
@@ -131,7 +142,7 @@ class Checkpointer:
 
         Raises:
             TrainingError: 66 no checkpoint verifies, 65 it was trained on other data, 2 it holds another model or the
-                state of another optimizer.
+                state of another optimizer, 70 weights or optimizer states are not finite.
         """
         path = self._newest_whole()
         if path is None:
@@ -139,15 +150,17 @@ class Checkpointer:
         manifest = checkpoint.read_manifest(path)
         self._refuse_other_run(path, manifest)
         stored = _read_index(path)
-        tensors = _state(self._model, self._optimizers)
+        state = _state(self._model, self._optimizers)
         own_random = _random_state(self._world)
-        tensors |= {key: value for key, value in own_random.items() if key in stored}
+        tensors = state | {key: value for key, value in own_random.items() if key in stored}
         fp8 = self._fp8_state()
         if all(stored.get(key) == value.shape for key, value in fp8.items()):
             tensors |= fp8
         else:
             log.warning("%s has no amax history of this FP8 recipe and model; it starts anew", path)
         _load(path, tensors, stored)
+        if broken := self._not_finite(state):
+            raise _holds(path, broken)
         if own_random.keys() <= stored.keys():
             torch.set_rng_state(own_random.pop(f"random.cpu.{self._world.rank}"))
             for state in own_random.values():
@@ -162,6 +175,12 @@ class Checkpointer:
 
     def _fp8_state(self) -> dict[str, Tensor]:
         return {f"fp8.{key}": value for key, value in self._fp8.state_dict().items()} if self._fp8 else {}
+
+    def _not_finite(self, tensors: dict[str, Tensor]) -> str | None:
+        """Name of one that is not finite on some rank, the same on every rank; None when all are sound."""
+        found: list[str | None] = [None] * self._world.size
+        dist.all_gather_object(found, _not_finite(tensors), group=self._world.control)
+        return next(filter(None, found), None)
 
     def _newest_whole(self) -> Path | None:
         """As `checkpoint.latest`; each rank reads a share of the files, so that none waits long for another."""
@@ -249,7 +268,7 @@ class Checkpointer:
     def _prepare(self, hidden: Path) -> None:
         if self._world.is_main:
             checkpoint.clean_unfinished(self._spec.run_dir)
-            hidden.mkdir(parents=True)
+            hidden.mkdir(parents=True, exist_ok=True)  # NFS may keep a file of an earlier one that is still open
 
     def _describe_own(self, hidden: Path) -> dict[str, checkpoint.CheckpointFile]:
         """Each rank reads back what it wrote (`__<rank>_…`); the index is the main rank's."""
@@ -291,9 +310,32 @@ def load_model(path: str | Path, model: nn.Module) -> None:
     """Fill the parameters and buffers of `model` from a verified checkpoint; needs no process group.
 
     Raises:
-        TrainingError: 66, when the checkpoint holds another model.
+        TrainingError: 66, when the checkpoint holds another model; 70, when weights in it are not finite.
     """
-    _load(Path(path), _model_state(model), _read_index(Path(path)), alone=True)
+    state = _model_state(model)
+    _load(Path(path), state, _read_index(Path(path)), alone=True)
+    if broken := _not_finite(state):
+        raise _holds(Path(path), broken)
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """Name of the first tensor of which a number of this rank is infinite or none; waits for the device once."""
+    names, extremes = [], []
+    for name, tensor in tensors.items():
+        own, _ = own_rows(tensor)
+        if own.is_floating_point() and own.numel():
+            names.append(name)
+            extremes.append(torch.stack(own.aminmax()).double())  # NaN passes through; no copy of a tensor is made
+    if not extremes:
+        return None
+    broken = (~torch.stack(extremes).isfinite()).any(1).tolist()
+    return next((name for name, bad in zip(names, broken, strict=True) if bad), None)
+
+
+def _holds(path: Path, broken: str) -> TrainingError:
+    """The error of a checkpoint that an earlier version has published."""
+    before = checkpoint.newest_until(path.parent.parent, int(path.name.removeprefix("step-")) - 1)
+    return TrainingError(ExitCode.DIVERGED, f"{path}: {broken} is not finite; {checkpoint.how_to_go_back(before)}")
 
 
 def _model_state(model: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     except ValueError as error:
         raise TrainingError(ExitCode.SPEC, str(error)) from None
     final = Path(spec.run_dir) / "export"
-    draft, old = final.with_name(".export-unfinished"), final.with_name(".export-old")
-    for leftover in (draft, old):
+    # Names of their own: of an earlier one NFS may keep a file that somebody reads (.nfs…), for as long as he does.
+    draft, old = (final.with_name(f".export-{what}-{time.time_ns()}") for what in ("unfinished", "old"))
+    for leftover in final.parent.glob(".export-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     draft.mkdir(parents=True)
     manifest = _write(draft, spec, trained)
@@ -114,7 +116,7 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained) -> dict[str, Any]:
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
     }
     _write_text(draft / "README.md", model_card(read_run(spec.run_dir), manifest))
-    names = sorted(path.name for path in draft.iterdir())
+    names = sorted(("model.safetensors", "config.json", *TOKENIZER_FILES, "README.md"))
     manifest["sha256"] = {name: checksum(draft / name, "sha256") for name in names}
     manifest["files"] = {name: entry.model_dump() for name, entry in describe_files(draft, names).items()}
     for name in names:

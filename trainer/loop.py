@@ -156,10 +156,12 @@ def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
     optimizers.zero_grad()
     run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
     if run.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+        run.checkpoints.wait()  # it may be the one to go back to
+        before = checkpoint.newest_until(spec.run_dir, step + 1 - run.skipped_in_a_row)
         raise TrainingError(
             ExitCode.DIVERGED,
             f"{MAX_SKIPPED_STEPS} steps in a row were skipped, the last one, step {step + 1}, for {skipped}; lower the "
-            "learning rates, or set LATEST back to an older checkpoint and pass over the data by train.skip",
+            f"learning rates, or pass over the data by train.skip; {checkpoint.how_to_go_back(before)}",
         )
     return Update(norm, clipped, skipped)
 
@@ -200,7 +202,10 @@ def step_record(run: Run, step: int, batch: StepBatch, totals: Totals, update: U
 
 def save_checkpoint(run: Run, step: int, batch: StepBatch) -> None:
     run.recorder.sync()
-    scalars = {"seconds": run.recorder.seconds(), "skipped_in_a_row": float(run.skipped_in_a_row)} | run.guard.state()
+    scalars = {
+        "seconds": run.recorder.seconds(),
+        checkpoint.SKIPPED_IN_A_ROW: float(run.skipped_in_a_row),
+    } | run.guard.state()
     if run.scaler:
         scalars |= {f"scaler.{name}": float(value) for name, value in scaler_state(run.scaler.state_dict()).items()}
     run.checkpoints.save(step, batch.cursor.to_dict(), scalars)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from trainer import hostmemory, precision
+from trainer.checkpoint import SKIPPED_IN_A_ROW
 from trainer.checkpointer import Checkpointer
 from trainer.data.loader import TokenLoader
 from trainer.data.manifest import DataError, atomic_write, read_manifest
@@ -138,7 +139,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         recorder=recorder,
         first_step=first_step,
         guard=guard,
-        skipped_in_a_row=int(resumed.scalars.get("skipped_in_a_row", 0)) if resumed else 0,
+        skipped_in_a_row=int(resumed.scalars.get(SKIPPED_IN_A_ROW, 0)) if resumed else 0,
     )
 
 

@@ -71,7 +71,7 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
             print(f"hygiene: {', '.join(settings)} in {len(raw_manifest.files)} files ({why})", flush=True)
             for each in filters:  # from 0, else the first would not show as an increase
                 measuring.add("left_out_documents_total", 0, filter=each.name)
-            _clear(directory)
+            _clear(directory, raw_manifest)
             scans = _scan(directory, raw.path, raw_manifest, filters, job.shards.workers)
             report = Report(raw.path, raw_manifest, settings)
             files = [*_decide(directory, raw_manifest, filters, scans, report), *report.write(directory)]
@@ -179,9 +179,8 @@ def _row(name: str, drop: Drop) -> dict[str, Any]:
     return {"document": drop.document, "offset": drop.offset, "filter": name, "bytes": drop.bytes} | drop.evidence
 
 
-def _clear(directory: Path) -> None:
-    """Take back the declaration that the directory is finished, and what an earlier run decided."""
+def _clear(directory: Path, raw: Manifest) -> None:
+    """Take back the declaration that the directory is finished, and what an earlier run decided about its files."""
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
-    for path in directory.iterdir():
-        if path.is_dir() and path.name not in (SCANS, EVALUATION):
-            shutil.rmtree(path)
+    for name in {Path(entry.path).parts[0] for entry in raw.files}:
+        shutil.rmtree(directory / name, ignore_errors=True)

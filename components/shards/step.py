@@ -248,7 +248,7 @@ def _clear(directory: Path) -> None:
     """Take back the declaration that the directory is finished, then remove what an earlier run left besides units."""
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
     for path in directory.iterdir():
-        if path.suffix in (".bin", ".idx", SUFFIX, ".tmp"):
+        if path.suffix in (".bin", ".idx", SUFFIX, ".tmp") and path.is_file():
             path.unlink()
 
 

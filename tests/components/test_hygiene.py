@@ -106,8 +106,9 @@ def test_nothing_is_done_twice_and_other_raw_text_is_judged_anew(
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()} == before
 
     (damaged := next(directory.glob("en/*.jsonl"))).write_bytes(b"")
+    (directory / "somebody's").mkdir()
     step.run(job, raw)
-    assert damaged.read_bytes()
+    assert damaged.read_bytes() and (directory / "somebody's").is_dir()
 
     for path in Path(raw.path).rglob("*.jsonl"):
         path.unlink()

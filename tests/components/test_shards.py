@@ -132,6 +132,7 @@ def test_unchanged_shards_are_kept_and_damaged_ones_made_again(
     assert not (Path(result.path) / "units").exists()
     path.write_bytes(bytes(path.stat().st_size))
     (Path(result.path) / "stale-train-00000.bin").touch()
+    (Path(result.path) / "somebody's.tmp").mkdir()
     assert step.run(job, *inputs[1:]) == result and contents(result.path) == golden
 
 

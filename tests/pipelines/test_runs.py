@@ -59,6 +59,17 @@ def test_a_run_is_found_by_its_directory_preset_or_job_file_and_keeps_its_name(r
     assert runs.find(job.run_name, tmp_path).job() == job
 
 
+def test_what_lies_beside_the_runs_is_none_of_them(run, tmp_path):
+    root = run.directory.parent
+    for name in ("lost+found", ".snapshot", ".Trash-1000"):
+        (root / name).mkdir()
+    for name in (".DS_Store", ".nfs000000001", "notes.txt"):
+        (root / name).touch()
+    background.folder(tmp_path).mkdir()
+    (background.folder(tmp_path) / "._other.json").write_bytes(b"\0\5\x16\7")
+    assert list(runs.local_runs(tmp_path)) == [run.name]
+
+
 def test_numbers_come_from_the_run_directory(run):
     (run.directory / "logs").mkdir()
     lines = [{"step": n, "loss": 5 - n / 100, "seconds": 2.0, "tokens_per_second": 50.0} for n in range(1, 101)]

@@ -64,7 +64,28 @@ def observe(run: Any) -> dict[str, Any]:
         "experts": sum(local(p).numel() for name, p in parameters.items() if name.endswith(("up_EFD", "down_EDF"))),
         "small": sum(p.numel() for n, p in parameters.items() if p.dim() < 2 or "router" in n or "conv" in n),
         "state": sum(local(tensor).numel() for tensor in state.values() if tensor.dim()),
+        "refuses_broken_weights": refuses_broken_weights(run),
     }
+
+
+def refuses_broken_weights(run: Any) -> bool:
+    """Whether this rank saves no checkpoint while a number that the last rank holds is none."""
+    import torch
+
+    from trainer.exitcodes import ExitCode, TrainingError
+    from trainer.parallel.rows import own_rows
+
+    own, _ = own_rows(run.model.head.weight.detach())
+    before = own.clone()
+    if run.world.rank == run.world.size - 1:
+        own[-1, -1] = torch.nan
+    try:
+        run.checkpoints.save(0, {}, {})
+    except TrainingError as error:
+        return error.code == ExitCode.DIVERGED and "model.head.weight is not finite" in str(error)
+    finally:
+        own.copy_(before)
+    return False
 
 
 def main() -> None:

@@ -20,16 +20,30 @@ from trainer.checkpointer import load_model
 from trainer.exitcodes import ExitCode, TrainingError
 
 
-def write_checkpoint(run_dir: Path, step: int) -> Path:
-    """A checkpoint of a small module, made of the same parts as a real one."""
+def write_checkpoint(run_dir: Path, step: int, *, skipped: int = 0, broken: bool = False) -> Path:
+    """A checkpoint of a small module, made of the same parts as a real one.
+
+    Args:
+        skipped: so many steps before it were skipped.
+        broken: a weight is infinite, which an earlier version would have published.
+    """
     torch.manual_seed(step)
     tensors = {f"model.{name}": tensor for name, tensor in nn.Linear(64, 64).state_dict().items()}
+    if broken:
+        tensors["model.bias"][7] = torch.inf
     hidden = checkpoint.unfinished_dir(run_dir, step)
     hidden.mkdir(parents=True)
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(hidden), no_dist=True)
     files = checkpoint.describe_files(hidden, [entry.name for entry in hidden.iterdir()])
     manifest = CheckpointManifest(
-        step=step, spec={}, code_version="test", digests={}, cursor={}, world_size=1, scalars={}, files=files
+        step=step,
+        spec={},
+        code_version="test",
+        digests={},
+        cursor={},
+        world_size=1,
+        scalars={"skipped_in_a_row": skipped} if skipped else {},
+        files=files,
     )
     return checkpoint.publish(run_dir, manifest)
 
@@ -74,12 +88,66 @@ def test_damaged_file_is_named_and_the_older_checkpoint_used(two_checkpoints: Pa
     assert error.value.code == ExitCode.CHECKPOINT
 
 
-def test_file_that_does_not_belong_is_named(two_checkpoints: Path, tmp_path: Path):
+def test_file_that_does_not_belong_is_ignored_and_named_once_if_it_can_be_seen(
+    two_checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     run_dir = tmp_path / "run"
     shutil.copytree(two_checkpoints, run_dir)
-    (run_dir / "checkpoints" / "step-00000008" / "__9_9.distcp").write_bytes(b"?")
-    with pytest.raises(TrainingError, match="__9_9"):
-        verify(run_dir / "checkpoints" / "step-00000008")
+    newest = run_dir / "checkpoints" / "step-00000008"
+    for name in (".nfs000000001", ".DS_Store", "._checkpoint.json"):
+        (newest / name).write_bytes(b"?")
+    (newest / ".snapshot").mkdir()
+    assert latest(run_dir) == newest and not caplog.messages
+    (newest / "__9_9.distcp").write_bytes(b"?")
+    (newest / "lost+found").mkdir()
+    for _ in range(2):
+        assert latest(run_dir) == newest
+    assert len(caplog.messages) == 2 and "__9_9.distcp" in caplog.text and "lost+found" in caplog.text
+    model = nn.Linear(64, 64)
+    assert checkpoint.load_model_weights(newest, model).step == 8
+
+
+def test_what_lies_beside_the_checkpoints_is_none_of_them(
+    two_checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    directory = run_dir / "checkpoints"
+    for name in ("step-0000.bak", "step-00000012.bak", "lost+found", ".snapshot"):
+        (directory / name).mkdir()
+    for name in (".nfs000000001", ".DS_Store", "._step-00000008", "step-00000016"):
+        (directory / name).write_bytes(b"?")
+    before = {path.name for path in directory.iterdir()}
+    assert latest(run_dir) == directory / "step-00000008"
+    checkpoint.prune(run_dir, keep_last=1)
+    checkpoint.clean_unfinished(run_dir)
+    assert before - {path.name for path in directory.iterdir()} == {"step-00000004"}
+    assert not caplog.messages
+
+
+def test_row_of_skipped_steps_costs_no_checkpoint(tmp_path: Path):
+    def kept(*made: int, skipped: int = 0) -> list[int]:
+        for step in made:
+            write_checkpoint(tmp_path, step, skipped=skipped)
+            checkpoint.prune(tmp_path, keep_last=2)
+        return [int(path.name[-8:]) for path in reversed(checkpoint.published(tmp_path))]
+
+    assert kept(10, 20, 30) == [20, 30]
+    assert kept(40, skipped=1) == [20, 30, 40]
+    assert kept(50, skipped=9) == [20, 30, 50], "of the row, only the newest is of use"
+    assert kept(60) == [30, 60], "the row is over"
+    assert checkpoint.newest_until(tmp_path, 59) == checkpoint.step_dir(tmp_path, 30)
+    assert checkpoint.newest_until(tmp_path, 29) is None
+
+
+def test_weights_that_an_earlier_version_should_not_have_published_are_refused(tmp_path: Path):
+    write_checkpoint(tmp_path, 4)
+    for step, way_back in ((8, "step-00000004"), (4, "there is no checkpoint from before")):
+        path = write_checkpoint(tmp_path, step, broken=True)
+        with pytest.raises(TrainingError, match=r"model\.bias is not finite") as error:
+            checkpoint.load_model_weights(path, nn.Linear(64, 64))
+        assert error.value.code == ExitCode.DIVERGED and "\n" not in str(error.value)
+        assert path.name in str(error.value) and way_back in str(error.value)
 
 
 def test_latest_follows_the_pointer_that_a_person_sets_back(two_checkpoints: Path, tmp_path: Path):

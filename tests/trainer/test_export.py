@@ -37,6 +37,16 @@ def test_logits_equal_the_checkpoints(exported):
     assert tokenizer.decode(tokenizer.encode("다리 river")) == "다리 river"
 
 
+def test_what_others_left_is_neither_exported_nor_in_the_way(exported):
+    spec, _, manifest, directory = exported
+    (directory / ".nfs000000001").touch()
+    (directory / "._config.json").touch()
+    export.load(directory)
+    assert export.run(spec) == manifest
+    assert not (directory / "._config.json").exists()
+    assert {path.name for path in directory.iterdir()} == {*manifest["files"], "manifest.json"}
+
+
 def test_weights_that_come_from_a_file_are_not_drawn_first(tmp_path, monkeypatch):
     spec, model = make_run(tmp_path)
 

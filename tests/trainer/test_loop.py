@@ -18,7 +18,7 @@ import torch.distributed as dist
 from prometheus_client import generate_latest
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - imported here so that no test's time contains it
 
-from trainer import checkpoint, distributed, failures, limits, preflight
+from trainer import checkpoint, distributed, evaluate, export, failures, limits, preflight
 from trainer.checkpoint import CheckpointManifest
 from trainer.checkpointer import Checkpointer
 from trainer.data.loader import TokenLoader
@@ -28,6 +28,7 @@ from trainer.loop import Totals, Update, step_record, train
 from trainer.metrics import METRICS
 from trainer.model.engram import token_classes
 from trainer.model.hybrid import build_model
+from trainer.optim import Optimizers
 from trainer.restarts import NodeRecord
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError
@@ -116,6 +117,79 @@ def test_gradients_that_stay_infinite_end_the_run_with_70(
     assert "10 steps in a row" in str(error.value) and "\n" not in str(error.value)
     lines = micro.metrics(spec)
     assert len(lines) == 9 and all(line["skipped"] == "nonfinite" and line["loss"] is None for line in lines)
+
+
+@pytest.mark.parametrize("where", ["weight", "optimizer state"])
+def test_weights_that_are_not_finite_are_never_published(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    """An update at step 6 breaks an expert that gets no token, so that no loss and no gradient ever shows it."""
+    plain, calls = Optimizers.step, []
+
+    def breaking(optimizers: Optimizers) -> None:
+        plain(optimizers)
+        calls.append(1)
+        if len(calls) == 6:
+            weight = next(each for each in optimizers.parameters if each.dim() == 3)
+            state = next(v for k, v in optimizers.state_dict().items() if v.is_floating_point() and v.dim() == 3)
+            (weight.data if where == "weight" else state)[0, 0, 0] = torch.nan
+
+    monkeypatch.setattr(Optimizers, "step", breaking)
+    monkeypatch.setattr(Optimizers, "zero_grad", lambda optimizers: None)
+    monkeypatch.setattr("trainer.loop.clip_gradients", lambda *_: (1.0, False))
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=9, checkpoint={"every_steps": 2, "keep_last": 1})
+    with pytest.raises(TrainingError, match="is not finite after step 6") as error:
+        train(spec)
+    assert error.value.code == ExitCode.DIVERGED and "\n" not in str(error.value)
+    assert "step-00000004" in str(error.value) and str(Path(spec.run_dir) / "checkpoints" / "LATEST") in str(
+        error.value
+    )
+    assert [path.name for path in checkpoint.published(spec.run_dir)] == ["step-00000004"]
+    checkpoint.verify(checkpoint.step_dir(spec.run_dir, 4))
+
+
+def test_row_of_skipped_steps_leaves_the_way_back_and_names_it(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from trainer.model import hybrid
+
+    plain, calls = hybrid.cross_entropy_sum, []
+
+    def overflowing(*tensors: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return plain(*tensors) * (float("inf") if len(calls) > 7 * 4 else 1)  # 4 micro-batches a step
+
+    monkeypatch.setattr(hybrid, "cross_entropy_sum", overflowing)
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=30, checkpoint={"every_steps": 3, "keep_last": 2})
+    with pytest.raises(TrainingError, match="10 steps in a row") as error:
+        train(spec)
+    assert error.value.code == ExitCode.DIVERGED and "step-00000006" in str(error.value)
+    kept = [int(path.name[-8:]) for path in checkpoint.published(spec.run_dir)]
+    assert kept == [15, 6, 3], "steps 8 to 17 are skipped; 9 and 12 were made among them as 15 was"
+
+
+def test_run_does_not_go_on_from_broken_weights(micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A checkpoint of an earlier version, which looked at nothing."""
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=4, checkpoint={"every_steps": 2})
+    plain, calls = Optimizers.step, []
+
+    def breaking(optimizers: Optimizers) -> None:
+        plain(optimizers)
+        calls.append(1)
+        if len(calls) == 3:
+            optimizers.parameters[0].data.flatten()[0] = torch.inf
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Optimizers, "step", breaking)
+        earlier.setattr(Checkpointer, "_not_finite", lambda *_: None)
+        assert train(spec) == 0
+    for command in (lambda: train(spec.updated({"steps": 6})), lambda: evaluate.run(spec), lambda: export.run(spec)):
+        with pytest.raises(TrainingError, match=r"step-00000004: model.* is not finite; .*step-00000002") as error:
+            command()
+        assert error.value.code == ExitCode.DIVERGED and "\n" not in str(error.value)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert not (tmp_path / "run" / "eval.json").exists() and not (tmp_path / "run" / "export").exists()
 
 
 def test_a_limit_that_the_entrypoint_tells_of_saves_and_stops_with_75(

@@ -70,6 +70,7 @@ def check_layouts(data: Path, directory: Path, ranks: int, layouts: list[str], *
         assert_equal_runs(spec, reference)
         for rank in observed:
             assert rank["same_weights"], f"{layout}: the initial weights depend on the ranks"
+            assert rank["refuses_broken_weights"], f"{layout}: what one rank finds, all must know"
             assert rank["parameters"] <= share_of(whole, spec, ranks), layout
         divided = ranks if spec.parallel.shard_optimizer else 1
         state = sum(rank["state"] for rank in observed)
