@@ -9,8 +9,10 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -20,6 +22,7 @@ import urllib3
 import yaml
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
+from kubernetes.client.rest import RESTClientObject
 
 from components.launch import LaunchError
 from manifests.kinds import KINDS, PYTORCHJOB, TRAINJOB, JobKind, Object
@@ -64,6 +67,7 @@ class Cluster:
 
     def __init__(self, api_client: client.ApiClient, namespace: str) -> None:
         self.namespace = namespace
+        self._client, self._renewing = api_client, threading.Lock()
         self.core = client.CoreV1Api(api_client)
         self.custom = client.CustomObjectsApi(api_client)
         self.server: str = api_client.configuration.host
@@ -77,23 +81,20 @@ class Cluster:
         Raises:
             LaunchError: there is no usable configuration.
         """
-        settings = client.Configuration()
-        try:
-            if "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ:
-                config.load_incluster_config(settings)
-                default = POD_NAMESPACE_FILE.read_text().strip()
-            else:
-                file = os.environ.get("KUBECONFIG") or None  # the client looked at it when it was imported
-                config.load_kube_config(file, client_configuration=settings)
-                context = config.list_kube_config_contexts(file)[1]
-                default = context["context"].get("namespace", "default")
-        except UNUSABLE as error:
-            raise LaunchError(
-                f"no cluster to launch on: {_one_line(error)}; set KUBECONFIG to a readable kubeconfig, "
-                "or run on this machine with cluster.target=local"
-            ) from None
-        settings.retries = 0  # callers decide what is worth another try
+        settings, default = _settings()
         return cls(client.ApiClient(settings), namespace or default)
+
+    def renew(self) -> None:
+        """Read the credentials anew: what the API server refuses with 401 may have run out and been replaced on disk.
+
+        Without a usable configuration, or with one of another server, nothing changes.
+        """
+        with suppress(LaunchError):
+            settings, _ = _settings()
+            with self._renewing:
+                if settings.host == self.server:
+                    self._client.configuration = settings
+                    self._client.rest_client = RESTClientObject(settings)  # it holds the client certificate
 
     def call(self, doing: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One request; `doing` is the verb and resource for error messages ("create pytorchjobs").
@@ -115,8 +116,17 @@ class Cluster:
         return self._request(doing, function, *args, **kwargs)
 
     def _request(self, doing: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        try:
+        def ask() -> Any:
             return function(*args, _request_timeout=REQUEST_TIMEOUT_SECONDS, **kwargs)
+
+        try:
+            try:
+                return ask()
+            except ApiException as error:
+                if error.status != HTTPStatus.UNAUTHORIZED:
+                    raise
+                self.renew()
+                return ask()
         except ApiException as error:
             raise self.refusal(doing, error) from None
         except Unreachable as error:
@@ -278,6 +288,27 @@ class Cluster:
                 return None
             raise
         return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": pod.metadata.uid}
+
+
+def _settings() -> tuple[client.Configuration, str]:
+    """What leads to the cluster, read anew, and the namespace that it names."""
+    settings = client.Configuration()
+    try:
+        if "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ:
+            config.load_incluster_config(settings)
+            namespace = POD_NAMESPACE_FILE.read_text().strip()
+        else:
+            file = os.environ.get("KUBECONFIG") or None  # the client looked at it when it was imported
+            config.load_kube_config(file, client_configuration=settings)
+            context = config.list_kube_config_contexts(file)[1]
+            namespace = context["context"].get("namespace", "default")
+    except UNUSABLE as error:
+        raise LaunchError(
+            f"no cluster to launch on: {_one_line(error)}; set KUBECONFIG to a readable kubeconfig, "
+            "or run on this machine with cluster.target=local"
+        ) from None
+    settings.retries = 0  # callers decide what is worth another try
+    return settings, namespace
 
 
 def status_message(error: ApiException) -> str:

@@ -111,8 +111,7 @@ class Follower:
         try:
             change = self.changes.get(timeout=1)
         except queue.Empty:
-            self._check_clocks()
-            return False
+            return self._check_clocks()
         if isinstance(change, LaunchError):
             raise change
         if change.kind == "pods":
@@ -120,10 +119,9 @@ class Follower:
         elif change.kind == "events":
             for event in change.objects:
                 self._see_event(event)
-        else:
-            return self._see_job(change)
-        self._check_clocks()
-        return False
+        elif self._see_job(change):
+            return True
+        return self._check_clocks()
 
     def _see_job(self, change: Change) -> bool:
         mine = [found for found in change.objects if found["metadata"]["uid"] == self.uid]
@@ -244,32 +242,58 @@ class Follower:
         said = "" if told else f"; last lines: {last}"
         raise JobFailed(f"job {self.name} failed: {cause.describe()}{said}")
 
-    def _check_clocks(self) -> None:
+    def _check_clocks(self) -> bool:
+        """Give up what takes too long; True when a last look shows that the job has succeeded.
+
+        The limits hold whatever fails. Where a watcher does, what is known may be out of date: it is asked again.
+        """
         silence = f"the API server {self.cluster.server} does not answer; trying again, the job runs on"
-        if any(watcher.unreachable_since is not None for watcher in self.watchers):
-            # What is known may be out of date, so nothing is given up for it.
+        silent = any(watcher.unreachable_since is not None for watcher in self.watchers)
+        if silent:
             self._tell("", silence)
-            return
-        self.told.discard(silence)
-        if not self.pods_known:
-            return
-        now = time.monotonic()
-        obstacles = [self._named(worker, str(found)) for worker, found in self.obstacles.items()]
-        why = "; ".join(obstacles) or self._no_reason()
+        else:
+            self.told.discard(silence)
+        if silent or not self.pods_known:
+            if self._passed() and self._look_again():
+                return True
+        elif any(time.monotonic() - since > PULL_PATIENCE_SECONDS for since in self.pulling_since.values()):
+            raise LaunchError(f"job {self.name} cannot start: {self._why()}")
+        if passed := self._passed():
+            raise LaunchError(passed)
+        return False
+
+    def _look_again(self) -> bool:
+        """Ask for job and pods, as far as there is an answer; True when the job has succeeded."""
+        try:
+            job = self.cluster.get(self.kind.kind, self.name)
+            pods = self.cluster.pods(self.kind, self.name)
+        except (LaunchError, ValueError, KeyError, TypeError):  # of a proxy perhaps
+            return False
+        if self._see_job(Change(self.kind.plural, "LISTED", [job] if job else [])):
+            return True
+        self._see_pods(Change("pods", "LISTED", pods))
+        return False
+
+    def _passed(self) -> str:
+        """Which time limit is passed, "" for none."""
+        now, limits = time.monotonic(), self.limits
         spent = now - self.clock.since
-        if any(now - since > PULL_PATIENCE_SECONDS for since in self.pulling_since.values()):
-            raise LaunchError(f"job {self.name} cannot start: {why}")
-        if self.clock.phase == "queued" and spent > self.limits.queue_timeout_seconds:
-            raise LaunchError(f"job {self.name} waited {spent:.0f} s for nodes (cluster.queue_timeout_seconds): {why}")
-        if self.clock.phase == "starting" and spent > self.limits.start_timeout_seconds:
-            raise LaunchError(
-                f"job {self.name} has not started within {spent:.0f} s (cluster.start_timeout_seconds): {why}"
+        if self.clock.phase == "queued" and spent > limits.queue_timeout_seconds:
+            return f"job {self.name} waited {spent:.0f} s for nodes (cluster.queue_timeout_seconds): {self._why()}"
+        if self.clock.phase == "starting" and spent > limits.start_timeout_seconds:
+            return (
+                f"job {self.name} has not started within {spent:.0f} s (cluster.start_timeout_seconds): {self._why()}"
             )
-        if self.running_since is not None and now - self.running_since > self.limits.run_timeout_seconds:
-            raise LaunchError(
-                f"job {self.name} ran longer than cluster.run_timeout_seconds = {self.limits.run_timeout_seconds}; "
+        if self.running_since is not None and now - self.running_since > limits.run_timeout_seconds:
+            return (
+                f"job {self.name} ran longer than cluster.run_timeout_seconds = {limits.run_timeout_seconds}; "
                 "start it again to go on from its last checkpoint"
             )
+        return ""
+
+    def _why(self) -> str:
+        obstacles = [self._named(worker, str(found)) for worker, found in self.obstacles.items()]
+        return "; ".join(obstacles) or self._no_reason()
 
     def _no_reason(self) -> str:
         if explain.has_condition(self.job, "Suspended"):

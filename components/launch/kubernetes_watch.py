@@ -9,7 +9,8 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -25,6 +26,9 @@ from manifests.kinds import Object
 # Short watches notice a connection that died silently; the server ends them and the next one resumes.
 WATCH_SECONDS = 40
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 15.0
+# A log that is asked for again begins this long before the last line came: lines come late, and seconds are whole.
+OVERLAP_SECONDS = WATCH_SECONDS + 10
+LINES_KEPT = 2000
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Watcher(threading.Thread):
         self._stopped.set()
 
     def run(self) -> None:
-        pause = FIRST_PAUSE_SECONDS
+        pause, renewed = FIRST_PAUSE_SECONDS, False
         while not self._stopped.is_set():
             try:
                 if self._version is None:
@@ -64,15 +68,19 @@ class Watcher(threading.Thread):
                 else:
                     self._follow()
                 self.unreachable_since = None
-                pause = FIRST_PAUSE_SECONDS
+                pause, renewed = FIRST_PAUSE_SECONDS, False
             except ApiException as error:
                 if error.status == HTTPStatus.GONE:
                     self._version = None
                     continue
-                if error.status in (HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND):
+                expired = error.status == HTTPStatus.UNAUTHORIZED
+                if error.status in (HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND) or (expired and renewed):
                     verb = "list" if self._version is None else "watch"
                     self._changes.put(self._cluster.refusal(f"{verb} {self._kind}", error))
                     return
+                if expired:
+                    self._cluster.renew()
+                    renewed = True
                 pause = self._wait(pause)
             except Unreachable:
                 pause = self._wait(pause)
@@ -105,6 +113,38 @@ class Watcher(threading.Thread):
             self._changes.put(Change(self._kind, event["type"], [found]))
             if self._stopped.is_set():
                 return
+
+
+class _Printed:
+    """Which lines of a log were printed, so that what a new connection repeats can be told from what is new.
+
+    Time stamps alone cannot tell: some container runtimes stamp all lines of a buffer at once, and those of standard
+    output and error come out of order. So the latest lines are kept, each with its stamp.
+    """
+
+    def __init__(self) -> None:
+        self.newest = ""  # stamp; stamps sort as text
+        self._latest: deque[str] = deque()
+        self._floor = ""  # no line from here back is kept
+        self._repeated: Counter[str] | None = None
+
+    def reconnected(self) -> None:
+        """What comes next may be a repetition, until a line is newer than all before."""
+        self._repeated = Counter(self._latest) if self.newest else None
+
+    def is_new(self, line: str) -> bool:
+        stamp = line.partition(" ")[0]
+        if self._repeated is not None:
+            if stamp > self.newest:
+                self._repeated = None
+            elif self._repeated[line] or stamp <= self._floor:
+                self._repeated[line] -= 1
+                return False
+        self._latest.append(line)
+        if len(self._latest) > LINES_KEPT:
+            self._floor = max(self._floor, self._latest.popleft().partition(" ")[0])
+        self.newest = max(self.newest, stamp)
+        return True
 
 
 class LogFollower(threading.Thread):
@@ -141,9 +181,10 @@ class LogFollower(threading.Thread):
             self._follow(*entry)
 
     def _follow(self, name: str, uid: str, container: str) -> None:
-        last = ""  # time stamp of the last line printed; they sort as text
+        printed = _Printed()
         since = time.monotonic()
-        pause = FIRST_PAUSE_SECONDS
+        whole = True  # ask for the log from its beginning
+        pause, renewed = FIRST_PAUSE_SECONDS, False
         while not self._stopped.is_set():
             ended = uid in self._ended
             doing = "get pods"
@@ -151,29 +192,55 @@ class LogFollower(threading.Thread):
                 if self._cluster.core.read_namespaced_pod(name, self._cluster.namespace).metadata.uid != uid:
                     return
                 doing = "get pods/log"
-                lines = Watch().stream(
-                    self._cluster.core.read_namespaced_pod_log,
-                    name,
-                    self._cluster.namespace,
-                    container=container,
-                    timestamps=True,
-                    _request_timeout=(5, WATCH_SECONDS),
-                    # Some more than has passed: what was printed already is dropped by its time stamp.
-                    **({"since_seconds": int(time.monotonic() - since) + 10} if last else {}),
-                )
-                for line in lines:
-                    stamp, _, text = line.partition(" ")
-                    if stamp > last:
-                        self._write(text)
-                        last, since, pause = stamp, time.monotonic(), FIRST_PAUSE_SECONDS
+                printed.reconnected()
+                asked_since = {} if whole else {"since_seconds": int(time.monotonic() - since) + OVERLAP_SECONDS}
+                first, whole = True, not printed.newest
+                for line in self._lines(name, container, ended, **asked_since):
+                    if first and asked_since and line.partition(" ")[0] > printed.newest:
+                        whole, ended, pause = True, False, 0  # does not reach back to the last line: ask for more
+                        break
+                    first, renewed = False, False
+                    if printed.is_new(line):
+                        self._write(line.partition(" ")[2])
+                        since, whole, pause = time.monotonic(), False, FIRST_PAUSE_SECONDS
             except ApiException as error:
-                if error.status == HTTPStatus.FORBIDDEN:
+                if error.status == HTTPStatus.UNAUTHORIZED and not renewed:
+                    self._cluster.renew()
+                    renewed, ended = True, False
+                elif error.status in (HTTPStatus.FORBIDDEN, HTTPStatus.UNAUTHORIZED):
                     self._write(f"launcher: no log: {self._cluster.refusal(doing, error)}")
-                if error.status in (HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND):
+                    return
+                elif error.status == HTTPStatus.NOT_FOUND:
                     return
             except Unreachable:
-                pass  # tried again below
+                ended = False  # the rest of the log is still to be had
             if ended:
                 return
             self._stopped.wait(pause)
-            pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+            pause = min(max(pause, FIRST_PAUSE_SECONDS) * 2, LONGEST_PAUSE_SECONDS)
+
+    def _lines(self, name: str, container: str, ended: bool, **options: Any) -> Iterator[str]:
+        """The pod's log as it is written, each line with its time stamp.
+
+        A line that the connection broke off is left to the next one, unless the pod has ended and nothing is to follow.
+        """
+        response = self._cluster.core.read_namespaced_pod_log(
+            name,
+            self._cluster.namespace,
+            container=container,
+            follow=True,
+            timestamps=True,
+            _preload_content=False,
+            _request_timeout=(5, WATCH_SECONDS),
+            **options,
+        )
+        rest = b""
+        try:
+            for chunk in response.stream(amt=None, decode_content=False):
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from (line.decode("utf-8", "replace") for line in lines)
+            if rest and ended:
+                yield rest.decode("utf-8", "replace")
+        finally:
+            response.close()
+            response.release_conn()

@@ -1,16 +1,26 @@
-"""The end of a job that the API server tells of before it tells of the job's pods; all else is tried on a cluster."""
+"""What of following a job a cluster shows too rarely: broken logs, expired credentials, ends out of order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import urllib3
+from kubernetes.client.exceptions import ApiException
+from waiting import wait_until
 
 from components.launch import LaunchError, kubernetes_watch
+from components.launch.kubernetes_api import Cluster, Refused
 from components.launch.kubernetes_follow import Follower
-from components.launch.kubernetes_watch import Change
+from components.launch.kubernetes_watch import Change, LogFollower, Watcher
 from manifests.kinds import PYTORCHJOB
 from manifests.names import TASK_LABEL
 from manifests.spec import ClusterSpec
@@ -38,11 +48,20 @@ def ended_pod() -> Object:
     }
 
 
-class OneLine:
-    """In place of the client's: the log of a pod."""
+class Log:
+    """The answer to a request for a pod's log: `text`, in pieces of some bytes, then its end or an error."""
 
-    def stream(self, *arguments: Any, **options: Any) -> Iterator[str]:
-        return iter(["2026-01-01T12:00:01Z worked"])
+    def __init__(self, text: str, error: Exception | None = None) -> None:
+        self.data, self.error = text.encode(), error
+
+    def stream(self, **_: Any) -> Iterator[bytes]:
+        yield from (self.data[at : at + 7] for at in range(0, len(self.data), 7))
+        if self.error:
+            raise self.error
+
+    def close(self) -> None: ...
+
+    def release_conn(self) -> None: ...
 
 
 class Told:
@@ -51,15 +70,34 @@ class Told:
     namespace, server = "team", "https://api"
     custom = SimpleNamespace(list_namespaced_custom_object=list)
 
-    def __init__(self, *pods: Object) -> None:
-        self.found = list(pods)
+    def __init__(self, *pods: Object, logs: Sequence[Log | Exception] = ()) -> None:
+        self.found, self.renewals = list(pods), 0
+        self.logs, self.asked = list(logs), []  # answers to come, and the options of each request
         read = SimpleNamespace(metadata=SimpleNamespace(uid="pod"))
         self.core = SimpleNamespace(
             list_namespaced_pod=list,
             list_namespaced_event=list,
             read_namespaced_pod=lambda *_: read,
-            read_namespaced_pod_log=list,
+            read_namespaced_pod_log=self._log,
         )
+
+    def _log(self, *_: Any, **options: Any) -> Log:
+        self.asked.append(options)
+        answer = self.logs.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def renew(self) -> None:
+        self.renewals += 1
+
+    def refusal(self, doing: str, error: ApiException) -> LaunchError:
+        return LaunchError(f"{doing}: {error.status}")
+
+    def get(self, *_: Any) -> Object | None:
+        if not self.found:
+            raise LaunchError("the API server cannot be reached")
+        return {**job(), "status": {}}
 
     def pods(self, *_: Any) -> list[Object]:
         if not self.found:
@@ -67,9 +105,8 @@ class Told:
         return self.found
 
 
-def followed(cluster: Told, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def followed(cluster: Told) -> list[str]:
     """What is written of a job that succeeds at once."""
-    monkeypatch.setattr(kubernetes_watch, "Watch", OneLine)
     lines: list[str] = []
     follower = Follower(cluster, job(), ClusterSpec(), lines.append)  # type: ignore[arg-type]
     follower.watchers = []
@@ -78,9 +115,184 @@ def followed(cluster: Told, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def test_the_log_of_a_job_that_ends_before_its_pods_are_told_of_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sorted(followed(Told(ended_pod()), monkeypatch)) == ["launcher: job run succeeded (0 restarts)", "worked"]
+def test_the_log_of_a_job_that_ends_before_its_pods_are_told_of_is_shown() -> None:
+    cluster = Told(ended_pod(), logs=[Log("2026-01-01T12:00:01Z worked\n")])
+    assert sorted(followed(cluster)) == ["launcher: job run succeeded (0 restarts)", "worked"]
 
 
-def test_a_job_that_has_succeeded_has_though_nothing_more_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert followed(Told(), monkeypatch) == ["launcher: job run succeeded (0 restarts)"]
+def test_a_job_that_has_succeeded_has_though_nothing_more_can_be_asked() -> None:
+    assert followed(Told()) == ["launcher: job run succeeded (0 restarts)"]
+
+
+def log_of(monkeypatch: pytest.MonkeyPatch, *answers: Log | Exception) -> tuple[list[str], Told]:
+    """Lines of one pod, which ends with the last of the answers."""
+    monkeypatch.setattr(kubernetes_watch, "FIRST_PAUSE_SECONDS", 0.0)
+    cluster, lines = Told(logs=answers), []
+    follower = LogFollower(cluster, lines.append)  # type: ignore[arg-type]
+    log = cluster.core.read_namespaced_pod_log
+
+    def before_last_one_ends(*arguments: Any, **options: Any) -> Log:
+        if len(cluster.logs) == 2:
+            follower.ended("pod")
+        return log(*arguments, **options)
+
+    cluster.core.read_namespaced_pod_log = before_last_one_ends
+    if len(answers) == 1:
+        follower.ended("pod")
+    follower.add(ended_pod())
+    follower.start()
+    wait_until(lambda: not cluster.logs)
+    follower.finish(60)
+    assert not follower.is_alive()
+    return lines, cluster
+
+
+BROKE = urllib3.exceptions.ProtocolError("connection broken")
+T1, T2, T3 = (f"2026-01-01T12:00:0{second}.5Z" for second in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        pytest.param([Log(f"{T1} a\n{T1} b\n{T1} b\n{T2} c\n")], "a b b c", id="one stamp for a buffer"),
+        pytest.param(
+            [Log(f"{T1} a\n{T1} b\n", BROKE), Log(f"{T1} a\n{T1} b\n{T1} b\n{T1} c\n{T2} d\n")],
+            "a b b c d",
+            id="a buffer across a reconnection",
+        ),
+        pytest.param(
+            [Log(f"{T1} a\n{T3} c\n{T2} b\n", BROKE), Log(f"{T3} c\n{T2} b\n{T2} x\n")],
+            "a c b x",
+            id="stamps of two streams out of order",
+        ),
+        pytest.param([Log(f"{T1} a\n{T2} tor", BROKE), Log(f"{T1} a\n{T2} torn\n")], "a torn", id="a torn line"),
+        pytest.param([Log(f"{T1} a\n{T2} no-newline")], "a no-newline", id="an end without a newline"),
+        pytest.param([Log(f"{T1} a\n{T1} \n{T2} b\n")], "a  b", id="an empty line"),
+        pytest.param(
+            [Log(f"{T1} a\n", BROKE), Log(f"{T3} c\n", BROKE), Log(f"{T1} a\n{T2} b\n{T3} c\n")],
+            "a b c",
+            id="a window that does not reach back",
+        ),
+        pytest.param([Log(f"{T1} a\n", BROKE), Log(""), Log(f"{T2} b\n"), Log(f"{T2} b\n")], "a b", id="a rotated log"),
+        pytest.param([Log(f"{T1} a\n", BROKE), BROKE, Log(f"{T1} a\n{T2} b\n")], "a b", id="an outage at the end"),
+    ],
+)
+def test_every_line_of_a_log_is_printed_once(
+    answers: list[Log | Exception], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, cluster = log_of(monkeypatch, *answers)
+    assert lines == expected.split(" ")
+    assert "since_seconds" not in cluster.asked[0]
+    assert all(asked["since_seconds"] >= 40 for asked in cluster.asked[1:2])
+
+
+def test_more_lines_than_are_kept_come_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubernetes_watch, "LINES_KEPT", 3)
+    written = "".join(f"{stamp} {n}\n" for n, stamp in enumerate([T1] * 5 + [T2] * 3))
+    lines, _ = log_of(monkeypatch, Log(written, BROKE), Log(written + f"{T2} 8\n{T3} 9\n"))
+    assert lines == [str(n) for n in range(10)]
+
+
+def test_credentials_that_ran_out_are_read_again_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, cluster = log_of(monkeypatch, Log(f"{T1} a\n"), ApiException(401), Log(f"{T1} a\n{T2} b\n"))
+    assert (lines, cluster.renewals) == (["a", "b"], 1)
+    lines, cluster = log_of(monkeypatch, Log(f"{T1} a\n"), ApiException(401), ApiException(401))
+    assert (lines, cluster.renewals) == (["a", "launcher: no log: get pods/log: 401"], 1)
+
+
+def test_a_watcher_whose_credentials_are_refused_twice_ends_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubernetes_watch, "FIRST_PAUSE_SECONDS", 0.0)
+    listing = SimpleNamespace(data=json.dumps({"metadata": {"resourceVersion": "1"}, "items": []}))
+    answers: list[Any] = [ApiException(401), listing, ApiException(401), ApiException(401)]
+
+    def listed(**_: Any) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    cluster, changes = Told(), queue.Queue()
+    watcher = Watcher(cluster, "pods", listed, changes)  # type: ignore[arg-type]
+    watcher.start()
+    watcher.join(60)
+    assert not watcher.is_alive() and not answers
+    assert changes.get().type == "LISTED"
+    assert str(changes.get()) == "watch pods: 401"
+    assert cluster.renewals == 2, "once for each time that they ran out"
+
+
+def test_a_call_reads_the_credentials_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a server that takes only what the kubeconfig holds by now."""
+    tokens: list[str] = []
+
+    class Api(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            tokens.append(self.headers["Authorization"])
+            good = tokens[-1] == "Bearer new"
+            body = json.dumps({"items": []} if good else {"message": "Unauthorized"}).encode()
+            self.send_response(200 if good else 401)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    file = tmp_path / "kubeconfig"
+
+    def write(token: str) -> None:
+        cluster = {"server": f"http://127.0.0.1:{server.server_port}"}
+        context = {"cluster": "c", "user": "u", "namespace": "team"}
+        named = {
+            "clusters": ("cluster", cluster),
+            "users": ("user", {"token": token}),
+            "contexts": ("context", context),
+        }
+        config = {key: [{"name": key[0], kind: value}] for key, (kind, value) in named.items()}
+        file.write_text(json.dumps({"apiVersion": "v1", "kind": "Config", "current-context": "c", **config}))
+
+    write("old")
+    monkeypatch.setenv("KUBECONFIG", str(file))
+    try:
+        cluster = Cluster.connect()
+        with pytest.raises(Refused) as refused:
+            cluster.pods(PYTORCHJOB, "run")
+        assert refused.value.status == 401
+        assert len(tokens) == 2, "asked twice, not for ever"
+        write("new")
+        assert cluster.pods(PYTORCHJOB, "run") == []
+        assert tokens[2:] == ["Bearer old", "Bearer new"]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("limit", ["queue_timeout_seconds", "start_timeout_seconds", "run_timeout_seconds"])
+@pytest.mark.parametrize("answers", [True, False])
+def test_time_limits_hold_while_a_watcher_fails(limit: str, answers: bool) -> None:
+    phase = limit.split("_")[0].replace("queue", "queued").replace("start", "starting")
+    pod = {**ended_pod(), "status": {"phase": "Running" if phase == "run" else "Pending"}}
+    if phase == "queued":
+        pod["spec"] = {"containers": pod["spec"]["containers"]}
+    cluster, lines = Told(*([pod] if answers else [])), []
+    follower = Follower(cluster, {**job(), "status": {}}, ClusterSpec(**{limit: 5}), lines.append)  # type: ignore[arg-type]
+    follower.clock.phase = "running" if phase == "run" else phase  # type: ignore[assignment]
+    follower.clock.since = time.monotonic()
+    follower.running_since = time.monotonic() if phase == "run" else None
+    follower.watchers = [SimpleNamespace(unreachable_since=time.monotonic())]  # type: ignore[list-item]
+    assert not follower._check_clocks()
+    follower.clock.since -= 10
+    if follower.running_since:
+        follower.running_since -= 10
+    with pytest.raises(LaunchError, match=f"cluster.{limit}"):
+        follower._check_clocks()
+
+
+def test_what_a_last_look_finds_counts_before_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, lines = Told(ended_pod(), logs=[Log("")]), []
+    follower = Follower(cluster, {**job(), "status": {}}, ClusterSpec(queue_timeout_seconds=5), lines.append)  # type: ignore[arg-type]
+    follower.clock.since -= 10_000_000
+    monkeypatch.setattr(cluster, "get", lambda *_: job())
+    assert follower._check_clocks(), "it has succeeded meanwhile"
