@@ -129,7 +129,11 @@ class DataSpec(Spec):
     def _mix_is_whole(self) -> Self:
         total = sum(source.weight for source in self.sources.values())
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"the weights of sources sum to {total:g}; they must sum to 1")
+            weights = ", ".join(f"{name} {source.weight:g}" for name, source in self.sources.items())
+            raise ValueError(
+                f"the weights of sources sum to {total:g}; they must sum to 1: {weights}; change them, or remove a "
+                f"source by null, as in data.sources.{next(iter(self.sources))}: null"
+            )
         return self
 
     def wanted_tokens(self, tokens: int, curriculum: Sequence[StageSpec] = ()) -> dict[str, float]:

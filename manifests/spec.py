@@ -107,8 +107,12 @@ class JobTrainSpec(Spec):
 
 
 class StorageSpec(Spec):
-    """Where the two trees live: mount paths (or local folders) and the claims behind them."""
+    """Where the two trees live: mount paths (or local folders) and the claims behind them.
 
+    Relative paths of sources start in `sources_dir`: the job file's folder, or without one where the run starts.
+    """
+
+    sources_dir: str | None = None
     datasets_dir: str = "/mnt/datasets"
     checkpoints_dir: str = "/mnt/checkpoints"
     datasets_pvc: Name = "llm-datasets-pvc"
@@ -345,6 +349,8 @@ def _without_removed(job: dict[str, Any]) -> dict[str, Any]:
 def changes_of(preset_or_file: str) -> tuple[str, dict[str, Any]]:
     """A preset's name (or "") and the fields that a job file changes in it (none for a preset itself).
 
+    To a file's fields comes its folder, where relative paths in it start.
+
     Raises:
         SpecError: neither a preset nor a readable file.
     """
@@ -355,7 +361,8 @@ def changes_of(preset_or_file: str) -> tuple[str, dict[str, Any]]:
             f"'{preset_or_file}' is neither a preset ({', '.join(preset_names())}) nor a file; check the name"
         )
     changes = read_yaml(preset_or_file)
-    return str(changes.pop("preset", "")), changes
+    place = {"storage": {"sources_dir": str(Path(preset_or_file).absolute().parent)}}
+    return str(changes.pop("preset", "")), deep_merge(place, changes)
 
 
 def load_job(preset_or_file: str, changes: dict[str, Any] | None = None) -> JobSpec:

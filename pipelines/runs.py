@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from manifests.spec import JobSpec, load_job, preset_names
+from manifests.spec import JobSpec, job_from, preset_names
 from pipelines import background
-from trainer.specbase import SpecError
+from trainer.specbase import SpecError, read_yaml
 
 CANDIDATES_SHOWN = 8
 RUN_FILES = ("job.yaml", "train.yaml", "checkpoints")  # of which a run directory has one at least
@@ -34,7 +34,8 @@ class Run:
         """The job as it was started last; None when neither the run directory nor the workdir holds it."""
         for file in (self.directory / "job.yaml", background.job_file(self.workdir, self.name)):
             if file.is_file():
-                return load_job(str(file))
+                # Relative paths in it start where it was started, not here, unless it says otherwise.
+                return job_from({"storage": {"sources_dir": None}}, read_yaml(file), str(file))
         return None
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import stat
+import unicodedata
 from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
@@ -13,8 +16,9 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.callbacks import Callback
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
+from components.download.localpaths import composed, find_local
 from components.download.readers import split_suffix
 from components.download.retry import retried, status_of
 from components.download.writer import Input
@@ -29,10 +33,11 @@ RANGE_BYTES = 16 * 2**20
 T = TypeVar("T")
 
 
-def list_inputs(source: FilesSource, known: list[Input]) -> list[Input]:
+def list_inputs(source: FilesSource, known: list[Input], folder: str | None = None) -> list[Input]:
     """The files of a source in a fixed order, local ones with their checksum.
 
-    `known` are the inputs of an earlier run: a file with the same stamp is not hashed again.
+    `known` are the inputs of an earlier run: a file with the same stamp is not hashed again. Relative paths start in
+    `folder`, by default where this process does.
 
     Raises:
         DataError: a pattern that matches nothing, a folder, an unknown suffix, an address that cannot be reached.
@@ -40,11 +45,10 @@ def list_inputs(source: FilesSource, known: list[Input]) -> list[Input]:
     inputs: dict[str, Input] = {}  # by location: a path and a glob may name the same file, which is read once
     before = {one.name: one for one in known}
     for pattern in source.paths:
-        for item in _matches(pattern):
-            place = os.path.abspath(item.location) if is_local(item) else item.location
-            if place not in inputs:
+        for item in _matches(pattern, folder):
+            if item.location not in inputs:
                 split_suffix(item.name)
-                inputs[place] = _identified(item, before.get(item.name))
+                inputs[item.location] = _identified(item, before.get(item.name))
     return list(inputs.values())
 
 
@@ -60,7 +64,7 @@ def identity(one: Input) -> str:
 
 
 def is_local(one: Input) -> bool:
-    return isinstance(fsspec.core.url_to_fs(one.location)[0], LocalFileSystem)
+    return "://" not in one.location
 
 
 def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
@@ -179,17 +183,18 @@ def _is_transient(error: BaseException) -> bool:
     return isinstance(error, Exception) and (status is None or status in (408, 429) or status >= 500)
 
 
-def _matches(pattern: str) -> list[Input]:
+def _matches(pattern: str, folder: str | None) -> list[Input]:
     if pattern.startswith(SAMPLE):
         path = Path(str(files("components") / "download" / "sample" / pattern.removeprefix(SAMPLE)))
         if not path.is_file():
             names = ", ".join(sorted(SAMPLE + p.name for p in path.parent.glob("*.jsonl.gz")))
             raise DataError(f"{pattern}: no such sample; there are {names}")
         return [Input(name=pattern, location=str(path), bytes=path.stat().st_size)]
+    if "://" not in pattern or pattern.startswith("file://"):
+        return _local_matches(pattern, folder)
     try:
         system, path = fsspec.core.url_to_fs(pattern)
-        magic = "*[" if path.startswith("http") else "*?["  # in a web address ? begins the query
-        paths = sorted(_retried(lambda: system.glob(path))) if any(c in path for c in magic) else [path]
+        paths, named = _remote_paths(system, path)
         infos = [(one, _retried(partial(_info, system, one))) for one in paths]
     except FileNotFoundError:
         infos = []
@@ -201,21 +206,70 @@ def _matches(pattern: str) -> list[Input]:
         raise DataError(f"{pattern}: cannot be listed ({_reason(error)}); {_remedy(error)}") from None
     if not infos:
         raise DataError(f"{pattern}: no such file; check the path (globs such as texts/*.jsonl.gz are allowed)")
-    local = isinstance(system, LocalFileSystem)
+    _check_files(pattern, [info["type"] == "directory" for _, info in infos])
     found = []
     for one, info in infos:
-        if info["type"] == "directory":
-            if len(infos) == 1:
-                raise DataError(f"{pattern}: a folder; name the files in it, such as {pattern.rstrip('/')}/*.jsonl.gz")
-            continue
-        location = one if local else system.unstrip_protocol(one)
-        # A single path is called what the person called it, so that moving the working directory changes nothing.
-        name = pattern if len(paths) == 1 and one == path else location
-        stamp = None if local else _stamp(info)
-        found.append(Input(name=name, location=location, bytes=info["size"] or 0, stamp=stamp))
-    if not found:
-        raise DataError(f"{pattern}: only folders; name the files in them, such as {pattern.rstrip('/')}/*.jsonl.gz")
+        location = system.unstrip_protocol(one)
+        name = pattern if named else location
+        if info["type"] != "directory":
+            found.append(Input(name=name, location=location, bytes=info["size"] or 0, stamp=_stamp(info)))
     return found
+
+
+def _local_matches(pattern: str, folder: str | None) -> list[Input]:
+    plain = pattern.removeprefix("file://")
+    paths, named, wanted = find_local(plain, folder)
+    if not paths:
+        hint = "globs such as texts/*.jsonl.gz are allowed"
+        if "\\" in plain:
+            hint = f"folders are separated by /: {plain.replace(chr(92), '/')}"
+        elif (
+            folder
+            and os.path.abspath(folder) != os.getcwd()
+            and not os.path.isabs(plain)
+            and find_local(plain, None)[0]
+        ):
+            hint = f"relative paths start where the job file is, not in {os.getcwd()}, where there is one"
+        raise DataError(f"{pattern}: no such file; check the path, {wanted} was tried ({hint})")
+    _check_files(pattern, list(map(os.path.isdir, paths)))
+    found = []
+    for path in paths:
+        if not os.path.isdir(path):
+            # A single path is called what the person called it, so that moving the working directory changes nothing.
+            item = Input(name=pattern if named else path, location=path, bytes=0)
+            found.append(item.model_copy(update={"bytes": _status(item).st_size}))
+    return found
+
+
+def _check_files(pattern: str, are_folders: list[bool]) -> None:
+    if all(are_folders):
+        what = "a folder; name the files in it" if len(are_folders) == 1 else "only folders; name the files in them"
+        raise DataError(f"{pattern}: {what}, such as {pattern.rstrip('/')}/*.jsonl.gz")
+
+
+def _remote_paths(system: AbstractFileSystem, path: str) -> tuple[list[str], bool]:
+    """The paths that are meant, and whether that is one which was named itself; as `find_local` for local ones."""
+    web = path.startswith("http")
+    pattern = re.search(r"[*[]" if web else r"[*?[]", path)  # in a web address ? begins the query
+    for spelt in dict.fromkeys((path, composed(path), unicodedata.normalize("NFD", path))):
+        try:
+            _retried(partial(_info, system, spelt))
+        except FileNotFoundError:
+            continue
+        except Exception:  # of a pattern, which servers may take for no address at all; listing says what is wrong
+            if not pattern:
+                raise
+            break
+        return [spelt], True
+    if not pattern:
+        return [], False
+    if web:
+        return sorted(_retried(lambda: system.glob(path))), False
+    root = path[: path.rfind("/", 0, pattern.start()) + 1]
+    depth = None if "**" in path else path.count("/", len(root)) + 1
+    match = re.compile(glob_translate(composed(path))).match
+    every = _retried(lambda: system.find(root, maxdepth=depth, withdirs=True))
+    return sorted(one for one in every if match(composed(one))), False
 
 
 def _info(system: AbstractFileSystem, path: str) -> dict[str, Any]:
@@ -236,14 +290,31 @@ def _info(system: AbstractFileSystem, path: str) -> dict[str, Any]:
 def _identified(item: Input, known: Input | None) -> Input:
     if not is_local(item):
         return item
+    status = _status(item)
+    stamp = f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+    same = known is not None and known.checksum and known.stamp == stamp and known.location == item.location
     try:
-        status = Path(item.location).stat()
-        stamp = f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
-        same = known is not None and known.checksum and known.stamp == stamp and known.location == item.location
         content = known.checksum if same else checksum(item.location, "sha256")
     except OSError as error:
-        raise DataError(f"{item.name}: cannot be read ({error.strerror}); check its permissions") from None
+        raise _unreadable(item, error) from None
     return item.model_copy(update={"checksum": content, "stamp": stamp})
+
+
+def _status(item: Input) -> os.stat_result:
+    try:
+        status = Path(item.location).stat()
+    except OSError as error:
+        if os.path.islink(item.location):
+            target = os.readlink(item.location)
+            raise DataError(f"{item.name}: a link to {target} ({error.strerror}); mend or remove it") from None
+        raise _unreadable(item, error) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{item.name}: no ordinary file, so it cannot be read twice; copy its content to one")
+    return status
+
+
+def _unreadable(item: Input, error: OSError) -> DataError:
+    return DataError(f"{item.name}: cannot be read ({error.strerror}); check its permissions")
 
 
 def _is_refusal(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 
+from components.download.localpaths import composed
 from components.download.readers import split_suffix
 from components.download.retry import retried, status_of
 from components.download.writer import Input
@@ -166,21 +167,22 @@ def _groups(items: list[str], size: int) -> list[list[str]]:
 
 def _chosen_files(api: HfApi, source: HubSource, commit: str) -> list[RepoFile]:
     """The files of the repository that the globs of the source choose."""
-    wanted = [glob for glob in source.files if not glob.startswith("!")]
-    unwanted = [glob[1:] for glob in source.files if glob.startswith("!")]
-    every = _retried(
+    listing = _retried(
         lambda: list(api.list_repo_tree(source.dataset, recursive=True, revision=commit, repo_type="dataset"))
     )
-    chosen = [
-        one
-        for one in every
-        if isinstance(one, RepoFile)
-        and any(fnmatchcase(one.path, glob) for glob in wanted)
-        and not any(fnmatchcase(one.path, glob) for glob in unwanted)
-    ]
+    every = {one.path: one for one in listing if isinstance(one, RepoFile)}
+    wanted = {path for glob in source.files if not glob.startswith("!") for path in _matching(glob, every)}
+    unwanted = {path for glob in source.files if glob.startswith("!") for path in _matching(glob[1:], every)}
+    chosen = [one for path, one in every.items() if path in wanted - unwanted]
     if not chosen:
         raise DataError(f"{source.dataset}: no file matches {', '.join(source.files)}; check origin.files")
     return chosen
+
+
+def _matching(glob: str, paths: Iterable[str]) -> list[str]:
+    """The path that is called so, else those that match; however Unicode composes them, as in files.py."""
+    named = [path for path in paths if composed(path) == composed(glob)]
+    return named or [path for path in paths if fnmatchcase(composed(path), composed(glob))]
 
 
 def _split_files(source: HubSource, commit: str) -> list[str]:

@@ -43,12 +43,13 @@ BLOB_EXPANSION = 40.0  # text bytes of contents out of one compressed byte of th
 
 @dataclass(frozen=True)
 class Task:
-    """One source on its way: `budget` in UTF-8 bytes of text, None for everything."""
+    """One source on its way: `budget` in UTF-8 bytes of text, None for everything; `folder` of its relative paths."""
 
     name: str
     spec: TextSpec
     directory: Path
     budget: int | None
+    folder: str | None = None
 
     @property
     def scratch(self) -> Path:
@@ -102,7 +103,7 @@ def _listing(task: Task, before: Journal | None) -> Journal:
         remote = before is not None and not any(files.is_local(one) for one in before.inputs)
         if before and remote and _enough(task, before):
             return before.model_copy(update={"parts": []})
-        inputs = files.list_inputs(origin, before.inputs if before else [])
+        inputs = files.list_inputs(origin, before.inputs if before else [], task.folder)
         return Journal(revision=files.revision(inputs), inputs=inputs)
     if before and _enough(task, before):
         return before.model_copy(update={"parts": []})

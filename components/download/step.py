@@ -64,7 +64,7 @@ def describe(job: JobSpec, journals: dict[str, Journal]) -> Manifest:
 
 
 def _source(job: JobSpec, name: str, spec: SourceSpec) -> Journal:
-    task = Task(name, spec, Path(job.stage_dir("raw")) / name, job.byte_budget(name))
+    task = Task(name, spec, Path(job.stage_dir("raw")) / name, job.byte_budget(name), job.storage.sources_dir)
     try:
         return prepare(task)
     except DataError as error:

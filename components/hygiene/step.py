@@ -90,7 +90,7 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
 def _evaluation_texts(job: JobSpec, directory: Path) -> dict[str, list[str]]:
     found = {}
     for name, spec in job.hygiene.evaluation.items():
-        task = Task(name, spec, directory / EVALUATION / name, None)
+        task = Task(name, spec, directory / EVALUATION / name, None, job.storage.sources_dir)
         try:
             journal = prepare(task)
         except DataError as error:

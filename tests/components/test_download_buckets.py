@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,30 @@ def test_a_bucket_without_such_objects_is_one_line(
 ) -> None:
     with pytest.raises(DataError, match=rf"^source 'web': {address}/none/x.jsonl: no such file; check the path[^\n]*$"):
         run(make_job({"web": {"kind": "files", "paths": [f"{address}/none/x.jsonl"]}}, tmp_path))
+
+
+@ADDRESSES
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("c/a[1].jsonl", ["literal"]),
+        ("c/a?.jsonl", ["question"]),
+        ("c/a[12].jsonl", ["one"]),
+        ("c/한글.jsonl", ["composed"]),
+        ("c/한*.jsonl", ["composed"]),
+        ("c/*[!?].jsonl", ["one", "literal", "composed"]),
+    ],
+)
+def test_an_object_that_is_there_is_meant_literally(
+    bucket: BucketServer,
+    address: str,
+    make_job: Callable[..., JobSpec],
+    tmp_path: Path,
+    asked: str,
+    expected: list[str],
+) -> None:
+    names = {"a[1]": "literal", "a1": "one", "a?": "question", unicodedata.normalize("NFD", "한글"): "composed"}
+    for name, text in names.items():
+        bucket.replace(f"c/{name}.jsonl", f'{{"text": "{text}"}}\n'.encode())
+    job = make_job({"web": {"kind": "files", "paths": [f"{address}/{asked}"]}}, tmp_path)
+    assert raw_texts(run(job).path) == expected

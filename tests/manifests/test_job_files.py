@@ -1,5 +1,7 @@
 """What a job file and --set may say about a preset: another origin, fewer sources; mistakes take one line."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -69,3 +71,29 @@ def test_a_value_that_is_not_yaml_is_one_line(assignment):
         changes_from_sets([assignment])
     assert str(error.value).startswith(f"--set {assignment}: the value is not valid YAML (")
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_weights_that_are_not_whole_are_listed_with_how_to_remove_one():
+    sets = changes_from_sets(["data.sources.en.weight=0.5"])
+    with pytest.raises(SpecError) as error:
+        load_job("tiny", sets)
+    said = str(error.value)
+    assert "must sum to 1: ko 0.4, en 0.5, code 0.25, math 0.15;" in said and said.endswith("data.sources.ko: null")
+
+
+def test_relative_paths_start_where_the_job_file_is_and_change_no_name(job_file, monkeypatch):
+    path = Path(job_file(data={"sources": {"mine": OWN, **dict.fromkeys(["ko", "en", "code", "math"])}}))
+    monkeypatch.chdir(path.parent)
+    here = load_job(path.name)
+    monkeypatch.chdir("/")
+    there = load_job(str(path))
+    assert here == there and here.storage.sources_dir == str(path.parent)
+    assert load_job("tiny").storage.sources_dir is None
+    without = here.updated({"storage": {"sources_dir": None}})
+    assert (without.run_name, without.shards_key, without.hygiene_key) == (
+        here.run_name,
+        here.shards_key,
+        here.hygiene_key,
+    )
+    assert without.train_spec() == here.train_spec()
+    assert resolve(**arguments_for(*changes_of(str(path)))) == here

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import yaml
 
 from components.launch import LaunchError
 from manifests.spec import load_job
@@ -68,6 +69,18 @@ def test_what_lies_beside_the_runs_is_none_of_them(run, tmp_path):
     background.folder(tmp_path).mkdir()
     (background.folder(tmp_path) / "._other.json").write_bytes(b"\0\5\x16\7")
     assert list(runs.local_runs(tmp_path)) == [run.name]
+
+
+def test_relative_paths_of_a_stored_job_start_where_it_was_started(run, job):
+    file = run.directory / "job.yaml"
+    assert run.job().storage.sources_dir is None
+    stored = job.updated({"storage": {"sources_dir": "/of/the/job"}})
+    file.write_text(to_yaml(stored))
+    assert run.job() == stored
+    value = yaml.safe_load(to_yaml(job))
+    del value["storage"]["sources_dir"]  # as before there was such a field
+    file.write_text(yaml.safe_dump(value))
+    assert run.job() == job
 
 
 def test_numbers_come_from_the_run_directory(run):

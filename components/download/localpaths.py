@@ -1,0 +1,75 @@
+"""Which files of this machine a path or pattern means.
+
+A name that is there is meant literally, brackets and all; only one that is not is taken for a pattern of `*`, `?`,
+`[…]` and `**` (any folders). Names are compared as characters, however Unicode composes them: macOS and some archives
+write 한글 in other bytes than people type.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import unicodedata
+from collections.abc import Iterator
+from functools import partial
+
+from trainer.data.manifest import DataError
+
+MAGIC = re.compile(r"[*?[]")
+
+
+def find_local(pattern: str, folder: str | None) -> tuple[list[str], bool, str]:
+    """(absolute paths in order, whether they are one that was named itself, the absolute path that was looked for).
+
+    Relative paths start in `folder`, by default where this process does; `~` is a home unless such a name is there.
+
+    Raises:
+        DataError: a folder on the way cannot be read.
+    """
+    wanted = os.path.abspath(os.path.join(folder or "", pattern))
+    if pattern.startswith("~") and not os.path.lexists(os.path.join(folder or "", pattern.split("/")[0])):
+        wanted = os.path.abspath(os.path.expanduser(pattern))
+    try:
+        found = set(_below("/", wanted.split("/")[1:]))
+    except OSError as error:
+        raise DataError(f"{pattern}: {error.filename}: {error.strerror}; check the path and its permissions") from None
+    one = next(iter(found)) if len(found) == 1 else ""
+    return sorted(found), composed(one) == composed(wanted), wanted
+
+
+def composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def compare(pattern: str) -> re.Pattern[str]:
+    """A pattern of one name, to be matched with a `composed` name."""
+    return re.compile(fnmatch.translate(composed(pattern)))
+
+
+def _below(folder: str, parts: list[str]) -> Iterator[str]:
+    if not parts:
+        yield folder
+        return
+    part, rest, into = parts[0], parts[1:], partial(os.path.join, folder)
+    if os.path.lexists(into(part)):
+        yield from _below(into(part), rest)
+        return
+    if not os.path.isdir(folder):
+        return
+    names = os.listdir(folder)
+    if same := [name for name in names if composed(name) == composed(part)]:
+        names = same
+    elif part == "**":
+        yield from _below(folder, rest or ["*"])
+        for name in names:
+            if os.path.isdir(into(name)) and not os.path.islink(into(name)):  # a link may lead back here
+                yield from _below(into(name), parts)
+        return
+    elif MAGIC.search(part):
+        names = list(filter(lambda name: compare(part).match(composed(name)), names))
+    else:
+        return
+    for name in names:
+        if not rest or os.path.isdir(into(name)):
+            yield from _below(into(name), rest)
