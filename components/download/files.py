@@ -30,6 +30,7 @@ SAMPLE = "sample://"
 ATTEMPTS = 5
 RETRY_SECONDS = 1.0
 RANGE_BYTES = 16 * 2**20
+GLOBS = "globs such as texts/*.jsonl.gz are allowed"
 T = TypeVar("T")
 
 
@@ -205,7 +206,7 @@ def _matches(pattern: str, folder: str | None) -> list[Input]:
     except Exception as error:  # each protocol of fsspec has errors of its own
         raise DataError(f"{pattern}: cannot be listed ({_reason(error)}); {_remedy(error)}") from None
     if not infos:
-        raise DataError(f"{pattern}: no such file; check the path (globs such as texts/*.jsonl.gz are allowed)")
+        raise DataError(f"{pattern}: no such file; check the path ({GLOBS})")
     _check_files(pattern, [info["type"] == "directory" for _, info in infos])
     found = []
     for one, info in infos:
@@ -219,17 +220,13 @@ def _matches(pattern: str, folder: str | None) -> list[Input]:
 def _local_matches(pattern: str, folder: str | None) -> list[Input]:
     plain = pattern.removeprefix("file://")
     paths, named, wanted = find_local(plain, folder)
+    if (
+        not paths and folder is not None and find_local(plain, None)[0]
+    ):  # as all were before they started at the job file
+        paths, named, _ = find_local(plain, None)
+        print(f"download: {pattern}: {wanted} is not there; taken from {os.getcwd()}", flush=True)
     if not paths:
-        hint = "globs such as texts/*.jsonl.gz are allowed"
-        if "\\" in plain:
-            hint = f"folders are separated by /: {plain.replace(chr(92), '/')}"
-        elif (
-            folder
-            and os.path.abspath(folder) != os.getcwd()
-            and not os.path.isabs(plain)
-            and find_local(plain, None)[0]
-        ):
-            hint = f"relative paths start where the job file is, not in {os.getcwd()}, where there is one"
+        hint = f"folders are separated by /: {plain.replace(chr(92), '/')}" if "\\" in plain else GLOBS
         raise DataError(f"{pattern}: no such file; check the path, {wanted} was tried ({hint})")
     _check_files(pattern, list(map(os.path.isdir, paths)))
     found = []
