@@ -95,14 +95,17 @@ def test_bfloat16_is_close_to_exact(shape):
     torch.testing.assert_close(half.double(), orthogonalise(x.double(), dtype=torch.float64), rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e6])
-def test_direction_does_not_depend_on_the_size_of_the_gradient(scale):
-    x = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(orthogonalise(x * scale), orthogonalise(x), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("exponent", [-148, -140, -100, -80, -40, 20, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_direction_does_not_depend_on_the_size_of_the_gradient(exponent, dtype):
+    """Not by one bit; below 2^-126 numbers have fewer digits, so what is left of them is what is compared."""
+    small = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(3)) * 2.0**exponent
+    near_1 = (small.double() * 2.0**-exponent).float()
+    assert torch.equal(orthogonalise(small, dtype=dtype), orthogonalise(near_1, dtype=dtype))
 
 
 def test_zero_matrix_stays_zero_in_a_batch():
-    x = torch.randn(2, 8, 12)
+    x = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(6))
     x[0] = 0
     out = orthogonalise(x)
     assert torch.equal(out[0], torch.zeros(8, 12))
@@ -208,3 +211,104 @@ def test_bf16_momentum_is_the_rounded_one():
 def test_vector_is_refused():
     with pytest.raises(ValueError, match="AdamW"):
         Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
+# One group each: shapes of its parameters and its options. Blocks of 4 rows are what an expert is in a 3-D tensor.
+GROUPS = {
+    "matrix": ([(12, 8)], {}),
+    "heads": ([(12, 8)], {"block_rows": [(4, 4, 4)]}),
+    "experts": ([(3, 4, 8)], {}),
+    "stacked": ([(12, 8), (12, 8)], {"block_rows": [(4, 4, 4)] * 2, "stacks": [(0, 1)]}),
+}
+
+
+def _group(kind, **options):
+    shapes, group = GROUPS[kind]
+    weights, gradients = _problem(*shapes)
+    parameters = [torch.nn.Parameter(weight) for weight in weights]
+    return parameters, gradients, Muon([{"params": parameters, **group}], lr=1.0, **options)
+
+
+def _step(optimizer, parameters, gradients):
+    """How far each parameter moves."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    optimizer.step()
+    return [parameter.detach() - old for parameter, old in zip(parameters, before, strict=True)]
+
+
+@pytest.mark.parametrize("iteration_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize(
+    ("state_dtype", "nesterov", "exponent"),
+    [
+        (torch.float32, False, -140),  # a sum of such numbers would be rounded, so only without Nesterov
+        (torch.float32, True, -110),
+        (torch.bfloat16, True, -110),
+        (torch.float32, True, 80),
+    ],
+)
+def test_updates_do_not_depend_on_the_size_of_the_momentum(kind, state_dtype, nesterov, exponent, iteration_dtype):
+    moved = []
+    for scale in (0, -exponent):
+        options = {"state_dtype": state_dtype, "iteration_dtype": iteration_dtype, "nesterov": nesterov}
+        parameters, gradients, optimizer = _group(kind, **options, weight_decay=0.0)
+        small = [gradient * 2.0**exponent for gradient in gradients[0]]
+        moved.append(_step(optimizer, parameters, [(gradient.double() * 2.0**scale).float() for gradient in small]))
+    for small, usual in zip(*moved, strict=True):
+        assert torch.equal(small, usual)
+        assert small.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+@pytest.mark.parametrize("kind", ["heads", "experts", "stacked"])
+def test_a_block_without_any_gradient_keeps_still(kind, decay, state_dtype):
+    """Its weight decays, as in torch.optim.Muon, its momentum decays, and the other blocks do not notice."""
+    parameters, gradients, optimizer = _group(kind, weight_decay=decay, state_dtype=state_dtype)
+    optimizer.param_groups[0]["lr"] = lr = 0.01
+    first = parameters[0]
+    _step(optimizer, parameters, gradients[0])
+    momentum = optimizer.state[first]["momentum"].view(12, 8)[4:8].float().clone()
+    for number, step in enumerate(gradients[1:], start=1):
+        step[0].view(12, 8)[4:8] = 0
+        old = first.detach().view(12, 8)[4:8].clone()
+        moved = _step(optimizer, parameters, step)
+        assert torch.equal(first.detach().view(12, 8)[4:8], old * (1 - lr * decay))
+        moved = torch.cat([m.view(12, 8) for m in moved]).view(-1, 4, 8)
+        assert (moved.square().mean(dim=(1, 2)).sqrt() > 1e-3).tolist() == [True, False, *[True] * (len(moved) - 2)]
+        torch.testing.assert_close(
+            optimizer.state[first]["momentum"].view(12, 8)[4:8].float(), momentum * 0.95**number, rtol=0.02, atol=0
+        )
+    (back,) = _step(optimizer, parameters, gradients[0])[:1]
+    assert back.view(12, 8)[4:8].square().mean().sqrt() > 1e-3
+
+
+def test_a_matrix_of_a_stack_without_any_gradient_has_no_part_in_it():
+    """The other member gets what it would get beside a matrix of zeros, at the rate of the whole stack."""
+    parameters, gradients, optimizer = _group("stacked", weight_decay=0.0)
+    _step(optimizer, parameters, gradients[0])
+    gradients[1][0].zero_()
+    still, moved = _step(optimizer, parameters, gradients[1])
+    assert torch.equal(still, torch.zeros(12, 8))
+    direction = gradients[1][1] + 0.95 * (gradients[1][1] + 0.95 * gradients[0][1])
+    beside = torch.cat([torch.zeros(3, 4, 8), direction.view(3, 4, 8)], dim=2)
+    expected = 0.2 * 16**0.5 * orthogonalise(beside)[..., 8:]
+    torch.testing.assert_close(-moved.view(3, 4, 8), expected, rtol=0, atol=1e-5)
+
+
+def test_an_expert_that_starves_keeps_still_until_its_momentum_is_gone():
+    """Squares of its momentum vanish after 500 steps, the momentum itself after 1800."""
+    generator = torch.Generator().manual_seed(7)
+    experts = torch.nn.Parameter(torch.randn(3, 8, 4, generator=generator))
+    optimizer = Muon([experts], lr=1e-3, weight_decay=0.0)
+    _step(optimizer, [experts], [torch.randn(3, 8, 4, generator=generator)])
+    before = experts.detach().clone()
+    for _ in range(2000):
+        gradient = torch.randn(3, 8, 4, generator=generator)
+        gradient[1] = 0
+        _step(optimizer, [experts], [gradient])
+    assert torch.equal(experts[1], before[1])
+    assert torch.isfinite(experts).all() and not torch.equal(experts[0], before[0])
+    assert optimizer.state[experts]["momentum"][1].abs().max() < 1e-40

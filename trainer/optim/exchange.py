@@ -1,6 +1,6 @@
 """Blocks that are cut between ranks, brought together on their owner and back: one all-to-all each way.
 
-Shape suffixes: N matrices, m rows, k columns (of a whole stack).
+Shape suffixes: N matrices, m rows, k columns (of a whole stack), K members of a stack.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class Piece:
     left: int
     holder: int
     owner: int
+
+    @property
+    def place(self) -> int:
+        """Number of the member in its block."""
+        return self.left // self.columns
 
     @property
     def elements(self) -> int:
@@ -77,6 +82,18 @@ class Exchange:
         # Sorting is stable, so two ranks list what passes between them in one order.
         self.held = sorted((piece for piece in pieces if piece.holder == rank), key=lambda piece: piece.owner)
         self._owned = sorted((piece for piece in pieces if piece.owner == rank), key=lambda piece: piece.holder)
+
+    def largest(self, sizes: list[Tensor], like: Tensor) -> Tensor:
+        """[2, K, N]: the largest `sizes` of each member of each block over all ranks; those of `held` are [2, 1].
+
+        The result has the dtype and the device of `like`. A collective of the group.
+        """
+        sizes_2KN = like.new_zeros(2, max(len(block.members) for block in self.blocks), len(self.blocks))
+        if self.held:
+            places, blocks = [piece.place for piece in self.held], [piece.block for piece in self.held]
+            sizes_2KN[:, places, blocks] = torch.cat(sizes, dim=1)
+        dist.all_reduce(sizes_2KN, dist.ReduceOp.MAX, group=self._group)
+        return sizes_2KN
 
     def through_owners(self, rows: list[Tensor], like: Tensor, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Send rows of `held`; apply `work`, on their owners, to the matrices [N, m, k] they form; return its rows.

@@ -9,6 +9,9 @@ side by side as [m, K·n] (the mode-1 unfolding of the stacked tensor), and each
 result. The paper stacks whole query, key and value matrices; here a head is a matrix of its own, so head h of one layer
 stands beside head h of the next.
 
+A block whose gradient is exactly zero, an expert that got no token, keeps still: its momentum decays, and
+orthogonalised it would go on at full speed for ever, in the end in the direction of rounding. Its weight still decays.
+
 Shape suffixes: N matrices, m rows, n columns of one block (after the cuts of rules.py), k = K·n columns of a stack.
 """
 
@@ -27,7 +30,7 @@ from trainer.mup import MUON_RMS
 from trainer.optim import division
 from trainer.optim.division import Block, Run
 from trainer.optim.exchange import Exchange
-from trainer.optim.orthogonal import Coefficients, iteration_dtype, orthogonalise_
+from trainer.optim.orthogonal import Coefficients, iteration_dtype, largest, orthogonalise_, power_of_two
 from trainer.optim.shares import Share, local
 
 # Elements orthogonalised in one batch; bounds the temporary memory to a few GiB whatever the number of experts.
@@ -130,13 +133,14 @@ class _Rows:
             None if gradient is None else gradient.reshape(-1, columns),
         )
 
-    def direction(self, first: int, last: int, group: dict[str, Any], out: Tensor) -> Tensor:
-        """What is orthogonalised of rows [first, last), written to `out`, whose dtype and shape may differ."""
-        momentum = self.momentum[first:last].view(out.shape)
-        if not group["nesterov"]:
-            return out.copy_(momentum)
+    def directions(self, first: int, last: int, count: int, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Rows [first, last) as `count` matrices: what is orthogonalised of them [N, m, n], and `sizes` [2, N] of
+        gradients and of directions: the largest absolute value in each."""
         assert self.gradient is not None, "every rank has the gradients of the parameters that it shares"
-        return torch.add(self.gradient[first:last].view(out.shape), momentum, alpha=group["momentum"], out=out)
+        shape = (count, (last - first) // count, self.weight.shape[1])
+        gradient_Nmn, momentum_Nmn = self.gradient[first:last].view(shape), self.momentum[first:last].view(shape)
+        x_Nmn = torch.add(gradient_Nmn, momentum_Nmn, alpha=group["momentum"]) if group["nesterov"] else momentum_Nmn
+        return x_Nmn, torch.stack([largest(gradient_Nmn), largest(x_Nmn).to(gradient_Nmn.dtype)])
 
 
 class _Work:
@@ -197,13 +201,28 @@ def _rate(group: dict[str, Any], stack: Run | Block) -> float:
     return group["lr"] * MUON_RMS * math.sqrt(max(m, k) if base is None else base * m / k)
 
 
+def _divisors(sizes_2KN: Tensor) -> Tensor:
+    """[K, N], by which the directions of the K members of N stacks are divided before they are orthogonalised.
+
+    One power of two for a whole stack, so that small numbers stay apart in the iteration's dtype too; infinite for a
+    member without any gradient, which then has no part in the stack's update.
+    """
+    gradient_KN, direction_KN = sizes_2KN
+    direction_KN = direction_KN.masked_fill(gradient_KN == 0, 0)
+    power_N = power_of_two(direction_KN.amax(dim=0))
+    return torch.where(direction_KN == 0, math.inf, power_N)
+
+
 def _update_runs(group: dict[str, Any], rows: list[_Rows], runs: list[Run]) -> None:
     """Update the blocks of `runs`, all of one shape, which lie here."""
     counts = [run.count for run in runs]
     x_Nmk = rows[0].weight.new_empty((sum(counts), *runs[0].shape), dtype=_dtype(group, rows))
     for run, part_Nmk in zip(runs, x_Nmk.split(counts), strict=True):
-        for member, part_Nmn in zip(run.members, part_Nmk.split(run.columns, dim=2), strict=True):
-            rows[member].direction(run.start, run.end, group, out=part_Nmn)
+        members = [rows[member].directions(run.start, run.end, run.count, group) for member in run.members]
+        divisors_KN = _divisors(torch.stack([sizes for _, sizes in members], dim=1))
+        parts = part_Nmk.split(run.columns, dim=2)
+        for (direction_Nmn, _), divisor_N, part_Nmn in zip(members, divisors_KN, parts, strict=True):
+            torch.div(direction_Nmn, divisor_N[:, None, None], out=part_Nmn)
     x_Nmk = orthogonalise_(x_Nmk, group["coefficients"], group["steps"])
     for run, part_Nmk in zip(runs, x_Nmk.split(counts), strict=True):
         for member, part_Nmn in zip(run.members, part_Nmk.split(run.columns, dim=2), strict=True):
@@ -214,10 +233,12 @@ def _update_runs(group: dict[str, Any], rows: list[_Rows], runs: list[Run]) -> N
 def _update_exchanged(group: dict[str, Any], rows: list[_Rows], exchange: Exchange) -> None:
     """Update blocks that are cut between ranks: their directions go to the owners, the updates come back."""
     like = rows[0].weight.new_empty(0, dtype=_dtype(group, rows))
-    directions = []
-    for piece in exchange.held:
-        out = like.new_empty(piece.last - piece.first, piece.columns)
-        directions.append(rows[piece.parameter].direction(piece.first, piece.last, group, out))
+    held = [rows[piece.parameter].directions(piece.first, piece.last, 1, group) for piece in exchange.held]
+    divisors_KN = _divisors(exchange.largest([sizes_21 for _, sizes_21 in held], rows[0].weight))
+    directions = [
+        torch.div(direction_1mn[0], divisors_KN[piece.place, piece.block], out=like.new_empty(direction_1mn[0].shape))
+        for piece, (direction_1mn, _) in zip(exchange.held, held, strict=True)
+    ]
 
     def work(x_Nmk: Tensor) -> Tensor:
         return orthogonalise_(x_Nmk, group["coefficients"], group["steps"])

@@ -5,6 +5,7 @@ Shape suffixes: N matrices, m rows, n columns.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -53,7 +54,24 @@ def orthogonalise(
     Returns:
         [N, m, n] in the iteration's dtype.
     """
-    return orthogonalise_(x_Nmn.to(dtype or iteration_dtype(x_Nmn.device), copy=True), coefficients, steps)
+    scaled_Nmn = x_Nmn / power_of_two(largest(x_Nmn))[:, None, None]
+    return orthogonalise_(scaled_Nmn.to(dtype or iteration_dtype(x_Nmn.device)), coefficients, steps)
+
+
+def largest(x_Nmn: Tensor) -> Tensor:
+    """The largest absolute value in each matrix, [N]."""
+    return torch.linalg.vector_norm(x_Nmn, math.inf, dim=(-2, -1))
+
+
+def power_of_two(largest_N: Tensor) -> Tensor:
+    """The largest power of two that is at most each value; for values below the normal numbers, 0 among them, the least
+    normal number.
+
+    Squares of what is divided by it neither overflow nor vanish, and the division rounds nothing, so that it changes no
+    digit of the result of `orthogonalise_`.
+    """
+    normal_N = largest_N.clamp(min=torch.finfo(largest_N.dtype).tiny)
+    return normal_N / (2 * torch.frexp(normal_N).mantissa)
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
@@ -62,13 +80,16 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
 
 
 def orthogonalise_(x_Nmn: Tensor, coefficients: Coefficients, steps: int) -> Tensor:
-    """As `orthogonalise`, in the dtype of `x_Nmn`, which is overwritten."""
+    """As `orthogonalise`, in the dtype of `x_Nmn`, which is overwritten.
+
+    The largest element of a matrix that is not zero is near 1: see `power_of_two`.
+    """
     per_step, safety = iteration(coefficients, steps)
     tall = x_Nmn.shape[-2] > x_Nmn.shape[-1]
     x_Nmn = x_Nmn.mT if tall else x_Nmn  # the Gram matrix is then the smaller of the two
-    # The floor only guards 0/0: a gradient of any size, however small, gets the same direction.
     wide = torch.promote_types(x_Nmn.dtype, torch.float32)
-    norm_N11 = torch.linalg.matrix_norm(x_Nmn, keepdim=True, dtype=wide).mul_(safety).clamp_(min=1e-30)
+    norm_N11 = torch.linalg.matrix_norm(x_Nmn, keepdim=True, dtype=wide).mul_(safety)
+    norm_N11.clamp_(min=torch.finfo(wide).tiny)  # guards 0/0 only
     x_Nmn.div_(norm_N11)
     if x_Nmn.dtype == torch.bfloat16 and x_Nmn.device.type == "cpu":
         # Most CPUs have no bfloat16 products; PyTorch's replacement takes ten times as long as float32.
