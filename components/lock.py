@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from trainer.data.manifest import DataError
+from trainer.errors import LaunchError, VolumeError, of_the_machine
 
 
 @contextmanager
@@ -19,7 +19,8 @@ def alone(directory: Path, doing: str) -> Iterator[None]:
         doing: what another process would be doing there, for the message.
 
     Raises:
-        DataError: another process holds the lock, or the directory cannot be made.
+        LaunchError: another process holds the lock.
+        VolumeError: the directory cannot be made.
     """
     with _opened(directory) as lock:
         try:
@@ -49,8 +50,9 @@ def _opened(directory: Path) -> IO[str]:
         directory.mkdir(parents=True, exist_ok=True)
         return open(directory / ".lock", "a")  # "a" leaves the file's time alone
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}; check storage.datasets_dir and its permissions") from None
+        known = of_the_machine(error) or VolumeError(f"{error.filename}: {error.strerror}; check storage.datasets_dir")
+        raise known from None
 
 
-def _taken(directory: Path, doing: str) -> DataError:
-    return DataError(f"{directory}: another process is {doing} there; wait for it or stop it")
+def _taken(directory: Path, doing: str) -> LaunchError:
+    return LaunchError(f"{directory}: another process is {doing} there; wait for it or stop it")

@@ -1,32 +1,34 @@
 """How a step of the pipeline speaks: a line when it starts, a line when it is done, and one line when it fails.
 
-The failure line says what, where and how to mend; it ends the step's log on Kubeflow Pipelines and is what `yaongi run`
-prints. An error that nobody foresaw keeps its traceback.
+The failure line gives the exit code (trainer/exitcodes.py), what, where and how to mend; it ends the step's log on
+Kubeflow Pipelines and is what `yaongi run` prints. An error that nobody foresaw keeps its traceback.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
-from components.launch import LaunchError
 from components.measuring import served
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import foreseen
+from trainer.exitcodes import ExitCode
 
-# What a person can mend; ValueError covers SpecError and DataError.
-FORESEEN = (ValueError, OSError, LaunchError, TrainingError)
-STARTED, DONE, FAILED = "▶ ", "✓ ", "error: "
+STARTED, DONE = "▶ ", "✓ "
+FAULT_HINT = "a fault of this program, not of what you wrote; please report it with its traceback"
+FAILED = re.compile(r"error (?P<code>\d+): (?P<message>.*)")
 
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
     """Announce the step `name` and serve its metrics.
 
-    A foreseen error of its body becomes one line `error: <name>: …` and an exit.
+    An error of its body becomes one line `error <exit code>: <name>: …` and that exit; a fault's traceback goes before.
     """
     start = time.monotonic()
     print(f"{STARTED}{name}", flush=True)
@@ -34,12 +36,21 @@ def step(name: str) -> Iterator[None]:
         with served(name.split()[0]):
             yield
             print(f"{DONE}{name} ({time.monotonic() - start:.1f} s)", flush=True)
-    except FORESEEN as error:
-        if os.environ.get("YAONGI_VERBOSE"):
-            traceback.print_exc(file=sys.stdout)
+    except Exception as error:
+        code, message = told(error, traceback_to=sys.stdout)
         # stdout, as the steps' own lines: the two streams must not overtake each other in a pod's log.
-        print(f"{FAILED}{name}: {one_line(error)}", flush=True)
-        sys.exit(getattr(error, "code", ExitCode.UNEXPECTED))
+        print(f"error {code}: {name}: {message}", flush=True)
+        sys.exit(code)
+
+
+def told(error: Exception, traceback_to: TextIO) -> tuple[int, str]:
+    """Exit code and one line of an error; the traceback of a fault, or with YAONGI_VERBOSE of any, is printed."""
+    known = foreseen(error)
+    if known is None or os.environ.get("YAONGI_VERBOSE"):
+        traceback.print_exception(error, file=traceback_to)
+    if known is None:
+        return int(ExitCode.FAULT), f"{type(error).__name__}: {one_line(error)} ({FAULT_HINT})"
+    return int(known.code), one_line(known)
 
 
 def one_line(error: BaseException) -> str:

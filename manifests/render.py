@@ -8,6 +8,7 @@ from manifests.names import DIGEST_ANNOTATION, SPEC_FILE, Task, job_name, kind, 
 from manifests.network import worker_policy
 from manifests.objects import gibibytes
 from manifests.spec import JobSpec
+from trainer.errors import SpecError
 from trainer.spec import TrainSpec
 from trainer.specbase import canonical_digest, to_yaml
 
@@ -18,11 +19,11 @@ def job_objects(job: JobSpec, task: Task = "train") -> list[Object]:
     """What runs one task, in the order in which it has to be created: what the job needs, then the job.
 
     Raises:
-        ValueError: a storage directory that cannot be a mount path.
+        SpecError: a storage directory that cannot be a mount path.
     """
     for field in ("datasets_dir", "checkpoints_dir"):
         if not getattr(job.storage, field).startswith("/"):
-            raise ValueError(f"storage.{field} {getattr(job.storage, field)!r} must be an absolute path in the pods")
+            raise SpecError(f"storage.{field} {getattr(job.storage, field)!r} must be an absolute path in the pods")
     policy = {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",

@@ -24,6 +24,7 @@ from components.launch import LaunchError
 from components.running import one_line
 from manifests.spec import JobSpec
 from trainer.data.manifest import atomic_write
+from trainer.exitcodes import ExitCode
 from trainer.specbase import to_yaml
 
 START_PATIENCE_SECONDS = 60
@@ -99,7 +100,7 @@ def driving(job: JobSpec, workdir: Path) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            code = getattr(error, "code", 1)
+            code = getattr(error, "code", ExitCode.FAULT)
             _write(workdir, replace(me, ended=time.time(), code=int(code or 0), error=one_line(error)))
             raise
         _write(workdir, replace(me, ended=time.time(), code=0))

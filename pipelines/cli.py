@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from components.running import FORESEEN, one_line
+from components.running import told
 from pipelines import verbs
 from pipelines.data import app as data_app
 from pipelines.doctor.command import doctor
@@ -39,6 +38,9 @@ Train a language model from raw text to a verified export: on this machine, or o
     train: {steps: 500}
 
     yaongi run mine.yaml
+
+Exit codes: 0 done, 2 bad spec or option, 3 a fault of this program, 65 bad data, 66 corrupt checkpoint, 69 something is
+missing or in the way, 74 file or volume, 130 and 143 stopped; all of them in docs/exit-codes.md.
 """
 
 app = typer.Typer(
@@ -268,16 +270,13 @@ def _verbose() -> bool:
 
 
 def main() -> None:
-    """Run the command line; a foreseen error is one line on stderr, and its traceback only with --verbose."""
-    from pipelines.run import Stopped
-
+    """Run the command line; an error is one line on stderr and its exit code, a fault shows its traceback too."""
     try:
         app()
-    except (*FORESEEN, Stopped) as error:
-        if _verbose():
-            traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(getattr(error, "code", 2 if isinstance(error, ValueError) else 1))
+    except Exception as error:
+        code, message = told(error, traceback_to=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

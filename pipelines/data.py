@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.options import Job, Sets, Workdir
+from trainer.errors import SpecError
 
 if TYPE_CHECKING:
     from manifests.spec import JobSpec
@@ -152,7 +153,7 @@ def cat(
     if Path(where).is_dir():
         directory = Path(where)
         if tokenizer is None:
-            raise ValueError("a shards directory alone has no tokenizer; add --tokenizer DIRECTORY, or name the job")
+            raise SpecError("a shards directory alone has no tokenizer; add --tokenizer DIRECTORY, or name the job")
     else:
         job = _job(where, sets, workdir)
         directory = Path(job.stage_dir("shards"))
@@ -160,7 +161,7 @@ def cat(
     manifest = read_manifest(directory, "shards")
     made_with = read_manifest(tokenizer, "tokenizer")
     if made_with.digest != manifest.inputs.get("tokenizer"):
-        raise ValueError(f"{tokenizer}: not the tokenizer that {directory} was made with; name that one")
+        raise SpecError(f"{tokenizer}: not the tokenizer that {directory} was made with; name that one")
     verify(tokenizer, made_with)
     split = "heldout" if heldout else "train"
     for passage in documents(directory, manifest, Tokenizer.load(tokenizer), source, split, first, count):
@@ -181,7 +182,7 @@ def peek(
     spec = _job(job, sets, workdir)
     train = spec.train_spec()
     if step > train.steps:
-        raise ValueError(f"the job has {train.steps} steps; there is no step {step}")
+        raise SpecError(f"the job has {train.steps} steps; there is no step {step}")
     reached = _reached(spec.run_dir, step - 1)
     passages = training_row(train.tokens, train.batch.tokens_per_step, step - 1, row, reached)
     length = sum(passage.stop - passage.start for passage in passages)

@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from trainer.errors import SpecError
+
 if TYPE_CHECKING:
     from manifests.lint.check import Result
     from manifests.lint.registry import Rule
@@ -47,9 +49,9 @@ def lint(
             _explain(rule, console)
         return
     if not files:
-        raise ValueError("no FILE to check; name manifests, or - for stdin")
+        raise SpecError("no FILE to check; name manifests, or - for stdin")
     if trainer_version not in TRAINER_VERSIONS:
-        raise ValueError(f"--trainer-version {trainer_version} is none of {', '.join(TRAINER_VERSIONS)}")
+        raise SpecError(f"--trainer-version {trainer_version} is none of {', '.join(TRAINER_VERSIONS)}")
     result = check({name: _read(name) for name in files}, trainer_version)
     if format is Format.JSON:
         counts = {"objects": result.objects, "jobs": result.jobs, "errors": result.errors}
@@ -64,11 +66,11 @@ def _read(name: str) -> str:
     try:
         return sys.stdin.read() if name == STDIN else Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{name}: is no text in UTF-8; give YAML or JSON manifests") from None
+        raise SpecError(f"{name}: is no text in UTF-8; give YAML or JSON manifests") from None
     except IsADirectoryError:
-        raise ValueError(f"{name}: is a folder; name the files in it, {name}/*.yaml") from None
+        raise SpecError(f"{name}: is a folder; name the files in it, {name}/*.yaml") from None
     except OSError as error:
-        raise ValueError(f"{name}: cannot be read ({error.strerror})") from None
+        raise SpecError(f"{name}: cannot be read ({error.strerror})") from None
 
 
 def _rule(id: str) -> Rule:
@@ -79,7 +81,7 @@ def _rule(id: str) -> Rule:
     if id not in RULES:
         nearest = get_close_matches(id, RULES, 1)
         hint = f"did you mean '{nearest[0]}'?" if nearest else "yaongi lint --rules lists them"
-        raise ValueError(f"there is no rule '{id}'; {hint}")
+        raise SpecError(f"there is no rule '{id}'; {hint}")
     return RULES[id]
 
 

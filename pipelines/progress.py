@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from components.running import DONE, FAILED, STARTED
+from trainer.exitcodes import ExitCode
 
 # What kfp.local says of a step that has died, also of one that could not say so itself.
 TASK_FAILED = re.compile(r"Task \S+ finished with status \S*FAILURE")
@@ -22,13 +23,15 @@ INDENT = " " * 4  # kfp.local puts it before every line of a step, several times
 
 
 class Watcher:
-    """Follows the output of `pipelines.execute`; then `failure` says which step failed and why ("" if none said)."""
+    """Follows the output of `pipelines.execute`; then `failure` says which step failed and why ("" if none
+    said), `code` with which exit code."""
 
     def __init__(self, console: Console, log: TextIO, *, verbose: bool = False) -> None:
         self.console, self.log, self.verbose = console, log, verbose
         self.running: dict[str, float] = {}  # steps and when they started; several where a loop runs them side by side
         self.indent = INDENT
         self.failure = ""
+        self.code: int = ExitCode.UNEXPECTED
         self.last_line = ""
         self.in_traceback = False
         self.seconds: dict[str, float] = {}
@@ -61,10 +64,10 @@ class Watcher:
         elif text.startswith(DONE) and (name := text.removeprefix(DONE).rpartition(" (")[0]) in self.running:
             self.seconds[name] = time.monotonic() - self.running.pop(name)
             self._print(text, style="green")
-        elif self.step and text.startswith(FAILED):
-            self._failed(text.removeprefix(FAILED))
+        elif self.step and (failed := FAILED.fullmatch(text)):
+            self._failed(failed["message"], int(failed["code"]))
         elif TASK_FAILED.search(line):
-            self._failed(self.last_line)
+            self._failed(self.last_line, ExitCode.UNEXPECTED)
         elif self.verbose:
             self._print(line)
         elif self.step and line.startswith(INDENT) and text and not self._for_the_log(text):
@@ -73,9 +76,10 @@ class Watcher:
             # What a step that dies of something unforeseen said last, which is the end of its traceback.
             self.last_line = f"{self.step}: {text.strip()}" if self.step else text.strip()
 
-    def _failed(self, failure: str) -> None:
+    def _failed(self, failure: str, code: int) -> None:
         """The first one counts: what comes after it is the cleaning up."""
-        self.failure = self.failure or failure
+        if not self.failure:
+            self.failure, self.code = failure, code
         if self.running.pop(failure.partition(": ")[0], None) is None:
             self.running.clear()
 

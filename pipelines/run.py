@@ -21,11 +21,12 @@ from components.launch import LaunchError
 from components.plan.step import arguments_for, runnable_here
 from manifests.spec import JobSpec, changes_of, job_from
 from pipelines.progress import Watcher
+from trainer.errors import ForeseenError
 from trainer.exitcodes import of_process
 from trainer.specbase import SpecError, deep_merge
 
 
-class Stopped(Exception):
+class Stopped(ForeseenError):
     """The run was stopped by a signal; `code` is 128 + its number."""
 
     def __init__(self, code: int) -> None:
@@ -105,7 +106,7 @@ def run_pipeline(
         raise Stopped(128 + received[0])
     if code:
         line = watcher.failure or watcher.last_line
-        raise LaunchError(f"{line or f'the pipeline ended with exit code {code}'} (full log: {log_path})")
+        raise LaunchError(f"{line or f'the pipeline ended with exit code {code}'} (full log: {log_path})", watcher.code)
     return log_path
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.data.manifest import atomic_write, checksum, sync_directory
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,7 +101,7 @@ def latest(run_dir: str | Path) -> Path | None:
         None when the run has no checkpoint.
 
     Raises:
-        TrainingError: 66, when there are checkpoints and none of those that LATEST allows verifies.
+        CheckpointError: there are checkpoints and none of those that LATEST allows verifies.
     """
     return first_whole(candidates(run_dir), verify)
 
@@ -112,14 +112,13 @@ def candidates(run_dir: str | Path) -> list[Path]:
     Never a newer one: a person may have set LATEST back on purpose. Without a readable LATEST all are candidates.
 
     Raises:
-        TrainingError: 66, when LATEST allows none of those that exist.
+        CheckpointError: LATEST allows none of those that exist.
     """
     found = existing = published(run_dir)
     if existing and (step := latest_step(run_dir)):
         found = [path for path in existing if _step_of(path) <= step]
     if existing and not found:
-        raise TrainingError(
-            ExitCode.CHECKPOINT,
+        raise CheckpointError(
             f"{Path(run_dir) / 'checkpoints' / LATEST} names step {step}, which is not there, nor is an older one; "
             f"write {existing[0].name} into it to resume from the newest",
         )
@@ -130,13 +129,13 @@ def first_whole(found: list[Path], check: Callable[[Path], object]) -> Path | No
     """The first of `candidates` in which `check` finds no damage; None when there are none.
 
     Raises:
-        TrainingError: 66, when there are some and all are damaged.
+        CheckpointError: there are some and all are damaged.
     """
     problems = []
     for path in found:
         try:
             check(path)
-        except TrainingError as error:
+        except CheckpointError as error:
             log.error("%s; trying the next older checkpoint", error)
             problems.append(str(error))
             continue
@@ -145,8 +144,7 @@ def first_whole(found: list[Path], check: Callable[[Path], object]) -> Path | No
         return path
     if not found:
         return None
-    raise TrainingError(
-        ExitCode.CHECKPOINT,
+    raise CheckpointError(
         f"{found[0].parent}: none of {len(found)} checkpoints verifies ({problems[0]}); "
         "restore one from a copy, or move the directory away to train from the start",
     )
@@ -156,7 +154,7 @@ def read_manifest(path: str | Path) -> CheckpointManifest:
     """checkpoint.json of a checkpoint directory, proved whole by its own digest.
 
     Raises:
-        TrainingError: 66, when it is missing, not readable or altered.
+        CheckpointError: it is missing, not readable or altered.
     """
     file = Path(path) / MANIFEST
     try:
@@ -179,7 +177,7 @@ def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> CheckpointManif
         share: (k, n) reads every n-th file only, from the k-th on; names and sizes are compared in any case.
 
     Raises:
-        TrainingError: 66, naming the first damaged or missing file.
+        CheckpointError: naming the first damaged or missing file.
     """
     manifest = read_manifest(path)
     try:
@@ -216,7 +214,7 @@ def load_model_weights(path: str | Path, model: nn.Module) -> CheckpointManifest
     """Verify a checkpoint and fill `model` (parameters and buffers) from it in one process; for evaluation and export.
 
     Raises:
-        TrainingError: 66, when the checkpoint is damaged or holds another model; 70, when weights are not finite.
+        CheckpointError, DivergedError: it is damaged or holds another model; weights are not finite.
     """
     from trainer.checkpointer import load_model
 
@@ -274,7 +272,7 @@ def _in_a_row(path: Path) -> bool:
     """Whether a checkpoint was made in a row of skipped steps; one whose manifest cannot be read is no way back."""
     try:
         return read_manifest(path).scalars.get(SKIPPED_IN_A_ROW, 0) > 0
-    except TrainingError:
+    except CheckpointError:
         return True
 
 
@@ -315,5 +313,5 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _damaged(file: Path, what: str) -> TrainingError:
-    return TrainingError(ExitCode.CHECKPOINT, f"checkpoint {file.parent.name}: {file} {what}")
+def _damaged(file: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint {file.parent.name}: {file} {what}")

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointManifest
 from trainer.distributed import World
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import CheckpointError, DataError, DivergedError, SpecError
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
 from trainer.optim import Optimizers
@@ -95,14 +95,13 @@ class Checkpointer:
         A save that fails (disk full, say) is logged, leaves nothing behind and does not end the run; `wait` tells.
 
         Raises:
-            TrainingError: 70 on every rank, weights or optimizer states of any are not finite. No step can mend those.
+            DivergedError: on every rank, weights or optimizer states of any are not finite. No step can mend those.
         """
         self.wait()
         state = _state(self._model, self._optimizers)
         if broken := self._not_finite(state):
             before = checkpoint.newest_until(self._spec.run_dir, step)
-            raise TrainingError(
-                ExitCode.DIVERGED,
+            raise DivergedError(
                 f"{broken} is not finite after step {step}, so there is no checkpoint of it; lower the learning rates; "
                 f"{checkpoint.how_to_go_back(before)}",
             )
@@ -141,8 +140,9 @@ class Checkpointer:
             Its manifest, or None when the run has none and starts from the beginning.
 
         Raises:
-            TrainingError: 66 no checkpoint verifies, 65 it was trained on other data, 2 it holds another model or the
-                state of another optimizer, 70 weights or optimizer states are not finite.
+            CheckpointError: no checkpoint verifies.
+            DataError, SpecError: it was trained on other data, holds another model or the state of another optimizer.
+            DivergedError: weights or optimizer states are not finite.
         """
         path = self._newest_whole()
         if path is None:
@@ -184,25 +184,25 @@ class Checkpointer:
 
     def _newest_whole(self) -> Path | None:
         """As `checkpoint.latest`; each rank reads a share of the files, so that none waits long for another."""
-        found: list[Path] | TrainingError = []
+        found: list[Path] | CheckpointError = []
         if self._world.is_main:
             checkpoint.clean_unfinished(self._spec.run_dir)
             try:
                 found = checkpoint.candidates(self._spec.run_dir)
-            except TrainingError as error:
+            except CheckpointError as error:
                 found = error
         found = self._world.broadcast(found)
-        if isinstance(found, TrainingError):
+        if isinstance(found, CheckpointError):
             raise found
         return checkpoint.first_whole(found, self._verify_together)
 
     def _verify_together(self, path: Path) -> None:
-        problem: TrainingError | None = None
+        problem: CheckpointError | None = None
         try:
             checkpoint.verify(path, share=(self._world.rank, self._world.size))
-        except TrainingError as error:
+        except CheckpointError as error:
             problem = error
-        problems: list[TrainingError | None] = [None] * self._world.size
+        problems: list[CheckpointError | None] = [None] * self._world.size
         dist.all_gather_object(problems, problem, group=self._world.control)
         for problem in problems:
             if problem is not None:
@@ -211,22 +211,19 @@ class Checkpointer:
     def _refuse_other_run(self, path: Path, manifest: CheckpointManifest) -> None:
         for name, digest in self._digests.items():
             if manifest.digests.get(name) != digest:
-                raise TrainingError(
-                    ExitCode.DATA,
+                raise DataError(
                     f"{path} was trained on {name} {manifest.digests.get(name)}, this run has {digest}; "
                     "use the same data, or another run_dir",
                 )
         if different := _difference("train.model", manifest.spec["model"], self._spec.model.model_dump(mode="json")):
             field, theirs, ours = different
-            raise TrainingError(
-                ExitCode.SPEC,
+            raise SpecError(
                 f"{path} holds another model: {field} is {theirs!r} there and {ours!r} in the spec; "
                 "use the same model, or another run_dir",
             )
         optimizer, written_by = self._spec.optimizer.name, manifest.spec["optimizer"]["name"]
         if optimizer != written_by:
-            raise TrainingError(
-                ExitCode.SPEC,
+            raise SpecError(
                 f"{path} holds the state of optimizer {written_by}, train.optimizer.name is {optimizer} in the spec; "
                 "use the same optimizer, or another run_dir",
             )
@@ -310,7 +307,7 @@ def load_model(path: str | Path, model: nn.Module) -> None:
     """Fill the parameters and buffers of `model` from a verified checkpoint; needs no process group.
 
     Raises:
-        TrainingError: 66, when the checkpoint holds another model; 70, when weights in it are not finite.
+        CheckpointError, DivergedError: it holds another model; weights in it are not finite.
     """
     state = _model_state(model)
     _load(Path(path), state, _read_index(Path(path)), alone=True)
@@ -332,10 +329,10 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
     return next((name for name, bad in zip(names, broken, strict=True) if bad), None)
 
 
-def _holds(path: Path, broken: str) -> TrainingError:
+def _holds(path: Path, broken: str) -> DivergedError:
     """The error of a checkpoint that an earlier version has published."""
     before = checkpoint.newest_until(path.parent.parent, int(path.name.removeprefix("step-")) - 1)
-    return TrainingError(ExitCode.DIVERGED, f"{path}: {broken} is not finite; {checkpoint.how_to_go_back(before)}")
+    return DivergedError(f"{path}: {broken} is not finite; {checkpoint.how_to_go_back(before)}")
 
 
 def _model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -369,8 +366,7 @@ def _load(path: Path, tensors: dict[str, Tensor], stored: dict[str, torch.Size],
     for key, tensor in tensors.items():
         if stored.get(key) != tensor.shape:
             have = "no such tensor" if key not in stored else f"shape {tuple(stored[key])}"
-            raise TrainingError(
-                ExitCode.CHECKPOINT,
+            raise CheckpointError(
                 f"{path}: {key} should have shape {tuple(tensor.shape)}, the checkpoint has {have}; "
                 "use the model and the optimizer that it was written with",
             )
@@ -379,7 +375,7 @@ def _load(path: Path, tensors: dict[str, Tensor], stored: dict[str, torch.Size],
         try:
             dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=alone)
         except CheckpointException as error:  # no Exception, so nobody else would put it in one line
-            raise TrainingError(ExitCode.CHECKPOINT, f"{path} cannot be loaded: {_first_cause(error)}") from None
+            raise CheckpointError(f"{path} cannot be loaded: {_first_cause(error)}") from None
 
 
 def _read_index(path: Path) -> dict[str, torch.Size]:
@@ -414,10 +410,8 @@ def _memory_format(of: Any, name: str) -> _MEM_FORMAT_ENCODING:
     return _MEM_FORMAT_ENCODING[name]
 
 
-def _not_an_index(found: str) -> TrainingError:
-    return TrainingError(
-        ExitCode.CHECKPOINT, f"the checkpoint's index names {found}, which no index contains; not loaded"
-    )
+def _not_an_index(found: str) -> CheckpointError:
+    return CheckpointError(f"the checkpoint's index names {found}, which no index contains; not loaded")
 
 
 def _first_cause(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import CommunicationError, SpecError
 from trainer.spec import RuntimeSpec
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def start(runtime: RuntimeSpec, seed: int) -> World:
     """Join the process group that torchrun's variables describe (none of them: one process) and settle the device.
 
     Raises:
-        TrainingError: 2, when runtime.device asks for a GPU that is not there.
+        SpecError: runtime.device asks for a GPU that is not there.
     """
     environment = {name: int(os.environ.get(name, default)) for name, default in _ALONE.items()}
     rank, size = environment["RANK"], environment["WORLD_SIZE"]
@@ -75,7 +75,7 @@ def start(runtime: RuntimeSpec, seed: int) -> World:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
     if store is not None and size > 1:
-        raise TrainingError(ExitCode.SPEC, f"WORLD_SIZE is {size} without MASTER_ADDR; start it by trainer.entrypoint")
+        raise SpecError(f"WORLD_SIZE is {size} without MASTER_ADDR; start it by trainer.entrypoint")
     membership = {} if store is None else {"store": store, "rank": rank, "world_size": size}
     on_gpu = {"device_id": device} if device.type == "cuda" else {}
     dist.init_process_group(backend, timeout=timeout, **membership, **on_gpu)
@@ -96,7 +96,7 @@ def wait_for_host(host: str, timeout_seconds: float) -> None:
     """Return once `host` has an address: the name of a pod exists only some seconds after the pod itself.
 
     Raises:
-        TrainingError: 160, when it has none in time.
+        CommunicationError: it has none in time.
     """
     deadline = time.monotonic() + timeout_seconds
     attempt, next_said = 0, 0.0
@@ -108,8 +108,7 @@ def wait_for_host(host: str, timeout_seconds: float) -> None:
             pause = _DNS_RETRY_SECONDS[min(attempt, len(_DNS_RETRY_SECONDS) - 1)]
             attempt += 1
             if time.monotonic() + pause > deadline:
-                raise TrainingError(
-                    ExitCode.COMMUNICATION,
+                raise CommunicationError(
                     f"rendezvous host {host} has no address after {timeout_seconds:.0f} s ({error.strerror}); "
                     "is its pod there, and its headless service?",
                 ) from None
@@ -123,17 +122,14 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     """The device for `RuntimeSpec.device`; `auto` takes the GPU of this local rank when there is one.
 
     Raises:
-        TrainingError: 2, when `cuda` is asked for and is not there.
+        SpecError: `cuda` is asked for and is not there.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise TrainingError(
-            ExitCode.SPEC, "train.runtime.device is cuda but this machine has no usable GPU; write auto or cpu"
-        )
+        raise SpecError("train.runtime.device is cuda but this machine has no usable GPU; write auto or cpu")
     if local_rank >= torch.cuda.device_count():
-        raise TrainingError(
-            ExitCode.SPEC,
+        raise SpecError(
             f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); "
             "lower the processes per node",
         )

@@ -29,7 +29,8 @@ from types import FrameType
 from trainer import failures, limits, preflight, restarts
 from trainer.__main__ import load_spec, parser
 from trainer.checkpoint import latest_step
-from trainer.exitcodes import STOPS, ExitCode, TrainingError, of_process, retryable
+from trainer.errors import CommunicationError, LimitError, SpecError, VolumeError
+from trainer.exitcodes import STOPS, ExitCode, of_process, retryable
 from trainer.failures import Failure
 from trainer.hostmemory import out_of_memory_kills
 from trainer.limits import Limits
@@ -65,13 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spec = load_spec(options.spec, options.set)
         clocks = Limits(spec.run_dir)
         if reason := clocks.passed():
-            raise TrainingError(ExitCode.LIMIT, reason)
+            raise LimitError(reason)
         try:
             record = restarts.begin(spec.run_dir, spec.runtime.max_restarts, options.task)
         except OSError as error:
-            raise TrainingError(
-                ExitCode.CHECKPOINT, f"{spec.run_dir}: {error.strerror}; mend the volume, or the rights on it"
-            ) from error
+            raise VolumeError(f"{spec.run_dir}: {error.strerror}; mend the volume, or the rights on it") from error
         counted = True
         if spec.runtime.deadline_seconds is not None:
             clocks.deadline = record.first_start + spec.runtime.deadline_seconds
@@ -157,7 +156,7 @@ def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
     except ChildFailedError as error:
         return [_describe(rank, failure.exitcode) for rank, failure in error.failures.items()]
     except RendezvousError as error:
-        raise TrainingError(ExitCode.COMMUNICATION, f"rendezvous failed: {' '.join(str(error).split())}") from error
+        raise CommunicationError(f"rendezvous failed: {' '.join(str(error).split())}") from error
     finally:
         _catch_signals()  # the agent has put its own handlers in their place
     return []
@@ -179,7 +178,7 @@ def torchrun_options(spec: TrainSpec) -> list[str]:
     """What torchrun cannot know or guesses wrongly: processes per node, and that there may be no other machine.
 
     Raises:
-        TrainingError: 2, for several nodes without an address where they meet.
+        SpecError: for several nodes without an address where they meet.
     """
     options = []
     wanted = os.environ.get("PET_NPROC_PER_NODE", "auto")
@@ -193,8 +192,7 @@ def torchrun_options(spec: TrainSpec) -> list[str]:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     if rendezvous_host() is None:
         if os.environ.get("PET_NNODES", "1") not in ("1", "1:1"):
-            raise TrainingError(
-                ExitCode.SPEC,
+            raise SpecError(
                 f"PET_NNODES is {os.environ['PET_NNODES']} but neither PET_RDZV_ENDPOINT nor PET_MASTER_ADDR is set; "
                 "give the job an elasticPolicy, whose operator sets them",
             )

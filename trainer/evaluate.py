@@ -30,9 +30,9 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.data.loader import IGNORED, MicroBatch, heldout_documents
-from trainer.data.manifest import DataError, atomic_write, read_manifest
+from trainer.data.manifest import atomic_write, read_manifest
 from trainer.distributed import pick_device
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import DataError
 from trainer.generate import complete
 from trainer.precision import Precision, device_capability, resolve_for_evaluation
 from trainer.report import write_report
@@ -75,27 +75,24 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     """Evaluate the newest checkpoint of the run; writes run_dir/eval.json and the report, and returns what it wrote.
 
     Raises:
-        TrainingError: 66 no usable checkpoint, 65 held-out data missing or damaged, 2 a spec this device cannot run.
+        LaunchError, CheckpointError: no checkpoint, or none that is whole.
+        DataError: held-out data missing or damaged.
+        SpecError: a spec that this device cannot run.
     """
     began = time.monotonic()
     device = pick_device(spec.runtime.device)
-    try:
-        precision = resolve_for_evaluation(spec.precision, device_capability(device))
-        trained = load_trained(spec, device, precision.autocast_dtype)
-        by_source, domain_of = _score_sources(spec, trained, device, precision)
-        with precision.autocast(device.type):
-            texts = complete(
-                trained.model,
-                trained.tokenizer,
-                spec.evaluate.prompts,
-                max_tokens=spec.evaluate.sample_tokens,
-                temperature=spec.evaluate.temperature,
-                seed=spec.seed,
-            )
-    except DataError as error:
-        raise TrainingError(ExitCode.DATA, str(error)) from None
-    except ValueError as error:
-        raise TrainingError(ExitCode.SPEC, str(error)) from None
+    precision = resolve_for_evaluation(spec.precision, device_capability(device))
+    trained = load_trained(spec, device, precision.autocast_dtype)
+    by_source, domain_of = _score_sources(spec, trained, device, precision)
+    with precision.autocast(device.type):
+        texts = complete(
+            trained.model,
+            trained.tokenizer,
+            spec.evaluate.prompts,
+            max_tokens=spec.evaluate.sample_tokens,
+            temperature=spec.evaluate.temperature,
+            seed=spec.seed,
+        )
     by_domain: dict[str, Score] = {}
     for source, score in by_source.items():
         by_domain[domain_of[source]] = by_domain.get(domain_of[source], Score()) + score
@@ -151,8 +148,7 @@ def _score_sources(
             assert ce_sum is not None
             scores[source].nats += float(ce_sum)
     if nothing := [source for source, score in scores.items() if not score.bytes]:
-        raise TrainingError(
-            ExitCode.DATA,
+        raise DataError(
             f"{spec.tokens.shards}: no held-out text of source '{nothing[0]}' to score; raise data.heldout_fraction "
             "or train.evaluate.max_tokens",
         )

@@ -1,4 +1,4 @@
-"""Exit codes of every process of a run, and the exception that carries one.
+"""Exit codes of every process: the table. trainer/errors.py has the errors that end in them.
 
 The training operator reads 1-127 as permanent and 128 and above as "recreate the pod", so each way to end has a code on
 the right side of that line; the same codes are what a person or a script sees on one machine. Imports no torch.
@@ -14,10 +14,13 @@ class ExitCode(IntEnum):
     OK = 0
     UNEXPECTED = 1
     SPEC = 2
+    FAULT = 3
     DATA = 65
     CHECKPOINT = 66
+    UNAVAILABLE = 69
     DIVERGED = 70
     BUDGET = 71
+    VOLUME = 74
     LIMIT = 75
     INTERRUPTED = 130
     KILLED = 137
@@ -30,12 +33,15 @@ class ExitCode(IntEnum):
 
 MEANING: dict[ExitCode, str] = {
     ExitCode.OK: "all ranks finished all steps",
-    ExitCode.UNEXPECTED: "unexpected error; the traceback is in the log",
+    ExitCode.UNEXPECTED: "ended without a word of its own; see the log",
     ExitCode.SPEC: "bad spec",
+    ExitCode.FAULT: "a fault of this program; the traceback is in the log",
     ExitCode.DATA: "bad data",
-    ExitCode.CHECKPOINT: "corrupt checkpoint, or a volume that cannot take one",
+    ExitCode.CHECKPOINT: "corrupt checkpoint, or another damaged file of a run",
+    ExitCode.UNAVAILABLE: "cannot be done as things stand: something is missing, in the way or does not answer",
     ExitCode.DIVERGED: "training diverged",
     ExitCode.BUDGET: "restart budget spent",
+    ExitCode.VOLUME: "a file or volume cannot be used: full, read-only, no permission, too slow",
     ExitCode.LIMIT: "deadline passed or launcher gone; checkpoint saved",
     ExitCode.INTERRUPTED: "interrupted (SIGINT); checkpoint saved",
     ExitCode.KILLED: "killed (SIGKILL), most often for memory",
@@ -48,18 +54,6 @@ MEANING: dict[ExitCode, str] = {
 
 STOPS = frozenset({ExitCode.INTERRUPTED, ExitCode.TERMINATED})
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
-
-
-class TrainingError(Exception):
-    """A run cannot go on; `code` is one of the table above, the message one line: what, where, how to mend."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = int(code)
-
-    def __reduce__(self) -> tuple[type[TrainingError], tuple[int, str]]:
-        """Exceptions are pickled with their message alone; ranks send this one to each other."""
-        return type(self), (self.code, str(self))
 
 
 def retryable(code: int) -> bool:

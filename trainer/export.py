@@ -27,7 +27,7 @@ from trainer import __version__
 from trainer.checkpoint import CheckpointFile, describe_files
 from trainer.data.manifest import checksum, sync_directory
 from trainer.data.tokenizer import Tokenizer
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import CheckpointError
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec
 from trainer.report import write_report
@@ -47,13 +47,10 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     """Export the newest checkpoint of the run to run_dir/export; returns the manifest and renews the report.
 
     Raises:
-        TrainingError: 66 no usable checkpoint, 65 tokenizer missing, 2 a spec that cannot run here.
+        LaunchError, CheckpointError, DataError: no checkpoint, none that is whole, tokenizer missing or another.
     """
-    try:
-        # Weights are only copied: kernels that were named for training need not exist here.
-        trained = load_trained(spec.model_copy(update={"backends": BackendsSpec()}), torch.device("cpu"))
-    except ValueError as error:
-        raise TrainingError(ExitCode.SPEC, str(error)) from None
+    # Weights are only copied: kernels that were named for training need not exist here.
+    trained = load_trained(spec.model_copy(update={"backends": BackendsSpec()}), torch.device("cpu"))
     final = Path(spec.run_dir) / "export"
     # Names of their own: of an earlier one NFS may keep a file that somebody reads (.nfs…), for as long as he does.
     draft, old = (final.with_name(f".export-{what}-{time.time_ns()}") for what in ("unfinished", "old"))
@@ -75,7 +72,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Hyb
     """The model and tokenizer of an exported directory, after its files were compared with the manifest.
 
     Raises:
-        TrainingError: 66, naming the file that is missing, damaged or does not fit.
+        CheckpointError: naming the file that is missing, damaged or does not fit.
     """
     directory = Path(directory)
     manifest = _read_json(directory / MANIFEST)
@@ -148,8 +145,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _damaged(path: Path, what: str) -> TrainingError:
-    return TrainingError(ExitCode.CHECKPOINT, f"exported model: {path} {what}; export the run again")
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"exported model: {path} {what}; export the run again")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from prometheus_client import (
     start_http_server,
 )
 
+from trainer.errors import SpecError
 from trainer.metrics import BY_NAME, METRICS, PREFIX, STEP_BUCKETS, Metric, Process
 
 disable_created_metrics()  # a second series for each counter that nobody reads
@@ -35,7 +36,7 @@ class Metrics:
         process: metrics of other processes are ignored.
 
     Raises:
-        ValueError: the port is taken or may not be used.
+        SpecError: the port is taken or may not be used.
     """
 
     def __init__(self, *, rank: int, port: int, process: Process = "trainer") -> None:
@@ -54,7 +55,7 @@ class Metrics:
                 self._server.set_app(self._scrapes)
             except OSError as error:
                 what = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-                raise ValueError(
+                raise SpecError(
                     f"metrics port {port} {what}; set train.runtime.metrics_port to a free one, or to 0 for no metrics "
                     "server"
                 ) from None

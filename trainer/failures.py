@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from trainer.exitcodes import MEANING, STOPS, ExitCode, TrainingError, retryable
-from trainer.specbase import SpecError
+from trainer.errors import foreseen
+from trainer.exitcodes import MEANING, STOPS, ExitCode, retryable
 
 DIRECTORY_VARIABLE = "YAONGI_FAILURES"
 NODE_VARIABLE = "NODE_NAME"  # a pod's own hostname is that of the pod
@@ -48,12 +48,8 @@ def classify(error: BaseException) -> tuple[int, str]:
     """Exit code and one-line reason of what ended a rank."""
     text = " ".join(str(error).split())
     named = f"{type(error).__name__}: {text}"
-    if isinstance(error, SpecError):
-        return ExitCode.SPEC, str(error)
-    if isinstance(error, TrainingError):
-        return error.code, text
-    if _names_a_path(error):
-        return ExitCode.UNEXPECTED, f"{error.filename}: {error.strerror}; mend the path or its rights, then start again"
+    if (known := foreseen(error)) is not None:
+        return known.code, str(known)
     if isinstance(error, MemoryError):
         return ExitCode.KILLED, f"{OUT_OF_MEMORY} ({named})"
     torch = sys.modules.get("torch")
@@ -64,12 +60,7 @@ def classify(error: BaseException) -> tuple[int, str]:
             return ExitCode.COMMUNICATION, named
         if isinstance(error, torch.AcceleratorError) or _GPU.search(text):
             return ExitCode.GPU, named
-    return ExitCode.UNEXPECTED, named
-
-
-def _names_a_path(error: BaseException) -> bool:
-    """A directory that cannot be written, say: a matter of the machine, which a traceback does not make clearer."""
-    return isinstance(error, OSError) and error.filename is not None
+    return ExitCode.FAULT, named
 
 
 def label(failure: Failure) -> str:
@@ -88,7 +79,7 @@ def code_label(code: int) -> str:
 
 def show(error: BaseException, code: int, reason: str) -> None:
     """Print what a person needs: one line, and the traceback only where the program did not expect the error."""
-    if code in (ExitCode.UNEXPECTED, ExitCode.GPU, ExitCode.KILLED) and not _names_a_path(error):
+    if foreseen(error) is None:
         traceback.print_exception(error)
     print(f"error {code} ({meaning(code)}): {reason}", file=sys.stderr, flush=True)
 

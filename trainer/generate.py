@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import SpecError
 from trainer.model.hybrid import HybridModel
 
 
@@ -34,10 +35,10 @@ def generate(
         seed: each prompt draws from its own generator, so its text does not depend on the other prompts.
 
     Raises:
-        ValueError: an empty prompt; the model predicts what follows something.
+        SpecError: an empty prompt; the model predicts what follows something.
     """
     if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
-        raise ValueError(f"prompt {empty[0] + 1} is empty; give it at least one character")
+        raise SpecError(f"prompt {empty[0] + 1} is empty; give it at least one character")
     device = next(model.parameters()).device
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     rows = [list(prompt) for prompt in prompts]

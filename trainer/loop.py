@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer import checkpoint, distributed
 from trainer.data.loader import MicroBatch, StepBatch
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import DivergedError, VolumeError
 from trainer.optim import clip_gradients, learning_rate_factor
 from trainer.prepare import Run, prepare, scaler_state
 from trainer.recorder import StepRecord
@@ -40,7 +40,7 @@ def train(spec: TrainSpec) -> int:
         0 when all steps are done; 75, 130 or 143 when it was stopped, with a checkpoint of the last step.
 
     Raises:
-        SpecError, TrainingError: see trainer/exitcodes.py.
+        ForeseenError: see trainer/errors.py.
     """
     stop = StopWish()
     started = time.time()
@@ -138,7 +138,7 @@ def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
     """Clip, update weights and router biases; a step that is not finite or a spike (trainer/spikes.py) changes nothing.
 
     Raises:
-        TrainingError: 70, after too many such steps in a row.
+        DivergedError: after too many such steps in a row.
     """
     optimizers, spec = run.optimizers, run.spec
     optimizers.set_learning_rate_factor(
@@ -158,8 +158,7 @@ def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
     if run.skipped_in_a_row >= MAX_SKIPPED_STEPS:
         run.checkpoints.wait()  # it may be the one to go back to
         before = checkpoint.newest_until(spec.run_dir, step + 1 - run.skipped_in_a_row)
-        raise TrainingError(
-            ExitCode.DIVERGED,
+        raise DivergedError(
             f"{MAX_SKIPPED_STEPS} steps in a row were skipped, the last one, step {step + 1}, for {skipped}; lower the "
             f"learning rates, or pass over the data by train.skip; {checkpoint.how_to_go_back(before)}",
         )
@@ -214,7 +213,7 @@ def save_checkpoint(run: Run, step: int, batch: StepBatch) -> None:
 def finish(run: Run) -> None:
     """Wait for the last checkpoint, write the result, and leave together with the other ranks."""
     if problem := run.checkpoints.wait():
-        raise TrainingError(ExitCode.UNEXPECTED, f"{problem}; free space or mend the volume, then resume")
+        raise VolumeError(f"{problem}; free space or mend the volume, then resume")
     run.loader.close()
     path = checkpoint.step_dir(run.spec.run_dir, run.checkpoints.saved_step)
     if run.checkpoints.saved_step >= run.spec.steps:

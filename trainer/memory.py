@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 
 from trainer.activations import WIDTHS, activations
+from trainer.errors import SpecError
 from trainer.flops import Parameter, parameters
 from trainer.modelspec import ModelSpec
 from trainer.optim.rules import STATE_BYTES, assign
@@ -113,7 +114,7 @@ def choose_layout(
     """The mesh of `parallel` for `world` ranks whose GPUs have `device_bytes` each (None: memory does not matter).
 
     Raises:
-        ValueError: no such mesh exists.
+        SpecError: no such mesh exists.
     """
 
     def fits(layout: Layout) -> bool:
@@ -129,11 +130,11 @@ def refuse_too_large(spec: TrainSpec, layout: Layout, rank_bytes: int | None) ->
         rank_bytes: memory of a rank's GPU, or its part of the machine's where it computes on CPUs; None: not known.
 
     Raises:
-        ValueError: they alone are more than a rank has.
+        SpecError: they alone are more than a rank has.
     """
     state = training_memory(spec.model, spec.optimizer, layout).state
     if rank_bytes is not None and state > rank_bytes:
-        raise ValueError(
+        raise SpecError(
             f"model: weights, gradients and optimizer state take {state / 2**30:.1f} GiB on each rank ({layout}), "
             f"which has {rank_bytes / 2**30:.1f}; use more GPUs or more memory, train.parallel.data fsdp, "
             "train.optimizer.state_dtype bf16, or a smaller model"

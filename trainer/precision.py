@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer import parity
+from trainer.errors import SpecError
 from trainer.fp8 import te
 from trainer.fp8.gemm import torch_problem
 from trainer.fp8.scaling import E4M3, E5M2
@@ -73,7 +74,7 @@ def resolve(spec: PrecisionSpec, capability: Capability | None) -> Precision:
     """The rung for training on a device of `capability` (None: CPU).
 
     Raises:
-        ValueError: a dtype or FP8 implementation asked for by name that the device or this program cannot run.
+        SpecError: a dtype or FP8 implementation asked for by name that the device or this program cannot run.
     """
     requested = spec.dtype
     if requested == "auto":
@@ -81,7 +82,7 @@ def resolve(spec: PrecisionSpec, capability: Capability | None) -> Precision:
     if requested == "fp8":
         return _fp8_by_name(spec.fp8, capability)
     if requested == "bf16" and capability is not None and capability < BF16_CAPABILITY:
-        raise ValueError(
+        raise SpecError(
             f"train.precision.dtype bf16: this GPU has compute capability {_text(capability)} and bf16 needs "
             f"{_text(BF16_CAPABILITY)}; write fp16 or auto"
         )
@@ -107,14 +108,14 @@ def fp8_problem(fp8: Fp8Spec, implementation: str, capability: Capability | None
 def _fp8_by_name(fp8: Fp8Spec, capability: Capability | None) -> Precision:
     if fp8.implementation != "auto":
         if problem := fp8_problem(fp8, fp8.implementation, capability):
-            raise ValueError(
+            raise SpecError(
                 f"train.precision.dtype fp8 by {fp8.implementation}: {problem}; write bf16, or emulated to "
                 "try it anywhere"
             )
         return _fp8(fp8, fp8.implementation, f"fp8 by {fp8.implementation} was asked for")
     implementation, reasons = _proven_fp8(fp8, capability)
     if implementation is None:
-        raise ValueError(
+        raise SpecError(
             f"train.precision.dtype fp8: no implementation is known to work here ({'; '.join(reasons)}); write bf16, "
             "or name one as train.precision.fp8.implementation: te, torch, or emulated (slow, anywhere)"
         )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +14,10 @@ from trainer import hostmemory, precision
 from trainer.checkpoint import SKIPPED_IN_A_ROW
 from trainer.checkpointer import Checkpointer
 from trainer.data.loader import TokenLoader
-from trainer.data.manifest import DataError, atomic_write, read_manifest
+from trainer.data.manifest import atomic_write, read_manifest
 from trainer.data.plan import Cursor
 from trainer.data.tokenizer import Tokenizer
 from trainer.distributed import World, device_bytes
-from trainer.exitcodes import ExitCode, TrainingError
 from trainer.fp8 import te
 from trainer.fp8.convert import convert
 from trainer.fp8.state import Fp8State
@@ -67,30 +64,29 @@ class Run:
 def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     """Build everything, load the newest checkpoint, and say what was chosen and why."""
     findings = preflight.of_ranks(spec.runtime.preflight, world)
-    with users_mistakes():
-        micro_batches = spec.micro_batches(world.size)
-        gpu_bytes = device_bytes(world.device)
-        layout = choose_layout(spec.parallel, spec.model, spec.optimizer, world.size, world.local_size, gpu_bytes)
-        refuse_too_large(spec, layout, gpu_bytes or hostmemory.limit_bytes() // world.local_size)
-        recorder = Recorder(spec, world, started)
-        recorder.preflight(findings)
-        chosen = precision.resolve(spec.precision, precision.device_capability(world.device))
-        if chosen.fp8:
-            te.check_runtime(chosen.fp8, spec.runtime)
-        digests, classes = read_data(spec)
-        mesh = Mesh(layout, world.device)
-        model = build_model(
-            spec.model,
-            spec.backends,
-            device=world.device,
-            dtype=chosen.autocast_dtype,
-            seed=spec.seed,
-            token_classes=classes,
-            share=partial(mesh.share, dtype=chosen.autocast_dtype),
-        )
-        optimizers = build_optimizers(model, spec.optimizer, spec.model, share_over=mesh.optimizer)
-        proven = spec.precision.fp8.implementation == "auto"
-        fp8 = convert(model, spec.model, chosen.fp8, world.device, only_proven=proven) if chosen.fp8 else None
+    micro_batches = spec.micro_batches(world.size)
+    gpu_bytes = device_bytes(world.device)
+    layout = choose_layout(spec.parallel, spec.model, spec.optimizer, world.size, world.local_size, gpu_bytes)
+    refuse_too_large(spec, layout, gpu_bytes or hostmemory.limit_bytes() // world.local_size)
+    recorder = Recorder(spec, world, started)
+    recorder.preflight(findings)
+    chosen = precision.resolve(spec.precision, precision.device_capability(world.device))
+    if chosen.fp8:
+        te.check_runtime(chosen.fp8, spec.runtime)
+    digests, classes = read_data(spec)
+    mesh = Mesh(layout, world.device)
+    model = build_model(
+        spec.model,
+        spec.backends,
+        device=world.device,
+        dtype=chosen.autocast_dtype,
+        seed=spec.seed,
+        token_classes=classes,
+        share=partial(mesh.share, dtype=chosen.autocast_dtype),
+    )
+    optimizers = build_optimizers(model, spec.optimizer, spec.model, share_over=mesh.optimizer)
+    proven = spec.precision.fp8.implementation == "auto"
+    fp8 = convert(model, spec.model, chosen.fp8, world.device, only_proven=proven) if chosen.fp8 else None
     backends = {name: choice.label for name, choice in model.choices.items()}
     log.info("ranks: %d on %s, %d micro-batches each per step", world.size, world.device, micro_batches)
     log.info("mesh (copies x ranks of one copy): %s", layout)
@@ -145,14 +141,11 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
 
 def read_data(spec: TrainSpec) -> tuple[dict[str, str], list[int] | None]:
     """Digests of shards and tokenizer, and the token classes that Engram's hashes need (None without Engram)."""
-    try:
-        digests = {
-            "shards": read_manifest(spec.tokens.shards, "shards").digest,
-            "tokenizer": read_manifest(spec.tokens.tokenizer, "tokenizer").digest,
-        }
-        size = Tokenizer.load(spec.tokens.tokenizer).vocab_size
-    except DataError as error:
-        raise TrainingError(ExitCode.DATA, str(error)) from None
+    digests = {
+        "shards": read_manifest(spec.tokens.shards, "shards").digest,
+        "tokenizer": read_manifest(spec.tokens.tokenizer, "tokenizer").digest,
+    }
+    size = Tokenizer.load(spec.tokens.tokenizer).vocab_size
     if size > spec.model.vocab_size:
         raise SpecError(
             f"train.model.vocab_size {spec.model.vocab_size} is below the tokenizer's {size} entries; raise it"
@@ -177,14 +170,3 @@ def summary_lines(table: list[Assignment]) -> list[str]:
         lines.append(f"optimizer {name}: {count:,} parameters in {len(entries)} tensors ({undecayed} without decay)")
     stacks = dict.fromkeys(entry.stack for entry in table if len(entry.stack) > 1)
     return [*lines, *(f"optimizer muon: {' + '.join(stack)} side by side (TEON)" for stack in stacks)]
-
-
-@contextmanager
-def users_mistakes() -> Iterator[None]:
-    """While things are built from the spec, a ValueError is about the spec."""
-    try:
-        yield
-    except (SpecError, DataError):
-        raise
-    except ValueError as error:
-        raise SpecError(str(error)) from error

@@ -22,7 +22,8 @@ from pydantic import TypeAdapter
 
 from trainer.checkpoint import latest_step
 from trainer.data.manifest import atomic_write
-from trainer.exitcodes import STOPS, ExitCode, TrainingError, retryable
+from trainer.errors import BudgetError
+from trainer.exitcodes import STOPS, ExitCode, retryable
 from trainer.failures import OUT_OF_MEMORY_LABEL, PEER_STOPPED, code_label
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def begin(run_dir: str | Path, max_restarts: int, task: str = "train", node: str
     here, so a job that must end in time although its pods move relies on its launcher, which has a timeout of its own.
 
     Raises:
-        TrainingError: 71, when `max_restarts` starts in a row have not got the run any further.
+        BudgetError: `max_restarts` starts in a row have not got the run any further.
     """
     with _locked(_file(run_dir, task)) as nodes:
         key, step = node or socket.gethostname(), latest_step(run_dir)
@@ -86,8 +87,7 @@ def begin(run_dir: str | Path, max_restarts: int, task: str = "train", node: str
         if record.without_progress > max_restarts:
             record.exit_code = int(ExitCode.BUDGET)
             often = ", ".join(f"{count}× {reason}" for reason, count in record.reasons.items())
-            raise TrainingError(
-                ExitCode.BUDGET,
+            raise BudgetError(
                 f"restarted {max_restarts} times at step {step} without getting further ({often}); "
                 "mend the cause and resume, or raise train.runtime.max_restarts",
             )

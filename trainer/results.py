@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import CheckpointError
 
 
 def read_json(path: Path, names: Iterable[str] = ()) -> dict[str, Any] | None:
     """The object in a JSON file; None when there is no such file.
 
     Raises:
-        TrainingError: 66, when it is not a JSON object or lacks one of `names`.
+        CheckpointError: it is not a JSON object or lacks one of `names`.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -23,9 +23,7 @@ def read_json(path: Path, names: Iterable[str] = ()) -> dict[str, Any] | None:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise TrainingError(ExitCode.CHECKPOINT, f"{path}: not a JSON object; remove it and run the same command again")
+        raise CheckpointError(f"{path}: not a JSON object; remove it and run the same command again")
     if lacking := [name for name in names if name not in value]:
-        raise TrainingError(
-            ExitCode.CHECKPOINT, f"{path}: has no '{lacking[0]}'; remove it and run the same command again"
-        )
+        raise CheckpointError(f"{path}: has no '{lacking[0]}'; remove it and run the same command again")
     return value

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from trainer.activations import Policy
+from trainer.errors import SpecError
 from trainer.modelspec import Count, ModelSpec
 from trainer.specbase import Spec
 
@@ -364,12 +365,12 @@ class TrainSpec(Spec):
         """Micro-batches per rank and step.
 
         Raises:
-            ValueError: the ranks cannot share a step equally.
+            SpecError: the ranks cannot share a step equally.
         """
         step_rows = self.batch.tokens_per_step // self.tokens.seq_len
         per_round = self.batch.micro_batch_rows * world_size
         if step_rows % per_round:
-            raise ValueError(
+            raise SpecError(
                 f"a step of {step_rows} rows cannot be shared by {world_size} ranks in micro-batches of "
                 f"{self.batch.micro_batch_rows} rows; make train.batch.tokens_per_step a multiple of "
                 f"{per_round * self.tokens.seq_len}"

@@ -14,6 +14,8 @@ from typing import Any, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trainer.errors import SpecError
+
 
 class Spec(BaseModel):
     """Base of all specs: immutable, unknown fields rejected, defaults validated."""
@@ -30,10 +32,6 @@ class Spec(BaseModel):
 
 
 SpecT = TypeVar("SpecT", bound=Spec)
-
-
-class SpecError(ValueError):
-    """A spec that cannot be used; the message is complete: what, where, how to mend. One line for each problem."""
 
 
 def canonical_digest(value: Any) -> str:

@@ -10,9 +10,9 @@ import torch
 
 from trainer.checkpoint import CheckpointManifest, latest, load_model_weights
 from trainer.checkpoint import read_manifest as read_checkpoint_manifest
-from trainer.data.manifest import DataError, read_manifest, verify
+from trainer.data.manifest import read_manifest, verify
 from trainer.data.tokenizer import Tokenizer
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import DataError, LaunchError
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.spec import TrainSpec
 
@@ -35,12 +35,13 @@ def load_trained(spec: TrainSpec, device: torch.device, dtype: torch.dtype | Non
         dtype: what autocast will give to matrix products; None without autocast.
 
     Raises:
-        TrainingError: 66 no checkpoint or none that verifies, 65 the tokenizer is missing, damaged or not the
+        LaunchError, CheckpointError: no checkpoint, or none that verifies.
+        DataError: the tokenizer is missing, damaged or not the
             checkpoint's.
     """
     path = latest(spec.run_dir)
     if path is None:
-        raise TrainingError(ExitCode.CHECKPOINT, f"{spec.run_dir}: no checkpoint yet; train first")
+        raise LaunchError(f"{spec.run_dir}: no checkpoint yet; train first")
     tokenizer = _tokenizer_of(path, spec.tokens.tokenizer)
     model = build_model(spec.model, spec.backends, device=device, dtype=dtype, seed=None).to_empty(device=device)
     checkpoint = load_model_weights(path, model)
@@ -51,14 +52,11 @@ def load_trained(spec: TrainSpec, device: torch.device, dtype: torch.dtype | Non
 def _tokenizer_of(checkpoint: Path, directory: str) -> Tokenizer:
     """The tokenizer in `directory`, proved to be whole and the one the checkpoint was trained with."""
     trained_with = read_checkpoint_manifest(checkpoint).digests.get("tokenizer", "an unknown one")
-    try:
-        manifest = read_manifest(directory, "tokenizer")
-        if manifest.digest != trained_with:
-            raise DataError(
-                f"{directory}: is tokenizer {manifest.digest[:12]}, {checkpoint} was trained with {trained_with[:12]}; "
-                "set tokens.tokenizer to that one"
-            )
-        verify(directory, manifest)
-        return Tokenizer.load(directory)
-    except DataError as error:
-        raise TrainingError(ExitCode.DATA, str(error)) from None
+    manifest = read_manifest(directory, "tokenizer")
+    if manifest.digest != trained_with:
+        raise DataError(
+            f"{directory}: is tokenizer {manifest.digest[:12]}, {checkpoint} was trained with {trained_with[:12]}; "
+            "set tokens.tokenizer to that one"
+        )
+    verify(directory, manifest)
+    return Tokenizer.load(directory)

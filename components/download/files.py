@@ -22,9 +22,9 @@ from components.download.localpaths import composed, find_local
 from components.download.readers import split_suffix
 from components.download.retry import retried, status_of
 from components.download.writer import Input
-from components.volume import FULL
 from manifests.dataspec import FilesSource
 from trainer.data.manifest import DataError, checksum
+from trainer.errors import FULL, ForeseenError
 
 SAMPLE = "sample://"
 ATTEMPTS = 5
@@ -177,7 +177,7 @@ def _retried(call: Callable[[], T]) -> T:
 
 
 def _is_transient(error: BaseException) -> bool:
-    final = FileNotFoundError | PermissionError | NotImplementedError | ValueError | ImportError
+    final = ForeseenError | FileNotFoundError | PermissionError | NotImplementedError | ValueError | ImportError
     if isinstance(error, final) or (isinstance(error, OSError) and error.errno in FULL) or _is_refusal(error):
         return False
     status = status_of(error)

@@ -10,7 +10,6 @@ from pathlib import Path
 from components.download.source import Task, origin, prepare
 from components.download.writer import Journal
 from components.lock import alone
-from components.volume import FULL, full_volume
 from manifests.dataspec import SourceSpec
 from manifests.spec import JobSpec
 from trainer.data.manifest import (
@@ -23,13 +22,15 @@ from trainer.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from trainer.errors import ForeseenError, VolumeError, of_the_machine
 
 
 def run(job: JobSpec) -> StageResult:
     """Bring the raw text of all sources to `job.stage_dir("raw")`.
 
     Raises:
-        DataError: a source cannot be had or read; one line: source, file, remedy. Finished parts stay.
+        DataError, VolumeError: a source cannot be had, read or stored; one line: source, file, remedy. Finished parts
+            stay.
     """
     root = Path(job.stage_dir("raw"))
     with alone(root, "downloading"):
@@ -80,8 +81,8 @@ def _digest_of(root: Path) -> str | None:
         return None
 
 
-def _system_error(task: Task, error: OSError) -> DataError:
+def _system_error(task: Task, error: OSError) -> ForeseenError:
+    if (known := of_the_machine(error, task.directory)) is not None:
+        return VolumeError(f"source '{task.name}': {known}")
     where = error.filename or task.directory
-    if error.errno in FULL:
-        return DataError(f"source '{task.name}': {full_volume(where, error)}")
     return DataError(f"source '{task.name}': {where}: {error.strerror or error}; check the path and its permissions")

@@ -30,7 +30,7 @@ from components.hygiene.report import Report
 from components.lock import alone
 from components.progress import ByteProgress
 from components.shards.pool import Workers
-from components.volume import full_volume_explained
+from components.volume import volume_explained
 from manifests.spec import JobSpec
 from trainer.data.jsonl import documents
 from trainer.data.manifest import (
@@ -62,7 +62,7 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
         return raw
     directory = Path(job.stage_dir("hygiene"))
     raw_manifest = open_stage(raw)
-    with alone(directory, "deciding what training leaves out"), full_volume_explained(directory):
+    with alone(directory, "deciding what training leaves out"), volume_explained(directory):
         filters = chosen(job.hygiene, _evaluation_texts(job, directory))
         inputs = {"raw": raw_manifest.digest}
         settings = {each.name: each.settings for each in filters}

@@ -22,7 +22,7 @@ def finished(job: JobSpec, task: Task) -> StageResult | None:
     """The verified result of `task` in the run directory; None when it has to run (again).
 
     Raises:
-        TrainingError: 66, when what is there is damaged.
+        CheckpointError: what is there is damaged.
     """
     return {"train": _trained, "evaluate": _evaluated, "export": _exported}[task](job)
 

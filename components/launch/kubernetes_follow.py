@@ -240,7 +240,7 @@ class Follower:
         last = explain.one_line("\n".join(tail[-3:]))
         told = not last or (cause.message and cause.message in last)
         said = "" if told else f"; last lines: {last}"
-        raise JobFailed(f"job {self.name} failed: {cause.describe()}{said}")
+        raise JobFailed(f"job {self.name} failed: {cause.describe()}{said}", cause.code)
 
     def _check_clocks(self) -> bool:
         """Give up what takes too long; True when a last look shows that the job has succeeded.

@@ -29,7 +29,7 @@ def run(job: JobSpec, task: str) -> None:
     SIGINT and SIGTERM are passed on to it, so that it saves a checkpoint before it ends.
 
     Raises:
-        LaunchError: it ended with anything but 0; says the exit code's meaning and the trainer's own reason.
+        LaunchError: it ended with anything but 0, with that code; says its meaning and the trainer's own reason.
     """
     ranks = job.cluster.world_size if task == "train" else 1
     run_entrypoint(task, f"{job.run_dir}/train.yaml", ranks)
@@ -65,7 +65,7 @@ def run_entrypoint(task: str, spec_file: str, ranks: int, sets: Sequence[str] = 
         code = of_process(child.wait())
         reason = _reason(told.read())
     if code != ExitCode.OK:
-        raise LaunchError(_sentence(task, code, reason), code if code in STOPS else ExitCode.UNEXPECTED)
+        raise LaunchError(_sentence(task, code, reason), code)
 
 
 def environment(ranks: int) -> dict[str, str]:

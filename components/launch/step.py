@@ -29,7 +29,7 @@ def run(job: JobSpec, task: Task, after: StageResult | None = None, pipeline_run
     Raises:
         LaunchError: the run directory holds another run, the task failed or left no whole artefact, or what it
             starts from changed.
-        DataError, TrainingError: shards or checkpoint cannot be read.
+        DataError, CheckpointError: shards or checkpoint cannot be read.
     """
     if after is not None:
         _check_input(job, after)

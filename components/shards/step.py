@@ -22,7 +22,7 @@ from components.shards.engine import choose_engine
 from components.shards.pool import Workers
 from components.shards.units import Journal, Unit, UnitEncoder, encode_units, plan_units, range_of
 from components.tokenizer.step import sample
-from components.volume import full_volume_explained
+from components.volume import volume_explained
 from manifests.spec import JobSpec
 from trainer.data.format import token_dtype
 from trainer.data.manifest import (
@@ -258,20 +258,7 @@ def _ready(job: JobSpec, work: _Work, units: Sequence[Unit]) -> Iterator[Workers
     first = units[0].number if units else 0
     with (
         alone_on(work.directory / UNITS_DIR, "making shards", first, len(units)),
-        _volume_explained(work.directory),
+        volume_explained(work.directory),
         Workers(job.shards.workers) as workers,
     ):
         yield workers
-
-
-@contextmanager
-def _volume_explained(directory: Path) -> Iterator[None]:
-    try:
-        with full_volume_explained(directory):
-            yield
-    except OSError as error:
-        if error.filename is None:
-            raise
-        raise DataError(
-            f"{error.filename}: {error.strerror}; check the volume and run again, what is done stays"
-        ) from None

@@ -14,7 +14,7 @@ from pathlib import Path
 from components import measuring
 from components.lock import alone
 from components.progress import ByteProgress
-from components.volume import full_volume_explained
+from components.volume import volume_explained
 from manifests.spec import JobSpec
 from trainer.data import tokenizer as bpe
 from trainer.data.jsonl import documents
@@ -39,7 +39,7 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
 
     Raises:
         DataError: raw text that is missing, changed or malformed; another process trains the same tokenizer.
-        OSError: the volume is full.
+        VolumeError: the volume is full or cannot be written.
     """
     directory = Path(job.stage_dir("tokenizers"))
     raw_manifest = open_stage(raw)
@@ -53,7 +53,7 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
     }
     before, why = reusable(directory, "tokenizer", inputs, settings)
     if before is None:
-        with alone(directory, "training a tokenizer"), full_volume_explained(directory):
+        with alone(directory, "training a tokenizer"), volume_explained(directory):
             # Again: another process may have finished before this one had the lock.
             before, why = reusable(directory, "tokenizer", inputs, settings)
             if before is None:

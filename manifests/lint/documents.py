@@ -16,9 +16,10 @@ import yaml
 
 from manifests.lint.place import Path
 from manifests.yamltext import GO_BOOLEAN, GO_FLOAT, GO_INTEGER
+from trainer.errors import SpecError
 
 
-class Unreadable(ValueError):
+class Unreadable(SpecError):
     """The input is no YAML; the message says where and how to mend."""
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from pipelines.options import Namespace, Sets, Workdir
+from trainer.errors import SpecError
 
 
 def doctor(
@@ -29,7 +30,7 @@ def doctor(
     from trainer.specbase import changes_from_sets
 
     if sets and not job:
-        raise ValueError("--set changes a job; name the JOB")
+        raise SpecError("--set changes a job; name the JOB")
     spec = load_job(job, changes_from_sets(sets or [])) if job else None
     console = Console()
     console.print("this machine", style="bold")

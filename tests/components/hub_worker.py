@@ -21,6 +21,7 @@ import huggingface_hub.constants as constants
 from components.download import blobs, hub, source
 from components.download.step import run
 from manifests.spec import JobSpec, parse
+from trainer.errors import ForeseenError
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 16
 hub.RETRY_SECONDS = hub.MAX_WAIT_SECONDS = blobs.BACKOFF_SECONDS = 0.01
 whole_part = source.PART_BYTES
@@ -31,7 +32,7 @@ for line in sys.stdin:
     with contextlib.redirect_stdout(said):
         try:
             answer["result"] = run(parse(JobSpec, job)).model_dump()
-        except ValueError as error:
+        except ForeseenError as error:
             answer["error"] = str(error)
     print(json.dumps(answer | {"said": said.getvalue()}), flush=True)
 """

@@ -18,6 +18,7 @@ from components.download.step import run
 from components.download.writer import Input
 from manifests.spec import JobSpec
 from trainer.data.manifest import DataError, read_manifest
+from trainer.errors import VolumeError
 
 TEXTS = [f"문서 {n} " + "text " * 40 for n in range(400)]
 OBJECTS = {
@@ -215,7 +216,7 @@ def test_a_copy_longer_than_the_file_is_fetched_again(
     monkeypatch.setattr(files, "RANGE_BYTES", 10_000)
     monkeypatch.setattr(files, "read_range", full)
     job = web_job(bucket, make_job, tmp_path)
-    with pytest.raises(DataError, match="the volume is full; make room and run again"):
+    with pytest.raises(VolumeError, match="the volume is full; make room and run again"):
         run(job)
     (copy,) = tmp_path.rglob(".fetch/*")
     copy.write_bytes(OBJECTS["a/0.jsonl"] + b'{"text": "too much"}\n')

@@ -26,6 +26,7 @@ from components.download import files, source
 from components.download.step import run
 from manifests.spec import JobSpec, load_job
 from trainer.data.manifest import DataError, read_manifest, verify
+from trainer.errors import LaunchError, VolumeError
 
 TEXTS = ["첫째 문서입니다.\n두 줄입니다.", "Second \U0001f600 document", 'Quotes " and \\ stay']
 
@@ -345,7 +346,7 @@ def test_two_downloads_of_the_same_data_do_not_meet(make_job: Callable[..., JobS
     result = run(job)
     with open(Path(result.path) / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another process is downloading there; wait for it or stop it"):
+        with pytest.raises(LaunchError, match="another process is downloading there; wait for it or stop it"):
             run(job)
     assert run(job) == result
 
@@ -389,7 +390,7 @@ def test_a_disk_that_fills_up_is_one_line(
     with monkeypatch.context() as patched:
         patched.setattr("components.download.writer.os.replace", full)
         said = r"^source 'web': [^\n]*: the volume is full; make room and run again, what is done stays$"
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(VolumeError, match=said):
             run(job)
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("manifest.json"))
     assert run(job).summary["documents"] == 3

@@ -18,9 +18,9 @@ import pytest
 
 from components.download import files, source
 from components.download.step import run
-from components.volume import full_volume_explained
+from components.volume import volume_explained
 from manifests.spec import JobSpec
-from trainer.data.manifest import DataError
+from trainer.errors import ForeseenError, VolumeError
 
 LINES = b'{"text": "One."}\n{"text": "Two."}\n'
 
@@ -35,7 +35,7 @@ def raw_texts(directory: str) -> list[str]:
 
 
 def refused(job: JobSpec) -> str:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(ForeseenError) as caught:
         run(job)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -215,7 +215,7 @@ def test_a_quota_that_is_used_up_is_a_full_volume(
     def over(*_: object) -> None:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    with pytest.raises(OSError, match="the volume is full; make room"), full_volume_explained(tmp_path):
+    with pytest.raises(VolumeError, match="the volume is full; make room"), volume_explained(tmp_path):
         over()
     (tmp_path / "a.jsonl").write_bytes(LINES)
     monkeypatch.setattr(source, "write_part", over)

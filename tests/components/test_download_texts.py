@@ -17,6 +17,7 @@ from manifests.dataspec import TextSpec
 from manifests.spec import JobSpec, SpecError, job_from, load_job, parse
 from trainer.data.manifest import DataError
 from trainer.data.tokenizer import SPECIAL_TOKENS
+from trainer.errors import VolumeError
 
 ORIGIN = {"kind": "files", "paths": ["a.jsonl"]}
 
@@ -112,7 +113,7 @@ def test_parts_hold_the_source_whatever_their_size(
         return real(*arguments)
 
     monkeypatch.setattr(source, "write_part", dies)
-    with pytest.raises(DataError, match="the disk was pulled out"):
+    with pytest.raises(VolumeError, match="the disk was pulled out"):
         step.run(job)
     result = step.run(job)
     parts = sorted((Path(result.path) / "web").glob("part-*.jsonl"))

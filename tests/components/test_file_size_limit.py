@@ -17,6 +17,7 @@ from components.shards import step as shards
 from components.tokenizer import step as tokenizer
 from manifests.spec import JobSpec
 from trainer.data.manifest import read_manifest, verify
+from trainer.errors import VolumeError
 
 # What is printed stays in memory, or the file that pytest keeps it in would meet the limit.
 pytestmark = pytest.mark.usefixtures("capsys")
@@ -37,7 +38,7 @@ def _file_size_limit(size: int) -> Iterator[None]:
 
 
 def _refused(call: Callable[[], object], limit: int) -> str:
-    with pytest.raises((OSError, ValueError)) as caught, _file_size_limit(limit):
+    with pytest.raises(VolumeError) as caught, _file_size_limit(limit):
         call()
     return str(caught.value)
 

@@ -21,6 +21,7 @@ from components.lock import alone
 from manifests.spec import JobSpec
 from trainer.data.jsonl import documents
 from trainer.data.manifest import DataError, StageResult, read_manifest, verify
+from trainer.errors import LaunchError, VolumeError
 
 QUESTION = "Which of the following thirteen words in a row shall no model have seen before its test?"
 
@@ -170,7 +171,7 @@ def test_kill_9_and_the_number_of_workers_change_nothing(tmp_path: Path, workers
 def test_only_one_process_at_a_time(job: JobSpec, raw: StageResult) -> None:
     with (
         alone(Path(job.stage_dir("hygiene")), "waiting"),
-        pytest.raises(DataError, match="another process is deciding"),
+        pytest.raises(LaunchError, match="another process is deciding"),
     ):
         step.run(job, raw)
 
@@ -183,7 +184,7 @@ def test_a_full_disk_is_one_line_and_scans_stay(
 
     with monkeypatch.context() as patch:
         patch.setattr(step, "atomic_write", full)
-        with pytest.raises(OSError, match=r"^[^\n]*: the volume is full; make room and run again, what is done stays$"):
+        with pytest.raises(VolumeError, match=r"^[^\n]*: the volume is full; make room and run again[^\n]*$"):
             step.run(job, raw)
     directory = Path(job.stage_dir("hygiene"))
     assert not (directory / "manifest.json").exists() and len(list((directory / "scans").iterdir())) == 8

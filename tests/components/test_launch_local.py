@@ -70,7 +70,7 @@ def test_a_failure_is_one_line_with_the_codes_meaning_and_the_trainers_reason(sp
     assert str(error.value) == (
         "train ended with exit code 70 (training diverged): loss is not finite at step 12; lower the learning rate"
     )
-    assert error.value.code == 1
+    assert error.value.code == 70
     assert "loss is not finite" not in capsys.readouterr().out, "the reason is said once"
 
 

@@ -9,7 +9,7 @@ from components.launch.step import run, write_specs
 from manifests.spec import JobSpec, job_from
 from trainer.checkpoint import CheckpointManifest, describe_files, publish, unfinished_dir
 from trainer.data.manifest import StageResult
-from trainer.exitcodes import TrainingError
+from trainer.errors import ForeseenError
 from trainer.spec import TrainSpec
 from trainer.specbase import parse
 
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_no_success(job, launched):
     leave_training(job)
     damaged = Path(job.run_dir) / "checkpoints/step-00000004/weights.distcp"
     damaged.write_bytes(b"weightz")
-    with pytest.raises(TrainingError, match=r"weights\.distcp differs from what was written"):
+    with pytest.raises(ForeseenError, match=r"weights\.distcp differs from what was written"):
         run(job, "train")
 
 
@@ -153,7 +153,7 @@ def test_an_artefact_without_its_fields_is_one_clear_line(job, launched, task, f
     leave_evaluation(job, digest)
     leave_export(job, digest)
     (Path(job.run_dir) / file).write_text("{}")
-    with pytest.raises(TrainingError, match=f"{file}: has no '.*'; remove it and run the same command again") as error:
+    with pytest.raises(ForeseenError, match=f"{file}: has no '.*'; remove it and run the same command again") as error:
         run(job, task)
     assert error.value.code == 66 and launched == []
 

@@ -26,6 +26,7 @@ from trainer.data.format import Shard
 from trainer.data.manifest import DataError, StageResult, read_manifest
 from trainer.data.provenance import Origins
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import LaunchError, VolumeError
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +283,7 @@ def test_a_damaged_tokenizer_is_refused_and_named(
 
 def test_only_one_process_at_a_time(inputs: tuple[Path, StageResult, StageResult], tmp_path: Path) -> None:
     job = small_job(tmp_path)
-    with _held(job, 0, 10**6), pytest.raises(DataError, match="another process is making shards there"):
+    with _held(job, 0, 10**6), pytest.raises(LaunchError, match="another process is making shards there"):
         step.run(job, *inputs[1:])
 
 
@@ -294,7 +295,7 @@ def test_ranges_of_units_are_made_side_by_side_and_none_twice(
     first = len(units.range_of(units_of_all, 0, 3))
     with _held(job, 0, first):  # range 0 is being made elsewhere
         step.encode_range(_range(job, inputs, 1, 3))
-        with pytest.raises(DataError, match="another process is making shards there"):
+        with pytest.raises(LaunchError, match="another process is making shards there"):
             step.encode_range(_range(job, inputs, 0, 2))
     made = _journalled(Path(job.stage_dir("shards")))
     assert sorted(made) == [unit.number for unit in units.range_of(units_of_all, 1, 3)]
@@ -358,7 +359,7 @@ def test_a_full_volume_is_one_clear_message(
 ) -> None:
     job = small_job(tmp_path)
     monkeypatch.setattr(units, "_save", lambda *_: Path("/dev/full").write_bytes(bytes(10**5)))
-    with pytest.raises(OSError, match=r"shards/\w+: the volume is full; make room and run again"):
+    with pytest.raises(VolumeError, match=r"shards/\w+: the volume is full; make room and run again"):
         step.run(job, *inputs[1:])
     assert not (Path(job.stage_dir("shards")) / "manifest.json").exists()
 
@@ -378,7 +379,7 @@ def test_a_raw_file_that_cannot_be_read_is_named_and_the_rest_kept(
 
     with monkeypatch.context() as patched:
         patched.setattr(units, "documents", refuse)
-        with pytest.raises(DataError, match=r"math/part-00000\.jsonl: Permission denied; check the volume"):
+        with pytest.raises(VolumeError, match=r"math/part-00000\.jsonl: permission denied; mend its rights"):
             step.run(job, *inputs[1:])
     done = _journalled(Path(job.stage_dir("shards")))
     assert done

@@ -11,6 +11,7 @@ from components.tokenizer import step
 from components.tokenizer.step import sample
 from trainer.data.manifest import DataError, Manifest, file_entry, read_manifest
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import LaunchError, VolumeError
 
 
 def test_trains_once_and_says_when_there_is_nothing_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +79,7 @@ def test_only_one_process_at_a_time(tmp_path: Path) -> None:
     raw = write_raw(job)
     with (
         alone(Path(job.stage_dir("tokenizers")), "waiting"),
-        pytest.raises(DataError, match="another process is train"),
+        pytest.raises(LaunchError, match="another process is train"),
     ):
         step.run(job, raw)
     result = step.run(job, raw)
@@ -90,6 +91,6 @@ def test_a_full_volume_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.
     job = small_job(tmp_path)
     raw = write_raw(job)
     monkeypatch.setattr(step, "atomic_write", lambda *_: Path("/dev/full").write_bytes(bytes(10**5)))
-    with pytest.raises(OSError, match=r"tokenizers/\w+: the volume is full; make room and run again"):
+    with pytest.raises(VolumeError, match=r"tokenizers/\w+: the volume is full; make room and run again"):
         step.run(job, raw)
     assert not (Path(job.stage_dir("tokenizers")) / "manifest.json").exists()

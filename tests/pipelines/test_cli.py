@@ -143,7 +143,7 @@ def test_submit_needs_a_host_that_answers(yaongi, monkeypatch):
     monkeypatch.delenv("KFP_HOST", raising=False)
     assert yaongi("submit", "tiny")[2].startswith("error: --host is missing")
     code, _, error = yaongi("submit", "tiny", "--host", "http://localhost:9")
-    assert code == 1
+    assert code == 69
     assert (
         error.startswith("error: Kubeflow Pipelines does not answer at http://localhost:9") and error.count("\n") == 1
     )

@@ -46,8 +46,9 @@ def test_only_the_steps_and_their_lines_are_shown_and_everything_is_logged():
 
 
 def test_a_foreseen_failure_is_the_steps_own_line():
-    watcher, shown, _ = watch(LINES + "    error: train: ended with exit code 70: loss is nan\n    after\n")
+    watcher, shown, _ = watch(LINES + "    error 70: train: ended with exit code 70: loss is nan\n    after\n")
     assert watcher.failure == "train: ended with exit code 70: loss is nan"
+    assert watcher.code == 70
     assert "error" not in shown
 
 
@@ -75,7 +76,7 @@ CLEANED_UP = """\
     }
     ▶ cleanup
     deleting job small
-    error: cleanup: the API server cannot be reached
+    error 69: cleanup: the API server cannot be reached
 """
 
 
@@ -83,7 +84,7 @@ def test_a_step_that_was_killed_is_what_failed_not_what_cleans_up_after_it():
     watcher, shown, _ = watch(LINES + CLEANED_UP)
     assert watcher.failure == "train: step 1/4  loss 8.3"
     assert shown.splitlines()[-2:] == ["▶ cleanup", "  deleting job small"]
-    watcher, _, _ = watch(LINES + "    error: train: loss is nan\n" + CLEANED_UP)
+    watcher, _, _ = watch(LINES + "    error 70: train: loss is nan\n" + CLEANED_UP)
     assert watcher.failure == "train: loss is nan"
 
 
@@ -109,5 +110,5 @@ def test_steps_of_a_loop_are_deeper_and_run_side_by_side():
         "  a line",
     ]
     assert watcher.seconds.keys() == {"download", "encode 1/2", "encode 2/2"}
-    watcher, _, _ = watch(SIDE_BY_SIDE + "            error: encode 2/2: ko.jsonl:3: not valid JSON; mend it\n")
+    watcher, _, _ = watch(SIDE_BY_SIDE + "            error 65: encode 2/2: ko.jsonl:3: not valid JSON; mend it\n")
     assert watcher.failure == "encode 2/2: ko.jsonl:3: not valid JSON; mend it"

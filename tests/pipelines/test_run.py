@@ -108,7 +108,7 @@ def test_a_step_that_fails_is_one_line_on_stderr_that_names_it(tmp_path):
     job = small_job(tmp_path)
     (tmp_path / "prose.jsonl").unlink()
     done = yaongi("run", job, cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 65
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: download: ") and "prose" in line and "(full log: work/logs/" in line
     assert "Traceback" not in done.stdout

@@ -176,20 +176,20 @@ def test_logs_are_those_of_the_pods_of_a_step(asked, backend):
     assert asked("logs", RUN, "--task", "train")[:2] == (0, "▶ train (running)\nlog of pod-of-it\n")
     assert asked("logs", RUN)[1].count("log of pod-of-it") == 2
     code, _, error = asked("logs", RUN, "--task", "nothing")
-    assert code == 1 and error == f"error: run {RUN} has no step 'nothing'; it has: plan, train\n"
+    assert code == 69 and error == f"error: run {RUN} has no step 'nothing'; it has: plan, train\n"
 
 
 def test_stop_terminates_a_run_and_waits_for_its_end_across_an_outage(asked, backend):
     backend.states[:] = [{"state": "RUNNING"}]
     assert asked("stop", RUN)[:2] == (0, f"run {RUN} ended as canceled; submit its job again to continue\n")
     code, _, error = asked("stop", RUN)
-    assert code == 1 and error == f"error: run {RUN} has ended already, as canceled\n"
+    assert code == 69 and error == f"error: run {RUN} has ended already, as canceled\n"
 
 
 def test_a_run_that_the_backend_does_not_know_or_no_host_is_one_line(asked, backend, monkeypatch):
     other = RUN.replace("0f6c", "ffff")
     code, _, error = asked("status", other)
-    assert code == 1 and error == f"error: {backend.url} refused run {other}: Not Found (404)\n"
+    assert code == 69 and error == f"error: {backend.url} refused run {other}: Not Found (404)\n"
     monkeypatch.delenv("KFP_HOST")
     assert asked("status", RUN)[2].startswith("error: --host is missing")
 

@@ -59,7 +59,7 @@ def test_a_background_run_that_is_stopped_and_resumed_trains_as_if_undisturbed(y
         time.sleep(0.2)
     assert "state       running: in step train" in shown and "/300" in shown
     code, _, error = yaongi("local", "small.yaml")
-    assert code == 1 and "is already running as process" in error
+    assert code == 69 and "is already running as process" in error
     assert f"stopped {name}; checkpoint saved at step " in good("stop", name)
     assert f"stopped: continue: yaongi resume {name}" in good("status", name)
     assert 0 < len(losses(disturbed)) < 300

@@ -72,7 +72,7 @@ def refuses_broken_weights(run: Any) -> bool:
     """Whether this rank saves no checkpoint while a number that the last rank holds is none."""
     import torch
 
-    from trainer.exitcodes import ExitCode, TrainingError
+    from trainer.errors import DivergedError
     from trainer.parallel.rows import own_rows
 
     own, _ = own_rows(run.model.head.weight.detach())
@@ -81,8 +81,8 @@ def refuses_broken_weights(run: Any) -> bool:
         own[-1, -1] = torch.nan
     try:
         run.checkpoints.save(0, {}, {})
-    except TrainingError as error:
-        return error.code == ExitCode.DIVERGED and "model.head.weight is not finite" in str(error)
+    except DivergedError as error:
+        return "model.head.weight is not finite" in str(error)
     finally:
         own.copy_(before)
     return False

@@ -14,7 +14,7 @@ import micro
 import torch.distributed as dist
 
 from trainer import distributed
-from trainer.exitcodes import TrainingError
+from trainer.errors import ForeseenError
 from trainer.preflight import ranks
 from trainer.spec import PreflightSpec, RuntimeSpec
 
@@ -55,7 +55,7 @@ def main() -> None:
         try:
             findings = ranks.of_ranks(PreflightSpec(**limits), world)
             found[case] = [vars(finding) for finding in findings]
-        except TrainingError as error:
+        except ForeseenError as error:
             found[case] = [error.code, str(error)]
         for name, value in before.items():
             setattr(ranks, name, value)

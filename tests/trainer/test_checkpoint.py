@@ -17,7 +17,8 @@ from torch import nn
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointManifest, latest, verify
 from trainer.checkpointer import load_model
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import CheckpointError, ForeseenError
+from trainer.exitcodes import ExitCode
 
 
 def write_checkpoint(run_dir: Path, step: int, *, skipped: int = 0, broken: bool = False) -> Path:
@@ -78,12 +79,12 @@ def test_damaged_file_is_named_and_the_older_checkpoint_used(two_checkpoints: Pa
     newest = run_dir / "checkpoints" / "step-00000008"
     assert latest(run_dir) == newest
     damage(newest / name)
-    with pytest.raises(TrainingError, match=name.replace(".", r"\.")) as error:
+    with pytest.raises(ForeseenError, match=name.replace(".", r"\.")) as error:
         verify(newest)
     assert error.value.code == ExitCode.CHECKPOINT and "\n" not in str(error.value)
     assert latest(run_dir) == run_dir / "checkpoints" / "step-00000004"
     damage(run_dir / "checkpoints" / "step-00000004" / name)
-    with pytest.raises(TrainingError, match="none of 2 checkpoints verifies") as error:
+    with pytest.raises(ForeseenError, match="none of 2 checkpoints verifies") as error:
         latest(run_dir)
     assert error.value.code == ExitCode.CHECKPOINT
 
@@ -144,7 +145,7 @@ def test_weights_that_an_earlier_version_should_not_have_published_are_refused(t
     write_checkpoint(tmp_path, 4)
     for step, way_back in ((8, "step-00000004"), (4, "there is no checkpoint from before")):
         path = write_checkpoint(tmp_path, step, broken=True)
-        with pytest.raises(TrainingError, match=r"model\.bias is not finite") as error:
+        with pytest.raises(ForeseenError, match=r"model\.bias is not finite") as error:
             checkpoint.load_model_weights(path, nn.Linear(64, 64))
         assert error.value.code == ExitCode.DIVERGED and "\n" not in str(error.value)
         assert path.name in str(error.value) and way_back in str(error.value)
@@ -199,7 +200,7 @@ def test_missing_target_of_latest_is_never_replaced_by_a_newer_one(two_checkpoin
     (run_dir / "checkpoints" / "LATEST").write_text("step-00000006\n")
     assert latest(run_dir) == run_dir / "checkpoints" / "step-00000004"
     (run_dir / "checkpoints" / "LATEST").write_text("step-00000002\n")
-    with pytest.raises(TrainingError, match="names step 2, which is not there") as error:
+    with pytest.raises(ForeseenError, match="names step 2, which is not there") as error:
         latest(run_dir)
     assert error.value.code == ExitCode.CHECKPOINT
 
@@ -219,7 +220,7 @@ def test_disk_that_cannot_read_a_checkpoint_costs_only_that_one(
         return plain(file, *rest)
 
     monkeypatch.setattr(owner, broken, failing)
-    with pytest.raises(TrainingError, match=r"step-00000008.* cannot be read \(Input/output error\)") as error:
+    with pytest.raises(ForeseenError, match=r"step-00000008.* cannot be read \(Input/output error\)") as error:
         verify(run_dir / "checkpoints" / "step-00000008")
     assert error.value.code == ExitCode.CHECKPOINT
     assert latest(run_dir) == run_dir / "checkpoints" / "step-00000004"
@@ -236,8 +237,8 @@ def test_unfinished_checkpoints_are_invisible_and_cleaned(two_checkpoints: Path,
 
 
 def test_what_a_rank_has_found_reaches_the_others_whole():
-    found = pickle.loads(pickle.dumps(TrainingError(ExitCode.CHECKPOINT, "a file is missing")))
-    assert type(found) is TrainingError and found.code == 66 and str(found) == "a file is missing"
+    found = pickle.loads(pickle.dumps(CheckpointError("a file is missing")))
+    assert type(found) is CheckpointError and found.code == 66 and str(found) == "a file is missing"
 
 
 def test_run_without_checkpoints_starts_from_the_beginning(tmp_path: Path):
@@ -251,7 +252,7 @@ def test_index_with_foreign_classes_is_not_unpickled(two_checkpoints: Path, tmp_
     path = tmp_path / "step-00000008"
     shutil.copytree(two_checkpoints / "checkpoints" / "step-00000008", path)
     (path / ".metadata").write_bytes(pickle.dumps(print))
-    with pytest.raises(TrainingError, match=r"builtins\.print.*not loaded"):
+    with pytest.raises(ForeseenError, match=r"builtins\.print.*not loaded"):
         load_model(path, nn.Linear(64, 64))
 
 
@@ -262,7 +263,7 @@ def test_weights_come_back_and_another_shape_is_refused(two_checkpoints: Path):
     found = nn.Linear(64, 64)
     assert checkpoint.load_model_weights(path, found).step == 8
     assert torch.equal(found.weight, expected.weight) and torch.equal(found.bias, expected.bias)
-    with pytest.raises(TrainingError, match=r"model\.weight should have shape \(32, 64\)") as error:
+    with pytest.raises(ForeseenError, match=r"model\.weight should have shape \(32, 64\)") as error:
         checkpoint.load_model_weights(path, nn.Linear(64, 32))
     assert error.value.code == ExitCode.CHECKPOINT
 
@@ -272,7 +273,7 @@ def test_tensors_that_cannot_be_read_are_one_line(two_checkpoints: Path, tmp_pat
     path = tmp_path / "step-00000008"
     shutil.copytree(two_checkpoints / "checkpoints" / "step-00000008", path)
     (path / "__0_0.distcp").unlink()
-    with pytest.raises(TrainingError, match=r"step-00000008 cannot be loaded: .*__0_0\.distcp") as error:
+    with pytest.raises(ForeseenError, match=r"step-00000008 cannot be loaded: .*__0_0\.distcp") as error:
         load_model(path, nn.Linear(64, 64))
     assert error.value.code == ExitCode.CHECKPOINT and "\n" not in str(error.value)
 

@@ -7,7 +7,7 @@ import pytest
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from trainer.checkpointer import _IndexUnpickler
-from trainer.exitcodes import TrainingError
+from trainer.errors import ForeseenError
 
 
 class AsOldPython:
@@ -37,5 +37,5 @@ def test_an_index_of_an_older_python_is_read(member: _MEM_FORMAT_ENCODING, tmp_p
     "evil", [AsOldPython(_MEM_FORMAT_ENCODING, "__init_subclass__"), AsOldPython(str, "upper"), print, eval]
 )
 def test_anything_else_is_refused(evil: Any, tmp_path) -> None:
-    with pytest.raises(TrainingError, match="which no index contains"):
+    with pytest.raises(ForeseenError, match="which no index contains"):
         load(evil, tmp_path)

@@ -15,7 +15,7 @@ from trainer.data import loader as loading
 from trainer.data.loader import IGNORED, MicroBatch, StepBatch, TokenLoader, heldout_documents
 from trainer.data.manifest import Manifest, file_entry, read_manifest, write_manifest
 from trainer.data.plan import Cursor
-from trainer.exitcodes import TrainingError
+from trainer.errors import ForeseenError
 from trainer.spec import BatchSpec, MixSpec, TokensSpec
 
 WEIGHTS = {"ko": 0.4, "en": 0.35, "code": 0.25}
@@ -213,7 +213,7 @@ def own(tmp_path: Path) -> Path:
 
 def refused(directory: Path, **fields: object) -> str:
     """The one line with which a loader on `directory` ends; its code is 65."""
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(ForeseenError) as caught:
         loader = TokenLoader(tokens_spec(directory, {"ko": 1.0}), BATCH, rank=0, world_size=1, **fields)
         try:
             until = time.monotonic() + 60  # what is found beside the steps is found in a fraction of that
@@ -276,10 +276,10 @@ def test_a_damaged_tokenizer_is_refused_and_named(own: Path) -> None:
 
 def test_a_mix_that_the_shards_cannot_serve_is_refused(own: Path) -> None:
     spec = tokens_spec(own, {"ko": 0.5, "jp": 0.5})
-    with pytest.raises(TrainingError, match="has no source 'jp' of the mix; it has ko"):
+    with pytest.raises(ForeseenError, match="has no source 'jp' of the mix; it has ko"):
         TokenLoader(spec, BATCH, rank=0, world_size=1)
     capped = spec.model_copy(update={"mix": {"ko": MixSpec(weight=1, max_epochs=2)}})
-    with pytest.raises(TrainingError, match="'ko' would need"):
+    with pytest.raises(ForeseenError, match="'ko' would need"):
         TokenLoader(capped, BATCH, rank=0, world_size=1, steps=1000)
 
 

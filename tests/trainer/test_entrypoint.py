@@ -20,7 +20,8 @@ import micro
 import pytest
 
 from trainer import distributed, entrypoint, failures, hostmemory, limits, preflight, restarts
-from trainer.exitcodes import MEANING, ExitCode, TrainingError, of_process, retryable
+from trainer.errors import DivergedError, ForeseenError
+from trainer.exitcodes import MEANING, ExitCode, of_process, retryable
 from trainer.failures import Failure, classify, root_cause
 from trainer.restarts import NodeRecord
 from trainer.spec import TrainSpec
@@ -214,7 +215,7 @@ def test_killed_entrypoint_and_stop_signals_in_the_books(tmp_path: Path):
         restarts.end(tmp_path, ExitCode.HANG, node=node)
         restarts.begin(tmp_path, 3, node=node)
     assert restarts.summary(tmp_path) == {"killed": 1, "terminated": 5, "hang": 1}
-    with pytest.raises(TrainingError, match="restarted 1 times at step 0") as error:
+    with pytest.raises(ForeseenError, match="restarted 1 times at step 0") as error:
         restarts.begin(tmp_path, 1, node="a")
     assert error.value.code == ExitCode.BUDGET
 
@@ -281,7 +282,7 @@ def test_directory_that_cannot_be_made_is_one_line(micro_data: Path, tmp_path: P
     file = micro.write_spec(micro.micro_spec(micro_data, tmp_path / "file" / "run"), tmp_path / "spec.yaml")
     command = [sys.executable, "-m", "trainer.entrypoint", "--spec", str(file)]
     done = subprocess.run(command, env=micro.environment(), capture_output=True, text=True)
-    assert done.returncode == 66 and "Traceback" not in done.stderr
+    assert done.returncode == 74 and "Traceback" not in done.stderr
     assert f"{tmp_path / 'file' / 'run'}: Not a directory; mend the volume" in done.stderr
 
 
@@ -348,7 +349,7 @@ def test_rendezvous_host_is_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: 
         "a wait of hours is not told by the second"
     )
     asked.clear()
-    with pytest.raises(TrainingError, match="job-worker-0 has no address") as error:
+    with pytest.raises(ForeseenError, match="job-worker-0 has no address") as error:
         distributed.wait_for_host("job-worker-0", 0.015)
     assert error.value.code == ExitCode.COMMUNICATION
 
@@ -356,13 +357,13 @@ def test_rendezvous_host_is_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (TrainingError(70, "diverged"), 70),
+        (DivergedError("diverged"), 70),
         (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4711"), 160),
         (RuntimeError("Timed out waiting 60000ms for recv operation to complete"), 160),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), 162),
-        (RuntimeError("shape '[2, 3]' is invalid for input of size 7"), 1),
+        (RuntimeError("shape '[2, 3]' is invalid for input of size 7"), 3),
         (MemoryError(), 137),
-        (KeyError("x"), 1),
+        (KeyError("x"), 3),
     ],
 )
 def test_exceptions_have_exit_codes(error: Exception, code: int):

@@ -14,7 +14,7 @@ from made_run import make_model, make_run, save_checkpoint
 from trainer import evaluate
 from trainer.data.loader import IGNORED, heldout_documents
 from trainer.data.tokenizer import Tokenizer
-from trainer.exitcodes import TrainingError
+from trainer.errors import ForeseenError
 from trainer.specbase import SpecError
 
 EVALUATE = {"max_tokens": 100_000, "prompts": ["river", "다리 강물"], "sample_tokens": 6, "temperature": 0.7}
@@ -123,9 +123,9 @@ def test_bytes_of_tokens_are_the_bytes_of_text(run):
 
 def test_no_checkpoint_is_one_clear_line(tmp_path):
     spec, _ = make_run(tmp_path)
-    with pytest.raises(TrainingError, match="no checkpoint yet; train first") as caught:
+    with pytest.raises(ForeseenError, match="no checkpoint yet; train first") as caught:
         evaluate.run(spec.updated({"run_dir": str(tmp_path / "other")}))
-    assert caught.value.code == 66
+    assert caught.value.code == 69
 
 
 def test_shards_that_cannot_be_used_are_bad_data(tmp_path):
@@ -136,11 +136,11 @@ def test_shards_that_cannot_be_used_are_bad_data(tmp_path):
         "manifest.json: not there": spec.updated({"tokens": {"shards": str(tmp_path / "nowhere")}}),
     }
     for message, changed in cases.items():
-        with pytest.raises(TrainingError, match=message) as caught:
+        with pytest.raises(ForeseenError, match=message) as caught:
             evaluate.run(changed)
         assert caught.value.code == 65
     (Path(spec.tokens.shards) / "manifest.json").write_text("{}")
-    with pytest.raises(TrainingError, match="not a manifest") as caught:
+    with pytest.raises(ForeseenError, match="not a manifest") as caught:
         evaluate.run(spec)
     assert caught.value.code == 65
 
@@ -152,7 +152,7 @@ def test_an_empty_prompt_is_refused(run):
 
 def test_precision_that_cannot_run_is_a_spec_error(run, monkeypatch):
     monkeypatch.setattr(evaluate, "device_capability", lambda device: (7, 5))
-    with pytest.raises(TrainingError, match=r"bf16 needs 8\.0") as caught:
+    with pytest.raises(ForeseenError, match=r"bf16 needs 8\.0") as caught:
         evaluate.run(run[0].updated({"precision": {"dtype": "bf16"}}))
     assert caught.value.code == 2
 

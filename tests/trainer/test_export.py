@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from trainer import evaluate, export
 from trainer.checkpoint import describe_files
-from trainer.exitcodes import TrainingError
+from trainer.errors import ForeseenError
 from trainer.model.hybrid import HybridModel
 from trainer.specbase import parse
 from trainer.trained import load_trained
@@ -81,12 +81,12 @@ def test_a_tensor_that_the_file_lacks_is_named(tmp_path, name):
         file: entry.model_dump() for file, entry in describe_files(directory, manifest["files"]).items()
     }
     (directory / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(TrainingError, match=rf"disagree about {re.escape(name)};") as of_export:
+    with pytest.raises(ForeseenError, match=rf"disagree about {re.escape(name)};") as of_export:
         export.load(directory)
 
     model.state_dict = lambda: left
     save_checkpoint(spec, model, 16)
-    with pytest.raises(TrainingError, match=rf"model\.{re.escape(name)} should have .* no such tensor") as of_run:
+    with pytest.raises(ForeseenError, match=rf"model\.{re.escape(name)} should have .* no such tensor") as of_run:
         load_trained(spec, torch.device("cpu"))
     assert of_export.value.code == of_run.value.code == 66
 
@@ -126,7 +126,7 @@ def test_damage_is_named(exported, name, damage):
         path.unlink()
     else:
         path.write_bytes(data if damage == "flip" else data[:-1])
-    with pytest.raises(TrainingError, match=name) as caught:
+    with pytest.raises(ForeseenError, match=name) as caught:
         export.load(exported[3])
     assert caught.value.code == 66 and "\n" not in str(caught.value)
 
@@ -172,7 +172,7 @@ def test_a_tokenizer_other_than_the_checkpoints_is_refused(tmp_path, task):
     spec, _ = make_run(tmp_path)
     make_data(tmp_path / "other", seed=8)
     other = spec.updated({"tokens": {"tokenizer": str(tmp_path / "other" / "tokenizer")}})
-    with pytest.raises(TrainingError, match=r"is tokenizer \w{12}, .*step-00000012 was trained with") as caught:
+    with pytest.raises(ForeseenError, match=r"is tokenizer \w{12}, .*step-00000012 was trained with") as caught:
         task.run(other)
     assert caught.value.code == 65
 
@@ -187,6 +187,6 @@ def test_a_tokenizer_changed_since_it_was_made_is_refused(tmp_path, task):
     swapped["model"]["vocab"] |= {first[0]: second[1], second[0]: first[1]}  # still a tokenizer, of the same size
     path.write_text(json.dumps(swapped, indent=2, ensure_ascii=False), encoding="utf-8")
     assert path.stat().st_size == len(text.encode())
-    with pytest.raises(TrainingError, match=r"tokenizer\.json: its content differs from the manifest") as caught:
+    with pytest.raises(ForeseenError, match=r"tokenizer\.json: its content differs from the manifest") as caught:
         task.run(spec)
     assert caught.value.code == 65

@@ -22,7 +22,8 @@ from trainer import checkpoint, distributed, evaluate, export, failures, limits,
 from trainer.checkpoint import CheckpointManifest
 from trainer.checkpointer import Checkpointer
 from trainer.data.loader import TokenLoader
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import ForeseenError
+from trainer.exitcodes import ExitCode
 from trainer.exporter import Metrics
 from trainer.loop import Totals, Update, step_record, train
 from trainer.metrics import METRICS
@@ -111,7 +112,7 @@ def test_gradients_that_stay_infinite_end_the_run_with_70(
     plain = hybrid.cross_entropy_sum
     monkeypatch.setattr(hybrid, "cross_entropy_sum", lambda *tensors: plain(*tensors) * float("inf"))
     spec = micro.micro_spec(micro_data, tmp_path / "run", steps=30, checkpoint={"every_steps": 30})
-    with pytest.raises(TrainingError) as error:
+    with pytest.raises(ForeseenError) as error:
         train(spec)
     assert error.value.code == ExitCode.DIVERGED
     assert "10 steps in a row" in str(error.value) and "\n" not in str(error.value)
@@ -138,7 +139,7 @@ def test_weights_that_are_not_finite_are_never_published(
     monkeypatch.setattr(Optimizers, "zero_grad", lambda optimizers: None)
     monkeypatch.setattr("trainer.loop.clip_gradients", lambda *_: (1.0, False))
     spec = micro.micro_spec(micro_data, tmp_path / "run", steps=9, checkpoint={"every_steps": 2, "keep_last": 1})
-    with pytest.raises(TrainingError, match="is not finite after step 6") as error:
+    with pytest.raises(ForeseenError, match="is not finite after step 6") as error:
         train(spec)
     assert error.value.code == ExitCode.DIVERGED and "\n" not in str(error.value)
     assert "step-00000004" in str(error.value) and str(Path(spec.run_dir) / "checkpoints" / "LATEST") in str(
@@ -161,7 +162,7 @@ def test_row_of_skipped_steps_leaves_the_way_back_and_names_it(
 
     monkeypatch.setattr(hybrid, "cross_entropy_sum", overflowing)
     spec = micro.micro_spec(micro_data, tmp_path / "run", steps=30, checkpoint={"every_steps": 3, "keep_last": 2})
-    with pytest.raises(TrainingError, match="10 steps in a row") as error:
+    with pytest.raises(ForeseenError, match="10 steps in a row") as error:
         train(spec)
     assert error.value.code == ExitCode.DIVERGED and "step-00000006" in str(error.value)
     kept = [int(path.name[-8:]) for path in checkpoint.published(spec.run_dir)]
@@ -184,7 +185,7 @@ def test_run_does_not_go_on_from_broken_weights(micro_data: Path, tmp_path: Path
         earlier.setattr(Checkpointer, "_not_finite", lambda *_: None)
         assert train(spec) == 0
     for command in (lambda: train(spec.updated({"steps": 6})), lambda: evaluate.run(spec), lambda: export.run(spec)):
-        with pytest.raises(TrainingError, match=r"step-00000004: model.* is not finite; .*step-00000002") as error:
+        with pytest.raises(ForeseenError, match=r"step-00000004: model.* is not finite; .*step-00000002") as error:
             command()
         assert error.value.code == ExitCode.DIVERGED and "\n" not in str(error.value)
         if dist.is_initialized():
@@ -219,19 +220,19 @@ def test_other_data_or_another_model_is_refused(micro_data: Path, tmp_path: Path
     assert train(spec) == 0
     wider: TrainSpec = spec.updated({"model": {"mlp": {"width": 64}}, "steps": 2})
     with pytest.raises(
-        TrainingError, match=r"train\.model\.mlp\.width is 32 there and 64 .*use the same model"
+        ForeseenError, match=r"train\.model\.mlp\.width is 32 there and 64 .*use the same model"
     ) as error:
         train(wider)
     assert error.value.code == ExitCode.SPEC
     dist.destroy_process_group()
     plain: TrainSpec = spec.updated({"optimizer": {"name": "adamw"}, "steps": 2})
-    with pytest.raises(TrainingError, match=r"state of optimizer muon, train\.optimizer\.name is adamw") as error:
+    with pytest.raises(ForeseenError, match=r"state of optimizer muon, train\.optimizer\.name is adamw") as error:
         train(plain)
     assert error.value.code == ExitCode.SPEC and "\n" not in str(error.value)
     dist.destroy_process_group()
     micro.make_data(tmp_path / "other", seed=8)
     other = micro.micro_spec(tmp_path / "other", tmp_path / "run", steps=2)
-    with pytest.raises(TrainingError, match="use the same data") as error:
+    with pytest.raises(ForeseenError, match="use the same data") as error:
         train(other)
     assert error.value.code == ExitCode.DATA
 
@@ -273,9 +274,9 @@ def test_save_on_a_full_disk_leaves_the_older_checkpoint_and_training_goes_on(
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["LATEST", "step-00000004", "step-00000012"]
     last = micro.micro_spec(micro_data, tmp_path / "run8", steps=8, checkpoint=options)
-    with pytest.raises(TrainingError, match=r"step 8 was not saved: .*; free space") as error:
+    with pytest.raises(ForeseenError, match=r"step 8 was not saved: .*; free space") as error:
         train(last)
-    assert error.value.code == ExitCode.UNEXPECTED
+    assert error.value.code == ExitCode.VOLUME
 
 
 def test_every_metric_of_the_table_is_exported(micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from trainer.errors import DataError
 from trainer.model.engram import Engram, NgramHash, table_primes, token_classes
 from trainer.model.hybrid import build_model
 from trainer.model.ngrams import multipliers
@@ -106,7 +107,7 @@ def test_token_classes_join_case_accents_and_spaces(tokenizer_json):
 def test_token_classes_of_a_file_that_is_none(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: not a readable tokenizer\.json"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: not a readable tokenizer\.json"):
         token_classes(path)
 
 

@@ -20,7 +20,8 @@ from trainer import preflight
 from trainer.data.format import ShardWriter
 from trainer.data.manifest import Manifest, file_entry, write_manifest
 from trainer.distributed import World
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import ForeseenError, GpuError, VolumeError
+from trainer.exitcodes import ExitCode
 from trainer.preflight import gpus, storage
 from trainer.recorder import Recorder
 from trainer.spec import TokensSpec
@@ -62,7 +63,7 @@ def test_a_small_dev_shm_ends_with_2(micro_data: Path, tmp_path: Path):
     ],
     ids=["read-only", "full", "too small for its checkpoints"],
 )
-def test_a_volume_that_cannot_take_checkpoints_ends_with_66(
+def test_a_volume_that_cannot_take_checkpoints_ends_with_74(
     micro_data: Path, tmp_path: Path, mount: str, keep_last: int, reason: str
 ):
     run_dir = tmp_path / "run"
@@ -70,7 +71,7 @@ def test_a_volume_that_cannot_take_checkpoints_ends_with_66(
     checkpoint = {"keep_last": keep_last, "every_steps": 1}
     spec = micro.micro_spec(micro_data, run_dir, steps=900, checkpoint=checkpoint)
     code, message, output = start(spec, tmp_path, mount.format(run_dir))
-    assert code == message["code"] == ExitCode.CHECKPOINT
+    assert code == message["code"] == ExitCode.VOLUME
     assert reason.format(run_dir) in message["reason"]
     assert "Traceback" not in output and not list(run_dir.iterdir())
 
@@ -82,7 +83,7 @@ def test_space_is_asked_for_what_the_run_will_write_and_found_in_what_it_left_be
     one = micro.micro_spec(micro_data, tmp_path, steps=4, checkpoint={"keep_last": 900, "every_steps": 4})
     assert storage.writable(one, None).bytes_per_second
     many = one.updated({"steps": 900})
-    with pytest.raises(TrainingError, match=r"the run needs .* \(225 checkpoints"):
+    with pytest.raises(ForeseenError, match=r"the run needs .* \(225 checkpoints"):
         storage.writable(many, None)
     torn = tmp_path / "checkpoints" / ".unfinished-step-00000004"
     torn.mkdir(parents=True)
@@ -98,10 +99,10 @@ def test_a_writable_volume_is_measured_and_left_clean(micro_data: Path, tmp_path
     assert measured.bytes_per_second > 0 and "free" in measured.text
     assert [path.name for path in tmp_path.iterdir()] == ["train.yaml"]
     with pytest.raises(
-        TrainingError, match=r"the floor is 1e\+09; .* lower train.runtime.preflight.min_write_mb"
+        ForeseenError, match=r"the floor is 1e\+09; .* lower train.runtime.preflight.min_write_mb"
     ) as error:
         storage.writable(spec, 1e9)
-    assert error.value.code == ExitCode.CHECKPOINT
+    assert error.value.code == ExitCode.VOLUME
 
 
 @pytest.fixture
@@ -117,9 +118,9 @@ def six_megabytes(micro_data: Path, tmp_path: Path) -> TokensSpec:
 def test_datasets_are_read_and_measured(six_megabytes: TokensSpec, micro_data: Path):
     measured = storage.readable(six_megabytes, None)
     assert measured.text == f"datasets {measured.bytes_per_second / 1e6:,.0f} MB/s"
-    with pytest.raises(TrainingError, match=r"is read at .* MB/s, the floor is 1e\+09") as error:
+    with pytest.raises(ForeseenError, match=r"is read at .* MB/s, the floor is 1e\+09") as error:
         storage.readable(six_megabytes, 1e9)
-    assert error.value.code == ExitCode.DATA
+    assert error.value.code == ExitCode.VOLUME
     few = micro.micro_spec(micro_data, micro_data / "run").tokens
     assert storage.readable(few, 1e9).warning is None, "a few kilobytes tell nothing about a volume"
 
@@ -127,9 +128,9 @@ def test_datasets_are_read_and_measured(six_megabytes: TokensSpec, micro_data: P
 def test_datasets_that_cannot_be_read_end_with_65(six_megabytes: TokensSpec, tmp_path: Path):
     (tmp_path / "x-train.bin").unlink()
     (tmp_path / "x-train.bin").mkdir()
-    with pytest.raises(TrainingError, match=r"x-train\.bin: Is a directory; mend the volume") as error:
+    with pytest.raises(ForeseenError, match=r"x-train\.bin: Is a directory; mend the volume") as error:
         storage.readable(six_megabytes, None)
-    assert error.value.code == ExitCode.DATA
+    assert error.value.code == ExitCode.VOLUME
 
 
 def test_slow_volumes_without_a_floor_only_warn(monkeypatch: pytest.MonkeyPatch, six_megabytes: TokensSpec):
@@ -137,18 +138,18 @@ def test_slow_volumes_without_a_floor_only_warn(monkeypatch: pytest.MonkeyPatch,
     assert "training may wait for it" in storage.readable(six_megabytes, None).warning
 
 
-def failing(code: ExitCode, reason: str):
-    raise TrainingError(code, reason)
+def failing(error: ForeseenError):
+    raise error
 
 
 def test_all_checks_are_made_and_a_permanent_failure_wins(caplog: pytest.LogCaptureFixture):
     checks = {
-        "gpus": lambda: failing(ExitCode.GPU, "3 of 8 GPUs"),
-        "datasets": lambda: failing(ExitCode.DATA, "unreadable"),
+        "gpus": lambda: failing(GpuError("3 of 8 GPUs")),
+        "datasets": lambda: failing(VolumeError("unreadable")),
     }
-    with pytest.raises(TrainingError, match=r"preflight on node .*: unreadable") as error:
+    with pytest.raises(ForeseenError, match=r"preflight on node .*: unreadable") as error:
         preflight.run(checks)
-    assert error.value.code == ExitCode.DATA
+    assert error.value.code == ExitCode.VOLUME
     assert "3 of 8 GPUs" in caplog.text, "the other is told too"
 
 
@@ -173,7 +174,7 @@ def test_missing_gpus_are_counted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("PET_NPROC_PER_NODE", "8")
-    with pytest.raises(TrainingError, match="3 of 8 GPUs are visible") as error:
+    with pytest.raises(ForeseenError, match="3 of 8 GPUs are visible") as error:
         gpus.visible("cuda")
     assert error.value.code == ExitCode.GPU
     monkeypatch.setenv("PET_NPROC_PER_NODE", "3")
@@ -204,7 +205,7 @@ def test_products_of_whole_numbers_are_exact_and_a_wrong_one_is_seen(monkeypatch
         return product
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", one_bit_off)
-    with pytest.raises(TrainingError, match="computes wrong numbers: 1 of 1048576 elements") as error:
+    with pytest.raises(ForeseenError, match="computes wrong numbers: 1 of 1048576 elements") as error:
         gpus.computes(torch.device("cpu"))
     assert error.value.code == ExitCode.GPU
 

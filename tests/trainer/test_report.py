@@ -11,7 +11,7 @@ import pytest
 from made_run import make_run, write_metrics
 
 from trainer import evaluate, export
-from trainer.exitcodes import TrainingError
+from trainer.errors import ForeseenError
 from trainer.report import compact, duration, write_report
 from trainer.report.charts import LINE, MAX_POINTS, _averaged, line_chart
 from trainer.report.settings import dates
@@ -127,7 +127,7 @@ def test_damaged_file_is_an_error(tmp_path, name, content):
     spec, _ = make_run(tmp_path)
     write_metrics(spec, 3)
     (Path(spec.run_dir) / name).write_text(content)
-    with pytest.raises(TrainingError, match=name.split("/")[-1]) as caught:
+    with pytest.raises(ForeseenError, match=name.split("/")[-1]) as caught:
         write_report(spec.run_dir)
     assert caught.value.code == 66
 

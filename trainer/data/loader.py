@@ -26,7 +26,6 @@ from trainer.data.documents import SourceDocuments, open_shards, open_stream
 from trainer.data.manifest import DataError, Manifest, verify
 from trainer.data.packing import lay_out
 from trainer.data.plan import Cursor, Segment
-from trainer.exitcodes import ExitCode, TrainingError
 from trainer.spec import BatchSpec, TokensSpec
 
 IGNORED = -100  # label of positions without a next token; cross_entropy's default ignore_index
@@ -62,7 +61,7 @@ class TokenLoader:
         cursor: where to go on; None for the start.
 
     Raises:
-        TrainingError: code 65; data missing, changed, of another tokenizer, not what the cursor was taken on, or too
+        DataError: data missing, changed, of another tokenizer, not what the cursor was taken on, or too
             little for the caps. Also from iteration, when the check beside the training finds a damaged shard.
     """
 
@@ -82,15 +81,12 @@ class TokenLoader:
         assert self._step_tokens % (world_size * self._micro_tokens) == 0, "TrainSpec.micro_batches checks this"
         self._errors: list[DataError] = []
         self._closed = threading.Event()
-        try:
-            directory, manifest = open_shards(tokens)
-            self.digests = {"shards": manifest.digest, "tokenizer": manifest.inputs["tokenizer"]}
-            self._sources, self._stream = open_stream(tokens, directory, manifest, cursor)
-            if steps is not None:
-                self._stream.check_caps(steps * batch.tokens_per_step)
-            self._verify(directory, manifest)
-        except DataError as error:
-            raise TrainingError(ExitCode.DATA, str(error)) from None
+        directory, manifest = open_shards(tokens)
+        self.digests = {"shards": manifest.digest, "tokenizer": manifest.inputs["tokenizer"]}
+        self._sources, self._stream = open_stream(tokens, directory, manifest, cursor)
+        if steps is not None:
+            self._stream.check_caps(steps * batch.tokens_per_step)
+        self._verify(directory, manifest)
         self._cursor = self._stream.cursor()
         self._failure: Exception | None = None
         # Of this rank, which has built its model by now; None when it trains without one.
@@ -106,7 +102,7 @@ class TokenLoader:
         assert not self._closed.is_set(), "the loader is closed"
         while True:
             if self._errors:
-                raise TrainingError(ExitCode.DATA, str(self._errors[0]))
+                raise self._errors[0]
             try:
                 step = self._ready.get(timeout=0.5)
             except queue.Empty:
@@ -214,14 +210,11 @@ def heldout_documents(tokens: TokensSpec) -> Iterator[tuple[str, str, NDArray[np
     """(source, domain, tokens with EOD) of every held-out document of the mix's sources, in a fixed order.
 
     Raises:
-        TrainingError: code 65; data missing, changed or of another tokenizer.
+        DataError: data missing, changed or of another tokenizer.
     """
-    try:
-        directory, manifest = open_shards(tokens)
-        verify(directory, manifest, files=[entry for entry in manifest.files if entry.split == "heldout"])
-        for name in tokens.mix:
-            documents = SourceDocuments(directory, manifest, name, "heldout")
-            for document in range(len(documents.lengths)):
-                yield name, manifest.sources[name].domain, documents.tokens(document)
-    except DataError as error:
-        raise TrainingError(ExitCode.DATA, str(error)) from None
+    directory, manifest = open_shards(tokens)
+    verify(directory, manifest, files=[entry for entry in manifest.files if entry.split == "heldout"])
+    for name in tokens.mix:
+        documents = SourceDocuments(directory, manifest, name, "heldout")
+        for document in range(len(documents.lengths)):
+            yield name, manifest.sources[name].domain, documents.tokens(document)

@@ -29,15 +29,13 @@ from typing import Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from trainer.errors import DataError
+
 MANIFEST_NAME = "manifest.json"
 Kind = Literal["raw", "hygiene", "tokenizer", "shards"]
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
 Algorithm = Literal["sha256", "xxh3_128"]
-
-
-class DataError(ValueError):
-    """Data that cannot be used: missing, unfinished, changed or malformed. Names the file and the remedy."""
 
 
 class Record(BaseModel):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trainer import parity
+from trainer.errors import SpecError
 from trainer.fp8 import te
 from trainer.fp8.experts import Fp8Grouped, experts_fp8, experts_problem
 from trainer.fp8.linear import Fp8Linear, Recipe
@@ -42,7 +43,7 @@ def convert(
         only_proven: the implementation was chosen by its parity record, so the experts' products need theirs too.
 
     Raises:
-        ValueError: nothing in this model can be converted.
+        SpecError: nothing in this model can be converted.
     """
     recipe = recipe_of(fp8)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -55,7 +56,7 @@ def convert(
     chosen = [row for row in table if row.converted]
     if not chosen:
         reasons = "; ".join(sorted({row.reason for row in table if row.active}))
-        raise ValueError(f"train.precision.dtype fp8: no product of this model can be FP8 ({reasons}); write bf16")
+        raise SpecError(f"train.precision.dtype fp8: no product of this model can be FP8 ({reasons}); write bf16")
     done = f"{share(table):.0%} of the products' operations"
     log.info("fp8: %s scaling, %s: %s", fp8.recipe, recipe.implementation, done)
     for line in summary(table):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.errors import SpecError
 from trainer.ops import packages
 from trainer.spec import Fp8Spec, RuntimeSpec
 
@@ -27,11 +28,11 @@ def package() -> ModuleType:
     """The imported package.
 
     Raises:
-        ValueError: it is missing or broken, in one line.
+        SpecError: it is missing or broken, in one line.
     """
     found = packages.load(PACKAGE)
     if isinstance(found, str):
-        raise ValueError(f"train.precision.fp8.implementation te: {found}; write torch, or use an image with it")
+        raise SpecError(f"train.precision.fp8.implementation te: {found}; write torch, or use an image with it")
     return found
 
 
@@ -52,7 +53,7 @@ def check_runtime(fp8: Fp8Spec, runtime: RuntimeSpec) -> None:
     """Refuse what its delayed recipe cannot do.
 
     Raises:
-        ValueError: the delayed recipe together with torch.compile or with recomputed activations.
+        SpecError: the delayed recipe together with torch.compile or with recomputed activations.
     """
     if fp8.implementation != "te" or fp8.recipe != "delayed":
         return
@@ -61,7 +62,7 @@ def check_runtime(fp8: Fp8Spec, runtime: RuntimeSpec) -> None:
         ("activation_checkpointing", runtime.activation_checkpointing != "none"),
     ):
         if on:
-            raise ValueError(
+            raise SpecError(
                 f"train.runtime.{name} does not go with delayed FP8 scaling by Transformer Engine; write "
                 "train.precision.fp8.recipe current, or train.precision.fp8.implementation torch"
             )

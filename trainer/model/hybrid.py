@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import mup, ops
+from trainer.errors import SpecError
 from trainer.model.attention import Attention
 from trainer.model.engram import Engram, table_primes
 from trainer.model.linear import Linear
@@ -274,7 +275,7 @@ def build_model(
         share: cuts the parameters between ranks while they have shapes only; no rank ever holds the whole model.
 
     Raises:
-        ValueError: a named backend cannot run on this device, or the token classes are missing or do not fit.
+        SpecError: a named backend cannot run on this device, or the token classes do not fit.
     """
     device = torch.device(device)
     backends = backends or BackendsSpec()
@@ -307,7 +308,7 @@ def _check_classes(spec: ModelSpec, token_classes: list[int] | None) -> None:
             "pass trainer.model.engram.token_classes(tokenizer.json) or set compress_tokens: false"
         )
     if len(token_classes) > spec.vocab_size:
-        raise ValueError(
+        raise SpecError(
             f"train.model.vocab_size {spec.vocab_size} is smaller than the tokenizer's {len(token_classes)} "
             "entries; raise it"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers
 
+from trainer.errors import DataError
 from trainer.modelspec import EngramSpec
 
 HASH_SEED = 0
@@ -26,12 +27,12 @@ def token_classes(tokenizer_json: str | Path) -> list[int]:
     UTF-8 sequence) is classed by its raw string.
 
     Raises:
-        ValueError: the file cannot be read as a tokenizer.
+        DataError: the file cannot be read as a tokenizer.
     """
     try:
         tokenizer = Tokenizer.from_str(Path(tokenizer_json).read_text(encoding="utf-8"))
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
-        raise ValueError(f"{tokenizer_json}: not a readable tokenizer.json ({error})") from None
+        raise DataError(f"{tokenizer_json}: not a readable tokenizer.json ({error})") from None
     blank = "\ue000"
     normalise = normalizers.Sequence(
         [

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer import parity
+from trainer.errors import SpecError
 from trainer.modelspec import ModelSpec
 from trainer.ops import attention_varlen, conv_causal_conv1d, experts_te, ssd_mamba_ssm
 from trainer.ops.attention import attention_reference, attention_sdpa
@@ -157,7 +158,7 @@ def resolve(
         model: its widths rule out some kernels; None asks about none.
 
     Raises:
-        ValueError: a backend named explicitly cannot run in this setting.
+        SpecError: a backend named explicitly cannot run in this setting.
     """
     setting = Setting(torch.device(device), dtype, model)
     choices = {}
@@ -168,7 +169,7 @@ def resolve(
             continue
         problem = op.backends[wanted].unsupported(setting)
         if problem is not None:
-            raise ValueError(
+            raise SpecError(
                 f"train.backends.{op.name}: '{wanted}' cannot run on {setting.device.type}: {problem}; use 'auto'"
             )
         proven = _proven(op.name, wanted, setting)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.errors import SpecError
 from trainer.modelspec import ModelSpec
 from trainer.spec import ParallelSpec
 
@@ -76,20 +77,20 @@ def resolve(
     """The mesh for `world` ranks. `auto` is ddp, or where its state does not fit, fsdp on each node, or over all ranks.
 
     Raises:
-        ValueError: no such mesh exists, in one line.
+        SpecError: no such mesh exists, in one line.
     """
     _check_experts(parallel, model, world)
     if parallel.data == "ddp" and parallel.shard is not None:
-        raise ValueError(
+        raise SpecError(
             "train.parallel.shard is for fsdp, train.parallel.data is ddp; remove shard or write data: fsdp"
         )
     if parallel.shard_optimizer and (parallel.data == "fsdp" or parallel.shard is not None):
-        raise ValueError(
+        raise SpecError(
             "train.parallel.shard_optimizer is for ddp: fsdp shards the optimizer already; remove one of them"
         )
     if parallel.shard is not None and world % parallel.shard:
         possible = ", ".join(map(str, _divisors(world)[1:]))  # a share of 1 is what ddp is
-        raise ValueError(
+        raise SpecError(
             f"train.parallel.shard {parallel.shard} does not divide the {world} ranks (nodes × GPUs of a node); "
             + (f"write one of {possible}" if possible else "remove it")
         )
@@ -107,12 +108,12 @@ def _check_experts(parallel: ParallelSpec, model: ModelSpec, world: int) -> None
     if parallel.expert == 1:
         return
     if not any("E" in layer for layer in model.layers):
-        raise ValueError(f"train.parallel.expert {parallel.expert}: train.model.layers has no experts (E); write 1")
+        raise SpecError(f"train.parallel.expert {parallel.expert}: train.model.layers has no experts (E); write 1")
     assert model.moe is not None
     number = model.moe.num_experts
     possible = [n for n in _divisors(world) if number % n == 0]
     if world % parallel.expert or number % parallel.expert:
-        raise ValueError(
+        raise SpecError(
             f"train.parallel.expert {parallel.expert} must divide the {world} ranks (nodes × GPUs of a node) and the "
             f"{number} experts; write one of {', '.join(map(str, possible))}"
         )

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
-from trainer.exitcodes import TrainingError, retryable
+from trainer.errors import ForeseenError
+from trainer.exitcodes import retryable
 from trainer.failures import node_name
 from trainer.preflight import gpus, storage
 from trainer.preflight.measured import Measured
@@ -40,7 +41,7 @@ def of_node(spec: TrainSpec) -> list[Finding]:
     """Check this node; the findings are also left in the environment, for `of_entrypoint`.
 
     Raises:
-        TrainingError: 2 shared memory or driver, 65 datasets, 66 checkpoint volume, 162 GPUs.
+        SpecError, DataError, VolumeError, GpuError: shared memory or driver, shards, a volume, GPUs.
     """
     limits = spec.runtime.preflight
     if not limits.enabled:
@@ -66,16 +67,16 @@ def run(checks: Mapping[str, Callable[[], Measured]]) -> list[Finding]:
     """Make every check, say what it found in one line each, and a summary.
 
     Raises:
-        TrainingError: of the failed check that explains most, a permanent one if there is any.
+        ForeseenError: of the failed check that explains most, a permanent one if there is any.
     """
     findings: list[Finding] = []
-    failures: list[TrainingError] = []
+    failures: list[ForeseenError] = []
     for name, check in checks.items():
         began = time.monotonic()
         try:
             measured = check()
-        except TrainingError as error:
-            failures.append(TrainingError(error.code, f"preflight on node {node_name()}: {error}"))
+        except ForeseenError as error:
+            failures.append(type(error)(f"preflight on node {node_name()}: {error}"))
             continue
         seconds = time.monotonic() - began
         findings.append(Finding(name, seconds, measured.text, measured.bytes_per_second, measured.warning))

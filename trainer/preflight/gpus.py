@@ -11,7 +11,7 @@ import os
 import subprocess
 from typing import TYPE_CHECKING
 
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import GpuError, SpecError
 from trainer.preflight.measured import Measured, gibibytes
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def visible(device: str) -> Measured:
         device: RuntimeSpec.device.
 
     Raises:
-        TrainingError: 2, no driver or one too old; 162, fewer GPUs than processes.
+        SpecError: no driver, or one too old.
+        GpuError: fewer GPUs than processes.
     """
     if device == "cpu":
         return Measured()
@@ -44,13 +45,12 @@ def visible(device: str) -> Measured:
     if not found and device == "auto":
         return Measured("no GPU")
     if reason := driver_mismatch(torch.version.cuda, driver_cuda_version()):
-        raise TrainingError(ExitCode.SPEC, reason)
+        raise SpecError(reason)
     asked = os.environ.get("PET_NPROC_PER_NODE", "")
     expected = int(asked) if asked.isdecimal() else max(1, found)
     if found < expected:
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-        raise TrainingError(
-            ExitCode.GPU,
+        raise GpuError(
             f"{found} of {expected} GPUs are visible{f' (CUDA_VISIBLE_DEVICES={shown})' if shown else ''}; one has "
             "fallen off the bus or the container was given fewer: see nvidia-smi on the node, then drain or reset it",
         )
@@ -108,7 +108,7 @@ def computes(device: torch.device) -> Measured:
     """Look at the free memory of a rank's GPU and multiply matrices of whole numbers, whose products are exact.
 
     Raises:
-        TrainingError: 162, a product is wrong.
+        GpuError: a product is wrong.
     """
     import torch
 
@@ -128,8 +128,7 @@ def computes(device: torch.device) -> Measured:
     for _ in range(_ROUNDS):
         wrong = int((a @ b != expected).sum())
         if wrong:
-            raise TrainingError(
-                ExitCode.GPU,
+            raise GpuError(
                 f"{device} computes wrong numbers: {wrong} of {_SIDE**2} elements of a matrix product differ from the "
                 "CPU's; drain the node and have the GPU tested",
             )

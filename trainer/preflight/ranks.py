@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed import World
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import CommunicationError
 from trainer.failures import node_name
 from trainer.preflight import Finding, gpus, run
 from trainer.preflight.measured import GB, Measured
@@ -39,7 +39,8 @@ def of_ranks(limits: PreflightSpec, world: World) -> list[Finding]:
     """Every rank calls this.
 
     Raises:
-        TrainingError: 160 a link or a clock, on all ranks; 162 a GPU, on its own rank.
+        CommunicationError: a link or a clock, on all ranks.
+        GpuError: a GPU, on its own rank.
     """
     if not limits.enabled:
         return []
@@ -56,7 +57,7 @@ def clocks(world: World, most_seconds: float) -> Measured:
     """Compare the ranks' clocks: deadline, lease and checkpoint ages are wall times.
 
     Raises:
-        TrainingError: 160, one is further than `most_seconds` from another.
+        CommunicationError: one is further than `most_seconds` from another.
     """
     for _ in range(_ROUNDS):  # a process that was not scheduled for a while looks like a clock that is ahead
         world.barrier()
@@ -69,8 +70,7 @@ def clocks(world: World, most_seconds: float) -> Measured:
         middle = statistics.median(moment for _, moment in times)
         early, late = times[0], times[-1]
         (wrong, moment), (other, reference) = (early, late) if middle - early[1] > late[1] - middle else (late, early)
-        raise TrainingError(
-            ExitCode.COMMUNICATION,
+        raise CommunicationError(
             f"the clock of {wrong} is {abs(moment - reference):.1f} s {'ahead of' if moment > reference else 'behind'} "
             f"that of {other}, {most_seconds:g} s are allowed (train.runtime.preflight.max_clock_skew_seconds); "
             "mend time synchronisation (NTP, chrony) on that node",
@@ -84,7 +84,7 @@ def links(world: World, floor_gb_per_second: float | None) -> Measured:
     All links of a ring carry data at once, as in a ring all-reduce; a slow one slows only the two ranks at its ends.
 
     Raises:
-        TrainingError: 160, a link is slower than the floor (on a CPU only if the spec names one), or loses data.
+        CommunicationError: a link is slower than the floor (on a CPU only if the spec names one), or loses data.
     """
     on_gpu = world.device.type == "cuda"
     count = _GPU_BYTES if on_gpu else _CPU_BYTES
@@ -101,8 +101,7 @@ def links(world: World, floor_gb_per_second: float | None) -> Measured:
     results = _gathered(world, (Place(world.rank, node_name()), min(seconds[1:]), intact))
     places = [place for place, _, _ in results]
     if broken := next((place for place, _, whole in results if not whole), None):
-        raise TrainingError(
-            ExitCode.COMMUNICATION,
+        raise CommunicationError(
             f"{broken} received other data than {places[broken.rank - 1]} has sent; drain the node of one of them",
         )
     # A rank is done when both its links are, so a link is at least as fast as the faster of its two ends says.
@@ -111,8 +110,7 @@ def links(world: World, floor_gb_per_second: float | None) -> Measured:
     floor = floor_gb_per_second or (GPU_FLOOR_GB_PER_SECOND if on_gpu else None)
     if floor and slowest < floor * GB:
         remedy = "NCCL_DEBUG=INFO shows its way" if on_gpu else "look at the network between them"
-        raise TrainingError(
-            ExitCode.COMMUNICATION,
+        raise CommunicationError(
             f"{_named(rates, floor)}, the floor is {floor:g}: {remedy}; drain a bad node, or lower "
             "train.runtime.preflight.min_link_gb_per_second",
         )

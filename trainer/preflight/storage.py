@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from trainer.checkpoint import published, unfinished
-from trainer.data.manifest import DataError, read_manifest, sync_directory
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.data.manifest import read_manifest, sync_directory
+from trainer.errors import SpecError, VolumeError
 from trainer.memory import training_memory
 from trainer.preflight.measured import GIB, MB, Measured, gibibytes, megabytes
 from trainer.spec import TokensSpec, TrainSpec
@@ -26,13 +26,11 @@ def readable(tokens: TokensSpec, floor_mb_per_second: float | None) -> Measured:
     """Read some of the shards, from the volume rather than from the page cache.
 
     Raises:
-        TrainingError: 65, they cannot be read, or more slowly than the spec demands.
+        DataError: there are none.
+        VolumeError: they cannot be read, or more slowly than the spec demands.
     """
     directory = Path(tokens.shards)
-    try:
-        files = read_manifest(directory, "shards").files
-    except DataError as error:
-        raise TrainingError(ExitCode.DATA, str(error)) from None
+    files = read_manifest(directory, "shards").files
     tokens_files = [entry for entry in files if entry.path.endswith(".bin") and entry.split == "train"]
     count, began = 0, time.monotonic()
     for entry in sorted(tokens_files, key=lambda entry: -entry.bytes):
@@ -40,14 +38,14 @@ def readable(tokens: TokensSpec, floor_mb_per_second: float | None) -> Measured:
         try:
             count += _read(file, READ_BYTES - count, began + PATIENCE_SECONDS)
         except OSError as error:
-            raise TrainingError(
-                ExitCode.DATA, f"{file}: {error.strerror}; mend the volume of the datasets or the rights on it"
+            raise VolumeError(
+                f"{file}: {error.strerror}; mend the volume of the datasets or the rights on it"
             ) from None
         if count >= READ_BYTES or time.monotonic() > began + PATIENCE_SECONDS:
             break
     rate = count / max(time.monotonic() - began, 1e-6)
     floor = "train.runtime.preflight.min_read_mb_per_second"
-    warning = _judged(f"{directory} is read at", rate, count, floor_mb_per_second, floor, ExitCode.DATA)
+    warning = _judged(f"{directory} is read at", rate, count, floor_mb_per_second, floor)
     return Measured(f"datasets {megabytes(rate)}", rate, warning)
 
 
@@ -55,7 +53,7 @@ def writable(spec: TrainSpec, floor_mb_per_second: float | None) -> Measured:
     """Write, sync, rename, read back and remove a file where the checkpoints go, and look at the free space.
 
     Raises:
-        TrainingError: 66, any of that is impossible, too slow by the spec's own floor, or the space too little.
+        VolumeError: any of that is impossible, too slow by the spec's own floor, or the space too little.
     """
     directory = Path(spec.run_dir)
     # A container's processes have the same numbers each time, so what a killed start leaves behind is overwritten.
@@ -76,20 +74,17 @@ def writable(spec: TrainSpec, floor_mb_per_second: float | None) -> Measured:
             _drop_cached(stream.fileno())
             same = all(part == block[: len(part)] for part in iter(lambda: stream.read(_CHUNK), b""))
     except OSError as error:
-        raise TrainingError(
-            ExitCode.CHECKPOINT,
+        raise VolumeError(
             f"{directory} cannot take checkpoints ({error.strerror}); free space on its volume, or mend its rights: it "
             f"must be writable for uid {os.getuid()}",
         ) from None
     finally:
         _remove(draft, final)
     if not same:
-        raise TrainingError(
-            ExitCode.CHECKPOINT, f"{directory} gives back other bytes than were written; use another volume"
-        )
+        raise VolumeError(f"{directory} gives back other bytes than were written; use another volume")
     free = _free(spec, directory)
     floor = "train.runtime.preflight.min_write_mb_per_second"
-    warning = _judged(f"{directory} is written at", rate, count, floor_mb_per_second, floor, ExitCode.CHECKPOINT)
+    warning = _judged(f"{directory} is written at", rate, count, floor_mb_per_second, floor)
     return Measured(f"checkpoints {megabytes(rate)}, {gibibytes(free)} free", rate, warning)
 
 
@@ -97,15 +92,14 @@ def shared_memory(minimum_gib: float | None, path: Path = SHARED_MEMORY) -> Meas
     """Compare the size of /dev/shm, through which NCCL and worker processes talk, with what the job asks for.
 
     Raises:
-        TrainingError: 2, it is smaller.
+        SpecError: it is smaller.
     """
     try:
         size = _size(path)
     except OSError as error:
-        raise TrainingError(ExitCode.SPEC, f"{path}: {error.strerror}; mount a memory volume there") from None
+        raise SpecError(f"{path}: {error.strerror}; mount a memory volume there") from None
     if minimum_gib is not None and size < 0.99 * minimum_gib * GIB:  # a kernel rounds to pages
-        raise TrainingError(
-            ExitCode.SPEC,
+        raise SpecError(
             f"{path} has {gibibytes(size)}, the job asks for {minimum_gib:g} GiB; mount an emptyDir of medium Memory "
             "there with that sizeLimit, below the memory limit of the container (docker: --shm-size), or lower "
             "cluster.shared_memory_gib",
@@ -123,8 +117,7 @@ def _free(spec: TrainSpec, directory: Path) -> float:
     status = os.statvfs(directory)
     free = status.f_bavail * status.f_frsize + _leftover(directory)
     if status.f_blocks and free < missing * size:  # some network file systems do not tell
-        raise TrainingError(
-            ExitCode.CHECKPOINT,
+        raise VolumeError(
             f"{directory} has {gibibytes(free)} free, the run needs {gibibytes(missing * size)} ({missing} checkpoints "
             f"of {gibibytes(size)}); free space, enlarge the volume, or lower train.checkpoint.keep_last",
         )
@@ -143,13 +136,13 @@ def _leftover(directory: Path) -> int:
     return total
 
 
-def _judged(what: str, rate: float, count: int, floor_mb: float | None, field: str, code: ExitCode) -> str | None:
+def _judged(what: str, rate: float, count: int, floor_mb: float | None, field: str) -> str | None:
     if count < JUDGED_BYTES or rate >= (floor_mb or SLOW_MB_PER_SECOND) * MB:
         return None
     text = f"{what} {rate / MB:.1f} MB/s, "
     if floor_mb is None:
         return f"{text}less than {SLOW_MB_PER_SECOND:g}; training may wait for it, look at the volume"
-    raise TrainingError(code, f"{text}the floor is {floor_mb:g}; use a faster volume or lower {field}")
+    raise VolumeError(f"{text}the floor is {floor_mb:g}; use a faster volume or lower {field}")
 
 
 def _read(file: Path, most: int, deadline: float) -> int:

@@ -28,7 +28,7 @@ def write_report(run_dir: str | Path, evaluation: dict[str, Any] | None = None) 
 
     Raises:
         SpecError: train.yaml is missing or unusable.
-        TrainingError: 66, when a file of the run is damaged.
+        CheckpointError: a file of the run is damaged.
     """
     path, run = Path(run_dir) / REPORT, read_run(run_dir)
     if evaluation is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from trainer.checkpoint import CheckpointManifest, latest_step, read_manifest, step_dir
 from trainer.data.manifest import DataError, SourceEntry
 from trainer.data.manifest import read_manifest as read_data_manifest
-from trainer.exitcodes import ExitCode, TrainingError
+from trainer.errors import CheckpointError
 from trainer.results import read_json
 from trainer.spec import TrainSpec
 from trainer.specbase import parse, read_yaml
@@ -46,7 +46,7 @@ def read_run(run_dir: str | Path) -> Run:
 
     Raises:
         SpecError: train.yaml is missing or unusable.
-        TrainingError: 66, when a file of the run is damaged.
+        CheckpointError: a file of the run is damaged.
     """
     directory = Path(run_dir)
     spec = parse(TrainSpec, read_yaml(directory / "train.yaml"), str(directory / "train.yaml"))
@@ -81,6 +81,4 @@ def _read_steps(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
-        raise TrainingError(
-            ExitCode.CHECKPOINT, f"{path}: a line is not JSON ({error}); restore or remove it"
-        ) from None
+        raise CheckpointError(f"{path}: a line is not JSON ({error}); restore or remove it") from None
