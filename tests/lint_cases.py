@@ -135,10 +135,18 @@ LONG = {
     "REPLICATED": "runtime/spec/template/spec/replicatedJobs/0",
     "TRAINER": "trainjob/spec/trainer",
 }
-MASTER = ("MASTER", {"replicas": 1, "restartPolicy": "ExitCode", "template": pod("pytorch")})
+MASTER = ("MASTER", {"replicas": 1, "restartPolicy": "Never", "template": pod("pytorch")})
 NOT_ELASTIC = ("job/spec/elasticPolicy", ...)
+SAFE = {
+    "securityContext": {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+}
+BOUNDED = (("WORKER/restartPolicy", "OnFailure"), ("RUN/backoffLimit", 3))
 TORCHRUN = ("MAIN/command", ["torchrun", "train.py"])
-NO_GPU = ("MAIN/resources", {"limits": {"memory": "8Gi"}})
+NO_GPU = ("MAIN/resources", {"limits": {"memory": "16Gi"}})
 
 # Rule → cases; each a tuple of changes, all of which together break it.
 BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
@@ -169,9 +177,75 @@ BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
     "nproc-auto-world-size": [(NOT_ELASTIC, MASTER, ("job/spec/nprocPerNode", "auto"))],
     "torchrun-nnodes": [
         (("MAIN/command", ["torchrun", "--nnodes=4", "train.py"]),),
+        (("MAIN/command", ["deepspeed", "--num_nodes", "3", "train.py"]),),
+        (("TRAINER/command", ["torchrun", "--nnodes", "1", "train.py"]),),
+        (("MAIN/command", ["sh", "-c", "torchrun --nnodes 3 train.py"]), ("ELASTIC/maxReplicas", 4)),
+    ],
+    "nnodes-fixed": [
         (("MAIN/command", ["sh", "-c", "torchrun --nnodes 2 train.py"]), ("ELASTIC/maxReplicas", 4)),
     ],
-    "no-launcher": [(("MAIN/command", ["python3", "-u", "train.py"]),)],
+    "nproc-option": [
+        (("MAIN/command", ["torchrun", "--nproc_per_node=4", "train.py"]),),
+        (("MAIN/command", ["python", "-m", "torch.distributed.run", "--nproc-per-node", "1", "train.py"]),),
+        (("MAIN/command", ["python3", "-u", "-m", "torch.distributed.launch", "--nproc_per=8", "train.py"]),),
+        (("MAIN/command", ["sh", "-c", "set -e; export N=4\nexec torchrun --nproc_per_node $N train.py"]),),
+        (("MAIN/command", ["bash", "-lc", "PET_NPROC_PER_NODE=1 torchrun train.py 2>&1 | tee log"]),),
+        (("MAIN/command", ["torchrun"]), ("MAIN/args", ["--nproc_per_node=cpu", "train.py"])),
+        (
+            ("MAIN/command", ["torchrun", "--nproc_per_node=$(GPUS)", "train.py"]),
+            ("MAIN/env/0", {"name": "GPUS", "value": "8"}),
+        ),
+        (("MAIN/command", ["accelerate", "launch", "--num_processes", "2", "train.py"]),),
+        (("MAIN/command", ["deepspeed", "--num_gpus=8", "train.py"]),),
+        (("TRAINER/command", ["torchrun", "--nproc_per_node=8", "train.py"]),),
+        (("REPLICATED/template/spec/template/spec/containers/0/command", ["torchrun", "--nproc-per-node=1", "a.py"]),),
+        (NO_GPU, ("MAIN/command", ["torchrun", "--nproc_per_node=4", "train.py"])),
+    ],
+    "standalone-option": [
+        (("MAIN/command", ["torchrun", "--standalone", "train.py"]),),
+        (("MAIN/command", ["bash", "-c", "cd /app && env A=b torchrun --standalone -m train"]),),
+        (("TRAINER/command", ["torchrun"]), ("TRAINER/args", ["--standalone", "train.py"])),
+        (("MAIN/command", ["mpirun", "-np", "2", "python", "train.py"]),),
+    ],
+    "node-rank-option": [
+        (("MAIN/command", ["torchrun", "--node_rank", "0", "train.py"]),),
+        (("MAIN/command", ["accelerate", "launch", "--machine_rank=1", "train.py"]),),
+        (("TRAINER/command", ["torchrun", "--node-rank=0", "train.py"]),),
+    ],
+    "endpoint-local": [
+        (("MAIN/command", ["torchrun", "--rdzv_endpoint=localhost:29500", "train.py"]),),
+        (("MAIN/command", ["torchrun", "--master_addr", "127.0.0.1", "train.py"]),),
+        (("MAIN/command", ["accelerate", "launch", "--main_process_ip=0.0.0.0", "train.py"]),),
+        (("TRAINER/command", ["torchrun", "--rdzv-backend=c10d", "train.py"]),),
+    ],
+    "endpoint-of-nobody": [
+        (("MAIN/command", ["torchrun", "--rdzv_endpoint=job-master-0:23456", "train.py"]),),
+        (("MAIN/command", ["torchrun", "--master-addr=other-worker-0.team.svc", "train.py"]),),
+    ],
+    "max-restarts-option": [
+        (("MAIN/command", ["torchrun", "--max_restarts=3", "train.py"]), ("ELASTIC/maxRestarts", 5)),
+    ],
+    "launcher-option": [(("MAIN/command", ["torchrun", "--nprocs=2", "train.py"]),)],
+    "launch-differs": [
+        (
+            NOT_ELASTIC,
+            MASTER,
+            ("MAIN/command", ["torchrun", "--rdzv_id=1", "train.py"]),
+            ("MASTER/template/spec/containers/0/command", ["torchrun", "--rdzv_id=2", "train.py"]),
+        )
+    ],
+    "no-launcher": [
+        (("MAIN/command", ["python3", "-u", "train.py"]),),
+        (("MAIN/command", ["sh", "-c", "pip list && python /app/train.py --epochs 3"]),),
+        (
+            ("MAIN/command", ["/bin/bash"]),
+            ("MAIN/args", ["-euc", "# start\nexec python \\\n  train.py | tee /tmp/log"]),
+        ),
+        (("MAIN/command", ["env", "OMP_NUM_THREADS=1", "/usr/bin/python3.11", "train.py"]),),
+        (("MAIN/args", ["python", "train.py"]), ("MAIN/command", ...)),
+        (("TRAINER/command", ["python", "train.py"]),),
+        (("REPLICATED/template/spec/template/spec/containers/0/command", ["python", "train.py"]),),
+    ],
     "restart-policy-unknown": [(("WORKER/restartPolicy", "exitcode"),)],
     "restart-always": [(("WORKER/restartPolicy", "Always"),)],
     "restart-unbounded": [(("WORKER/restartPolicy", ...),), (("WORKER/restartPolicy", "OnFailure"),)],
@@ -263,7 +337,7 @@ BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
     "two-queues": [(("RUN/schedulingPolicy", {"queue": "volcano"}),)],
     "elastic-autoscaler": [(("ELASTIC/metrics", [{"type": "Resource"}]),)],
     "node-name": [(("POD/nodeName", "node-1"),)],
-    "extra-container": [(("POD/containers/1", {"name": "logs", "image": "registry.example/logs:1"}),)],
+    "extra-container": [(("POD/containers/1", {"name": "logs", "image": "registry.example/logs:1", **SAFE}),)],
     "istio-sidecar": [(("TEMPLATE/metadata", ...),)],
     "liveness-probe": [(("MAIN/livenessProbe", {"exec": {"command": ["true"]}}),)],
     "port-taken": [(("MAIN/ports/0", {"name": "extra", "containerPort": 23456}),)],
@@ -284,6 +358,12 @@ BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
         (("MAIN/env/0", {"name": "PET_NNODES", "value": "2"}),),
     ],
     "duplicate-env": [(("MAIN/env/0", {"name": "NCCL_DEBUG", "value": "INFO"}),)],
+    "not-expanded": [
+        (("MAIN/command", ["torchrun", "--nproc_per_node=$GPUS", "train.py"]), *BOUNDED),
+        (("MAIN/args", ["--lr", "${LR}"]),),
+        (("MAIN/args", ["$(UNDEFINED)"]),),
+        (("TRAINER/command", ["torchrun", "$SCRIPT"]),),
+    ],
     "env-reference": [
         (("MAIN/env/0", {"name": "HOST", "value": "$(MASTER_ADDR)"}),),
         (("MAIN/env/0", {"name": "LEVEL", "value": "a $(NCCL_DEBUG)"}),),
@@ -302,7 +382,12 @@ BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
         (("POD/securityContext/runAsNonRoot", ...),),
         (("POD/securityContext/runAsUser", 0),),
         (("MAIN/securityContext/runAsNonRoot", False),),
-        (("POD/initContainers", [{"name": "first", "image": "a:1", "securityContext": {"runAsUser": 0}}]),),
+        (
+            (
+                "POD/initContainers",
+                [{"name": "first", "image": "a:1", "securityContext": {**SAFE["securityContext"], "runAsUser": 0}}],
+            ),
+        ),
     ],
     "run-as-user": [(("POD/securityContext/runAsUser", ...),)],
     "privilege-escalation": [(("MAIN/securityContext/allowPrivilegeEscalation", ...),)],
@@ -314,22 +399,100 @@ BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
     "writable-root": [(("MAIN/securityContext/readOnlyRootFilesystem", ...),)],
     "service-account-token": [(("POD/automountServiceAccountToken", ...),)],
     "api-version": [(("job/apiVersion", "kubeflow.org/v1beta1"),), (("runtime/apiVersion", "kubeflow.org/v2alpha1"),)],
-    "unknown-field": [(("job/spec/cleanPodPolicy", "Running"),), (("RUN/ttlSeconds", 5),)],
-    "unknown-pod-field": [(("POD/resources", {"limits": {}}),), (("MAIN/volumeMount", []),)],
-    "trainjob-unknown-field": [
+    "unknown-field": [
+        (("job/spec/cleanPodPolicy", "Running"),),
+        (("RUN/ttlSeconds", 5),),
+        (("POD/resources", {"limits": {}}),),
+        (("MAIN/volumeMount", []),),
+        (("MAIN/resources/limit", {"cpu": 8}),),
+        (("MAIN/resources/nvidia.com\0gpu", 8),),
+        (("MAIN/env/0", {"name": "A", "valuefrom": {}}),),
         (("trainjob/spec/runtimePatches", [{"manager": "me"}]),),
         (("trainjob/spec/activeDeadlineSeconds", 60),),
         (("TRAINER/nodes", 2),),
+        (("runtime/spec/template/spec/volumeClaimPolicies", []),),
+        (("runtime/spec/mlPolicy/torch/nprocPerNode", 2),),
+    ],
+    "not-filled-in": [
+        (("WORKER/replicas", "${NODES}"),),
+        (("MAIN/resources/requests/memory", "{{ .Values.memory }}"),),
+        (("POD/nodeSelector", {"instance": "$INSTANCE_TYPE"}),),
+        (("MAIN/ports/0", {"name": "other", "containerPort": "<port>"}),),
+    ],
+    "missing-field": [
+        (("MAIN/env/0", {"value": "x"}),),
+        (("job/metadata/name", ...),),
+        (("MAIN/volumeMounts/0", {"name": "shm"}),),
+        (("POD/initContainers", [{"image": "a:1", **SAFE}]),),
+        (("MAIN/env/0", {"name": "A", "valueFrom": {"secretKeyRef": {"name": "s"}}}),),
     ],
     "not-a-string": [
         (("job/spec/nprocPerNode", 2),),
         (("job/metadata/labels/team", True),),
         (("ELASTIC/rdzvConf", [{"key": "join_timeout", "value": 600}]),),
-    ],
-    "env-not-a-string": [(("MAIN/env/0", {"name": "DEBUG", "value": 1}),), (("MAIN/args", ["--steps", 5]),)],
-    "pod-label-not-a-string": [
-        (("TEMPLATE/metadata/annotations/sidecar.istio.io\0inject", False),),
+        (("MAIN/env/0", {"name": "DEBUG", "value": 1}),),
+        (("MAIN/args", ["--steps", 5]),),
+        (("TEMPLATE/metadata/annotations/other", False),),
         (("POD/nodeSelector", {"gpu": True}),),
+        (("TRAINER/env/0", {"name": "A", "value": True}),),
+    ],
+    "wrong-type": [
+        (("MAIN/command", "torchrun train.py"),),
+        (("TRAINER/command", "torchrun train.py"),),
+        (("MAIN/env", {"NCCL_DEBUG": "INFO"}),),
+        (("MAIN/args", [None]),),
+        (("RUN/suspend", "false"),),
+        (("POD/nodeSelector", [{"gpu": "a100"}]),),
+        (("MAIN/resources/requests", [{"cpu": 8}]),),
+        (("MAIN/securityContext/privileged", "false"),),
+    ],
+    "not-a-quantity": [
+        (("MAIN/resources/requests/memory", "64GB"),),
+        (("MAIN/resources/requests/memory", "8 Gi"),),
+        (("MAIN/resources/requests/memory", "64gi"),),
+        (("MAIN/resources/requests/cpu", -1),),
+        (("MAIN/resources/requests/cpu", "-500m"),),
+        (("TRAINER/resourcesPerNode/requests", {"cpu": "eight"}),),
+        (("POD/volumes/0", {"name": "tmp", "emptyDir": {"sizeLimit": "1GB"}}),),
+    ],
+    "memory-unit": [
+        (("MAIN/resources/requests/memory", 64),),
+        (("MAIN/resources/requests/memory", "512m"),),
+    ],
+    "unknown-word": [
+        (("MAIN/imagePullPolicy", "Sometimes"),),
+        (("POD/dnsPolicy", "clusterFirst"),),
+        (("POD/tolerations", [{"operator": "exists"}]),),
+    ],
+    "out-of-range": [
+        (("MAIN/ports/0", {"name": "other", "containerPort": 70000}),),
+        (("POD/terminationGracePeriodSeconds", -5),),
+        (("POD/securityContext/runAsUser", -1),),
+    ],
+    "written-twice": [
+        (("POD/volumes/0", {"name": "shm", "emptyDir": {}}),),
+        (("MAIN/volumeMounts/0", {"name": "shm", "mountPath": "/mnt/checkpoints"}),),
+        (("POD/initContainers", [{"name": "a", "image": "a:1", **SAFE}, {"name": "a", "image": "a:1", **SAFE}]),),
+        (("POD/initContainers", [{"name": "pytorch", "image": "a:1", **SAFE}]),),
+        (("MAIN/ports/0", {"name": "other", "containerPort": 9400}),),
+    ],
+    "one-of": [
+        (("MAIN/env/0", {"name": "A", "value": "x", "valueFrom": {"configMapKeyRef": {"name": "c", "key": "k"}}}),),
+        (("POD/volumes/0", {"name": "tmp"}),),
+        (("POD/volumes/0", {"name": "tmp", "emptyDir": None}),),
+        (("POD/volumes/0", {"name": "tmp", "emptyDir": {}, "configMap": {"name": "c"}}),),
+        (("MAIN/env/0", {"name": "A", "valueFrom": {}}),),
+        (("MAIN/readinessProbe", {"periodSeconds": 5}),),
+    ],
+    "bad-name": [
+        (("POD/volumes/0", {"name": "My_Volume", "emptyDir": {}}),),
+        (("POD/volumes/0", {"name": "tmp", "emptyDir": {"medium": "memory"}}),),
+        (("trainjob/metadata/name", "My_Job"),),
+        (("MAIN/env/0", {"name": "A=B", "value": "x"}),),
+        (("MAIN/resources/limits/gpu", 2),),
+        (("MAIN/resources/limits/nvidia.com\0gpus", 2),),
+        (("job/metadata/labels/team", "two words"),),
+        (("MAIN/ports/0", {"name": "Metrics", "containerPort": 9500}),),
     ],
     "not-a-number": [
         (("WORKER/replicas", "two"),),
@@ -338,14 +501,35 @@ BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
         (("RUN/backoffLimit", True),),
         (("RUN/activeDeadlineSeconds", "1h"),),
         (("RUN/schedulingPolicy", {"minAvailable": [2]}),),
-    ],
-    "pod-not-a-number": [
-        (("POD/terminationGracePeriodSeconds", "120s"),),
+        (("POD/priority", "high"),),
         (("POD/securityContext/runAsUser", "1000"),),
         (("MAIN/ports/0/containerPort", "metrics"),),
         (("POD/tolerations", [{"operator": "Exists", "tolerationSeconds": 0.5}]),),
     ],
     "unknown-ignore": [(("job/metadata/annotations", {"yaongi/lint-ignore": "no-tll"}),)],
+}
+# A launcher without an entrypoint of one's own is no trap under this policy.
+_BY_LAUNCHER = (
+    "nproc-auto-cpu",
+    "torchrun-nnodes",
+    "nnodes-fixed",
+    "nproc-option",
+    "standalone-option",
+    "node-rank-option",
+    "endpoint-local",
+    "endpoint-of-nobody",
+    "max-restarts-option",
+    "launcher-option",
+    "launch-differs",
+)
+for _rule in _BY_LAUNCHER:
+    BROKEN[_rule] = [(*case, *BOUNDED) for case in BROKEN[_rule]]
+# Rule → others that its cases break too.
+ALONG: dict[str, set[str]] = {
+    "elastic-bounds": {"elastic-half"},
+    "launch-differs": {"master-init-container"},
+    "master-replicas": {"master-init-container"},
+    "nproc-auto-world-size": {"master-init-container"},
 }
 # Rules about the text itself, which no change of objects can break; tests/manifests/test_lint.py has them.
 OF_TEXT = {"duplicate-key"}

@@ -5,13 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Importing the modules of rules registers them.
-from manifests.lint import environment, lifecycle, pods, resources, scheduling, security, shape, topology, trainjob
+from manifests.lint import (
+    environment,
+    launching,
+    lifecycle,
+    pods,
+    resources,
+    scheduling,
+    security,
+    shape,
+    topology,
+    trainjob,
+)
 from manifests.lint.documents import Document, read
 from manifests.lint.place import Path, Place, path_text
 from manifests.lint.registry import RULES, Severity, ignored
 from manifests.lint.subjects import PyTorchJob, Runtime, TrainJob, subjects
 
-RULE_MODULES = (topology, lifecycle, trainjob, resources, scheduling, pods, environment, security, shape)
+RULE_MODULES = (topology, launching, lifecycle, trainjob, resources, scheduling, pods, environment, security, shape)
 NEWEST_MEASURED_TRAINER = "2.1"
 
 
@@ -61,7 +72,9 @@ def lint(texts: dict[str, str], trainer_version: str = NEWEST_MEASURED_TRAINER) 
         for rule in RULES.values():
             if isinstance(subject, rule.subject) and rule.id not in switched_off:
                 for hit in rule.check(subject):
-                    found.append(_finding(rule.id, document, hit.place.path, hit.what))
+                    finding = _finding(rule.id, document, hit.place.path, hit.what)
+                    if finding not in found:  # of a runtime's pods, for each of its TrainJobs
+                        found.append(finding)
     order = list(texts)
     found.sort(key=lambda f: (order.index(f.source), f.line, f.severity, f.rule, f.path))
     return Result(found, len(documents), jobs)

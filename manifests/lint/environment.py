@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from manifests.lint.commandline import unexpanded
 from manifests.lint.registry import Hit, Severity, rule
 from manifests.lint.subjects import Container, Pod, PyTorchJob
 
@@ -17,6 +18,12 @@ OPERATORS = re.compile(
 _SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|PASSWORD|PASSWD|PASSPHRASE|SECRET|SECRETS|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS?)$"
 )
+# Tokens of a tokenizer, and numbers of them.
+_NO_SECRET = re.compile(
+    r"(^|_)(BOS|EOS|PAD|UNK|SEP|CLS|MASK|MAX|MIN|NUM|NEW|PER|SPECIAL|START|END|STOP|BEGIN|IMAGE|AUDIO|VIDEO|PREFIX|SUFFIX|"
+    r"MIDDLE|EOD|EOT|EOM|SYSTEM|USER|ASSISTANT|INPUT|OUTPUT|ADD|USE|NO)_TOKEN$"
+)
+_NO_SECRET_VALUE = re.compile(r"[0-9.]{1,9}|true|false|yes|no|none|null|<[^>]*>|\[[^]]*\]|\*+|x{3,}", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|glpat-[\w-]{20,}|"
     r"sk-[A-Za-z0-9_-]{20,}|xox[abp]-[\w-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----"
@@ -79,6 +86,27 @@ def env_reference(pod: Pod) -> Iterator[Hit]:
 
 
 @rule(
+    "not-expanded",
+    ERROR,
+    Container,
+    why="Without a shell nobody replaces $NAME or ${NAME}, and $(NAME) only where the container has that variable: the "
+    "process gets the letters, and torchrun says 'Unsupported nproc_per_node value'.",
+    fix="Write $(NAME) and define the variable, or start through sh -c.",
+)
+def not_expanded(container: Container) -> Iterator[Hit]:
+    place = container.place
+    is_partial = place["envFrom"] or place.path == ("spec", "trainer")  # a runtime may have more variables
+    found = [
+        (element, reference)
+        for element, reference in unexpanded(place["command"], place["args"], place["env"])
+        if not ("(" in reference and (is_partial or OPERATORS.fullmatch(reference.strip("$()"))))
+    ]
+    if container.is_main and found:
+        more = f" (and {len(found) - 1} more)" if found[1:] else ""
+        yield Hit(found[0][0], f"{found[0][1]} stays as it is{more}")
+
+
+@rule(
     "secret-in-env",
     ERROR,
     Container,
@@ -88,8 +116,9 @@ def env_reference(pod: Pod) -> Iterator[Hit]:
 def secret_in_env(container: Container) -> Iterator[Hit]:
     for entry in container.place["env"].each():
         name, value = entry["name"].text, entry["value"].text
-        literal = value and not value.startswith(("/", "$("))
-        if literal and (_SECRET_NAME.search(name.upper()) or _SECRET_VALUE.search(value)):
+        by_name = _SECRET_NAME.search(name.upper()) and not _NO_SECRET.search(name.upper())
+        literal = value and not value.startswith(("/", "$", "{{", "file:")) and not _NO_SECRET_VALUE.fullmatch(value)
+        if literal and (by_name or _SECRET_VALUE.search(value)):
             yield Hit(entry["name"], f"{name} holds a secret in plain text")
     for key in ("command", "args"):
         for place in container.place[key].each():

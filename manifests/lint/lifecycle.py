@@ -70,7 +70,7 @@ def restart_unbounded(job: PyTorchJob) -> Iterator[Hit]:
 )
 def exitcode_backoff_limit(job: PyTorchJob) -> Iterator[Hit]:
     limit = job.run_policy["backoffLimit"]
-    if limit and any(role["restartPolicy"].text == "ExitCode" for role in job.roles):
+    if (limit.number or 0) > 0 and any(role["restartPolicy"].text == "ExitCode" for role in job.roles):
         yield Hit(limit, f"backoffLimit {limit.value} under restartPolicy ExitCode")
 
 
@@ -84,8 +84,8 @@ def exitcode_backoff_limit(job: PyTorchJob) -> Iterator[Hit]:
     "restart).",
 )
 def exitcode_torchrun(pod: Pod) -> Iterator[Hit]:
-    if pod.restart_policy == "ExitCode" and pod.main and pod.main.launches_ranks:
-        yield Hit(pod.main.place["command"] or pod.main.place["args"], "torchrun itself under restartPolicy ExitCode")
+    if pod.restart_policy == "ExitCode" and _by_torchrun(pod):
+        yield Hit(pod.launches[0].place, f"{pod.launches[0].launcher} itself under restartPolicy ExitCode")
 
 
 @rule(
@@ -263,7 +263,7 @@ def grace_period(pod: Pod) -> Iterator[Hit]:
     place = pod.spec["terminationGracePeriodSeconds"]
     seconds = 30 if place.number is None else place.number
     # Spot nodes go 15 to 120 s after their notice, whatever is asked for.
-    if pod.main and pod.accelerators and seconds < SHORTEST_GRACE_SECONDS and not _spot(pod):
+    if pod.main and pod.accelerators and 0 <= seconds < SHORTEST_GRACE_SECONDS and not _spot(pod):
         yield Hit(place, f"{seconds} s of grace{'' if place else ' by default'} for a pod with GPUs")
 
 
@@ -280,6 +280,10 @@ def nothing_kept(pod: Pod) -> Iterator[Hit]:
         volumes = list(pod.spec["volumes"].each())
         if not any(kind in volume for volume in volumes for kind in KEEPS):
             yield Hit(pod.spec["volumes"], "no volume outlives the pod")
+
+
+def _by_torchrun(pod: Pod) -> bool:
+    return any(launch.launcher != "python" for launch in pod.launches)
 
 
 def _spot(pod: Pod) -> str | None:

@@ -22,6 +22,11 @@ checked for Kubeflow Trainer {NEWEST_MEASURED_TRAINER} unless `--trainer-version
 
 A finding that is meant is switched off for its object by the annotation `{IGNORE_ANNOTATION}: rule, rule`.
 
+Fields and their types are those of Kubernetes' own schemas, so that no network is needed. A command line is read where
+it says what is started: torchrun, python -m torch.distributed.run or .launch, accelerate, deepspeed, mpirun, python
+alone, also behind `sh -c`, env or exec; what an image's entrypoint or a script decides is not guessed. A TrainJob is
+judged with its overrides merged into its runtime.
+
 Reasons are behaviour measured with training operator 1.9.2, Trainer 2.1.0 and Kubernetes 1.34, or read in their source.
 """
 

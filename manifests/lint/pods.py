@@ -104,7 +104,7 @@ def port_name(container: Container) -> Iterator[Hit]:
 def metrics_ports(pod: Pod) -> Iterator[Hit]:
     ports = pod.main.place["ports"] if pod.main else None
     named = [port for port in ports.each() if "metrics" in port["name"].text] if ports else []
-    several = pod.processes or pod.accelerators
+    several = min(pod.processes or pod.accelerators, pod.accelerators or pod.processes or 0)
     if named and len(named) < several:
         yield Hit(ports, f"{len(named)} metrics ports for {several} processes")
 
@@ -118,7 +118,9 @@ def metrics_ports(pod: Pod) -> Iterator[Hit]:
     fix="Add the volume, or correct the name.",
 )
 def mount_unknown(pod: Pod) -> Iterator[Hit]:
-    names = [volume["name"].text for volume in pod.spec["volumes"].each()]
+    names = [volume["name"].text for volume in pod.spec["volumes"].each()] + [*pod.claimed]
+    if isinstance(pod.spec["volumes"].value, dict):  # of which wrong-type speaks
+        return
     for container in pod.containers:
         for mount in container.place["volumeMounts"].each():
             if mount["name"].text not in names:

@@ -42,6 +42,14 @@ class Rule:
 
 IGNORE_ANNOTATION = "yaongi/lint-ignore"
 RULES: dict[str, Rule] = {}
+# Names that rules had; annotations may still have them.
+FORMER = {
+    "unknown-pod-field": "unknown-field",
+    "trainjob-unknown-field": "unknown-field",
+    "env-not-a-string": "not-a-string",
+    "pod-label-not-a-string": "not-a-string",
+    "pod-not-a-number": "not-a-number",
+}
 
 
 def rule(id: str, severity: Severity, subject: type, *, why: str, fix: str) -> Callable[[Check], Check]:
@@ -57,4 +65,5 @@ def rule(id: str, severity: Severity, subject: type, *, why: str, fix: str) -> C
 
 def ignored(annotations: Place) -> list[str]:
     """Names of rules that an object's annotations switch off for it, as written there."""
-    return [word.strip() for word in annotations[IGNORE_ANNOTATION].text.split(",") if word.strip()]
+    words = [word.strip() for word in annotations[IGNORE_ANNOTATION].text.split(",") if word.strip()]
+    return [FORMER.get(word, word) for word in words]

@@ -9,6 +9,7 @@ from manifests.lint.subjects import ACCELERATOR, ClaimUse, Container, Pod
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 SHM = "/dev/shm"
+LEAST_MEMORY_BYTES = 2**20
 
 
 @rule(
@@ -22,10 +23,11 @@ SHM = "/dev/shm"
 def gpu_limit(container: Container) -> Iterator[Hit]:
     limits, requests = container.resources["limits"], container.resources["requests"]
     for name, amount in limits.fields():
-        if ACCELERATOR.fullmatch(name) and (amount.quantity is None or amount.quantity % 1):
-            yield Hit(amount, f"{name}: {amount.value}")
+        if ACCELERATOR.fullmatch(name) and (not amount or (amount.quantity or 0) % 1):
+            yield Hit(amount, f"{name}: {amount.value if amount else 'nothing'}")
     for name, amount in requests.fields():
-        if ACCELERATOR.fullmatch(name) and limits[name].quantity != amount.quantity:
+        unequal = amount.quantity is not None and limits[name].quantity != amount.quantity
+        if ACCELERATOR.fullmatch(name) and unequal and not (limits[name] and limits[name].quantity is None):
             yield Hit(amount, f"{name}: requests {amount.value}, limits {limits[name].value or 'nothing'}")
 
 
@@ -41,6 +43,21 @@ def request_above_limit(container: Container) -> Iterator[Hit]:
         limit = container.resources["limits"][name]
         if not ACCELERATOR.fullmatch(name) and amount.quantity and limit.quantity and amount.quantity > limit.quantity:
             yield Hit(amount, f"{name}: requests {amount.value}, limit {limit.value}")
+
+
+@rule(
+    "memory-unit",
+    ERROR,
+    Container,
+    why="Memory is counted in bytes: 64 are 64 bytes, and 512m are half of one, m being a thousandth. No container "
+    "starts with less than some MiB.",
+    fix="Write the unit: 64Gi, 512Mi.",
+)
+def memory_unit(container: Container) -> Iterator[Hit]:
+    for kind in ("requests", "limits"):
+        amount = container.resources[kind]["memory"]
+        if amount.quantity is not None and 0 < amount.quantity < LEAST_MEMORY_BYTES:
+            yield Hit(amount, f"memory: {amount.value}")
 
 
 @rule(

@@ -13,12 +13,24 @@ from functools import cached_property
 from typing import Any
 
 from manifests.kinds import ANCESTOR_LABEL, PYTORCHJOB, TRAINJOB, JobKind
+from manifests.lint.commandline import Launch, launches
 from manifests.lint.documents import Document
 from manifests.lint.fields import TRAINER_VERSIONS
+from manifests.lint.overrides import overridden
 from manifests.lint.place import Path, Place
+from manifests.lint.structure import Problem, problems
 
 ACCELERATOR = re.compile(r"(nvidia\.com/(gpu|mig-.+)|amd\.com/gpu|habana\.ai/gaudi|gpu\.intel\.com/.+)")
-LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed", "mpirun")
+
+
+# Runtimes whose trainers are no processes of torch, by their names.
+NOT_TORCH = ("jax", "xgboost", "mlx", "flux", "mpi", "deepspeed")
+
+
+def whole(place: Place) -> int | None:
+    """A number, be it written as a text; None for "auto" and the like."""
+    text = str(place.value)
+    return int(text) if isinstance(place.value, str | int) and text.isascii() and text.isdigit() else None
 
 
 def accelerators(resources: Place) -> int:
@@ -34,6 +46,12 @@ class AnyObject:
     place: Place
     kind: str
     duplicates: tuple[Path, ...]
+    version: str  # of Kubeflow Trainer
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """Of its structure."""
+        return problems(self.place, "Runtime" if self.kind.endswith("Runtime") else self.kind, self.version)
 
 
 @dataclass(frozen=True)
@@ -48,16 +66,6 @@ class Container:
     def name(self) -> str:
         return self.place["name"].text or "trainer"
 
-    @property
-    def words(self) -> list[str]:
-        """Command and arguments; a script given to `sh -c` is split too."""
-        parts = [p for key in ("command", "args") for p in self.place[key].each()]
-        return [word for part in parts for word in part.text.split()]
-
-    @property
-    def launches_ranks(self) -> bool:
-        return any(word.rpartition("/")[2] in LAUNCHERS or word in LAUNCHERS for word in self.words)
-
 
 @dataclass(frozen=True)
 class Pod:
@@ -66,8 +74,9 @@ class Pod:
     Attributes:
         restart_policy: as the training operator reads it; None where the Job controller restarts.
         processes: of the training container; None for what torchrun finds out in the pod.
-        replacing: a TrainJob's resources, which replace the runtime's.
+        trainer: a TrainJob's own, whose command, arguments and resources replace the runtime's.
         is_whole: False for a runtime alone, whose TrainJobs may say more.
+        claimed: volumes that JobSet makes of its own claims.
     """
 
     template: Place
@@ -76,8 +85,9 @@ class Pod:
     replicas: int = 1
     restart_policy: str | None = None
     processes: int | None = None
-    replacing: Place | None = None
+    trainer: Container | None = None
     is_whole: bool = True
+    claimed: tuple[str, ...] = ()
 
     @property
     def spec(self) -> Place:
@@ -96,13 +106,51 @@ class Pod:
     @property
     def resources(self) -> Place:
         """Of the training container."""
-        if self.replacing:
-            return self.replacing
+        if self.trainer and self.trainer.resources:
+            return self.trainer.resources
         return self.main.resources if self.main else Place(None)
 
     @property
     def accelerators(self) -> int:
         return accelerators(self.resources)
+
+    @cached_property
+    def launches(self) -> list[Launch]:
+        """How the training container starts; empty where its image or a program of one's own decides."""
+        if self.main is None:
+            return []
+        said = [part.place for part in (self.trainer, self.main) if part]
+        command, args = (next((place[key] for place in said if place[key]), Place(None)) for key in ("command", "args"))
+        env = [entry.value for place in reversed(said) for entry in place["env"].each()]
+        return launches(command, args, Place(env))
+
+
+@dataclass(frozen=True)
+class Start:
+    """How the processes of one kind of pod are started, and what the job says of them; None is what is not known.
+
+    Attributes:
+        launches: see there.
+        pods: of the whole job.
+        fewest: pods that an elastic job begins with.
+        present: pods that there are, of an elastic job, whose `pods` are the most it may have.
+        alike: pods that this command line starts.
+        role: Master or Worker of a PyTorchJob.
+        first: name of the pod that the others meet.
+        meets: whether an elastic policy tells torchrun where.
+    """
+
+    launches: list[Launch]
+    processes: int | None
+    accelerators: int
+    pods: int | None
+    fewest: int | None
+    alike: int | None
+    role: str = ""
+    first: str = ""
+    meets: bool = False
+    present: int | None = None
+    max_restarts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +193,27 @@ class PyTorchJob:
     def processes(self) -> int | None:
         """Processes of each pod; None for "auto" and other words that torchrun resolves in the pod."""
         written = self.spec["nprocPerNode"].value or self.elastic["nProcPerNode"].value
-        return int(written) if isinstance(written, str | int) and str(written).isdigit() else None
+        return whole(Place(written))
+
+    @property
+    def starts(self) -> Iterator[Start]:
+        name = self.place["metadata"]["name"].text
+        low, high = self.elastic["minReplicas"].number, self.elastic["maxReplicas"].number
+        for role, pod in zip(self.roles, self.pods, strict=True):
+            if pod.main:
+                yield Start(
+                    pod.launches,
+                    self.processes,
+                    pod.accelerators,
+                    max(self.pod_count, high or 0),
+                    self.pod_count if low is None else low,
+                    max(pod.replicas, high or 0) if role is self.worker or self.elastic else pod.replicas,
+                    role=str(role.path[-1]),
+                    first=f"{name}-{'master' if self.master else 'worker'}-0" if name else "",
+                    meets=bool(self.elastic),
+                    present=self.pod_count,
+                    max_restarts=self.elastic["maxRestarts"].number,
+                )
 
     @cached_property
     def pods(self) -> list[Pod]:
@@ -182,30 +250,58 @@ class Runtime:
     def trainer(self) -> Place | None:
         return next((entry for entry, step in self.replicated_jobs() if step == "trainer"), None)
 
-    @cached_property
-    def pods(self) -> list[Pod]:
+    @property
+    def starts(self) -> Iterator[Start]:
+        """Of those that the TrainJobs do not start themselves."""
+        for pod in self.pods:
+            if pod.main and not (pod.trainer and (pod.trainer.place["command"] or pod.trainer.place["args"])):
+                yield Start(pod.launches, pod.processes, pod.accelerators, pod.replicas, pod.replicas, pod.replicas)
+
+    @property
+    def starts_itself(self) -> bool:
+        """Whether one process a pod is right: what is trained is not torch's, or another policy starts the rest."""
         policy = self.place["spec"]["mlPolicy"]
-        nodes = [user.nodes for user in self.users if user.nodes] or [policy["numNodes"].number or 1]
-        processes = [user.processes for user in self.users] or [policy["torch"]["numProcPerNode"].number]
-        resources = [user.trainer.resources for user in self.users if user.trainer.resources]
+        return any(policy[name] for name in ("jax", "xgboost", "flux", "mpi"))
+
+    def pods_of(self, user: TrainJob | None) -> list[Pod]:
+        """As a TrainJob makes them, or as the runtime alone says."""
+        policy = self.place["spec"]["mlPolicy"]
+        nodes = (user.nodes if user else None) or policy["numNodes"].number or 1
+        processes = whole(policy["torch"]["numProcPerNode"])
+        if user and user.processes is not None:
+            processes = user.processes
         found = []
         for entry, step in self.replicated_jobs():
             template = entry["template"]["spec"]["template"]
+            if user:
+                template = overridden(template, entry["name"].text, user.place, user.version)
             if step != "trainer":
-                found.append(Pod(template, kind=TRAINJOB, main_name=""))
+                found.append(Pod(template, kind=TRAINJOB, main_name="", claimed=self.claimed))
                 continue
             found.append(
                 Pod(
                     template,
                     kind=TRAINJOB,
                     main_name=TRAINJOB.container,
-                    replicas=max(nodes),
-                    processes=processes[0],
-                    replacing=next(iter(resources), None),
-                    is_whole=bool(self.users),
+                    replicas=nodes,
+                    processes=None if self.starts_itself else processes,
+                    trainer=user.trainer if user else None,
+                    is_whole=user is not None,
+                    claimed=self.claimed,
                 )
             )
         return found
+
+    @cached_property
+    def pods(self) -> list[Pod]:
+        """Those of each TrainJob in the input."""
+        return [pod for user in self.users or [None] for pod in self.pods_of(user)]
+
+    @property
+    def claimed(self) -> tuple[str, ...]:
+        """Names of volumes that JobSet makes of its own claims (from Trainer 2.2)."""
+        policies = self.job_set["volumeClaimPolicies"]
+        return tuple(c["metadata"]["name"].text for policy in policies.each() for c in policy["templates"].each())
 
 
 @dataclass
@@ -233,11 +329,52 @@ class TrainJob:
 
     @property
     def processes(self) -> int | None:
-        return self.spec["trainer"]["numProcPerNode"].number
+        return whole(self.spec["trainer"]["numProcPerNode"])
 
     @property
     def accelerators(self) -> int:
-        return accelerators(self.trainer.resources)
+        return self.pod.accelerators if self.pod else accelerators(self.trainer.resources)
+
+    @property
+    def pod(self) -> Pod | None:
+        """The trainer's, if the runtime is in the input."""
+        pods = self.runtime.pods_of(self) if self.runtime else []
+        return next((pod for pod in pods if pod.main), None)
+
+    @property
+    def starts(self) -> Iterator[Start]:
+        """Of what the job itself says is started."""
+        trainer, pod = self.trainer, self.pod
+        if not (trainer.place["command"] or trainer.place["args"]):
+            return
+        found = pod.launches if pod else launches(*(trainer.place[key] for key in ("command", "args", "env")))
+        nodes = pod.replicas if pod else self.nodes
+        name = self.spec["runtimeRef"]["name"].text
+        other = self.runtime.starts_itself if self.runtime else any(word in name for word in NOT_TORCH)
+        if other:
+            found = [launch for launch in found if launch.launcher != "python"]
+        processes = pod.processes if pod else self.processes
+        yield Start(found, processes, self.accelerators, nodes, nodes, nodes)
+
+    def overridden_pods(self) -> Iterator[Place]:
+        """The specs of pods in its overrides and patches."""
+        for override in self.spec["podSpecOverrides"].each():
+            yield override
+        for override in self.spec["podTemplateOverrides"].each():
+            yield override["spec"]
+        for job in self._patched_jobs():
+            yield job["template"]["spec"]["template"]["spec"]
+
+    def overridden_jobs(self) -> Iterator[Place]:
+        """What names the replicated jobs of its overrides and patches."""
+        for kind in ("podSpecOverrides", "podTemplateOverrides"):
+            for override in self.spec[kind].each():
+                yield from override["targetJobs"].each()
+        yield from self._patched_jobs()
+
+    def _patched_jobs(self) -> Iterator[Place]:
+        for patch in self.spec["runtimePatches"].each():
+            yield from patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"].each()
 
     def before(self, version: str) -> bool:
         """Whether the Trainer is older than `version`."""
@@ -271,7 +408,7 @@ def subjects(documents: list[Document], trainer_version: str) -> Iterator[tuple[
                 view.runtime.users.append(view)
     for document, view in zip(documents, views, strict=True):
         if view is not None:
-            yield document, AnyObject(view.place, view.place["kind"].text, document.duplicates)
+            yield document, AnyObject(view.place, view.place["kind"].text, document.duplicates, trainer_version)
             yield document, view
             yield from ((document, part) for part in _parts(view, claims))
 
@@ -292,6 +429,7 @@ def _name(place: Place) -> str:
 
 
 def _parts(view: PyTorchJob | TrainJob | Runtime, claims: list[Place]) -> Iterator[Any]:
+    yield from view.starts
     if isinstance(view, TrainJob):
         yield view.trainer
         return

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 
 from manifests.kinds import PYTORCHJOB
 from manifests.lint.registry import Hit, Severity, rule
-from manifests.lint.subjects import Container, Pod, PyTorchJob
+from manifests.lint.subjects import Pod, PyTorchJob
 from manifests.names import DNS_LABEL_CHARACTERS
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 BACKENDS = ("c10d", "etcd", "etcd-v2")
 _DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-_NODES_OPTION = re.compile(r"--nnodes[= ]([^ ]+)")
 
 
 @rule(
@@ -25,7 +24,7 @@ _NODES_OPTION = re.compile(r"--nnodes[= ]([^ ]+)")
 )
 def replica_types(job: PyTorchJob) -> Iterator[Hit]:
     specs = job.spec["pytorchReplicaSpecs"]
-    if not list(specs.fields()):
+    if not list(specs.fields()) and not isinstance(specs.value, list | str):
         yield Hit(specs, "no replicas")
     for name, place in specs.fields():
         if name not in ("Master", "Worker"):
@@ -57,7 +56,7 @@ def container_name(job: PyTorchJob) -> Iterator[Hit]:
     for role in job.roles:
         containers = role["template"]["spec"]["containers"]
         names = [container["name"].text for container in containers.each()]
-        if PYTORCHJOB.container not in names:
+        if PYTORCHJOB.container not in names and not isinstance(containers.value, dict | str):
             yield Hit(containers, f"containers are called {', '.join(names) or '(none)'}")
 
 
@@ -71,7 +70,7 @@ def container_name(job: PyTorchJob) -> Iterator[Hit]:
 def image_missing(job: PyTorchJob) -> Iterator[Hit]:
     for role in job.roles:
         for container in role["template"]["spec"]["containers"].each():
-            if not container["image"].text:
+            if container["image"].value in (None, ""):
                 yield Hit(container["image"], f"container '{container['name'].text}' has no image")
 
 
@@ -116,7 +115,7 @@ def no_rendezvous(job: PyTorchJob) -> Iterator[Hit]:
     fix="Remove the Master and give the Worker its replica; worker 0 has rank 0.",
 )
 def elastic_with_master(job: PyTorchJob) -> Iterator[Hit]:
-    if job.master and job.elastic:
+    if job.master and job.worker and job.elastic:
         yield Hit(job.master, "Master beside an elasticPolicy")
 
 
@@ -142,7 +141,7 @@ def elastic_without_worker(job: PyTorchJob) -> Iterator[Hit]:
     fix="Use workers only, with elasticPolicy.",
 )
 def master_init_container(job: PyTorchJob) -> Iterator[Hit]:
-    if job.master and job.worker:
+    if job.master and job.worker and not job.elastic:  # of which elastic-with-master speaks
         yield Hit(job.master, "Master and Worker")
 
 
@@ -160,9 +159,10 @@ def elastic_bounds(job: PyTorchJob) -> Iterator[Hit]:
     if low is None or high is None:
         return
     workers = job.replicas(job.worker)
+    is_known = not job.worker["replicas"] or (job.worker["replicas"].number or 0) > 0
     if low > high:
         yield Hit(job.elastic["minReplicas"], f"minReplicas {low} is above maxReplicas {high}")
-    elif job.worker and not low <= workers <= high:
+    elif job.worker and is_known and not low <= workers <= high:
         yield Hit(job.worker["replicas"], f"{workers} workers are outside of [{low}, {high}]")
 
 
@@ -242,7 +242,11 @@ def nproc_deprecated(job: PyTorchJob) -> Iterator[Hit]:
     fix="Make the processes per node equal to the GPUs of the pod's limits.",
 )
 def nproc_not_gpus(pod: Pod) -> Iterator[Hit]:
-    if pod.main and pod.accelerators and pod.processes is not None and pod.processes != pod.accelerators:
+    if any(launch.number("nproc_per_node") is not None for launch in pod.launches):
+        return  # that counts
+    if pod.trainer and pod.trainer.place["numProcPerNode"]:
+        return  # of which trainjob-nproc-not-gpus speaks
+    if pod.main and pod.accelerators and pod.processes and pod.processes != pod.accelerators:
         place = pod.main.resources["limits"]
         yield Hit(place, f"{pod.processes} processes for {pod.accelerators} GPUs")
 
@@ -256,8 +260,14 @@ def nproc_not_gpus(pod: Pod) -> Iterator[Hit]:
     fix='Write nprocPerNode: "1", or as many as the pod has CPUs for.',
 )
 def nproc_auto_cpu(job: PyTorchJob) -> Iterator[Hit]:
-    runs = [pod for pod in job.pods if pod.main and pod.main.launches_ranks and not pod.accelerators]
-    if runs and job.processes is None and not any(_fixes("nproc", pod.main) for pod in runs):
+    runs = [
+        launch
+        for pod in job.pods
+        if not pod.accelerators
+        for launch in pod.launches
+        if launch.launcher == "torchrun" and launch.options.get("nproc_per_node") in (None, "auto", "cpu")
+    ]
+    if runs and job.processes is None:
         yield Hit(job.spec["nprocPerNode"], "torchrun on CPUs without a number of processes")
 
 
@@ -271,52 +281,7 @@ def nproc_auto_cpu(job: PyTorchJob) -> Iterator[Hit]:
 )
 def nproc_auto_world_size(job: PyTorchJob) -> Iterator[Hit]:
     gpus = max((pod.accelerators for pod in job.pods), default=0)
-    if job.master and job.processes is None and gpus > 1:
+    # A launcher sets WORLD_SIZE for each rank itself.
+    by_launcher = all(any(launch.launcher != "python" for launch in pod.launches) for pod in job.pods)
+    if job.master and job.processes is None and gpus > 1 and not by_launcher:
         yield Hit(job.spec["nprocPerNode"], f"WORLD_SIZE will be {job.pod_count} for {job.pod_count * gpus} GPUs")
-
-
-@rule(
-    "torchrun-nnodes",
-    ERROR,
-    PyTorchJob,
-    why="An --nnodes on torchrun's command line beats PET_NNODES, which the operator sets. A number that is not "
-    "that of the replicas waits for ever or runs split; a fixed one switches elasticity off.",
-    fix="Leave --nnodes out; torchrun reads PET_NNODES.",
-)
-def torchrun_nnodes(job: PyTorchJob) -> Iterator[Hit]:
-    low, high = job.elastic["minReplicas"].number, job.elastic["maxReplicas"].number
-    for pod in job.pods:
-        written = _NODES_OPTION.search(" ".join(pod.main.words)) if pod.main else None
-        if written is None or "$" in written[1]:
-            continue
-        place = pod.main.place["args"] or pod.main.place["command"]
-        if written[1] not in (str(job.pod_count), f"{job.pod_count}:{job.pod_count}", f"{low}:{high}"):
-            yield Hit(place, f"--nnodes {written[1]}, but the job has {job.pod_count} pods")
-        elif low != high and ":" not in written[1]:
-            yield Hit(place, f"--nnodes {written[1]} in a job of {low} to {high} workers")
-
-
-@rule(
-    "no-launcher",
-    ERROR,
-    Pod,
-    why="The operator starts one container per replica and no processes in it: nprocPerNode only sets "
-    "PET_NPROC_PER_NODE, which torchrun reads. A script started by python alone uses one GPU of the pod.",
-    fix="Start it with torchrun: command: [torchrun, train.py].",
-)
-def no_launcher(pod: Pod) -> Iterator[Hit]:
-    several = max(pod.processes or 1, pod.accelerators)
-    if pod.main and several > 1 and not pod.main.launches_ranks and _runs_a_script(pod.main):
-        place = pod.main.place["command"] or pod.main.place["args"]
-        yield Hit(place, f"python runs the script itself, for {several} processes or GPUs")
-
-
-def _runs_a_script(container: Container) -> bool:
-    words = container.words
-    starts = len(words) > 1 and re.fullmatch(r"(.*/)?python[0-9.]*", words[0]) is not None
-    arguments = [word for word in words[1:] if word not in ("-u", "-O")]
-    return starts and bool(arguments) and arguments[0].endswith(".py")
-
-
-def _fixes(option: str, container: Container | None) -> bool:
-    return container is not None and any(word.startswith(f"--{option}") for word in container.words)

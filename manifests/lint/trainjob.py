@@ -40,7 +40,7 @@ def trainjob_runtime_ref(job: TrainJob) -> Iterator[Hit]:
 )
 def trainjob_runtime_scope(job: TrainJob) -> Iterator[Hit]:
     reference = job.spec["runtimeRef"]
-    if reference["name"].text in job.other_scope:
+    if reference["name"].text in job.other_scope and reference["kind"].value in (None, *RUNTIME_KINDS):
         kind = reference["kind"].text or "no kind"
         yield Hit(reference, f"{kind} for '{reference['name'].text}', which is defined here in the other scope")
 
@@ -98,7 +98,9 @@ def trainjob_num_proc(job: TrainJob) -> Iterator[Hit]:
     fix="Make numProcPerNode equal to the GPUs of resourcesPerNode.limits, or leave it to the runtime's auto.",
 )
 def trainjob_nproc_not_gpus(job: TrainJob) -> Iterator[Hit]:
-    if job.accelerators and job.processes is not None and job.processes != job.accelerators:
+    if any(launch.number("nproc_per_node") is not None for start in job.starts for launch in start.launches):
+        return  # that counts
+    if job.accelerators and job.processes and job.processes != job.accelerators:
         place = job.spec["trainer"]["numProcPerNode"]
         yield Hit(place, f"{job.processes} processes for {job.accelerators} GPUs")
 
@@ -121,13 +123,13 @@ def trainjob_reserved_env(job: TrainJob) -> Iterator[Hit]:
     "trainjob-override-env",
     ERROR,
     TrainJob,
-    why="The webhook denies podTemplateOverrides with env for the containers node, dataset-initializer and "
-    "model-initializer.",
+    why="The webhook denies podTemplateOverrides and runtimePatches with env for the containers node, "
+    "dataset-initializer and model-initializer.",
     fix="Write them in spec.trainer.env or spec.initializer.*.env.",
 )
 def trainjob_override_env(job: TrainJob) -> Iterator[Hit]:
-    for override in job.spec["podTemplateOverrides"].each():
-        for container in override["spec"]["containers"].each():
+    for pod in job.overridden_pods():
+        for container in pod["containers"].each():
             owned = container["name"].text in (TRAINJOB.container, "dataset-initializer", "model-initializer")
             if owned and container["env"].value:
                 yield Hit(container["env"], f"env of container '{container['name'].text}'")
@@ -137,17 +139,17 @@ def trainjob_override_env(job: TrainJob) -> Iterator[Hit]:
     "trainjob-unknown-override",
     ERROR,
     TrainJob,
-    why="The webhook denies an override of a replicated job that the runtime does not have.",
-    fix="Use the names of the runtime's replicatedJobs in targetJobs.",
+    why="The webhook denies an override of a replicated job that the runtime does not have; from 2.2 on such a patch "
+    "is accepted and does nothing.",
+    fix="Use the names of the runtime's replicatedJobs in targetJobs or runtimePatches.",
 )
 def trainjob_unknown_override(job: TrainJob) -> Iterator[Hit]:
     if job.runtime is None:
         return
     known = {entry["name"].text for entry, _ in job.runtime.replicated_jobs()}
-    for override in job.spec["podTemplateOverrides"].each():
-        for target in override["targetJobs"].each():
-            if target["name"].text not in known:
-                yield Hit(target, f"'{target['name'].text}' is none of {', '.join(sorted(known)) or 'no jobs'}")
+    for target in job.overridden_jobs():
+        if target["name"].text not in known:
+            yield Hit(target, f"'{target['name'].text}' is none of {', '.join(sorted(known)) or 'no jobs'}")
 
 
 @rule(
@@ -163,6 +165,8 @@ def trainjob_no_deadline(job: TrainJob) -> Iterator[Hit]:
     if place or (job.runtime is None and job.before("2.2")):
         return
     trainer = job.runtime.trainer if job.runtime else None
+    if job.runtime and trainer is None:
+        return  # of which runtime-no-trainer speaks
     if trainer is None or not trainer["template"]["spec"]["activeDeadlineSeconds"]:
         yield Hit(place, "no deadline in the job, and none in its runtime" if job.runtime else "no deadline")
 

@@ -1,0 +1,67 @@
+"""What a TrainJob changes in its runtime's pods: podSpecOverrides (2.0), podTemplateOverrides (2.1), runtimePatches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from manifests.lint.fields import known
+from manifests.lint.place import Place
+from manifests.lint.podschema import NEWER_MARK, Table
+
+
+def overridden(template: Place, replicated_job: str, job: Place, version: str) -> Place:
+    """The pod template of a replicated job, with what the TrainJob says of it merged in, at the template's place.
+
+    Merged as the API merges a strategic patch: mappings by key, lists that have one by the key of their elements,
+    anything else replaced.
+    """
+    value, table = template.value, known(version)
+    for patch in _patches(replicated_job, job):
+        if isinstance(value, dict):
+            value = _merged(value, patch, "PodTemplateSpec", table)
+    return Place(value, template.path)
+
+
+def _patches(replicated_job: str, job: Place) -> Iterator[dict[str, Any]]:
+    spec = job["spec"]
+    for override in spec["podSpecOverrides"].each():
+        if replicated_job in _targets(override) and isinstance(override.value, dict):
+            yield {"spec": {key: value for key, value in override.value.items() if key != "targetJobs"}}
+    for override in spec["podTemplateOverrides"].each():
+        if replicated_job in _targets(override):
+            yield {"metadata": override["metadata"].value, "spec": override["spec"].value}
+    for patch in spec["runtimePatches"].each():
+        for entry in patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"].each():
+            pod = entry["template"]["spec"]["template"]
+            if entry["name"].text == replicated_job and isinstance(pod.value, dict):
+                yield pod.value
+
+
+def _targets(override: Place) -> list[str]:
+    return [target["name"].text for target in override["targetJobs"].each()]
+
+
+def _merged(base: Any, patch: Any, type_: str, table: Table) -> Any:
+    if patch is None:
+        return base
+    if type_.startswith("[") and isinstance(base, list) and isinstance(patch, list) and " " in type_:
+        element, key, *_ = type_[1:-1].split()
+        return _merged_list(base, patch, element, key, table)
+    if isinstance(base, dict) and isinstance(patch, dict) and type_ != "Volume":  # a volume has one source
+        fields = table.get(type_, {})
+        types = {name: fields.get(name, "any").rstrip("!" + NEWER_MARK) for name in patch}
+        return {**base, **{name: _merged(base.get(name), value, types[name], table) for name, value in patch.items()}}
+    return patch
+
+
+def _merged_list(base: list[Any], patch: list[Any], element: str, key: str, table: Table) -> list[Any]:
+    found = list(base)
+    for entry in patch:
+        name = entry.get(key) if isinstance(entry, dict) else None
+        at = next((n for n, other in enumerate(found) if isinstance(other, dict) and other.get(key) == name), None)
+        if name is None or at is None:
+            found.append(entry)
+        else:
+            found[at] = _merged(found[at], entry, element, table)
+    return found
