@@ -73,7 +73,7 @@ def complete(
         seed=seed,
         stop_id=tokenizer.eod_id,
     )
-    return [tokenizer.decode(ids) for ids in made]
+    return [tokenizer.decode_part(ids) for ids in made]  # the last token may be the first half of a character
 
 
 def _next_logits(rows: list[list[int]], model: HybridModel, device: torch.device) -> Tensor:

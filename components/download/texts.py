@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from manifests.dataspec import CHAT, TextSpec, template_fields
 from trainer.data.manifest import DataError
 
-MESSAGE = "<|im_start|>{role}\n{content}<|im_end|>\n"
+START, END = "<|im_start|>", "<|im_end|>\n"
 THINKING = {"<think>": "<|think_start|>", "</think>": "<|think_end|>"}
+THINK = re.compile("(</?think>)")
+TEXT_PARTS = ("text", "input_text", "output_text")
 MARKUP = re.compile(r"<\|(\w+)\|>")
 
 Row = list[Any]  # the values of `TextSpec.columns`, in that order
@@ -26,44 +29,79 @@ def maker(spec: TextSpec) -> Callable[[str, Row], str]:
     fields, columns = template_fields(spec.template), spec.columns
 
     def rendered(where: str, row: Row) -> str:
-        pieces, filled = [], False
+        pieces, filled = list[tuple[str, bool]](), False
         for literal, name, form in fields:
-            pieces.append(literal)
+            pieces.append((literal, True))
             if name is not None:
                 value = row[columns.index(name)]
-                text = chat(where, name, value) if form == CHAT else _string(where, name, value)
-                filled = filled or bool(text.strip())
-                pieces.append(unmarked(text) if spec.has_markup and form != CHAT else text)
-        return "".join(pieces) if filled else ""
+                some = chat(where, name, value) if form == CHAT else [(_string(where, name, value), False)]
+                filled = filled or any(text.strip() for text, _ in some)
+                pieces += some
+        if not filled:
+            return ""
+        return joined(pieces) if spec.has_markup else "".join(text for text, _ in pieces)
 
     return rendered
 
 
-def chat(where: str, column: str, messages: Any) -> str:
-    """A conversation with the tokenizer's special tokens; `<think>` of an assistant becomes its token too.
+def joined(pieces: Iterable[tuple[str, bool]]) -> str:
+    """The text of pieces; only special tokens that lie whole in one whose second value is True stay such.
 
-    Special tokens that somebody wrote in a message are broken up, so that no message can pass for another.
+    So neither a piece nor two side by side can pass for the markup around them.
     """
+    text, bounds = "", list[tuple[int, int]]()
+    for piece, is_markup in pieces:
+        if is_markup and bounds and bounds[-1][1] == len(text):
+            bounds[-1] = (bounds[-1][0], len(text) + len(piece))
+        elif is_markup:
+            bounds.append((len(text), len(text) + len(piece)))
+        text += piece
+    starts = [start for start, _ in bounds]
+
+    def broken(found: re.Match[str]) -> str:
+        at = bisect_right(starts, found.start()) - 1
+        inside = at >= 0 and found.end() <= bounds[at][1]
+        return found[0] if inside else f"<| {found[1]} |>"
+
+    return MARKUP.sub(broken, text)
+
+
+def chat(where: str, column: str, messages: Any) -> list[tuple[str, bool]]:
+    """A conversation in pieces for `joined`; `<think>` of an assistant becomes the tokenizer's token too."""
     if messages is None:
-        return ""
+        return []
     if not isinstance(messages, list):
         raise DataError(f"{where}: column '{column}' holds a {type(messages).__name__}; {{…:chat}} needs messages")
-    turns = []
+    pieces = list[tuple[str, bool]]()
     for message in messages:
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str | None):
+        text = _content(where, column, content)
+        if not isinstance(role, str) or text is None:
             raise DataError(f"{where}: column '{column}' holds a message without a role or with no text as its content")
-        body = unmarked(content or "")
+        pieces += [(START, True), (role, False), ("\n", True)]
         if role == "assistant":
-            for tag, token in THINKING.items():
-                body = body.replace(tag, token)
-        turns.append(MESSAGE.format(role=unmarked(role), content=body))
-    return "".join(turns)
+            pieces += [(THINKING.get(part, part), part in THINKING) for part in THINK.split(text)]
+        else:
+            pieces.append((text, False))
+        pieces.append((END, True))
+    return pieces
 
 
-def unmarked(text: str) -> str:
-    """The text without anything that the tokenizer would take for a special token."""
-    return MARKUP.sub(r"<| \1 |>", text)
+def _content(where: str, column: str, content: Any) -> str | None:
+    """The text of a message, which may come in parts as OpenAI's interface has them; None for what is none."""
+    if not isinstance(content, list):
+        return content or "" if isinstance(content, str | None) else None
+    texts = []
+    for part in content:
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        if kind is not None and not (kind in TEXT_PARTS and isinstance(text, str)):
+            raise DataError(
+                f"{where}: column '{column}' holds a message with a part of type '{kind}'; only text is read"
+            )
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "".join(texts)
 
 
 def _string(where: str, column: str, value: Any) -> str:

@@ -1,8 +1,9 @@
 """Contamination: documents that share n words in a row with an evaluation text.
 
 Overlap of 13-grams is what GPT-3 was cleaned by (Brown et al. 2020, arXiv:2005.14165, appendix C). Words are runs of
-letters, digits and underscores, case folded after Unicode compatibility composition (NFKC), so punctuation and layout
-do not hide a copy. An evaluation text of fewer than n words cannot be looked for; the report counts those.
+letters, digits and underscores, without invisible characters, case folded after Unicode compatibility composition
+(NFKC): neither punctuation and layout nor soft hyphens hide a copy. An evaluation text of fewer than n words cannot be
+looked for; the report counts those.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from components.hygiene.filters import DOCUMENT, Drop
+from components.hygiene.filters import DOCUMENT, INVISIBLE, Drop, visible
 
 DTYPE = np.dtype([*DOCUMENT, ("gram", "<u4")])
 WORD = re.compile(r"\w+")
@@ -53,7 +54,7 @@ class Contamination:
             "evaluation_texts": len(self._words),
             "evaluation_texts_too_short": self.too_short,
             "evaluation": xxhash.xxh3_128_hexdigest(b"".join(map(bytes, (self._hashes, self._sources, self._starts)))),
-        }
+        } | INVISIBLE
 
     def scanner(self) -> _Scanner:
         return _Scanner(self._hashes, self._ngram)
@@ -132,6 +133,7 @@ def _powers(base: int, count: int) -> NDArray[np.uint64]:
 
 
 def words(text: str) -> list[str]:
+    text = visible(text)
     if not unicodedata.is_normalized("NFKC", text):
         text = unicodedata.normalize("NFKC", text)
     return WORD.findall(text.casefold())

@@ -1,6 +1,7 @@
 """Exact duplicates: of documents with the same text, the first one in the manifest's order stays.
 
-Texts are compared after Unicode composition (NFC) with every run of white space as one space, by their 128-bit hash.
+Texts are compared by their 128-bit hash, without invisible characters, after Unicode composition (NFC), with every run
+of white space as one space.
 Memory does not grow with the corpus: each file's hashes are sorted, and equal ranges of hashes are read from all files
 one after the other.
 """
@@ -17,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from components.hygiene.filters import DOCUMENT, Drop
+from components.hygiene.filters import DOCUMENT, INVISIBLE, Drop, visible
 
 DTYPE = np.dtype([*DOCUMENT, ("high", "<u8"), ("low", "<u8")])
 RECORDS = 2**21  # documents compared at once: some 200 MB
@@ -25,7 +26,7 @@ RECORDS = 2**21  # documents compared at once: some 200 MB
 
 class ExactDuplicates:
     name = "exact_duplicates"
-    settings = {"normalisation": "NFC, white space", "hash": "xxh3_128"}
+    settings = {"normalisation": "NFC, white space", "hash": "xxh3_128"} | INVISIBLE
 
     def scanner(self) -> _Scanner:
         return _Scanner()
@@ -60,7 +61,7 @@ class _Scanner:
 
 
 def normalised(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join(unicodedata.normalize("NFC", visible(text)).split())
 
 
 def _within(array: NDArray[Any], low: int, high: int) -> NDArray[Any]:

@@ -6,6 +6,7 @@ then `decide` looks at the arrays of all files and says which documents go. Arra
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,12 @@ from numpy.typing import NDArray
 
 from manifests.dataspec import HygieneSpec
 
+# In every filter's settings since texts are compared without invisible characters; results from before lack it.
+INVISIBLE = {"invisible_characters": "left out"}
+IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
+)
 DOCUMENT = [("document", "<u4"), ("offset", "<u8"), ("bytes", "<u4")]  # what every scan says of a document first
 
 
@@ -53,6 +60,15 @@ class Filter(Protocol):
             scans: the arrays (.npy) of all raw files, in the manifest's order.
             files: the raw files' paths, relative to the raw stage.
         """
+
+
+def visible(text: str) -> str:
+    """The text without what no reader sees: Unicode's default ignorable code points (UAX #44, DerivedCoreProperties).
+
+    Soft hyphens, joiners and spaces of no width, marks of direction, variation selectors, fillers of Hangul. They are
+    left out where texts are compared, never of what is stored.
+    """
+    return text if text.isascii() else IGNORABLE.sub("", text)
 
 
 def chosen(spec: HygieneSpec, evaluation: dict[str, list[str]]) -> list[Filter]:

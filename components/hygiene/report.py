@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from trainer.data.manifest import FileEntry, Manifest, atomic_write, file_entry
 
 SAMPLES = 3  # of each filter and source
 SAMPLE_CHARACTERS = 300
+FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # two of them are one flag
 NAMES = ("report.json", "report.md")
 
 
@@ -81,4 +83,30 @@ class Report:
 
     def _start(self, path: str, offset: int) -> str:
         _, text = next(documents(self._raw_dir / path, offset))
-        return text[:SAMPLE_CHARACTERS]
+        return beginning(text, SAMPLE_CHARACTERS)
+
+
+def beginning(text: str, length: int) -> str:
+    """At most `length` characters of a text, not cut within what a reader takes for one (about UAX #29)."""
+    end = min(length, len(text))
+    while 0 < end < len(text) and _is_within(text, end):
+        end -= 1
+    return text[: end or length]
+
+
+def _is_within(text: str, at: int) -> bool:
+    one, after = text[at - 1], text[at]
+    mark = unicodedata.category(after).startswith("M") or after in "\u200c\u200d" or one + after == "\r\n"
+    emoji = "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f"
+    emoji = emoji or (one == "\u200d" and not after.isalnum())
+    hangul = (_jamo(one)[-1:], _jamo(after)[:1]) in (("L", "L"), ("L", "V"), ("V", "V"), ("V", "T"), ("T", "T"))
+    flags = len(text[:at]) - len(text[:at].rstrip(FLAG_LETTERS))
+    return mark or emoji or hangul or (after in FLAG_LETTERS and flags % 2 == 1)
+
+
+def _jamo(character: str) -> str:
+    """What a Hangul character is made of, as UAX #29 calls it: leading, vowel, trailing; "" for another one."""
+    if "가" <= character <= "힣":
+        return "LVT" if (ord(character) - ord("가")) % 28 else "LV"
+    kinds = {"L": ("\u1100", "\u115f"), "V": ("\u1160", "\u11a7"), "T": ("\u11a8", "\u11ff")}
+    return next((kind for kind, (first, last) in kinds.items() if first <= character <= last), "")

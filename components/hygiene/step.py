@@ -25,7 +25,7 @@ import numpy as np
 
 from components import measuring
 from components.download.source import Task, prepare
-from components.hygiene.filters import Drop, Filter, chosen
+from components.hygiene.filters import INVISIBLE, Drop, Filter, chosen
 from components.hygiene.report import Report
 from components.lock import alone
 from components.progress import ByteProgress
@@ -67,6 +67,10 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
         inputs = {"raw": raw_manifest.digest}
         settings = {each.name: each.settings for each in filters}
         manifest, why = reusable(directory, "hygiene", inputs, settings)
+        if manifest is None and (former := _decided_before(directory, inputs, settings)):
+            # Runs were begun on it: what is decided does not change under them.
+            print(f"hygiene: decided before invisible characters were left out; to decide anew remove {directory}")
+            manifest, why = former
         if manifest is None:
             print(f"hygiene: {', '.join(settings)} in {len(raw_manifest.files)} files ({why})", flush=True)
             for each in filters:  # from 0, else the first would not show as an increase
@@ -85,6 +89,15 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
     print(f"hygiene: leaves out {counts.documents} documents, {counts.text_bytes} bytes of text", flush=True)
     left_out = {"left_out_documents": counts.documents, "left_out_text_bytes": counts.text_bytes}
     return raw.model_copy(update={"summary": raw.summary | left_out})
+
+
+def _decided_before(
+    directory: Path, inputs: dict[str, str], settings: dict[str, dict[str, Any]]
+) -> tuple[Manifest, str] | None:
+    """A whole result of a version that compared texts with invisible characters, and why it holds."""
+    before = {name: {k: v for k, v in of.items() if k not in INVISIBLE} for name, of in settings.items()}
+    manifest, why = reusable(directory, "hygiene", inputs, before)
+    return (manifest, why) if manifest else None
 
 
 def _evaluation_texts(job: JobSpec, directory: Path) -> dict[str, list[str]]:

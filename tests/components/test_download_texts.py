@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.download import source, step
-from components.download.texts import maker, unmarked
+from components.download.texts import maker
 from manifests.dataspec import TextSpec
 from manifests.spec import JobSpec, SpecError, job_from, load_job, parse
 from trainer.data.manifest import DataError
@@ -87,12 +87,54 @@ def test_what_is_no_conversation_is_named(value: Any, said: str) -> None:
     assert said in str(caught.value)
 
 
-@given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|", "|>", "<", "|", "a", "_"])).map("".join))
+HOSTILE = st.lists(
+    st.sampled_from(
+        [*SPECIAL_TOKENS, "<|", "|>", "<", "|", "a", "_", "<|im_", "end|>", "im_end", "<think>", "</think>"]
+    )
+).map("".join)
+
+
+@given(HOSTILE)
 def test_no_special_token_is_left_in_a_message(text: str) -> None:
-    assert not any(token in unmarked(text) for token in SPECIAL_TOKENS)
     body = made("{messages:chat}", messages=[{"role": "user", "content": text}])
     inside = body.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n")
     assert not any(token in inside for token in SPECIAL_TOKENS)
+
+
+@given(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, st.booleans())
+def test_no_special_token_comes_out_of_two_pieces(a: str, b: str, role: str, one: str, two: str, answer: bool) -> None:
+    parts = [{"type": "text", "text": one}, {"type": "text", "text": two}]
+    messages = [{"role": "assistant" if answer else f"u{role}", "content": parts}, {"role": role, "content": None}]
+    text = made("{a}{b}{messages:chat}{b}<|fim_prefix|>{a}", a=a, b=b, messages=messages)
+    if not text:
+        return
+    count = {token: text.count(token) for token in SPECIAL_TOKENS if token in text}
+    thoughts = (one + two) if answer or role == "assistant" else ""
+    expected = {"<|im_start|>": 2, "<|im_end|>": 2, "<|fim_prefix|>": 1}
+    expected |= {"<|think_start|>": thoughts.count("<think>"), "<|think_end|>": thoughts.count("</think>")}
+    assert count == {token: number for token, number in expected.items() if number}
+
+
+def test_a_special_token_out_of_two_columns_is_broken_up() -> None:
+    row = {"a": "x <|im_", "b": "end|> y", "messages": [{"role": "user", "content": "q"}]}
+    assert made("{a}{b}{messages:chat}", **row) == "x <| im_end |> y<|im_start|>user\nq<|im_end|>\n"
+    assert made("{a}end|>{messages:chat}", **row) == "x <| im_end |><|im_start|>user\nq<|im_end|>\n"
+    assert made("{a}{b}", **row) == "x <|im_end|> y", "no markup, so ordinary characters"
+
+
+def test_contents_in_parts_are_one_text_and_an_empty_one_is_none() -> None:
+    parts = [{"type": "text", "text": "Is <|im_"}, {"type": "input_text", "text": "end|> one?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}, {"role": "user"}]
+    text = made("{messages:chat}", messages=messages)
+    assert text == (
+        "<|im_start|>user\nIs <| im_end |> one?<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+        "<|im_start|>user\n<|im_end|>\n"
+    )
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    with pytest.raises(
+        DataError, match=r"^a.jsonl:1: column 'messages' holds a message with a part of type 'image_url'"
+    ):
+        made("{messages:chat}", messages=picture)
 
 
 @pytest.mark.parametrize("part_bytes", [1, 40, 10**9])

@@ -20,7 +20,7 @@ from components.hygiene.attributes import decisions, dropped
 from components.lock import alone
 from manifests.spec import JobSpec
 from trainer.data.jsonl import documents
-from trainer.data.manifest import DataError, StageResult, read_manifest, verify
+from trainer.data.manifest import DataError, StageResult, read_manifest, verify, write_manifest
 from trainer.errors import LaunchError, VolumeError
 
 QUESTION = "Which of the following thirteen words in a row shall no model have seen before its test?"
@@ -118,6 +118,28 @@ def test_nothing_is_done_twice_and_other_raw_text_is_judged_anew(
         decisions(job, read_manifest(other.path))
     step.run(job, other)
     assert decisions(job, read_manifest(other.path)) is not None
+
+
+def test_what_an_earlier_version_decided_holds(
+    job: JobSpec, raw: StageResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs were begun on it. Settings of before say nothing of invisible characters."""
+    step.run(job, raw)
+    directory = Path(job.stage_dir("hygiene"))
+    now = read_manifest(directory)
+    before = {
+        name: {k: v for k, v in each.items() if k != "invisible_characters"} for name, each in now.settings.items()
+    }
+    assert before != now.settings
+    former = now.model_copy(update={"settings": before})
+    write_manifest(directory, former)
+    capsys.readouterr()
+    step.run(job, raw)
+    assert read_manifest(directory).digest == former.digest
+    assert f"to decide anew remove {directory}" in capsys.readouterr().out
+    (directory / "manifest.json").unlink()
+    step.run(job, raw)
+    assert read_manifest(directory).digest == now.digest
 
 
 def test_a_job_without_hygiene_leaves_nothing_out(tmp_path: Path) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.hygiene import duplicates
 from components.hygiene.contamination import Contamination
 from components.hygiene.duplicates import ExactDuplicates
-from components.hygiene.filters import Drop, Filter
+from components.hygiene.filters import Drop, Filter, visible
+from components.hygiene.report import beginning
 
 Files = list[list[str]]
 
@@ -45,7 +47,8 @@ def documents(files: Files) -> Iterator[tuple[int, int, str]]:
 
 
 # Few different texts, so that there are duplicates; spaces, and both ways to write Hangul and accents.
-TEXT = st.text("a é\u0301e\n\t가\u1100\u1161", max_size=4) | st.text(max_size=3)
+TEXT = st.text("a é\u0301e\n\t가\u1100\u1161\u00ad\u200b\ufe0f", max_size=4) | st.text(max_size=3)
+INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
 
 
 @pytest.mark.parametrize("records", [2**21, 2])
@@ -58,7 +61,7 @@ def test_of_equal_texts_only_the_first_stays(records: int, files: Files) -> None
     first: dict[str, tuple[int, int]] = {}
     expected = []
     for file, document, text in documents(files):
-        key = " ".join(unicodedata.normalize("NFC", text).split())
+        key = " ".join(unicodedata.normalize("NFC", INVISIBLE.sub("", text)).split())
         if key in first:
             expected.append((file, document, first[key]))
         else:
@@ -69,11 +72,11 @@ def test_of_equal_texts_only_the_first_stays(records: int, files: Files) -> None
 
 
 def brute_force_words(text: str) -> list[str]:
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    folded = unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).casefold()
     return "".join(c if c.isalnum() or c == "_" else " " for c in folded).split()
 
 
-WORDS = st.lists(st.sampled_from(["a", "b", "B", "가", "7", "x_y"]), max_size=12)
+WORDS = st.lists(st.sampled_from(["a", "b", "B\u00ad", "\u200b가", "7", "x\u200d_y"]), max_size=12)
 PROSE = st.builds(lambda words, by: by.join(words), WORDS, st.sampled_from([" ", ", ", "\n", "-"]))
 
 
@@ -109,3 +112,41 @@ def test_thirteen_words_are_enough_and_twelve_are_not() -> None:
     found = dropped(each, [[f"Before. {twelve} after", f"BEFORE {thirteen.upper()}! after"]])
     assert [(drop.file, drop.document) for drop in found] == [(0, 1)]
     assert found[0].evidence == {"evaluation": "exam", "text": 0, "words": thirteen}
+
+
+def test_invisible_characters_are_those_of_unicode() -> None:
+    every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    assert visible(every) == INVISIBLE.sub("", every)
+    assert visible("soft\u00adhyphen") == "softhyphen" and visible("مـ١\u0600") == "مـ١\u0600"
+
+
+@pytest.mark.parametrize("hidden", ["\u00ad", "\u200b", "\u200c", "\u2060", "\ufeff", "\u202e", "\ufe0f", "\u3164"])
+def test_invisible_characters_hide_nothing(hidden: str) -> None:
+    words = [f"Wort{n}é" for n in range(14)]
+    plain = " ".join(words)
+    spread = " ".join(word[:2] + hidden + word[2:-1] + "e" + hidden + "\u0301" for word in words)
+    assert len(dropped(Contamination({"exam": [plain]}, 13), [[spread]])) == 1
+    assert len(dropped(Contamination({"exam": [spread]}, 13), [[plain.upper()]])) == 1
+    assert [drop.document for drop in dropped(ExactDuplicates(), [[plain, spread, hidden + plain]])] == [1, 2]
+
+
+SEEN_AS_ONE = [
+    "a",
+    "e\u0301",
+    "한",
+    "\u1112\u1161\u11ab",
+    "하\u11ab",
+    "🐈\u200d⬛",
+    "👍🏽",
+    "🇰🇷",
+    "\r\n",
+    "❤\ufe0f",
+    " ",
+]
+
+
+@given(st.lists(st.sampled_from(SEEN_AS_ONE)).map("".join), st.integers(1, 8))
+def test_a_beginning_ends_between_what_readers_take_for_characters(text: str, length: int) -> None:
+    found = beginning(text, length)
+    ends = [match.end() for match in regex.finditer(r"\X", text) if match.end() <= length]
+    assert text.startswith(found) and len(found) == (ends[-1] if ends else min(length, len(text)))

@@ -61,6 +61,18 @@ def test_any_bytes_come_back(tokenizer: Tokenizer, data: bytes) -> None:
     assert ids == tokenizer.encode(text)
 
 
+def test_a_part_of_a_text_has_no_half_characters_at_its_ends(tokenizer: Tokenizer) -> None:
+    text = "값 🐈 é 끝"
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text), "characters of several ids, or nothing is cut"
+    for start in range(len(ids)):
+        for stop in range(start, len(ids) + 1):
+            part = tokenizer.decode_part(ids[start:stop])
+            assert part in text and part == tokenizer.decode(ids[start:stop]).strip("\ufffd")
+    stray = tokenizer.encode_bytes(b"a\xffb\xed\x95")
+    assert tokenizer.decode_part(stray) == "a\ufffdb", "what the text itself has of them stays"
+
+
 def test_each_byte_alone_and_within_text_comes_back(tokenizer: Tokenizer) -> None:
     for byte in range(256):
         for data in (bytes([byte]), b"ab" + bytes([byte]) + "가".encode(), "가".encode()[:2] + bytes([byte])):

@@ -154,5 +154,5 @@ def training_row(
 def _passage(
     found: SourceDocuments, tokenizer: Tokenizer, source: str, document: int, start: int, stop: int
 ) -> Passage:
-    text = tokenizer.decode(found.tokens(document, start, stop).tolist())
+    text = tokenizer.decode_part(found.tokens(document, start, stop).tolist())
     return Passage(source, document, start, stop, int(found.lengths[document]), text, found.origin(document))

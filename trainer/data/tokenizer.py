@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -94,6 +95,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text, special tokens included; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
         return self._raw.decode(list(ids), skip_special_tokens=False)
+
+    def decode_part(self, ids: Sequence[int]) -> str:
+        """`decode` of ids that somebody cut: half a character at either end is left out instead of being U+FFFD."""
+        data = self.decode_bytes(ids)
+        start = next((n for n, byte in enumerate(data[:3]) if byte & 0xC0 != 0x80), min(len(data), 3))
+        return getincrementaldecoder("utf-8")("replace").decode(data[start:])
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of any bytes; those that belong to no UTF-8 character take the id of the single byte."""
