@@ -16,6 +16,7 @@ from components.download.localpaths import find_local
 from components.download.step import run
 from manifests.dataspec import FilesSource
 from manifests.spec import JobSpec
+from trainer.data.manifest import DataError
 
 NFC, NFD = unicodedata.normalize("NFC", "한글 é"), unicodedata.normalize("NFD", "한글 é")
 
@@ -80,7 +81,7 @@ def test_links_are_followed_and_lead_nowhere_twice(folder: Callable[..., Path]) 
     assert named(made, "link/*.jsonl") == named(made, "l*/a.jsonl") == ["link/a.jsonl"]
     assert named(made, "**/*.jsonl") == ["b.jsonl", "real/a.jsonl"]
     (made / "gone.jsonl").symlink_to("nowhere/x.jsonl")
-    with pytest.raises(ValueError, match=r"gone.jsonl: a link to nowhere/x.jsonl \(No such file or directory\); mend"):
+    with pytest.raises(DataError, match=r"gone.jsonl: a link to nowhere/x.jsonl \(No such file or directory\); mend"):
         named(made, "*.jsonl")
 
 
