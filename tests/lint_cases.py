@@ -450,8 +450,6 @@ BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
         (("MAIN/resources/requests/memory", "64GB"),),
         (("MAIN/resources/requests/memory", "8 Gi"),),
         (("MAIN/resources/requests/memory", "64gi"),),
-        (("MAIN/resources/requests/cpu", -1),),
-        (("MAIN/resources/requests/cpu", "-500m"),),
         (("TRAINER/resourcesPerNode/requests", {"cpu": "eight"}),),
         (("POD/volumes/0", {"name": "tmp", "emptyDir": {"sizeLimit": "1GB"}}),),
     ],
@@ -466,6 +464,8 @@ BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
     ],
     "out-of-range": [
         (("MAIN/ports/0", {"name": "other", "containerPort": 70000}),),
+        (("MAIN/resources/requests/cpu", -1),),
+        (("MAIN/resources/requests/cpu", "-500m"),),
         (("POD/terminationGracePeriodSeconds", -5),),
         (("POD/securityContext/runAsUser", -1),),
     ],
@@ -473,7 +473,6 @@ BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
         (("POD/volumes/0", {"name": "shm", "emptyDir": {}}),),
         (("MAIN/volumeMounts/0", {"name": "shm", "mountPath": "/mnt/checkpoints"}),),
         (("POD/initContainers", [{"name": "a", "image": "a:1", **SAFE}, {"name": "a", "image": "a:1", **SAFE}]),),
-        (("POD/initContainers", [{"name": "pytorch", "image": "a:1", **SAFE}]),),
         (("MAIN/ports/0", {"name": "other", "containerPort": 9400}),),
     ],
     "one-of": [
@@ -488,6 +487,7 @@ BROKEN: dict[str, list[tuple[tuple[str, Any], ...]]] = {
         (("POD/volumes/0", {"name": "My_Volume", "emptyDir": {}}),),
         (("POD/volumes/0", {"name": "tmp", "emptyDir": {"medium": "memory"}}),),
         (("trainjob/metadata/name", "My_Job"),),
+        (("POD/initContainers", [{"name": "pytorch", "image": "a:1", **SAFE}]),),
         (("MAIN/env/0", {"name": "A=B", "value": "x"}),),
         (("MAIN/resources/limits/gpu", 2),),
         (("MAIN/resources/limits/nvidia.com\0gpus", 2),),

@@ -114,7 +114,7 @@ _structure(
     "not-a-quantity",
     "quantity",
     why="Quantities are numbers, whole or with one of m, k, M, G, T, P, E, Ki, Mi, Gi, Ti, Pi, Ei directly behind: "
-    "GB, gi and a space are denied, and so is less than 0.",
+    "GB, gi and a space are denied.",
     fix="Write 64Gi, 500m, 8.",
 )
 _structure(

@@ -172,7 +172,7 @@ class _Walk:
             for container in place["initContainers"].each():
                 if container["name"].text in used:
                     what = f"name '{container['name'].text}' is there in initContainers and containers"
-                    yield Problem("twice", container["name"], what)
+                    yield Problem("name", container["name"], what)
         if kind in _ONE_OF:
             yield from _one_of(place, kind, fields)
 
@@ -285,7 +285,7 @@ def _quantity(place: Place) -> Iterator[Problem]:
         return
     text = str(written)
     if text.startswith("-") and Place(text[1:]).quantity is not None:
-        yield Problem("quantity", place, f"{_name(place)}: {text} is below 0")
+        yield Problem("range", place, f"{_name(place)}: {text} is below 0")
         return
     hint = ""
     if isinstance(written, str) and (found := re.fullmatch(r"([0-9.]+)\s*([kmgtpe])i?b?", written.strip().lower())):
