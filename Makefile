@@ -16,8 +16,8 @@ help: ## this list
 
 setup: $(READY) ## build .venv from requirements.lock (needs Python 3.11 or newer and 6 GB)
 
-run: setup ## train the tiny preset on this machine, start to end; WORKDIR=work
-	$(BIN)/yaongi run tiny --workdir $(WORKDIR)
+run: setup ## train the tiny preset on this machine, start to end; WORKDIR=work ARGS="--set train.steps=20"
+	$(BIN)/yaongi run tiny --workdir $(WORKDIR) $(ARGS)
 
 lint: setup ## style and import direction
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """What a step of the pipeline exports while it runs: one registry for the process, served from a thread.
 
 Ranks have the ports from 9400 up; steps have one below them, so that under kfp.local, where all run on one machine, a
-step leaves the ranks' ports alone. Where several steps run at once, the first one has the port.
+step leaves the ranks' ports alone. A step that finds it taken, by another step or program, has the next free one; a
+port that was named is the only one, and of several steps that run at once the first has it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import get_args
 
+from components.running import MOVED
 from manifests.names import STEP_METRICS_PORT, Task
+from trainer.errors import SpecError
 from trainer.exporter import Metrics
-from trainer.specbase import SpecError
 
 PORT_VARIABLE = "YAONGI_METRICS_PORT"  # 0 serves nothing
 
@@ -26,20 +28,23 @@ _stage = ""
 def served(stage: str) -> Iterator[None]:
     """Serve what this process counts during the block, which is the step `stage` of the pipeline.
 
-    At its end it waits for the next scrape if there were some, so that Prometheus has the last counts. A port that is
-    taken only costs the metrics.
+    At its end it waits for the next scrape if there were some, so that Prometheus has the last counts. A named port
+    that is taken only costs the metrics; a run here has refused it at its start.
 
     Raises:
         SpecError: YAONGI_METRICS_PORT is no port.
     """
     global _metrics, _stage
     process = "launcher" if stage in get_args(Task) else "data"
-    before, port = (_metrics, _stage), _port()
+    before, port = (_metrics, _stage), named_port()
+    first = STEP_METRICS_PORT if port is None else port
     try:
-        _metrics = Metrics(rank=0, port=port, process=process)
-    except ValueError:
-        print(f"{stage}: serves no metrics, as port {port} is taken or not allowed ({PORT_VARIABLE})", flush=True)
+        _metrics = Metrics(rank=0, port=first, stride=int(port is None), process=process)
+    except SpecError:
+        print(f"{stage}: serves no metrics, as port {first} is taken or not allowed ({PORT_VARIABLE})", flush=True)
         _metrics = Metrics(rank=0, port=0, process=process)
+    if port is None and _metrics.port not in (0, STEP_METRICS_PORT):
+        print(f"{MOVED}{_metrics.port}, as {STEP_METRICS_PORT} is taken", flush=True)
     _stage = stage
     beat()
     try:
@@ -87,8 +92,15 @@ def written(source: str, documents: int, text_bytes: int) -> None:
         _metrics.add("text_bytes_total", text_bytes, stage=_stage, source=source)
 
 
-def _port() -> int:
-    text = os.environ.get(PORT_VARIABLE, str(STEP_METRICS_PORT))
+def named_port() -> int | None:
+    """The port that the environment names; None where it names none.
+
+    Raises:
+        SpecError: it is no port.
+    """
+    text = os.environ.get(PORT_VARIABLE)
+    if text is None:
+        return None
     if not text.isdigit() or int(text) > 65535:
         raise SpecError(f"{PORT_VARIABLE} is {text!r}; give a port number, or 0 for no metrics of the pipeline's steps")
     return int(text)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Self
-
-from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from typing import TYPE_CHECKING, Self
 
 from components import measuring
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 LINE_SECONDS = 5.0
 
@@ -29,7 +28,12 @@ class ByteProgress:
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if sys.stdout.isatty():
-            columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+            from rich.progress import TimeRemainingColumn as TimeLeft
+            from rich.progress import TransferSpeedColumn as Speed
+
+            columns = (TextColumn(label), BarColumn(), DownloadColumn(), Speed(), TimeLeft())
             self._bar = Progress(*columns, console=Console(file=sys.stdout))
             self._task = self._bar.add_task(label, total=total_bytes, completed=done_bytes)
 
@@ -58,6 +62,8 @@ class ByteProgress:
     def _line(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-3)
         rate = (self._done - self._done_before) / seconds
+        from rich.filesize import decimal
+
         line = f"{self._label}: {decimal(self._done)}"
         if self._total:
             line += f" of {decimal(self._total)} ({self._done / self._total:.0%})"

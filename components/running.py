@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from components.measuring import served
 from trainer.errors import foreseen
 from trainer.exitcodes import ExitCode
 
+MOVED = "metrics of the steps: port "  # not the usual one
 STARTED, DONE = "▶ ", "✓ "
 FAULT_HINT = "a fault of this program, not of what you wrote; please report it with its traceback"
 FAILED = re.compile(r"error (?P<code>\d+): (?P<message>.*)")
@@ -30,6 +30,8 @@ def step(name: str) -> Iterator[None]:
 
     An error of its body becomes one line `error <exit code>: <name>: …` and that exit; a fault's traceback goes before.
     """
+    from components.measuring import served  # the command line wants only the words
+
     start = time.monotonic()
     print(f"{STARTED}{name}", flush=True)
     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from manifests.kinds import KINDS, TRAINJOB, JobKind
-from manifests.spec import JobSpec
+
+if TYPE_CHECKING:
+    from manifests.spec import JobSpec
 
 Task = Literal["train", "evaluate", "export"]
 

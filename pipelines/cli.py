@@ -18,7 +18,6 @@ from pipelines.data import app as data_app
 from pipelines.doctor.command import doctor
 from pipelines.lint import lint
 from pipelines.options import Job, Sets, Workdir
-from trainer import __version__
 
 EXAMPLES = """
 Train a language model from raw text to a verified export: on this machine, or on Kubernetes.
@@ -77,6 +76,8 @@ Verbose = Annotated[
 
 def _show_version(on: bool) -> None:
     if on:
+        from trainer import __version__
+
         print(f"yaongi {__version__}")
         raise typer.Exit
 
@@ -110,8 +111,13 @@ def run(
     from pipelines.summary import show
 
     console = Console()
-    spec, arguments = local_job(job, _changes(sets), target=target, workdir=workdir)
+    changes = _changes(sets)
+    spec, arguments = local_job(job, changes, target=target, workdir=workdir)
     with driving(spec, workdir):
+        if target == "local":
+            from pipelines.ports import refuse_taken
+
+            refuse_taken(spec, changes)
         log = run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=_verbose())
     show(read_run(spec.run_dir), log, console)
 
@@ -144,8 +150,13 @@ def _stage(task: Any, job: str, sets: list[str] | None, workdir: Path) -> None:
         # torchrun's own variable says how many processes; a job's spec does so by itself.
         local.run_entrypoint(task, job, int(os.environ.get("PET_NPROC_PER_NODE", "1")), sets or [])
         return
-    spec, _ = local_job(job, _changes(sets), target="local", workdir=workdir)
+    changes = _changes(sets)
+    spec, _ = local_job(job, changes, target="local", workdir=workdir)
     with driving(spec, workdir) if task == "train" else nullcontext():
+        if task == "train":
+            from pipelines.ports import refuse_taken
+
+            refuse_taken(spec, changes)
         result = step.run(spec, task)
     print(f"{task}: {result.path} (digest {result.digest[:12]})")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from components.quick import quick_imports
 from trainer.data.manifest import atomic_write
 
 COMMITTED = Path(__file__).with_name("pretrain.yaml")
@@ -12,9 +13,10 @@ COMMITTED = Path(__file__).with_name("pretrain.yaml")
 
 def compiled() -> str:
     """The pipeline as YAML for Kubeflow Pipelines."""
-    from kfp import compiler
+    with quick_imports():
+        from kfp import compiler
 
-    from pipelines.pretrain import pretrain
+        from pipelines.pretrain import pretrain
 
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "pretrain.yaml"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from components.launch import LaunchError
+from components.launch.kubeconfig import NoCluster, require_cluster
 from pipelines import runs, view
 from pipelines.kept import kept
 from pipelines.kept import view as view_of_kept
@@ -30,6 +31,7 @@ def is_kfp(text: str) -> bool:
 
 def connect(namespace: str) -> Cluster:
     """The cluster's namespace; "" for that of the kubeconfig's context."""
+    require_cluster()
     from components.launch.kubernetes_api import Cluster
 
     return Cluster.connect(namespace or None)
@@ -111,6 +113,6 @@ def all_views(namespace: str, workdir: Path, console: Console) -> list[View]:
     except LaunchError as error:
         if namespace:
             raise
-        if "no cluster to launch on" not in str(error):
+        if not isinstance(error, NoCluster):
             console.print(f"cluster: {error}", style="dim", soft_wrap=True, highlight=False)
     return views + [view_of_kept(each) for each in stopped]

@@ -16,6 +16,8 @@ import time
 import warnings
 from pathlib import Path
 
+from components.quick import quick_imports
+
 
 def main() -> int:
     arguments = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
@@ -25,9 +27,10 @@ def main() -> int:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     warnings.filterwarnings("ignore", message="You may be attemping to run a task that uses custom or non-Python")
 
-    from kfp import local
+    with quick_imports():
+        from kfp import local
 
-    from pipelines.pretrain import pretrain
+        from pipelines.pretrain import pretrain
 
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=sys.argv[2])
     try:

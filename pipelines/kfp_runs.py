@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from components.launch import LaunchError
+from components.quick import quick_imports
 from pipelines.view import View
 from trainer.specbase import SpecError
 
@@ -42,7 +43,8 @@ def connect(host: str) -> Any:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise LaunchError(f"Kubeflow Pipelines does not answer at {host} ({reason}); check --host") from None
-    from kfp import Client
+    with quick_imports():
+        from kfp import Client
 
     with warnings.catch_warnings(action="ignore"):
         return Client(host=host)

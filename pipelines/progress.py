@@ -19,6 +19,7 @@ from trainer.exitcodes import ExitCode
 
 # What kfp.local says of a step that has died, also of one that could not say so itself.
 TASK_FAILED = re.compile(r"Task \S+ finished with status \S*FAILURE")
+ONCE = re.compile(r"operation |metrics ")  # what each step or task says for itself, mostly word by word the same
 INDENT = " " * 4  # kfp.local puts it before every line of a step, several times where steps lie in one another
 
 
@@ -34,6 +35,7 @@ class Watcher:
         self.code: int = ExitCode.UNEXPECTED
         self.last_line = ""
         self.in_traceback = False
+        self.said: set[str] = set()
         self.seconds: dict[str, float] = {}
 
     @property
@@ -84,9 +86,12 @@ class Watcher:
             self.running.clear()
 
     def _for_the_log(self, text: str) -> bool:
-        """Whether `text` is a result as JSON or belongs to a traceback; the last line of one is not indented."""
+        """Whether `text` is JSON, was said before, or belongs to a traceback; the last line of one is not indented."""
         if text.startswith("{") and text.endswith("}"):
             return True
+        if ONCE.match(text):
+            known, self.said = text in self.said, self.said | {text}
+            return known
         if text.startswith("Traceback (most recent call last)"):
             self.in_traceback = True
         elif self.in_traceback and not text.startswith(" "):

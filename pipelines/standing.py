@@ -17,6 +17,7 @@ from typing import Any
 
 from trainer import restarts
 from trainer.checkpoint import LATEST, latest_step
+from trainer.results import headline_loss
 from trainer.spec import TrainSpec
 from trainer.specbase import parse, read_yaml
 
@@ -33,7 +34,7 @@ class Standing:
     """Numbers of a run; None where nothing is known yet.
 
     Attributes:
-        loss: of the last step, in nats per token.
+        loss, loss_steps: mean of the last steps, in nats per token, and of how many.
         left: until the last step at the present speed.
         checkpoint_step, checkpoint_age: of the newest checkpoint; the age in seconds.
     """
@@ -41,6 +42,7 @@ class Standing:
     step: int = 0
     steps: int | None = None
     loss: float | None = None
+    loss_steps: int = 1
     tokens_per_second: float | None = None
     left: timedelta | None = None
     checkpoint_step: int | None = None
@@ -76,10 +78,12 @@ def of_directory(run_dir: Path) -> Standing:
     if not records:
         return Standing(step=saved, **common)
     last, recent = records[-1], records[-RATE_STEPS:]
+    loss, loss_steps = headline_loss(records)
     seconds = sum(record["seconds"] for record in recent) / len(recent)
     return Standing(
         step=last["step"],
-        loss=last["loss"],
+        loss=loss,
+        loss_steps=loss_steps,
         tokens_per_second=sum(record["tokens_per_second"] for record in recent) / len(recent),
         left=timedelta(seconds=round((spec.steps - last["step"]) * seconds)),
         **common,

@@ -13,6 +13,7 @@ from pipelines.options import Job, Sets, Workdir
 from pipelines.why import why
 
 if TYPE_CHECKING:
+    from manifests.spec import JobSpec
     from pipelines.background import Process
 
 Run = Annotated[
@@ -39,7 +40,12 @@ def local(job: Job, sets: Sets = None, workdir: Workdir = Path("work")) -> None:
     from pipelines.run import local_job
     from trainer.specbase import changes_from_sets
 
-    spec, _ = local_job(job, changes_from_sets(sets or []), target="local", workdir=workdir)
+    changes = changes_from_sets(sets or [])
+    spec, _ = local_job(job, changes, target="local", workdir=workdir)
+    if not background.is_alive(workdir, spec.run_name):  # else it is the run's own ports that are taken
+        from pipelines.ports import refuse_taken
+
+        refuse_taken(spec, changes)
     _say_started(background.start(spec, workdir, Path.cwd()))
 
 
@@ -142,7 +148,6 @@ def stop(
 def resume(run: Run, namespace: Namespace = "", workdir: Workdir = Path("work")) -> None:
     """Start a stopped or failed run again from its last checkpoint, in the background or as a job of the cluster."""
     from components.launch import LaunchError
-    from components.launch.lease import held
     from pipelines import background, everywhere, runs
     from trainer.limits import LEASE
 
@@ -159,10 +164,24 @@ def resume(run: Run, namespace: Namespace = "", workdir: Workdir = Path("work"))
     if spec is None:
         raise LaunchError(f"run {found.name}: neither {found.directory} nor {workdir} holds its job; yaongi local JOB")
     if (found.directory / LEASE).exists():
+        from components.launch.lease import held
+
         with held(found.directory):  # refuses while a launcher is alive
             pass
+    if _is_finished(spec):
+        print(f"run {found.name} is finished: {spec.train.steps:,} steps, model in {found.directory / 'export'}")
+        return
     process = background.read(workdir, found.name)
     _say_started(background.start(spec, workdir, Path(process.cwd) if process else Path.cwd()))
+
+
+def _is_finished(job: JobSpec) -> bool:
+    """Whether nothing of a local run is left to do, by what lies in its directory."""
+    from typing import get_args
+
+    from components.launch.artefacts import Task, finished
+
+    return all(finished(job, task) for task in get_args(Task))
 
 
 def _check_host(context: typer.Context, run: str) -> None:

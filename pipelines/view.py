@@ -10,13 +10,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from components.running import DONE, STARTED
+from components.running import DONE, MOVED, STARTED
 from pipelines import background
 from pipelines.background import Process
 from pipelines.runs import Run
 from pipelines.standing import Standing, of_directory
 from trainer.exitcodes import STOPS
-from trainer.results import read_json
+from trainer.results import loss_of, read_json
+from trainer.thismachine import PORTS_FILE
 
 OVER = {"finished", "succeeded", "failed", "stopped", "killed", "gone", "idle", "canceled", "skipped"}
 COLOURS = {"running": "green", "finished": "green", "succeeded": "green", "failed": "red", "killed": "red"}
@@ -48,7 +49,19 @@ def of_local(run: Run) -> View:
         rows.append(("process", f"{process.pid} on {process.host}, started in {process.cwd}"))
     if log:
         rows.append(("log", str(log)))
+    if alive and (served := _ports(directory, log, process)):
+        rows.append(("metrics", served))
     return View(run.name, "here", state, why, of_directory(directory), rows)
+
+
+def _ports(directory: Path, log: Path | None, process: Process | None) -> str:
+    """Where a living run can be scraped: its ranks, once they train, and its steps where their port is another."""
+    served, file = [], directory / PORTS_FILE
+    if file.is_file() and (process is None or file.stat().st_mtime >= process.started):
+        ports = (read_json(file) or {}).get("ports", [])
+        served += [f"rank {rank}: port {port}" for rank, port in enumerate(ports) if port]
+    moved = [line.strip().removeprefix(MOVED) for line in _lines(log, process) if line.strip().startswith(MOVED)]
+    return ", ".join([*served, *(f"steps: port {each}" for each in moved[-1:])])
 
 
 def newest_log(run: Run) -> Path | None:
@@ -82,16 +95,21 @@ def _ended(run: Run, process: Process | None) -> tuple[str, str]:
 
 def _present_step(process: Process | None, log: Path | None) -> str:
     """The pipeline's step that started last and has not ended."""
-    if log and process and log.stat().st_mtime < process.started:
-        log = None  # of an earlier start
     running: list[str] = []
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log else []:
+    for line in _lines(log, process):
         text = line.strip()
         if text.startswith(STARTED):
             running.append(text.removeprefix(STARTED))
         elif text.startswith(DONE) and (name := text.removeprefix(DONE).rpartition(" (")[0]) in running:
             running.remove(name)
     return running[-1] if running else ""
+
+
+def _lines(log: Path | None, process: Process | None) -> list[str]:
+    """Of the log of the present start; none where there is only that of an earlier one."""
+    if log is None or (process and log.stat().st_mtime < process.started):
+        return []
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def table(views: Sequence[View]) -> Table:
@@ -120,7 +138,7 @@ def details(view: View) -> RenderableType:
     rows = [
         ("where", view.where),
         ("step", numbers.progress),
-        ("loss", _number(numbers.loss, "{:.4f}")),
+        ("loss", _number(numbers.loss, f"{{:.4f}} ({loss_of(numbers.loss_steps)})")),
         ("speed", _number(numbers.tokens_per_second, "{:,.0f} tokens/s")),
         ("left", "" if view.is_over or numbers.left is None else str(numbers.left)),
         ("checkpoint", numbers.checkpoint),

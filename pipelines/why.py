@@ -16,6 +16,9 @@ Job = Annotated[str, typer.Argument(metavar="JOB", help="A PyTorchJob or TrainJo
 
 def why(job: Job, namespace: Namespace = "") -> None:
     """Say in one sentence why a job on the cluster does not run, or how it ended, and what to do about it."""
+    from components.launch.kubeconfig import require_cluster
+
+    require_cluster()
     from components.launch.kubernetes_api import Cluster
     from components.launch.kubernetes_gather import jobs, situation
     from components.launch.kubernetes_why import why as explain

@@ -1,8 +1,15 @@
 """The trainer: model, operations, data reader, optimizers, training loop. Knows tensors and files, no cluster."""
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-try:
-    __version__ = version("yaongi")
-except PackageNotFoundError:  # running from a source tree that was not installed
-    __version__ = "0.0.0+source"
+
+def __getattr__(name: str) -> Any:
+    """`__version__`, looked up when somebody asks for it, which takes longer than many commands."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("yaongi")
+    except PackageNotFoundError:  # running from a source tree that was not installed
+        return "0.0.0+source"

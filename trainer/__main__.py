@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import signal
 import sys
@@ -77,7 +76,7 @@ def run(task: str, spec: TrainSpec) -> int:
         from trainer.evaluate import run as task_run
     else:
         from trainer.export import run as task_run
-    print(json.dumps(task_run(spec), ensure_ascii=False))
+    task_run(spec)
     return int(ExitCode.OK)
 
 

@@ -54,6 +54,13 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(group=self.control)

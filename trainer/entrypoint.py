@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from trainer import failures, limits, preflight, restarts
+from trainer import failures, limits, preflight, restarts, thismachine
 from trainer.__main__ import load_spec, parser
 from trainer.checkpoint import latest_step
 from trainer.errors import CommunicationError, LimitError, SpecError, VolumeError
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if spec.runtime.deadline_seconds is not None:
             clocks.deadline = record.first_start + spec.runtime.deadline_seconds
         if options.task == "train":
+            fit_ranks(spec)
             preflight.of_node(spec)
         code, reason, label = supervise(spec, options, clocks)
     except Signalled as stop:
@@ -139,6 +140,7 @@ def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    _silence_agent()
     arguments = torchrun.parse_args([*torchrun_options(spec), *RANK_PROGRAM, *command])
     if hosts := rendezvous_hosts():
         from trainer.distributed import wait_for_host
@@ -162,6 +164,15 @@ def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
     return []
 
 
+def _silence_agent() -> None:
+    """The agent reports signals and failed ranks in a dozen lines; this process says the same in one."""
+    if os.environ.get("YAONGI_VERBOSE"):
+        return
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def run_one(command: list[str]) -> list[Failure]:
     """Run a task that is one process; stop signals are passed on to it."""
     process = subprocess.Popen([sys.executable, "-u", *RANK_PROGRAM, *command])
@@ -172,6 +183,18 @@ def run_one(command: list[str]) -> list[Failure]:
         process.wait()
         raise
     return [_describe(0, process.returncode)] if process.returncode else []
+
+
+def fit_ranks(spec: TrainSpec) -> None:
+    """On a person's own machine, start no more processes than it has GPUs, if it has any."""
+    wanted = os.environ.get("PET_NPROC_PER_NODE", "")
+    if not (thismachine.is_meant() and wanted.isdecimal()) or spec.runtime.device == "cpu":
+        return
+    gpus = _gpus()
+    fitting = thismachine.ranks(spec, int(wanted), gpus)
+    if fitting != int(wanted):
+        log.info("this machine has %d GPU%s: %d of the job's %s ranks", gpus, "s" * (gpus > 1), fitting, wanted)
+        os.environ["PET_NPROC_PER_NODE"] = str(fitting)
 
 
 def torchrun_options(spec: TrainSpec) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from prometheus_client import (
@@ -21,6 +21,7 @@ from trainer.errors import SpecError
 from trainer.metrics import BY_NAME, METRICS, PREFIX, STEP_BUCKETS, Metric, Process
 
 disable_created_metrics()  # a second series for each counter that nobody reads
+MOST_TRIES, LAST_PORT = 64, 65535
 LONGEST_INTERVAL = 60.0  # seconds between scrapes; Prometheus's own default
 
 
@@ -33,13 +34,15 @@ class Metrics:
     Args:
         rank: of this process; any but 0 exports only the `per_rank` metrics and ignores the others.
         port: to serve /metrics on (all interfaces); 0 serves nothing.
+        stride: 0 takes this port only. Else one that is taken is passed over for the next `stride` further on, so that
+            processes which begin at neighbouring ports never want the same one; `port` says which it became.
         process: metrics of other processes are ignored.
 
     Raises:
-        SpecError: the port is taken or may not be used.
+        SpecError: the port (with a stride, each of many) is taken or may not be used.
     """
 
-    def __init__(self, *, rank: int, port: int, process: Process = "trainer") -> None:
+    def __init__(self, *, rank: int, port: int, stride: int = 0, process: Process = "trainer") -> None:
         self.registry = CollectorRegistry()
         self._rank, self._process = rank, process
         self._collectors: dict[str, Gauge | Counter | Histogram] = {}
@@ -49,11 +52,20 @@ class Metrics:
                 self._collector(metric)
         self._server = None
         self._scrapes = _Scrapes(make_wsgi_app(self.registry))
+        self.port = 0
         if port:
+            self._serve(range(port, LAST_PORT + 1, stride)[:MOST_TRIES] if stride else [port])
+
+    def _serve(self, ports: Sequence[int]) -> None:
+        for port in ports:
             try:
                 self._server, self._thread = start_http_server(port, registry=self.registry)
                 self._server.set_app(self._scrapes)
+                self.port = port
+                return
             except OSError as error:
+                if error.errno == errno.EADDRINUSE and port != ports[-1]:
+                    continue
                 what = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
                 raise SpecError(
                     f"metrics port {port} {what}; set train.runtime.metrics_port to a free one, or to 0 for no metrics "

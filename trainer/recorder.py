@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from trainer import checkpoint, hostmemory, restarts
+from trainer import checkpoint, hostmemory, restarts, thismachine
 from trainer.board import Board
 from trainer.checkpoint import CheckpointManifest
 from trainer.data.manifest import atomic_write
@@ -28,6 +28,7 @@ from trainer.fp8.te import TeState
 from trainer.logs import MetricsFile
 from trainer.owntime import OwnTime
 from trainer.preflight import Finding, of_entrypoint
+from trainer.results import headline_loss, loss_of
 from trainer.spec import TrainSpec
 from trainer.spikes import SKIP_REASONS, SkipReason
 
@@ -76,8 +77,10 @@ class Recorder:
 
     def __init__(self, spec: TrainSpec, world: World, started: float) -> None:
         self._spec, self._world, self._started = spec, world, started
-        port = spec.runtime.metrics_port and spec.runtime.metrics_port + world.local_rank
-        self.metrics = Metrics(rank=world.rank, port=port)
+        wanted = spec.runtime.metrics_port and spec.runtime.metrics_port + world.local_rank
+        stride = world.local_size if thismachine.port_may_move(spec.runtime) else 0
+        self.metrics = Metrics(rank=world.rank, port=wanted, stride=stride)
+        self._moved_from = wanted if wanted != self.metrics.port else None
         self.own = OwnTime(world.device)
         self._file: MetricsFile | None = None
         self._board: Board | None = None
@@ -108,8 +111,12 @@ class Recorder:
         saved = checkpoint.step_dir(self._spec.run_dir, step).stat().st_mtime if resumed else self._started
         self.metrics.set("checkpoint_last_success_timestamp_seconds", saved)
         self._export_memory_limits()
+        ports = self._world.gather(self.metrics.port)
         if not self._world.is_main:
             return
+        if self._moved_from:
+            log.info("metrics of rank 0: port %d, as %d is taken", self.metrics.port, self._moved_from)
+        atomic_write(Path(self._spec.run_dir) / thismachine.PORTS_FILE, json.dumps({"ports": ports}).encode())
         self._file = MetricsFile(self._spec.run_dir, step)
         self.metrics.add("goodput_seconds_total", self._file.lost_seconds, **{"class": "lost"})
         self._board = Board(self._spec.run_dir, step)
@@ -218,11 +225,14 @@ class Recorder:
         if records:  # else somebody has deleted metrics.jsonl, and the checkpoint is all that is known
             spent = sum(record["seconds"] for record in records)
             rate = sum(record["tokens_per_second"] * record["seconds"] for record in records) / spent
+        loss, loss_steps = headline_loss(records)
         result = {
             "steps": manifest.step,
             "tokens": tokens,
             "loss_first": records[0]["loss"] if records else None,
             "loss_last": records[-1]["loss"] if records else None,
+            "loss": loss,
+            "loss_steps": loss_steps,
             "tokens_per_second": rate,
             "checkpoint": str(checkpoint),
             "checkpoint_digest": manifest.digest,
@@ -232,13 +242,15 @@ class Recorder:
         }
         atomic_write(Path(self._spec.run_dir) / "result.json", json.dumps(result, indent=1).encode())
         log.info(
-            "done: %d steps, %s tokens, loss %.4f → %.4f, %s tokens/s, %d restarts, checkpoint %s",
+            "done: %d steps, %s tokens, loss %.4f → %.4f (%s), %s tokens/s, %d restart%s, checkpoint %s",
             result["steps"],
             f"{tokens:,}",
             result["loss_first"] or float("nan"),
-            result["loss_last"] or float("nan"),
+            float("nan") if loss is None else loss,
+            loss_of(loss_steps),
             f"{result['tokens_per_second']:,.0f}",
             result["restarts"],
+            "s" * (result["restarts"] != 1),
             checkpoint,
         )
 

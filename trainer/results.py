@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import CheckpointError
+
+LOSS_SHARE, MOST_LOSS_STEPS = 10, 50
+
+
+def headline_loss(records: Sequence[dict[str, Any]]) -> tuple[float | None, int]:
+    """The loss to tell of a training, and of how many steps it is the mean: of the last tenth, at most 50.
+
+    That of one step is mostly its batch's. Steps without a loss, which were skipped, do not count.
+
+    Args:
+        records: lines of metrics.jsonl in order; enough of its end.
+    """
+    if not records:
+        return None, 0
+    wanted = min(max(records[-1]["step"] // LOSS_SHARE, 1), MOST_LOSS_STEPS)
+    losses = [record["loss"] for record in records[-wanted:] if record["loss"] is not None]
+    return (sum(losses) / len(losses), len(losses)) if losses else (None, 0)
+
+
+def loss_of(num_steps: int) -> str:
+    """What `headline_loss` is a mean of, for a person."""
+    return f"mean of the last {num_steps} steps" if num_steps > 1 else "of the last step"
 
 
 def read_json(path: Path, names: Iterable[str] = ()) -> dict[str, Any] | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import email.utils
 import time
 from collections.abc import Callable
-from typing import TypeVar
-
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from typing import TYPE_CHECKING, TypeVar
 
 from components.measuring import add
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
 
 LONGEST_PAUSE_SECONDS = 600.0
 T = TypeVar("T")
@@ -19,6 +20,8 @@ def retried(
     call: Callable[[], T], again: Callable[[BaseException], bool], attempts: int, seconds: float, longest: float
 ) -> T:
     """What `call` gives; repeated while `again(error)`, at most `attempts` times, then its last error is raised."""
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
     usual = wait_random_exponential(multiplier=seconds, max=longest)
 
     def pause(state: RetryCallState) -> float:

@@ -15,7 +15,6 @@ from itertools import chain, islice
 from pathlib import Path
 
 from components.download import files
-from components.download.blobs import contents
 from components.download.readers import rows, split_suffix
 from components.download.texts import maker, unicode_text
 from components.download.writer import (
@@ -206,6 +205,8 @@ def _texts(task: Task, unit: Iterable[tuple[Path, Input]], skip: int, progress: 
         for where, row in chosen:
             yield unicode_text(make(where, row))
         return
+    from components.download.blobs import contents
+
     missing = 0
     for asked, text in enumerate(contents(chosen, blobs), start=1):
         missing += text is None

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import pyarrow as pa
-
 from trainer.data.manifest import DataError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
@@ -109,6 +107,8 @@ def _decompressed(raw: BinaryIO, name: str, compression: str, head: bytes) -> It
         while block := raw.read(BLOCK_BYTES):
             yield block
         return
+    import pyarrow as pa  # as in what follows: a run that finds all its parts opens no file
+
     try:
         if not head:
             raise EOFError("0 bytes")  # even nothing, compressed, is some bytes: the file was not written to its end
@@ -132,6 +132,8 @@ def _opened(raw: BinaryIO, compression: str) -> BinaryIO:
     if compression == ".gz":
         return gzip.GzipFile(fileobj=raw, mode="rb")
     if compression == ".zst":
+        import pyarrow as pa
+
         return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
     if compression == ".bz2":
         import bz2

@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from components.download.jsonlines import check_nul, lines, listed, no_column, twice
 from components.download.streams import BLOCK_BYTES, HEAD_BYTES, check_head, first_line, not_utf8
 from trainer.data.manifest import DataError
@@ -87,6 +84,9 @@ def parquet_rows(
         DataError: it is no whole Parquet file, is encrypted, or lacks a column or has it more than once.
         OSError: it cannot be read.
     """
+    import pyarrow as pa  # slow to import, and only tables need it
+    import pyarrow.parquet as pq
+
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     if not head:

@@ -10,11 +10,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol
 
 from manifests.dataspec import HygieneSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # In every filter's settings since texts are compared without invisible characters; results from before lack it.
 INVISIBLE = {"invisible_characters": "left out"}

@@ -21,10 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
 from components import measuring
-from components.download.source import Task, prepare
 from components.hygiene.filters import INVISIBLE, Drop, Filter, chosen
 from components.hygiene.report import Report
 from components.lock import alone
@@ -101,6 +98,8 @@ def _decided_before(
 
 
 def _evaluation_texts(job: JobSpec, directory: Path) -> dict[str, list[str]]:
+    from components.download.source import Task, prepare  # with what it reads files by
+
     found = {}
     for name, spec in job.hygiene.evaluation.items():
         task = Task(name, spec, directory / EVALUATION / name, None, job.storage.sources_dir)
@@ -121,6 +120,8 @@ class _ScanFile:
     filters: list[Filter]
 
     def __call__(self, item: tuple[FileEntry, Path]) -> None:
+        import numpy as np
+
         entry, folder = item
         scanners = {each.name: each.scanner() for each in self.filters}
         for number, (offset, text) in enumerate(documents(Path(self.raw_dir) / entry.path)):

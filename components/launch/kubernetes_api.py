@@ -20,12 +20,16 @@ from typing import Any, NamedTuple, Self
 
 import urllib3
 import yaml
-from kubernetes import client, config
-from kubernetes.client.exceptions import ApiException
-from kubernetes.client.rest import RESTClientObject
 
 from components.launch import LaunchError
+from components.launch.kubeconfig import POD_VARIABLE, NoCluster, require_cluster
+from components.quick import quick_imports
 from manifests.kinds import KINDS, PYTORCHJOB, TRAINJOB, JobKind, Object
+
+with quick_imports():
+    from kubernetes import client, config
+    from kubernetes.client.exceptions import ApiException
+    from kubernetes.client.rest import RESTClientObject
 
 POD_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0)  # between attempts
@@ -79,7 +83,7 @@ class Cluster:
         Args:
             namespace: None for the pod's own or the kubeconfig context's.
         Raises:
-            LaunchError: there is no usable configuration.
+            NoCluster: there is no usable configuration.
         """
         settings, default = _settings()
         return cls(client.ApiClient(settings), namespace or default)
@@ -292,9 +296,10 @@ class Cluster:
 
 def _settings() -> tuple[client.Configuration, str]:
     """What leads to the cluster, read anew, and the namespace that it names."""
+    require_cluster()
     settings = client.Configuration()
     try:
-        if "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ:
+        if not os.environ.get("KUBECONFIG") and POD_VARIABLE in os.environ:
             config.load_incluster_config(settings)
             namespace = POD_NAMESPACE_FILE.read_text().strip()
         else:
@@ -303,10 +308,7 @@ def _settings() -> tuple[client.Configuration, str]:
             context = config.list_kube_config_contexts(file)[1]
             namespace = context["context"].get("namespace", "default")
     except UNUSABLE as error:
-        raise LaunchError(
-            f"no cluster to launch on: {_one_line(error)}; set KUBECONFIG to a readable kubeconfig, "
-            "or run on this machine with cluster.target=local"
-        ) from None
+        raise NoCluster(_one_line(error)) from None
     settings.retries = 0  # callers decide what is worth another try
     return settings, namespace
 

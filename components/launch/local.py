@@ -15,6 +15,7 @@ from types import FrameType
 
 from components.launch import LaunchError
 from manifests.spec import JobSpec
+from trainer import thismachine
 from trainer.exitcodes import STOPS, ExitCode, of_process
 from trainer.failures import meaning
 
@@ -77,6 +78,7 @@ def environment(ranks: int) -> dict[str, str]:
         "PET_NNODES": "1",
         "PET_NPROC_PER_NODE": str(ranks),
         "PYTHONUNBUFFERED": "1",
+        thismachine.VARIABLE: "1",
     }
 
 

@@ -16,7 +16,7 @@ from trainer.checkpoint import latest, read_manifest
 from trainer.data.manifest import StageResult, atomic_write
 from trainer.data.manifest import read_manifest as read_data_manifest
 from trainer.spec import TrainSpec
-from trainer.specbase import parse, read_yaml, to_yaml
+from trainer.specbase import SpecError, parse, read_yaml, to_yaml
 
 
 def run(job: JobSpec, task: Task, after: StageResult | None = None, pipeline_run: str = "") -> StageResult:
@@ -27,12 +27,15 @@ def run(job: JobSpec, task: Task, after: StageResult | None = None, pipeline_run
         pipeline_run: id of the pipeline's run, by which its exit handler finds the job; "" without a pipeline.
 
     Raises:
+        SpecError: there is nothing to evaluate or export.
         LaunchError: the run directory holds another run, the task failed or left no whole artefact, or what it
             starts from changed.
         DataError, CheckpointError: shards or checkpoint cannot be read.
     """
     if after is not None:
         _check_input(job, after)
+    if task != "train" and latest(job.run_dir) is None:  # before a run directory is made that nothing was run in
+        raise SpecError(f"{job.run_dir}: there is no checkpoint to {task}; train the job first: yaongi run JOB")
     write_specs(job)
     done = finished(job, task)
     if done is not None:

@@ -7,7 +7,8 @@ from components.images import PIPELINE_IMAGE
 def encode(part: str) -> str:
     """Encode one range (JSON) of the units of raw text; returns its name."""
     from components.running import step
-    from components.shards.step import Range, encode_range
+    from components.shards.ranges import Range
+    from components.shards.step import encode_range
 
     one = Range.model_validate_json(part)
     with step(f"encode {one.name}"):

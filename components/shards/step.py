@@ -20,6 +20,7 @@ from components.progress import ByteProgress
 from components.shards.assemble import ShardMaker, ShardPlan, plan_shards
 from components.shards.engine import choose_engine
 from components.shards.pool import Workers
+from components.shards.ranges import Range
 from components.shards.units import Journal, Unit, UnitEncoder, encode_units, plan_units, range_of
 from components.tokenizer.step import sample
 from components.volume import volume_explained
@@ -31,7 +32,6 @@ from trainer.data.manifest import (
     DataError,
     FileEntry,
     Manifest,
-    Record,
     StageResult,
     open_stage,
     read_manifest,
@@ -70,26 +70,6 @@ def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
     # Also after a run that was killed between its manifest and this line.
     shutil.rmtree(work.directory / UNITS_DIR, ignore_errors=True)
     return StageResult(kind="shards", path=str(work.directory), digest=manifest.digest, summary=_summary(manifest))
-
-
-class Range(Record):
-    """A part of the units to encode: number `index` of `count`. It says all, as a loop hands on nothing else."""
-
-    job: JobSpec
-    raw: StageResult
-    tokenizer: StageResult
-    index: int
-    count: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.index + 1}/{self.count}"
-
-
-def ranges(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> list[Range]:
-    """The ranges for as many pods as the job says."""
-    pods = job.shards.pods
-    return [Range(job=job, raw=raw, tokenizer=tokenizer, index=index, count=pods) for index in range(pods)]
 
 
 def encode_range(one: Range) -> None:

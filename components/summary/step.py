@@ -11,18 +11,24 @@ from components.launch import LaunchError
 from components.launch.artefacts import NUMBERS
 from manifests.spec import JobSpec
 from trainer.checkpoint import latest
-from trainer.results import read_json
+from trainer.results import loss_of, read_json
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Losses in nats per token, quality in bits per byte of held-out text by domain."""
+    """Losses in nats per token, quality in bits per byte of held-out text by domain.
+
+    Attributes:
+        loss: the mean of the last `loss_steps` steps.
+    """
 
     name: str
     steps: int
     tokens: int
     loss_first: float
     loss_last: float
+    loss: float
+    loss_steps: int
     tokens_per_second: float
     seconds: float
     bits_per_byte: dict[str, float]
@@ -34,7 +40,7 @@ class RunSummary:
     def metrics(self) -> dict[str, float]:
         """The numbers to compare runs by; only finite ones, since JSON and so Kubeflow Pipelines know no others."""
         quality = {f"bits_per_byte_{domain}": value for domain, value in self.bits_per_byte.items()}
-        numbers = {name: float(getattr(self, name)) for name in NUMBERS} | quality
+        numbers = {name: float(getattr(self, name)) for name in (*NUMBERS, "loss")} | quality
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
     def rows(self) -> list[tuple[str, str]]:
@@ -42,7 +48,7 @@ class RunSummary:
         quality = "   ".join(f"{domain} {value:.3f}" for domain, value in self.bits_per_byte.items())
         return [
             ("tokens", f"{self.tokens:,} in {self.steps:,} steps"),
-            ("loss", f"{self.loss_first:.3f} → {self.loss_last:.3f}"),
+            ("loss", f"{self.loss_first:.3f} → {self.loss:.3f} ({loss_of(self.loss_steps)})"),
             ("bits per byte", quality),
             ("speed", f"{self.tokens_per_second:,.0f} tokens/s, {self.seconds:.0f} s of training"),
             ("checkpoint", str(self.checkpoint)),
@@ -64,10 +70,13 @@ def read_run(run_dir: str | Path) -> RunSummary:
     if result is None or evaluation is None or checkpoint is None:
         missing = "result.json" if result is None else "eval.json" if evaluation is None else "a checkpoint"
         raise LaunchError(f"{run_dir}: {missing} is missing; run the pipeline to its end first")
+    loss = result.get("loss", result["loss_last"])  # version 0.1 wrote that of the last step alone
     return RunSummary(
         name=run_dir.name,
         # A loss is null where the step was skipped for gradients that were not finite.
         **{name: math.nan if result[name] is None else result[name] for name in NUMBERS},
+        loss=math.nan if loss is None else loss,
+        loss_steps=result.get("loss_steps", 1),
         bits_per_byte={domain: value["bits_per_byte"] for domain, value in evaluation["domains"].items()},
         checkpoint=checkpoint,
         export=run_dir / "export",

@@ -12,7 +12,7 @@ def tokenizer(job: str, raw: str) -> NamedTuple("Trained", [("tokenizer", str), 
     The latter is called Output because kfp.local can loop over an output of no other name.
     """
     from components.running import step
-    from components.shards.step import ranges
+    from components.shards.ranges import ranges
     from components.tokenizer.step import run
     from manifests.spec import job_from_json
     from trainer.data.manifest import StageResult

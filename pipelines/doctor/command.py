@@ -25,7 +25,7 @@ def doctor(
     With JOB or --namespace the cluster has to be fit for runs too: exit code 1 if it is not.
     """
     from manifests.spec import load_job
-    from pipelines.doctor import cluster, machine
+    from pipelines.doctor import machine
     from pipelines.doctor.findings import show
     from trainer.specbase import changes_from_sets
 
@@ -36,6 +36,8 @@ def doctor(
     console.print("this machine", style="bold")
     good = show(machine.findings(workdir), console)
     console.print("cluster", style="bold")
+    from pipelines.doctor import cluster  # with a client that takes its time
+
     good &= show(cluster.findings(namespace or None, spec, is_asked=bool(job or namespace)), console)
     if not good:
         raise typer.Exit(1)

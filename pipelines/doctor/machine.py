@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipelines.doctor.findings import Finding
-from trainer.spec import RuntimeSpec
+from pipelines.ports import problem
+from trainer.thismachine import DEFAULT_PORT
 
 MIN_PYTHON = (3, 11)
 MIN_FREE_GIB = 2.0
 MIN_SHM_GIB = 1.0
 SHM = Path("/dev/shm")
-METRICS_PORT = RuntimeSpec().metrics_port
+METRICS_PORT = DEFAULT_PORT
 GIB = 2**30
 TOOLS = {"kubectl": "to apply manifests and look at clusters", "helm": "to install the chart"}
 
@@ -75,15 +75,11 @@ def _shared_memory(workdir: Path) -> Iterator[Finding]:
 
 
 def _metrics_port(workdir: Path) -> Iterator[Finding]:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", METRICS_PORT))
-        except OSError as error:
-            detail = f"{METRICS_PORT} is not free ({error.strerror}); another run may be training here"
-            yield Finding("metrics port", "missing", detail, "--set train.runtime.metrics_port=PORT for a second run")
-        else:
-            yield Finding("metrics port", "ok", f"{METRICS_PORT} is free")
+    if what := problem(METRICS_PORT):
+        detail = f"{METRICS_PORT} {what}, by another run or a GPU exporter perhaps; a run here takes the next free one"
+        yield Finding("metrics port", "ok", detail)
+    else:
+        yield Finding("metrics port", "ok", f"{METRICS_PORT} is free")
 
 
 def _tools(workdir: Path) -> Iterator[Finding]:

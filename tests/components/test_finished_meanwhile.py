@@ -12,6 +12,7 @@ import pytest
 from raw_cases import small_job, write_raw
 
 from components.shards import step as shards
+from components.shards.ranges import ranges
 from components.tokenizer import step as tokenizer
 from trainer.data.manifest import StageResult
 
@@ -80,7 +81,7 @@ def test_a_range_of_units_of_finished_shards_is_not_encoded(
     trained = tokenizer.run(job, raw)
     other = Other(monkeypatch, shards, "alone_on")
     other.runs(lambda: shards.run(job, raw, trained))
-    shards.encode_range(shards.ranges(job, raw, trained)[0])
+    shards.encode_range(ranges(job, raw, trained)[0])
     assert other.result is not None and _inodes(other.result.path) == other.made
     units = Path(job.stage_dir("shards")) / shards.UNITS_DIR
     assert not list(units.glob("*.npz")) and not list(units.glob("journal*"))

@@ -11,7 +11,7 @@ from trainer.checkpoint import CheckpointManifest, describe_files, publish, unfi
 from trainer.data.manifest import StageResult
 from trainer.errors import ForeseenError
 from trainer.spec import TrainSpec
-from trainer.specbase import parse
+from trainer.specbase import SpecError, parse
 
 
 @pytest.fixture
@@ -99,6 +99,23 @@ def test_a_finished_task_does_no_work(job, launched):
         ("train", "evaluate", "export"), digest
     )
     assert launched == []
+
+
+@pytest.mark.parametrize("task", ["evaluate", "export"])
+def test_what_was_never_trained_leaves_no_run_behind(job, launched, task):
+    with pytest.raises(SpecError, match=f"there is no checkpoint to {task}; train the job first"):
+        run(job, task)
+    assert launched == [] and not Path(job.run_dir).exists()
+
+
+def test_a_finished_run_is_not_started_again(job, launched, yaongi, monkeypatch, tmp_path):
+    write_specs(job)
+    digest = leave_training(job)
+    leave_evaluation(job, digest)
+    monkeypatch.setattr("pipelines.background.start", lambda *_: pytest.fail("it was started"))
+    leave_export(job, digest)
+    code, out, _ = yaongi("resume", job.run_dir, "--workdir", str(tmp_path))
+    assert code == 0 and f"{job.run_name} is finished: 4 steps, model in " in out
 
 
 def test_a_task_that_leaves_nothing_has_failed(job, launched):

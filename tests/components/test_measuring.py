@@ -154,6 +154,21 @@ def test_a_taken_port_costs_only_the_metrics(port: int, capsys: pytest.CaptureFi
     assert "✓ encode 1/2" in said
 
 
+@pytest.mark.enable_socket
+def test_the_default_port_gives_way_to_the_next_free_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = free_port()
+    monkeypatch.delenv("YAONGI_METRICS_PORT", raising=False)
+    monkeypatch.setattr(measuring, "STEP_METRICS_PORT", usual)
+    with socket.create_server(("0.0.0.0", usual)), step("shards"):
+        said = capsys.readouterr().out.splitlines()[1]
+        assert said.endswith(f", as {usual} is taken")
+        port = int(said.removeprefix("metrics of the steps: port ").partition(",")[0])
+        measuring.worked_through(7)
+        assert usual < port and scrape(port)['yaongi_stage_bytes_total{stage="shards"}'] == 7
+
+
 def test_port_zero_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YAONGI_METRICS_PORT", "0")
     monkeypatch.setattr("trainer.exporter.start_http_server", lambda *a, **k: pytest.fail("a server was started"))

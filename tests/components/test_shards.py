@@ -20,6 +20,7 @@ import xxhash
 from raw_cases import contents, small_job, texts, write_raw
 
 from components.shards import step, units
+from components.shards.ranges import ranges
 from components.tokenizer import step as tokenizer_step
 from manifests.spec import JobSpec
 from trainer.data.format import Shard
@@ -318,7 +319,7 @@ def test_ranges_hold_each_unit_once_in_nearly_equal_parts(count: int) -> None:
 
 
 def _range(job: JobSpec, inputs: tuple[Path, StageResult, StageResult], index: int, count: int) -> step.Range:
-    return step.ranges(job.updated({"shards": {"pods": count}}), *inputs[1:])[index]
+    return ranges(job.updated({"shards": {"pods": count}}), *inputs[1:])[index]
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def test_compile_makes_the_folder_and_refuses_one_for_the_file(yaongi, tmp_path,
 
 def test_generate_needs_an_exported_model(yaongi, tmp_path):
     trained = tmp_path / "work/checkpoints/runs/mine-0123abcd"
-    trained.mkdir(parents=True)
+    (trained / "checkpoints").mkdir(parents=True)
     code, _, error = yaongi("generate", "mine", "--prompt", "a")
     assert code == 2 and "holds no exported model; export it first" in error
     code, _, error = yaongi("generate", "nothing", "--prompt", "a")

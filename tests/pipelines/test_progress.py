@@ -33,6 +33,20 @@ def watch(text: str, *, verbose: bool = False) -> tuple[Watcher, str, str]:
     return watcher, shown.getvalue(), log.getvalue()
 
 
+def test_what_each_step_says_alike_is_shown_once_and_logged_each_time():
+    text = "".join(
+        f"    ▶ {name}\n    metrics of the steps: port 9391\n    operation ssd: {kind}\n    ✓ {name} (1.0 s)\n"
+        for name, kind in (("train", "chunked"), ("evaluate", "chunked"), ("export", "reference"))
+    )
+    _, shown, log = watch(text)
+    assert [line.strip() for line in shown.splitlines() if line.startswith("  ")] == [
+        "metrics of the steps: port 9391",
+        "operation ssd: chunked",
+        "operation ssd: reference",
+    ]
+    assert log == text
+
+
 def test_only_the_steps_and_their_lines_are_shown_and_everything_is_logged():
     _, shown, log = watch(LINES)
     assert shown.splitlines() == [

@@ -94,7 +94,8 @@ def test_numbers_come_from_the_run_directory(run):
     hour_ago = datetime.now().timestamp() - 3600
     os.utime(marker, (hour_ago, hour_ago))
     found = standing.of_directory(run.directory)
-    assert (found.step, found.steps, found.loss, found.tokens_per_second) == (100, 500, 4.0, 50.0)
+    assert (found.step, found.steps, found.loss, found.tokens_per_second) == (100, 500, pytest.approx(4.045), 50.0)
+    assert found.loss_steps == 10
     assert found.left == timedelta(seconds=800)
     assert found.checkpoint_step == 80 and 3599 < found.checkpoint_age < 3610
     assert found.checkpoint.startswith("step 80, 1:00:0")

@@ -1,5 +1,7 @@
 """Integer arithmetic of Engram's hash: token classes, multipliers, table sizes. Imports no torch.
 
+numpy and tokenizers are imported where they are needed: whoever reads a job asks for the sizes of its tables.
+
 Equal, value by value, to the authors' reference code (arXiv 2601.07372): the test vectors were made with it.
 """
 
@@ -7,9 +9,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-
-import numpy as np
-from tokenizers import Regex, Tokenizer, normalizers
 
 from trainer.errors import DataError
 from trainer.modelspec import EngramSpec
@@ -29,6 +28,8 @@ def token_classes(tokenizer_json: str | Path) -> list[int]:
     Raises:
         DataError: the file cannot be read as a tokenizer.
     """
+    from tokenizers import Regex, Tokenizer, normalizers
+
     try:
         tokenizer = Tokenizer.from_str(Path(tokenizer_json).read_text(encoding="utf-8"))
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
@@ -57,6 +58,8 @@ def token_classes(tokenizer_json: str | Path) -> list[int]:
 
 def multipliers(layer: int, max_order: int, num_classes: int) -> list[int]:
     """Odd multipliers of a layer, one for each position of the longest n-gram; id · m never exceeds 2⁶³ - 1."""
+    import numpy as np
+
     half = max(1, (2**63 - 1) // num_classes // 2)
     drawn = np.random.default_rng(HASH_SEED + LAYER_SEED_STEP * layer).integers(0, half, size=max_order, dtype=np.int64)
     return [2 * int(value) + 1 for value in drawn]

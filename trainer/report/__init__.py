@@ -15,6 +15,7 @@ from trainer.data.manifest import atomic_write
 from trainer.report.charts import line_chart
 from trainer.report.run import Run, read_run
 from trainer.report.settings import dates, hyperparameters
+from trainer.results import headline_loss, loss_of
 from trainer.specbase import to_yaml
 
 REPORT = "report.html"
@@ -68,9 +69,11 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     if last:
         tiles.append(("Steps", f"{last['step']:,}", f"of {spec.steps:,}"))
         tiles.append(("Tokens", compact(last["tokens"]), f"{last['tokens']:,}"))
-        if last["loss"] is not None:
+        loss, loss_steps = headline_loss(run.steps)
+        if loss is not None:
             first = run.steps[0]["loss"]
-            tiles.append(("Loss", f"{last['loss']:.3f}", f"nats/token, from {first:.3f}" if first else "nats/token"))
+            since = f", from {first:.3f}" if first else ""
+            tiles.append(("Loss", f"{loss:.3f}", f"nats/token, {loss_of(loss_steps)}{since}"))
     if run.evaluation:
         overall = run.evaluation["all"]
         tiles.append(("Held-out", f"{overall['bits_per_byte']:.3f}", "bits per byte, all domains"))

@@ -1,0 +1,45 @@
+"""The metrics ports of a run on this machine: a named one that is taken is refused before anything long is done."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Any
+
+from components.measuring import PORT_VARIABLE, named_port
+from manifests.spec import JobSpec
+from trainer.errors import SpecError
+from trainer.thismachine import DEFAULT_PORT
+
+
+def problem(port: int) -> str | None:
+    """Why nothing can be served on a port now, None where it can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError as error:
+            return "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+    return None
+
+
+def refuse_taken(job: JobSpec, changes: dict[str, Any]) -> None:
+    """Return if every port that a person has named is free. The default ones give way when their time comes.
+
+    Args:
+        changes: what `--set` says, where even the default port is a named one.
+
+    Raises:
+        SpecError
+    """
+    first, ranks = job.train.runtime.metrics_port, job.cluster.world_size
+    runtime = (changes.get("train") or {}).get("runtime") or {}
+    if first and (first != DEFAULT_PORT or "metrics_port" in runtime):
+        for port in range(first, first + ranks):
+            if what := problem(port):
+                raise SpecError(
+                    f"train.runtime.metrics_port {first}: port {port} {what} (each rank needs one); name "
+                    "others, 0 for no metrics, or leave it out to get free ones"
+                )
+    if (named := named_port()) and (what := problem(named)):
+        raise SpecError(f"{PORT_VARIABLE} {named}: the port {what}; name another, or unset it to get a free one")

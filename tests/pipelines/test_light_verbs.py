@@ -1,0 +1,110 @@
+"""A command answers before what only others need is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# What takes long to import; rfc3987_syntax compiles two seconds of grammars, for nothing that is used here.
+HEAVY = (
+    *("torch", "kfp", "kubernetes", "rfc3987_syntax", "pyarrow", "matplotlib", "transformers", "datasets", "numpy"),
+    *("tokenizers", "huggingface_hub", "fsspec", "jinja2", "tensorboard", "prometheus_client", "requests", "urllib3"),
+)
+PROGRAM = f"""
+import atexit, json, resource, sys
+
+def told():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    found = sorted(set({HEAVY!r}) & sys.modules.keys())
+    print(json.dumps([found, usage.ru_utime + usage.ru_stime]), file=sys.stderr)
+
+atexit.register(told)
+"""
+COMMAND = PROGRAM + "from pipelines.cli import main\nmain()\n"
+
+
+def told(program: str, *arguments: str, **environment: str) -> tuple[set[str], float]:
+    """Which of HEAVY a program has imported at its end, and its seconds of CPU."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
+    found, seconds = json.loads(done.stderr.splitlines()[-1])
+    return set(found), seconds
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "--help",
+        "run --help",
+        "submit --help",
+        "compile --help",
+        "doctor --help",
+        "presets",
+        "render tiny",
+        "lint manifests/examples/cpu-smoke.yaml",
+        "status --workdir WORK",
+        "status tiny --workdir WORK",
+        "logs tiny --workdir WORK",
+        "stop tiny --workdir WORK",
+        "resume tiny --workdir WORK",
+        "why tiny",
+        "generate tiny --prompt x --workdir WORK",
+        "evaluate tiny --workdir WORK",
+    ],
+)
+def test_a_command_imports_nothing_that_it_does_not_need(tmp_path: Path, verb: str) -> None:
+    """None of them has a cluster, and what they are asked about is not there."""
+    arguments = verb.replace("WORK", str(tmp_path)).replace("manifests", str(ROOT / "manifests")).split()
+    assert told(COMMAND, *arguments, KUBECONFIG=str(tmp_path / "none"))[0] == set()
+
+
+def test_help_takes_little_cpu() -> None:
+    """Against what its own packages take, as a processor may be slow or busy: three times as much, measured."""
+    _, least = told(PROGRAM + "import typer, rich.console, pydantic")
+    _, taken = told(COMMAND, "--help")
+    assert taken < 10 * least
+
+
+@pytest.mark.parametrize(
+    ("step", "may"),
+    [
+        ("plan", set()),
+        ("download", {"fsspec"}),
+        ("hygiene", set()),
+        ("tokenizer", {"tokenizers"}),
+        ("shards", {"numpy", "tokenizers"}),
+        ("launch", set()),
+        ("summary", set()),
+    ],
+)
+def test_a_step_that_finds_its_work_done_imports_little(step: str, may: set[str]) -> None:
+    """By its module alone: what it would do the work with is imported where the work begins."""
+    program = PROGRAM + f"import components.{step}.step, components.running, manifests.spec\n"
+    program += "manifests.spec.load_job('tiny')\n"
+    assert told(program)[0] <= may | {"prometheus_client"}
+
+
+def test_the_kubernetes_client_comes_without_the_grammars_of_a_validator() -> None:
+    found, _ = told(PROGRAM + "import components.launch.kubernetes_api, kubernetes.dynamic\n")
+    assert "kubernetes" in found and "rfc3987_syntax" not in found
+
+
+def test_the_pipeline_comes_without_the_grammars_of_a_validator() -> None:
+    found, _ = told(PROGRAM + "from pipelines.compile import compiled\ncompiled()\n")
+    assert "kfp" in found and "rfc3987_syntax" not in found
+
+
+def test_what_is_left_out_of_an_import_can_be_imported_afterwards() -> None:
+    found, _ = told(PROGRAM + "import components.launch.kubernetes_api, kubernetes_validate\n")
+    assert "rfc3987_syntax" in found
