@@ -117,7 +117,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot read the spec ({error}); check the path and its permissions") from None
+        said = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise SpecError(f"{path}: cannot read the spec ({said}); check the path and its permissions") from None
     except yaml.YAMLError as error:
         raise SpecError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(value, dict):

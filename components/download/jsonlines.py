@@ -103,8 +103,10 @@ def _parsed(text: str, **how: Any) -> Any:
 def _problem(text: str, error: json.JSONDecodeError, first: bool) -> str:
     if "\0" in text:
         return "NUL bytes in it; fetch the file again"
-    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
-        return "an object over several lines, jq -c . writes it on one" if first else "the line ends too early"
+    in_a_string = error.msg.startswith("Unterminated string")  # where nobody breaks a line
+    if in_a_string or error.pos >= len(text.rstrip()):
+        several = first and not in_a_string
+        return "an object over several lines, jq -c . writes it on one" if several else "the line ends too early"
     return f"{error.msg} at character {error.pos + 1}"
 
 

@@ -132,6 +132,7 @@ def test_what_is_something_else_than_its_name_is_called_what_it_is(
         ("a.json", json.dumps([{"text": "x"}] * 9).encode(), "as jq -c '.[]' writes them"),
         ("a.json", json.dumps({"text": "x", "n": [1]}, indent=1).encode(), "over several lines, jq -c . writes it"),
         ("a.jsonl", LINES[:-7], "a.jsonl:3: no JSON (the line ends too early)"),
+        ("a.jsonl", b'{"text": "cut', "a.jsonl:1: no JSON (the line ends too early)"),
         ("a.jsonl", LINES + b"\0\0\0\0\n", "a.jsonl:4: a line of NUL bytes; fetch the file again"),
         ("a.jsonl", LINES + b'{"text": "\0"}', "a.jsonl:4: no JSON (NUL bytes in it; fetch the file again)"),
         ("a.jsonl", LINES + b"{'text': 'x'}\n", "(Expecting property name enclosed in double quotes at char"),
