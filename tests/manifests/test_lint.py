@@ -408,7 +408,7 @@ def test_annotations_may_have_the_former_names_of_rules():
     assert set(FORMER.values()) <= RULES.keys()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_whatever_is_dropped_replaced_or_retyped_no_rule_fails(seed):
     rng = random.Random(seed)
     junk = [
@@ -437,7 +437,7 @@ def test_whatever_is_dropped_replaced_or_retyped_no_rule_fails(seed):
         "torchrun",
         [{}],
     ]
-    for _ in range(150):
+    for _ in range(50):
         objects = list(good().values())
         for _ in range(rng.randint(1, 4)):
             place = rng.choice(objects)
