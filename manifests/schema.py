@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from manifests.spec import JobSpec, preset_names
+from trainer.specbase import VERSION_FIELD
 
 COMMITTED = Path(__file__).with_name("job.schema.json")
 
@@ -17,7 +18,9 @@ def job_schema() -> str:
     named = schema["$defs"]["DataSpec"]["properties"]["sources"]["patternProperties"]
     for pattern, source in named.items():
         named[pattern] = {"anyOf": [source, {"type": "null", "description": "removes a source of the preset"}]}
-    schema["properties"] = {"preset": {"type": "string", "enum": preset_names()}} | schema["properties"]
+    version = {"type": "integer", "minimum": 1, "description": "version of the specs that the file is written in"}
+    own = {"preset": {"type": "string", "enum": preset_names()}, VERSION_FIELD: version}
+    schema["properties"] = own | schema["properties"]
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 

@@ -14,13 +14,14 @@ import json
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from manifests.dataspec import DataSpec, FilesSource, HygieneSpec, Name
 from manifests.kinds import JobKindName
 from trainer.data.vocabulary import SMALLEST_VOCABULARY
+from trainer.fields import stored
 from trainer.modelspec import Count, ModelSpec
 from trainer.parallel.layout import Layout
 from trainer.spec import (
@@ -47,6 +48,7 @@ PRESETS = files("manifests") / "presets"
 BYTES_PER_TOKEN = 6  # UTF-8 bytes of text that one token stands for: 3 (math) to 6.5 (Korean) were measured
 DOWNLOAD_MARGIN = 1.2
 VOCAB_MULTIPLE = 128
+StageName = Literal["raw", "hygiene", "tokenizers", "shards"]
 
 
 def _padded(vocab_size: int) -> int:
@@ -86,9 +88,11 @@ class JobTrainSpec(Spec):
     """What of TrainSpec a person chooses; run name, directories, mix and shards are derived by `JobSpec.train_spec`.
 
     `seq_len` to `skip`: see TokensSpec. A changed `skip` leaves the run's name as it is, to go on past a loss spike.
+    `begun_with_steps` is written by what makes a run longer, which keeps its name, its data and its warm-up.
     """
 
     steps: Count
+    begun_with_steps: Count | None = None
     seq_len: Annotated[int, Field(ge=8)]
     seed: int = 0
     packing: Packing = "concat"
@@ -180,6 +184,10 @@ class ObservabilitySpec(Spec):
 
 
 class JobSpec(Spec):
+    sections_without_numbers: ClassVar = frozenset(
+        {"cluster", "observability", "train.parallel", "train.runtime", "train.evaluate"}
+    )
+
     name: Name
     data: DataSpec
     hygiene: HygieneSpec = HygieneSpec()
@@ -241,43 +249,60 @@ class JobSpec(Spec):
 
     # Keys of the stages: a pure function of the spec, so that a manifest can be rendered before any data exists.
     def byte_budget(self, name: str) -> int | None:
-        """UTF-8 bytes after which a source is enough: what the job says, on the Hub else what its tokens need."""
+        """UTF-8 bytes after which a source is enough: what the job says, on the Hub else what its tokens need.
+
+        A run that is made longer reads what it was begun with once more, within the caps: its order stays as it is.
+        """
         if self.data.max_bytes_per_source is not None or isinstance(self.data.sources[name].origin, FilesSource):
             return self.data.max_bytes_per_source
-        total = self.train.steps * self.train.batch.tokens_per_step
+        total = self.begun_with_steps * self.train.batch.tokens_per_step
         tokens = self.data.wanted_tokens(total, self.train.curriculum)[name]
         return int(tokens * BYTES_PER_TOKEN * DOWNLOAD_MARGIN)
 
     @property
     def raw_key(self) -> str:
         mixed = {"weight", "max_epochs", "available_tokens", "synthetic"}
-        sources = {
-            name: [source.model_dump(mode="json", exclude=mixed, exclude_defaults=True), self.byte_budget(name)]
-            for name, source in self.data.sources.items()
-        }
-        return canonical_digest(["raw", sources])
+        sources = self.data.sources.items()
+        return canonical_digest(
+            ["raw", {name: [stored(one, mixed, raw=True), self.byte_budget(name)] for name, one in sources}]
+        )
+
+    @property
+    def keys(self) -> dict[StageName, str]:
+        """The keys of all stages."""
+        raw_key = self.raw_key
+        weights = {name: source.weight for name, source in self.data.sources.items()}
+        hygiene = canonical_digest(["hygiene", raw_key, stored(self.hygiene)])
+        tokenizer = canonical_digest(["tokenizer", raw_key, stored(self.tokenizer), weights])
+        parts = ["shards", tokenizer, stored(self.shards, {"workers", "pods"}), self.data.heldout_fraction]
+        shards = canonical_digest([*parts, hygiene] if self.hygiene.enabled else parts)
+        return {"raw": raw_key, "hygiene": hygiene, "tokenizers": tokenizer, "shards": shards}
 
     @property
     def hygiene_key(self) -> str:
-        return canonical_digest(["hygiene", self.raw_key, self.hygiene.model_dump(mode="json")])
+        return self.keys["hygiene"]
 
     @property
     def tokenizer_key(self) -> str:
-        weights = {name: source.weight for name, source in self.data.sources.items()}
-        return canonical_digest(["tokenizer", self.raw_key, self.tokenizer.model_dump(mode="json"), weights])
+        return self.keys["tokenizers"]
 
     @property
     def shards_key(self) -> str:
-        layout = self.shards.model_dump(mode="json", exclude={"workers", "pods"})
-        parts = ["shards", self.tokenizer_key, layout, self.data.heldout_fraction]
-        return canonical_digest([*parts, self.hygiene_key] if self.hygiene.enabled else parts)
+        return self.keys["shards"]
+
+    @property
+    def begun_with_steps(self) -> int:
+        """The length that the run was begun with."""
+        return self.train.begun_with_steps or self.train.steps
 
     @property
     def run_name(self) -> str:
-        """`<name>-<hash>`, also the cluster's job's. Where it runs and how it is watched do not change the run."""
+        """`<name>-<hash>`, also the cluster's job's. Where it runs and how it is watched do not change the run, nor
+        does a length that is changed on the way."""
+        how = {"begun_with_steps", "skip", "parallel", "runtime", "evaluate"}
         identity = {
             "shards": self.shards_key,
-            "train": self.train.model_dump(mode="json", exclude={"skip", "parallel", "runtime", "evaluate"}),
+            "train": stored(self.train, how) | {"steps": self.begun_with_steps},
             "mix": {name: [s.weight, s.max_epochs] for name, s in self.data.sources.items()},
         }
         return f"{self.name}-{canonical_digest(identity)[:8]}"
@@ -286,14 +311,8 @@ class JobSpec(Spec):
     def run_dir(self) -> str:
         return f"{self.storage.checkpoints_dir}/runs/{self.run_name}"
 
-    def stage_dir(self, stage: Literal["raw", "hygiene", "tokenizers", "shards"]) -> str:
-        key = {
-            "raw": self.raw_key,
-            "hygiene": self.hygiene_key,
-            "tokenizers": self.tokenizer_key,
-            "shards": self.shards_key,
-        }[stage]
-        return f"{self.storage.datasets_dir}/{stage}/{key}"
+    def stage_dir(self, stage: StageName) -> str:
+        return f"{self.storage.datasets_dir}/{stage}/{self.keys[stage]}"
 
     def train_spec(self) -> TrainSpec:
         """The trainer's spec: the person's choices plus what follows from data and storage."""

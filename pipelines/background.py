@@ -25,7 +25,7 @@ from components.running import one_line
 from manifests.spec import JobSpec
 from trainer.data.manifest import atomic_write
 from trainer.exitcodes import ExitCode
-from trainer.specbase import to_yaml
+from trainer.specbase import to_stored_yaml
 
 START_PATIENCE_SECONDS = 60
 LOOK_PATIENCE_SECONDS = 0.5  # who asks whether a run is alive holds its lock for a moment
@@ -95,7 +95,7 @@ def driving(job: JobSpec, workdir: Path) -> Iterator[None]:
     folder(workdir).mkdir(parents=True, exist_ok=True)
     with _locked(workdir, run):
         me = Process(run, os.getpid(), socket.gethostname(), str(Path.cwd()), time.time())
-        atomic_write(job_file(workdir, run), to_yaml(job).encode())
+        atomic_write(job_file(workdir, run), to_stored_yaml(job))
         _write(workdir, me)
         try:
             yield
@@ -145,7 +145,7 @@ def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Proc
         raise LaunchError(f"{running(workdir, run)}; follow it: yaongi logs {run} --follow")
     file, console, former = job_file(workdir, run), console_file(workdir, run), _logs(workdir, run)
     folder(workdir).mkdir(parents=True, exist_ok=True)
-    atomic_write(file, to_yaml(job).encode())
+    atomic_write(file, to_stored_yaml(job))
     places = ["--target", job.cluster.target, "--workdir", str(workdir.absolute())]
     command = [sys.executable, "-m", "pipelines.cli", "run", str(file.absolute()), *places]
     with console.open("wb") as output:

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from components.launch import LaunchError
+from components.plan.length import continued
 from components.plan.step import arguments_for, runnable_here
 from manifests.spec import JobSpec, changes_of, job_from
 from pipelines.progress import Watcher
@@ -55,7 +56,9 @@ def local_job(
         root = workdir.absolute()
         places = {"datasets_dir": f"{root}/datasets", "checkpoints_dir": f"{root}/checkpoints"}
         wanted = deep_merge({"storage": places}, wanted)
-    job = job_from({"preset": preset} if preset else {}, wanted, preset_or_file)
+    job = continued(job_from({"preset": preset} if preset else {}, wanted, preset_or_file))
+    if job.train.begun_with_steps:
+        wanted = deep_merge(wanted, {"train": {"begun_with_steps": job.train.begun_with_steps}})
     runnable_here(job)
     for name in ("datasets_dir", "checkpoints_dir"):
         _require_writable(f"storage.{name}", Path(getattr(job.storage, name)), target)

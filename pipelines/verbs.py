@@ -145,14 +145,22 @@ def stop(
     print(f"stopped {found.name}; {saved}; continue: yaongi resume {found.name}{where}")
 
 
-def resume(run: Run, namespace: Namespace = "", workdir: Workdir = Path("work")) -> None:
-    """Start a stopped or failed run again from its last checkpoint, in the background or as a job of the cluster."""
+def resume(run: Run, sets: Sets = None, namespace: Namespace = "", workdir: Workdir = Path("work")) -> None:
+    """Start a stopped or failed run again from its last checkpoint, in the background or as a job of the cluster.
+
+    --set train.steps=N makes it longer, a finished run too: from its last checkpoint before the learning rate falls.
+    """
     from components.launch import LaunchError
     from pipelines import background, everywhere, runs
     from trainer.limits import LEASE
 
     found, cluster = everywhere.find_or_ask(run, namespace, workdir)
     if cluster is not None:
+        if sets:
+            raise LaunchError(
+                "--set: a cluster's job is made again as it was, without new data; change it by yaongi run or submit "
+                "JOB --set …, which go on with the run that is on the volume"
+            )
         from pipelines import remote
 
         name = remote.resume(run, cluster, workdir, print, exactly=runs.named(run, workdir))
@@ -168,6 +176,11 @@ def resume(run: Run, namespace: Namespace = "", workdir: Workdir = Path("work"))
 
         with held(found.directory):  # refuses while a launcher is alive
             pass
+    if sets:
+        from components.plan.length import changed
+        from trainer.specbase import changes_from_sets
+
+        spec = changed(spec, changes_from_sets(sets), found.name)
     if _is_finished(spec):
         print(f"run {found.name} is finished: {spec.train.steps:,} steps, model in {found.directory / 'export'}")
         return

@@ -254,17 +254,19 @@ def publish(run_dir: str | Path, manifest: CheckpointManifest) -> Path:
     return visible
 
 
-def prune(run_dir: str | Path, keep_last: int) -> None:
+def prune(run_dir: str | Path, keep_last: int, decay_begins: int = 0) -> None:
     """Delete all but the newest `keep_last` checkpoints, never the one that LATEST names.
 
     One that was made in a row of skipped steps takes nobody's place, since the way back may lead past that row: it is
-    kept as the newest one, or where there is room.
+    kept as the newest one, or where there is room. The newest of step `decay_begins` or before stays too, since from
+    there the run can be made longer.
     """
     step, found = latest_step(run_dir), published(run_dir)
-    sound = [path for path in found if not _in_a_row(path)][:keep_last]
+    every_sound = [path for path in found if not _in_a_row(path)]
+    sound, stable = every_sound[:keep_last], [path for path in every_sound if _step_of(path) <= decay_begins][:1]
     kept = list(dict.fromkeys([*found[:1], *sound, *found]))[: max(keep_last, len({*found[:1], *sound}))]
     for path in found:
-        if path not in kept and _step_of(path) != step:
+        if path not in [*kept, *stable] and _step_of(path) != step:
             _remove(path)
 
 

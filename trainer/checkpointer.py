@@ -32,11 +32,15 @@ from trainer import checkpoint
 from trainer.checkpoint import CheckpointManifest
 from trainer.distributed import World
 from trainer.errors import CheckpointError, DataError, DivergedError, SpecError
+from trainer.fields import stored, version_of
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
+from trainer.length import continuable
+from trainer.modelspec import ModelSpec
 from trainer.optim import Optimizers
 from trainer.parallel.rows import own_rows
 from trainer.spec import TrainSpec
+from trainer.specbase import VERSION_FIELD, parse
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +112,7 @@ class Checkpointer:
         began = time.monotonic()
         manifest = CheckpointManifest(
             step=step,
-            spec=self._spec.model_dump(mode="json"),
+            spec={VERSION_FIELD: version_of(self._spec)} | stored(self._spec),
             code_version=f"yaongi {importlib.metadata.version('yaongi')}, torch {torch.__version__}",
             digests=self._digests,
             cursor=cursor,
@@ -184,15 +188,23 @@ class Checkpointer:
 
     def _newest_whole(self) -> Path | None:
         """As `checkpoint.latest`; each rank reads a share of the files, so that none waits long for another."""
-        found: list[Path] | CheckpointError = []
+        found: list[Path] | CheckpointError | SpecError = []
         if self._world.is_main:
             checkpoint.clean_unfinished(self._spec.run_dir)
             try:
-                found = checkpoint.candidates(self._spec.run_dir)
-            except CheckpointError as error:
+                existing = checkpoint.candidates(self._spec.run_dir)
+                found = continuable(existing, self._spec)
+                if found[:1] != existing[:1]:
+                    log.warning(
+                        "the run is %d steps long now: it goes on from %s, where its learning rate had not begun to "
+                        "fall; what was trained after that is given up",
+                        self._spec.steps,
+                        found[0].name,
+                    )
+            except (CheckpointError, SpecError) as error:
                 found = error
         found = self._world.broadcast(found)
-        if isinstance(found, CheckpointError):
+        if isinstance(found, CheckpointError | SpecError):
             raise found
         return checkpoint.first_whole(found, self._verify_together)
 
@@ -215,7 +227,8 @@ class Checkpointer:
                     f"{path} was trained on {name} {manifest.digests.get(name)}, this run has {digest}; "
                     "use the same data, or another run_dir",
                 )
-        if different := _difference("train.model", manifest.spec["model"], self._spec.model.model_dump(mode="json")):
+        theirs = parse(ModelSpec, manifest.spec["model"], str(path), manifest.spec.get(VERSION_FIELD, 1))
+        if different := _difference("train.model", stored(theirs), stored(self._spec.model)):
             field, theirs, ours = different
             raise SpecError(
                 f"{path} holds another model: {field} is {theirs!r} there and {ours!r} in the spec; "
@@ -275,7 +288,7 @@ class Checkpointer:
     def _publish(self, manifest: CheckpointManifest, began: float) -> None:
         if self._world.is_main:
             checkpoint.publish(self._spec.run_dir, manifest)
-            checkpoint.prune(self._spec.run_dir, self._spec.checkpoint.keep_last)
+            checkpoint.prune(self._spec.run_dir, self._spec.checkpoint.keep_last, self._spec.decay_begins)
             self._on_published(manifest.step, time.monotonic() - began)
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:

@@ -33,6 +33,7 @@ from trainer.data.loader import IGNORED, MicroBatch, heldout_documents
 from trainer.data.manifest import atomic_write, read_manifest
 from trainer.distributed import pick_device
 from trainer.errors import DataError
+from trainer.fields import stored
 from trainer.generate import complete
 from trainer.precision import Precision, device_capability, resolve_for_evaluation
 from trainer.report import write_report
@@ -100,7 +101,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         "run": spec.run,
         "step": trained.checkpoint.step,
         "checkpoint_digest": trained.checkpoint.digest,
-        "settings": spec.evaluate.model_dump(mode="json"),
+        "settings": stored(spec.evaluate),
         "device": device.type,
         "precision": precision.name,
         "domains": {domain: score.summary() for domain, score in by_domain.items()},

@@ -28,12 +28,13 @@ from trainer.checkpoint import CheckpointFile, describe_files
 from trainer.data.manifest import checksum, sync_directory
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import CheckpointError
+from trainer.fields import stored, version_of
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec
 from trainer.report import write_report
 from trainer.report.run import Run, read_run
 from trainer.spec import BackendsSpec, TrainSpec
-from trainer.specbase import parse
+from trainer.specbase import VERSION_FIELD, parse
 from trainer.trained import Trained, load_trained
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Hyb
     for name, entry in describe_files(directory, expected).items():
         if entry != expected[name]:
             raise _damaged(directory / name, "differs from what was written")
-    spec = parse(ModelSpec, _read_json(directory / "config.json"), str(directory / "config.json"))
+    config = directory / "config.json"
+    spec = parse(ModelSpec, _read_json(config), str(config), manifest.get(VERSION_FIELD, 1))
     model = build_model(spec, device=device, seed=None)
     weights = load_file(directory / "model.safetensors", device=str(device))
     if different := sorted(weights.keys() ^ model.state_dict().keys()):
@@ -97,12 +99,13 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Hyb
 def _write(draft: Path, spec: TrainSpec, trained: Trained) -> dict[str, Any]:
     state = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
     save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
-    _write_text(draft / "config.json", json.dumps(spec.model.model_dump(mode="json"), indent=1) + "\n")
+    _write_text(draft / "config.json", json.dumps(stored(spec.model), indent=1) + "\n")
     shutil.copymode(draft / "config.json", draft / "model.safetensors")  # safetensors ignores the umask
     for name in TOKENIZER_FILES:
         shutil.copyfile(Path(spec.tokens.tokenizer) / name, draft / name)
     manifest: dict[str, Any] = {
         "format": FORMAT,
+        VERSION_FIELD: version_of(spec.model),
         "name": spec.run,
         "code_version": __version__,
         "checkpoint_digest": trained.checkpoint.digest,

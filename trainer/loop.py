@@ -142,7 +142,7 @@ def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
     """
     optimizers, spec = run.optimizers, run.spec
     optimizers.set_learning_rate_factor(
-        learning_rate_factor(step, spec.steps, spec.schedule, optimizers.peak_learning_rate)
+        learning_rate_factor(step, spec.steps, spec.schedule, optimizers.peak_learning_rate, spec.begun_with_steps)
     )
     if run.scaler:
         optimizers.unscale(run.scaler)

@@ -34,7 +34,7 @@ from trainer.precision import Precision
 from trainer.preflight import ranks as preflight
 from trainer.recorder import Recorder
 from trainer.spec import TrainSpec
-from trainer.specbase import SpecError, to_yaml
+from trainer.specbase import SpecError, to_stored_yaml
 from trainer.spikes import SpikeGuard
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
             scaler.load_state_dict({**scaler.state_dict(), **scaler_state(resumed.scalars)})
     elif world.is_main and not (file := Path(spec.run_dir) / "train.yaml").exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, to_yaml(spec).encode())
+        atomic_write(file, to_stored_yaml(spec))
     recorder.begin(resumed, {"device": world.device.type, "precision": chosen.name, "mesh": str(layout), **backends})
     first_step = resumed.step if resumed else 0
     loader = TokenLoader(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -206,6 +206,16 @@ class ScheduleSpec(Spec):
             raise ValueError("warmup_fraction + decay_fraction exceed 1; lower one of them")
         return self
 
+    def phases(self, steps: int, begun_with_steps: int | None = None) -> tuple[int, int]:
+        """Steps of the warm-up and of the decay of a run of `steps` steps; the decay is 0 where the rate never falls.
+
+        A run whose length was changed on the way keeps the warm-up of the length that it was begun with.
+        """
+        warmup = round(self.warmup_fraction * (begun_with_steps or steps))
+        if self.name == "constant" or (self.name == "wsd" and not self.decay_fraction):
+            return warmup, 0
+        return warmup, max(1, round(self.decay_fraction * steps) if self.name == "wsd" else steps - warmup)
+
 
 class Fp8Spec(Spec):
     """How FP8 products are computed, where `precision.dtype` asks for them.
@@ -317,11 +327,17 @@ class EvaluateSpec(Spec):
 
 
 class TrainSpec(Spec):
-    """One training run; `run_dir` holds its checkpoints, logs, metrics and results."""
+    """One training run; `run_dir` holds its checkpoints, logs, metrics and results.
+
+    `begun_with_steps`: the length with which the run was begun, where it is another one now.
+    """
+
+    sections_without_numbers: ClassVar = frozenset({"parallel", "runtime", "evaluate"})
 
     run: str
     run_dir: str
     steps: Count
+    begun_with_steps: Count | None = None
     seed: int = 0
     model: ModelSpec
     tokens: TokensSpec
@@ -360,6 +376,11 @@ class TrainSpec(Spec):
                 f"learning_rate {peak:g}; lower the one or raise the other"
             )
         return self
+
+    @property
+    def decay_begins(self) -> int:
+        """Steps after which the learning rate falls; `steps` where it never does."""
+        return self.steps - self.schedule.phases(self.steps, self.begun_with_steps)[1]
 
     def micro_batches(self, world_size: int) -> int:
         """Micro-batches per rank and step.

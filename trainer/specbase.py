@@ -1,6 +1,8 @@
 """What every spec shares: frozen pydantic models, errors that say the fix, YAML + `a.b=c` loading, stable digests.
 
-Two ways in: what a person writes is validated strictly (`parse`); nothing here imports torch.
+What a person writes is validated strictly. So is what a version up to this one has written; of a later version
+(`spec_version` in the file, none for 1) fields are left out that this one does not know, with a warning, where they
+cannot change what is computed, and refused elsewhere. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -8,23 +10,32 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trainer import __version__
 from trainer.errors import SpecError
+from trainer.fields import SPEC_VERSION, stored, version_of
+
+VERSION_FIELD = "spec_version"
+
+log = logging.getLogger(__name__)
 
 
 class Spec(BaseModel):
     """Base of all specs: immutable, unknown fields rejected, defaults validated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    # Of a spec that has files of its own: sections in which nothing changes what is computed. None: it has no files.
+    sections_without_numbers: ClassVar[frozenset[str] | None] = None
 
     def digest(self) -> str:
         """First 12 hex digits of the sha256 of the canonical JSON; equal specs give equal digests on every machine."""
-        return canonical_digest(self.model_dump(mode="json"))
+        return canonical_digest(stored(self))
 
     def updated(self, changes: dict[str, Any]) -> Self:
         """A validated copy in which `changes` (nested dicts) replace the fields they name."""
@@ -58,18 +69,56 @@ def _differs_in_kind(base: dict[str, Any], changes: dict[str, Any]) -> bool:
     return "kind" in base and "kind" in changes and base["kind"] != changes["kind"]
 
 
-def parse(spec_type: type[SpecT], value: Any, where: str = "") -> SpecT:
-    """Validate what a person wrote.
+def parse(spec_type: type[SpecT], value: Any, where: str = "", version: int = 1) -> SpecT:
+    """Validate what a person, or a version of this program, wrote.
+
+    Args:
+        version: of the program, for a part of a file; a spec with files of its own says it by itself.
 
     Raises:
-        SpecError: one line per problem, with the path of the field, and the nearest name for an unknown one.
+        SpecError: one line per problem, with the path of the field, and the nearest name for an unknown one; one line
+            in all for what a later version wrote and this one cannot read.
     """
+    prefix = f"{where}: " if where else ""
+    if spec_type.sections_without_numbers is not None and isinstance(value, dict) and VERSION_FIELD in value:
+        version = value[VERSION_FIELD]
+        value = {name: inner for name, inner in value.items() if name != VERSION_FIELD}
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise SpecError(f"{prefix}{VERSION_FIELD}: expected a whole number from 1 on (got {version!r})")
     try:
         return spec_type.model_validate(value)
     except ValidationError as error:
+        if version > SPEC_VERSION:
+            return parse(spec_type, _of_later_version(spec_type, value, version, error, prefix), where)
         lines = [_explain(spec_type, dict(problem)) for problem in error.errors()]
-        prefix = f"{where}: " if where else ""
         raise SpecError("\n".join(prefix + line for line in lines)) from None
+
+
+def _of_later_version(
+    spec_type: type[Spec], value: Any, version: int, error: ValidationError, prefix: str
+) -> dict[str, Any]:
+    """`value` without the fields that this version does not know, if none of them can change what is computed.
+
+    Raises:
+        SpecError: one can, or a known field has an unknown value.
+    """
+    problems = [(problem["type"], [str(part) for part in problem["loc"]]) for problem in error.errors()]
+    fields = ", ".join(".".join(path) for _, path in problems)
+    said = f"{prefix}written by a later yaongi ({VERSION_FIELD} {version}, this one knows {SPEC_VERSION})"
+    sections = spec_type.sections_without_numbers or frozenset()
+    if any(
+        kind != "extra_forbidden" or not any(".".join(path).startswith(f"{section}.") for section in sections)
+        for kind, path in problems
+    ):
+        raise SpecError(f"{said}: {fields} may change what is computed; use that version or a newer one")
+    log.warning("%s: %s unknown here and left out; no number depends on it", said, fields)
+    known = json.loads(json.dumps(value))
+    for _, path in problems:
+        inner = known
+        for part in path[:-1]:
+            inner = inner[int(part)] if isinstance(inner, list) else inner[part]
+        del inner[path[-1]]
+    return known
 
 
 def _explain(spec_type: type[Spec], problem: dict[str, Any]) -> str:
@@ -150,7 +199,22 @@ def changes_from_sets(assignments: list[str]) -> dict[str, Any]:
     return changes
 
 
-def to_yaml(spec: Spec, *, only_set: bool = False) -> str:
-    """The spec as YAML that `parse` reads back to an equal spec."""
-    value = spec.model_dump(mode="json", exclude_defaults=only_set)
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+def to_yaml(spec: Spec) -> str:
+    """The spec as YAML that `parse` reads back to an equal spec, as every version does that knows what is in it."""
+    return yaml.safe_dump(_versioned(spec), sort_keys=False, allow_unicode=True, width=120)
+
+
+def to_stored_yaml(spec: Spec) -> bytes:
+    """`to_yaml` for a file that stays: its first line says who wrote it."""
+    return f"# yaongi {__version__}, {VERSION_FIELD} {version_of(spec)}\n{to_yaml(spec)}".encode()
+
+
+def to_json(spec: Spec) -> str:
+    """The spec as JSON for a reader that may be of another version."""
+    return json.dumps({VERSION_FIELD: version_of(spec)} | stored(spec), ensure_ascii=False)
+
+
+def _versioned(spec: Spec) -> dict[str, Any]:
+    """Version 1 has no field for its number, and refuses it."""
+    version = version_of(spec)
+    return ({VERSION_FIELD: version} if version > 1 else {}) | stored(spec)

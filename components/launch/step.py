@@ -12,11 +12,14 @@ from pathlib import Path
 from components.launch import LaunchError, local
 from components.launch.artefacts import Task, finished
 from manifests.spec import JobSpec
-from trainer.checkpoint import latest, read_manifest
+from trainer.checkpoint import candidates, latest, read_manifest
 from trainer.data.manifest import StageResult, atomic_write
 from trainer.data.manifest import read_manifest as read_data_manifest
+from trainer.length import continuable
 from trainer.spec import TrainSpec
-from trainer.specbase import SpecError, parse, read_yaml, to_yaml
+from trainer.specbase import SpecError, parse, read_yaml, to_stored_yaml
+
+LENGTH = {"steps": True, "begun_with_steps": True}
 
 
 def run(job: JobSpec, task: Task, after: StageResult | None = None, pipeline_run: str = "") -> StageResult:
@@ -58,6 +61,8 @@ def write_specs(job: JobSpec) -> None:
 
     Raises:
         LaunchError: the directory holds a run that computes something else, or cannot be written.
+        SpecError: its run cannot take on this length.
+        CheckpointError: its checkpoints are damaged.
     """
     run_dir, spec = Path(job.run_dir), job.train_spec()
     path = run_dir / "train.yaml"
@@ -68,10 +73,11 @@ def write_specs(job: JobSpec) -> None:
             raise LaunchError(
                 f"{run_dir} holds a run with other values of {', '.join(changed)}; give this job another name"
             )
+        continuable(candidates(run_dir), spec)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write(run_dir / "job.yaml", to_yaml(job).encode())
-        atomic_write(path, to_yaml(spec).encode())
+        atomic_write(run_dir / "job.yaml", to_stored_yaml(job))
+        atomic_write(path, to_stored_yaml(spec))
     except OSError as error:
         raise LaunchError(
             f"{run_dir}: cannot be written ({error.strerror}); mount the checkpoints volume there or set "
@@ -82,7 +88,7 @@ def write_specs(job: JobSpec) -> None:
 def _identity(spec: TrainSpec) -> dict[str, object]:
     """What a run computes. Where its files lie, how its processes share the work and what it skips from here on may
     change between two launches, as `JobSpec.run_name` has it."""
-    free = {"run_dir": True, "parallel": True, "runtime": True, "evaluate": True}
+    free = {"run_dir": True, "parallel": True, "runtime": True, "evaluate": True} | LENGTH
     return spec.model_dump(mode="json", exclude=free | {"tokens": {"shards", "tokenizer", "skip"}})
 
 

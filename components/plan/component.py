@@ -16,10 +16,12 @@ def plan(
 ) -> str:
     """Resolve the form's fields into one validated JobSpec (JSON)."""
     fields = {name: value for name, value in locals().items() if name not in ("preset", "overrides")}
+    from components.plan.length import continued
     from components.plan.step import resolve, runnable_here
     from components.running import step
+    from trainer.specbase import to_json
 
     with step("plan"):
-        job = runnable_here(resolve(preset, overrides, **fields))
+        job = continued(runnable_here(resolve(preset, overrides, **fields)))
         print(f"run {job.run_name}: {job.train.steps} steps of {job.train.batch.tokens_per_step} tokens", flush=True)
-        return job.model_dump_json()
+        return to_json(job)

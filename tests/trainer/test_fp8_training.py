@@ -80,7 +80,9 @@ def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(micro_data: Path, 
 
 
 def test_checkpoints_pass_between_precisions(micro_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=2, precision=fp8("delayed"))
+    spec = micro.micro_spec(
+        micro_data, tmp_path / "run", steps=2, precision=fp8("delayed"), schedule={"name": "constant"}
+    )
     assert train(spec) == 0
     assert history(spec, 2)
     model = build_model(spec.model, seed=9, token_classes=token_classes(micro_data / "tokenizer" / "tokenizer.json"))

@@ -34,12 +34,13 @@ from trainer.restarts import NodeRecord
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError
 
+CONSTANT = {"name": "constant"}  # a rate that does not depend on the length, which a run may then change
 pytestmark = pytest.mark.usefixtures("quiet_checkpoint_library", "leave_no_traces")
 
 
 def test_first_loss_and_gradient_norm_are_those_of_the_whole_step(micro_data: Path, tmp_path: Path):
     """Oracle: one backward of the mean loss over all rows at once, without micro-batches, loop or DDP."""
-    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=1)
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=1, schedule=CONSTANT)
     assert train(spec) == 0
     classes = token_classes(micro_data / "tokenizer" / "tokenizer.json")
     model = build_model(spec.model, spec.backends, seed=spec.seed, token_classes=classes)
@@ -66,7 +67,8 @@ def test_outputs_of_a_finished_run(micro_data: Path, tmp_path: Path):
     assert [line["step"] for line in lines] == list(range(1, 11))
     result = json.loads((run_dir / "result.json").read_text())
     assert result["loss_last"] == lines[-1]["loss"] < lines[0]["loss"] == result["loss_first"]
-    assert [path.name for path in checkpoint.published(run_dir)] == ["step-00000010"], "keep_last is 1"
+    kept = [path.name for path in checkpoint.published(run_dir)]
+    assert kept == ["step-00000010", "step-00000008"], "keep_last is 1, and the last before the decay stays"
     assert result["checkpoint_digest"] == checkpoint.verify(result["checkpoint"]).digest
     assert list((run_dir / "tb").glob("events.*"))
     assert (run_dir / "train.yaml").exists()
@@ -94,7 +96,7 @@ def test_finished_run_has_nothing_left_to_do(micro_data: Path, tmp_path: Path):
 
 
 def test_tokens_are_counted_when_the_step_grows_on_the_way(micro_data: Path, tmp_path: Path):
-    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=2)
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=2, schedule=CONSTANT)
     assert train(spec) == 0
     size = spec.batch.tokens_per_step
     longer: TrainSpec = spec.updated({"batch": {"tokens_per_step": 2 * size}, "steps": 4})
@@ -171,7 +173,7 @@ def test_row_of_skipped_steps_leaves_the_way_back_and_names_it(
 
 def test_run_does_not_go_on_from_broken_weights(micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A checkpoint of an earlier version, which looked at nothing."""
-    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=4, checkpoint={"every_steps": 2})
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=4, checkpoint={"every_steps": 2}, schedule=CONSTANT)
     plain, calls = Optimizers.step, []
 
     def breaking(optimizers: Optimizers) -> None:
@@ -216,7 +218,7 @@ def test_a_limit_that_the_entrypoint_tells_of_saves_and_stops_with_75(
 
 
 def test_other_data_or_another_model_is_refused(micro_data: Path, tmp_path: Path):
-    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=1)
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=1, schedule=CONSTANT)
     assert train(spec) == 0
     wider: TrainSpec = spec.updated({"model": {"mlp": {"width": 64}}, "steps": 2})
     with pytest.raises(
@@ -231,7 +233,7 @@ def test_other_data_or_another_model_is_refused(micro_data: Path, tmp_path: Path
     assert error.value.code == ExitCode.SPEC and "\n" not in str(error.value)
     dist.destroy_process_group()
     micro.make_data(tmp_path / "other", seed=8)
-    other = micro.micro_spec(tmp_path / "other", tmp_path / "run", steps=2)
+    other = micro.micro_spec(tmp_path / "other", tmp_path / "run", steps=2, schedule=CONSTANT)
     with pytest.raises(ForeseenError, match="use the same data") as error:
         train(other)
     assert error.value.code == ExitCode.DATA
@@ -357,7 +359,12 @@ def test_fp16_scales_the_loss_and_keeps_the_scale_over_a_resume(
     monkeypatch.setattr(hybrid, "cross_entropy_sum", overflowing)
     monkeypatch.setattr(torch.amp.GradScaler, "update", watched)
     spec = micro.micro_spec(
-        micro_data, tmp_path / "run", steps=3, precision={"dtype": "fp16"}, checkpoint={"every_steps": 3}
+        micro_data,
+        tmp_path / "run",
+        steps=3,
+        precision={"dtype": "fp16"},
+        checkpoint={"every_steps": 3},
+        schedule={"name": "constant"},
     )
     assert train(spec) == 0
     assert [line["skipped"] for line in micro.metrics(spec)] == [None, "nonfinite", None]

@@ -12,7 +12,9 @@ from typing import Literal
 from trainer.spec import ScheduleSpec
 
 
-def learning_rate_factor(step: int, steps: int, spec: ScheduleSpec, peak: float) -> float:
+def learning_rate_factor(
+    step: int, steps: int, spec: ScheduleSpec, peak: float, begun_with_steps: int | None = None
+) -> float:
     """What multiplies every group's learning rate at `step` (0 is the first) of `steps`.
 
     Warm-up over W = round(warmup_fraction·steps) steps: with r = (step+1)/W, r or (1−cos πr)/2, so the first step
@@ -22,13 +24,13 @@ def learning_rate_factor(step: int, steps: int, spec: ScheduleSpec, peak: float)
 
     Args:
         peak: learning rate at factor 1, to which `final_learning_rate` is related.
+        begun_with_steps: the length that the warm-up is of, where the run's length was changed on the way.
     """
-    warmup = round(spec.warmup_fraction * steps)
+    warmup, decay = spec.phases(steps, begun_with_steps)
     if step < warmup:
         return 1 - _remaining((step + 1) / warmup, spec.warmup_shape)
-    if spec.name == "constant" or (spec.name == "wsd" and not spec.decay_fraction):
+    if not decay:
         return 1.0
-    decay = max(1, round(spec.decay_fraction * steps) if spec.name == "wsd" else steps - warmup)
     shape = spec.decay_shape if spec.name == "wsd" else spec.name
     done = step + 1 - (steps - decay)
     if done <= 0:

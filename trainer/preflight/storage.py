@@ -111,9 +111,10 @@ def _free(spec: TrainSpec, directory: Path) -> float:
     """Free bytes of the checkpoint volume; enough for what the run is going to keep there besides what it has."""
     memory = training_memory(spec.model, spec.optimizer)
     size = memory.weights + memory.optimizer
-    # A new checkpoint is complete before the oldest goes.
+    # A new checkpoint is complete before the oldest goes, and the newest from before the decay stays.
     planned = -(-spec.steps // spec.checkpoint.every_steps)
-    missing = max(1, min(spec.checkpoint.keep_last + 1, planned) - len(published(directory)))
+    most = spec.checkpoint.keep_last + 1 + (spec.decay_begins < spec.steps)
+    missing = max(1, min(most, planned) - len(published(directory)))
     status = os.statvfs(directory)
     free = status.f_bavail * status.f_frsize + _leftover(directory)
     if status.f_blocks and free < missing * size:  # some network file systems do not tell

@@ -1,0 +1,82 @@
+"""A run whose length is changed: which run that is, and from which of its checkpoints it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from manifests.spec import JobSpec, load_job
+from trainer.checkpoint import candidates
+from trainer.errors import SpecError
+from trainer.length import continuable
+
+
+def as_begun_with(job: JobSpec, steps: int) -> JobSpec:
+    """The job as a run that was begun with another number of steps."""
+    return job.updated({"train": {"begun_with_steps": None if steps == job.train.steps else steps}})
+
+
+def continued(job: JobSpec) -> JobSpec:
+    """The job as the run that it makes longer, where there is one that differs in nothing but its length.
+
+    Of several, the one that has come furthest. A run whose rate has begun to fall, with no checkpoint from before,
+    cannot be made longer: one line says so, and the job begins a run of its own.
+
+    Raises:
+        CheckpointError: a run's checkpoints are damaged.
+    """
+    if job.train.begun_with_steps or Path(job.run_dir).is_dir():
+        return job
+    furthest, found = 0, job
+    for longer, now in _shorter(job):
+        existing = candidates(longer.run_dir)
+        try:
+            first = continuable(existing, longer.train_spec())
+        except SpecError as error:
+            print(f"train.steps: a new run: {error}", flush=True)
+            continue
+        step = int(first[0].name.removeprefix("step-")) if first else 0
+        if step > furthest:
+            furthest, found = step, longer
+            if now < job.train.steps:
+                print(f"run {longer.run_name} of {now} steps becomes {job.train.steps} steps long: from step {step} on")
+    return found
+
+
+def _shorter(job: JobSpec) -> Iterator[tuple[JobSpec, int]]:
+    """The job as each run of the same directory that differs from it in its length alone, and that run's length."""
+    for file in sorted(Path(job.run_dir).parent.glob(f"{job.name}-*/job.yaml")):
+        try:
+            there = load_job(str(file))
+        except SpecError:
+            continue  # of another version, or damaged: no run to go on with
+        longer = as_begun_with(job, there.begun_with_steps)
+        if longer.run_name == file.parent.name and there.train.steps <= job.train.steps:
+            yield longer, there.train.steps
+
+
+def changed(job: JobSpec, changes: dict[str, Any], run: str) -> JobSpec:
+    """The job of `run` with changes of what may change on the way, its length above all.
+
+    Raises:
+        SpecError: as `parse`; another run is what they make; there is no checkpoint to go on from with this length.
+    """
+    now = as_begun_with(job.updated(changes), job.begun_with_steps)
+    if now.run_name != run:
+        raise SpecError(
+            f"--set: this makes another run, {now.run_name}; of a run that has begun train.steps, train.skip, "
+            "train.parallel, train.runtime and train.evaluate may change; for all else: yaongi run JOB --set …"
+        )
+    existing = candidates(now.run_dir)
+    first = continuable(existing, now.train_spec())
+    if now.train.steps != job.train.steps:
+        where = f"from step {int(first[0].name.removeprefix('step-'))} on" if first else "from its start"
+        print(f"run {run} of {job.train.steps} steps becomes {now.train.steps} steps long: {where}", flush=True)
+        if first[:1] != existing[:1]:
+            print(
+                f"{existing[0].name} and what else is newer was trained on a falling learning rate; its checkpoints go "
+                "with the first one that is saved, its export stays until the longer run's",
+                flush=True,
+            )
+    return now

@@ -1,0 +1,140 @@
+"""The fields of specs by the version that brought them: what digests and names are made of, and what files hold.
+
+A field of version 1 is always written. A later one is left out where it has the value that it had, in effect, before it
+existed. So a new optional field changes no digest and no name, a changed default of an old one does, and what uses
+nothing new is read by every version. `spec_version` of a file is the lowest version that knows all that is in it.
+
+A new field needs no entry here to be treated so; it needs one in LATER before its default is ever changed, and a test
+asks for it. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+SPEC_VERSION = 2  # of this code; version 1 wrote no number
+
+
+class Later(NamedTuple):
+    """The version that brought a field, and the value at which it is left out."""
+
+    version: int
+    neutral: Any
+
+
+FIELDS_1 = {
+    name: frozenset(fields.split())
+    for name, fields in {
+        "MambaSpec": "num_heads head_dim d_state num_groups conv_kernel chunk_size",
+        "AttentionSpec": "num_heads num_kv_heads head_dim rope_theta",
+        "MoeSpec": "num_experts top_k expert_width shared_width score_scale bias_update_rate sequence_loss_weight",
+        "MlpSpec": "width",
+        "EngramSpec": "layer max_order rows_per_head width_per_order num_heads conv_kernel compress_tokens",
+        "MtpSpec": "depth weight layer",
+        "MupSpec": "base_hidden base_head_dim",
+        "ModelSpec": "vocab_size hidden layers mamba attention moe mlp engram mtp mup norm_eps init_std",
+        "MixSpec": "weight max_epochs",
+        "StageSpec": "from_tokens weights seq_len",
+        "TokensSpec": "shards tokenizer mix seq_len seed packing curriculum skip",
+        "BatchSpec": "tokens_per_step micro_batch_rows",
+        "MuonSpec": "learning_rate momentum nesterov weight_decay coefficients steps teon_layers",
+        "AdamWSpec": "learning_rate beta1 beta2 eps weight_decay engram_rate_factor",
+        "SpikeGuardSpec": "sigmas window",
+        "OptimizerSpec": "name muon adamw state_dtype clip_norm spike_guard",
+        "ScheduleSpec": "name warmup_fraction warmup_shape decay_fraction decay_shape final_learning_rate",
+        "Fp8Spec": "recipe format implementation amax_history_steps margin bf16_end_layers",
+        "PrecisionSpec": "dtype fp8",
+        "CheckpointSpec": "every_steps keep_last asynchronous",
+        "BackendsSpec": "ssd conv attention experts",
+        "ParallelSpec": "data shard expert shard_optimizer",
+        "PreflightSpec": "enabled min_read_mb_per_second min_write_mb_per_second min_link_gb_per_second "
+        "min_shared_memory_gib max_clock_skew_seconds",
+        "RuntimeSpec": "device compile activation_checkpointing log_every_steps metrics_port max_restarts preflight "
+        "communication_timeout_seconds hang_timeout_seconds deadline_seconds",
+        "EvaluateSpec": "max_tokens prompts sample_tokens temperature",
+        "TrainSpec": "run run_dir steps seed model tokens batch optimizer schedule precision checkpoint backends "
+        "parallel runtime evaluate",
+        "FilesSource": "kind paths",
+        "HubSource": "kind dataset config split revision files",
+        "BlobsSpec": "url encoding_column workers",
+        "TextSpec": "origin text_column template blobs",
+        "SourceSpec": "origin text_column template blobs domain licence weight max_epochs synthetic available_tokens",
+        "DataSpec": "sources heldout_fraction max_bytes_per_source max_synthetic_share",
+        "HygieneSpec": "exact_duplicates evaluation ngram",
+        "TokenizerSpec": "vocab_size sample_bytes",
+        "ShardsSpec": "unit_bytes max_shard_bytes workers pods",
+        "JobTrainSpec": "steps seq_len seed packing curriculum skip model batch optimizer schedule precision "
+        "checkpoint backends parallel runtime evaluate",
+        "StorageSpec": "datasets_dir checkpoints_dir datasets_pvc checkpoints_pvc",
+        "TolerationSpec": "key operator value effect tolerationSeconds",
+        "ClusterSpec": "target job nodes gpus_per_node gpu_memory_gib cpus_per_node memory_gib_per_node "
+        "shared_memory_gib image image_pull_policy namespace queue priority_class node_selector tolerations "
+        "queue_timeout_seconds start_timeout_seconds run_timeout_seconds ttl_seconds_after_finished grace_seconds",
+        "ObservabilitySpec": "monitor_labels scrape_interval_seconds",
+        "JobSpec": "name data hygiene tokenizer shards train storage cluster observability",
+    }.items()
+}
+LATER: dict[str, dict[str, Later]] = {
+    "JobTrainSpec": {"begun_with_steps": Later(2, None)},
+    "TrainSpec": {"begun_with_steps": Later(2, None)},
+    "StorageSpec": {"sources_dir": Later(2, None)},
+}
+# The digest of raw text leaves out these fields of version 1 too, at these values.
+RAW_DEFAULTS_1: dict[str, dict[str, Any]] = {
+    "FilesSource": {"kind": "files"},
+    "HubSource": {"kind": "hub", "config": None, "split": "train", "revision": "main", "files": []},
+    "BlobsSpec": {
+        "url": "https://softwareheritage.s3.amazonaws.com/content/{id}",
+        "encoding_column": "src_encoding",
+        "workers": 32,
+    },
+    "SourceSpec": {"text_column": None, "template": None, "blobs": None},
+}
+
+
+def stored(value: Any, without: frozenset[str] | set[str] = frozenset(), *, raw: bool = False) -> Any:
+    """A spec as plain JSON values, later fields left out where they are neutral.
+
+    Args:
+        without: fields of the outermost spec that are left out.
+        raw: leave out RAW_DEFAULTS_1 as well.
+    """
+    if isinstance(value, BaseModel):
+        return {
+            name: stored(inner, raw=raw)
+            for name, inner, since in _fields(value)
+            if name not in without and not (inner == since.neutral if since else raw and _is_raw_default(value, name))
+        }
+    if isinstance(value, dict):
+        return {key: stored(inner, raw=raw) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [stored(inner, raw=raw) for inner in value]
+    return value
+
+
+def version_of(value: Any) -> int:
+    """The lowest version that knows all that `stored` gives of a spec."""
+    if isinstance(value, BaseModel):
+        written = [(inner, since) for _, inner, since in _fields(value) if not since or inner != since.neutral]
+        return max([1, *(since.version for _, since in written if since), *(version_of(inner) for inner, _ in written)])
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return max([1, *map(version_of, inside)])
+
+
+def _fields(spec: BaseModel) -> list[tuple[str, Any, Later | None]]:
+    """Name, value and, for a later one, its beginning, of each field."""
+    kind = type(spec)
+    known = FIELDS_1.get(kind.__name__, frozenset(kind.model_fields))
+    later = LATER.get(kind.__name__, {})
+    found = []
+    for name, field in kind.model_fields.items():
+        since = later.get(name) or Later(SPEC_VERSION, field.get_default(call_default_factory=True))
+        found.append((name, getattr(spec, name), None if name in known else since))
+    return found
+
+
+def _is_raw_default(spec: BaseModel, name: str) -> bool:
+    defaults = RAW_DEFAULTS_1.get(type(spec).__name__, {})
+    return name in defaults and getattr(spec, name) == defaults[name]

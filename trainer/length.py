@@ -1,0 +1,55 @@
+"""From which checkpoints a run goes on whose length was changed: those from before the rate depended on the length.
+
+Warm-up and the stable part of WSD are the same for every length (trainer/optim/schedule.py), so a run that is made
+longer there goes on as one that had the new length from the start. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from trainer.checkpoint import CheckpointManifest, read_manifest
+from trainer.errors import CheckpointError, SpecError
+from trainer.spec import ScheduleSpec, TrainSpec
+
+
+def continuable(found: list[Path], spec: TrainSpec) -> list[Path]:
+    """Those of `found`, newest first, that a run of the spec's length may go on from; all if its length is theirs.
+
+    One that cannot be read stays among them: whoever loads it says what is wrong with it.
+
+    Raises:
+        SpecError: there are checkpoints, and all were saved where the rate had begun to fall, or beyond the end.
+    """
+    kept = [path for path in found if _fits(path, spec)]
+    if found and not kept:
+        newest = read_manifest(found[0])
+        if newest.step > spec.steps:
+            raise SpecError(
+                f"{spec.run_dir}: stands at step {newest.step}, beyond train.steps {spec.steps}; give it at least "
+                f"{newest.step}, or this run another name",
+            )
+        begins = min(spec.decay_begins, _decay_begins(newest))
+        raise SpecError(
+            f"{spec.run_dir}: cannot become {spec.steps} steps long, for the learning rate of its "
+            f"{newest.spec['steps']} steps depends on the length from step {begins} on and the oldest checkpoint is of "
+            f"step {read_manifest(found[-1]).step}; train the longer run from the start, under another name",
+        )
+    return kept
+
+
+def _fits(path: Path, spec: TrainSpec) -> bool:
+    try:
+        manifest = read_manifest(path)
+        same = manifest.spec["steps"] == spec.steps
+        return same or manifest.step <= min(spec.steps, spec.decay_begins, _decay_begins(manifest))
+    except (CheckpointError, KeyError, TypeError, ValidationError):
+        return True
+
+
+def _decay_begins(manifest: CheckpointManifest) -> int:
+    stored = manifest.spec
+    schedule = ScheduleSpec(**{k: v for k, v in stored["schedule"].items() if k in ScheduleSpec.model_fields})
+    return int(stored["steps"]) - schedule.phases(stored["steps"], stored.get("begun_with_steps"))[1]
