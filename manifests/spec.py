@@ -42,7 +42,7 @@ from trainer.spec import (
     TokensSpec,
     TrainSpec,
 )
-from trainer.specbase import Spec, SpecError, canonical_digest, deep_merge, parse, read_yaml
+from trainer.specbase import Spec, SpecError, canonical_digest, deep_merge, is_stored, parse, read_yaml, to_stored_yaml
 
 PRESETS = files("manifests") / "presets"
 BYTES_PER_TOKEN = 6  # UTF-8 bytes of text that one token stands for: 3 (math) to 6.5 (Korean) were measured
@@ -368,7 +368,8 @@ def _without_removed(job: dict[str, Any]) -> dict[str, Any]:
 def changes_of(preset_or_file: str) -> tuple[str, dict[str, Any]]:
     """A preset's name (or "") and the fields that a job file changes in it (none for a preset itself).
 
-    To a file's fields comes its folder, where relative paths in it start.
+    To the fields of a person's file comes its folder, where relative paths in it start; not to those of a stored job,
+    whose paths start where it was started.
 
     Raises:
         SpecError: neither a preset nor a readable file.
@@ -380,8 +381,9 @@ def changes_of(preset_or_file: str) -> tuple[str, dict[str, Any]]:
             f"'{preset_or_file}' is neither a preset ({', '.join(preset_names())}) nor a file; check the name"
         )
     changes = read_yaml(preset_or_file)
-    place = {"storage": {"sources_dir": str(Path(preset_or_file).absolute().parent)}}
-    return str(changes.pop("preset", "")), deep_merge(place, changes)
+    if not is_stored(preset_or_file):
+        changes = deep_merge({"storage": {"sources_dir": str(Path(preset_or_file).absolute().parent)}}, changes)
+    return str(changes.pop("preset", "")), changes
 
 
 def load_job(preset_or_file: str, changes: dict[str, Any] | None = None) -> JobSpec:
@@ -393,6 +395,14 @@ def load_job(preset_or_file: str, changes: dict[str, Any] | None = None) -> JobS
     base, differences = changes_of(preset_or_file)
     value = {"preset": base} if base else {}
     return job_from(value, deep_merge(differences, changes or {}), preset_or_file)
+
+
+def job_file_text(job: JobSpec) -> bytes:
+    """The job for a file that stays. Paths that start in the current folder, where it is started, need no
+    `sources_dir`, which version 0.1 does not know."""
+    if job.storage.sources_dir == str(Path.cwd()):
+        job = job.updated({"storage": {"sources_dir": None}})
+    return to_stored_yaml(job)
 
 
 def job_from_json(text: str) -> JobSpec:

@@ -22,7 +22,7 @@ from typing import IO
 
 from components.launch import LaunchError
 from components.running import one_line
-from manifests.spec import JobSpec
+from manifests.spec import JobSpec, job_file_text
 from trainer.data.manifest import atomic_write
 from trainer.exitcodes import ExitCode
 from trainer.specbase import to_stored_yaml
@@ -95,7 +95,7 @@ def driving(job: JobSpec, workdir: Path) -> Iterator[None]:
     folder(workdir).mkdir(parents=True, exist_ok=True)
     with _locked(workdir, run):
         me = Process(run, os.getpid(), socket.gethostname(), str(Path.cwd()), time.time())
-        atomic_write(job_file(workdir, run), to_stored_yaml(job))
+        atomic_write(job_file(workdir, run), job_file_text(job))
         _write(workdir, me)
         try:
             yield

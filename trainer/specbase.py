@@ -22,6 +22,7 @@ from trainer.errors import SpecError
 from trainer.fields import SPEC_VERSION, stored, version_of
 
 VERSION_FIELD = "spec_version"
+STORED_MARK = "# yaongi "
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +207,13 @@ def to_yaml(spec: Spec) -> str:
 
 def to_stored_yaml(spec: Spec) -> bytes:
     """`to_yaml` for a file that stays: its first line says who wrote it."""
-    return f"# yaongi {__version__}, {VERSION_FIELD} {version_of(spec)}\n{to_yaml(spec)}".encode()
+    return f"{STORED_MARK}{__version__}, {VERSION_FIELD} {version_of(spec)}\n{to_yaml(spec)}".encode()
+
+
+def is_stored(path: str | Path) -> bool:
+    """Whether `to_stored_yaml` wrote the file, and no person."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.readline().startswith(STORED_MARK)
 
 
 def to_json(spec: Spec) -> str:

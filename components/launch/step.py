@@ -11,7 +11,7 @@ from pathlib import Path
 
 from components.launch import LaunchError, local
 from components.launch.artefacts import Task, finished
-from manifests.spec import JobSpec
+from manifests.spec import JobSpec, job_file_text
 from trainer.checkpoint import candidates, latest, read_manifest
 from trainer.data.manifest import StageResult, atomic_write
 from trainer.data.manifest import read_manifest as read_data_manifest
@@ -76,7 +76,7 @@ def write_specs(job: JobSpec) -> None:
         continuable(candidates(run_dir), spec)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write(run_dir / "job.yaml", to_stored_yaml(job))
+        atomic_write(run_dir / "job.yaml", job_file_text(job))
         atomic_write(path, to_stored_yaml(spec))
     except OSError as error:
         raise LaunchError(
