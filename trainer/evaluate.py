@@ -131,6 +131,8 @@ def _score_sources(
         """Documents cut to what is left of the budget; counts what is scored on the way."""
         score = scores[source]
         for document in documents:
+            if score.tokens == budgets[source]:
+                return
             ids = document[: budgets[source] - score.tokens + 1].astype(np.int64)
             if len(ids) < 2:
                 continue
@@ -139,7 +141,7 @@ def _score_sources(
             score.bytes += int(byte_lengths[ids[1:]].sum())
             yield ids
 
-    seq_len = spec.tokens.seq_len_at(spec.steps * spec.batch.tokens_per_step)  # that of the last step
+    seq_len = spec.tokens.seq_len_after((spec.steps - 1) * spec.batch.tokens_per_step)  # that of the last step
     for source, group in groupby(heldout_documents(spec.tokens), key=itemgetter(0)):
         documents = scored_documents(source, (ids for _, _, ids in group))
         for batch in pack(documents, seq_len, spec.batch.micro_batch_rows * spec.tokens.seq_len // seq_len):

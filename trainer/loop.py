@@ -60,7 +60,7 @@ def train(spec: TrainSpec) -> int:
             if run.fp8:
                 run.fp8.finish_step()
                 run.recorder.fp8(step + 1, run.fp8)
-            run.recorder.step(step_record(run, step, batch, totals, update), run.loader.epochs())
+            run.recorder.step(step_record(run, step, batch, totals, update), run.loader.epochs(), batch.seq_len)
             watchdog.beat()
             last = step + 1 == spec.steps
             code = 0 if last else totals.stop_code

@@ -90,8 +90,8 @@ def resolve(spec: PrecisionSpec, capability: Capability | None) -> Precision:
 
 
 def resolve_for_evaluation(spec: PrecisionSpec, capability: Capability | None) -> Precision:
-    """As `resolve`, but FP8 runs are evaluated as on the next rung: their weights are FP32, so any machine can."""
-    if spec.dtype != "fp8":
+    """As `resolve`, but FP8 runs, and those of `auto`, are evaluated as on the rung below: their weights are FP32."""
+    if spec.dtype not in ("fp8", "auto"):
         return resolve(spec, capability)
     return _below_fp8(capability, "evaluated without FP8")
 

@@ -158,9 +158,9 @@ class Recorder:
         self._phases.clear()
         return seconds
 
-    def step(self, record: StepRecord, epochs: dict[str, float]) -> None:
-        """Export one finished step."""
-        self._export(record, epochs)
+    def step(self, record: StepRecord, epochs: dict[str, float], seq_len: int) -> None:
+        """Export one finished step, whose rows had `seq_len` tokens."""
+        self._export(record, epochs, seq_len)
         self._steps_done = record.step
         if self._file is None or self._board is None:
             return
@@ -260,7 +260,7 @@ class Recorder:
             self._file.close()
             self._board.close()
 
-    def _export(self, record: StepRecord, epochs: dict[str, float]) -> None:
+    def _export(self, record: StepRecord, epochs: dict[str, float], seq_len: int) -> None:
         metrics = self.metrics
         for name in _SCALARS:
             metrics.set(name, getattr(record, name))
@@ -283,7 +283,6 @@ class Recorder:
         if self._world.device.type == "cuda":
             metrics.set("memory_bytes", torch.cuda.max_memory_allocated(self._world.device), place="gpu")
             if self._peak_flops:
-                seq_len = self._spec.tokens.seq_len_at(record.tokens - self._spec.batch.tokens_per_step)
                 flops = self._flops_per_token(seq_len) * record.tokens_per_second
                 metrics.set("mfu_ratio", flops / (self._peak_flops * self._world.size))
 

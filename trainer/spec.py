@@ -60,6 +60,13 @@ class TokensSpec(Spec):
         lengths = [stage.seq_len for stage in self.curriculum if stage.seq_len and stage.from_tokens <= position]
         return lengths[-1] if lengths else self.seq_len
 
+    def seq_len_after(self, trained: int) -> int:
+        """Tokens of a row in the step that begins after `trained` tokens, without those that were skipped."""
+        position = trained
+        for first, last in self.skip:
+            position += last - first if first < position else 0
+        return self.seq_len_at(position)
+
     @model_validator(mode="after")
     def _stages_are_sound(self) -> Self:
         starts = [stage.from_tokens for stage in self.curriculum]

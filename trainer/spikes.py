@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from statistics import fmean, pstdev
+from statistics import mean, pstdev
 from typing import Literal, get_args
 
 from trainer.spec import SpikeGuardSpec
@@ -47,7 +47,8 @@ class SpikeGuard:
         recent = self._recent[name]
         if self._spec is None or len(recent) < self._spec.window // 2:
             return False
-        return value > fmean(recent) + self._spec.sigmas * pstdev(recent)
+        # `fmean` of equal values may lie a rounding below them, `mean` is exact.
+        return value > mean(recent) + self._spec.sigmas * pstdev(recent)
 
     def state(self) -> dict[str, float]:
         """For the scalars of a checkpoint."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from fractions import Fraction
 from itertools import groupby
 
@@ -33,7 +35,9 @@ def tokens_of(segments: list[Segment]) -> list[tuple[int, int, int]]:
     return [(s.source, s.document, at) for s in segments for at in range(s.start, s.stop)]
 
 
-def naive_order(count: int, seed: int = 3, stages: dict[int, dict[str, str]] | None = None) -> list[tuple]:
+def naive_order(
+    count: int, seed: int = 3, stages: dict[int, dict[str, str]] | None = None, pays_debts: bool = False
+) -> list[tuple]:
     """The definition, token by token: whenever a document ends, the source with the largest deficit is next.
 
     Args:
@@ -50,7 +54,8 @@ def naive_order(count: int, seed: int = 3, stages: dict[int, dict[str, str]] | N
     while len(out) < count:
         shares = [Fraction(weights[max(w for w in weights if w <= len(out))].get(name, "0")) for name in names]
         deficits = [due - have for due, have in zip(owed, given_by, strict=True)]
-        source = max(range(len(names)), key=lambda s: (deficits[s], shares[s] > 0, -s))
+        allowed = [s for s in range(len(names)) if shares[s] > 0 or pays_debts]
+        source = max(allowed, key=lambda s: (deficits[s], shares[s] > 0, -s))
         if not queues[source]:
             queues[source] = orders[source].permutation(epochs[source])(0, len(LENGTHS[names[source]])).tolist()
             epochs[source] += 1
@@ -289,6 +294,38 @@ def test_a_source_of_weight_zero_gives_nothing_even_when_nobody_is_owed() -> Non
     running = TokenStream(lengths, mix, 0, "digest", curriculum=equal)
     running.take(1001)
     assert running.cursor().drawn["ko"] == 1
+
+
+# At 384 en is owed two documents.
+OWED = {384: STAGES[400], 777: STAGES[777]}
+
+
+def test_a_source_that_a_stage_leaves_out_gives_no_further_document() -> None:
+    order = naive_order(777, stages=OWED)
+    drawn = tokens_of(stream(curriculum=curriculum(OWED)).take(777))
+    first = next(at for at in range(384, 777) if order[at][2] == 0)  # the document that is open at 384 is ended
+    assert drawn == order
+    assert all(source != 1 for source, _, _ in drawn[first:]), "en has no weight from 384 on"
+    paid = naive_order(777, stages=OWED, pays_debts=True)
+    assert any(source == 1 for source, _, _ in paid[first:]), "though it was owed some"
+
+
+def test_a_run_that_has_paid_debts_goes_on_so() -> None:
+    """A cursor of order version 2: until a source is left out it is that of today; from then on the old rule holds."""
+    old = naive_order(900, stages=OWED, pays_debts=True)
+    running = stream(curriculum=curriculum(OWED))
+    running.take(384)
+    assert running.cursor().order_version == 2
+    running.take(100)
+    assert running.cursor().order_version == 3
+    counts = {name: sum(source == at for source, _, _ in old[:500]) for at, name in enumerate(WEIGHTS)}
+    first = [[name, repr(weight)] for name, weight in WEIGHTS.items()]
+    then = [[name, repr(float(OWED[384][name])) if name in OWED[384] else "0"] for name in WEIGHTS]
+    begun = [[0, first], [384, then]]
+    plan = hashlib.sha256(json.dumps([2, "digest", 3, begun]).encode()).hexdigest()
+    resumed = stream(Cursor(2, plan, counts, dict.fromkeys(WEIGHTS, 0)), curriculum=curriculum(OWED))
+    assert tokens_of(resumed.take(400)) == old[500:]
+    assert resumed.cursor().order_version == 2
 
 
 def test_stages_after_the_checkpoint_may_change_and_those_before_may_not() -> None:

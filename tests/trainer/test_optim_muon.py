@@ -84,7 +84,7 @@ def test_badly_conditioned_matrices_in_float32(shape, steps, decades):
     for a, b, c in per_step:
         s = a * s + b * s**3 + c * s**5
     error = orthogonalise(x[None].float(), steps=steps)[0].double() - (u * s) @ v.T
-    assert torch.linalg.matrix_norm(error, ord=2) < (1e-4 if shape == (32, 40) and steps == 5 else 5e-3)
+    assert torch.linalg.matrix_norm(error, ord=2) < (1e-3 if steps == 9 else 1e-4 if shape == (32, 40) else 3e-4)
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (24, 256)])

@@ -116,8 +116,11 @@ def test_emulation_runs_anywhere(capability):
 
 
 @pytest.mark.parametrize(("capability", "name"), [(CPU, "fp32"), (T4, "fp16"), (A100, "bf16"), (H100, "bf16")])
-def test_fp8_runs_are_evaluated_on_the_rung_below(capability, name):
-    assert resolve_for_evaluation(PrecisionSpec(dtype="fp8"), capability).name == name
+def test_fp8_runs_are_evaluated_on_the_rung_below(capability, name, monkeypatch):
+    prove(monkeypatch, *(("torch", "current", f"sm_{major}{minor}") for major, minor in [T4, A100, H100]))
+    for dtype in ("fp8", "auto"):
+        rung = resolve_for_evaluation(PrecisionSpec(dtype=dtype), capability)
+        assert (rung.name, rung.fp8) == (name, None)
     assert resolve_for_evaluation(PrecisionSpec(dtype="fp32"), capability).name == "fp32"
 
 

@@ -32,6 +32,15 @@ def test_limit_is_mean_plus_k_sigma_of_the_window_before():
     assert 3 < len([reason for reason in found if reason]) < 15
 
 
+@pytest.mark.parametrize("window", [12, 50, 128, 300])
+def test_a_constant_loss_is_no_spike(window):
+    """For some of these values the sum, divided by their number, is less than each of them."""
+    for loss in np.random.default_rng(2).uniform(0.1, 9.0, 20).tolist():
+        guard = SpikeGuard(SpikeGuardSpec(window=window))
+        assert judged([loss] * (window // 2 + 5), guard) == [None] * (window // 2 + 5)
+        assert guard.judge(loss * 1.001, 1.0) == "loss_spike"
+
+
 def test_gradient_norm_spikes_alone_and_small_values_never():
     guard = SpikeGuard(SpikeGuardSpec(window=8))
     for step in range(8):

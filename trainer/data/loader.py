@@ -52,6 +52,11 @@ class StepBatch:
     tokens_by_source: dict[str, int]
     cursor: Cursor
 
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a row."""
+        return self.micro_batches[0].ids_BT.shape[1]
+
 
 class TokenLoader:
     """Yields the StepBatches of `rank` for ever, prepared ahead by a thread.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from trainer.data.manifest import DataError
 from trainer.data.mixture import Mixture
-from trainer.data.order import ORDER_VERSION, SourceOrder
+from trainer.data.order import DEBTS_PAID_VERSION, ORDER_VERSION, SourceOrder
 from trainer.spec import MixSpec, StageSpec
 
 
@@ -101,6 +101,12 @@ class TokenStream:
         later = [(stage.from_tokens, stage.weights) for stage in curriculum if stage.weights is not None]
         self._stages = [(0, first), *later]
         self._mixture = Mixture(self.names, self._stages)
+        if (
+            cursor
+            and cursor.order_version == DEBTS_PAID_VERSION
+            and self._mixture.leaves_out(sum(cursor.drawn.values()))
+        ):
+            self._mixture = Mixture(self.names, self._stages, pays_debts=True)
         self._identity = (seed, data_digest)
         self._mix = mix
         self._orders = [SourceOrder(name, lengths[name], seed) for name in self.names]
@@ -128,7 +134,13 @@ class TokenStream:
 
     def cursor(self) -> Cursor:
         named = [dict(zip(self.names, counts, strict=True)) for counts in (self._drawn, self._skipped)]
-        return Cursor(ORDER_VERSION, self.digest(self.position), *named)
+        return Cursor(self._version(self.position), self.digest(self.position), *named)
+
+    def _version(self, position: int) -> int:
+        """The first order version that has this order of the first `position` tokens."""
+        return (
+            DEBTS_PAID_VERSION if self._mixture.pays_debts or not self._mixture.leaves_out(position) else ORDER_VERSION
+        )
 
     def digest(self, position: int = 0) -> str:
         """Identity of the order of the first `position` tokens.
@@ -138,7 +150,7 @@ class TokenStream:
         seed, data_digest = self._identity
         begun = self._stages[: self._mixture.stages_begun(position)]
         weights = [[start, [[name, repr(weights.get(name, 0))] for name in self.names]] for start, weights in begun]
-        return hashlib.sha256(json.dumps([ORDER_VERSION, data_digest, seed, weights]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self._version(position), data_digest, seed, weights]).encode()).hexdigest()
 
     def take(self, count: int) -> list[Segment]:
         """The next `count` tokens, as segments in order; those in skipped ranges are passed over and not counted."""
@@ -162,7 +174,8 @@ class TokenStream:
     def check_caps(self, tokens: int) -> None:
         """Refuse a run of `tokens` more tokens that would repeat a source beyond its `max_epochs`.
 
-        A source ends at most one document above its share, so the check is safe and nothing fails later.
+        A source ends at most one document above its share, so the check is safe and nothing fails later. Not counted is
+        what a source that a stage leaves out was owed, a few documents that the others then give.
 
         Raises:
             DataError: names source, tokens needed, tokens allowed and the remedy.
@@ -203,7 +216,7 @@ class TokenStream:
         return True, limit
 
     def _check(self, cursor: Cursor) -> None:
-        if cursor.order_version != ORDER_VERSION:
+        if cursor.order_version not in (DEBTS_PAID_VERSION, ORDER_VERSION):
             raise DataError(
                 f"the checkpoint's data order has version {cursor.order_version}, this code has {ORDER_VERSION}; "
                 "resume with the code that wrote it, or start a new run"

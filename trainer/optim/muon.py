@@ -35,6 +35,8 @@ from trainer.optim.shares import Share, local
 
 # Elements orthogonalised in one batch; bounds the temporary memory to a few GiB whatever the number of experts.
 MAX_BATCH_ELEMENTS = 2**28
+# The same for each thread of a CPU: what the passes over a batch read and write then stays in its cache.
+CACHED_ELEMENTS = 2**20
 
 
 class Muon(torch.optim.Optimizer):
@@ -177,7 +179,9 @@ class _Work:
             cut = [(block, owner) for block, owner in owned if block.is_cut]
             for part in division.portions([block for block, _ in cut], MAX_BATCH_ELEMENTS):
                 self.exchanges.append(Exchange([cut[number] for number in part], ranks[group], group))
-        self.batches = list(division.batches(runs, MAX_BATCH_ELEMENTS))
+        on_gpu = any(share.weight.device.type == "cuda" for share in shares)
+        most = MAX_BATCH_ELEMENTS if on_gpu else min(MAX_BATCH_ELEMENTS, CACHED_ELEMENTS * torch.get_num_threads())
+        self.batches = list(division.batches(runs, most))
 
 
 def _accumulate(momenta: list[Tensor], gradients: list[Tensor], decay: float) -> None:
