@@ -13,7 +13,7 @@ import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from trainer.spec import RuntimeSpec
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _DNS_RETRY_SECONDS = (1.0, 2.0, 5.0)  # then every 5 s: a name that failed is cached as missing for so long
 _WAIT_SAID_SECONDS = 60.0
 
@@ -54,8 +55,8 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank."""
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order of rank, on every rank."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, group=self.control)

@@ -123,11 +123,12 @@ def choose_layout(
     return resolve(parallel, model, world, ranks_per_node, fits)
 
 
-def refuse_too_large(spec: TrainSpec, layout: Layout, rank_bytes: int | None) -> None:
+def refuse_too_large(spec: TrainSpec, layout: Layout, rank_bytes: int | None, holder: str = "which") -> None:
     """Weights, gradients and optimizer state are certain; activations, of which this is an estimate, are not judged.
 
     Args:
         rank_bytes: memory of a rank's GPU, or its part of the machine's where it computes on CPUs; None: not known.
+        holder: whose memory that is, where ranks differ.
 
     Raises:
         SpecError: they alone are more than a rank has.
@@ -136,6 +137,6 @@ def refuse_too_large(spec: TrainSpec, layout: Layout, rank_bytes: int | None) ->
     if rank_bytes is not None and state > rank_bytes:
         raise SpecError(
             f"model: weights, gradients and optimizer state take {state / 2**30:.1f} GiB on each rank ({layout}), "
-            f"which has {rank_bytes / 2**30:.1f}; use more GPUs or more memory, train.parallel.data fsdp, "
+            f"{holder} has {rank_bytes / 2**30:.1f}; use more GPUs or more memory, train.parallel.data fsdp, "
             "train.optimizer.state_dtype bf16, or a smaller model"
         )

@@ -70,20 +70,29 @@ def device_capability(device: torch.device) -> Capability | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def resolve(spec: PrecisionSpec, capability: Capability | None) -> Precision:
+def resolve(
+    spec: PrecisionSpec,
+    capability: Capability | None,
+    problems: dict[str, str | None] | None = None,
+    *,
+    gpu: str = "this GPU",
+) -> Precision:
     """The rung for training on a device of `capability` (None: CPU).
+
+    Args:
+        problems: `fp8_problems`, where more than this process has a say in them.
+        gpu: how the device is called in an error.
 
     Raises:
         SpecError: a dtype or FP8 implementation asked for by name that the device or this program cannot run.
     """
     requested = spec.dtype
-    if requested == "auto":
-        return _automatic(spec.fp8, capability)
-    if requested == "fp8":
-        return _fp8_by_name(spec.fp8, capability)
+    if requested in ("auto", "fp8"):
+        problems = fp8_problems(spec, capability) if problems is None else problems
+        return (_automatic if requested == "auto" else _fp8_by_name)(spec.fp8, capability, problems)
     if requested == "bf16" and capability is not None and capability < BF16_CAPABILITY:
         raise SpecError(
-            f"train.precision.dtype bf16: this GPU has compute capability {_text(capability)} and bf16 needs "
+            f"train.precision.dtype bf16: {gpu} has compute capability {_text(capability)} and bf16 needs "
             f"{_text(BF16_CAPABILITY)}; write fp16 or auto"
         )
     return _rung(requested, f"{requested} was asked for")
@@ -105,15 +114,38 @@ def fp8_problem(fp8: Fp8Spec, implementation: str, capability: Capability | None
     return torch_problem(fp8.recipe, E5M2 if fp8.hybrid else E4M3, capability)
 
 
-def _fp8_by_name(fp8: Fp8Spec, capability: Capability | None) -> Precision:
+def fp8_problems(spec: PrecisionSpec, capability: Capability | None) -> dict[str, str | None]:
+    """Of each FP8 implementation that may be chosen, the preferred first: why it cannot be here, None where it can."""
+    fp8 = spec.fp8
+    named = spec.dtype == "fp8" and fp8.implementation != "auto"
+    if named:
+        return {fp8.implementation: fp8_problem(fp8, fp8.implementation, capability)}
+    if spec.dtype != "fp8" and (spec.dtype != "auto" or capability is None or capability < FP8_CAPABILITY):
+        return {}
+    wanted = [name for name in _PACKAGES if fp8.implementation in ("auto", name)]
+    return {name: _unproven(fp8, name, capability) or fp8_problem(fp8, name, capability) for name in wanted}
+
+
+def _unproven(fp8: Fp8Spec, implementation: str, capability: Capability | None) -> str | None:
+    package = _PACKAGES[implementation]
+    version = parity.package_version(package)
+    device_class = f"sm_{capability[0]}{capability[1]}" if capability else "cpu"
+    if version is None:
+        return "not installed"
+    if not parity.proven("linear", implementation, fp8.recipe, device_class, version):
+        return f"{fp8.recipe} scaling unproven on {device_class} with {package} {version}"
+    return None
+
+
+def _fp8_by_name(fp8: Fp8Spec, capability: Capability | None, problems: dict[str, str | None]) -> Precision:
     if fp8.implementation != "auto":
-        if problem := fp8_problem(fp8, fp8.implementation, capability):
+        if problem := problems[fp8.implementation]:
             raise SpecError(
                 f"train.precision.dtype fp8 by {fp8.implementation}: {problem}; write bf16, or emulated to "
                 "try it anywhere"
             )
         return _fp8(fp8, fp8.implementation, f"fp8 by {fp8.implementation} was asked for")
-    implementation, reasons = _proven_fp8(fp8, capability)
+    implementation, reasons = _first_without(problems)
     if implementation is None:
         raise SpecError(
             f"train.precision.dtype fp8: no implementation is known to work here ({'; '.join(reasons)}); write bf16, "
@@ -122,11 +154,12 @@ def _fp8_by_name(fp8: Fp8Spec, capability: Capability | None) -> Precision:
     return _fp8(fp8, implementation, f"fp8 was asked for, {implementation} is proven here")
 
 
-def _automatic(fp8: Fp8Spec, capability: Capability | None) -> Precision:
+def _automatic(fp8: Fp8Spec, capability: Capability | None, problems: dict[str, str | None]) -> Precision:
     if capability is None or capability < FP8_CAPABILITY:
         return _below_fp8(capability, None)
-    implementation, reasons = _proven_fp8(fp8, capability)
+    implementation, reasons = _first_without(problems)
     if implementation is None:
+        reasons = reasons or [f"{fp8.implementation} is never chosen by itself"]
         return _below_fp8(capability, f"FP8 stays unused: {'; '.join(reasons)}")
     return _fp8(fp8, implementation, f"compute capability {_text(capability)} has FP8, proven by {implementation}")
 
@@ -140,22 +173,10 @@ def _below_fp8(capability: Capability | None, why_not_fp8: str | None) -> Precis
     return _rung("fp16", f"{have} is below BF16's {_text(BF16_CAPABILITY)}; FP16 runs with dynamic loss scaling")
 
 
-def _proven_fp8(fp8: Fp8Spec, capability: Capability | None) -> tuple[str | None, list[str]]:
-    """The first implementation that a record proves and that can run, or none and why not for each."""
-    reasons = []
-    wanted = [name for name in _PACKAGES if fp8.implementation in ("auto", name)]
-    for name in wanted:
-        version = parity.package_version(_PACKAGES[name])
-        device_class = f"sm_{capability[0]}{capability[1]}" if capability else "cpu"
-        if version is None:
-            reasons.append(f"{name}: not installed")
-        elif not parity.proven("linear", name, fp8.recipe, device_class, version):
-            reasons.append(f"{name}: {fp8.recipe} scaling unproven on {device_class} with {_PACKAGES[name]} {version}")
-        elif problem := fp8_problem(fp8, name, capability):
-            reasons.append(f"{name}: {problem}")
-        else:
-            return name, reasons
-    return None, reasons or [f"{fp8.implementation} is never chosen by itself"]
+def _first_without(problems: dict[str, str | None]) -> tuple[str | None, list[str]]:
+    """The first implementation without a problem, or none and the problems."""
+    first = next((name for name, problem in problems.items() if problem is None), None)
+    return first, [f"{name}: {problem}" for name, problem in problems.items() if problem]
 
 
 def _fp8(fp8: Fp8Spec, implementation: str, reason: str) -> Precision:

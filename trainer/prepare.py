@@ -10,19 +10,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer import hostmemory, precision
+from trainer import agreement, compiled, ops
 from trainer.checkpoint import SKIPPED_IN_A_ROW
 from trainer.checkpointer import Checkpointer
 from trainer.data.loader import TokenLoader
 from trainer.data.manifest import atomic_write, read_manifest
 from trainer.data.plan import Cursor
 from trainer.data.tokenizer import Tokenizer
-from trainer.distributed import World, device_bytes
+from trainer.distributed import World
 from trainer.fp8 import te
 from trainer.fp8.convert import convert
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
-from trainer.memory import choose_layout, refuse_too_large
 from trainer.model import recompute
 from trainer.model.compiling import compile_layers
 from trainer.model.engram import token_classes
@@ -65,31 +64,35 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     """Build everything, load the newest checkpoint, and say what was chosen and why."""
     findings = preflight.of_ranks(spec.runtime.preflight, world)
     micro_batches = spec.micro_batches(world.size)
-    gpu_bytes = device_bytes(world.device)
-    layout = choose_layout(spec.parallel, spec.model, spec.optimizer, world.size, world.local_size, gpu_bytes)
-    refuse_too_large(spec, layout, gpu_bytes or hostmemory.limit_bytes() // world.local_size)
+    layout, by_whom = agreement.layout(spec, world)
     recorder = Recorder(spec, world, started)
     recorder.preflight(findings)
-    chosen = precision.resolve(spec.precision, precision.device_capability(world.device))
+    chosen = agreement.rung(spec, world)
     if chosen.fp8:
         te.check_runtime(chosen.fp8, spec.runtime)
+    choices = agreement.backends(spec, world, chosen.autocast_dtype)
+    ops.say(choices)
     digests, classes = read_data(spec)
     mesh = Mesh(layout, world.device)
+    compiles = compiled.agreed(spec, world, mesh, chosen, choices)
     model = build_model(
         spec.model,
-        spec.backends,
         device=world.device,
         dtype=chosen.autocast_dtype,
         seed=spec.seed,
         token_classes=classes,
         share=partial(mesh.share, dtype=chosen.autocast_dtype),
+        choices=choices,
     )
     optimizers = build_optimizers(model, spec.optimizer, spec.model, share_over=mesh.optimizer)
     proven = spec.precision.fp8.implementation == "auto"
-    fp8 = convert(model, spec.model, chosen.fp8, world.device, only_proven=proven) if chosen.fp8 else None
-    backends = {name: choice.label for name, choice in model.choices.items()}
+    agree = partial(agreement.problem, world)
+    fp8 = None
+    if chosen.fp8:
+        fp8 = convert(model, spec.model, chosen.fp8, world.device, only_proven=proven, agree=agree)
+    backends = {name: choice.label for name, choice in choices.items()}
     log.info("ranks: %d on %s, %d micro-batches each per step", world.size, world.device, micro_batches)
-    log.info("mesh (copies x ranks of one copy): %s", layout)
+    log.info("mesh (copies x ranks of one copy): %s%s", layout, f" ({by_whom})" if by_whom else "")
     log.info("precision: %s (%s)", chosen.name, chosen.reason)
     for line in summary_lines(optimizers.table):
         log.info("%s", line)
@@ -116,7 +119,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         steps=max(0, spec.steps - first_step),
     )
     recompute.set_policy(model, spec.runtime.activation_checkpointing)
-    if spec.runtime.compile:
+    if compiles:
         compile_layers(model)
     guard = SpikeGuard(spec.optimizer.spike_guard)
     guard.load(resumed.scalars if resumed else {})

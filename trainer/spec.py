@@ -310,10 +310,14 @@ class PreflightSpec(Spec):
 
 
 class RuntimeSpec(Spec):
-    """How the processes run; nothing here changes what is computed beyond rounding."""
+    """How the processes run; nothing here changes what is computed beyond rounding.
+
+    `compile`: layers by torch.compile; each kind of layer is compared with itself uncompiled first. true ends the start
+    where the compiler fails or computes something else, auto goes on without it.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: bool = False
+    compile: bool | Literal["auto"] = False
     activation_checkpointing: Policy = "none"  # trainer/model/recompute.py
     log_every_steps: Count = 10
     metrics_port: Annotated[int, Field(ge=0, le=65000)] = 9400

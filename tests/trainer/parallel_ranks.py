@@ -89,7 +89,7 @@ def refuses_broken_weights(run: Any) -> bool:
 
 
 def main() -> None:
-    from trainer import loop
+    from trainer import compiled, loop
     from trainer import prepare as preparing
     from trainer.model import hybrid
 
@@ -105,7 +105,7 @@ def main() -> None:
 
     loop.prepare = observing
     # What the compiler captures does not depend on the backend; this one makes no code, which would take minutes.
-    preparing.compile_layers = partial(preparing.compile_layers, backend="aot_eager")
+    preparing.compile_layers = compiled.compile_layers = partial(preparing.compile_layers, backend="aot_eager")
     for port, spec in json.loads(file.read_text()):
         os.environ["MASTER_PORT"] = str(port)
         assert loop.train(parse(TrainSpec, spec)) == 0

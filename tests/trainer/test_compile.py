@@ -5,6 +5,8 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
+from trainer import compiled
+from trainer.model import compiling
 from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.model.recompute import set_policy
@@ -70,6 +72,98 @@ def test_no_graph_break_and_no_recompilation_over_packed_batches(policy, steps):
         found = train(model, steps=steps)
     assert found == pytest.approx(expected, rel=1e-5)
     assert counters["stats"]["unique_graphs"] == kinds
+
+
+def one_layer(symbols: str, shared_width: int = 0) -> ModelSpec:
+    """Five experts are no multiple of a vector's width."""
+    engram = [{**SPEC.engram[0].model_dump(), "layer": 0}] if "N" in symbols else []
+    moe = {"num_experts": 5, "shared_width": shared_width}
+    return SPEC.updated({"layers": [symbols], "engram": engram, "moe": moe, "mtp": None})
+
+
+def gradients(model: HybridModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        output = model(*next(batches(1)))
+    (output.ce_sum + output.aux_sum).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype | None = None,
+    policy: str = "none",
+    rel: float = 1e-4,
+    backend: str = "inductor",
+):
+    """Of compiled layers, by default by the compiler that is used in training, and of the model as it is."""
+    expected = gradients(build_model(spec, seed=0), dtype)
+    model = build_model(spec, seed=0)
+    set_policy(model, policy)
+    compile_layers(model, whole=True, backend=backend)
+    found = gradients(model, dtype)
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= rel * gradient.norm(), name
+
+
+def test_generated_code_reads_after_it_has_scattered():
+    """The gradient of chosen scores beside that of all scores; torch alone, so that it says whose fault it is."""
+    compiling._keep_mutations_in_order()
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(128, 5, generator=generator).argsort(1)[:, :2].contiguous()
+    shapes = [(2, 5), (2, 64, 1), (2, 64, 5), (128, 3), (3, 2), (2, 64, 5)]
+    inputs = [torch.rand(shape, generator=generator) + 0.5 for shape in shapes]
+
+    def function(f, total, divided, left, right, scores):
+        part = f.unsqueeze(1).expand(2, 64, 5) / 64
+        of_all = part / total - (part * divided).sum(2, keepdim=True)
+        of_chosen = torch.zeros(128, 5).scatter_add(-1, chosen, left @ right)
+        return (of_all + of_chosen.view(2, 64, 5)) * (scores * (1 - scores))
+
+    torch.testing.assert_close(torch.compile(function)(*inputs), function(*inputs))
+
+
+def test_backward_passes_are_captured_outside_of_autocast():
+    """Else what is FP32 in a model under BF16, router and scan, would have gradients by BF16 products."""
+    assert_same_gradients(one_layer("ME"), dtype=torch.bfloat16, rel=1e-5, backend="aot_eager")
+
+
+def test_generated_code_keeps_the_gradient_of_the_router():
+    """Takes some seconds of CPU, most of them the C++ compiler's."""
+    assert_same_gradients(one_layer("E", shared_width=32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("symbols", "shared_width"),
+    [
+        *(
+            (symbols, 0)
+            for symbols in ("M", "*", "-", "N", "E", "ME", "MM", "EE", "*-", "M*", "*E", "E-", "NE", "NM", "N*-")
+        ),
+        *((symbols, 32) for symbols in ("ME", "*E", "E-", "NE", "ME*-")),
+    ],
+)
+def test_generated_code_has_the_gradients_of_every_kind_of_layer(symbols: str, shared_width: int):
+    assert_same_gradients(one_layer(symbols, shared_width))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["selective", "full"])
+@pytest.mark.parametrize(("symbols", "shared_width"), [("ME", 32), ("*E", 0)])
+def test_generated_code_recomputes_what_it_differentiates(policy: str, symbols: str, shared_width: int):
+    assert_same_gradients(one_layer(symbols, shared_width), policy=policy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("symbols", "rel"),
+    [("ME", compiled.TOLERANCE["bf16"]), ("E", compiled.TOLERANCE["bf16"]), ("*-", 0.02), ("N", 0.15)],
+)
+def test_generated_code_differs_in_bf16_by_less_than_the_check_of_a_run_allows(symbols: str, rel: float):
+    """It rounds less often; in one of 128 tokens or so another expert is then chosen."""
+    assert_same_gradients(one_layer(symbols), dtype=torch.bfloat16, rel=rel)
 
 
 @pytest.mark.slow

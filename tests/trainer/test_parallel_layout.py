@@ -87,7 +87,7 @@ def test_auto_shards_as_far_as_the_memory_demands():
 
 @pytest.mark.parametrize("device", ["GPU", "CPU"])
 def test_state_that_no_rank_can_hold_is_one_line_before_anything_is_built(monkeypatch, tmp_path, device):
-    from trainer import prepare
+    from trainer import agreement, prepare
 
     spec = micro.micro_spec(tmp_path, tmp_path / "run")
     spec = spec.updated({"runtime": {"preflight": {"enabled": False}}})
@@ -95,11 +95,11 @@ def test_state_that_no_rank_can_hold_is_one_line_before_anything_is_built(monkey
     refuse_too_large(spec, Layout(), needed)
     refuse_too_large(spec, Layout(), None)
     if device == "GPU":
-        monkeypatch.setattr(prepare, "device_bytes", lambda _: needed - 1)
+        monkeypatch.setattr(agreement, "device_bytes", lambda _: needed - 1)
     else:
-        monkeypatch.setattr(prepare, "device_bytes", lambda _: None)
-        monkeypatch.setattr(prepare.hostmemory, "limit_bytes", lambda: 2 * needed - 1)  # two ranks share it
-    world = SimpleNamespace(size=2, local_size=2, device=None)
+        monkeypatch.setattr(agreement, "device_bytes", lambda _: None)
+        monkeypatch.setattr(agreement.hostmemory, "limit_bytes", lambda: 2 * needed - 1)  # two ranks share it
+    world = SimpleNamespace(size=2, rank=0, local_size=2, device=None, gather=lambda value: [value, value])
     with pytest.raises(SpecError, match=r"weights, gradients and optimizer state take .* GiB .*smaller model$"):
         prepare.prepare(spec, world, 0.0)
     assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from trainer.fp8.experts import Fp8Grouped, experts_fp8, experts_problem
 from trainer.fp8.linear import Fp8Linear, Recipe
 from trainer.fp8.scaling import E4M3, E5M2
 from trainer.fp8.state import Fp8State
-from trainer.fp8.table import conversion_table, share, summary
+from trainer.fp8.table import Conversion, conversion_table, share, summary
 from trainer.model.hybrid import HybridModel
 from trainer.model.moe import Moe
 from trainer.modelspec import ModelSpec
@@ -35,37 +36,59 @@ def recipe_of(fp8: Fp8Spec) -> Recipe:
 
 
 def convert(
-    model: HybridModel, spec: ModelSpec, fp8: Fp8Spec, device: torch.device, *, only_proven: bool = False
+    model: HybridModel,
+    spec: ModelSpec,
+    fp8: Fp8Spec,
+    device: torch.device,
+    *,
+    only_proven: bool = False,
+    agree: Callable[[str | None], str | None] = lambda problem: problem,
 ) -> Fp8State | te.TeState:
     """Convert what the table says, print it, and return the state of all products.
 
     Args:
-        only_proven: the implementation was chosen by its parity record, so the experts' products need theirs too.
+        only_proven: see `why_not_experts`.
+        agree: makes this rank's reason against FP8 experts that of all ranks.
 
     Raises:
         SpecError: nothing in this model can be converted.
     """
-    recipe = recipe_of(fp8)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    problem = experts_problem(recipe, model.choices["experts"].name, capability)
-    if only_proven and not problem:
-        version, where = parity.package_version("torch"), Setting(device).device_class
-        if not parity.proven("fp8_experts", recipe.implementation, recipe.scaling, where, version):
-            problem = f"grouped FP8 products of torch {version} are unproven on {where}"
-    table = conversion_table(spec, fp8, problem)
+    table = conversion_table(spec, fp8, agree(why_not_experts(model, fp8, device, only_proven=only_proven)))
     chosen = [row for row in table if row.converted]
     if not chosen:
         reasons = "; ".join(sorted({row.reason for row in table if row.active}))
         raise SpecError(f"train.precision.dtype fp8: no product of this model can be FP8 ({reasons}); write bf16")
     done = f"{share(table):.0%} of the products' operations"
-    log.info("fp8: %s scaling, %s: %s", fp8.recipe, recipe.implementation, done)
+    log.info("fp8: %s scaling, %s: %s", fp8.recipe, fp8.implementation, done)
     for line in summary(table):
         log.info("fp8: %s", line)
+    return put(model, chosen, fp8, device)
+
+
+def why_not_experts(model: HybridModel, fp8: Fp8Spec, device: torch.device, *, only_proven: bool) -> str | None:
+    """Why the experts' products stay out of FP8 here; None where they do not.
+
+    Args:
+        only_proven: the implementation was chosen by its parity record, so the experts' products need theirs too.
+    """
+    recipe = recipe_of(fp8)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if problem := experts_problem(recipe, model.choices["experts"].name, capability):
+        return problem
+    version, where = parity.package_version("torch"), Setting(device).device_class
+    if only_proven and not parity.proven("fp8_experts", recipe.implementation, recipe.scaling, where, version):
+        return f"grouped FP8 products of torch {version} are unproven on {where}"
+    return None
+
+
+def put(model: HybridModel, rows: list[Conversion], fp8: Fp8Spec, device: torch.device) -> Fp8State | te.TeState:
+    """FP8 products in place of those of these weights, and their state."""
+    recipe = recipe_of(fp8)
     if recipe.implementation == "te":
-        return te.convert(model, [row.name for row in chosen], fp8)
-    state = Fp8State(len(chosen), recipe, fp8.amax_history_steps, device)
+        return te.convert(model, [row.name for row in rows], fp8)
+    state = Fp8State(len(rows), recipe, fp8.amax_history_steps, device)
     grouped: dict[str, dict[str, Fp8Grouped]] = {}
-    for index, row in enumerate(chosen):
+    for index, row in enumerate(rows):
         place, _, leaf = row.name.rpartition(".")
         module = model.get_submodule(place)
         if leaf in _EXPERT_WEIGHTS:

@@ -58,7 +58,7 @@ def check_runtime(fp8: Fp8Spec, runtime: RuntimeSpec) -> None:
     if fp8.implementation != "te" or fp8.recipe != "delayed":
         return
     for name, on in (
-        ("compile", runtime.compile),
+        ("compile", runtime.compile is True),
         ("activation_checkpointing", runtime.activation_checkpointing != "none"),
     ):
         if on:
@@ -66,6 +66,13 @@ def check_runtime(fp8: Fp8Spec, runtime: RuntimeSpec) -> None:
                 f"train.runtime.{name} does not go with delayed FP8 scaling by Transformer Engine; write "
                 "train.precision.fp8.recipe current, or train.precision.fp8.implementation torch"
             )
+
+
+def compile_problem(fp8: Fp8Spec) -> str | None:
+    """Why layers cannot be compiled under this recipe; None where they can."""
+    if fp8.implementation == "te" and fp8.recipe == "delayed":
+        return "torch.compile cannot trace delayed FP8 scaling by Transformer Engine"
+    return None
 
 
 def recipe(fp8: Fp8Spec) -> Any:

@@ -6,7 +6,10 @@ their masks, which are made before the first layer (`HybridModel._documents`).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+import torch._functorch.config
 from torch import nn
 
 from trainer.model.hybrid import HybridModel, Layer
@@ -19,6 +22,10 @@ def compile_layers(model: HybridModel, *, whole: bool = False, backend: str = "i
         whole: refuse a layer that cannot be compiled as one graph, instead of running parts of it as they are.
         backend: of torch.compile.
     """
+    # Gradients are computed outside of autocast, as without a compiler: those of FP32 products by FP32 ones.
+    torch._functorch.config.backward_pass_autocast = "off"
+    if backend == "inductor":
+        _keep_mutations_in_order()
     for layer in layers_of(model):
         # Not layer.compile(), which would take hooks of the layer, such as FSDP's, into the graph.
         layer.forward = torch.compile(layer.forward, fullgraph=whole, backend=backend)
@@ -27,3 +34,25 @@ def compile_layers(model: HybridModel, *, whole: bool = False, backend: str = "i
 def layers_of(model: nn.Module) -> list[Layer]:
     """All layers, those of multi-token prediction included."""
     return [module for module in model.modules() if isinstance(module, Layer)]
+
+
+@cache
+def _keep_mutations_in_order() -> None:
+    """Mend torch's generator of C++ code, which may read a buffer before something was scattered into it.
+
+    Where it fuses loops of unlike rank, torch (to 2.13 at least; pull request 185873 of pytorch/pytorch) derives anew
+    what a node reads, and forgets that a read is of the buffer as it is after a mutation. The node is then fused with
+    what fills the buffer with zeros, in front of the scatter: the gradient of the chosen scores, and with it that of
+    the router, was lost so. Code for GPUs is not made by this way. Doing it twice is harmless.
+    """
+    from torch._inductor.scheduler import SchedulerNode
+
+    derive_anew = SchedulerNode.recompute_size_and_body
+
+    def recompute_size_and_body(node: SchedulerNode, *args: object, **kwargs: object) -> None:
+        derive_anew(node, *args, **kwargs)
+        node.set_read_writes(node.read_writes.rename(node.mutation_renames))
+
+    SchedulerNode.recompute_size_and_body = recompute_size_and_body
+    # Caches on disk may hold code from before; the tag is part of their keys.
+    torch.compiler.config.cache_key_tag += "mutations-in-order"

@@ -22,7 +22,6 @@ Legend: B rows, T positions, D hidden, V vocabulary, L MoE sublayers, E experts,
 
 from __future__ import annotations
 
-import logging
 import math
 import zlib
 from collections.abc import Callable
@@ -50,8 +49,6 @@ from trainer.ops.experts import compute_dtype
 from trainer.ops.wide import computed_in
 from trainer.parallel.rows import own_rows
 from trainer.spec import BackendsSpec
-
-log = logging.getLogger(__name__)
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 A_MIN, A_MAX = 1.0, 16.0
@@ -264,6 +261,7 @@ def build_model(
     seed: int | None,
     token_classes: list[int] | None = None,
     share: Callable[[HybridModel], None] | None = None,
+    choices: dict[str, ops.Choice] | None = None,
 ) -> HybridModel:
     """The initialised model on `device`; on "meta" it has shapes only and costs no memory.
 
@@ -273,18 +271,18 @@ def build_model(
         token_classes: compression table of the tokenizer (`trainer.model.engram.token_classes`), needed by Engram
             layers with compress_tokens.
         share: cuts the parameters between ranks while they have shapes only; no rank ever holds the whole model.
+        choices: backends that were chosen, and told of, before; in place of `backends`.
 
     Raises:
         SpecError: a named backend cannot run on this device, or the token classes do not fit.
     """
     device = torch.device(device)
-    backends = backends or BackendsSpec()
-    choices = ops.resolve(backends, device, dtype or torch.float32, spec)
+    chosen = choices or ops.resolve(backends or BackendsSpec(), device, dtype or torch.float32, spec)
     if device.type != "meta" and seed is not None:
         _check_classes(spec, token_classes)
     with torch.device("meta"):
-        model = HybridModel(spec, ops.functions(choices))
-    model.choices = choices
+        model = HybridModel(spec, ops.functions(chosen))
+    model.choices = chosen
     if device.type == "meta":
         return model
     if share is not None:
@@ -294,8 +292,8 @@ def build_model(
         model.init_weights(seed, token_classes)
     else:  # whoever fills it goes by the state dict
         assert model.state_dict().keys() >= dict([*model.named_parameters(), *model.named_buffers()]).keys()
-    for name, choice in choices.items():
-        log.info("operation %s: %s (%s)", name, choice.name, choice.reason)
+    if choices is None:
+        ops.say(chosen)
     return model
 
 

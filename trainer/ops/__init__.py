@@ -11,8 +11,10 @@ that was named explicitly and cannot run is an error, never a silent fallback.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +33,22 @@ from trainer.ops.setting import Setting
 from trainer.ops.ssd import ssd_chunked, ssd_reference
 from trainer.spec import BackendsSpec
 
-__all__ = ["OPS", "Backend", "Choice", "Documents", "Op", "Setting", "functions", "resolve"]
+__all__ = [
+    "OPS",
+    "Backend",
+    "Choice",
+    "Documents",
+    "Op",
+    "Setting",
+    "Verdict",
+    "best",
+    "functions",
+    "resolve",
+    "say",
+    "survey",
+]
+
+log = logging.getLogger(__name__)
 
 
 def _runs_anywhere(setting: Setting) -> str | None:
@@ -72,6 +89,13 @@ class Choice(NamedTuple):
     def label(self) -> str:
         """For metrics: the name, marked when no parity record stands behind it."""
         return self.name if self.proven else f"{self.name} (unproven)"
+
+
+class Verdict(NamedTuple):
+    """Of a backend: why it cannot run, and why it is not known to be right; None where there is nothing to say."""
+
+    problem: str | None
+    doubt: str | None
 
 
 OPS: dict[str, Op] = {
@@ -165,7 +189,7 @@ def resolve(
     for op in OPS.values():
         wanted = getattr(backends, op.name)
         if wanted == "auto":
-            choices[op.name] = _best(op, setting)
+            choices[op.name] = best(op.name, setting.device, partial(_verdict, op.name, setting))
             continue
         problem = op.backends[wanted].unsupported(setting)
         if problem is not None:
@@ -178,23 +202,33 @@ def resolve(
     return choices
 
 
-def _best(op: Op, setting: Setting) -> Choice:
+def survey(op: str, setting: Setting) -> dict[str, Verdict]:
+    """What there is to say of every backend of an operation; imports the packages of all."""
+    return {name: _verdict(op, setting, name) for name in OPS[op].backends}
+
+
+def _verdict(op: str, setting: Setting, name: str) -> Verdict:
+    problem = OPS[op].backends[name].unsupported(setting)
+    return Verdict(problem, None if problem or _proven(op, name, setting) else _unproven(op, name, setting))
+
+
+def best(op: str, device: torch.device, verdict: Callable[[str], Verdict]) -> Choice:
     """The fastest proven backend, else the fastest portable one, else the reference."""
-    passed_over, portable = [], None
-    for name, backend in op.backends.items():
+    backends, passed_over, portable, doubt = OPS[op].backends, [], None, None
+    for name, backend in backends.items():
         if name == "reference" and portable:
             break
-        if (problem := backend.unsupported(setting)) is not None:
-            passed_over.append(f"not {name}: {problem}")
-        elif _proven(op.name, name, setting):
+        said = verdict(name)
+        if said.problem is not None:
+            passed_over.append(f"not {name}: {said.problem}")
+        elif said.doubt is None:
             return Choice(name, "; ".join([backend.why, *passed_over]), proven=True)
-        elif backend.portable:
-            portable = portable or name
-        else:
-            passed_over.append(f"not {name}: {_unproven(op.name, name, setting)}")
-    assert portable is not None, f"operation {op.name} has no backend that runs on {setting.device.type}"
-    doubt = f"portable, {_unproven(op.name, portable, setting)}"
-    return Choice(portable, "; ".join([op.backends[portable].why, doubt, *passed_over]), proven=False)
+        elif backend.portable and portable is None:
+            portable, doubt = name, said.doubt
+        elif not backend.portable:
+            passed_over.append(f"not {name}: {said.doubt}")
+    assert portable is not None, f"operation {op} has no backend that runs on {device.type}"
+    return Choice(portable, "; ".join([backends[portable].why, f"portable, {doubt}", *passed_over]), proven=False)
 
 
 def _proven(op: str, name: str, setting: Setting) -> bool:
@@ -215,3 +249,9 @@ def _unproven(op: str, name: str, setting: Setting) -> str:
 def functions(choices: dict[str, Choice]) -> dict[str, Callable[..., Any]]:
     """The chosen implementations, by operation."""
     return {name: OPS[name].backends[choice.name].function for name, choice in choices.items()}
+
+
+def say(choices: dict[str, Choice]) -> None:
+    """Log what was chosen, and why."""
+    for name, choice in choices.items():
+        log.info("operation %s: %s (%s)", name, choice.name, choice.reason)

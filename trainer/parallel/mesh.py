@@ -56,11 +56,15 @@ class Mesh:
 
     def share(self, model: HybridModel, dtype: torch.dtype | None) -> None:
         """Cut a model that has shapes only; `dtype` is that of autocast, None without."""
+        self.share_experts(model)
+        if self._dense is not None:
+            self._fully_shard(model, dtype)
+
+    def share_experts(self, model: HybridModel) -> None:
+        """Cut the experts of a model that has shapes only, and nothing else."""
         if self._experts is not None:
             for moe in model.moe_sublayers():
                 self._share_experts(moe, self._experts)
-        if self._dense is not None:
-            self._fully_shard(model, dtype)
 
     def _share_experts(self, moe: Moe, mesh: DeviceMesh) -> None:
         for name in EXPERT_WEIGHTS:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,6 @@ from trainer.preflight import Finding, gpus, run
 from trainer.preflight.measured import GB, Measured
 from trainer.spec import PreflightSpec
 
-T = TypeVar("T")
 GPU_FLOOR_GB_PER_SECOND = 0.1  # 1 Gbit/s: where NCCL has lost its way; an overlay on 10 Gbit/s carries more
 GPU_SLOW_GB_PER_SECOND, CPU_SLOW_GB_PER_SECOND = 1.0, 0.02
 LINKS_NAMED = 4
@@ -62,7 +60,7 @@ def clocks(world: World, most_seconds: float) -> Measured:
     for _ in range(_ROUNDS):  # a process that was not scheduled for a while looks like a clock that is ahead
         world.barrier()
         here = (Place(world.rank, node_name()), time.time())
-        times = sorted(_gathered(world, here), key=lambda entry: entry[1])
+        times = sorted(world.gather(here), key=lambda entry: entry[1])
         spread = times[-1][1] - times[0][1]
         if spread <= most_seconds:
             break
@@ -98,7 +96,7 @@ def links(world: World, floor_gb_per_second: float | None) -> Measured:
         _pass_on(world, outgoing, incoming)
         seconds.append(time.perf_counter() - began)
     intact = bool((incoming == float(previous)).all())
-    results = _gathered(world, (Place(world.rank, node_name()), min(seconds[1:]), intact))
+    results = world.gather((Place(world.rank, node_name()), min(seconds[1:]), intact))
     places = [place for place, _, _ in results]
     if broken := next((place for place, _, whole in results if not whole), None):
         raise CommunicationError(
@@ -136,9 +134,3 @@ def _pass_on(world: World, outgoing: torch.Tensor, incoming: torch.Tensor) -> No
         work.wait()
     if outgoing.is_cuda:
         torch.cuda.synchronize(outgoing.device)
-
-
-def _gathered(world: World, value: T) -> list[T]:
-    values: list[T] = [value] * world.size
-    dist.all_gather_object(values, value, group=world.control)
-    return values

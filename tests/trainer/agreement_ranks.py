@@ -1,0 +1,86 @@
+"""One of two ranks that are told of unlike machines: what each would have chosen, and what both choose together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import micro
+
+from trainer import agreement, compiled, distributed, ops, precision, prepare
+from trainer.distributed import World
+from trainer.memory import choose_layout, training_memory
+from trainer.specbase import SpecError
+
+WEAK = 1
+CAPABILITY = {False: (8, 0), True: (7, 5)}
+
+
+def chosen_together(spec, world: World) -> dict:
+    """What the run is made of, and what the log says of it."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("trainer").addHandler(handler)
+    try:
+        run = prepare.prepare(spec, world, 0.0)
+    except SpecError as error:
+        return {"error": str(error)}
+    finally:
+        logging.getLogger("trainer").removeHandler(handler)
+    layers = list(run.model.layers)
+    run.loader.close()
+    return {
+        "layout": str(run.mesh.layout),
+        "precision": run.precision.name,
+        "backends": {op: choice.name for op, choice in run.model.choices.items()},
+        "compiled": ["forward" in vars(layer) for layer in layers],
+        "log": lines,
+    }
+
+
+def main() -> None:
+    file = Path(sys.argv[1])
+    logging.getLogger("trainer").setLevel(logging.INFO)
+    data, directory = Path(sys.argv[2]), Path(sys.argv[3])
+    spec = micro.micro_spec(
+        data, directory / "run", parallel={"data": "auto"}, runtime={"preflight": {"enabled": False}}
+    )
+    world = distributed.start(spec.runtime, seed=0)
+    weak = world.rank == WEAK
+    memory = training_memory(spec.model, spec.optimizer).total * (1.5 if weak else 10)
+    ssd = ops.OPS["ssd"]
+    no_chunks = replace(ssd.backends["chunked"], unsupported=lambda _: "its chunks do not fit" if weak else None)
+    slow = replace(ssd, backends={**ssd.backends, "chunked": no_chunks})
+    alone = SimpleNamespace(size=1, rank=0, local_size=1, device=world.device, gather=lambda value: [value])
+    with (
+        patch.object(agreement, "device_bytes", lambda _: memory),
+        patch.object(precision, "device_capability", lambda _: CAPABILITY[weak]),
+        patch.dict(ops.OPS, {"ssd": slow}),
+        patch.object(compiled, "problem", lambda kind, *_: f"{kind} is wrong" if weak else None),
+        patch.object(prepare, "compile_layers", partial(prepare.compile_layers, backend="aot_eager")),
+    ):
+        found = {
+            "alone": {
+                "layout": str(choose_layout(spec.parallel, spec.model, spec.optimizer, 2, 2, memory)),
+                "precision": agreement.rung(spec, alone).name,
+                "ssd": agreement.backends(spec, alone, None)["ssd"].name,
+            },
+            "auto": chosen_together(spec.updated({"runtime": {"compile": "auto"}}), world),
+            "bf16": chosen_together(spec.updated({"precision": {"dtype": "bf16"}}), world),
+            "chunked": chosen_together(spec.updated({"backends": {"ssd": "chunked"}}), world),
+            "compile": chosen_together(spec.updated({"runtime": {"compile": True}}), world),
+        }
+    world.barrier()
+    file.with_suffix(f".{world.rank}.out").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
+    micro.end_rank()

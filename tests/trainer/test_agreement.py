@@ -1,0 +1,63 @@
+"""Two real ranks on machines that are told to be unlike: both choose the same, what the weaker one can do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import agreement_ranks
+import micro
+import pytest
+from ports import free_port
+
+
+@pytest.fixture(scope="module")
+def told(micro_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    directory = tmp_path_factory.mktemp("agreement")
+    port, processes = str(free_port()), []
+    for rank in range(2):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        environment = micro.environment(
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+            NODE_NAME=f"node-{rank}",
+            PYTHONPATH=os.pathsep.join(path for path in sys.path if path),
+            **{name: str(value) for name, value in variables.items()},
+        )
+        command = [sys.executable, agreement_ranks.__file__, str(directory / "told"), str(micro_data), str(directory)]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(outputs)[-8000:]
+    return [json.loads((directory / f"told.{rank}.out").read_text()) for rank in range(2)]
+
+
+def test_alone_they_would_choose_otherwise(told: list[dict]):
+    strong, weak = (rank["alone"] for rank in told)
+    assert strong == {"layout": "ddp=2x1,experts=2x1", "precision": "bf16", "ssd": "chunked"}
+    assert weak == {"layout": "fsdp=1x2,experts=2x1", "precision": "fp16", "ssd": "reference"}
+
+
+def test_together_they_choose_what_the_weaker_one_can_do_and_say_who_that_is(told: list[dict]):
+    strong, weak = (rank["auto"] for rank in told)
+    log = strong.pop("log")
+    del weak["log"]
+    assert strong == weak
+    assert (strong["layout"], strong["precision"]) == ("fsdp=1x2,experts=2x1", "fp16")
+    assert strong["backends"]["ssd"] == "reference"
+    assert not any(strong["compiled"])
+    for topic in ("mesh (", "precision: ", "operation ssd: ", "layers are not compiled"):
+        (line,) = [line for line in log if line.startswith(topic)]
+        assert "rank 1 on node-1" in line
+
+
+@pytest.mark.parametrize("named", ["bf16", "chunked", "compile"])
+def test_what_is_named_and_one_rank_cannot_do_ends_the_start_on_both(told: list[dict], named: str):
+    strong, weak = (rank[named]["error"] for rank in told)
+    assert strong == weak and "rank 1 on node-1" in strong and "\n" not in strong
+    field = {"bf16": "precision.dtype", "chunked": "backends.ssd", "compile": "runtime.compile"}[named]
+    assert strong.startswith(f"train.{field}")

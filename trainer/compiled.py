@@ -1,0 +1,213 @@
+"""Compiled layers against the same layers as they are, before a run that compiles is built.
+
+A compiler may lose a gradient in silence; the loss then looks as it should. So each kind of layer that the run has is
+built alone, a small model with the run's widths, backends, precision, cuts of the experts and shapes of micro-batches,
+and one micro-batch goes through it twice. It is gone again before the run's own model is made, and leaves nothing
+behind: no random number is drawn, and what the compiler has learnt is forgotten (its code on disk is used again).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from trainer import agreement
+from trainer.distributed import World
+from trainer.fp8 import te
+from trainer.fp8.convert import put, why_not_experts
+from trainer.fp8.table import conversion_table
+from trainer.model import recompute
+from trainer.model.compiling import compile_layers
+from trainer.model.hybrid import HybridModel, build_model
+from trainer.modelspec import EngramSpec, ModelSpec
+from trainer.ops import Choice
+from trainer.parallel.layout import is_small
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.rows import own_rows
+from trainer.precision import Precision
+from trainer.spec import BatchSpec, TokensSpec, TrainSpec
+from trainer.specbase import SpecError
+
+log = logging.getLogger(__name__)
+
+# Of |compiled - eager| / |eager| of each gradient. Where numbers are rounded between matrix products, compiled code
+# rounds less often, and some tokens then go to other experts: 0.28 was seen, a gradient that is lost is 1.
+TOLERANCE = {"fp32": 1e-2, "fp16": 0.5, "bf16": 0.5, "fp8": 0.5}
+NEGLIGIBLE = 1e-3  # of the largest gradient's norm: a smaller one may be rounding and nothing else
+VOCABULARY, TABLE_ROWS = 512, 1024  # at most: they are looked up, by code that does not depend on how many there are
+DOCUMENT_TOKENS = 100  # on average
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Layers that compile to the same code. `converted`: their products are FP8."""
+
+    symbols: str
+    engram: EngramSpec | None = None
+    converted: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.symbols} (FP8)" if self.converted else self.symbols
+
+    def alone(self, spec: ModelSpec) -> ModelSpec:
+        """A model with one layer of this kind."""
+        engram = [self.engram.model_dump(mode="json")] if self.engram else []
+        vocabulary = min(spec.vocab_size, VOCABULARY)
+        return spec.updated({"layers": [self.symbols], "engram": engram, "mtp": None, "vocab_size": vocabulary})
+
+
+def agreed(spec: TrainSpec, world: World, mesh: Mesh, chosen: Precision, choices: dict[str, Choice]) -> bool:
+    """Whether layers are to be compiled; all ranks call this and get the same answer.
+
+    Raises:
+        SpecError: the spec says so, but on some rank the compiler fails, or its code computes something else.
+    """
+    wanted = spec.runtime.compile
+    if wanted is False:
+        return False
+    found = agreement.problem(world, te.compile_problem(chosen.fp8) if chosen.fp8 else None)
+    compared = kinds(spec.model, chosen)
+    for kind in compared:
+        if found is None:
+            found = agreement.problem(world, problem(kind, spec, world.device, mesh, chosen, choices))
+    if found is None:
+        log.info("layers are compiled; %s computed as without the compiler", ", ".join(map(str, compared)))
+        return True
+    if wanted is True:
+        raise SpecError(f"train.runtime.compile: {found}; write false, or auto to compile only where that is right")
+    log.warning("layers are not compiled: %s", found)
+    return False
+
+
+def kinds(spec: ModelSpec, chosen: Precision) -> list[Kind]:
+    """The different layers of a model, those of multi-token prediction among them."""
+    engrams = {e.layer: e for e in spec.engram}
+    ends = chosen.fp8.bf16_end_layers if chosen.fp8 else len(spec.layers)
+    found = []
+    for index, symbols in enumerate(spec.layers):
+        engram = engrams.get(index)
+        if engram is not None:
+            rows = min(engram.rows_per_head, TABLE_ROWS)
+            engram = engram.updated({"layer": 0, "rows_per_head": rows, "compress_tokens": False})
+        found.append(Kind(symbols, engram, ends <= index < len(spec.layers) - ends))
+    if spec.mtp:
+        found.append(Kind(spec.mtp.layer))
+    return list(dict.fromkeys(found))
+
+
+def shapes(tokens: TokensSpec, batch: BatchSpec) -> list[tuple[int, int]]:
+    """Rows and their length of the micro-batches that the run will see, in its order."""
+    lengths = dict.fromkeys([tokens.seq_len, *(stage.seq_len for stage in tokens.curriculum if stage.seq_len)])
+    return [(batch.micro_batch_rows * tokens.seq_len // length, length) for length in lengths]
+
+
+def problem(
+    kind: Kind, spec: TrainSpec, device: torch.device, mesh: Mesh, chosen: Precision, choices: dict[str, Choice]
+) -> str | None:
+    """What is wrong with the compiled code of a kind of layer; None if nothing. Ranks that share experts call it
+    together."""
+    # Imported by the compiler's first use, not by every run.
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    with leaving_nothing(device):
+        model = build(kind, spec, device, mesh, chosen, choices)
+        compile_layers(model)
+        for rows, length in shapes(spec.tokens, spec.batch):
+            batch = micro_batch(model.spec.vocab_size, rows, length, device)
+            with torch.compiler.set_stance("force_eager"):
+                expected = gradients(model, batch, chosen)
+            try:
+                found = gradients(model, batch, chosen)
+            except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
+                return f"the compiler fails on layer {kind} ({_first_line(getattr(error, 'inner_exception', error))})"
+            name, difference = furthest(found, expected)
+            if not difference <= TOLERANCE[chosen.name]:
+                return (
+                    f"compiled layer {kind} computes something else than the layer itself: {name} is off by "
+                    f"{difference:.1%}, rounding explains less than {TOLERANCE[chosen.name]:.0%}"
+                )
+    return None
+
+
+@contextmanager
+def leaving_nothing(device: torch.device) -> Iterator[None]:
+    """Random numbers, memory and what the compiler has learnt of shapes are afterwards as they were before."""
+    on_gpu = device.type == "cuda"
+    try:
+        with torch.random.fork_rng(devices=[device] if on_gpu else []):
+            yield
+    finally:
+        torch._dynamo.reset()
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+
+def build(
+    kind: Kind, spec: TrainSpec, device: torch.device, mesh: Mesh, chosen: Precision, choices: dict[str, Choice]
+) -> HybridModel:
+    """A layer of this kind as the run will call it, between an embedding and a head."""
+    alone = kind.alone(spec.model)
+    dtype, cut = chosen.autocast_dtype, mesh.share_experts
+    model = build_model(alone, device=device, dtype=dtype, seed=spec.seed, share=cut, choices=choices)
+    if kind.converted and chosen.fp8:
+        fp8 = chosen.fp8.updated({"bf16_end_layers": 0})
+        only_proven = spec.precision.fp8.implementation == "auto"
+        table = conversion_table(alone, fp8, why_not_experts(model, fp8, device, only_proven=only_proven))
+        if rows := [row for row in table if row.converted]:
+            put(model, rows, fp8, device)
+    if mesh.layout.data == "fsdp" and dtype is not None:
+        for name, parameter in model.layers.named_parameters():
+            if not (isinstance(parameter, DTensor) or is_small(name, parameter.shape) or "tables" in name):
+                parameter.data = parameter.data.to(dtype)  # as FSDP2 gathers it
+    recompute.set_policy(model, spec.runtime.activation_checkpointing)
+    return model
+
+
+def micro_batch(vocab_size: int, rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Random tokens, cut into documents at random, and their labels."""
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(0, vocab_size, (rows, length), generator=generator)
+    begins_BT = torch.rand(rows, length, generator=generator) < 1 / DOCUMENT_TOKENS
+    batch = ids_BT, begins_BT.int().cumsum(1, dtype=torch.int32), ids_BT.roll(-1, dims=1)
+    return tuple(tensor.to(device) for tensor in batch)
+
+
+def gradients(model: HybridModel, batch: tuple[Tensor, Tensor, Tensor], chosen: Precision) -> dict[str, Tensor]:
+    """Of each parameter, of an expert-parallel one what this rank holds; and the loss, under its name."""
+    with chosen.autocast(batch[0].device.type):
+        output = model(*batch)
+    loss = output.ce_sum + output.aux_sum
+    loss.backward()
+    found = {"the loss": loss.detach()}
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found[f"the gradient of {name.removeprefix('layers.0.')}"] = own_rows(gradient.detach())[0]
+        parameter.grad = None
+    return found
+
+
+def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str, float]:
+    """What differs most, and by how much of its norm; a NaN more than anything."""
+    norms = {name: torch.linalg.vector_norm(tensor.float()) for name, tensor in expected.items()}
+    largest = max(norm.item() for name, norm in norms.items() if name != "the loss")
+    worst = ("nothing", 0.0)
+    for name, tensor in found.items():
+        gap = torch.linalg.vector_norm(tensor.float() - expected[name].float()).item()
+        part = gap / max(norms[name].item(), NEGLIGIBLE * largest, torch.finfo(torch.float32).tiny)
+        if not part <= worst[1]:
+            worst = (name, math.inf if math.isnan(part) else part)
+    return worst
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
