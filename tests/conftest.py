@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tools import left_out
 
 Answer = tuple[int, str, str]
 
@@ -42,3 +43,9 @@ def yaongi(
         return code, *capsys.readouterr()
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What this machine lacks, last, where a person looks."""
+    if line := left_out(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line(line)

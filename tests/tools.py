@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -23,3 +25,14 @@ def tool(name: str) -> str:
     if os.environ.get("CI"):
         pytest.fail(f"{reason}, and CI leaves no test out")
     pytest.skip(reason)
+
+
+def left_out(reports: Iterable[pytest.TestReport]) -> str:
+    """One line about tests that were skipped: what was missing, and how many each cost; empty without any."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ").strip().partition("\n")[0]
+        for report in reports
+        if isinstance(report.longrepr, tuple)
+    )
+    each = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+    return f"{reasons.total()} tests were left out on this machine: {each}" if reasons else ""

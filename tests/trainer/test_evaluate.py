@@ -112,6 +112,38 @@ def test_max_tokens_is_kept_and_shared_by_weight(tmp_path):
     assert result["all"]["tokens"] == 100
 
 
+def test_windows_have_the_rows_of_the_last_step(tmp_path, monkeypatch):
+    """12 steps of 256 tokens, 100 of the stream skipped: the last one begins at 2916, where a stage may begin too."""
+    made = []
+    pack = evaluate.pack
+    monkeypatch.setattr(evaluate, "pack", lambda ids, seq_len, rows: made.append(seq_len) or pack(ids, seq_len, rows))
+    spec, _ = make_run(tmp_path, evaluate={"max_tokens": 50})
+    assert (spec.steps, spec.batch.tokens_per_step) == (12, 256)
+    for first, length in ((2915, 16), (2916, 16), (2917, 32), (3172, 32)):
+        stage = {"from_tokens": first, "seq_len": 16}
+        made.clear()
+        evaluate.run(spec.updated({"tokens": {"curriculum": [stage], "skip": [[500, 600]]}}))
+        assert set(made) == {length}, first
+
+
+def test_nothing_is_read_after_the_budget(tmp_path, monkeypatch):
+    read = []
+
+    class Document:
+        def __init__(self, ids):
+            self.ids = ids
+
+        def __getitem__(self, part):
+            read.append(part)
+            return self.ids[part]
+
+    spec, _ = make_run(tmp_path, evaluate={"max_tokens": 100})
+    found = ((name, domain, Document(ids)) for name, domain, ids in heldout_documents(spec.tokens))
+    monkeypatch.setattr(evaluate, "heldout_documents", lambda tokens: found)
+    scores = evaluate.run(spec)["sources"].values()
+    assert len(read) == sum(score["documents"] for score in scores) < 20
+
+
 def test_bytes_of_tokens_are_the_bytes_of_text(run):
     spec, _, _ = run
     tokenizer = Tokenizer.load(spec.tokens.tokenizer)

@@ -5,13 +5,18 @@ import pathlib
 import urllib.request
 from typing import get_args
 
+import micro
 import pytest
 import torch
 from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 
 from trainer import metrics as metrics_module
+from trainer import recorder
+from trainer.data.loader import TokenLoader
+from trainer.distributed import World
 from trainer.exporter import Metrics
+from trainer.flops import flops_per_token
 from trainer.metrics import METRICS, PREFIX, Process
 from trainer.recorder import peak_flops
 
@@ -154,3 +159,26 @@ def test_mfu_is_against_the_data_sheet_and_absent_for_unknown_gpus(name, teraflo
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == (None if teraflops is None else teraflops * 1e12)
     assert peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("skip", [[], [[0, 4096]]])
+def test_utilisation_counts_the_rows_of_the_step(skip, micro_data, tmp_path, monkeypatch):
+    """What was skipped moves the stream on, so that a later stage's rows come earlier than by tokens trained on."""
+    stage = {"from_tokens": 4096, "seq_len": 16}
+    spec = micro.micro_spec(micro_data, tmp_path, tokens={"curriculum": [stage], "skip": skip})
+    monkeypatch.setattr(recorder, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    with TokenLoader(spec.tokens, spec.batch, rank=0, world_size=1) as loader:
+        batch = [next(loader) for _ in range(2)][-1]  # the first step begins before what it skips
+    recording = recorder.Recorder(spec, World(1, 2, 1, 2, torch.device("cuda"), None, None), 0.0)
+    values: dict[str, float] = {}
+    monkeypatch.setattr(recording.metrics, "set", lambda name, value, **labels: values.update({name: value}))
+    record = recorder.StepRecord(
+        step=2, loss=1.0, auxiliary={}, grad_norm=1.0, learning_rate=1.0, tokens=512, tokens_per_second=1000.0,
+        seconds=0.25, clipped=False, skipped=None, expert_load_max_ratio=1.0, expert_starved_ratio=0.0,
+        by_source=batch.tokens_by_source,
+    )  # fmt: skip
+    recording.step(record, loader.epochs(), batch.seq_len)
+    flops = flops_per_token(spec.model, 16 if skip else 32)
+    assert values["mfu_ratio"] == pytest.approx(flops * 1000.0 / 2e12)
+    recording.close()

@@ -36,7 +36,7 @@ from trainer.optim.shares import Share, local
 # Elements orthogonalised in one batch; bounds the temporary memory to a few GiB whatever the number of experts.
 MAX_BATCH_ELEMENTS = 2**28
 # The same for each thread of a CPU: what the passes over a batch read and write then stays in its cache.
-CACHED_ELEMENTS = 2**20
+CACHED_ELEMENTS = 2**19
 
 
 class Muon(torch.optim.Optimizer):
