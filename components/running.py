@@ -17,6 +17,7 @@ from typing import TextIO
 
 from trainer.errors import foreseen
 from trainer.exitcodes import ExitCode
+from trainer.launcher import Launcher
 
 MOVED = "metrics of the steps: port "  # not the usual one
 STARTED, DONE = "▶ ", "✓ "
@@ -26,12 +27,13 @@ FAILED = re.compile(r"error (?P<code>\d+): (?P<message>.*)")
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Announce the step `name` and serve its metrics.
+    """Announce the step `name` and serve its metrics. If what executes the pipeline is killed, so is the step.
 
     An error of its body becomes one line `error <exit code>: <name>: …` and that exit; a fault's traceback goes before.
     """
     from components.measuring import served  # the command line wants only the words
 
+    Launcher().end_with()
     start = time.monotonic()
     print(f"{STARTED}{name}", flush=True)
     try:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import IO
 
@@ -122,10 +123,12 @@ def _locked(workdir: Path, run: str) -> Iterator[IO[bytes]]:
 
 
 def running(workdir: Path, run: str) -> str:
-    """`run … is already running as process … on …`."""
+    """`run … is already running as process … on … since …`."""
     process = read(workdir, run)
-    who = f"process {process.pid} on {process.host}" if process else "another process"
-    return f"run {run} is already running as {who}"
+    if process is None:
+        return f"run {run} is already running as another process"
+    since = f"{datetime.fromtimestamp(process.started):%Y-%m-%d %H:%M:%S}"
+    return f"run {run} is already running as process {process.pid} on {process.host} since {since}"
 
 
 def _write(workdir: Path, process: Process) -> None:

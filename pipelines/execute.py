@@ -12,11 +12,11 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from pathlib import Path
 
 from components.quick import quick_imports
+from trainer.launcher import Launcher, named
 
 
 def main() -> int:
@@ -24,7 +24,8 @@ def main() -> int:
     # A signal goes to every process of this session. The steps obey it; this one stays to see how they end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(Launcher(),), daemon=True).start()
+    os.environ |= named()  # the steps in turn end with this process
     warnings.filterwarnings("ignore", message="You may be attemping to run a task that uses custom or non-Python")
 
     with quick_imports():
@@ -41,10 +42,9 @@ def main() -> int:
     return 0
 
 
-def _end_with(parent: int) -> None:
+def _end_with(launcher: Launcher) -> None:
     """If `yaongi run` was killed, stop what it started: nobody watches it any more."""
-    while os.getppid() == parent:
-        time.sleep(1)
+    launcher.wait()
     os.killpg(0, signal.SIGTERM)
 
 

@@ -22,6 +22,7 @@ from components.plan.length import continued
 from components.plan.step import arguments_for, runnable_here
 from manifests.spec import JobSpec, changes_of, job_from
 from pipelines.progress import Watcher
+from trainer import launcher
 from trainer.errors import ForeseenError
 from trainer.exitcodes import of_process
 from trainer.specbase import SpecError, deep_merge
@@ -87,7 +88,7 @@ def run_pipeline(
         file = Path(scratch) / "arguments.json"
         file.write_text(json.dumps(arguments), encoding="utf-8")
         command = [sys.executable, "-u", "-m", "pipelines.execute", str(file), f"{scratch}/outputs"]
-        environment = os.environ | {"TMPDIR": scratch} | ({"YAONGI_VERBOSE": "1"} if verbose else {})
+        environment = os.environ | {"TMPDIR": scratch} | launcher.named() | ({"YAONGI_VERBOSE": "1"} if verbose else {})
         watcher = Watcher(console, log, verbose=verbose)
         # A session of its own makes one group of all that we start, so that a signal reaches that and nothing else.
         with (

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from trainer import failures, logs
 from trainer.exitcodes import ExitCode
+from trainer.launcher import Launcher
 from trainer.spec import TrainSpec
 from trainer.specbase import changes_from_sets, deep_merge, parse, read_yaml
 
@@ -61,9 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def end_with_parent() -> None:
-    """If the entrypoint is killed, its ranks get the signal that makes them save a checkpoint and go (Linux)."""
-    if sys.platform == "linux" and failures.DIRECTORY_VARIABLE in os.environ:
+    """If the entrypoint is killed, its ranks get the signal that makes them save a checkpoint and go."""
+    if failures.DIRECTORY_VARIABLE not in os.environ:
+        return
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if Launcher().is_gone():  # before it could be asked for
+            os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        Launcher().end_with()
 
 
 def run(task: str, spec: TrainSpec) -> int:

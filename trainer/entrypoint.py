@@ -21,12 +21,13 @@ import sys
 import tempfile
 import threading
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from trainer import failures, limits, preflight, restarts, thismachine
+from trainer import exclusive, failures, launcher, limits, preflight, restarts, thismachine
 from trainer.__main__ import load_spec, parser
 from trainer.checkpoint import latest_step
 from trainer.errors import CommunicationError, LimitError, SpecError, VolumeError
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         clocks = Limits(spec.run_dir)
         if reason := clocks.passed():
             raise LimitError(reason)
+        if options.task == "train" and rendezvous_host() is None:  # else an entrypoint of another node may be the one
+            exclusive.refuse_second(spec.run_dir)
         try:
             record = restarts.begin(spec.run_dir, spec.runtime.max_restarts, options.task)
         except OSError as error:
@@ -92,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log.warning("%s: how this start ended could not be noted (%s)", spec.run_dir, error.strerror)
     write_termination_message(code, reason)
     if code:
-        print(f"exit {code} ({failures.meaning(code)}): {reason}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # whoever read this is gone
+            print(f"exit {code} ({failures.meaning(code)}): {reason}", file=sys.stderr, flush=True)
     return int(code)
 
 
@@ -103,15 +107,16 @@ def supervise(spec: TrainSpec, options: Namespace, clocks: Limits) -> tuple[int,
     """
     kills_before = out_of_memory_kills()
     directory = Path(tempfile.mkdtemp(prefix="yaongi-failures-"))
-    os.environ[failures.DIRECTORY_VARIABLE] = str(directory)
+    os.environ |= {failures.DIRECTORY_VARIABLE: str(directory), **launcher.named()}
     over = threading.Event()
     threading.Thread(target=_watch, args=(clocks, directory, over), name="limits", daemon=True).start()
     command = [options.task, "--spec", options.spec, *(part for each in options.set for part in ("--set", each))]
     try:
-        if options.task == "train":
-            found = run_ranks(spec, command)
-        else:
-            found = run_one(command)
+        with a_second_signal_kills(clocks):
+            if options.task == "train":
+                found = run_ranks(spec, command)
+            else:
+                found = run_one(command)
         reported = failures.recorded(directory)
     except Signalled as stop:
         permanent = [failure for failure in failures.recorded(directory) if not retryable(failure.code)]
@@ -171,6 +176,42 @@ def _silence_agent() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def a_second_signal_kills(clocks: Limits) -> Iterator[None]:
+    """The first stop signal makes torchrun's agent wait for the ranks' checkpoint; a second one kills them meanwhile.
+
+    Not after a limit has passed, which is no person's impatience. A thread looks, by the descriptor to which Python
+    writes each signal, because the agent has handlers of its own.
+    """
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+
+    def look() -> None:
+        stops = 0
+        while number := os.read(told, 1):
+            stops += number[0] in (signal.SIGTERM, signal.SIGINT)
+            if stops == 2 and not clocks.passed():
+                log.warning("told to stop a second time; no checkpoint is waited for")
+                kill_ranks()
+        os.close(told)
+
+    threading.Thread(target=look, name="second signal", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(tell)
+
+
+def kill_ranks() -> None:
+    """End this process's children at once. Linux only; elsewhere they end once they have saved."""
+    for listed in Path("/proc/self/task").glob("*/children"):
+        for pid in listed.read_text(encoding="ascii").split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def run_one(command: list[str]) -> list[Failure]:

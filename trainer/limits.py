@@ -1,8 +1,9 @@
-"""The two clocks that end a run from outside: its deadline and its launcher's lease.
+"""What ends a run from outside: its deadline, and the end of its launcher.
 
 The operator's own deadline may never fire and a pipeline that is terminated sends no signal, so each pod looks itself:
 at the wall clock since its first start, or its first after a stop, and at `run_dir/lease`, which a launcher renews as
-long as it lives. Runs that nobody launched have no such file. Imports no torch.
+long as it lives. Runs that nobody launched have no such file. On one machine the launcher's process itself is looked
+at. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.failures import DIRECTORY_VARIABLE
+from trainer.launcher import Launcher
 
 LEASE = "lease"
 TOLD = "limit"  # file in the directory of failures: which limit has passed
@@ -44,11 +46,14 @@ class LeaseWatch:
     Args:
         unwatched: nobody launched this run, so that a lease which is not renewed is of a former launcher and has no
             limit either; one that takes the run over is heard of by its renewals.
+        name, kind: of another file that is renewed like a lease, and what it holds.
     """
 
-    def __init__(self, run_dir: str | Path, *, unwatched: bool = False) -> None:
+    def __init__(
+        self, run_dir: str | Path, name: str = LEASE, kind: type[Lease] = Lease, *, unwatched: bool = False
+    ) -> None:
         self.unwatched = unwatched
-        self.file = Path(run_dir) / LEASE
+        self.file, self._kind = Path(run_dir) / name, kind
         self.lease: Lease | None = None
         self.renewals = 0  # seen so far
         self.silent_seconds = 0.0
@@ -80,21 +85,21 @@ class LeaseWatch:
         if first or content != self._content:
             self.renewals += not first
             self._content, self.silent_seconds = content, 0.0
-            self.lease = _parsed(content)
+            self.lease = _parsed(content, self._kind)
         else:
             self.silent_seconds += min(self._looked - since, LONGEST_LOOK_SECONDS)
         return self.lease is not None and self.silent_seconds >= self.patience_seconds
 
 
-def _parsed(content: bytes | None) -> Lease | None:
+def _parsed(content: bytes | None, kind: type[Lease]) -> Lease | None:
     try:
-        return Lease(**json.loads(content)) if content else None
+        return kind(**json.loads(content)) if content else None
     except (ValueError, TypeError):
         return None
 
 
 class Limits:
-    """Deadline and lease of a run, as its entrypoint watches them; a limit that has passed stays passed.
+    """Deadline and launcher of a run, as its entrypoint watches them; a limit that has passed stays passed.
 
     `deadline` is Unix time, None without one.
     """
@@ -102,6 +107,7 @@ class Limits:
     def __init__(self, run_dir: str | Path) -> None:
         self.deadline: float | None = None
         self._watch = LeaseWatch(run_dir, unwatched=UNWATCHED_VARIABLE in os.environ)
+        self._launcher = Launcher()
         self._reason: str | None = None
 
     def passed(self) -> str | None:
@@ -113,6 +119,8 @@ class Limits:
     def _look(self) -> str | None:
         if self.deadline is not None and time.time() >= self.deadline:
             return "the deadline has passed; raise train.runtime.deadline_seconds and resume to go on"
+        if self._launcher.is_gone():
+            return f"the process that launched this run ({self._launcher.pid}) is gone; launch it again to go on"
         if self._watch.lapsed():
             return (
                 f"the launcher has not renewed its lease for {self._watch.silent_seconds:.0f} s, so nobody watches "

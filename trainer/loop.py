@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer import checkpoint, distributed
+from trainer import checkpoint, distributed, exclusive
 from trainer.data.loader import MicroBatch, StepBatch
-from trainer.errors import DivergedError, VolumeError
+from trainer.distributed import World
+from trainer.errors import DivergedError, LaunchError, VolumeError
 from trainer.optim import clip_gradients, learning_rate_factor
 from trainer.prepare import Run, prepare, scaler_state
 from trainer.recorder import StepRecord
@@ -40,12 +43,12 @@ def train(spec: TrainSpec) -> int:
         0 when all steps are done; 75, 130 or 143 when it was stopped, with a checkpoint of the last step.
 
     Raises:
-        ForeseenError: see trainer/errors.py.
+        ForeseenError: see trainer/errors.py; 69 while another process trains in the run directory.
     """
     stop = StopWish()
     started = time.time()
     world = distributed.start(spec.runtime, spec.seed)
-    with Watchdog(spec.runtime.hang_timeout_seconds) as watchdog:
+    with Watchdog(spec.runtime.hang_timeout_seconds) as watchdog, only_training(spec, world):
         run = prepare(spec, world, started)
         watchdog.doing = run.recorder.doing
         watchdog.beat()
@@ -73,6 +76,21 @@ def train(spec: TrainSpec) -> int:
                 break
         finish(run)
     return int(code)
+
+
+@contextmanager
+def only_training(spec: TrainSpec, world: World) -> Iterator[None]:
+    """Rank 0 holds the run directory for all ranks; if it cannot, none of them trains."""
+    with ExitStack() as held:
+        problem: LaunchError | VolumeError | None = None
+        if world.is_main:
+            try:
+                held.enter_context(exclusive.held(spec.run_dir))
+            except (LaunchError, VolumeError) as error:
+                problem = error
+        if problem := world.broadcast(problem):
+            raise problem
+        yield
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from types import FrameType
 
 from components.launch import LaunchError
 from manifests.spec import JobSpec
-from trainer import thismachine
+from trainer import exclusive, launcher, thismachine
 from trainer.exitcodes import STOPS, ExitCode, of_process
 from trainer.failures import meaning
 
@@ -31,7 +31,10 @@ def run(job: JobSpec, task: str) -> None:
 
     Raises:
         LaunchError: it ended with anything but 0, with that code; says its meaning and the trainer's own reason.
+        LaunchError: another process trains the run.
     """
+    if task == "train":
+        exclusive.refuse_second(job.run_dir)
     ranks = job.cluster.world_size if task == "train" else 1
     run_entrypoint(task, f"{job.run_dir}/train.yaml", ranks)
 
@@ -45,7 +48,7 @@ def run_entrypoint(task: str, spec_file: str, ranks: int, sets: Sequence[str] = 
         tempfile.NamedTemporaryFile("r", prefix="yaongi-reason-") as told,
         subprocess.Popen(
             command,
-            env=environment(ranks) | {"YAONGI_TERMINATION_LOG": told.name},
+            env=environment(ranks) | {"YAONGI_TERMINATION_LOG": told.name} | launcher.named(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

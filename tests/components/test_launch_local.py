@@ -6,10 +6,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
 from components.launch import LaunchError, local
+from trainer import exitcodes
 
 STAND_IN = """
 import json, os, signal, sys, time
@@ -44,7 +46,9 @@ sys.exit(int(code))
 @pytest.fixture
 def spec_file(tmp_path, monkeypatch):
     (tmp_path / "trainer").mkdir()
-    (tmp_path / "trainer" / "__init__.py").touch()
+    real = Path(exitcodes.__file__).parent
+    beside = f"__path__.append({str(real)!r})\n"
+    (tmp_path / "trainer" / "__init__.py").write_text((real / "__init__.py").read_text() + beside)
     (tmp_path / "trainer" / "entrypoint.py").write_text(STAND_IN)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "train.yaml"

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import micro
 import pytest
+from waiting import wait_until
 
-from trainer import distributed, entrypoint, failures, hostmemory, limits, preflight, restarts
+from trainer import distributed, entrypoint, failures, hostmemory, launcher, limits, preflight, restarts
 from trainer.errors import DivergedError, ForeseenError
 from trainer.exitcodes import MEANING, ExitCode, of_process, retryable
 from trainer.failures import Failure, classify, root_cause
@@ -79,7 +80,8 @@ def shim(
     for number, handler in {**handlers, signal.SIGQUIT: quits}.items():
         signal.signal(number, handler)
     # What the entrypoint and torchrun set for their children.
-    for name in (failures.DIRECTORY_VARIABLE, preflight.VARIABLE, "TORCHELASTIC_SIGNALS_TO_HANDLE"):
+    of_children = (failures.DIRECTORY_VARIABLE, preflight.VARIABLE, launcher.VARIABLE)
+    for name in (*of_children, "TORCHELASTIC_SIGNALS_TO_HANDLE"):
         os.environ.pop(name, None)
     logging.getLogger("trainer").handlers = []
 
@@ -142,6 +144,72 @@ def test_stop_signal_reaches_the_ranks(shim, tmp_path: Path, number: int, expect
     code, message = shim("signal.signal(signal.SIGINT, lambda *_: os._exit(130)); wait()", ranks=2)
     assert code == expected and "no checkpoint yet" in message["reason"]
     assert time.monotonic() - began < SOON_SECONDS
+
+
+def test_a_second_stop_signal_ends_ranks_that_do_not_end(shim, tmp_path: Path):
+    def stop_twice() -> None:
+        wait_until(lambda: len(list(tmp_path.glob("started-*"))) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: len(list(tmp_path.glob("asked-*"))) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_twice, daemon=True).start()
+    body = f"""
+import pathlib
+asked = pathlib.Path({str(tmp_path)!r}, f"asked-{{rank}}")
+asked.with_name(f"pid-{{rank}}").write_text(str(os.getpid()))
+signal.signal(signal.SIGTERM, lambda *_: asked.touch())
+open(os.environ["STARTED"] + str(rank), "w").close()
+while True:
+    time.sleep(0.05)
+"""
+    code, _ = shim(body, ranks=2)
+    assert code == ExitCode.TERMINATED
+    wait_until(lambda: not any(is_running(int(file.read_text())) for file in tmp_path.glob("pid-*")))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("descriptors", [True, False], ids=["by descriptor", "by number"])
+def test_a_launcher_that_is_killed_ends_the_run_with_75(shim, tmp_path: Path, monkeypatch, descriptors: bool):
+    if not descriptors:
+        monkeypatch.delattr(os, "pidfd_open", raising=False)
+    with subprocess.Popen(["sleep", "600"]) as launching:
+        monkeypatch.setenv(launcher.VARIABLE, str(launching.pid))
+
+        def kill() -> None:
+            wait_until(lambda: len(list(tmp_path.glob("started-*"))) == 2)
+            launching.kill()
+            launching.wait()
+
+        threading.Thread(target=kill, daemon=True).start()
+        code, message = shim("wait()", ranks=2)
+    assert code == ExitCode.LIMIT and f"launched this run ({launching.pid}) is gone" in message["reason"]
+    monkeypatch.setenv(launcher.VARIABLE, str(launching.pid))
+    assert shim("pass")[0] == ExitCode.LIMIT, "one that has been gone before starts nothing"
+
+
+def test_a_run_that_is_being_trained_is_refused_before_anything_starts(shim, tmp_path: Path):
+    program = "import sys; from trainer import exclusive\nwith exclusive.held(sys.argv[1]): print(); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "run")],
+        env=micro.environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline()
+        code, message = shim("open(os.environ['STARTED'], 'w')")
+        assert code == ExitCode.UNAVAILABLE and f"is being trained by process {holder.pid} on " in message["reason"]
+        assert not list(tmp_path.glob("started-*")) and not (tmp_path / "run" / "restarts.json").exists()
+        assert shim("pass", task="evaluate")[0] == 0, "who only reads is welcome"
+        holder.kill()
+    assert shim("pass")[0] == 0
 
 
 def test_code_and_reason_come_out_whatever_happens_at_the_end(
