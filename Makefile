@@ -86,7 +86,8 @@ endef
 $(READY): requirements.lock pyproject.toml | $(UV)
 	$(CHECK_PYTHON)
 	@[ -x $(BIN)/python ] || $(UV) venv --quiet --no-python-downloads --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv
-	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
+	@echo "installing some 6 GB into .venv, most of it PyTorch: minutes, by the speed of the network"
+	$(UV) pip install --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 

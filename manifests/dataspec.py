@@ -7,13 +7,26 @@ from collections.abc import Sequence
 from string import Formatter
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from trainer.modelspec import Count
 from trainer.spec import Positive, StageSpec
 from trainer.specbase import Spec
 
-Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
+NAME, NAME_LENGTH = r"^[a-z]([-a-z0-9]*[a-z0-9])?$", 40
+
+
+def _named(value: object) -> object:
+    """Says the rule in words; pattern and length of `Name` say it to the schema."""
+    if isinstance(value, str) and (not re.search(NAME, value) or len(value) > NAME_LENGTH):
+        raise ValueError(
+            f"'{value}' cannot be a name here; write at most {NAME_LENGTH} small letters a-z, digits and hyphens, the "
+            "first a letter, the last no hyphen"
+        )
+    return value
+
+
+Name = Annotated[str, Field(pattern=NAME, max_length=NAME_LENGTH), BeforeValidator(_named)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 CHAT = "chat"  # the format of a template's field that turns a list of messages into chat markup
 

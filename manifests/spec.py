@@ -42,7 +42,17 @@ from trainer.spec import (
     TokensSpec,
     TrainSpec,
 )
-from trainer.specbase import Spec, SpecError, canonical_digest, deep_merge, is_stored, parse, read_yaml, to_stored_yaml
+from trainer.specbase import (
+    MISSING,
+    Spec,
+    SpecError,
+    canonical_digest,
+    deep_merge,
+    is_stored,
+    parse,
+    read_yaml,
+    to_stored_yaml,
+)
 
 PRESETS = files("manifests") / "presets"
 BYTES_PER_TOKEN = 6  # UTF-8 bytes of text that one token stands for: 3 (math) to 6.5 (Korean) were measured
@@ -354,7 +364,17 @@ def job_from(value: dict[str, Any], changes: dict[str, Any] | None = None, where
     """
     value = dict(value)
     base = preset(value.pop("preset")) if "preset" in value else {}
-    return parse(JobSpec, _without_removed(deep_merge(deep_merge(base, value), changes or {})), where)
+    try:
+        return parse(JobSpec, _without_removed(deep_merge(deep_merge(base, value), changes or {})), where)
+    except SpecError as error:
+        lines = str(error).splitlines()
+        missing = [line for line in lines if line.endswith(MISSING)]
+        if base or not missing:
+            raise
+        hint = (
+            f"{f'{where}: ' if where else ''}names no preset; begin it with one ({', '.join(preset_names())}), as in "
+        )
+        raise SpecError("\n".join([f"{hint}preset: tiny", *lines])) from None
 
 
 def _without_removed(job: dict[str, Any]) -> dict[str, Any]:

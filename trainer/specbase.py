@@ -11,11 +11,14 @@ import difflib
 import hashlib
 import json
 import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from trainer import __version__
 from trainer.errors import SpecError
@@ -34,6 +37,17 @@ class Spec(BaseModel):
     # Of a spec that has files of its own: sections in which nothing changes what is computed. None: it has no files.
     sections_without_numbers: ClassVar[frozenset[str] | None] = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any) -> Any:
+        """YAML reads yes, no, on and off as truth values, which pydantic would take for 1 and 0."""
+        for name in set(cls.model_fields).intersection(value if isinstance(value, dict) else ()):
+            types = set(_leaves(cls.model_fields[name].annotation))
+            deep = not any(isinstance(each, type) and issubclass(each, BaseModel) for each in types)
+            if types & {int, float} and bool not in types and _holds_truth(value[name], deep=deep):
+                raise PydanticCustomError("truth_value", TRUTH, {"field": name})
+        return value
+
     def digest(self) -> str:
         """First 12 hex digits of the sha256 of the canonical JSON; equal specs give equal digests on every machine."""
         return canonical_digest(stored(self))
@@ -43,7 +57,17 @@ class Spec(BaseModel):
         return parse(type(self), deep_merge(self.model_dump(mode="json"), changes))
 
 
+TRUTH = "a number is wanted, not a truth value (yes, no, on, off, true, false); write a number"
+MISSING = "required field is missing; add it"
 SpecT = TypeVar("SpecT", bound=Spec)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which reads 1e9 as the number that it is in YAML 1.2 and JSON, and not as a text."""
+
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
 def canonical_digest(value: Any) -> str:
@@ -126,12 +150,18 @@ def _explain(spec_type: type[Spec], problem: dict[str, Any]) -> str:
     path = [str(part) for part in problem["loc"]]
     where = ".".join(path) or spec_type.__name__
     if problem["type"] == "extra_forbidden":
+        if deeper := _elsewhere(spec_type, path[-1]):
+            return f"{where}: unknown field; did you mean '{deeper}'?"
         known = list(_fields_at(spec_type, path[:-1]))
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known fields: {', '.join(sorted(known))}"
         return f"{where}: unknown field; {hint}"
+    if problem["type"] == "truth_value":
+        return f"{'.'.join([*path, problem['ctx']['field']])}: {TRUTH}"
     if problem["type"] == "missing":
-        return f"{where}: required field is missing; add it"
+        return f"{where}: {MISSING}"
+    if problem["input"] is None and problem["type"].endswith("_type"):
+        return f"{where}: has no value; give it one, or remove it"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{where}: {message}"
@@ -152,6 +182,41 @@ def _fields_at(spec_type: type[Spec], path: list[str]) -> set[str]:
     return {name for candidate in candidates for name in candidate.model_fields}
 
 
+def _elsewhere(spec_type: type[BaseModel], name: str, depth: int = 3) -> str | None:
+    """Shortest path to a field called `name` in the models below, such as train.steps for steps."""
+    level = [("", spec_type)]
+    for _ in range(depth):
+        below = [
+            (f"{path}{field}.", model)
+            for path, of in level
+            for field, info in of.model_fields.items()
+            if get_origin(info.annotation) is not dict  # whose keys stand between
+            for model in _models_in(info.annotation)
+        ]
+        if found := [f"{path}{name}" for path, model in below if name in model.model_fields]:
+            return found[0]
+        level = below
+    return None
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation is made of; of a dict those of its values."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal or not arguments:
+        yield annotation
+        return
+    for argument in arguments[1:] if get_origin(annotation) is dict else arguments:
+        yield from _leaves(argument)
+
+
+def _holds_truth(value: Any, *, deep: bool) -> bool:
+    if deep and isinstance(value, dict):
+        return any(_holds_truth(each, deep=True) for each in value.values())
+    if deep and isinstance(value, list | tuple):
+        return any(_holds_truth(each, deep=True) for each in value)
+    return isinstance(value, bool)
+
+
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
@@ -165,7 +230,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         SpecError: the file is missing, unreadable, not YAML or not a mapping.
     """
     try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        value = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         said = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise SpecError(f"{path}: cannot read the spec ({said}); check the path and its permissions") from None
@@ -188,7 +253,7 @@ def changes_from_sets(assignments: list[str]) -> dict[str, Any]:
         if not equals or not path:
             raise SpecError(f"--set {assignment}: write it as field.subfield=value")
         try:
-            value: Any = yaml.safe_load(text)
+            value: Any = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())
             raise SpecError(

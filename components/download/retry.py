@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
 LONGEST_PAUSE_SECONDS = 600.0
+LONGEST_REASON_CHARACTERS = 200
 T = TypeVar("T")
 
 
@@ -32,10 +33,21 @@ def retried(
         stop=stop_after_attempt(attempts),
         wait=pause,
         retry=retry_if_exception(again),
-        before_sleep=lambda _: count_retry(),
+        before_sleep=lambda state: _tell(state, attempts),
         reraise=True,
     )
     return tries(call)
+
+
+def _tell(state: RetryCallState, attempts: int) -> None:
+    """Say what is waited for and how long; a minute without a word looks like a hang."""
+    count_retry()
+    error = state.outcome.exception() if state.outcome else None
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0][:LONGEST_REASON_CHARACTERS]
+    pause = state.next_action.sleep if state.next_action else 0.0
+    left = attempts - state.attempt_number
+    times = "1 more time" if left == 1 else f"up to {left} more times"
+    print(f"download: no answer ({said}); trying again in {pause:.0f} s, {times}", flush=True)
 
 
 def count_retry() -> None:

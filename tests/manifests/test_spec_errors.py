@@ -1,12 +1,13 @@
 """A wrong job is answered with what is wrong, where, and how to mend it, in one line for each problem."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from manifests.spec import TokenizerSpec, load_job, preset_names
 from trainer.data.tokenizer import train
-from trainer.specbase import SpecError
+from trainer.specbase import SpecError, changes_from_sets
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ from trainer.specbase import SpecError
         ({"tokenizer": {"vocab_size": 5000}}, "tokenizer", "make it and train.model.vocab_size 5120"),
         ({"data": {"sources": {"ko": {"weight": 0.9}}}}, "data", "they must sum to 1"),
         ({"cluster": {"nodes": 3}}, "JobSpec", "make train.batch.tokens_per_step a multiple of 6144"),
-        ({"name": "Not A Name"}, "name", "match pattern"),
+        ({"name": "Not A Name"}, "name", "small letters a-z, digits and hyphens"),
     ],
 )
 def test_a_wrong_field_is_one_line_with_place_and_remedy(changes: dict, where: str, fix: str) -> None:
@@ -131,3 +132,35 @@ def test_skipping_tokens_does_not_change_the_run() -> None:
     skipping = load_job("tiny", {"train": {"skip": [[4096, 8192]]}})
     assert skipping.run_name == load_job("tiny").run_name
     assert skipping.train_spec().tokens.skip == ((4096, 8192),)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("steps=5", "steps: unknown field; did you mean 'train.steps'?"),
+        ("train.seed=yes", "train.seed: a number is wanted, not a truth value"),
+        ("train.steps=on", "train.steps: a number is wanted"),
+        ("data.sources.ko.weight=no", "data.sources.ko.weight: a number is wanted"),
+        ("train.skip=[[yes, no]]", "train.skip: a number is wanted"),
+        ("train.steps=", "train.steps: has no value"),
+        ("train.steps=[8]", "train.steps: Input should be a valid integer"),
+        ("train.steps=1.5e0", "train.steps: Input should be a valid integer"),
+        ("name=Foo_Bar", "name: 'Foo_Bar' cannot be a name here; write at most 40 small letters a-z, digits"),
+    ],
+)
+def test_what_people_write_for_a_number_or_a_name_is_answered_with_its_field(change: str, said: str):
+    with pytest.raises(SpecError) as caught:
+        load_job("tiny", changes_from_sets([change]))
+    assert str(caught.value).startswith(f"tiny: {said}")
+
+
+def test_a_number_may_be_written_with_an_exponent_and_a_truth_value_in_any_word():
+    job = load_job("tiny", changes_from_sets(["train.steps=1e3", "train.optimizer.adamw.learning_rate=1e-3"]))
+    assert (job.train.steps, job.train.optimizer.adamw.learning_rate) == (1000, 1e-3)
+    assert load_job("tiny", changes_from_sets(["hygiene.exact_duplicates=on"])).hygiene.exact_duplicates is True
+
+
+def test_a_job_file_without_a_preset_is_told_of_them(tmp_path: Path):
+    (tmp_path / "job.yaml").write_text("name: mine\ntrain: {steps: 3}\n")
+    with pytest.raises(SpecError, match=r"^[^\n]*job\.yaml: names no preset; begin it with one \(.*tiny\)"):
+        load_job(str(tmp_path / "job.yaml"))
