@@ -6,6 +6,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 UV_VERSION := 0.13.9
 UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
+# Tests run beside each other, those of a file in one process.
+PARALLEL := -n auto --maxprocesses=8 --dist=loadfile
 FAST := not slow and not e2e and not gpu and not kernels and not peers
 
 .DEFAULT_GOAL := help
@@ -25,10 +27,10 @@ lint: setup ## style and import direction
 	$(BIN)/lint-imports
 
 test: lint ## everything that needs neither a cluster nor a GPU, nor more than a minute each
-	$(BIN)/pytest -m "$(FAST)"
+	$(BIN)/pytest $(PARALLEL) -m "$(FAST)"
 
 test-slow: setup ## the long tests
-	$(BIN)/pytest -m "slow and not e2e and not gpu and not kernels and not peers"
+	$(BIN)/pytest $(PARALLEL) -m "slow and not e2e and not gpu and not kernels and not peers"
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,10 @@ import pytest
 from tools import left_out
 
 Answer = tuple[int, str, str]
+
+# Beside other workers one thread each, or they wait for each other; set before PyTorch is imported, and inherited.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if importlib.util.find_spec("hypothesis"):  # not in the environments of the tests of kernels and peers
     from hypothesis import HealthCheck, settings
