@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from trainer.errors import foreseen
@@ -23,6 +25,10 @@ MOVED = "metrics of the steps: port "  # not the usual one
 STARTED, DONE = "▶ ", "✓ "
 FAULT_HINT = "a fault of this program, not of what you wrote; please report it with its traceback"
 FAILED = re.compile(r"error (?P<code>\d+): (?P<message>.*)")
+STOP_FILE_VARIABLE = (
+    "YAONGI_STOP_FILE"  # there once the run is to stop: the number of the signal (pipelines/stopping.py)
+)
+CLEANUP = "cleanup"  # the step that runs however the others end
 
 
 @contextmanager
@@ -34,6 +40,9 @@ def step(name: str) -> Iterator[None]:
     from components.measuring import served  # the command line wants only the words
 
     Launcher().end_with()
+    if (number := told_to_stop()) and name != CLEANUP:
+        print(f"{name}: stopped before it began", flush=True)
+        sys.exit(128 + number)
     start = time.monotonic()
     print(f"{STARTED}{name}", flush=True)
     try:
@@ -45,6 +54,14 @@ def step(name: str) -> Iterator[None]:
         # stdout, as the steps' own lines: the two streams must not overtake each other in a pod's log.
         print(f"error {code}: {name}: {message}", flush=True)
         sys.exit(code)
+
+
+def told_to_stop() -> int:
+    """Number of the signal by which a person has stopped the run that this process is part of; 0 for none."""
+    try:
+        return int(Path(os.environ[STOP_FILE_VARIABLE]).read_text(encoding="ascii") or signal.SIGTERM)
+    except (KeyError, FileNotFoundError):
+        return 0
 
 
 def told(error: Exception, traceback_to: TextIO) -> tuple[int, str]:

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -24,6 +24,7 @@ from typing import IO
 from components.launch import LaunchError
 from components.running import one_line
 from manifests.spec import JobSpec, job_file_text
+from pipelines.stopping import ends_at_once
 from trainer.data.manifest import atomic_write
 from trainer.exitcodes import ExitCode
 from trainer.specbase import to_stored_yaml
@@ -99,7 +100,8 @@ def driving(job: JobSpec, workdir: Path) -> Iterator[None]:
         atomic_write(job_file(workdir, run), job_file_text(job))
         _write(workdir, me)
         try:
-            yield
+            with ends_at_once():
+                yield
         except BaseException as error:
             code = getattr(error, "code", ExitCode.FAULT)
             _write(workdir, replace(me, ended=time.time(), code=int(code or 0), error=one_line(error)))
@@ -180,8 +182,15 @@ def _logs(workdir: Path, run: str) -> set[Path]:
     return set((workdir / "logs").glob(f"{run}-*.log"))
 
 
-def stop(workdir: Path, run: str) -> None:
+def stop(workdir: Path, run: str, step: Callable[[], str], write: Callable[[str], None]) -> Process:
     """Ask the process of a run to end, which lets the trainer save a checkpoint, and wait until it has ended.
+
+    Args:
+        step: names the step of the pipeline that runs, "" for none.
+        write: is told what is waited for.
+
+    Returns:
+        How it ended.
 
     Raises:
         LaunchError: nobody drives the run, or it is on another host.
@@ -192,5 +201,11 @@ def stop(workdir: Path, run: str) -> None:
     if process.host != socket.gethostname():
         raise LaunchError(f"run {run} runs on {process.host}; stop it there (process {process.pid})")
     os.kill(process.pid, signal.SIGTERM)
+    told = None
     while is_alive(workdir, run):
+        if (now := step()) != told:
+            told = now
+            saves = ", which saves a checkpoint first" if now == "train" else ""
+            write(f"stopping {run} (process {process.pid}); waiting for {f'step {now}' if now else 'it'} to end{saves}")
         time.sleep(0.2)
+    return read(workdir, run) or process

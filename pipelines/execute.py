@@ -16,12 +16,14 @@ import warnings
 from pathlib import Path
 
 from components.quick import quick_imports
+from components.running import told_to_stop
 from trainer.launcher import Launcher, named
 
 
 def main() -> int:
     arguments = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    # A signal goes to every process of this session. The steps obey it; this one stays to see how they end.
+    # A signal goes to every process of this session. The steps obey it, and none begins any more; this one stays to see
+    # how they end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     threading.Thread(target=_end_with, args=(Launcher(),), daemon=True).start()
@@ -33,6 +35,8 @@ def main() -> int:
 
         from pipelines.pretrain import pretrain
 
+    if number := told_to_stop():
+        return 128 + number
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=sys.argv[2])
     try:
         pretrain(**arguments)

@@ -49,7 +49,7 @@ def show(run: Run, console: Console, *, follow: bool, rank: int | None, task: st
         watcher = Watcher(console, nowhere, verbose=bool(os.environ.get("YAONGI_VERBOSE")))
         watcher.follow(_of_step(lines, task) if task else lines)
     if watcher.failure:
-        console.print(f"{FAILED}{watcher.failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"error: {watcher.failure}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _lines(file: Path, run: Run, follow: bool) -> Iterator[str]:
@@ -77,5 +77,6 @@ def _of_step(lines: Iterator[str], name: str) -> Iterator[str]:
         inside = inside or text == f"{STARTED}{name}"
         if inside:
             yield line
-        if text.startswith((f"{DONE}{name} (", f"{FAILED}{name}: ")):
+        failed = FAILED.fullmatch(text)
+        if text.startswith(f"{DONE}{name} (") or (failed and failed["message"].startswith(f"{name}: ")):
             inside = False

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -22,18 +18,10 @@ from components.plan.length import continued
 from components.plan.step import arguments_for, runnable_here
 from manifests.spec import JobSpec, changes_of, job_from
 from pipelines.progress import Watcher
+from pipelines.stopping import Stop, Stopped
 from trainer import launcher
-from trainer.errors import ForeseenError
 from trainer.exitcodes import of_process
 from trainer.specbase import SpecError, deep_merge
-
-
-class Stopped(ForeseenError):
-    """The run was stopped by a signal; `code` is 128 + its number."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__("stopped; run the same command again to continue")
-        self.code = code
 
 
 def local_job(
@@ -80,7 +68,7 @@ def run_pipeline(
 
     Raises:
         LaunchError: a step failed; the message names it and says why.
-        Stopped: SIGINT or SIGTERM ended it, each step having been told.
+        Stopped: SIGINT or SIGTERM ended it before its last step was done.
     """
     logs.mkdir(parents=True, exist_ok=True)
     log_path = logs / f"{job.run_name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
@@ -88,10 +76,13 @@ def run_pipeline(
         file = Path(scratch) / "arguments.json"
         file.write_text(json.dumps(arguments), encoding="utf-8")
         command = [sys.executable, "-u", "-m", "pipelines.execute", str(file), f"{scratch}/outputs"]
-        environment = os.environ | {"TMPDIR": scratch} | launcher.named() | ({"YAONGI_VERBOSE": "1"} if verbose else {})
+        stop = Stop(Path(scratch))
+        environment = os.environ | {"TMPDIR": scratch} | launcher.named() | stop.environment
+        environment |= {"YAONGI_VERBOSE": "1"} if verbose else {}
         watcher = Watcher(console, log, verbose=verbose)
         # A session of its own makes one group of all that we start, so that a signal reaches that and nothing else.
         with (
+            stop.handled(),
             subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
@@ -101,32 +92,14 @@ def run_pipeline(
                 env=environment,
                 start_new_session=True,
             ) as child,
-            _signals_to_group_of(child) as received,
         ):
+            stop.reaches(child)
             assert child.stdout is not None
             watcher.follow(child.stdout)
             code = of_process(child.wait())
-    if received:
-        raise Stopped(128 + received[0])
+    if code and stop.received:
+        raise Stopped(128 + stop.received[0])
     if code:
         line = watcher.failure or watcher.last_line
         raise LaunchError(f"{line or f'the pipeline ended with exit code {code}'} (full log: {log_path})", watcher.code)
     return log_path
-
-
-@contextmanager
-def _signals_to_group_of(child: subprocess.Popen[str]) -> Iterator[list[int]]:
-    """Pass SIGINT and SIGTERM on to the child's process group; gives the signals that came."""
-    received: list[int] = []
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        # The first time as asked, then with more force for a step that does not end.
-        os.killpg(child.pid, number if len(received) == 1 else signal.SIGTERM)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

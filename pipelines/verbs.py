@@ -121,7 +121,7 @@ def stop(
     context: typer.Context, run: Run, namespace: Namespace = "", host: Host = "", workdir: Workdir = Path("work")
 ) -> None:
     """Stop a run; a training saves a checkpoint first, from which `resume` goes on."""
-    from pipelines import background, everywhere
+    from pipelines import background, everywhere, view
     from pipelines.runs import Run as LocalRun
     from trainer.checkpoint import latest_step
 
@@ -133,9 +133,18 @@ def stop(
         return
     found = everywhere.find(run, namespace, workdir)
     if isinstance(found, LocalRun):
-        before = latest_step(found.directory)
-        background.stop(workdir, found.name)
-        step = latest_step(found.directory)
+        job = found.job()
+        directory = Path(job.run_dir) if job else found.directory  # that of a cluster's volume for a training there
+        before = latest_step(directory)
+
+        def present() -> str:
+            return view.present_step(background.read(workdir, found.name), view.newest_log(found))
+
+        ended = background.stop(workdir, found.name, present, print)
+        if ended.code == 0:
+            print(f"run {found.name} finished before it could be stopped; see: yaongi status {found.name}")
+            return
+        step = latest_step(directory)
         new = "checkpoint saved" if step > before else "the newest checkpoint is"
         saved, where = f"{new} at step {step}" if step else "it has no checkpoint yet", ""
     else:

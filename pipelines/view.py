@@ -71,7 +71,7 @@ def newest_log(run: Run) -> Path | None:
 
 
 def _running(process: Process | None, log: Path | None) -> tuple[str, str]:
-    step = _present_step(process, log)
+    step = present_step(process, log)
     return "running", f"in step {step}" if step else "starting"
 
 
@@ -93,7 +93,7 @@ def _ended(run: Run, process: Process | None) -> tuple[str, str]:
     return "failed", process.error
 
 
-def _present_step(process: Process | None, log: Path | None) -> str:
+def present_step(process: Process | None, log: Path | None) -> str:
     """The pipeline's step that started last and has not ended."""
     running: list[str] = []
     for line in _lines(log, process):

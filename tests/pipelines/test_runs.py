@@ -183,4 +183,4 @@ def test_a_process_that_was_killed_is_told_from_one_that_was_stopped(job, run, t
     shown = view.of_local(run)
     assert shown.state == "killed" and f"continue: yaongi resume {job.run_name}" in shown.why
     with pytest.raises(LaunchError, match="is not running; see: yaongi status"):
-        background.stop(tmp_path, job.run_name)
+        background.stop(tmp_path, job.run_name, str, print)
