@@ -24,6 +24,7 @@ from typing import IO
 from components.launch import LaunchError
 from components.running import one_line
 from manifests.spec import JobSpec, job_file_text
+from pipelines.options import again
 from pipelines.stopping import ends_at_once
 from trainer.data.manifest import atomic_write
 from trainer.exitcodes import ExitCode
@@ -119,7 +120,7 @@ def _locked(workdir: Path, run: str) -> Iterator[IO[bytes]]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise LaunchError(f"{running(workdir, run)}; follow it: yaongi logs {run} --follow") from None
+                    raise _driven(workdir, run) from None
             time.sleep(0.02)
         yield lock
 
@@ -131,6 +132,10 @@ def running(workdir: Path, run: str) -> str:
         return f"run {run} is already running as another process"
     since = f"{datetime.fromtimestamp(process.started):%Y-%m-%d %H:%M:%S}"
     return f"run {run} is already running as process {process.pid} on {process.host} since {since}"
+
+
+def _driven(workdir: Path, run: str) -> LaunchError:
+    return LaunchError(f"{running(workdir, run)}; follow it: yaongi logs {run} --follow{again(workdir)}")
 
 
 def _write(workdir: Path, process: Process) -> None:
@@ -147,7 +152,7 @@ def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Proc
     """
     run = job.run_name
     if is_alive(workdir, run):
-        raise LaunchError(f"{running(workdir, run)}; follow it: yaongi logs {run} --follow")
+        raise _driven(workdir, run)
     file, console, former = job_file(workdir, run), console_file(workdir, run), _logs(workdir, run)
     folder(workdir).mkdir(parents=True, exist_ok=True)
     atomic_write(file, to_stored_yaml(job))
@@ -197,7 +202,7 @@ def stop(workdir: Path, run: str, step: Callable[[], str], write: Callable[[str]
     """
     process = read(workdir, run)
     if process is None or not is_alive(workdir, run):
-        raise LaunchError(f"run {run} is not running; see: yaongi status {run}")
+        raise LaunchError(f"run {run} is not running; see: yaongi status {run}{again(workdir)}")
     if process.host != socket.gethostname():
         raise LaunchError(f"run {run} runs on {process.host}; stop it there (process {process.pid})")
     os.kill(process.pid, signal.SIGTERM)

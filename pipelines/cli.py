@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from components.running import told
 from pipelines import verbs
@@ -18,6 +19,7 @@ from pipelines.data import app as data_app
 from pipelines.doctor.command import doctor
 from pipelines.lint import lint
 from pipelines.options import Job, Sets, Workdir
+from pipelines.prepare import prepare
 
 EXAMPLES = """
 Train a language model from raw text to a verified export: on this machine, or on Kubernetes.
@@ -42,7 +44,22 @@ Exit codes: 0 done, 2 bad spec or option, 3 a fault of this program, 65 bad data
 missing or in the way, 74 file or volume, 130 and 143 stopped; all of them in docs/exit-codes.md.
 """
 
+# What people do first stands first.
+VERBS = (
+    *("run", "prepare", "train", "evaluate", "export", "generate", "local", "status", "logs", "stop", "resume"),
+    *("describe", "presets", "data", "doctor", "submit", "compile", "render", "lint", "why"),
+)
+
+
+class InOrder(TyperGroup):
+    """Lists the verbs in the order of VERBS."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=VERBS.index)
+
+
 app = typer.Typer(
+    cls=InOrder,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,6 +71,7 @@ app.add_typer(data_app, name="data")
 verbs.register(app)
 app.command()(lint)
 app.command()(doctor)
+app.command()(prepare)
 
 
 def _be_verbose(on: bool) -> None:
@@ -119,7 +137,7 @@ def run(
 
             refuse_taken(spec, changes)
         log = run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=_verbose())
-    show(read_run(spec.run_dir), log, console)
+    show(read_run(spec.run_dir), log, console, workdir)
 
 
 @app.command()

@@ -88,19 +88,48 @@ def stats(
     workdir: Workdir = Path("work"),
 ) -> None:
     """Documents, bytes and tokens of each source."""
-    from trainer.data.inspection import totals
-    from trainer.data.manifest import read_manifest
-
-    directory = _shards(where, sets, workdir)
-    rows = totals(directory, read_manifest(directory, "shards"))
-    # A file or a pipe has room for whole lines.
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
-    console.print(_table(rows, directory), crop=False)
+    rows = print_tokens(_shards(where, sets, workdir))
     if plot:
         from pipelines.data_plot import draw
 
         draw(rows, plot)
         print(f"wrote {plot}")
+
+
+def print_amounts(job: JobSpec, stage: str) -> None:
+    """What a job's data steps up to `stage` have made: documents, bytes and, of shards, tokens of each source."""
+    from trainer.data.manifest import read_manifest
+
+    if stage == "shards":
+        print_tokens(Path(job.stage_dir("shards")))
+        return
+    raw = read_manifest(Path(job.stage_dir("raw")), "raw")
+    table = Table(title=f"Text by source ({job.stage_dir('raw')})", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("source", no_wrap=True)
+    table.add_column("licence")
+    for title in ("documents", "bytes of text"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, source in raw.sources.items():
+        counts = raw.counts(name)
+        table.add_row(f"{name} ({source.domain})", source.licence, f"{counts.documents:,}", f"{counts.text_bytes:,}")
+    _whole_lines().print(table, crop=False)
+    if stage != "download" and job.hygiene.enabled:
+        print(f"what training leaves out of it, and why: {job.stage_dir('hygiene')}/report.md")
+
+
+def print_tokens(shards: Path) -> list[SourceTotals]:
+    """Print the table of a shards directory; its rows."""
+    from trainer.data.inspection import totals
+    from trainer.data.manifest import read_manifest
+
+    rows = totals(shards, read_manifest(shards, "shards"))
+    _whole_lines().print(_table(rows, shards), crop=False)
+    return rows
+
+
+def _whole_lines() -> Console:
+    """A file or a pipe has room for whole lines."""
+    return Console(width=None if sys.stdout.isatty() else WIDE)
 
 
 def _table(rows: list[SourceTotals], directory: Path) -> Table:

@@ -1,6 +1,6 @@
 """Run the pipeline object under kfp.local: the process behind `yaongi run`, which watches and shows what it prints.
 
-    python -m pipelines.execute ARGUMENTS.json PIPELINE_ROOT
+    python -m pipelines.execute ARGUMENTS.json PIPELINE_ROOT [STAGE]
 
 A process of its own, because kfp.local writes to stdout, replaces print and knows no way to be stopped.
 """
@@ -14,6 +14,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 from components.quick import quick_imports
 from components.running import told_to_stop
@@ -37,6 +38,8 @@ def main() -> int:
 
     if number := told_to_stop():
         return 128 + number
+    if stage := "".join(sys.argv[3:4]):
+        cut_after(stage, pretrain.pipeline_spec)
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=sys.argv[2])
     try:
         pretrain(**arguments)
@@ -44,6 +47,17 @@ def main() -> int:
         print(error)
         return 1
     return 0
+
+
+def cut_after(stage: str, pipeline: Any) -> None:
+    """Take out of a compiled pipeline (kfp's PipelineSpec) what `stage` does not need."""
+    (dag,) = (each.dag for each in pipeline.components.values() if stage in each.dag.tasks)
+    needed, found = set[str](), [stage]
+    while found:
+        needed.add(name := found.pop())
+        found += dag.tasks[name].dependent_tasks
+    for name in set(dag.tasks) - needed:
+        del dag.tasks[name]
 
 
 def _end_with(launcher: Launcher) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,15 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the job: train.steps=20; repeatable."),
 ]
+WORKDIR = Path("work")
 Workdir = Annotated[Path, typer.Option(help="Folder for data, checkpoints and logs of local runs.")]
 Namespace = Annotated[
     str, typer.Option("--namespace", "-n", help="Kubernetes namespace; without it the kubeconfig context's.")
 ]
+
+
+def again(workdir: Path, sets: list[str] | None = None) -> str:
+    """The options that were given, for a command that a message names."""
+    words = [word for each in sets or [] for word in ("--set", each)]
+    words += ["--workdir", str(workdir)] if workdir != WORKDIR else []
+    return "".join(f" {shlex.quote(word)}" for word in words)

@@ -62,9 +62,12 @@ def _require_writable(field: str, directory: Path, target: str) -> None:
 
 
 def run_pipeline(
-    job: JobSpec, arguments: dict[str, Any], *, logs: Path, console: Console, verbose: bool = False
+    job: JobSpec, arguments: dict[str, Any], *, logs: Path, console: Console, verbose: bool = False, until: str = ""
 ) -> Path:
     """Execute the pipeline with `arguments`, showing its steps; returns the file in `logs` with all that was printed.
+
+    Args:
+        until: the data stage after which it ends; "" for none.
 
     Raises:
         LaunchError: a step failed; the message names it and says why.
@@ -75,7 +78,15 @@ def run_pipeline(
     with tempfile.TemporaryDirectory(prefix="yaongi-") as scratch, log_path.open("w", encoding="utf-8") as log:
         file = Path(scratch) / "arguments.json"
         file.write_text(json.dumps(arguments), encoding="utf-8")
-        command = [sys.executable, "-u", "-m", "pipelines.execute", str(file), f"{scratch}/outputs"]
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "pipelines.execute",
+            str(file),
+            f"{scratch}/outputs",
+            *([until] if until else []),
+        ]
         stop = Stop(Path(scratch))
         environment = os.environ | {"TMPDIR": scratch} | launcher.named() | stop.environment
         environment |= {"YAONGI_VERBOSE": "1"} if verbose else {}

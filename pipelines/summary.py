@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.text import Text
 
 from components.summary.step import RunSummary
+from pipelines.options import again
 
 
-def show(run: RunSummary, log: Path, console: Console) -> None:
+def show(run: RunSummary, log: Path, console: Console, workdir: Path) -> None:
     """Print the run's numbers, places and one sample; a line is never wrapped, so that paths can be copied."""
     console.print(Text(f"\n{run.name}", style="bold green"))
     for label, value in [*run.rows(), ("log", str(log))]:
@@ -18,4 +19,6 @@ def show(run: RunSummary, log: Path, console: Console) -> None:
     for prompt, text in run.samples[:1]:
         line = Text.assemble(("sample          ", "bold"), (prompt, "underline"), text.replace("\n", " "))
         console.print(line, soft_wrap=True)
-    console.print(f"\n[dim]yaongi generate {run.name} --prompt '…'  continues a text with this model[/dim]")
+    console.print(
+        f"\n[dim]yaongi generate {run.name} --prompt '…'{again(workdir)}  continues a text with this model[/dim]"
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from pipelines.options import Job, Sets, Workdir
+from pipelines.options import Job, Sets, Workdir, again
 from pipelines.why import why
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def local(job: Job, sets: Sets = None, workdir: Workdir = Path("work")) -> None:
         from pipelines.ports import refuse_taken
 
         refuse_taken(spec, changes)
-    _say_started(background.start(spec, workdir, Path.cwd()))
+    _say_started(background.start(spec, workdir, Path.cwd()), workdir)
 
 
 def status(
@@ -142,7 +142,8 @@ def stop(
 
         ended = background.stop(workdir, found.name, present, print)
         if ended.code == 0:
-            print(f"run {found.name} finished before it could be stopped; see: yaongi status {found.name}")
+            name = found.name
+            print(f"run {name} finished before it could be stopped; see: yaongi status {name}{again(workdir)}")
             return
         step = latest_step(directory)
         new = "checkpoint saved" if step > before else "the newest checkpoint is"
@@ -151,7 +152,7 @@ def stop(
         from pipelines import remote
 
         saved, where = remote.stop(found, workdir, print), f" -n {found.cluster.namespace}"
-    print(f"stopped {found.name}; {saved}; continue: yaongi resume {found.name}{where}")
+    print(f"stopped {found.name}; {saved}; continue: yaongi resume {found.name}{where}{again(workdir)}")
 
 
 def resume(run: Run, sets: Sets = None, namespace: Namespace = "", workdir: Workdir = Path("work")) -> None:
@@ -194,7 +195,7 @@ def resume(run: Run, sets: Sets = None, namespace: Namespace = "", workdir: Work
         print(f"run {found.name} is finished: {spec.train.steps:,} steps, model in {found.directory / 'export'}")
         return
     process = background.read(workdir, found.name)
-    _say_started(background.start(spec, workdir, Path(process.cwd) if process else Path.cwd()))
+    _say_started(background.start(spec, workdir, Path(process.cwd) if process else Path.cwd()), workdir)
 
 
 def _is_finished(job: JobSpec) -> bool:
@@ -225,6 +226,10 @@ def _check_host(context: typer.Context, run: str) -> None:
     )
 
 
-def _say_started(process: Process) -> None:
+def _say_started(process: Process, workdir: Path) -> None:
     print(f"run {process.run} runs in the background (process {process.pid})")
-    print(f"follow it: yaongi logs {process.run} --follow; how far: yaongi status; end it: yaongi stop {process.run}")
+    place = again(workdir)
+    print(
+        f"follow it: yaongi logs {process.run} --follow{place}; how far: yaongi status{place}; "
+        f"end it: yaongi stop {process.run}{place}"
+    )

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from components.running import DONE, MOVED, STARTED
-from pipelines import background
+from pipelines import background, options
 from pipelines.background import Process
 from pipelines.runs import Run
 from pipelines.standing import Standing, of_directory
@@ -76,7 +76,7 @@ def _running(process: Process | None, log: Path | None) -> tuple[str, str]:
 
 
 def _ended(run: Run, process: Process | None) -> tuple[str, str]:
-    again = f"continue: yaongi resume {run.name}"
+    again = f"continue: yaongi resume {run.name}{options.again(run.workdir)}"
     if process is None:
         result = read_json(run.directory / "result.json")
         done = result is not None and (run.directory / "export" / "manifest.json").is_file()

@@ -35,4 +35,8 @@ def left_out(reports: Iterable[pytest.TestReport]) -> str:
         if isinstance(report.longrepr, tuple)
     )
     each = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
-    return f"{reasons.total()} tests were left out on this machine: {each}" if reasons else ""
+    return (
+        f"{reasons.total()} test{'s were' if reasons.total() > 1 else ' was'} left out on this machine: {each}"
+        if reasons
+        else ""
+    )

@@ -5,6 +5,7 @@ import sys
 import pytest
 import yaml
 
+from pipelines import cli
 from pipelines.compile import COMMITTED
 from pipelines.doctor import machine
 from trainer import __version__
@@ -173,3 +174,9 @@ def test_doctor_fails_on_a_machine_that_cannot_run(yaongi, monkeypatch):
     code, output, _ = yaongi("doctor")
     assert code == 1
     assert re.search(r"disk +no ", output)
+
+
+def test_help_lists_every_verb_and_begins_with_run(yaongi):
+    code, shown, _ = yaongi("--help")
+    verbs = re.findall(r"^│ ([a-z]+) ", shown.partition("Commands")[2], re.M)
+    assert code == 0 and verbs == list(cli.VERBS)

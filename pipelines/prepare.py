@@ -1,0 +1,43 @@
+"""`yaongi prepare`: the pipeline's data steps alone, then what they made, for a person to decide about."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipelines.options import Job, Sets, Workdir, again
+
+
+class Stage(StrEnum):
+    """A data step, after which it can end."""
+
+    DOWNLOAD = "download"
+    HYGIENE = "hygiene"
+    TOKENIZER = "tokenizer"
+    SHARDS = "shards"
+
+
+def prepare(
+    job: Job,
+    sets: Sets = None,
+    until: Annotated[Stage, typer.Option(help="The last step to take.")] = Stage.SHARDS,
+    workdir: Workdir = Path("work"),
+) -> None:
+    """Prepare a job's data alone and show how much there is of what; `run` goes on from there."""
+    from pipelines.data import print_amounts
+    from pipelines.run import local_job, run_pipeline
+    from pipelines.stopping import ends_at_once
+    from trainer.specbase import changes_from_sets
+
+    console, verbose = Console(), bool(os.environ.get("YAONGI_VERBOSE"))
+    spec, arguments = local_job(job, changes_from_sets(sets or []), target="local", workdir=workdir)
+    with ends_at_once():
+        run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=verbose, until=until.value)
+        print_amounts(spec, until.value)
+    next_one = "run" if until is Stage.SHARDS else "prepare"
+    print(f"next: yaongi {next_one} {job}{again(workdir, sets)}")

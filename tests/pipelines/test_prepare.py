@@ -1,0 +1,41 @@
+"""Data is prepared alone, a stage at a time, by the pipeline's own steps; the run goes on from it."""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+
+import pytest
+from small_job import small_job
+
+from pipelines.execute import cut_after
+from pipelines.prepare import Stage
+from pipelines.pretrain import pretrain
+
+TASKS = ["plan", "download", "hygiene", "tokenizer", "for-loop", "shards"]
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_the_pipeline_is_cut_off_after_a_stage(stage: Stage) -> None:
+    spec = deepcopy(pretrain.pipeline_spec)
+    cut_after(stage.value, spec)
+    (dag,) = (each.dag for each in spec.components.values() if "plan" in each.dag.tasks)
+    names = {re.sub(r"-\d+$", "", name) for name in dag.tasks}  # loops are numbered through a process
+    assert names == set(TASKS[: TASKS.index(stage.value) + 1])
+    assert "cleanup" in spec.root.dag.tasks
+
+
+def test_what_was_made_is_shown_and_no_run_begins(yaongi, tmp_path) -> None:
+    job = str(small_job(tmp_path))
+    code, out, error = yaongi("prepare", job, "--until", "download", "--set", "seed=1", "--workdir", "w")
+    assert code == 2 and "train.seed" in error
+    code, out, error = yaongi("prepare", job, "--until", "hygiene", "--set", "train.seed=1", "--workdir", "w")
+    assert code == 0, error
+    assert "prose (en)" in out and "300" in out and "train tokens" not in out
+    assert out.endswith(f"next: yaongi prepare {job} --set train.seed=1 --workdir w\n")
+    code, out, error = yaongi("prepare", job, "--workdir", "w")
+    assert code == 0, error
+    assert "train tokens" in out and out.endswith(f"next: yaongi run {job} --workdir w\n")
+    assert (
+        not any((tmp_path / "w" / "checkpoints").glob("runs/*")) and "no runs" in yaongi("status", "--workdir", "w")[1]
+    )
