@@ -63,6 +63,10 @@ def cut_after(stage: str, pipeline: Any) -> None:
 def _end_with(launcher: Launcher) -> None:
     """If `yaongi run` was killed, stop what it started: nobody watches it any more."""
     launcher.wait()
+    # Nobody reads either: what is printed must not end this process before the steps have.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     os.killpg(0, signal.SIGTERM)
 
 

@@ -55,7 +55,7 @@ def run_entrypoint(task: str, spec_file: str, ranks: int, sets: Sequence[str] = 
             errors="replace",
             start_new_session=True,
         ) as child,
-        _forwarding_to(child),
+        _forwarding_to(child) as passed_on,
     ):
         assert child.stdout is not None
         try:
@@ -64,7 +64,8 @@ def run_entrypoint(task: str, spec_file: str, ranks: int, sets: Sequence[str] = 
                     print(line, end="", flush=True)
         except BaseException:
             # Nobody reads our output any more, most likely: whoever started us was killed. The trainer goes with us.
-            child.terminate()
+            if not passed_on:
+                child.terminate()
             raise
         code = of_process(child.wait())
         reason = _reason(told.read())
@@ -86,13 +87,22 @@ def environment(ranks: int) -> dict[str, str]:
 
 
 @contextmanager
-def _forwarding_to(child: subprocess.Popen[str]) -> Iterator[None]:
+def _forwarding_to(child: subprocess.Popen[str]) -> Iterator[list[int]]:
+    """Pass stop signals on; gives those that were.
+
+    The second one makes the trainer go without a checkpoint. Once what started this process is gone, nobody is there to
+    be so impatient: then one is enough, from however many that see that end it comes.
+    """
+    started_by, passed_on = launcher.Launcher(), list[int]()
+
     def forward(number: int, _frame: FrameType | None) -> None:
-        child.send_signal(number)
+        if not (passed_on and started_by.is_gone()):
+            passed_on.append(number)
+            child.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
-        yield
+        yield passed_on
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from components.launch import LaunchError, local
-from trainer import exitcodes
+from trainer import exitcodes, launcher
 
 STAND_IN = """
 import json, os, signal, sys, time
@@ -133,3 +133,22 @@ def ends(pid: str) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def test_a_stop_is_repeated_by_people_only(monkeypatch):
+    """The second one costs the checkpoint, so what several processes send for one reason arrives once."""
+    sent: list[int] = []
+    child = type("Child", (), {"send_signal": staticmethod(sent.append)})
+    with subprocess.Popen(["sleep", "600"]) as launching:
+        monkeypatch.setenv(launcher.VARIABLE, str(launching.pid))
+        with local._forwarding_to(child) as passed_on:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            assert sent == passed_on == [signal.SIGINT, signal.SIGTERM]
+        sent.clear()
+        with local._forwarding_to(child):
+            launching.kill()
+            launching.wait()
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert sent == [signal.SIGTERM]
