@@ -133,9 +133,11 @@ def run(
     spec, arguments = local_job(job, changes, target=target, workdir=workdir)
     with driving(spec, workdir):
         if target == "local":
+            from components.plan.feasible import refuse_hopeless
             from pipelines.ports import refuse_taken
 
             refuse_taken(spec, changes)
+            refuse_hopeless(spec, train=True)
         log = run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=_verbose())
     show(read_run(spec.run_dir), log, console, workdir)
 

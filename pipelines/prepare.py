@@ -29,6 +29,7 @@ def prepare(
     workdir: Workdir = Path("work"),
 ) -> None:
     """Prepare a job's data alone and show how much there is of what; `run` goes on from there."""
+    from components.plan.feasible import refuse_hopeless
     from pipelines.data import print_amounts
     from pipelines.run import local_job, run_pipeline
     from pipelines.stopping import ends_at_once
@@ -36,6 +37,7 @@ def prepare(
 
     console, verbose = Console(), bool(os.environ.get("YAONGI_VERBOSE"))
     spec, arguments = local_job(job, changes_from_sets(sets or []), target="local", workdir=workdir)
+    refuse_hopeless(spec, train=False)
     with ends_at_once():
         run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=verbose, until=until.value)
         print_amounts(spec, until.value)

@@ -109,12 +109,7 @@ def shared_memory(minimum_gib: float | None, path: Path = SHARED_MEMORY) -> Meas
 
 def _free(spec: TrainSpec, directory: Path) -> float:
     """Free bytes of the checkpoint volume; enough for what the run is going to keep there besides what it has."""
-    memory = training_memory(spec.model, spec.optimizer)
-    size = memory.weights + memory.optimizer
-    # A new checkpoint is complete before the oldest goes, and the newest from before the decay stays.
-    planned = -(-spec.steps // spec.checkpoint.every_steps)
-    most = spec.checkpoint.keep_last + 1 + (spec.decay_begins < spec.steps)
-    missing = max(1, min(most, planned) - len(published(directory)))
+    missing, size = checkpoints_to_come(spec, directory)
     status = os.statvfs(directory)
     free = status.f_bavail * status.f_frsize + _leftover(directory)
     if status.f_blocks and free < missing * size:  # some network file systems do not tell
@@ -123,6 +118,15 @@ def _free(spec: TrainSpec, directory: Path) -> float:
             f"of {gibibytes(size)}); free space, enlarge the volume, or lower train.checkpoint.keep_last",
         )
     return free
+
+
+def checkpoints_to_come(spec: TrainSpec, directory: Path) -> tuple[int, int]:
+    """(number, bytes of each) of the checkpoints for which a run will need room beside those that it has."""
+    memory = training_memory(spec.model, spec.optimizer)
+    # A new checkpoint is complete before the oldest goes, and the newest from before the decay stays.
+    planned = -(-spec.steps // spec.checkpoint.every_steps)
+    most = spec.checkpoint.keep_last + 1 + (spec.decay_begins < spec.steps)
+    return max(1, min(most, planned) - len(published(directory))), memory.weights + memory.optimizer
 
 
 def _leftover(directory: Path) -> int:

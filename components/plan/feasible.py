@@ -1,0 +1,79 @@
+"""Refuse what cannot work on this machine before anything is downloaded: disk, memory, time. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from manifests.spec import BYTES_PER_TOKEN, DOWNLOAD_MARGIN, JobSpec
+from trainer.data.manifest import MANIFEST_NAME
+from trainer.errors import SpecError, VolumeError
+from trainer.flops import flops_per_token
+from trainer.hostmemory import limit_bytes
+from trainer.memory import refuse_too_large
+from trainer.preflight.measured import gibibytes
+from trainer.preflight.storage import checkpoints_to_come
+
+TOKEN_BYTES = 2  # of vocabularies below 65,536
+FLOPS_PER_CORE = 2e10  # of a core of a server, FP32, in this trainer: `tiny` on two cores
+MOST_DAYS = 60
+DEVICES = Path("/dev")
+GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # CUDA, ROCm, a GPU under Windows
+
+
+def refuse_hopeless(job: JobSpec, *, train: bool) -> None:
+    """Refuse a job for this machine; what can only be guessed is judged in its favour.
+
+    Args:
+        train: also what comes after the data.
+
+    Raises:
+        VolumeError: a volume has not the room for the data and checkpoints to come.
+        SpecError: the model's state exceeds the memory, or the processors would take months; write
+            train.runtime.device cpu to insist.
+    """
+    _refuse_too_little_disk(job, train)
+    device = job.train.runtime.device
+    if train and (device == "cpu" or (device == "auto" and not has_gpu())):
+        spec, ranks = job.train_spec(), job.cluster.ranks_per_node
+        refuse_too_large(spec, job.layout(), limit_bytes() // ranks, "which, without a GPU,")
+        cores = len(os.sched_getaffinity(0))
+        flops = flops_per_token(spec.model, spec.tokens.seq_len) * spec.steps * spec.batch.tokens_per_step
+        days = flops / (FLOPS_PER_CORE * cores) / 86_400
+        if days > MOST_DAYS and device == "auto":
+            raise SpecError(
+                f"train: {spec.steps:,} steps of this model take about {days:,.0f} days on {cores} cores without a "
+                "GPU; use a GPU or a cluster, fewer steps, or the preset tiny or small; to insist, write "
+                "train.runtime.device: cpu"
+            )
+
+
+def has_gpu() -> bool:
+    return any(any(DEVICES.glob(name)) for name in GPU_DEVICES)
+
+
+def _refuse_too_little_disk(job: JobSpec, train: bool) -> None:
+    wanted = {Path(job.storage.datasets_dir): _data_to_come(job)}
+    if train:
+        directory, (number, size) = Path(job.run_dir), checkpoints_to_come(job.train_spec(), Path(job.run_dir))
+        wanted[directory] = number * size
+    volumes: dict[int, tuple[Path, float, float]] = {}
+    for directory, needed in wanted.items():
+        place = next(path for path in (directory, *directory.parents) if path.exists())
+        status = os.statvfs(place)
+        free = status.f_bavail * status.f_frsize if status.f_blocks else float("inf")  # some do not tell
+        first, before, _ = volumes.get(place.stat().st_dev, (directory, 0.0, free))
+        volumes[place.stat().st_dev] = (first, before + needed, free)
+    for directory, needed, free in volumes.values():
+        if needed > free:
+            raise VolumeError(
+                f"{directory} has {gibibytes(free)} free, the job needs about {gibibytes(needed)} there; free space, "
+                "enlarge the volume, or lower data.max_bytes_per_source, train.steps or train.checkpoint.keep_last"
+            )
+
+
+def _data_to_come(job: JobSpec) -> float:
+    """Bytes of text and of token files that are still to be written."""
+    text = sum(job.byte_budget(name) or 0 for name in job.data.sources) / DOWNLOAD_MARGIN
+    sizes = {"raw": text, "shards": text / BYTES_PER_TOKEN * TOKEN_BYTES}
+    return sum(size for stage, size in sizes.items() if not (Path(job.stage_dir(stage)) / MANIFEST_NAME).exists())
