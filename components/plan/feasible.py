@@ -32,7 +32,6 @@ def refuse_hopeless(job: JobSpec, *, train: bool) -> None:
         SpecError: the model's state exceeds the memory, or the processors would take months; write
             train.runtime.device cpu to insist.
     """
-    _refuse_too_little_disk(job, train)
     device = job.train.runtime.device
     if train and (device == "cpu" or (device == "auto" and not has_gpu())):
         spec, ranks = job.train_spec(), job.cluster.ranks_per_node
@@ -46,6 +45,7 @@ def refuse_hopeless(job: JobSpec, *, train: bool) -> None:
                 "GPU; use a GPU or a cluster, fewer steps, or the preset tiny or small; to insist, write "
                 "train.runtime.device: cpu"
             )
+    _refuse_too_little_disk(job, train)
 
 
 def has_gpu() -> bool:
