@@ -64,7 +64,7 @@ class Prometheus:
             targets: (port on this machine, labels of its series).
             interval: between scrapes, in seconds.
         """
-        self.port, self.interval = port, interval
+        self.port, self.interval, self._targets = port, interval, len(targets)
         static = [{"targets": [f"127.0.0.1:{port}"], "labels": dict(labels)} for port, labels in targets]
         config = {
             "global": {"scrape_interval": f"{interval * 1000:g}ms", "scrape_timeout": f"{interval * 1000:g}ms"},
@@ -83,6 +83,8 @@ class Prometheus:
     def __enter__(self) -> Prometheus:
         self._process = subprocess.Popen(self._command)
         wait_for("Prometheus", self._is_ready, timeout=30)
+        # It serves seconds before it scrapes; what lives shorter would be missed.
+        wait_for("its first scrapes", lambda: len(self.ask("query", query="up")["result"]) == self._targets, timeout=60)
         return self
 
     def __exit__(self, *_: object) -> None:
