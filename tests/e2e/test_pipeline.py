@@ -16,9 +16,11 @@ from kube import TRAINER_IMAGE, pod
 from pipeline_run import RUN_TIMEOUT, SETS, STEPS, PipelineRun, losses
 from scrape import Prometheus
 
+from components.running import FAILED
 from manifests.kinds import PYTORCHJOB
 from manifests.names import job_name
 from manifests.spec import load_job
+from trainer.exitcodes import ExitCode
 from trainer.specbase import changes_from_sets
 
 pytestmark = pytest.mark.e2e
@@ -113,5 +115,5 @@ def test_a_run_that_cannot_work_ends_red_and_says_why(
 
 def test_the_launcher_step_alone_says_that_shards_are_missing(first: PipelineRun) -> None:
     run = PipelineRun.start_training(first.namespace, "no-shards", "data.heldout_fraction=0.03").finish()
-    assert run.code not in (0, -1)
-    assert run.job.stage_dir("shards") in [line for line in run.log.splitlines() if "error:" in line][-1]
+    said = [found for line in run.log.splitlines() if (found := FAILED.fullmatch(line))][-1]
+    assert run.job.stage_dir("shards") in said["message"] and run.code == int(said["code"]) == ExitCode.DATA

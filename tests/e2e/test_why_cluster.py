@@ -56,7 +56,10 @@ CAUSES: dict[str, tuple[list[Change], str]] = {
     "suspended": ([in_policy(suspend=True)], r'^suspended: somebody has suspended it.*"runPolicy":\{"suspend":false'),
     "managed": ([in_policy(managedBy="kueue.x-k8s.io/multikueue")], r"^queued: it is left to 'kueue.x-k8s.io/multik"),
     "badspec": ([shell("sleep 1; exit 2")], r"^failed: badspec-worker-0 on node \S+ exited 2 \(bad spec\)"),
-    "traceback": ([shell("echo boom; exit 1")], r"^failed: .*exited 1 \(unexpected error.*: boom; the log says more"),
+    "traceback": (
+        [shell("echo boom; exit 1")],
+        r"^failed: .*exited 1 \(ended without a word.*: boom; the log says more",
+    ),
     "looping": (
         [shell("echo boom; exit 3"), restarting("OnFailure")],
         r"^restarting: looping-worker-0 crashes again and again, (once|\d+ times) so far: exit code 3 .*: boom",
