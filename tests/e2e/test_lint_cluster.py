@@ -10,7 +10,8 @@ import pytest
 from kube import Namespace, Object, wait_for
 from kubernetes.client.exceptions import ApiException
 from launching import BUSYBOX
-from lint_cases import BROKEN, changed, good
+from lint_cases import BROKEN
+from lint_manifests import changed, good
 
 from components.launch.kubernetes_api import RESOURCES, Cluster
 from manifests.kinds import PYTORCHJOB

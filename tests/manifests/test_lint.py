@@ -11,7 +11,8 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lint_cases import ALONG, BROKEN, MASTER, NOT_ELASTIC, OF_TEXT, changed, good
+from lint_cases import ALONG, BROKEN, OF_TEXT
+from lint_manifests import MASTER, NOT_ELASTIC, changed, good
 
 from manifests import generate
 from manifests.kinds import KINDS
