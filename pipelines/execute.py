@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from components.plan.enough import DATA_ALONE_VARIABLE
 from components.quick import quick_imports
 from components.running import told_to_stop
 from trainer.launcher import Launcher, named
@@ -39,6 +40,7 @@ def main() -> int:
     if number := told_to_stop():
         return 128 + number
     if stage := "".join(sys.argv[3:4]):
+        os.environ[DATA_ALONE_VARIABLE] = stage
         cut_after(stage, pretrain.pipeline_spec)
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=sys.argv[2])
     try:

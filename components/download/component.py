@@ -7,8 +7,12 @@ from components.images import PIPELINE_IMAGE
 def download(job: str) -> str:
     """Fetch the sources' documents onto the datasets volume; returns a StageResult (JSON)."""
     from components.download.step import run
+    from components.plan.enough import text_suffices
     from components.running import step
     from manifests.spec import job_from_json
 
     with step("download"):
-        return run(job_from_json(job)).to_json()
+        spec = job_from_json(job)
+        result = run(spec)
+        text_suffices(spec, result)
+        return result.to_json()

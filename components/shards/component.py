@@ -19,10 +19,14 @@ def encode(part: str) -> str:
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
 def shards(job: str, raw: str, tokenizer: str, after: list) -> str:
     """Make token files of what the ranges after which it runs encoded; returns a StageResult (JSON)."""
+    from components.plan.enough import tokens_suffice
     from components.running import step
     from components.shards.step import run
     from manifests.spec import job_from_json
     from trainer.data.manifest import StageResult
 
     with step("shards"):
-        return run(job_from_json(job), StageResult.from_json(raw), StageResult.from_json(tokenizer)).to_json()
+        spec = job_from_json(job)
+        result = run(spec, StageResult.from_json(raw), StageResult.from_json(tokenizer))
+        tokens_suffice(spec, result)
+        return result.to_json()

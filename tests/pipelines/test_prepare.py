@@ -39,3 +39,13 @@ def test_what_was_made_is_shown_and_no_run_begins(yaongi, tmp_path) -> None:
     assert (
         not any((tmp_path / "w" / "checkpoints").glob("runs/*")) and "no runs" in yaongi("status", "--workdir", "w")[1]
     )
+
+
+def test_too_little_data_is_said_by_the_data_steps(yaongi, tmp_path) -> None:
+    many = ["--set", "train.steps=100000", "--set", "data.sources.prose.max_epochs=1", "--workdir", "w"]
+    job = str(small_job(tmp_path))
+    code, out, error = yaongi("run", job, *many)
+    assert code == 65 and "▶ hygiene" not in out, out
+    assert error.startswith("error: download: source 'prose' would need")
+    code, out, error = yaongi("prepare", job, "--until", "download", *many)
+    assert code == 0 and "too little for train.steps 100,000: source 'prose'" in out, error

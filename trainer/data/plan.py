@@ -11,13 +11,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
-from math import ceil, floor
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.enough import Amount, end_of, no_tokens, refuse_too_little, stages_of
 from trainer.data.manifest import DataError
 from trainer.data.mixture import Mixture
 from trainer.data.order import DEBTS_PAID_VERSION, ORDER_VERSION, SourceOrder
@@ -97,9 +96,7 @@ class TokenStream:
         cursor: Cursor | None = None,
     ) -> None:
         self.names = list(mix)
-        first = {name: source.weight for name, source in mix.items()}
-        later = [(stage.from_tokens, stage.weights) for stage in curriculum if stage.weights is not None]
-        self._stages = [(0, first), *later]
+        self._stages = stages_of(mix, curriculum)
         self._mixture = Mixture(self.names, self._stages)
         if (
             cursor
@@ -112,9 +109,7 @@ class TokenStream:
         self._orders = [SourceOrder(name, lengths[name], seed) for name in self.names]
         for order in self._orders:
             if not order.tokens:
-                raise DataError(
-                    f"source '{order.name}' has no training tokens; remove it from the mix or add documents"
-                )
+                raise no_tokens(order.name)
         self._skip = sorted(skip)
         if cursor is not None:
             self._check(cursor)
@@ -174,27 +169,12 @@ class TokenStream:
     def check_caps(self, tokens: int) -> None:
         """Refuse a run of `tokens` more tokens that would repeat a source beyond its `max_epochs`.
 
-        A source ends at most one document above its share, so the check is safe and nothing fails later. Not counted is
-        what a source that a stage leaves out was owed, a few documents that the others then give.
-
         Raises:
-            DataError: names source, tokens needed, tokens allowed and the remedy.
+            DataError: as `refuse_too_little`.
         """
-        end = self.position + tokens
-        for first, last in self._skip:
-            if first < end and last > self.position:
-                end += last - max(first, self.position)
-        for order, entitled, drawn in zip(self._orders, self._mixture.entitled(end), self._drawn, strict=True):
-            share = -(-entitled // self._mixture.scale)
-            needed = max(drawn, min(end, share + order.longest - 1))
-            cap = self._mix[order.name].max_epochs
-            allowed = floor(Fraction(repr(cap)) * order.tokens)
-            if needed > allowed:
-                raise DataError(
-                    f"source '{order.name}' would need {needed:,} tokens, but {order.tokens:,} × max_epochs {cap:g} = "
-                    f"{allowed:,}; get more of it, lower its weight, raise its max_epochs to "
-                    f"{ceil(100 * needed / order.tokens) / 100:g} or train for fewer steps"
-                )
+        amounts = [Amount(order.tokens, order.longest) for order in self._orders]
+        end = end_of(self.position, tokens, self._skip)
+        refuse_too_little(self._mixture, self._mix, dict(zip(self.names, amounts, strict=True)), end, self._drawn)
 
     def epochs(self, cursor: Cursor) -> dict[str, float]:
         """How often each source had been gone through when the stream stood at `cursor`."""
