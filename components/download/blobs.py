@@ -10,28 +10,30 @@ import gzip
 import hashlib
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self
+from functools import partial
 
 import urllib3
 
-from components.download.retry import LONGEST_PAUSE_SECONDS, count_retry
+from components.download.retry import retried
 from components.download.texts import Row, unicode_text
 from manifests.dataspec import BlobsSpec
 from trainer.data.manifest import DataError
 
-ATTEMPTS, BACKOFF_SECONDS, MAX_WAIT_SECONDS = 8, 0.5, 60.0
+ATTEMPTS, BACKOFF_SECONDS, MAX_WAIT_SECONDS = 9, 1.0, 60.0
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 MISSING_STATUS = (403, 404, 410)  # a bucket that may not be listed answers 403 for what it does not hold
+ONCE = urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5, raise_on_status=False)
 LOOKAHEAD = 4  # requests in waiting for each worker
 
 
-class _CountedRetry(urllib3.Retry):
-    def increment(self, *args: Any, **kwargs: Any) -> Self:
-        again = super().increment(*args, **kwargs)  # raises when there were enough
-        count_retry()
-        return again
+class _BusyError(Exception):
+    """An answer that says to ask again."""
+
+    def __init__(self, status: int, headers: Mapping[str, str]) -> None:
+        super().__init__(f"it answered {status}")
+        self.status, self.headers = status, headers
 
 
 def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str | None]:
@@ -42,17 +44,18 @@ def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str |
     Raises:
         DataError: an id that is none, or a server that cannot be reached, also after retries.
     """
-    retry = _CountedRetry(
-        total=ATTEMPTS,
-        backoff_factor=BACKOFF_SECONDS,
-        backoff_max=MAX_WAIT_SECONDS,
-        backoff_jitter=BACKOFF_SECONDS,
-        status_forcelist=TRANSIENT_STATUS,
-        raise_on_status=True,
-        retry_after_max=int(LONGEST_PAUSE_SECONDS),
-    )
     # The object itself is gzip; decoding as the transport's encoding is left off so that bytes are what the bucket has.
-    pool = urllib3.PoolManager(maxsize=spec.workers, block=True, retries=retry, timeout=urllib3.Timeout(30, read=60))
+    pool = urllib3.PoolManager(maxsize=spec.workers, block=True, retries=ONCE, timeout=urllib3.Timeout(30, read=60))
+    bucket = f"contents of {spec.url.partition('{id}')[0]}"
+
+    def ask(url: str) -> urllib3.BaseHTTPResponse:
+        try:
+            answer = pool.request("GET", url, decode_content=False)
+        except urllib3.exceptions.MaxRetryError as error:
+            raise error.reason or error from None  # without the id: requests that fail alike are told once
+        if answer.status in TRANSIENT_STATUS:
+            raise _BusyError(answer.status, answer.headers)
+        return answer
 
     def fetch(where: str, row: Row) -> str | None:
         name = row[0]
@@ -60,8 +63,8 @@ def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str |
             raise DataError(f"{where}: '{name}' is no id of a content; set text_column to the column of ids")
         url = spec.url.replace("{id}", name)
         try:
-            answer = pool.request("GET", url, decode_content=False)
-        except urllib3.exceptions.HTTPError as error:
+            answer = retried(bucket, partial(ask, url), _is_transient, ATTEMPTS, BACKOFF_SECONDS, MAX_WAIT_SECONDS)
+        except (_BusyError, urllib3.exceptions.HTTPError) as error:
             raise DataError(
                 f"{where}: {url} cannot be read ({_line(error)}); check the network and run again"
             ) from None
@@ -103,6 +106,10 @@ def _decoded(content: bytes, encoding: object) -> str:
         return unicode_text(content.decode(str(encoding or "utf-8")))  # UTF-7 can spell lone surrogates
     except (LookupError, ValueError):  # no such encoding, or other bytes than it has
         return content.decode("utf-8", errors="replace")
+
+
+def _is_transient(error: BaseException) -> bool:
+    return isinstance(error, _BusyError | urllib3.exceptions.HTTPError)
 
 
 def _line(error: Exception) -> str:

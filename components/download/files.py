@@ -85,7 +85,7 @@ def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
         if one.stamp is None:
             copy.unlink(missing_ok=True)  # nothing tells whether it is of the same version
         if not one.bytes or not _get_ranges(system, path, copy, one.bytes, advance):
-            _retried(lambda: _get_whole(system, path, copy, one.bytes, advance))
+            _retried(one.name, lambda: _get_whole(system, path, copy, one.bytes, advance))
         try:
             _check_unchanged(system, path, one)
         except DataError:
@@ -116,7 +116,7 @@ def _changed(one: Input) -> DataError:
 
 def _check_unchanged(system: AbstractFileSystem, path: str, one: Input) -> None:
     system.invalidate_cache()
-    info = _retried(lambda: _info(system, path))
+    info = _retried(one.name, lambda: _info(system, path))
     if (info["size"] or 0, _stamp(info)) != (one.bytes, one.stamp):
         raise _changed(one)
 
@@ -129,7 +129,7 @@ def _get_ranges(system: AbstractFileSystem, path: str, copy: Path, size: int, ad
             file.truncate()
         while (start := file.tell()) < size:
             try:
-                data = _retried(partial(read_range, system, path, size, start, min(start + RANGE_BYTES, size)))
+                data = _retried(path, partial(read_range, system, path, size, start, min(start + RANGE_BYTES, size)))
             except ValueError:
                 return False
             file.write(data)
@@ -172,8 +172,8 @@ def _stamp(info: dict[str, Any]) -> str | None:
     return str(found).strip('"') if found else None
 
 
-def _retried(call: Callable[[], T]) -> T:
-    return retried(call, _is_transient, ATTEMPTS, RETRY_SECONDS, 30.0)
+def _retried(what: str, call: Callable[[], T]) -> T:
+    return retried(what, call, _is_transient, ATTEMPTS, RETRY_SECONDS, 30.0)
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -196,7 +196,7 @@ def _matches(pattern: str, folder: str | None) -> list[Input]:
     try:
         system, path = fsspec.core.url_to_fs(pattern)
         paths, named = _remote_paths(system, path)
-        infos = [(one, _retried(partial(_info, system, one))) for one in paths]
+        infos = [(one, _retried(one, partial(_info, system, one))) for one in paths]
     except FileNotFoundError:
         infos = []
     except ImportError as error:
@@ -250,7 +250,7 @@ def _remote_paths(system: AbstractFileSystem, path: str) -> tuple[list[str], boo
     pattern = re.search(r"[*[]" if web else r"[*?[]", path)  # in a web address ? begins the query
     for spelt in dict.fromkeys((path, composed(path), unicodedata.normalize("NFD", path))):
         try:
-            _retried(partial(_info, system, spelt))
+            _retried(spelt, partial(_info, system, spelt))
         except FileNotFoundError:
             continue
         except Exception:  # of a pattern, which servers may take for no address at all; listing says what is wrong
@@ -261,11 +261,11 @@ def _remote_paths(system: AbstractFileSystem, path: str) -> tuple[list[str], boo
     if not pattern:
         return [], False
     if web:
-        return sorted(_retried(lambda: system.glob(path))), False
+        return sorted(_retried(path, lambda: system.glob(path))), False
     root = path[: path.rfind("/", 0, pattern.start()) + 1]
     depth = None if "**" in path else path.count("/", len(root)) + 1
     match = re.compile(glob_translate(composed(path))).match
-    every = _retried(lambda: system.find(root, maxdepth=depth, withdirs=True))
+    every = _retried(path, lambda: system.find(root, maxdepth=depth, withdirs=True))
     return sorted(one for one in every if match(composed(one))), False
 
 

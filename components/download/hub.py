@@ -63,7 +63,9 @@ def resolve(source: HubSource) -> tuple[str, list[Input]]:
             infos = [
                 info
                 for some in _groups(paths, PATHS_ASKED)
-                for info in _retried(partial(api.get_paths_info, name, some, revision=commit, repo_type="dataset"))
+                for info in _retried(
+                    name, partial(api.get_paths_info, name, some, revision=commit, repo_type="dataset")
+                )
             ]
     except HTTP_ERRORS as error:
         raise _refused(name, error) from None
@@ -83,7 +85,7 @@ def current_commit(source: HubSource) -> str:
     """
     name = source.dataset
     try:
-        commit = _retried(lambda: HfApi(token=_token()).dataset_info(name, revision=source.revision).sha)
+        commit = _retried(name, lambda: HfApi(token=_token()).dataset_info(name, revision=source.revision).sha)
     except HFValidationError:
         raise DataError(f"{name}: no dataset name; it is written owner/name") from None
     except RevisionNotFoundError:
@@ -110,7 +112,7 @@ def fetch(dataset: str, commit: str, one: Input, folder: Path, advance: Callable
     headers = build_hf_headers(token=_token())
     for _ in range(2):  # a partial file of an earlier run may be damaged: start once more from nothing
         try:
-            _retried(lambda: _continue(url, headers, target, one.bytes, advance))
+            _retried(one.name, lambda: _continue(url, headers, target, one.bytes, advance))
         except HTTP_ERRORS as error:
             if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
                 raise
@@ -168,7 +170,8 @@ def _groups(items: list[str], size: int) -> list[list[str]]:
 def _chosen_files(api: HfApi, source: HubSource, commit: str) -> list[RepoFile]:
     """The files of the repository that the globs of the source choose."""
     listing = _retried(
-        lambda: list(api.list_repo_tree(source.dataset, recursive=True, revision=commit, repo_type="dataset"))
+        source.dataset,
+        lambda: list(api.list_repo_tree(source.dataset, recursive=True, revision=commit, repo_type="dataset")),
     )
     every = {one.path: one for one in listing if isinstance(one, RepoFile)}
     wanted = {path for glob in source.files if not glob.startswith("!") for path in _matching(glob, every)}
@@ -193,7 +196,8 @@ def _split_files(source: HubSource, commit: str) -> list[str]:
     datasets.disable_progress_bars()
     try:
         builder = _retried(
-            lambda: datasets.load_dataset_builder(source.dataset, source.config, revision=commit, token=_token())
+            source.dataset,
+            lambda: datasets.load_dataset_builder(source.dataset, source.config, revision=commit, token=_token()),
         )
     except (datasets.exceptions.DatasetsError, datasets.data_files.EmptyDatasetError) as error:
         if "gated" in str(error):  # the library keeps nothing else of the Hub's answer
@@ -212,8 +216,8 @@ def _split_files(source: HubSource, commit: str) -> list[str]:
     return list(map(str, found[source.split]))
 
 
-def _retried(call: Callable[[], T]) -> T:
-    return retried(call, _is_transient, ATTEMPTS, RETRY_SECONDS, MAX_WAIT_SECONDS)
+def _retried(what: str, call: Callable[[], T]) -> T:
+    return retried(what, call, _is_transient, ATTEMPTS, RETRY_SECONDS, MAX_WAIT_SECONDS)
 
 
 def _is_transient(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -14,13 +15,26 @@ if TYPE_CHECKING:
 
 LONGEST_PAUSE_SECONDS = 600.0
 LONGEST_REASON_CHARACTERS = 200
+TOLD_ONCE_SECONDS = 1.0
+_telling = threading.Lock()
+_told: dict[tuple[str, str, int], float] = {}
 T = TypeVar("T")
 
 
 def retried(
-    call: Callable[[], T], again: Callable[[BaseException], bool], attempts: int, seconds: float, longest: float
+    what: str,
+    call: Callable[[], T],
+    again: Callable[[BaseException], bool],
+    attempts: int,
+    seconds: float,
+    longest: float,
 ) -> T:
-    """What `call` gives; repeated while `again(error)`, at most `attempts` times, then its last error is raised."""
+    """What `call` gives; repeated while `again(error)`, at most `attempts` times, then its last error is raised.
+
+    Args:
+        what: what is asked for; each pause is told with it.
+        seconds, longest: the first pause and the longest, about; LONGEST_PAUSE_SECONDS where a server asks for one.
+    """
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
     usual = wait_random_exponential(multiplier=seconds, max=longest)
@@ -33,25 +47,31 @@ def retried(
         stop=stop_after_attempt(attempts),
         wait=pause,
         retry=retry_if_exception(again),
-        before_sleep=lambda state: _tell(state, attempts),
+        before_sleep=lambda state: _tell(what, state, attempts),
         reraise=True,
     )
     return tries(call)
 
 
-def _tell(state: RetryCallState, attempts: int) -> None:
+def _tell(what: str, state: RetryCallState, attempts: int) -> None:
     """Say what is waited for and how long; a minute without a word looks like a hang."""
-    count_retry()
+    add("download_retries_total")
     error = state.outcome.exception() if state.outcome else None
     said = (str(error).strip().splitlines() or [type(error).__name__])[0][:LONGEST_REASON_CHARACTERS]
     pause = state.next_action.sleep if state.next_action else 0.0
-    left = attempts - state.attempt_number
-    times = "1 more time" if left == 1 else f"up to {left} more times"
-    print(f"download: no answer ({said}); trying again in {pause:.0f} s, {times}", flush=True)
+    if _told_just_now((what, said, state.attempt_number)):
+        return
+    attempt = f"attempt {state.attempt_number} of {attempts}"
+    print(f"download: {what}: no answer ({said}); {attempt}, trying again in {pause:.0f} s", flush=True)
 
 
-def count_retry() -> None:
-    add("download_retries_total")
+def _told_just_now(line: tuple[str, str, int]) -> bool:
+    """Whether another thread has said the same within TOLD_ONCE_SECONDS: of one fault many requests fail at once."""
+    now = time.monotonic()
+    with _telling:
+        before = _told.get(line, -TOLD_ONCE_SECONDS)
+        _told[line] = now
+    return now - before < TOLD_ONCE_SECONDS
 
 
 def status_of(error: BaseException | None) -> int | None:

@@ -12,7 +12,7 @@ import pytest
 from default_sources import CODE, GONE, TEXTS, blob, objects
 from hub_worker import Hub
 
-from components.download import blobs
+from components.download import blobs, retry
 from components.download.blobs import _text
 from components.download.source import Task, prepare
 from manifests.dataspec import BlobsSpec, TextSpec
@@ -96,6 +96,22 @@ def test_contents_come_in_order_through_faults(hub: Hub, tmp_path: Path) -> None
     result, error = hub.run(job(hub, tmp_path, only="code-stack-edu"))
     assert error is None and result is not None
     assert raw_texts(result["path"], "code-stack-edu") == list(CODE.values())
+    told = [line for line in hub.said.splitlines() if "trying again in" in line]
+    assert sum("(it answered 503); attempt 1 of 9" in line for line in told) == 1
+    assert sum("attempt 3 of 9" in line for line in told) == 1 and all("/content/: no answer" in line for line in told)
+
+
+def test_without_a_network_it_is_said_what_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(blobs, "BACKOFF_SECONDS", 0.01)
+    name = blob(CODE["utf-8"], "utf-8")[0]
+    spec = BlobsSpec(url="http://127.0.0.1:9/content/{id}", encoding_column=None, workers=8)
+    with pytest.raises(DataError, match=r"cannot be read .*refused.*; check the network and run again"):
+        list(blobs.contents(iter([("row", [name])] * 8), spec))
+    told = capsys.readouterr().out.splitlines()
+    assert [f"attempt {n} of 9" in line for n, line in enumerate(told, start=1)] == [True] * 8, told
+    assert all("contents of http://127.0.0.1:9/content/: no answer" in line and "refused" in line for line in told)
 
 
 def test_a_pause_that_the_bucket_asks_for_is_kept(hub: Hub, tmp_path: Path) -> None:
@@ -128,8 +144,8 @@ def test_any_encoding_that_a_row_names_gives_a_text_that_can_be_written(
 @pytest.mark.parametrize("pause", ["5", "Tue, 01 Jan 2999 00:00:00 GMT"])
 def test_a_bucket_cannot_ask_for_a_pause_without_end(hub: Hub, monkeypatch: pytest.MonkeyPatch, pause: str) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(blobs, "LONGEST_PAUSE_SECONDS", 3)
-    monkeypatch.setattr("urllib3.util.retry.time.sleep", slept.append)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_SECONDS", 3)
+    monkeypatch.setattr("tenacity.nap.time.sleep", slept.append)
     name = blob(CODE["utf-8"], "utf-8")[0]
     hub.server.faults = {name: [f"429+{pause}"]}
     spec = BlobsSpec(url=hub.server.url + "/content/{id}", encoding_column=None, workers=1)

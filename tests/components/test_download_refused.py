@@ -124,7 +124,7 @@ def test_a_bucket_without_credentials_says_so_at_once(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     tries = list[object]()
-    monkeypatch.setattr("components.download.retry.count_retry", lambda: tries.append(None))
+    monkeypatch.setattr("components.download.retry.add", lambda _: tries.append(None))
     message = refused(make_job({"web": from_files("s3://texts/a.jsonl")}, tmp_path))
     assert "Unable to locate credentials" in message and "the credentials in the environment" in message
     assert not tries
