@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from trainer.modelspec import Count
-from trainer.spec import Positive, StageSpec
+from trainer.spec import Positive, StageSpec, listed
 from trainer.specbase import Spec
 
 NAME, NAME_LENGTH = r"^[a-z]([-a-z0-9]*[a-z0-9])?$", 40
@@ -142,7 +142,7 @@ class DataSpec(Spec):
     def _mix_is_whole(self) -> Self:
         total = sum(source.weight for source in self.sources.values())
         if abs(total - 1) > 1e-6:
-            weights = ", ".join(f"{name} {source.weight:g}" for name, source in self.sources.items())
+            weights = listed({name: source.weight for name, source in self.sources.items()})
             raise ValueError(
                 f"the weights of sources sum to {total:g}; they must sum to 1: {weights}; change them, or remove a "
                 f"source by null, as in data.sources.{next(iter(self.sources))}: null"

@@ -41,6 +41,8 @@ def kept(workdir: Path, namespace: str = "") -> list[Kept]:
     """The stopped jobs, only those of a namespace if one is given."""
     found = []
     for file in sorted(_folder(workdir).glob("*.yaml")):
+        if file.name.startswith("._"):  # what macOS leaves beside a file
+            continue
         place, _, name = file.stem.rpartition(".")
         if not namespace or place in ("", namespace):
             found.append(Kept(name, place, file))

@@ -27,6 +27,11 @@ class MixSpec(Spec):
     max_epochs: Positive = 4.0
 
 
+def listed(weights: dict[str, float]) -> str:
+    """Weights by source for a person."""
+    return ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+
+
 class StageSpec(Spec):
     """A stage of a curriculum: from token `from_tokens` of the stream on, other weights, another row length, or both.
 
@@ -81,7 +86,9 @@ class TokensSpec(Spec):
             if unknown := sorted(set(stage.weights) - set(self.mix)):
                 raise ValueError(f"{where} names '{unknown[0]}', not a source; sources are {', '.join(self.mix)}")
             if abs((total := sum(stage.weights.values())) - 1) > 1e-6:
-                raise ValueError(f"{where} has weights that sum to {total:g}; they must sum to 1")
+                raise ValueError(
+                    f"{where} has weights that sum to {total:g}; they must sum to 1: {listed(stage.weights)}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -95,7 +102,8 @@ class TokensSpec(Spec):
     def _mix_is_whole(self) -> Self:
         total = sum(source.weight for source in self.mix.values())
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"the weights of mix sum to {total:g}; they must sum to 1")
+            weights = {name: source.weight for name, source in self.mix.items()}
+            raise ValueError(f"the weights of mix sum to {total:g}; they must sum to 1: {listed(weights)}")
         return self
 
 

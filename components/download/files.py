@@ -18,7 +18,7 @@ from fsspec import AbstractFileSystem
 from fsspec.callbacks import Callback
 from fsspec.utils import glob_translate
 
-from components.download.localpaths import composed, find_local
+from components.download.localpaths import composed, find_local, shown
 from components.download.readers import split_suffix
 from components.download.retry import retried, status_of
 from components.download.writer import Input
@@ -261,12 +261,12 @@ def _remote_paths(system: AbstractFileSystem, path: str) -> tuple[list[str], boo
     if not pattern:
         return [], False
     if web:
-        return sorted(_retried(path, lambda: system.glob(path))), False
+        return sorted(one for one in _retried(path, lambda: system.glob(path)) if shown(one, path)), False
     root = path[: path.rfind("/", 0, pattern.start()) + 1]
     depth = None if "**" in path else path.count("/", len(root)) + 1
     match = re.compile(glob_translate(composed(path))).match
     every = _retried(path, lambda: system.find(root, maxdepth=depth, withdirs=True))
-    return sorted(one for one in every if match(composed(one))), False
+    return sorted(one for one in every if match(composed(one)) and shown(one, path)), False
 
 
 def _info(system: AbstractFileSystem, path: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 
-from components.download.localpaths import composed
+from components.download.localpaths import composed, shown
 from components.download.readers import split_suffix
 from components.download.retry import retried, status_of
 from components.download.writer import Input
@@ -174,7 +174,13 @@ def _chosen_files(api: HfApi, source: HubSource, commit: str) -> list[RepoFile]:
         lambda: list(api.list_repo_tree(source.dataset, recursive=True, revision=commit, repo_type="dataset")),
     )
     every = {one.path: one for one in listing if isinstance(one, RepoFile)}
-    wanted = {path for glob in source.files if not glob.startswith("!") for path in _matching(glob, every)}
+    wanted = {
+        path
+        for glob in source.files
+        if not glob.startswith("!")
+        for path in _matching(glob, every)
+        if shown(path, glob)
+    }
     unwanted = {path for glob in source.files if glob.startswith("!") for path in _matching(glob[1:], every)}
     chosen = [one for path, one in every.items() if path in wanted - unwanted]
     if not chosen:

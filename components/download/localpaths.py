@@ -1,7 +1,8 @@
 """Which files of this machine a path or pattern means.
 
 A name that is there is meant literally, brackets and all; only one that is not is taken for a pattern of `*`, `?`,
-`[…]` and `**` (any folders). Names are compared as characters, however Unicode composes them: macOS and some archives
+`[…]` and `**` (any folders); what begins with a dot (.DS_Store, ._a.jsonl) only where the pattern's part does, as in a
+shell. Names are compared as characters, however Unicode composes them: macOS and some archives
 write 한글 in other bytes than people type.
 """
 
@@ -47,6 +48,13 @@ def compare(pattern: str) -> re.Pattern[str]:
     return re.compile(fnmatch.translate(composed(pattern)))
 
 
+def shown(path: str, pattern: str) -> bool:
+    """Whether no part of a path that matches is hidden, unless a part of the pattern asks for it by its own dot."""
+    asked = [compare(part) for part in pattern.split("/") if part.startswith(".")]
+    hidden = (part for part in composed(path).split("/") if part.startswith("."))
+    return all(any(one.match(part) for one in asked) for part in hidden)
+
+
 def _below(folder: str, parts: list[str]) -> Iterator[str]:
     if not parts:
         yield folder
@@ -63,11 +71,12 @@ def _below(folder: str, parts: list[str]) -> Iterator[str]:
     elif part == "**":
         yield from _below(folder, rest or ["*"])
         for name in names:
-            if os.path.isdir(into(name)) and not os.path.islink(into(name)):  # a link may lead back here
+            # A link may lead back here.
+            if shown(name, "") and os.path.isdir(into(name)) and not os.path.islink(into(name)):
                 yield from _below(into(name), parts)
         return
     elif MAGIC.search(part):
-        names = list(filter(lambda name: compare(part).match(composed(name)), names))
+        names = [name for name in names if compare(part).match(composed(name)) and shown(name, part)]
     else:
         return
     for name in names:

@@ -12,7 +12,7 @@ from test_download_refused import LINES, from_files, raw_texts, refused
 
 from components.download import hub
 from components.download.files import list_inputs
-from components.download.localpaths import find_local
+from components.download.localpaths import find_local, shown
 from components.download.step import run
 from manifests.dataspec import FilesSource
 from manifests.spec import JobSpec
@@ -52,9 +52,22 @@ def test_what_is_not_there_is_a_pattern(folder: Callable[..., Path]) -> None:
     made = folder("[x]/a1.jsonl", "[x]/a2.jsonl", "[x]/b.txt", "x/a3.jsonl", "y/z/a4.jsonl", ".hidden.jsonl")
     assert named(made, "[x]/a[12].jsonl") == ["[x]/a1.jsonl", "[x]/a2.jsonl"]
     assert named(made, "[xy]/*.jsonl", "[x]/*") == ["x/a3.jsonl", "[x]/a1.jsonl", "[x]/a2.jsonl", "[x]/b.txt"]
-    assert named(made, "**/*.jsonl") == [".hidden.jsonl", "[x]/a1.jsonl", "[x]/a2.jsonl", "x/a3.jsonl", "y/z/a4.jsonl"]
+    assert named(made, "**/*.jsonl") == ["[x]/a1.jsonl", "[x]/a2.jsonl", "x/a3.jsonl", "y/z/a4.jsonl"]
     assert named(made, "y/**") == ["y/z/a4.jsonl"]
     assert named(made, "*/z/a?.jsonl", "[!x]/z/*") == ["y/z/a4.jsonl"]
+
+
+def test_a_pattern_passes_over_what_is_hidden_unless_the_dot_is_written(folder: Callable[..., Path]) -> None:
+    made = folder("a/b.jsonl", "a/._b.jsonl", "a/.DS_Store.jsonl", ".git/c.jsonl", ".x/.y/d.jsonl")
+    for pattern in ("**/*.jsonl", "**", "*/*", "a/?*"):
+        assert named(made, pattern) == ["a/b.jsonl"], pattern
+    assert named(made, "a/.*.jsonl") == ["a/._b.jsonl"] and named(made, "a/._b.jsonl") == ["a/._b.jsonl"]
+    assert named(made, ".g*/*") == [".git/c.jsonl"] and named(made, ".x/.y/*") == [".x/.y/d.jsonl"]
+
+
+def test_hidden_files_of_buckets_and_of_the_hub_are_asked_for_by_their_dot() -> None:
+    assert shown("b/a/x.jsonl", "b/**/*.jsonl") and not shown("b/a/._x.jsonl", "b/**/*.jsonl")
+    assert not shown(".git/x", "**") and shown(".git/x", ".g*/*") and not shown(".git/.x", ".git/*")
 
 
 @pytest.mark.parametrize("written", [NFC, NFD])

@@ -100,7 +100,10 @@ def test_where_and_how_it_runs_does_not_change_the_run() -> None:
     [
         ({"curriculum": [{"from_tokens": 5}]}, "changes nothing; give it weights or seq_len"),
         ({"curriculum": [{"from_tokens": 5, "weights": {"jp": 1}}]}, "names 'jp', not a source"),
-        ({"curriculum": [{"from_tokens": 5, "weights": {"ko": 0.5}}]}, "weights that sum to 0.5"),
+        (
+            {"curriculum": [{"from_tokens": 5, "weights": {"ko": 0.5}}]},
+            "sum to 0.5; they must sum to 1: ko 0.5",
+        ),
         ({"curriculum": [{"from_tokens": 5, "seq_len": 999}]}, "must divide the tokens of a micro-batch"),
         ({"curriculum": [{"from_tokens": 5, "seq_len": 64}, {"from_tokens": 5, "seq_len": 128}]}, "must rise"),
         ({"skip": [[5, 9], [7, 12]]}, "must be ranges [first, last) that rise"),

@@ -153,6 +153,7 @@ def test_a_stopped_run_that_was_launched_again_is_shown_once(server, kind, yaong
     assert yaongi("stop", name)[0] == 0
     (file,) = Path("work/stopped").iterdir()
     (file.parent / file.name.replace("team.", "other.")).write_bytes(file.read_bytes())
+    file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7")  # what macOS leaves on a foreign disk
     launched(kind, "mine")
     shown = yaongi("status", "-n", "team")[1]
     assert f"{name} " in shown and "stopped" not in shown

@@ -122,6 +122,22 @@ def test_ends_of_ranks_become_exit_codes(shim, case: str):
         assert "shard" in message["reason"]
 
 
+def test_the_agent_reports_a_failed_rank_only_when_asked_for_all(
+    shim, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def of_the_agent() -> list[str]:
+        found = [each.name for each in caplog.records if each.name.startswith("torch.distributed.elastic")]
+        caplog.clear()
+        return found
+
+    assert shim("fail(65, 'bad shard')")[0] == 65 and not of_the_agent()
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+        logging.getLogger(name).manager._clear_cache()
+    monkeypatch.setenv("YAONGI_VERBOSE", "1")
+    assert shim("fail(65, 'bad shard')")[0] == 65 and of_the_agent()
+
+
 def test_single_process_task(shim):
     code, message = shim("fail(66, 'step-00000004 is damaged') if sys.argv[1] == 'evaluate' else 0", task="evaluate")
     assert (code, message["reason"]) == (66, "rank 0: step-00000004 is damaged")
