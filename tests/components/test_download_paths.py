@@ -61,7 +61,9 @@ def test_a_pattern_passes_over_what_is_hidden_unless_the_dot_is_written(folder: 
     made = folder("a/b.jsonl", "a/._b.jsonl", "a/.DS_Store.jsonl", ".git/c.jsonl", ".x/.y/d.jsonl")
     for pattern in ("**/*.jsonl", "**", "*/*", "a/?*"):
         assert named(made, pattern) == ["a/b.jsonl"], pattern
-    assert named(made, "a/.*.jsonl") == ["a/._b.jsonl"] and named(made, "a/._b.jsonl") == ["a/._b.jsonl"]
+    assert named(made, "a/.*.jsonl") == ["a/.DS_Store.jsonl", "a/._b.jsonl"] and named(made, "a/._b.jsonl") == [
+        "a/._b.jsonl"
+    ]
     assert named(made, ".g*/*") == [".git/c.jsonl"] and named(made, ".x/.y/*") == [".x/.y/d.jsonl"]
 
 
