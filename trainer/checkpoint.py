@@ -21,10 +21,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from trainer.data.manifest import atomic_write, checksum, sync_directory
 from trainer.errors import CheckpointError
+from trainer.fields import Stored, tell_unknown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,17 +38,13 @@ SKIPPED_IN_A_ROW = "skipped_in_a_row"  # scalar: so many steps before the checkp
 log = logging.getLogger(__name__)
 
 
-class CheckpointFile(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class CheckpointFile(Stored):
     bytes: int
     xxh3_128: str
 
 
-class CheckpointManifest(BaseModel):
+class CheckpointManifest(Stored):
     """Contents of checkpoint.json. `digest` is the sha256 of everything else in it, so it identifies the checkpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = FORMAT
     step: int
@@ -164,9 +161,12 @@ def read_manifest(path: str | Path) -> CheckpointManifest:
     except ValidationError as error:
         raise _damaged(file, f"is not what was written ({error.errors()[0]['msg']})") from None
     if manifest.format != FORMAT:
-        raise _damaged(file, f"has format {manifest.format}, this version reads {FORMAT}")
+        raise _damaged(
+            file, f"has format {manifest.format} of yaongi {manifest.code_version}, this version reads {FORMAT}"
+        )
     if manifest.content_digest() != manifest.digest:
         raise _damaged(file, "is not what was written (its digest differs)")
+    tell_unknown(manifest, str(file))
     return manifest
 
 

@@ -10,9 +10,13 @@ asks for it. Imports no torch.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
+
+log = logging.getLogger(__name__)
 
 SPEC_VERSION = 2  # of this code; version 1 wrote no number
 
@@ -121,6 +125,38 @@ def version_of(value: Any) -> int:
         return max([1, *(since.version for _, since in written if since), *(version_of(inner) for inner, _ in written)])
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return max([1, *map(version_of, inside)])
+
+
+class Stored(BaseModel):
+    """Base of what a file holds beside specs. Fields of a later version are kept, so that a digest over all fields
+    stays what it was, and mean nothing here; `tell_unknown` says so."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+
+def unknown_fields(record: BaseModel) -> list[str]:
+    """Paths of the fields that this version does not know; * stands for an index or key."""
+    found = list(record.model_extra or ())
+    for name in type(record).model_fields:
+        value = getattr(record, name)
+        if isinstance(value, BaseModel):
+            found += [f"{name}.{inner}" for inner in unknown_fields(value)]
+        elif isinstance(value, dict | list):
+            items = value.values() if isinstance(value, dict) else value
+            found += [f"{name}.*.{inner}" for one in items if isinstance(one, Stored) for inner in unknown_fields(one)]
+    return list(dict.fromkeys(found))
+
+
+def tell_unknown(record: BaseModel, where: str) -> None:
+    """One warning for each file and process about fields that a later version wrote; they are ignored."""
+    if fields := unknown_fields(record):
+        _warn_of(where, str(getattr(record, "code_version", "") or ""), ", ".join(fields))
+
+
+@cache
+def _warn_of(where: str, version: str, fields: str) -> None:
+    writer = f"a later yaongi ({version})" if version else "a later yaongi"
+    log.warning("%s: written by %s: %s unknown here, ignored", where, writer, fields)
 
 
 def _fields(spec: BaseModel) -> list[tuple[str, Any, Later | None]]:

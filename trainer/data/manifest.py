@@ -30,8 +30,10 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trainer.errors import DataError
+from trainer.fields import Stored, tell_unknown
 
 MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
 Kind = Literal["raw", "hygiene", "tokenizer", "shards"]
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
@@ -42,7 +44,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class FileEntry(Record):
+class FileEntry(Stored):
     """One file, relative to the manifest's directory; counts are of the documents in it (0 where none apply)."""
 
     path: str
@@ -63,7 +65,7 @@ class FileEntry(Record):
         return path
 
 
-class SourceEntry(Record):
+class SourceEntry(Stored):
     """Provenance of one source; `revision` is what the origin resolved to: a commit id, or a digest of local files."""
 
     domain: str
@@ -79,7 +81,7 @@ class Counts(Record):
     tokens: int
 
 
-class Manifest(Record):
+class Manifest(Stored):
     """`inputs` are the digests of what this was made from, `settings` the parameters that shaped it."""
 
     kind: Kind
@@ -110,7 +112,7 @@ class Manifest(Record):
         )
 
 
-class StageResult(Record):
+class StageResult(Stored):
     """What a finished step hands to the next one: where its output is, its digest, counts for a person."""
 
     kind: str
@@ -125,9 +127,11 @@ class StageResult(Record):
     def from_json(cls, text: str) -> StageResult:
         """Raises DataError when `text` is not what `to_json` writes."""
         try:
-            return cls.model_validate_json(text)
+            result = cls.model_validate_json(text)
         except ValidationError as error:
             raise DataError(f"the result of the step before cannot be read ({_first_problem(error)})") from None
+        tell_unknown(result, f"the result of the step before, of {result.path}")
+        return result
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
@@ -187,6 +191,11 @@ def read_manifest(directory: str | Path, kind: Kind | None = None) -> Manifest:
     try:
         value = json.loads(path.read_bytes())
         written = value.pop("digest")
+        if isinstance(version := value.get("format_version"), int) and version > FORMAT_VERSION:
+            raise DataError(
+                f"{path}: written by a later yaongi (format {version}, this one reads {FORMAT_VERSION}); use that "
+                "version or a newer one"
+            )
         manifest = Manifest.model_validate(value)
     except FileNotFoundError:
         raise DataError(f"{path}: not there; run the step that makes this directory") from None
@@ -200,6 +209,7 @@ def read_manifest(directory: str | Path, kind: Kind | None = None) -> Manifest:
         raise DataError(f"{path}: changed after it was written (digest differs); remove it and run its step again")
     if kind is not None and manifest.kind != kind:
         raise DataError(f"{path}: holds {manifest.kind}, expected {kind}; give the directory of the {kind} stage")
+    tell_unknown(manifest, str(path))
     return manifest
 
 
