@@ -7,6 +7,7 @@ their order.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.errors import CommunicationError, SpecError
+from trainer.failures import node_name
 from trainer.spec import RuntimeSpec
 
 log = logging.getLogger(__name__)
@@ -71,22 +73,26 @@ def start(runtime: RuntimeSpec, seed: int) -> World:
     """Join the process group that torchrun's variables describe (none of them: one process) and settle the device.
 
     Raises:
-        SpecError: runtime.device asks for a GPU that is not there.
+        SpecError: runtime.device asks for a GPU that is not there, on this rank or another.
     """
     environment = {name: int(os.environ.get(name, default)) for name, default in _ALONE.items()}
     rank, size = environment["RANK"], environment["WORLD_SIZE"]
     local_rank, local_size = environment["LOCAL_RANK"], environment["LOCAL_WORLD_SIZE"]
-    device = pick_device(runtime.device, local_rank)
+    timeout = timedelta(seconds=runtime.communication_timeout_seconds)
+    if "MASTER_ADDR" in os.environ:
+        store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=timeout)))
+        store.set_timeout(timeout)
+    elif size > 1:
+        raise SpecError(f"WORLD_SIZE is {size} without MASTER_ADDR; start it by trainer.entrypoint")
+    else:
+        store = dist.HashStore()
+    device = agreed_device(runtime.device, rank, size, local_rank, store)
     _settle(device, local_size)
     torch.manual_seed(seed + rank)
-    timeout = timedelta(seconds=runtime.communication_timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    if store is not None and size > 1:
-        raise SpecError(f"WORLD_SIZE is {size} without MASTER_ADDR; start it by trainer.entrypoint")
-    membership = {} if store is None else {"store": store, "rank": rank, "world_size": size}
     on_gpu = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(backend, timeout=timeout, **membership, **on_gpu)
+    group_store = dist.PrefixStore("world", store)
+    dist.init_process_group(backend, timeout=timeout, store=group_store, rank=rank, world_size=size, **on_gpu)
     control = dist.new_group(backend="gloo", timeout=timeout)
     background = dist.new_group(backend="gloo", timeout=timeout)
     return World(rank, size, local_rank, local_size, device, control, background)
@@ -142,6 +148,31 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
             "lower the processes per node",
         )
     return torch.device("cuda", local_rank)
+
+
+def agreed_device(wanted: str, rank: int, size: int, local_rank: int, store: dist.Store) -> torch.device:
+    """`pick_device`, with the same kind of device on all ranks: under `auto` a CPU where a rank has no GPU.
+
+    Through the store, since which process group there will be depends on the device.
+
+    Raises:
+        SpecError: as `pick_device`, on every rank, for what the first such rank has not.
+    """
+    own, problem = "", ""
+    try:
+        own = pick_device(wanted, local_rank).type
+    except SpecError as error:
+        problem = str(error)
+    place = f"rank {rank} on {node_name()}"
+    store.set(f"device/{rank}", json.dumps([own, problem, place]))
+    told = [json.loads(store.get(f"device/{other}")) for other in range(size)]
+    if refused := next(((said, at) for _, said, at in told if said), None):
+        said, at = refused
+        raise SpecError(said if all(one[1] == said for one in told) else f"{said} (so says {at})")
+    without = next((at for kind, _, at in told if kind == "cpu"), None)
+    if without and any(kind != "cpu" for kind, _, _ in told) and rank == 0:
+        log.warning("train.runtime.device: all ranks take the CPU, as %s has no usable GPU; others have one", without)
+    return torch.device("cpu") if without else pick_device(wanted, local_rank)
 
 
 def device_bytes(device: torch.device) -> int | None:

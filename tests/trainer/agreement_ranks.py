@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import micro
+import torch
 
 from trainer import agreement, compiled, distributed, ops, precision, prepare
 from trainer.distributed import World
@@ -52,7 +54,9 @@ def main() -> None:
     spec = micro.micro_spec(
         data, directory / "run", parallel={"data": "auto"}, runtime={"preflight": {"enabled": False}}
     )
-    world = distributed.start(spec.runtime, seed=0)
+    gpu_of_rank_0 = torch.device("cpu" if int(os.environ["RANK"]) == WEAK else "cuda", 0)
+    with patch.object(distributed, "pick_device", lambda *_: gpu_of_rank_0):
+        world = distributed.start(spec.runtime, seed=0)
     weak = world.rank == WEAK
     memory = training_memory(spec.model, spec.optimizer).total * (1.5 if weak else 10)
     ssd = ops.OPS["ssd"]
@@ -67,6 +71,7 @@ def main() -> None:
         patch.object(prepare, "compile_layers", partial(prepare.compile_layers, backend="aot_eager")),
     ):
         found = {
+            "device": world.device.type,
             "alone": {
                 "layout": str(choose_layout(spec.parallel, spec.model, spec.optimizer, 2, 2, memory)),
                 "precision": agreement.rung(spec, alone).name,

@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import agreement_ranks
 import micro
 import pytest
+import torch
 from ports import free_port
+
+from trainer import distributed
+from trainer.specbase import SpecError
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +66,32 @@ def test_what_is_named_and_one_rank_cannot_do_ends_the_start_on_both(told: list[
     assert strong == weak and "rank 1 on node-1" in strong and "\n" not in strong
     field = {"bf16": "precision.dtype", "chunked": "backends.ssd", "compile": "runtime.compile"}[named]
     assert strong.startswith(f"train.{field}")
+
+
+GPU, NONE, TOO_FEW = "cuda", "cpu", SpecError("local rank 1 has no GPU of its own")
+
+
+@pytest.mark.parametrize(
+    ("can", "expected"),
+    [((GPU, GPU), "cuda"), ((NONE, NONE), "cpu"), ((GPU, NONE), "cpu"), ((NONE, GPU), "cpu"), ((GPU, TOO_FEW), None)],
+)
+def test_the_device_is_one_that_every_rank_has(can: tuple, expected: str | None, monkeypatch: pytest.MonkeyPatch):
+    def picked(_: str, local_rank: int) -> torch.device:
+        if isinstance(can[local_rank], SpecError):
+            raise can[local_rank]
+        return torch.device(can[local_rank], local_rank if can[local_rank] == GPU else None)
+
+    monkeypatch.setattr(distributed, "pick_device", picked)
+    store = torch.distributed.HashStore()
+    with ThreadPoolExecutor(2) as ranks:
+        chosen = [ranks.submit(distributed.agreed_device, "auto", rank, 2, rank, store) for rank in range(2)]
+    if expected is None:
+        for each in chosen:
+            with pytest.raises(SpecError, match=r"no GPU of its own .so says rank 1 on"):
+                each.result()
+    else:
+        assert [each.result().type for each in chosen] == [expected] * 2
+
+
+def test_the_ranks_with_a_gpu_go_to_the_cpu_with_the_others(told: list[dict]):
+    assert [rank["device"] for rank in told] == ["cpu", "cpu"]
