@@ -17,6 +17,9 @@ Answer = tuple[int, str, str]
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+if "MARGINS" in os.environ:  # tests/margins.py
+    import bounds  # noqa: F401  it watches comparisons
+
 if importlib.util.find_spec("hypothesis"):  # not in the environments of the tests of kernels and peers
     from hypothesis import HealthCheck, settings
 

@@ -19,6 +19,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from trainer.optim import Optimizers, build_optimizers, clip_gradients, muon
 from trainer.spec import OptimizerSpec
 
+if "MARGINS" in os.environ:  # tests/margins.py
+    sys.path.append(str(Path(__file__).parents[1]))
+    import bounds  # noqa: F401  it watches comparisons
+
 STEPS = 3
 # Layers 1 and 3 are attention: TEON joins them. Some first dimensions (3, 44, 2) divide by no number of ranks.
 SHAPES = {name: expected[0] for name, expected in EXPECTED.items()}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo
+from bounds import below
 from torch._dynamo.utils import counters
 
 from trainer import compiled
@@ -104,7 +105,7 @@ def assert_same_gradients(
     found = gradients(model, dtype)
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
     for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= rel * gradient.norm(), name
+        below((found[name] - gradient).norm(), rel * gradient.norm(), name)
 
 
 def test_generated_code_reads_after_it_has_scattered():
@@ -125,8 +126,25 @@ def test_generated_code_reads_after_it_has_scattered():
 
 
 def test_backward_passes_are_captured_outside_of_autocast():
-    """Else what is FP32 in a model under BF16, router and scan, would have gradients by BF16 products."""
-    assert_same_gradients(one_layer("ME"), dtype=torch.bfloat16, rel=1e-5, backend="aot_eager")
+    """Else what is FP32 in a model under BF16, router and scan, would have gradients by BF16 products: 2e-3 away.
+
+    The product alone: what is rounded to BF16 in a whole layer may be rounded elsewise in compiled code.
+    """
+    compile_layers(build_model(one_layer("E"), seed=0), backend="aot_eager")  # the setting is that of the process
+    x = torch.randn(64, 64)
+
+    def product(weight: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return x @ weight
+
+    found = []
+    for function in (product, torch.compile(product, backend="aot_eager")):
+        weight = torch.eye(64).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = function(weight)
+        y.backward(x)
+        found.append(weight.grad)
+    below((found[1] - found[0]).norm(), 1e-5 * found[0].norm())
 
 
 def test_generated_code_keeps_the_gradient_of_the_router():

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from bounds import below
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -73,7 +74,7 @@ def test_the_three_products(scaling, gradient, tokens):
     y.backward(g)
     wanted = expected(x.detach().flatten(0, 1), layer.weight.detach(), g.flatten(0, 1), scaling, gradient)
     for have, want in zip((y.flatten(0, 1), x.grad.flatten(0, 1), layer.weight.grad), wanted, strict=True):
-        assert (have - want).abs().max() <= 1e-5 * want.abs().max()
+        below((have - want).abs().max(), 1e-5 * want.abs().max())
     assert layer.weight.grad.dtype == torch.float32
     state.finish_step()
     amaxes = [t.abs().max().item() for t in (x, layer.weight, g)]
@@ -176,7 +177,8 @@ def test_grouped_experts_equal_one_expert_after_the_other(scaling):
     want_SD.backward(g_SD)
     for have, want in [(y_SD, want_SD), *((a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))]:
         error = (have - want).norm() / want.norm()
-        assert 0.005 < error < 0.12, "FP8 rounding of two products, no more and no less"
+        below(error, 0.3, "FP8 rounding of two products, no more")  # E5M2 has half the digits, 0.09 by two products
+        below(0.005, error, "and no less")
     assert (leaves[1].grad[1] == 0).all() and (leaves[2].grad[1] == 0).all()
 
 
@@ -201,7 +203,9 @@ def test_grouped_products_by_a_loop_over_experts(scaling, gradient):
             qx, qw, qg = current(x, E4M3)[rows], current(w, E4M3)[e], current(g, gradient)[rows]
             y, grad_x, grad_w = qx @ qw.t(), qg @ qw, qg.t() @ qx
         for have, want in ((y_RN[rows], y), (x_RK.grad[rows], grad_x), (w_ENK.grad[e], grad_w)):
-            assert ((have - want).abs() <= 2**-8 * want.abs() + 1e-6 * w.abs().amax()).all()
+            beyond = (have - want).abs() - 2**-8 * want.abs()  # 2**-8: the rounding of the result to BF16
+            if have.numel():
+                below(beyond.max(), 1e-6 * w.abs().amax())
 
 
 @pytest.mark.parametrize("scaling", RECIPES)
@@ -210,8 +214,10 @@ def test_the_gradient_is_that_of_bf16_within_fp8_rounding(scaling):
     x, g = torch.randn(64, 128), torch.randn(64, 128)
     layer(x).backward(g)
     want = F.linear(x.double(), layer.weight.detach().double())
-    assert (layer(x) - want).norm() / want.norm() < 0.05
-    assert (layer.weight.grad - g.t() @ x).norm() / (g.t() @ x).norm() < 0.08
+    # E4M3 rounds by at most 2**-4, 2.6% in the mean: 3.7% for two factors. E5M2, of the gradient, 5.3%: 5.9% with E4M3.
+    # A wrong scale or factor is 50% or more.
+    below((layer(x) - want).norm() / want.norm(), 0.12)
+    below((layer.weight.grad - g.t() @ x).norm() / (g.t() @ x).norm(), 0.18)
 
 
 @pytest.mark.slow
@@ -226,4 +232,4 @@ def test_layers_compile_without_a_break_and_keep_their_amaxes(scaling):
     layer.slots.amax.zero_()
     torch.compile(layer, fullgraph=True)(x).backward(g)
     assert torch.equal(layer.slots.amax, amax_3) and (amax_3 > 0).all()
-    assert (layer.weight.grad - grad).abs().max() <= 1e-4 * grad.abs().max()
+    below((layer.weight.grad - grad).abs().max(), 1e-4 * grad.abs().max())

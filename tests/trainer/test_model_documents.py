@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bounds import below
 
 from trainer.model.hybrid import build_model
 from trainer.modelspec import ModelSpec
@@ -116,5 +117,5 @@ def test_order_within_a_document_matters_without_leaking_backwards():
     seq_idx_BT = torch.zeros(1, 30, dtype=torch.int32)
     difference_T = (model(ids_BT, seq_idx_BT).logits_BTV - model(changed_BT, seq_idx_BT).logits_BTV).abs().amax(-1)[0]
     # Not 0: the changed token may move to another expert, and a product of other height rounds differently.
-    assert difference_T[:12].max() < 1e-5
+    below(difference_T[:12].max(), 1e-5)
     assert (difference_T[12:] > 1e-4).all()

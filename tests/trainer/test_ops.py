@@ -72,11 +72,12 @@ def test_ssd_equals_reference(backend, length, groups):
     documents, inputs = ragged_documents(3, length), ssd_inputs(length, groups)
     function = OPS["ssd"].backends[backend].function
 
-    def with_function(f):
+    def with_function(f, inputs):
         found = values_and_gradients(lambda *tensors: f(*tensors, documents, 16), inputs)
         return found if length > 1 else [*found[:3], *found[4:]]  # one position: nothing decays, A has no slope
 
-    assert_all_close(with_function(function), with_function(ssd_reference), 2e-5)
+    exact = [tensor.float() for tensor in with_function(ssd_reference, [tensor.double() for tensor in inputs])]
+    assert_all_close(with_function(function, inputs), exact, 5e-5)  # the slope of A is a sum that all but cancels
 
 
 def test_ssd_reference_equals_the_matrix_form_in_fp64():
@@ -161,7 +162,7 @@ def as_on_a_gpu(x: Tensor, up: Tensor, down: Tensor, choices: Tensor, weight: Te
 
 
 @pytest.mark.parametrize("backend", [*backends_of("experts"), as_on_a_gpu])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_experts_equal_reference_with_an_empty_expert(backend, dtype, tolerance):
     tensors, choices = expert_inputs(dtype)
     function = backend if callable(backend) else OPS["experts"].backends[backend].function

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bounds import below
 
 from trainer.optim import muon as muon_module
 from trainer.optim.muon import Muon
@@ -27,16 +28,18 @@ def _train(optimizer_class, weights, gradients, **options):
 
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_equals_torch_muon(steps, nesterov):
+def test_equals_torch_muon(steps, nesterov, monkeypatch):
+    """Both in float32: torch's own iterates in bfloat16, whose rounding is 1% of an update."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     weights, gradients = _problem((24, 40), (40, 24), (16, 16), (24, 40))
     common = {"lr": 0.02, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.3}
     ours = _train(
-        Muon, weights, gradients[:steps], coefficients="newton_schulz", iteration_dtype=torch.bfloat16, **common
+        Muon, weights, gradients[:steps], coefficients="newton_schulz", iteration_dtype=torch.float32, **common
     )
     theirs = _train(torch.optim.Muon, weights, gradients[:steps], adjust_lr_fn="match_rms_adamw", **common)
     for start, a, b in zip(weights, ours, theirs, strict=True):
-        # bf16 has 8 bits; the update itself must agree, not only the weight that dwarfs it.
-        assert torch.linalg.norm(a - b) < 0.02 * torch.linalg.norm(b - start)
+        # The update itself must agree, not only the weight that dwarfs it.
+        below(torch.linalg.norm(a - b), 1e-4 * torch.linalg.norm(b - start))
 
 
 @pytest.mark.parametrize("coefficients", ["newton_schulz", "polar_express"])
@@ -63,7 +66,7 @@ def test_more_polar_express_steps_converge_to_the_polar_factor():
         for n in (2, 5, 7, 9)
     ]
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-6
+    below(errors[-1], 1e-6)
 
 
 def _with_singular_values(shape, s):
@@ -84,7 +87,8 @@ def test_badly_conditioned_matrices_in_float32(shape, steps, decades):
     for a, b, c in per_step:
         s = a * s + b * s**3 + c * s**5
     error = orthogonalise(x[None].float(), steps=steps)[0].double() - (u * s) @ v.T
-    assert torch.linalg.matrix_norm(error, ord=2) < (1e-3 if steps == 9 else 1e-4 if shape == (32, 40) else 3e-4)
+    bound = 1e-3 if steps == 9 else 1e-4 if shape == (32, 40) else 3e-4
+    below(torch.linalg.matrix_norm(error, ord=2), bound)
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (24, 256)])
@@ -92,7 +96,10 @@ def test_bfloat16_is_close_to_exact(shape):
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(5))
     half = orthogonalise(x, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.double(), orthogonalise(x.double(), dtype=torch.float64), rtol=0, atol=5e-3)
+    torch.testing.assert_close(
+        half.double(), orthogonalise(x.double(), dtype=torch.float64), rtol=0, atol=1.2e-2
+    )  # of 0.2 to 0.3; five steps enlarge
+    # the rounding of the input, 2**-9, in the least singular values, and that of the result is as much
 
 
 @pytest.mark.parametrize("exponent", [-148, -140, -100, -80, -40, 20, 120])
@@ -205,7 +212,7 @@ def test_bf16_momentum_is_the_rounded_one():
         expected = (0.95 * expected.float() + gradient).bfloat16()
     assert torch.equal(optimizer.state[parameter]["momentum"], expected)
     (exact,) = _train(Muon, [weight], gradients, lr=0.02)
-    assert torch.linalg.norm(parameter.detach() - exact) < 0.02 * torch.linalg.norm(exact - weight)
+    below(torch.linalg.norm(parameter.detach() - exact), 0.02 * torch.linalg.norm(exact - weight))
 
 
 def test_vector_is_refused():
@@ -258,7 +265,7 @@ def test_updates_do_not_depend_on_the_size_of_the_momentum(kind, state_dtype, ne
         moved.append(_step(optimizer, parameters, [(gradient.double() * 2.0**scale).float() for gradient in small]))
     for small, usual in zip(*moved, strict=True):
         assert torch.equal(small, usual)
-        assert small.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
+        assert small.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.4)  # few and small matrices
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bounds import below
 
 from trainer.model.hybrid import build_model
 from trainer.modelspec import ModelSpec
@@ -51,8 +52,9 @@ def test_it_rounds_as_bf16_does_and_no_further(monkeypatch: pytest.MonkeyPatch) 
     ours = gradients(torch.bfloat16)
     assert ours["loss"] == pytest.approx(theirs["loss"].item(), rel=1e-3)
     error, usual = distance(ours, exact), distance(theirs, exact)
-    assert 1e-4 < error < 1.5 * usual, "BF16's rounding is there, and not more of it"
-    assert distance(ours, theirs) < 1.5 * usual
+    below(1e-4, error, "BF16's rounding is there")
+    below(error, 3 * usual, "and not more of it")  # it is `usual` itself, give or take; FP8's is 16 times as much
+    below(distance(ours, theirs), 3 * usual)
 
 
 def test_only_bf16_on_a_cpu_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
