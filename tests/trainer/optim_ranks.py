@@ -94,7 +94,7 @@ def case(layout: str, options: dict, mesh: DeviceMesh, directory: Path) -> None:
     dist.all_reduce(matrices)
     assert int(matrices) == expected_matrices, (int(matrices), expected_matrices)
     torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0)
-    tolerance = 1e-6 if options.get("state_dtype") != "bf16" else 1e-5
+    tolerance = 2e-6 if options.get("state_dtype") != "bf16" else 1e-5  # weights reach 4, whose last digit is 5e-7
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(full(together.get_parameter(name)), parameter, rtol=0, atol=tolerance, msg=name)
 
@@ -110,7 +110,7 @@ def case(layout: str, options: dict, mesh: DeviceMesh, directory: Path) -> None:
         state = other.state_dict()
         dcp.load(state, checkpoint_id=path)
         for key, value in reference.state_dict().items():
-            torch.testing.assert_close(full(state[key]), value, rtol=1e-2 if tolerance > 1e-6 else 0, atol=tolerance)
+            torch.testing.assert_close(full(state[key]), value, rtol=1e-2 if tolerance > 2e-6 else 0, atol=tolerance)
 
 
 def main() -> None:
