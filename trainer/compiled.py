@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -74,6 +74,9 @@ def agreed(spec: TrainSpec, world: World, mesh: Mesh, chosen: Precision, choices
     if wanted is False:
         return False
     found = agreement.problem(world, te.compile_problem(chosen.fp8) if chosen.fp8 else None)
+    if found is None and mesh.layout.expert > 1:
+        # Ranks that share experts go through a layer together: one whose compiler fails would leave the others waiting.
+        found = agreement.problem(world, compiler_problem(world.device))
     compared = kinds(spec.model, chosen)
     for kind in compared:
         if found is None:
@@ -135,6 +138,22 @@ def problem(
                     f"compiled layer {kind} computes something else than the layer itself: {name} is off by "
                     f"{difference:.1%}, rounding explains less than {TOLERANCE[chosen.name]:.0%}"
                 )
+    return None
+
+
+def compiler_problem(device: torch.device, backend: str | Callable[..., object] = "inductor") -> str | None:
+    """Why this rank's compiler compiles nothing at all, such as for want of a C++ compiler; None if it does."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    def program(x: Tensor) -> Tensor:
+        return x.sin().square().sum()
+
+    with leaving_nothing(device):
+        try:
+            torch.compile(program, backend=backend)(torch.ones(64, device=device, requires_grad=True)).backward()
+        except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
+            return f"the compiler fails ({_first_line(getattr(error, 'inner_exception', error))})"
     return None
 
 

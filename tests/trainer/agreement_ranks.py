@@ -82,6 +82,13 @@ def main() -> None:
             "chunked": chosen_together(spec.updated({"backends": {"ssd": "chunked"}}), world),
             "compile": chosen_together(spec.updated({"runtime": {"compile": True}}), world),
         }
+    with (
+        patch.object(agreement, "device_bytes", lambda _: memory),
+        patch.object(compiled, "compiler_problem", lambda _: "the compiler fails" if weak else None),
+        patch.object(compiled, "problem", lambda *_: world.barrier()),  # where ranks that share experts would wait
+    ):
+        shared = spec.updated({"parallel": {"expert": 2}, "runtime": {"compile": "auto"}})
+        found["shared experts"] = chosen_together(shared, world)
     world.barrier()
     file.with_suffix(f".{world.rank}.out").write_text(json.dumps(found))
 

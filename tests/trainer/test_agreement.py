@@ -95,3 +95,11 @@ def test_the_device_is_one_that_every_rank_has(can: tuple, expected: str | None,
 
 def test_the_ranks_with_a_gpu_go_to_the_cpu_with_the_others(told: list[dict]):
     assert [rank["device"] for rank in told] == ["cpu", "cpu"]
+
+
+def test_ranks_that_share_experts_know_of_a_failing_compiler_before_they_wait_for_each_other(told: list[dict]):
+    for rank in told:
+        found = rank["shared experts"]
+        assert found["layout"].endswith("experts=1x2") and not any(found["compiled"])
+        (line,) = [line for line in found["log"] if line.startswith("layers are not compiled")]
+        assert "the compiler fails (so says rank 1 on node-1)" in line

@@ -117,6 +117,12 @@ def test_wrong_code_ends_the_start_or_is_not_used(
     assert warning.levelno == logging.WARNING and reason in warning.getMessage()
 
 
+def test_a_compiler_that_compiles_nothing_is_said_without_a_layer():
+    cpu = torch.device("cpu")
+    assert compiled.compiler_problem(cpu, backend="aot_eager") is None
+    assert compiled.compiler_problem(cpu, backend=failing) == "the compiler fails (no compiler)"
+
+
 def test_comparing_changes_no_loss_and_no_random_number(micro_data: Path, tmp_path: Path, monkeypatch, leave_no_traces):
     for module in ("trainer.prepare", "trainer.compiled"):
         monkeypatch.setattr(f"{module}.compile_layers", quick)
