@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.cli import VERBS
+
 ROOT = Path(__file__).parents[2]
 
 # What takes long to import; rfc3987_syntax compiles two seconds of grammars, for nothing that is used here.
@@ -46,10 +48,7 @@ def told(program: str, *arguments: str, **environment: str) -> tuple[set[str], f
     "verb",
     [
         "--help",
-        "run --help",
-        "submit --help",
-        "compile --help",
-        "doctor --help",
+        *(f"{verb} --help" for verb in VERBS),
         "presets",
         "render tiny",
         "lint manifests/examples/cpu-smoke.yaml",
