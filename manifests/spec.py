@@ -257,36 +257,57 @@ class JobSpec(Spec):
         ranks = (cluster.world_size, cluster.ranks_per_node)
         return choose_layout(train.parallel, train.model, train.optimizer, *ranks, gpu_bytes)
 
-    # Keys of the stages: a pure function of the spec, so that a manifest can be rendered before any data exists.
     def byte_budget(self, name: str) -> int | None:
         """UTF-8 bytes after which a source is enough: what the job says, on the Hub else what its tokens need.
 
-        A run that is made longer reads what it was begun with once more, within the caps: its order stays as it is.
+        The tokenizer's sample needs as much of a short run as of a long one: a later, longer run keeps the tokenizer.
         """
-        if self.data.max_bytes_per_source is not None or isinstance(self.data.sources[name].origin, FilesSource):
+        if not self._is_as_long_as_the_run(name):
             return self.data.max_bytes_per_source
-        total = self.begun_with_steps * self.train.batch.tokens_per_step
-        tokens = self.data.wanted_tokens(total, self.train.curriculum)[name]
-        return int(tokens * BYTES_PER_TOKEN * DOWNLOAD_MARGIN)
+        sample = self.data.sources[name].weight * self.tokenizer.sample_bytes
+        return max(self._bytes_of_steps(name, self.train.steps), int(sample))
 
-    @property
-    def raw_key(self) -> str:
-        mixed = {"weight", "max_epochs", "available_tokens", "synthetic"}
-        sources = self.data.sources.items()
-        return canonical_digest(
-            ["raw", {name: [stored(one, mixed, raw=True), self.byte_budget(name)] for name, one in sources}]
-        )
+    def _is_as_long_as_the_run(self, name: str) -> bool:
+        """Whether the number of steps decides how much of a source is read."""
+        return self.data.max_bytes_per_source is None and not isinstance(self.data.sources[name].origin, FilesSource)
 
+    def _bytes_of_steps(self, name: str, steps: int) -> int:
+        wanted = self.data.wanted_tokens(steps * self.train.batch.tokens_per_step, self.train.curriculum)
+        return int(wanted[name] * BYTES_PER_TOKEN * DOWNLOAD_MARGIN)
+
+    # Keys of the stages: a pure function of the spec, so that a manifest can be rendered before any data exists.
     @property
     def keys(self) -> dict[StageName, str]:
-        """The keys of all stages."""
-        raw_key = self.raw_key
+        """The keys of all stages. The length of the run is no part of them: a longer one appends to what is there."""
+        return self._keys(dict.fromkeys(self.data.sources, self.data.max_bytes_per_source))
+
+    @property
+    def former_keys(self) -> dict[StageName, str]:
+        """The keys that version 0.1 gave, which the length of the run was part of; names of runs hold them still."""
+        amounts = {
+            name: self._bytes_of_steps(name, self.begun_with_steps)
+            if self._is_as_long_as_the_run(name)
+            else self.data.max_bytes_per_source
+            for name in self.data.sources
+        }
+        return self._keys(amounts)
+
+    def _keys(self, amounts: dict[str, int | None]) -> dict[StageName, str]:
+        mixed = {"weight", "max_epochs", "available_tokens", "synthetic"}
+        sources = self.data.sources.items()
+        raw_key = canonical_digest(
+            ["raw", {name: [stored(one, mixed, raw=True), amounts[name]] for name, one in sources}]
+        )
         weights = {name: source.weight for name, source in self.data.sources.items()}
         hygiene = canonical_digest(["hygiene", raw_key, stored(self.hygiene)])
         tokenizer = canonical_digest(["tokenizer", raw_key, stored(self.tokenizer), weights])
         parts = ["shards", tokenizer, stored(self.shards, {"workers", "pods"}), self.data.heldout_fraction]
         shards = canonical_digest([*parts, hygiene] if self.hygiene.enabled else parts)
         return {"raw": raw_key, "hygiene": hygiene, "tokenizers": tokenizer, "shards": shards}
+
+    @property
+    def raw_key(self) -> str:
+        return self.keys["raw"]
 
     @property
     def hygiene_key(self) -> str:
@@ -311,7 +332,7 @@ class JobSpec(Spec):
         does a length that is changed on the way."""
         how = {"begun_with_steps", "skip", "parallel", "runtime", "evaluate"}
         identity = {
-            "shards": self.shards_key,
+            "shards": self.former_keys["shards"],
             "train": stored(self.train, how) | {"steps": self.begun_with_steps},
             "mix": {name: [s.weight, s.max_epochs] for name, s in self.data.sources.items()},
         }
@@ -322,7 +343,10 @@ class JobSpec(Spec):
         return f"{self.storage.checkpoints_dir}/runs/{self.run_name}"
 
     def stage_dir(self, stage: StageName) -> str:
-        return f"{self.storage.datasets_dir}/{stage}/{self.keys[stage]}"
+        """Where a stage's output is: under the former key if version 0.1 began this very job's data here."""
+        datasets, former = self.storage.datasets_dir, self.former_keys
+        keys = former if Path(datasets, "raw", former["raw"]).is_dir() else self.keys
+        return f"{datasets}/{stage}/{keys[stage]}"
 
     def train_spec(self) -> TrainSpec:
         """The trainer's spec: the person's choices plus what follows from data and storage."""

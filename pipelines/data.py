@@ -114,7 +114,9 @@ def print_amounts(job: JobSpec, stage: str) -> None:
         table.add_row(f"{name} ({source.domain})", source.licence, f"{counts.documents:,}", f"{counts.text_bytes:,}")
     _whole_lines().print(table, crop=False)
     if stage != "download" and job.hygiene.enabled:
-        print(f"what training leaves out of it, and why: {job.stage_dir('hygiene')}/report.md")
+        hygiene = Path(job.stage_dir("hygiene"))
+        newest = read_manifest(hygiene, "hygiene").files[-1].path  # the report that people read
+        print(f"what training leaves out of it, and why: {hygiene / newest}")
 
 
 def print_tokens(shards: Path) -> list[SourceTotals]:

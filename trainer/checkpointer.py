@@ -14,7 +14,7 @@ import pickle
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ class Checkpointer:
         on_published: called on rank 0, perhaps from a thread, with the step and the seconds from start to durable.
         on_failed: called likewise when a checkpoint could not be saved.
         fp8: state of FP8 products, None without any. A checkpoint may lack it, and then it starts anew.
+        former: digests of the shards before more was appended to them, which will do as well.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class Checkpointer:
         on_published: Callable[[int, float], None],
         on_failed: Callable[[], None],
         fp8: Fp8State | TeState | None = None,
+        former: Collection[str] = (),
     ) -> None:
         self._spec, self._world, self._model, self._optimizers = spec, world, model, optimizers
-        self._fp8 = fp8
+        self._fp8, self._former = fp8, former
         self._digests, self._on_published, self._on_failed = digests, on_published, on_failed
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[str | None] | None = None
@@ -222,7 +224,7 @@ class Checkpointer:
 
     def _refuse_other_run(self, path: Path, manifest: CheckpointManifest) -> None:
         for name, digest in self._digests.items():
-            if manifest.digests.get(name) != digest:
+            if manifest.digests.get(name) not in {digest, *self._former}:
                 raise DataError(
                     f"{path} was trained on {name} {manifest.digests.get(name)}, this run has {digest}; "
                     "use the same data, or another run_dir",

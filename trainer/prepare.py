@@ -13,8 +13,9 @@ from torch import nn
 from trainer import agreement, compiled, ops
 from trainer.checkpoint import SKIPPED_IN_A_ROW
 from trainer.checkpointer import Checkpointer
+from trainer.data.documents import shards_manifest
 from trainer.data.loader import TokenLoader
-from trainer.data.manifest import atomic_write, read_manifest
+from trainer.data.manifest import Manifest, atomic_write, read_manifest
 from trainer.data.plan import Cursor
 from trainer.data.tokenizer import Tokenizer
 from trainer.distributed import World
@@ -72,7 +73,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         te.check_runtime(chosen.fp8, spec.runtime)
     choices = agreement.backends(spec, world, chosen.autocast_dtype)
     ops.say(choices)
-    digests, classes = read_data(spec)
+    shards, digests, classes = read_data(spec, world)
     mesh = Mesh(layout, world.device)
     compiles = compiled.agreed(spec, world, mesh, chosen, choices)
     model = build_model(
@@ -98,7 +99,15 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         log.info("%s", line)
     scaler = chosen.scaler(world.device.type)
     checkpoints = Checkpointer(
-        spec, world, model, optimizers, digests, recorder.checkpointed, recorder.checkpoint_failed, fp8
+        spec,
+        world,
+        model,
+        optimizers,
+        digests,
+        recorder.checkpointed,
+        recorder.checkpoint_failed,
+        fp8,
+        former=[generation.digest for generation in shards.earlier],
     )
     resumed = checkpoints.resume()
     if resumed:
@@ -117,7 +126,14 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         world_size=world.size,
         cursor=Cursor.from_dict(resumed.cursor) if resumed else None,
         steps=max(0, spec.steps - first_step),
+        shards_digest=shards.digest,
     )
+    if loader.left_out:
+        log.warning(
+            "%d documents were appended to the shards after this run had gone through those of before; it stays with "
+            "what was there, as another order would repeat some",
+            loader.left_out,
+        )
     recompute.set_policy(model, spec.runtime.activation_checkpointing)
     if compiles:
         compile_layers(model)
@@ -142,10 +158,13 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     )
 
 
-def read_data(spec: TrainSpec) -> tuple[dict[str, str], list[int] | None]:
-    """Digests of shards and tokenizer, and the token classes that Engram's hashes need (None without Engram)."""
+def read_data(spec: TrainSpec, world: World) -> tuple[Manifest, dict[str, str], list[int] | None]:
+    """The manifest of the shards that rank 0 sees, for text may be appended to them meanwhile; digests of shards and
+    tokenizer; and the token classes that Engram's hashes need (None without Engram)."""
+    shards = shards_manifest(spec.tokens)
+    shards = shards_manifest(spec.tokens, world.broadcast(shards.digest))
     digests = {
-        "shards": read_manifest(spec.tokens.shards, "shards").digest,
+        "shards": shards.digest,
         "tokenizer": read_manifest(spec.tokens.tokenizer, "tokenizer").digest,
     }
     size = Tokenizer.load(spec.tokens.tokenizer).vocab_size
@@ -153,7 +172,7 @@ def read_data(spec: TrainSpec) -> tuple[dict[str, str], list[int] | None]:
         raise SpecError(
             f"train.model.vocab_size {spec.model.vocab_size} is below the tokenizer's {size} entries; raise it"
         )
-    return digests, token_classes(Path(spec.tokens.tokenizer) / "tokenizer.json") if spec.model.engram else None
+    return shards, digests, token_classes(Path(spec.tokens.tokenizer) / "tokenizer.json") if spec.model.engram else None
 
 
 def scaler_state(values: dict[str, float]) -> dict[str, float | int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -58,6 +58,9 @@ class Task:
 def prepare(task: Task) -> Journal:
     """The source's journal after everything that the budget asks for is in verified parts."""
     before = read_journal(task.directory)
+    if before and task.budget is not None and not isinstance(task.spec.origin, FilesSource):
+        # What a longer run took stays, also of a shorter one.
+        task = replace(task, budget=max(task.budget, before.text_bytes))
     now = _listing(task, before)
     journal = now.model_copy(update={"parts": _kept(task, before, now)})
     enough = _enough(task, journal)
@@ -67,13 +70,14 @@ def prepare(task: Task) -> Journal:
         _clean(task, journal)  # what a run left that was killed after its last part
         return journal
     task.directory.mkdir(parents=True, exist_ok=True)
-    (task.directory.parent / MANIFEST_NAME).unlink(missing_ok=True)  # until all is done again the stage is unfinished
+    if before is None or before.revision != journal.revision:
+        (task.directory.parent / MANIFEST_NAME).unlink(missing_ok=True)  # what it lists is about to be something else
     journal.write(task.directory)
     if journal.parts:
         print(f"download {task.name}: continues after {len(journal.parts)} finished parts", flush=True)
     if not enough:
         _check_space(task, journal)
-        for part in _new_parts(task, journal):
+        for part in _new_parts(task, journal, before.parts if before else []):
             journal = journal.model_copy(update={"parts": [*journal.parts, part]})
             written(task.name, part.entry.documents, part.entry.text_bytes)
             _check_missing(
@@ -158,8 +162,12 @@ def _units(inputs: list[Input]) -> list[list[Input]]:
     return units
 
 
-def _new_parts(task: Task, journal: Journal) -> Iterator[Part]:
-    """The parts that follow those of the journal, until the budget is reached or the source ends."""
+def _new_parts(task: Task, journal: Journal, former: list[Part]) -> Iterator[Part]:
+    """The parts that follow those of the journal, until the budget is reached or the source ends.
+
+    Args:
+        former: all parts that were there; one that is made again ends where it did, wherever the budget was then.
+    """
     number, text_bytes = len(journal.parts), journal.text_bytes
     row = 0
     if journal.parts and not journal.parts[-1].whole:
@@ -174,11 +182,13 @@ def _new_parts(task: Task, journal: Journal) -> Iterator[Part]:
         paths = [_fetched(task, journal.revision, one) for one in unit]
         left = None if task.budget is None else task.budget - text_bytes
         with _progress(task, f"file {read} of {len(journal.inputs)}", unit, left) as progress:
+            identities = [files.identity(one) for one in unit]
             texts = Texts(_texts(task, zip(paths, unit, strict=True), row, progress))
             whole = False
             while not whole and (left is None or left > 0):
                 limit = PART_BYTES if left is None else min(PART_BYTES, left)
-                part = write_part(task.directory, number, texts, limit, [files.identity(one) for one in unit], row)
+                limit = min(limit, _end_of(former[number : number + 1], identities, row) or limit)
+                part = write_part(task.directory, number, texts, limit, identities, row)
                 for one in unit:
                     if _is_here(task, one):  # else the part would hold other text than its entry says
                         files.check_local(one)
@@ -192,6 +202,12 @@ def _new_parts(task: Task, journal: Journal) -> Iterator[Part]:
         for path in paths:
             if path.parent == task.scratch:
                 path.unlink()
+
+
+def _end_of(former: list[Part], identities: list[str], row: int) -> int | None:
+    """The bytes of text after which a part of the same rows ended before the end of its files."""
+    same = [part for part in former if (part.inputs, part.first_row) == (identities, row) and not part.whole]
+    return same[0].entry.text_bytes if same else None
 
 
 def _texts(task: Task, unit: Iterable[tuple[Path, Input]], skip: int, progress: ByteProgress) -> Iterator[str | None]:

@@ -1,10 +1,12 @@
 """The download step: every source's documents as JSON lines on the datasets volume, described by one manifest.
 
 A run that finds everything unchanged writes nothing; one that finds finished parts continues after them (source.py).
+A longer run finds too little: more parts are appended, and the manifest's next generation lists them last.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from components.download.source import Task, origin, prepare
@@ -34,9 +36,11 @@ def run(job: JobSpec) -> StageResult:
     """
     root = Path(job.stage_dir("raw"))
     with alone(root, "downloading"):
+        _found_by_later_versions(job)
+        before = _before(root)
         journals = {name: _source(job, name, spec) for name, spec in job.data.sources.items()}
-        manifest = describe(job, journals)
-        unchanged = (root / MANIFEST_NAME).exists() and _digest_of(root) == manifest.digest
+        manifest = describe(job, journals, before)
+        unchanged = before is not None and (root / MANIFEST_NAME).exists() and before.digest == manifest.digest
         if not unchanged:
             write_manifest(root, manifest)
     counts = manifest.counts()
@@ -52,7 +56,8 @@ def run(job: JobSpec) -> StageResult:
     return StageResult(kind="raw", path=str(root), digest=manifest.digest, summary=summary)
 
 
-def describe(job: JobSpec, journals: dict[str, Journal]) -> Manifest:
+def describe(job: JobSpec, journals: dict[str, Journal], before: Manifest | None) -> Manifest:
+    """The manifest of what the journals hold: the one of before, the next generation of it, or a new one."""
     sources, entries = dict[str, SourceEntry](), list[FileEntry]()
     for name, journal in journals.items():
         spec = job.data.sources[name]
@@ -61,6 +66,11 @@ def describe(job: JobSpec, journals: dict[str, Journal]) -> Manifest:
         )
         entries += [part.entry for part in journal.parts if part.entry.documents]
     inputs = {name: journal.revision for name, journal in journals.items()}
+    if before is not None and (before.inputs, before.sources) == (inputs, sources):
+        known = {entry.path: entry for entry in before.files}
+        if known.items() <= {entry.path: entry for entry in entries}.items():
+            more = [entry for entry in entries if entry.path not in known]
+            return before.grown(inputs, more) if more else before
     return Manifest(kind="raw", inputs=inputs, settings={"key": job.raw_key}, sources=sources, files=entries)
 
 
@@ -74,11 +84,21 @@ def _source(job: JobSpec, name: str, spec: SourceSpec) -> Journal:
         raise _system_error(task, error) from None
 
 
-def _digest_of(root: Path) -> str | None:
+def _before(root: Path) -> Manifest | None:
     try:
-        return read_manifest(root, "raw").digest
+        return read_manifest(root, "raw")
     except DataError:
         return None
+
+
+def _found_by_later_versions(job: JobSpec) -> None:
+    """Let what version 0.1 began be found under the keys of today as well: by a longer job, by a rendered manifest."""
+    for stage, key in job.keys.items():
+        former, link = Path(job.stage_dir(stage)), Path(job.storage.datasets_dir) / stage / key
+        if former != link and not link.exists() and not link.is_symlink():
+            former.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # a volume that knows no links: only this job finds it then
+                link.symlink_to(former.name)
 
 
 def _system_error(task: Task, error: OSError) -> ForeseenError:

@@ -36,8 +36,9 @@ class Report:
             if len(samples) < SAMPLES:
                 samples.append({"file": entry.path} | row | {"start": self._start(entry.path, row["offset"])})
 
-    def write(self, directory: Path) -> list[FileEntry]:
-        """`report.json` and `report.md` in `directory`."""
+    def write(self, directory: Path, generation: int = 0) -> list[FileEntry]:
+        """`report.json` and `report.md` in `directory`; after text was appended `report-1.json`, and so on."""
+        names = [name.replace(".", f"-{generation}.") if generation else name for name in NAMES]
         found = {
             name: {
                 source: {
@@ -52,9 +53,9 @@ class Report:
             for name, by_source in self._counts.items()
         }
         value = {"settings": self._settings, "left_out": found}
-        atomic_write(directory / NAMES[0], json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
-        atomic_write(directory / NAMES[1], "\n".join(self._lines(found)).encode() + b"\n")
-        return [file_entry(directory, name) for name in NAMES]
+        atomic_write(directory / names[0], json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+        atomic_write(directory / names[1], "\n".join(self._lines(found)).encode() + b"\n")
+        return [file_entry(directory, name) for name in names]
 
     def _lines(self, found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
         lines = ["# What training leaves out", ""]

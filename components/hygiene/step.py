@@ -2,7 +2,8 @@
 
     hygiene/<key>/manifest.json              counts of what is left out, by raw file
     hygiene/<key>/<source>/part-00000.jsonl  one line for each document and filter (attributes.py)
-    hygiene/<key>/report.json, report.md     what each filter removed of each source, with samples
+    hygiene/<key>/report.json, report.md     what each filter removed of each source, with samples; report-1.json and
+                                             so on after raw text was appended
     hygiene/<key>/evaluation/<name>/         the evaluation texts that were looked for
 
 A raw file is the unit of work: what its scan gave is kept under its checksum until all is decided, so a run that was
@@ -31,7 +32,6 @@ from components.volume import volume_explained
 from manifests.spec import JobSpec
 from trainer.data.jsonl import documents
 from trainer.data.manifest import (
-    MANIFEST_NAME,
     DataError,
     FileEntry,
     Manifest,
@@ -41,6 +41,8 @@ from trainer.data.manifest import (
     open_stage,
     reusable,
     sync_directory,
+    whole_part,
+    withdraw,
     write_manifest,
 )
 
@@ -69,14 +71,25 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
             print(f"hygiene: decided before invisible characters were left out; to decide anew remove {directory}")
             manifest, why = former
         if manifest is None:
-            print(f"hygiene: {', '.join(settings)} in {len(raw_manifest.files)} files ({why})", flush=True)
+            made_from = [{"raw": generation.digest} for generation in raw_manifest.generations]
+            manifest = whole_part(directory, "hygiene", made_from, settings)
+            decided = raw_manifest.generations[len(manifest.earlier)].files if manifest else 0
+            number = len(raw_manifest.files) - decided
+            print(f"hygiene: {', '.join(settings)} in {number} files ({'appended' if manifest else why})", flush=True)
             for each in filters:  # from 0, else the first would not show as an increase
                 measuring.add("left_out_documents_total", 0, filter=each.name)
-            _clear(directory, raw_manifest)
+            _clear(directory, raw_manifest, manifest)
             scans = _scan(directory, raw.path, raw_manifest, filters, job.shards.workers)
-            report = Report(raw.path, raw_manifest, settings)
-            files = [*_decide(directory, raw_manifest, filters, scans, report), *report.write(directory)]
-            manifest = Manifest(kind="hygiene", inputs=inputs, settings=settings, files=files)
+            # Of equal documents the first stays, so what was decided before more text was appended holds.
+            for generation in raw_manifest.generations[len(manifest.generations) if manifest else 0 :]:
+                text = raw_manifest.at(generation.digest) or raw_manifest
+                report = Report(raw.path, text, settings)
+                files = list(_decide(directory, text, manifest, filters, scans[: len(text.files)], report))
+                files += report.write(directory, len(text.earlier))
+                inputs = {"raw": generation.digest}
+                new = Manifest(kind="hygiene", inputs=inputs, settings=settings, files=files)
+                manifest = manifest.grown(inputs, files) if manifest else new
+            assert manifest is not None
             write_manifest(directory, manifest)
         else:
             measuring.verified(len(manifest.files))
@@ -159,9 +172,19 @@ def _scan(directory: Path, raw_dir: str, raw: Manifest, filters: list[Filter], w
 
 
 def _decide(
-    directory: Path, raw: Manifest, filters: list[Filter], scans: Sequence[Path], report: Report
+    directory: Path,
+    raw: Manifest,
+    before: Manifest | None,
+    filters: list[Filter],
+    scans: Sequence[Path],
+    report: Report,
 ) -> Iterator[FileEntry]:
-    """Write what the filters decide beside each raw file; decisions go through files, for they may be many."""
+    """Write what the filters decide beside each raw file; decisions go through files, for they may be many.
+
+    Args:
+        before: what was decided of the files that were there before others were appended; it stays.
+    """
+    decided = {entry.path for entry in before.files} if before else set()
     paths = [entry.path for entry in raw.files]
     spills = [directory / (entry.path + SPILL) for entry in raw.files]
     for spill in spills:
@@ -179,6 +202,9 @@ def _decide(
         rows = [json.loads(line) for line in spill.read_bytes().splitlines()]
         rows.sort(key=lambda row: row["document"])  # stable: a document's filters stay in their order
         report.add(entry, rows)
+        if entry.path in decided:
+            spill.unlink()
+            continue
         sizes = {row["document"]: row.pop("bytes") for row in rows}
         for name, count in Counter(row["filter"] for row in rows).items():
             measuring.add("left_out_documents_total", count, filter=name)
@@ -193,8 +219,8 @@ def _row(name: str, drop: Drop) -> dict[str, Any]:
     return {"document": drop.document, "offset": drop.offset, "filter": name, "bytes": drop.bytes} | drop.evidence
 
 
-def _clear(directory: Path, raw: Manifest) -> None:
+def _clear(directory: Path, raw: Manifest, stays: Manifest | None) -> None:
     """Take back the declaration that the directory is finished, and what an earlier run decided about its files."""
-    (directory / MANIFEST_NAME).unlink(missing_ok=True)
-    for name in {Path(entry.path).parts[0] for entry in raw.files}:
+    withdraw(directory, stays)
+    for name in {Path(entry.path).parts[0] for entry in raw.files} if stays is None else ():
         shutil.rmtree(directory / name, ignore_errors=True)

@@ -94,7 +94,8 @@ def _identity(spec: TrainSpec) -> dict[str, object]:
 
 def _check_input(job: JobSpec, result: StageResult) -> None:
     if result.kind == "shards":
-        digest = read_data_manifest(job.stage_dir("shards"), "shards").digest
+        shards = read_data_manifest(job.stage_dir("shards"), "shards")
+        digest = (shards.at(result.digest) or shards).digest  # more may have been appended since
     elif result.kind in ("train", "evaluate"):
         checkpoint = latest(job.run_dir)
         digest = read_manifest(checkpoint).digest if checkpoint else "no checkpoint"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from manifests.spec import BYTES_PER_TOKEN, DOWNLOAD_MARGIN, JobSpec
-from trainer.data.manifest import MANIFEST_NAME
+from trainer.data.manifest import DataError, read_manifest
 from trainer.errors import SpecError, VolumeError
 from trainer.flops import flops_per_token
 from trainer.hostmemory import limit_bytes
@@ -74,6 +75,15 @@ def _refuse_too_little_disk(job: JobSpec, train: bool) -> None:
 
 def _data_to_come(job: JobSpec) -> float:
     """Bytes of text and of token files that are still to be written."""
-    text = sum(job.byte_budget(name) or 0 for name in job.data.sources) / DOWNLOAD_MARGIN
-    sizes = {"raw": text, "shards": text / BYTES_PER_TOKEN * TOKEN_BYTES}
-    return sum(size for stage, size in sizes.items() if not (Path(job.stage_dir(stage)) / MANIFEST_NAME).exists())
+    factors: dict[Literal["raw", "shards"], float] = {"raw": 1.0, "shards": TOKEN_BYTES / BYTES_PER_TOKEN}
+    return sum(factor * _text_to_come(job, stage) for stage, factor in factors.items())
+
+
+def _text_to_come(job: JobSpec, stage: Literal["raw", "shards"]) -> float:
+    """Bytes of text that a stage has not got yet."""
+    try:
+        there = read_manifest(job.stage_dir(stage), stage)
+    except DataError:
+        there = None
+    wanted = {name: (job.byte_budget(name) or 0) / DOWNLOAD_MARGIN for name in job.data.sources}
+    return sum(max(0.0, size - (there.counts(name).text_bytes if there else 0)) for name, size in wanted.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,11 +33,17 @@ class ShardPlan:
     pieces: list[Piece] = field(default_factory=list)
 
 
-def plan_shards(units_dir: Path, units: Sequence[Unit], max_tokens: int) -> Iterator[ShardPlan]:
-    """Fill each shard with whole documents up to `max_tokens`; sources follow each other as the units have them."""
+def plan_shards(
+    units_dir: Path, units: Sequence[Unit], max_tokens: int, numbers: Mapping[tuple[str, Split], int]
+) -> Iterator[ShardPlan]:
+    """Fill each shard with whole documents up to `max_tokens`; sources follow each other as the units have them.
+
+    Args:
+        numbers: of each source's and split's first shard; 0 where there is none.
+    """
     for source in dict.fromkeys(unit.source for unit in units):
         for split in SPLITS:
-            number, room = 0, max_tokens
+            number, room = numbers.get((source, split), 0), max_tokens
             shard = ShardPlan(f"{source}-{split}-{number:05d}", source, split)
             for unit in units:
                 if unit.source != source:

@@ -7,9 +7,10 @@ left of them (all, where nothing was spread) and makes the shards and their mani
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from components.volume import volume_explained
 from manifests.spec import JobSpec
 from trainer.data.format import token_dtype
 from trainer.data.manifest import (
-    MANIFEST_NAME,
     SPLITS,
     DataError,
     FileEntry,
@@ -37,6 +37,8 @@ from trainer.data.manifest import (
     read_manifest,
     reusable,
     verify,
+    whole_part,
+    withdraw,
     write_manifest,
 )
 from trainer.data.provenance import SUFFIX
@@ -57,11 +59,14 @@ def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
     work = _Work.of(job, raw, tokenizer)
     before, why = work.reusable()
     if before is None:
-        units = plan_units(work.raw, job.shards.unit_bytes)
+        work = work.begun()
+        units = work.units()
         with _ready(job, work, units) as workers:
             before, why = work.reusable()  # again: another process may have finished before this one had the lock
             if before is None:
-                print(f"shards: {len(work.raw.files)} files to make token files of ({why})", flush=True)
+                files = len({unit.path for unit in units})
+                reason = "appended" if work.whole else why
+                print(f"shards: {files} files to make token files of ({reason})", flush=True)
                 manifest = _make(job, work, units, workers)
     if before is not None:
         manifest = before
@@ -82,7 +87,8 @@ def encode_range(one: Range) -> None:
     if work.finished():
         print(f"shards: made before: {work.directory}", flush=True)
         return
-    units = range_of(plan_units(work.raw, one.job.shards.unit_bytes), one.index, one.count)
+    work = work.begun(sizes_only=True)
+    units = range_of(work.units(), one.index, one.count)
     if units:
         with _ready(one.job, work, units) as workers:
             if not work.finished():  # by another process, before this one had the lock
@@ -91,22 +97,33 @@ def encode_range(one: Range) -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    """What shards are made from, and how."""
+    """What shards are made from, and how.
+
+    Each generation of the raw text gives one of the shards. `whole`: what is there of them, up to one of these.
+    """
 
     directory: Path
     raw: Manifest
     raw_dir: str
     hygiene: Manifest | None
     tokenizer_dir: str
-    inputs: dict[str, str]
+    made_from: list[dict[str, str]]
     settings: dict[str, Any]
+    whole: Manifest | None = None
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        return self.made_from[-1]
 
     @classmethod
     def of(cls, job: JobSpec, raw: StageResult, tokenizer: StageResult) -> _Work:
         raw_manifest, tokenizer_manifest = open_stage(raw), open_stage(tokenizer)
         verify(tokenizer.path, tokenizer_manifest)  # one changed byte of it would change every token
         hygiene = decisions(job, raw_manifest)
-        inputs = {"raw": raw_manifest.digest, "tokenizer": tokenizer_manifest.digest}
+        made_from = [{"raw": each.digest, "tokenizer": tokenizer_manifest.digest} for each in raw_manifest.generations]
+        if hygiene:
+            decided = {each.inputs["raw"]: {"hygiene": each.digest} for each in hygiene.generations}
+            made_from = [inputs | decided[inputs["raw"]] for inputs in made_from]
         vocab_size = Tokenizer.load(tokenizer.path).vocab_size
         return cls(
             directory=Path(job.stage_dir("shards")),
@@ -114,7 +131,7 @@ class _Work:
             raw_dir=raw.path,
             hygiene=hygiene,
             tokenizer_dir=tokenizer.path,
-            inputs=inputs | ({"hygiene": hygiene.digest} if hygiene else {}),
+            made_from=made_from,
             settings={
                 "encoding_version": ENCODING_VERSION,
                 "unit_bytes": job.shards.unit_bytes,
@@ -127,6 +144,19 @@ class _Work:
             },
         )
 
+    def begun(self, *, sizes_only: bool = False) -> _Work:
+        """The same with what is whole of the shards, which takes reading them."""
+        whole = whole_part(self.directory, "shards", self.made_from, self.settings, sizes_only=sizes_only)
+        return replace(self, whole=whole)
+
+    def units(self, generation: int | None = None) -> list[Unit]:
+        """The units of the raw files that a generation brought; by default of all that no whole shards are there of."""
+        made = len(self.whole.generations) if self.whole else 0
+        first, last = (made, len(self.made_from)) if generation is None else (generation, generation + 1)
+        ends = [0, *(each.files for each in self.raw.generations)]
+        chosen = {entry.path for entry in self.raw.files[ends[first] : ends[last]]}
+        return [unit for unit in plan_units(self.raw, self.settings["unit_bytes"]) if unit.path in chosen]
+
     def reusable(self) -> tuple[Manifest | None, str]:
         """The manifest of whole shards that are as these would be, else None; and why."""
         return reusable(self.directory, "shards", self.inputs, self.settings)
@@ -138,19 +168,20 @@ class _Work:
             verify(self.directory, manifest, sizes_only=True)
         except DataError:
             return False
-        return (manifest.inputs, manifest.settings) == (self.inputs, self.settings)
+        made_from = [generation.inputs for generation in manifest.generations]
+        return self.inputs in made_from and manifest.settings == self.settings
 
 
 def _make(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Workers) -> Manifest:
-    _clear(work.directory)
+    _clear(work)
     _encode(job, work, units, workers)
-    manifest = Manifest(
-        kind="shards",
-        inputs=work.inputs,
-        settings=work.settings,
-        sources=work.raw.sources,
-        files=_assembled(job, work, units, workers),
-    )
+    manifest = work.whole
+    for number in range(len(manifest.generations) if manifest else 0, len(work.made_from)):
+        inputs = work.made_from[number]
+        files = _assembled(job, work, work.units(number), manifest, workers)
+        fields = {"inputs": inputs, "settings": work.settings, "sources": work.raw.sources}
+        manifest = manifest.grown(inputs, files) if manifest else Manifest(kind="shards", files=files, **fields)
+    assert manifest is not None
     _check_counts(work.raw, work.hygiene, manifest)
     write_manifest(work.directory, manifest)
     return manifest
@@ -180,10 +211,15 @@ def _encode(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Workers) 
     encode_units(units, encoder, workers, journal)
 
 
-def _assembled(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Workers) -> list[FileEntry]:
+def _assembled(
+    job: JobSpec, work: _Work, units: Sequence[Unit], before: Manifest | None, workers: Workers
+) -> list[FileEntry]:
+    """Shards of these units, numbered on from those of `before`."""
     units_dir = work.directory / UNITS_DIR
     vocab_size = work.settings["vocab_size"]
-    plans = list(plan_shards(units_dir, units, job.shards.max_shard_bytes // token_dtype(vocab_size).itemsize))
+    numbers = Counter((entry.source or "", entry.split) for entry in before.files if entry.tokens) if before else {}
+    most = job.shards.max_shard_bytes // token_dtype(vocab_size).itemsize
+    plans = list(plan_shards(units_dir, units, most, numbers))
     maker = ShardMaker(str(work.directory), str(units_dir), vocab_size)
     made: dict[str, list[FileEntry]] = {}
     with ByteProgress("shards: written", None) as progress:
@@ -224,11 +260,12 @@ def _summary(manifest: Manifest) -> dict[str, int | float | str]:
     return counts
 
 
-def _clear(directory: Path) -> None:
-    """Take back the declaration that the directory is finished, then remove what an earlier run left besides units."""
-    (directory / MANIFEST_NAME).unlink(missing_ok=True)
-    for path in directory.iterdir():
-        if path.suffix in (".bin", ".idx", SUFFIX, ".tmp") and path.is_file():
+def _clear(work: _Work) -> None:
+    """Take back the declaration that the directory is finished, then remove what is neither unit nor whole shard."""
+    withdraw(work.directory, work.whole)
+    stays = {entry.path for entry in work.whole.files} if work.whole else set()
+    for path in work.directory.iterdir():
+        if path.name not in stays and path.suffix in (".bin", ".idx", SUFFIX, ".tmp") and path.is_file():
             path.unlink()
 
 

@@ -1,7 +1,8 @@
 """Tokenizer step: train on a sample of the raw text that follows the mix.
 
 The sample is a pure function of the raw manifest and the spec: each source gives its weight's share of `sample_bytes`,
-read from evenly spaced windows of its files, or all of it when it is smaller than that share.
+read from evenly spaced windows of its files, or all of it when it is smaller than that share. It is taken of the first
+generation of the raw text that has enough, so that the tokenizer stays when more is appended.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from components import measuring
 from components.lock import alone
@@ -43,7 +45,6 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
     """
     directory = Path(job.stage_dir("tokenizers"))
     raw_manifest = open_stage(raw)
-    inputs = {"raw": raw_manifest.digest}
     settings = {
         "vocab_size": job.tokenizer.vocab_size,
         "sample_bytes": job.tokenizer.sample_bytes,
@@ -51,15 +52,16 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
         "pattern": bpe.PATTERN,
         "special_tokens": list(bpe.SPECIAL_TOKENS),
     }
-    before, why = reusable(directory, "tokenizer", inputs, settings)
+    before, why = _there(directory, raw_manifest, settings)
     if before is None:
         with alone(directory, "training a tokenizer"), volume_explained(directory):
             # Again: another process may have finished before this one had the lock.
-            before, why = reusable(directory, "tokenizer", inputs, settings)
+            before, why = _there(directory, raw_manifest, settings)
             if before is None:
                 print(f"tokenizer: training {job.tokenizer.vocab_size} tokens ({why})", flush=True)
-                files = _make(job, directory, raw.path, raw_manifest)
-                manifest = Manifest(kind="tokenizer", inputs=inputs, settings=settings, files=files)
+                text = sampled(job, raw_manifest)
+                files = _make(job, directory, raw.path, text)
+                manifest = Manifest(kind="tokenizer", inputs={"raw": text.digest}, settings=settings, files=files)
                 write_manifest(directory, manifest)
     if before is not None:
         manifest = before
@@ -67,6 +69,26 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
         print(f"tokenizer: {why}: {directory}", flush=True)
     summary = {"vocab_size": job.tokenizer.vocab_size} | json.loads((directory / REPORT).read_bytes())
     return StageResult(kind="tokenizer", path=str(directory), digest=manifest.digest, summary=summary)
+
+
+def _there(directory: Path, raw: Manifest, settings: dict[str, Any]) -> tuple[Manifest | None, str]:
+    """As `reusable`: a tokenizer stays when text is appended to what it was trained on."""
+    found = [reusable(directory, "tokenizer", {"raw": each.digest}, settings) for each in raw.generations]
+    return next((one for one in found if one[0] is not None), found[-1])
+
+
+def sampled(job: JobSpec, raw: Manifest) -> Manifest:
+    """The first generation of the raw text that has all that the sample takes, whatever was appended to it later."""
+    wanted = {name: min(_share(job, name), raw.counts(name).text_bytes) for name in job.data.sources}
+    parts = (raw.at(each.digest) for each in raw.generations)
+    return next(
+        part for part in parts if part and all(part.counts(name).text_bytes >= least for name, least in wanted.items())
+    )
+
+
+def _share(job: JobSpec, name: str) -> int:
+    """Bytes of a source's text that the sample takes."""
+    return int(job.data.sources[name].weight * job.tokenizer.sample_bytes)
 
 
 def _make(job: JobSpec, directory: Path, raw_dir: str, raw: Manifest) -> list[FileEntry]:
@@ -102,8 +124,8 @@ def _spread(windows: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
 
 
 def _with_progress(job: JobSpec, directory: str, manifest: Manifest, progress: ByteProgress) -> Iterator[str]:
-    for name, source in job.data.sources.items():
-        for text in sample(directory, manifest, name, int(source.weight * job.tokenizer.sample_bytes)):
+    for name in job.data.sources:
+        for text in sample(directory, manifest, name, _share(job, name)):
             progress.advance(len(text.encode()))
             yield text
 

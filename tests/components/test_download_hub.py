@@ -143,6 +143,7 @@ def test_stops_at_the_byte_budget(hub: Hub, make_job, tmp_path: Path) -> None:
 def test_more_steps_extend_a_source_that_the_tokens_needed_had_cut(hub: Hub, make_job, tmp_path: Path) -> None:
     few = job(make_job, tmp_path)
     few["train"]["steps"] = 4
+    few["tokenizer"]["sample_bytes"] = 1000
     result, error = hub.run(few)
     assert error is None and result is not None
     needed = 4 * few["train"]["batch"]["tokens_per_step"] * 5

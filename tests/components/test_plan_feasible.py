@@ -10,6 +10,7 @@ import pytest
 
 from components.plan import feasible
 from manifests.spec import JobSpec, load_job
+from trainer.data.manifest import FileEntry, Manifest, write_manifest
 from trainer.errors import SpecError, VolumeError
 
 GIB = 2**30
@@ -72,8 +73,16 @@ def test_a_volume_without_room_for_data_and_checkpoints_is_named_with_both_numbe
     feasible.refuse_hopeless(large, train=False)
     with pytest.raises(VolumeError, match=r"150\.0 GiB free"):
         feasible.refuse_hopeless(large, train=True)
-    for stage in ("raw", "shards"):
-        folder = Path(large.stage_dir(stage))
+    there = {name: large.byte_budget(name) or 0 for name in large.data.sources}
+    for kind in ("raw", "shards"):
+        files = [
+            FileEntry(path=name, bytes=1, algorithm="sha256", checksum="", source=name, text_bytes=size)
+            for name, size in there.items()
+        ]
+        folder = Path(large.stage_dir(kind))
         folder.mkdir(parents=True)
-        (folder / "manifest.json").touch()
+        write_manifest(folder, Manifest(kind=kind, files=files))
     feasible.refuse_hopeless(large, train=True)
+    with pytest.raises(VolumeError, match=r"the job needs about"):  # what a longer run appends
+        machine.free = 1 * GIB
+        feasible.refuse_hopeless(large.updated({"train": {"steps": large.train.steps * 5 // 4}}), train=False)

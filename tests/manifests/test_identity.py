@@ -29,8 +29,11 @@ SPECS = {
 def test_keys_and_names_are_those_of_version_0_1(name: str):
     expected = {key: value for key, value in JOBS[name].items() if key != "job"}
     job = job_from(JOBS[name]["job"])
-    found = {"raw": job.raw_key, "hygiene": job.hygiene_key, "tokenizer": job.tokenizer_key, "shards": job.shards_key}
-    assert found | {"run": job.run_name} == expected
+    former = {"tokenizer" if stage == "tokenizers" else stage: key for stage, key in job.former_keys.items()}
+    assert former | {"run": job.run_name} == expected
+    of_length = job.data.max_bytes_per_source is None
+    by_length = of_length and any(source.origin.kind == "hub" for source in job.data.sources.values())
+    assert (job.keys != job.former_keys) == by_length, "the length of the run is no part of a key any more"
 
 
 def test_every_preset_is_among_them():
@@ -41,7 +44,8 @@ def test_a_run_that_was_made_longer_keeps_its_name_and_its_data():
     short, other = load_job("h100-4b"), load_job("h100-4b", {"train": {"steps": 35762}})
     longer = load_job("h100-4b", {"train": {"steps": 35762, "begun_with_steps": 28610}})
     assert longer.run_name == short.run_name != other.run_name
-    assert longer.keys == short.keys
+    assert longer.keys == short.keys == other.keys
+    assert longer.former_keys == short.former_keys != other.former_keys
     assert longer.train_spec().begun_with_steps == 28610
 
 
@@ -80,7 +84,7 @@ def test_new_optional_field_changes_nothing_at_its_default_and_a_changed_default
 def test_changed_default_of_a_source_changes_the_key_of_its_text(monkeypatch):
     job = job_from(JOBS["hub"]["job"])
     monkeypatch.setitem(RAW_DEFAULTS_1, "HubSource", RAW_DEFAULTS_1["HubSource"] | {"split": "validation"})
-    assert job.raw_key != JOBS["hub"]["raw"]
+    assert job.former_keys["raw"] != JOBS["hub"]["raw"]
 
 
 @pytest.mark.parametrize("name", SPECS)

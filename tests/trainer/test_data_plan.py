@@ -341,3 +341,57 @@ def test_caps_follow_the_curriculum() -> None:
     # en: 44 tokens. By the mix 400 × 0.35 = 140; nothing from 400 to 777; then 0.8 of the rest: 140 + 0.8 × 223.
     with pytest.raises(DataError, match=r"'en' would need 358 tokens, but 44 × max_epochs 8 = 352"):
         stream(caps=8.0, curriculum=curriculum(), seed=3).check_caps(1000)
+
+
+GROWN = {
+    "ko": np.array([*LENGTHS["ko"], 4, 4, 8], np.int32),
+    "en": np.array([*LENGTHS["en"], 30, 1], np.int32),
+    "code": LENGTHS["code"],
+}
+BEFORE = ("digest", {name: len(lengths) for name, lengths in LENGTHS.items()})
+
+
+def grown(cursor: Cursor | None = None) -> TokenStream:
+    mix = {name: MixSpec(weight=weight, max_epochs=1000) for name, weight in WEIGHTS.items()}
+    return TokenStream(GROWN, mix, 3, "later", earlier=[BEFORE], cursor=cursor)
+
+
+def test_a_stream_goes_on_into_what_was_appended_as_if_that_had_been_there() -> None:
+    whole = tokens_of(grown().take(600))
+    first_epoch = min(LENGTHS[name].sum() / WEIGHTS[name] for name in ("ko", "en"))
+    for cut in range(int(first_epoch) - 17):
+        running = stream()
+        assert tokens_of(running.take(cut)) == whole[:cut]
+        resumed = grown(running.cursor())
+        assert (resumed.left_out, tokens_of(resumed.take(600 - cut))) == (0, whole[cut:])
+        assert grown(resumed.cursor()).position == 600, "and the next cursor is of the later data"
+
+
+def test_every_document_of_an_epoch_is_given_once_those_of_before_first() -> None:
+    order = SourceOrder("ko", GROWN["ko"], 3, [6, 3])
+    for epoch in range(3):
+        documents = order.permutation(epoch)(0, 9).tolist()
+        assert sorted(documents[:6]) == list(range(6)) and sorted(documents[6:]) == [6, 7, 8]
+        assert [order.permutation(epoch)(n, n + 4).tolist() for n in range(6)] == [
+            documents[n : n + 4] for n in range(6)
+        ]
+    walked = [order.next()[0] for _ in range(20)]
+    for consumed in range(sum(order.lengths[n] for n in walked[:15])):
+        document, offset = order.seek(consumed)
+        ends = np.cumsum(order.lengths[walked])
+        at = int(np.searchsorted(ends, consumed, side="right"))
+        if document < 0:
+            assert consumed == (ends[at - 1] if at else 0) and order.next()[0] == walked[at]
+        else:
+            assert (document, offset) == (walked[at], consumed - (ends[at - 1] if at else 0))
+
+
+def test_a_stream_beyond_what_was_there_stays_with_it() -> None:
+    running = stream()
+    running.take(400)
+    resumed = grown(running.cursor())
+    assert resumed.left_out == 5
+    assert tokens_of(resumed.take(300)) == naive_order(700)[400:]
+    assert grown(resumed.cursor()).left_out == 5, "also the next time"
+    with pytest.raises(DataError, match="other shards"):
+        stream(grown().cursor())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.format import Shard
-from trainer.data.manifest import DataError, Manifest, Split, read_manifest, verify
+from trainer.data.manifest import DataError, FileEntry, Manifest, Split, read_manifest, verify
 from trainer.data.plan import Cursor, TokenStream
 from trainer.data.provenance import SUFFIX, Origin, Origins
 from trainer.spec import TokensSpec
@@ -50,14 +51,17 @@ class SourceDocuments:
         return self.shards[shard].document(document - self._firsts[shard], start, stop)
 
 
-def open_shards(tokens: TokensSpec) -> tuple[Path, Manifest]:
+def open_shards(tokens: TokensSpec, digest: str | None = None) -> tuple[Path, Manifest]:
     """The shards' directory and manifest, after checks that need no reading of the tokens.
+
+    Args:
+        digest: of the generation that all ranks use; None for the newest.
 
     Raises:
         DataError: data missing, of another size or of another or damaged tokenizer, or without a source of the mix.
     """
     directory = Path(tokens.shards)
-    manifest = read_manifest(directory, "shards")
+    manifest = shards_manifest(tokens, digest)
     tokenizer = read_manifest(tokens.tokenizer, "tokenizer")
     if tokenizer.digest != manifest.inputs.get("tokenizer"):
         raise DataError(
@@ -74,6 +78,21 @@ def open_shards(tokens: TokensSpec) -> tuple[Path, Manifest]:
     return directory, manifest
 
 
+def shards_manifest(tokens: TokensSpec, digest: str | None = None) -> Manifest:
+    """The manifest of the shards, as it was when its digest was this.
+
+    Raises:
+        DataError: there is none, or none such.
+    """
+    newest = read_manifest(tokens.shards, "shards")
+    if (manifest := newest.at(digest or newest.digest)) is None:
+        raise DataError(
+            f"{tokens.shards}: rank 0 sees other shards there ({(digest or '')[:12]}) than this rank "
+            f"({newest.digest[:12]}); all nodes must mount the same volume; start again if it was just written"
+        )
+    return manifest
+
+
 def open_stream(
     tokens: TokensSpec, directory: Path, manifest: Manifest, cursor: Cursor | None = None
 ) -> tuple[list[SourceDocuments], TokenStream]:
@@ -84,5 +103,13 @@ def open_stream(
     """
     sources = [SourceDocuments(directory, manifest, name, "train") for name in tokens.mix]
     lengths = {name: source.lengths for name, source in zip(tokens.mix, sources, strict=True)}
-    order = {"curriculum": tokens.curriculum, "skip": tokens.skip, "cursor": cursor}
+    earlier = [
+        (generation.digest, {name: _documents(manifest.files[: generation.files], name) for name in tokens.mix})
+        for generation in manifest.earlier
+    ]
+    order = {"earlier": earlier, "curriculum": tokens.curriculum, "skip": tokens.skip, "cursor": cursor}
     return sources, TokenStream(lengths, tokens.mix, tokens.seed, manifest.digest, **order)
+
+
+def _documents(files: Sequence[FileEntry], source: str) -> int:
+    return sum(entry.documents for entry in files if (entry.source, entry.split) == (source, "train"))

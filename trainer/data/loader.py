@@ -63,6 +63,7 @@ class TokenLoader:
 
     Args:
         steps: how many steps will be asked for; when given, the mix's repetition caps are checked against it.
+        shards_digest: of the generation of the shards that all ranks use; None for the newest.
         cursor: where to go on; None for the start.
 
     Raises:
@@ -79,6 +80,7 @@ class TokenLoader:
         world_size: int,
         cursor: Cursor | None = None,
         steps: int | None = None,
+        shards_digest: str | None = None,
     ) -> None:
         self._tokens, self._step_tokens = tokens, batch.tokens_per_step
         self._micro_tokens = batch.micro_batch_rows * tokens.seq_len
@@ -86,7 +88,7 @@ class TokenLoader:
         assert self._step_tokens % (world_size * self._micro_tokens) == 0, "TrainSpec.micro_batches checks this"
         self._errors: list[DataError] = []
         self._closed = threading.Event()
-        directory, manifest = open_shards(tokens)
+        directory, manifest = open_shards(tokens, shards_digest)
         self.digests = {"shards": manifest.digest, "tokenizer": manifest.inputs["tokenizer"]}
         self._sources, self._stream = open_stream(tokens, directory, manifest, cursor)
         if steps is not None:
@@ -127,6 +129,11 @@ class TokenLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def left_out(self) -> int:
+        """Documents that were appended to the shards too late for this run."""
+        return self._stream.left_out
 
     def epochs(self) -> dict[str, float]:
         """How often each source has been gone through, up to the last step given out."""

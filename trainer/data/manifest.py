@@ -2,7 +2,9 @@
 
 A stage of the data path (raw text, tokenizer, shards) is a directory with files and one `manifest.json`, which is
 written last: a directory without it is unfinished. The manifest holds no time, host or absolute path, so equal inputs
-give an equal digest. Layout of the stages, below the datasets directory:
+give an equal digest. What a longer run needs more of is appended: files and their order stay, and the manifest keeps
+the digest of each earlier generation, by which runs and later stages that know only that one find it. Layout of the
+stages, below the datasets directory:
 
     raw/<key>/manifest.json                  kind raw: `files` carry source, documents and text_bytes (UTF-8 bytes of
                                              the texts)
@@ -21,8 +23,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -81,8 +84,19 @@ class Counts(Record):
     tokens: int
 
 
+class Generation(Stored):
+    """What a directory held before it grew: its first `files` files, made from `inputs`, in a manifest of `digest`."""
+
+    digest: str
+    inputs: dict[str, str]
+    files: int = Field(ge=0)
+
+
 class Manifest(Stored):
-    """`inputs` are the digests of what this was made from, `settings` the parameters that shaped it."""
+    """`inputs` are the digests of what this was made from, `settings` the parameters that shaped it.
+
+    `earlier`: the generations before this one, oldest first.
+    """
 
     kind: Kind
     format_version: Literal[1] = 1
@@ -90,12 +104,36 @@ class Manifest(Stored):
     settings: dict[str, Any] = {}
     sources: dict[str, SourceEntry] = {}
     files: list[FileEntry]
+    earlier: list[Generation] = []
 
     @property
     def digest(self) -> str:
         """sha256 (hex) of the canonical JSON."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        text = json.dumps(self.stored(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def stored(self) -> dict[str, Any]:
+        """As JSON values; a directory that never grew says nothing of generations, as in the first version."""
+        return self.model_dump(mode="json", exclude=None if self.earlier else {"earlier"})
+
+    @property
+    def generations(self) -> list[Generation]:
+        """All of them, oldest first, this one last."""
+        return [*self.earlier, Generation(digest=self.digest, inputs=self.inputs, files=len(self.files))]
+
+    def grown(self, inputs: dict[str, str], files: list[FileEntry]) -> Manifest:
+        """The next generation: with more files after those that are there."""
+        return self.model_copy(
+            update={"inputs": inputs, "files": [*self.files, *files], "earlier": self.generations},
+        )
+
+    def at(self, digest: str) -> Manifest | None:
+        """The manifest as it was, or is, when its digest was this; None if it never was."""
+        for number, generation in enumerate(self.generations):
+            if generation.digest == digest:
+                before = {"inputs": generation.inputs, "files": self.files[: generation.files]}
+                return self.model_copy(update=before | {"earlier": self.earlier[:number]})
+        return None
 
     def select(self, source: str | None = None, split: Split | None = None) -> list[FileEntry]:
         """The files of one source and split (None: of any), in the manifest's order."""
@@ -177,7 +215,7 @@ def file_entry(directory: str | Path, path: str, algorithm: Algorithm = "xxh3_12
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Write `manifest.json`, with the manifest's own digest in it. Call it last: it declares the directory finished."""
-    value = {"digest": manifest.digest} | manifest.model_dump(mode="json")
+    value = {"digest": manifest.digest} | manifest.stored()
     atomic_write(Path(directory) / MANIFEST_NAME, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
@@ -255,14 +293,20 @@ def _check_content(path: Path, entry: FileEntry) -> None:
 
 
 def reusable(
-    directory: str | Path, kind: Kind, inputs: dict[str, str], settings: dict[str, Any]
+    directory: str | Path,
+    kind: Kind,
+    inputs: dict[str, str],
+    settings: dict[str, Any],
 ) -> tuple[Manifest | None, str]:
-    """The manifest of `directory` if it is whole and was made from these inputs and settings, else None; and why."""
+    """The manifest of `directory` if it is whole and was made from these inputs and settings, else None; and why.
+
+    One that has grown since holds what they gave, too.
+    """
     if not (Path(directory) / MANIFEST_NAME).exists():
         return None, "not made yet"
     try:
         manifest = read_manifest(directory, kind)
-        if manifest.inputs != inputs:
+        if not any(generation.inputs == inputs for generation in manifest.generations):
             return None, "its inputs changed"
         if manifest.settings != settings:
             return None, "its settings changed"
@@ -272,14 +316,52 @@ def reusable(
     return manifest, "unchanged and verified"
 
 
+def whole_part(
+    directory: str | Path,
+    kind: Kind,
+    made_from: Sequence[dict[str, str]],
+    settings: dict[str, Any],
+    *,
+    sizes_only: bool = False,
+) -> Manifest | None:
+    """The newest whole generation of `directory` that was made with these settings from these inputs, if any.
+
+    Args:
+        made_from: the inputs of each generation that there should be, oldest first.
+    """
+    try:
+        there = read_manifest(directory, kind)
+    except DataError:
+        return None
+    for number, generation in reversed(list(enumerate(there.generations, start=1))):
+        part = there.at(generation.digest)
+        assert part is not None
+        chain = [each.inputs for each in part.generations]
+        if there.settings == settings and chain == list(made_from[:number]):
+            with suppress(DataError):
+                verify(directory, part, sizes_only=sizes_only)
+                return part
+    return None
+
+
+def withdraw(directory: str | Path, stays: Manifest | None) -> None:
+    """Take back the declaration that a directory is finished, unless it declares no more than what stays."""
+    with suppress(DataError):
+        if stays is not None and read_manifest(directory) == stays:
+            return
+    (Path(directory) / MANIFEST_NAME).unlink(missing_ok=True)
+
+
 def open_stage(result: StageResult) -> Manifest:
     """The manifest behind the result of a step before, with its files present and of the right sizes.
+
+    Of a directory that has grown since, it is what was there then.
 
     Raises:
         DataError: it is not what the result describes.
     """
-    manifest = read_manifest(result.path)
-    if (manifest.kind, manifest.digest) != (result.kind, result.digest):
+    manifest = read_manifest(result.path).at(result.digest)
+    if manifest is None or manifest.kind != result.kind:
         raise DataError(f"{result.path}: changed since the step before finished; run the pipeline again")
     verify(result.path, manifest, sizes_only=True)
     return manifest

@@ -9,6 +9,7 @@ number of documents starts at once, on every rank. Imports no torch.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,25 +66,55 @@ class Permutation:
         return (left << np.uint32(lower)) | right
 
 
+class InTurn:
+    """Permutations of successive documents, one after the other: the image of a position is a document's number."""
+
+    def __init__(self, permutations: Sequence[Permutation]) -> None:
+        self._permutations = permutations
+        self._ends = np.cumsum([permutation.size for permutation in permutations]).tolist()
+        self.size: int = self._ends[-1]
+
+    def __call__(self, start: int, stop: int) -> NDArray[np.int64]:
+        pieces = []
+        for permutation, end in zip(self._permutations, self._ends, strict=True):
+            first = end - permutation.size
+            if start < end and stop > first:
+                pieces.append(permutation(max(start - first, 0), min(stop, end) - first) + first)
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+
 class SourceOrder:
     """The endless sequence of one source's documents: one permutation an epoch.
 
+    Of a source that has grown an epoch goes through what was there first, then through what each growth brought. The
+    first epoch so begins as it did before the growth.
+
     Args:
         lengths: tokens of each document, in the shards' order.
+        sizes: documents of each generation of the shards, later ones after the earlier; None: all are of one.
     """
 
-    def __init__(self, name: str, lengths: NDArray[np.integer], seed: int) -> None:
+    def __init__(self, name: str, lengths: NDArray[np.integer], seed: int, sizes: Sequence[int] | None = None) -> None:
         self.name = name
         self.lengths = lengths
+        self._sizes = [len(lengths)] if sizes is None else list(sizes)
+        assert sum(self._sizes) == len(lengths)
         self.tokens = int(lengths.sum(dtype=np.int64))
         self.longest = int(lengths.max(initial=0))
         self._seed = seed
         self._ahead: list[tuple[int, int]] = []
         self._load(0)
 
-    def permutation(self, epoch: int) -> Permutation:
-        key = hashlib.sha256(f"2|{self._seed}|{self.name}|{epoch}".encode()).digest()
-        return Permutation(len(self.lengths), key)
+    def permutation(self, epoch: int) -> Permutation | InTurn:
+        parts = [
+            Permutation(size, hashlib.sha256(f"2|{self._seed}|{self.name}|{epoch}{mark}".encode()).digest())
+            for size, mark in zip(self._sizes, ["", *(f"|{n}" for n in range(1, len(self._sizes)))], strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else InTurn(parts)
+
+    def tokens_of(self, generations: int) -> int:
+        """Tokens of the first generations."""
+        return int(self.lengths[: sum(self._sizes[:generations])].sum(dtype=np.int64))
 
     def seek(self, consumed: int) -> tuple[int, int]:
         """Go to where `consumed` tokens have been given: (document, offset into it) if one is open, else (-1, 0)."""

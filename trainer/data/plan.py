@@ -76,6 +76,8 @@ class TokenStream:
     Args:
         lengths: tokens of each document, by source; the names and their order are those of `mix`.
         data_digest: digest of the manifest that the lengths come from.
+        earlier: of its earlier generations, oldest first, digest and documents of each source. A cursor of one goes on
+            into what came later, or, where it was beyond the source's first epoch, stays with what was there.
         curriculum: later weights, by the position from which they hold.
         skip: ranges [first, last) of stream positions, in tokens, that are drawn but not given out.
         cursor: as `cursor()` gave it; None for the start.
@@ -91,11 +93,15 @@ class TokenStream:
         seed: int,
         data_digest: str,
         *,
+        earlier: Sequence[tuple[str, dict[str, int]]] = (),
         curriculum: Sequence[StageSpec] = (),
         skip: Sequence[tuple[int, int]] = (),
         cursor: Cursor | None = None,
     ) -> None:
         self.names = list(mix)
+        self._seed = seed
+        self.left_out = 0  # documents of later generations
+        self._data = [*earlier, (data_digest, {name: len(lengths[name]) for name in mix})]
         self._stages = stages_of(mix, curriculum)
         self._mixture = Mixture(self.names, self._stages)
         if (
@@ -104,15 +110,20 @@ class TokenStream:
             and self._mixture.leaves_out(sum(cursor.drawn.values()))
         ):
             self._mixture = Mixture(self.names, self._stages, pays_debts=True)
-        self._identity = (seed, data_digest)
         self._mix = mix
-        self._orders = [SourceOrder(name, lengths[name], seed) for name in self.names]
+        self._orders = self._ordered(lengths)
+        if cursor is not None:
+            self._check(cursor)
+            known = self._generation_of(cursor)
+            grown = [order for order in self._orders if order.tokens_of(known) < order.tokens]
+            if any(cursor.drawn[order.name] > order.tokens_of(known) for order in grown):
+                self.left_out = sum(self._data[-1][1].values()) - sum(self._data[known - 1][1].values())
+                self._data = self._data[:known]
+                self._orders = self._ordered({name: lengths[name][: self._data[-1][1][name]] for name in self.names})
         for order in self._orders:
             if not order.tokens:
                 raise no_tokens(order.name)
         self._skip = sorted(skip)
-        if cursor is not None:
-            self._check(cursor)
         self._drawn = [cursor.drawn[name] if cursor else 0 for name in self.names]
         self._skipped = [cursor.skipped[name] if cursor else 0 for name in self.names]
         self._open: tuple[int, int, int, int] | None = None  # source, document, length, next token
@@ -121,6 +132,10 @@ class TokenStream:
             if document >= 0:
                 assert self._open is None, "two documents are open"
                 self._open = (source, document, int(order.lengths[document]), offset)
+
+    def _ordered(self, lengths: dict[str, NDArray[np.integer]]) -> list[SourceOrder]:
+        ends = {name: [0, *(documents[name] for _, documents in self._data)] for name in self.names}
+        return [SourceOrder(name, lengths[name], self._seed, np.diff(ends[name]).tolist()) for name in self.names]
 
     @property
     def position(self) -> int:
@@ -137,15 +152,17 @@ class TokenStream:
             DEBTS_PAID_VERSION if self._mixture.pays_debts or not self._mixture.leaves_out(position) else ORDER_VERSION
         )
 
-    def digest(self, position: int = 0) -> str:
-        """Identity of the order of the first `position` tokens.
+    def digest(self, position: int = 0, generation: int | None = None) -> str:
+        """Identity of the order of the first `position` tokens, by default with all generations of the data.
 
         Caps are not part of it, nor stages that begin later: both may be changed on the way.
         """
-        seed, data_digest = self._identity
+        data_digest = self._data[-1 if generation is None else generation][0]
         begun = self._stages[: self._mixture.stages_begun(position)]
         weights = [[start, [[name, repr(weights.get(name, 0))] for name in self.names]] for start, weights in begun]
-        return hashlib.sha256(json.dumps([self._version(position), data_digest, seed, weights]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self._version(position), data_digest, self._seed, weights]).encode()
+        ).hexdigest()
 
     def take(self, count: int) -> list[Segment]:
         """The next `count` tokens, as segments in order; those in skipped ranges are passed over and not counted."""
@@ -195,13 +212,19 @@ class TokenStream:
                 return True, min(limit, first - position)
         return True, limit
 
+    def _generation_of(self, cursor: Cursor) -> int:
+        """The number, from 1, of the newest generation of the data that a cursor may be of; 0 for none."""
+        position = sum(cursor.drawn.values())
+        numbers = range(len(self._data), 0, -1)
+        return next((n for n in numbers if self.digest(position, n - 1) == cursor.plan_digest), 0)
+
     def _check(self, cursor: Cursor) -> None:
         if cursor.order_version not in (DEBTS_PAID_VERSION, ORDER_VERSION):
             raise DataError(
                 f"the checkpoint's data order has version {cursor.order_version}, this code has {ORDER_VERSION}; "
                 "resume with the code that wrote it, or start a new run"
             )
-        if cursor.plan_digest != self.digest(sum(cursor.drawn.values())) or set(cursor.drawn) != set(self.names):
+        if not self._generation_of(cursor) or set(cursor.drawn) != set(self.names):
             raise DataError(
                 "the checkpoint was trained on other shards, mix weights, curriculum or data seed than this run names; "
                 "give those back (stages after the checkpoint may change), or start a new run"
