@@ -130,12 +130,14 @@ class SourceSpec(TextSpec):
 class DataSpec(Spec):
     """Sources by name; their weights sum to 1. `max_bytes_per_source` stops a download early.
 
+    `begun_with_max_bytes` is written where that limit changes for a run that has begun. It keeps its name and data.
     `max_synthetic_share`: of the training tokens, at most so many may have been written by a model.
     """
 
     sources: dict[Name, SourceSpec] = Field(min_length=1)
     heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.005
     max_bytes_per_source: Count | None = None
+    begun_with_max_bytes: Count | None = None
     max_synthetic_share: Fraction = 1.0
 
     @model_validator(mode="after")
@@ -148,6 +150,11 @@ class DataSpec(Spec):
                 f"source by null, as in data.sources.{next(iter(self.sources))}: null"
             )
         return self
+
+    @property
+    def first_max_bytes(self) -> int | None:
+        """The limit that the run was begun with."""
+        return self.begun_with_max_bytes or self.max_bytes_per_source
 
     def wanted_tokens(self, tokens: int, curriculum: Sequence[StageSpec] = ()) -> dict[str, float]:
         """What each source has to give of the first `tokens`, weights changing as the curriculum says."""

@@ -279,7 +279,7 @@ class JobSpec(Spec):
     @property
     def keys(self) -> dict[StageName, str]:
         """The keys of all stages. The length of the run is no part of them: a longer one appends to what is there."""
-        return self._keys(dict.fromkeys(self.data.sources, self.data.max_bytes_per_source))
+        return self._keys(dict.fromkeys(self.data.sources, self.data.first_max_bytes))
 
     @property
     def former_keys(self) -> dict[StageName, str]:
@@ -287,7 +287,7 @@ class JobSpec(Spec):
         amounts = {
             name: self._bytes_of_steps(name, self.begun_with_steps)
             if self._is_as_long_as_the_run(name)
-            else self.data.max_bytes_per_source
+            else self.data.first_max_bytes
             for name in self.data.sources
         }
         return self._keys(amounts)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 log = logging.getLogger(__name__)
 
-SPEC_VERSION = 2  # of this code; version 1 wrote no number
+SPEC_VERSION = 3  # of this code; version 1 wrote no number
 
 
 class Later(NamedTuple):
@@ -84,6 +84,7 @@ LATER: dict[str, dict[str, Later]] = {
     "JobTrainSpec": {"begun_with_steps": Later(2, None)},
     "TrainSpec": {"begun_with_steps": Later(2, None)},
     "StorageSpec": {"sources_dir": Later(2, None)},
+    "DataSpec": {"begun_with_max_bytes": Later(3, None)},
 }
 # The digest of raw text leaves out these fields of version 1 too, at these values.
 RAW_DEFAULTS_1: dict[str, dict[str, Any]] = {

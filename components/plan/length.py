@@ -63,10 +63,13 @@ def changed(job: JobSpec, changes: dict[str, Any], run: str) -> JobSpec:
         SpecError: as `parse`; another run is what they make; there is no checkpoint to go on from with this length.
     """
     now = as_begun_with(job.updated(changes), job.begun_with_steps)
+    limit = job.data.first_max_bytes
+    now = now.updated({"data": {"begun_with_max_bytes": None if limit == now.data.max_bytes_per_source else limit}})
     if now.run_name != run:
         raise SpecError(
             f"--set: this makes another run, {now.run_name}; of a run that has begun train.steps, train.skip, "
-            "train.parallel, train.runtime and train.evaluate may change; for all else: yaongi run JOB --set …"
+            "train.parallel, train.runtime, train.evaluate and data.max_bytes_per_source may change; for all else: "
+            "yaongi run JOB --set …"
         )
     existing = candidates(now.run_dir)
     first = continuable(existing, now.train_spec())

@@ -13,12 +13,14 @@ from hub_worker import Hub
 from raw_cases import contents, texts
 
 from components.hygiene import step as hygiene_step
+from components.plan.length import changed
 from components.shards import step as shards_step
 from components.shards.ranges import ranges
 from components.tokenizer import step as tokenizer_step
 from manifests.spec import JobSpec, load_job
 from trainer.data.documents import SourceDocuments
 from trainer.data.manifest import Manifest, StageResult, open_stage, read_manifest, verify
+from trainer.errors import SpecError
 
 NAMES = ("large", "little")
 
@@ -170,3 +172,21 @@ def test_what_version_0_1_began_goes_on_under_its_key(hub: Hub, job) -> None:
     after = made(hub, longer)
     assert Path(after.raw.path).resolve() == former.resolve() and after.tokenizer.digest == before.tokenizer.digest
     assert read_manifest(before.shards.path).at(before.shards.digest) is not None
+
+
+def test_a_run_whose_limit_of_bytes_is_raised_keeps_its_name_and_gets_more(hub: Hub, job) -> None:
+    begun = job(20).updated({"data": {"max_bytes_per_source": 6000}})
+    before = made(hub, begun)
+    (Path(begun.run_dir)).mkdir(parents=True)
+    raised = changed(begun, {"train": {"steps": 60}, "data": {"max_bytes_per_source": 15000}}, begun.run_name)
+    assert (raised.run_name, raised.keys) == (begun.run_name, begun.keys)
+    after = made(hub, raised)
+    assert after.tokenizer == before.tokenizer
+    assert open_stage(before.shards).digest == before.shards.digest != after.shards.digest
+    assert after.manifests()[0].counts("large").text_bytes >= 15000
+    back = changed(raised, {"data": {"max_bytes_per_source": 6000}}, begun.run_name)
+    assert back.data == begun.data
+    another = begun.updated({"data": {"max_bytes_per_source": 15000}})
+    assert another.keys != begun.keys, "a limit that a person names from the start makes data of its own"
+    with pytest.raises(SpecError, match="this makes another run"):
+        changed(job(20), {"data": {"max_bytes_per_source": 15000}}, job(20).run_name)
