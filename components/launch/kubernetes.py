@@ -101,8 +101,10 @@ def launch(
             raise
         except BaseException as error:  # also a signal; it may have come while the job was being created
             to_stop = ours or not isinstance(error, LaunchError)
-            if to_stop and not stop(cluster, kind, name, limits.grace_seconds, write):
-                on_leftover()
+            if to_stop:
+                with _undisturbed():
+                    if not stop(cluster, kind, name, limits.grace_seconds, write):
+                        on_leftover()
             raise
 
 
@@ -291,3 +293,17 @@ def _stop_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A further signal does not cut the block short: the job would run on, and nobody would watch it or know."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
