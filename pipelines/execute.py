@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from components.plan.enough import DATA_ALONE_VARIABLE
-from components.quick import quick_imports
+from components.quick import local_kfp
 from components.running import told_to_stop
 from trainer.launcher import Launcher, named
 
@@ -32,7 +32,7 @@ def main() -> int:
     os.environ |= named()  # the steps in turn end with this process
     warnings.filterwarnings("ignore", message="You may be attemping to run a task that uses custom or non-Python")
 
-    with quick_imports():
+    with local_kfp():
         from kfp import local
 
         from pipelines.pretrain import pretrain
