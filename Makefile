@@ -6,12 +6,12 @@ BIN := .venv/bin
 READY := .venv/.ready
 UV_VERSION := 0.13.9
 UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
-# Tests run beside each other, those of a file in one process.
-PARALLEL := -n auto --maxprocesses=8 --dist=loadfile
-FAST := not slow and not e2e and not gpu and not kernels and not peers
+# Tests run beside each other, those of a file in one process, in the order of tests/conftest.py.
+PARALLEL ?= -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+HERE := not e2e and not gpu and not kernels and not peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint test-slow test-gpu test-kernels test-peers images e2e gen lock
+.PHONY: help setup run test lint test-slow test-all test-gpu test-kernels test-peers images e2e gen lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,10 +27,13 @@ lint: setup ## style and import direction
 	$(BIN)/lint-imports
 
 test: lint ## everything that needs neither a cluster nor a GPU, nor more than a minute each
-	$(BIN)/pytest $(PARALLEL) -m "$(FAST)"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not proof and $(HERE)"
 
 test-slow: setup ## the long tests
-	$(BIN)/pytest $(PARALLEL) -m "slow and not e2e and not gpu and not kernels and not peers"
+	$(BIN)/pytest $(PARALLEL) -m "slow and not proof and $(HERE)"
+
+test-all: test test-slow ## these two and the proofs: for a change of torch's version, trainer/optim, fp8, compile or the model's numbers
+	$(BIN)/pytest $(PARALLEL) -m "proof and $(HERE)"
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from order import longest_first
 from tools import left_out
 
 Answer = tuple[int, str, str]
 
-# Beside other workers one thread each, or they wait for each other; set before PyTorch is imported, and inherited.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread each. Threads that wait for one that a busy machine has put aside spin meanwhile: with two, a test of half
+# a minute has taken ten. Set before PyTorch is imported, and inherited.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if "MARGINS" in os.environ:  # tests/margins.py
     import bounds  # noqa: F401  it watches comparisons
@@ -57,3 +58,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What this machine lacks, last, where a person looks."""
     if line := left_out(terminalreporter.stats.get("skipped", [])):
         terminalreporter.write_line(line)
+
+
+@pytest.hookimpl(trylast=True)  # what is deselected is gone
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest_first(items)

@@ -152,15 +152,18 @@ def test_generated_code_keeps_the_gradient_of_the_router():
     assert_same_gradients(one_layer("E", shared_width=32))
 
 
+def rarely(*values) -> pytest.param:
+    return pytest.param(*values, marks=pytest.mark.proof)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("symbols", "shared_width"),
     [
-        *(
-            (symbols, 0)
-            for symbols in ("M", "*", "-", "N", "E", "ME", "MM", "EE", "*-", "M*", "*E", "E-", "NE", "NM", "N*-")
-        ),
-        *((symbols, 32) for symbols in ("ME", "*E", "E-", "NE", "ME*-")),
+        *((symbols, 0) for symbols in ("M", "*", "-", "N", "NE")),
+        ("ME*-", 32),
+        *(rarely(symbols, 0) for symbols in ("E", "ME", "MM", "EE", "*-", "M*", "*E", "E-", "NM", "N*-")),
+        *(rarely(symbols, 32) for symbols in ("ME", "*E", "E-", "NE")),
     ],
 )
 def test_generated_code_has_the_gradients_of_every_kind_of_layer(symbols: str, shared_width: int):
@@ -168,8 +171,10 @@ def test_generated_code_has_the_gradients_of_every_kind_of_layer(symbols: str, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["selective", "full"])
-@pytest.mark.parametrize(("symbols", "shared_width"), [("ME", 32), ("*E", 0)])
+@pytest.mark.parametrize(
+    ("policy", "symbols", "shared_width"),
+    [("selective", "ME", 32), ("full", "*E", 0), rarely("selective", "*E", 0), rarely("full", "ME", 32)],
+)
 def test_generated_code_recomputes_what_it_differentiates(policy: str, symbols: str, shared_width: int):
     assert_same_gradients(one_layer(symbols, shared_width), policy=policy)
 
@@ -177,7 +182,7 @@ def test_generated_code_recomputes_what_it_differentiates(policy: str, symbols: 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("symbols", "rel"),
-    [("ME", compiled.TOLERANCE["bf16"]), ("E", compiled.TOLERANCE["bf16"]), ("*-", 0.02), ("N", 0.15)],
+    [("ME", compiled.TOLERANCE["bf16"]), rarely("E", compiled.TOLERANCE["bf16"]), ("*-", 0.02), ("N", 0.15)],
 )
 def test_generated_code_differs_in_bf16_by_less_than_the_check_of_a_run_allows(symbols: str, rel: float):
     """It rounds less often; in one of 128 tokens or so another expert is then chosen."""

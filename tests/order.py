@@ -1,0 +1,25 @@
+"""The order in which files of tests are given to workers."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+# The files that take longest, the longest first, so that none of them begins when the others end.
+LONGEST = (
+    "trainer/test_compile.py",
+    "trainer/test_learning.py",
+    "trainer/test_parallel.py",
+    "pipelines/test_run.py",
+    "pipelines/test_dashboards_live.py",
+    "pipelines/test_verbs.py",
+    "e2e/test_pipeline.py",
+)
+
+
+def longest_first(items: list[pytest.Item]) -> None:
+    """Sort by file: the longest, then those of many tests."""
+    size = Counter(item.path for item in items)
+    place = {TESTS / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (place.get(item.path, len(LONGEST)), -size[item.path]))
