@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from kube import PIPELINE_IMAGE, Namespace, Object, pod
 from launching import Launcher, as_account, granted
 from pipeline_run import SETS, PipelineRun
 from scrape import Prometheus
+from xdist.scheduler import LoadScopeScheduling
 
 from manifests.kinds import PYTORCHJOB
 from manifests.names import job_name
@@ -26,6 +28,24 @@ from trainer.specbase import changes_from_sets
 SCRAPED = ("first", "stopped")  # the runs that Prometheus knows
 OPERATED = ("PodMonitor", "PrometheusRule")  # objects of the Prometheus operator, which a test cluster lacks
 BASE = Path(__file__).parents[2] / "manifests" / "base"
+
+# Files whose tests train for real. One process has them all: they share the run `first`, and two runs at once would ask
+# for more than two CPUs.
+TRAINING = ("test_pipeline", "test_disturbed", "test_trainjob", "test_aborts", "test_alerts", "test_dashboards")
+
+
+class Apart(LoadScopeScheduling):
+    """The tests that train in one process, those of every other file in one of the rest."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "training" if Path(file).name.startswith(TRAINING) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Apart:
+    return Apart(config, log)
+
 
 # A shell starts its background jobs with SIGINT ignored, and so would be the launchers that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

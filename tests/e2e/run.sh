@@ -5,6 +5,7 @@
 #                   volumes by default
 #   YAONGI_IMAGES   "given": the nodes have or can pull the images already (names: YAONGI_{PIPELINE,TRAINER,PROMETHEUS}_IMAGE)
 #   LOAD_IMAGE      command that brings an image to the nodes, called with its name, for kind: "kind load docker-image"
+#   PARALLEL        how tests run beside each other, as pytest-xdist's options; "-n 0": one after another
 #   YAONGI_CLUSTER  instead of a running cluster: a program that starts one, with the verbs build, up, base-image, install-operator,
 #                   install-trainer and build-image NAME CONTEXT ARGUMENT... (build and load); it writes KUBECONFIG
 #
@@ -22,14 +23,17 @@ if [ -n "${YAONGI_CLUSTER:-}" ]; then
     section "start a cluster with $YAONGI_CLUSTER"
     "$YAONGI_CLUSTER" build
     "$YAONGI_CLUSTER" up
-    "$YAONGI_CLUSTER" install-operator
-    "$YAONGI_CLUSTER" install-trainer
-    export BUILD_IMAGE="$YAONGI_CLUSTER build-image"
+    { "$YAONGI_CLUSTER" install-operator && "$YAONGI_CLUSTER" install-trainer; } & # while the images are built
+    operators=$!
+    export BUILD_IMAGE="${BUILD_IMAGE:-$YAONGI_CLUSTER build-image}"
 fi
 command -v kubectl >/dev/null || fail "kubectl is not installed"
 kubectl get --raw /readyz >/dev/null || fail "the cluster of $KUBECONFIG does not answer"
-kubectl get crd pytorchjobs.kubeflow.org >/dev/null || fail "the cluster lacks the Kubeflow training operator (PyTorchJob v1)"
-kubectl get crd trainjobs.trainer.kubeflow.org >/dev/null || fail "the cluster lacks Kubeflow Trainer 2.1 with JobSet (TrainJob)"
+check_operators() {
+    kubectl get crd pytorchjobs.kubeflow.org >/dev/null || fail "the cluster lacks the Kubeflow training operator (PyTorchJob v1)"
+    kubectl get crd trainjobs.trainer.kubeflow.org >/dev/null || fail "the cluster lacks Kubeflow Trainer 2.1 with JobSet (TrainJob)"
+}
+[ -n "${operators:-}" ] || check_operators
 
 export YAONGI_PIPELINE_IMAGE=${YAONGI_PIPELINE_IMAGE:-localhost/yaongi-pipeline:0.1.0}
 export YAONGI_TRAINER_IMAGE=${YAONGI_TRAINER_IMAGE:-localhost/yaongi-trainer:0.1.0}
@@ -44,8 +48,14 @@ if [ "${YAONGI_IMAGES:-}" != given ]; then
     fi
 fi
 
+if [ -n "${operators:-}" ]; then
+    wait "$operators" || fail "the operators were not installed"
+    check_operators
+fi
+
 section "the cluster"
 kubectl get nodes -o wide
 kubectl get storageclass
 section "pytest"
-exec "$python" -m pytest -m e2e -v -s --timeout=1800 "${@:-tests/e2e}"
+# What tests print, times among it, comes at the end (-rP), since tests run beside each other.
+exec "$python" -m pytest ${PARALLEL:--n 2 --no-loadscope-reorder} -m e2e -v -rP --timeout=1800 "${@:-tests/e2e}"
