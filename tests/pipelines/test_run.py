@@ -148,7 +148,7 @@ def processes_naming(text: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_has_saved_a_checkpoint_and_goes_on_from_it(tmp_path, number, code):
-    job = small_job(tmp_path, steps=400)
+    job = small_job(tmp_path, steps=400, checkpoint={"every_steps": 1000})  # but for the one that the stop saves
     with subprocess.Popen(
         [YAONGI, "run", job], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
