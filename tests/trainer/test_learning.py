@@ -35,6 +35,7 @@ def test_muon_learns_faster_than_adamw(learning, tmp_path):
     assert last["Muon"] < entropy - LEAD and last["Muon"] < last["AdamW"] - LEAD, (last, entropy)
 
 
+@pytest.mark.slow
 @pytest.mark.proof
 @pytest.mark.timeout(2400)
 def test_tiny_learns_and_muon_learns_fastest(learning, tmp_path):
