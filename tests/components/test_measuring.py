@@ -256,6 +256,6 @@ def test_repeated_requests_are_counted(port: int) -> None:
         return answer
 
     with step("download"):
-        assert retried(ask, lambda error: isinstance(error, TimeoutError), 5, 0.01, 0.02) == "text"
+        assert retried("texts", ask, lambda error: isinstance(error, TimeoutError), 5, 0.01, 0.02) == "text"
         seen = scrape(port)
     assert seen["yaongi_download_retries_total"] == 2
