@@ -81,12 +81,11 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
             _clear(directory, raw_manifest, manifest)
             scans = _scan(directory, raw.path, raw_manifest, filters, job.shards.workers)
             # Of equal documents the first stays, so what was decided before more text was appended holds.
-            for generation in raw_manifest.generations[len(manifest.generations) if manifest else 0 :]:
-                text = raw_manifest.at(generation.digest) or raw_manifest
+            made = len(manifest.parts) if manifest else 0
+            for inputs, text in list(zip(made_from, raw_manifest.parts, strict=True))[made:]:
                 report = Report(raw.path, text, settings)
                 files = list(_decide(directory, text, manifest, filters, scans[: len(text.files)], report))
                 files += report.write(directory, len(text.earlier))
-                inputs = {"raw": generation.digest}
                 new = Manifest(kind="hygiene", inputs=inputs, settings=settings, files=files)
                 manifest = manifest.grown(inputs, files) if manifest else new
             assert manifest is not None

@@ -80,9 +80,8 @@ def _there(directory: Path, raw: Manifest, settings: dict[str, Any]) -> tuple[Ma
 def sampled(job: JobSpec, raw: Manifest) -> Manifest:
     """The first generation of the raw text that has all that the sample takes, whatever was appended to it later."""
     wanted = {name: min(_share(job, name), raw.counts(name).text_bytes) for name in job.data.sources}
-    parts = (raw.at(each.digest) for each in raw.generations)
     return next(
-        part for part in parts if part and all(part.counts(name).text_bytes >= least for name, least in wanted.items())
+        part for part in raw.parts if all(part.counts(name).text_bytes >= least for name, least in wanted.items())
     )
 
 

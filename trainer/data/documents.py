@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.format import Shard
-from trainer.data.manifest import DataError, FileEntry, Manifest, Split, read_manifest, verify
+from trainer.data.manifest import DataError, Manifest, Split, read_manifest, verify
 from trainer.data.plan import Cursor, TokenStream
 from trainer.data.provenance import SUFFIX, Origin, Origins
 from trainer.spec import TokensSpec
@@ -104,12 +103,8 @@ def open_stream(
     sources = [SourceDocuments(directory, manifest, name, "train") for name in tokens.mix]
     lengths = {name: source.lengths for name, source in zip(tokens.mix, sources, strict=True)}
     earlier = [
-        (generation.digest, {name: _documents(manifest.files[: generation.files], name) for name in tokens.mix})
-        for generation in manifest.earlier
+        (generation.digest, {name: part.counts(name, "train").documents for name in tokens.mix})
+        for generation, part in zip(manifest.earlier, manifest.parts, strict=False)  # without the newest
     ]
     order = {"earlier": earlier, "curriculum": tokens.curriculum, "skip": tokens.skip, "cursor": cursor}
     return sources, TokenStream(lengths, tokens.mix, tokens.seed, manifest.digest, **order)
-
-
-def _documents(files: Sequence[FileEntry], source: str) -> int:
-    return sum(entry.documents for entry in files if (entry.source, entry.split) == (source, "train"))

@@ -127,13 +127,19 @@ class Manifest(Stored):
             update={"inputs": inputs, "files": [*self.files, *files], "earlier": self.generations},
         )
 
+    @property
+    def parts(self) -> list[Manifest]:
+        """The manifest as it was in each of `generations`, this one last."""
+        former = [
+            {"inputs": generation.inputs, "files": self.files[: generation.files], "earlier": self.earlier[:number]}
+            for number, generation in enumerate(self.earlier)
+        ]
+        return [*(self.model_copy(update=fields) for fields in former), self]
+
     def at(self, digest: str) -> Manifest | None:
-        """The manifest as it was, or is, when its digest was this; None if it never was."""
-        for number, generation in enumerate(self.generations):
-            if generation.digest == digest:
-                before = {"inputs": generation.inputs, "files": self.files[: generation.files]}
-                return self.model_copy(update=before | {"earlier": self.earlier[:number]})
-        return None
+        """The part whose digest is this; None if there never was one."""
+        digests = (generation.digest for generation in self.generations)
+        return next((part for known, part in zip(digests, self.parts, strict=True) if known == digest), None)
 
     def select(self, source: str | None = None, split: Split | None = None) -> list[FileEntry]:
         """The files of one source and split (None: of any), in the manifest's order."""
@@ -333,11 +339,9 @@ def whole_part(
         there = read_manifest(directory, kind)
     except DataError:
         return None
-    for number, generation in reversed(list(enumerate(there.generations, start=1))):
-        part = there.at(generation.digest)
-        assert part is not None
-        chain = [each.inputs for each in part.generations]
-        if there.settings == settings and chain == list(made_from[:number]):
+    for part in reversed(there.parts):
+        chain = [*(generation.inputs for generation in part.earlier), part.inputs]
+        if part.settings == settings and chain == list(made_from[: len(chain)]):
             with suppress(DataError):
                 verify(directory, part, sizes_only=sizes_only)
                 return part

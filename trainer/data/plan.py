@@ -113,8 +113,7 @@ class TokenStream:
         self._mix = mix
         self._orders = self._ordered(lengths)
         if cursor is not None:
-            self._check(cursor)
-            known = self._generation_of(cursor)
+            known = self._checked(cursor)
             grown = [order for order in self._orders if order.tokens_of(known) < order.tokens]
             if any(cursor.drawn[order.name] > order.tokens_of(known) for order in grown):
                 self.left_out = sum(self._data[-1][1].values()) - sum(self._data[known - 1][1].values())
@@ -218,14 +217,17 @@ class TokenStream:
         numbers = range(len(self._data), 0, -1)
         return next((n for n in numbers if self.digest(position, n - 1) == cursor.plan_digest), 0)
 
-    def _check(self, cursor: Cursor) -> None:
+    def _checked(self, cursor: Cursor) -> int:
+        """The generation that a cursor is of, as `_generation_of` counts."""
         if cursor.order_version not in (DEBTS_PAID_VERSION, ORDER_VERSION):
             raise DataError(
                 f"the checkpoint's data order has version {cursor.order_version}, this code has {ORDER_VERSION}; "
                 "resume with the code that wrote it, or start a new run"
             )
-        if not self._generation_of(cursor) or set(cursor.drawn) != set(self.names):
+        known = self._generation_of(cursor)
+        if not known or set(cursor.drawn) != set(self.names):
             raise DataError(
                 "the checkpoint was trained on other shards, mix weights, curriculum or data seed than this run names; "
                 "give those back (stages after the checkpoint may change), or start a new run"
             )
+        return known
