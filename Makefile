@@ -32,7 +32,7 @@ test: lint ## everything that needs neither a cluster nor a GPU, nor more than a
 test-slow: setup ## the long tests
 	$(BIN)/pytest $(PARALLEL) -m "slow and not proof and $(HERE)"
 
-test-all: test test-slow ## these two and the proofs: for a change of torch's version, trainer/optim, fp8, compile or the model's numbers
+test-all: test test-slow ## these two and the proofs: for a change of the version of torch, tokenizers or tiktoken, of trainer/optim, fp8, compile or the model's numbers
 	$(BIN)/pytest $(PARALLEL) -m "proof and $(HERE)"
 
 test-gpu: setup ## the tests that need a CUDA device
@@ -82,6 +82,7 @@ lock: $(UV) ## resolve the dependencies anew
 	$(UV) $(LOCK) --extra train --extra data --extra cluster --extra dev -o requirements.lock
 	$(UV) $(LOCK) --extra data --extra buckets --extra cluster -o requirements-pipeline.lock
 	$(UV) $(LOCK) --extra train -o requirements-trainer.lock
+	echo uv==$(UV_VERSION) | $(UV) $(subst pyproject.toml,-,$(LOCK)) --no-annotate -o requirements-uv.lock
 
 define CHECK_PYTHON
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
@@ -101,7 +102,7 @@ $(READY): requirements.lock pyproject.toml | $(UV)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "error: $(PYTHON) cannot make virtual environments; install its venv package: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .uv
-	.uv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	.uv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
 
 .PHONY: uv
 uv:

@@ -11,9 +11,14 @@ RUN set -eu; \
     getent passwd 1000 >/dev/null || useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp yaongi; \
     python3 -m venv --without-pip /opt/yaongi
 
-COPY requirements-pipeline.lock /opt/yaongi/
-RUN python3 -m pip --python /opt/yaongi/bin/python install --no-cache-dir --no-deps --require-hashes \
-        -r /opt/yaongi/requirements-pipeline.lock
+COPY requirements-pipeline.lock requirements-uv.lock /opt/yaongi/
+WORKDIR /opt/yaongi
+# uv unpacks and compiles in a fraction of pip's time; it does not stay.
+RUN set -eu; \
+    python3 -m pip install --no-cache-dir --no-deps --require-hashes --target /tmp/uv -r requirements-uv.lock; \
+    /tmp/uv/bin/uv pip install --python bin/python --system-certs --no-cache --compile-bytecode --no-deps --require-hashes \
+        -r requirements-pipeline.lock; \
+    rm -r /tmp/uv
 
 COPY docker/entry.sh /usr/local/bin/entry
 COPY dist/yaongi-*.whl /opt/yaongi/

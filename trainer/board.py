@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch.utils.tensorboard import SummaryWriter
+if TYPE_CHECKING:  # only the first rank writes, and importing it takes half a second
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ class Board:
         """Write everything since the last good flush; a disk that refuses costs a warning, and the next flush tries."""
         try:
             if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
                 self._writer = SummaryWriter(self._directory, purge_step=self._flushed + 1)
                 for step, values in self._kept:
                     self._write(self._writer, step, values)

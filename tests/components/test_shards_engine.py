@@ -74,6 +74,7 @@ def test_both_cut_text_alike_at_every_character(first: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_both_cut_text_alike_at_every_code_point() -> None:
     assert not [hex(first) for first in range(0, 0x110000, 0x1000) if _pieces_differ(range(first, first + 0x1000))]
 

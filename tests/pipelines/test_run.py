@@ -145,12 +145,11 @@ def processes_naming(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_has_saved_a_checkpoint_and_goes_on_from_it(tmp_path, number, code):
-    job = small_job(tmp_path, steps=400, checkpoint={"every_steps": 1000})  # but for the one that the stop saves
+def stopped(folder: Path, number: signal.Signals, code: int) -> tuple[Path, Path]:
+    """Job and run directory of a run that has got a signal after its first steps."""
+    job = small_job(folder, steps=200, checkpoint={"every_steps": 1000})  # but for the one that the stop saves
     with subprocess.Popen(
-        [YAONGI, "run", job], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [YAONGI, "run", job], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         for line in process.stdout:
             if line.startswith("  step 5/"):
@@ -159,12 +158,22 @@ def test_a_stopped_run_has_saved_a_checkpoint_and_goes_on_from_it(tmp_path, numb
         _, error = process.communicate(timeout=600)
     assert process.returncode == code, error
     assert error == "error: stopped; run the same command again to continue\n"
-    (run_dir,) = (tmp_path / "work/checkpoints/runs").iterdir()
-    stopped_at = latest_step(run_dir)
-    assert stopped_at >= 5
+    (run_dir,) = (folder / "work/checkpoints/runs").iterdir()
+    assert 5 <= latest_step(run_dir) < 200
+    return job, run_dir
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_has_saved_a_checkpoint(tmp_path):
+    stopped(tmp_path, signal.SIGINT, 130)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path):
+    job, run_dir = stopped(tmp_path, signal.SIGTERM, 143)
     again = yaongi("run", job, "--set", "train.runtime.log_every_steps=100", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     steps = [json.loads(line)["step"] for line in (run_dir / "logs/metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, 201))
     written = yaongi("generate", run_dir.name, "--prompt", "bal", "--tokens", "3", cwd=tmp_path)
     assert written.returncode == 0 and written.stdout.startswith("bal"), written.stderr

@@ -45,7 +45,7 @@ def test_a_background_run_that_is_stopped_and_resumed_trains_as_if_undisturbed(y
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     for place in (undisturbed, disturbed):
         place.mkdir()
-        job = small_job(place, steps=300, checkpoint={"every_steps": 1000})  # but for the one that the stop saves
+        job = small_job(place, steps=150, checkpoint={"every_steps": 1000})  # but for the one that the stop saves
         # The same name in both places: what a run computes is in it, and so are its paths.
         job.write_text(job.read_text().replace(f"{place}/", ""))
     monkeypatch.chdir(undisturbed)
@@ -57,18 +57,18 @@ def test_a_background_run_that_is_stopped_and_resumed_trains_as_if_undisturbed(y
     while "loss  " not in (shown := good("status", "small.yaml")):
         assert time.monotonic() < deadline, shown
         time.sleep(0.2)
-    assert "state       running: in step train" in shown and "/300" in shown
+    assert "state       running: in step train" in shown and "/150" in shown
     code, _, error = yaongi("local", "small.yaml")
     assert code == 69 and "is already running as process" in error
     assert f"stopped {name}; checkpoint saved at step " in good("stop", name)
     assert f"stopped: continue: yaongi resume {name}" in good("status", name)
-    assert 0 < len(losses(disturbed)) < 300
+    assert 0 < len(losses(disturbed)) < 150
 
     assert f"run {name} runs in the background" in good("resume", name[:8])
     followed = good("logs", name, "--follow")
-    assert "✓ summary" in followed and "step 300/300" in followed
-    assert re.search(rf"{name} +here +finished +300/300 ", good("status"))
-    assert "step 300/300" in good("logs", name, "--rank", "0")
+    assert "✓ summary" in followed and "step 150/150" in followed
+    assert re.search(rf"{name} +here +finished +150/150 ", good("status"))
+    assert "step 150/150" in good("logs", name, "--rank", "0")
     of_evaluate = good("logs", name, "--task", "evaluate")
     assert of_evaluate.startswith("▶ evaluate") and "✓ evaluate" in of_evaluate and "train" not in of_evaluate
     assert losses(disturbed) == losses(undisturbed)

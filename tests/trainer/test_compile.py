@@ -190,6 +190,7 @@ def test_generated_code_differs_in_bf16_by_less_than_the_check_of_a_run_allows(s
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(900)
 def test_generated_code_trains_as_the_model_does():
     """Most of its time is the C++ compiler's."""

@@ -24,6 +24,8 @@ def compile_layers(model: HybridModel, *, whole: bool = False, backend: str = "i
     """
     # Gradients are computed outside of autocast, as without a compiler: those of FP32 products by FP32 ones.
     torch._functorch.config.backward_pass_autocast = "off"
+    if torch.are_deterministic_algorithms_enabled():  # perhaps not known to the compiler, see trainer/distributed.py
+        torch.use_deterministic_algorithms(True, warn_only=torch.is_deterministic_algorithms_warn_only_enabled())
     if backend == "inductor":
         _keep_mutations_in_order()
     for layer in layers_of(model):
