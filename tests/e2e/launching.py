@@ -140,6 +140,12 @@ def pods_of(namespace: Namespace, job: JobSpec) -> list[Object]:
     return namespace.find("pods", "-l", KINDS[job.cluster.job].selector(job.run_name))
 
 
+def assert_gone(namespace: Namespace, job: JobSpec) -> None:
+    """The job, and its pods but for one that an operator makes by an old copy of the job and that is collected at once."""
+    assert not jobs_of(namespace, job)
+    wait_for("a pod of a job that is gone to be collected", lambda: not pods_of(namespace, job), 60)
+
+
 def running_pods_of(namespace: Namespace, job: JobSpec) -> list[str]:
     """Those that have not ended: a pod object that is left to be looked at holds nothing."""
     pods = pods_of(namespace, job)

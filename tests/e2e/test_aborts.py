@@ -16,6 +16,7 @@ from kube import PIPELINE_IMAGE, Namespace, Object, pod, wait_for
 from launching import (
     Launcher,
     as_account,
+    assert_gone,
     both_pods_of,
     jobs_of,
     process_arguments,
@@ -186,4 +187,4 @@ def test_the_exit_handler_takes_its_own_jobs_and_not_those_that_another_run_has_
     cleanup(account.cluster, "run-2", job.cluster, account.write)
     print(f"exit handler ({kind}): no worker left after {time.monotonic() - begun:.1f} s")
     assert account.has(f"deleted job {job.run_name}") and account.has("no worker runs any more")
-    assert not jobs_of(namespace, job) and not running_pods_of(namespace, job)
+    assert_gone(namespace, job)

@@ -25,6 +25,7 @@ from launching import (
     Gate,
     Launcher,
     as_account,
+    assert_gone,
     both_pods_of,
     jobs_of,
     pods_of,
@@ -95,7 +96,7 @@ def test_an_absent_image_is_named_soon_and_the_job_removed(namespace: Namespace,
     with pytest.raises(LaunchError, match=r"image 'localhost/absent:1' cannot be pulled .* check cluster\.image"):
         launcher(job, "true", image="localhost/absent:1")
     assert time.monotonic() - begun < 120
-    assert not jobs_of(namespace, job) and not pods_of(namespace, job)
+    assert_gone(namespace, job)
 
 
 def test_an_absent_claim_is_named_before_anything_is_created(namespace: Namespace, launcher: Launcher) -> None:

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from kube import Namespace, wait_for
-from launching import Gate, Launcher, both_pods_of, jobs_of, pods_of, read_until, start_process, tiny
+from launching import Gate, Launcher, assert_gone, both_pods_of, jobs_of, pods_of, read_until, start_process, tiny
 from pipeline_run import PipelineRun
 
 from components.launch import LaunchError
@@ -92,7 +92,7 @@ def test_an_unschedulable_gang_says_why_and_is_removed(namespace: Namespace, lau
     job = tiny(namespace, cluster={**GANG, "cpus_per_node": 5000, "queue_timeout_seconds": 20})
     with pytest.raises(LaunchError, match=r"waited \d+ s for nodes .*node-0-0: cannot be scheduled: .*Insufficient"):
         launcher(job, "true")
-    assert not jobs_of(namespace, job) and not pods_of(namespace, job)
+    assert_gone(namespace, job)
 
 
 def test_a_spent_quota_is_told(namespace: Namespace, launcher: Launcher) -> None:
@@ -124,7 +124,7 @@ def test_a_killed_launcher_is_replaced_and_the_new_one_stops_the_job(
     assert {pod["metadata"]["uid"] for pod in pods_of(namespace, job)} == before, "the workers were started again"
     second.terminate()
     assert second.wait(timeout=300) == 143
-    assert not jobs_of(namespace, job) and not pods_of(namespace, job)
+    assert_gone(namespace, job)
 
 
 def test_the_real_trainer_ends_with_the_same_losses_as_under_a_pytorchjob(first: PipelineRun) -> None:

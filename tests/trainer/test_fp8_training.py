@@ -108,7 +108,7 @@ def test_nothing_to_convert_is_one_clear_line(micro_data: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["delayed", "current"])
+@pytest.mark.parametrize("recipe", ["delayed", pytest.param("current", marks=pytest.mark.proof)])
 def test_ranks_agree_on_the_scales(micro_data: Path, tmp_path: Path, recipe: str):
     """The same micro-batches on one rank and on two, so the same amaxes, the largest of which all ranks must know."""
     runs = []

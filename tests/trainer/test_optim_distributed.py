@@ -8,7 +8,7 @@ import micro
 import pytest
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.proof])])
 def test_ranks_together_equal_one_alone(ranks, tmp_path):
     script = Path(__file__).with_name("optim_ranks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
