@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from kube import Namespace, wait_for
-from launching import Gate, Launcher, assert_gone, both_pods_of, jobs_of, pods_of, read_until, start_process, tiny
+from launching import Gate, Launcher, assert_gone, both_pods_of, pods_of, read_until, start_process, tiny
 from pipeline_run import PipelineRun
 
 from components.launch import LaunchError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from kube import Namespace, wait_for
-from launching import assert_gone, pods_of, scripted, tiny
+from launching import pods_of, scripted, tiny
 
 from components.launch.kubernetes import start
 from components.launch.kubernetes_api import Cluster
@@ -68,7 +68,7 @@ def test_a_run_is_shown_stopped_and_resumed(
     stopped = good("stop", name)
     saved = int(stopped.split("the newest checkpoint is of step ")[1].split(";")[0])
     assert saved > 0 and f"continue: yaongi resume {name} -n {namespace.name}" in stopped
-    assert_gone(namespace, job)
+    assert not pods_of(namespace, job)
 
     assert f"job {name} goes on" in good("resume", name)
     wait_for("its log", lambda: f"begins after step {saved}" in ask("logs", name)[1], 300, every=2)
