@@ -141,7 +141,7 @@ def pods_of(namespace: Namespace, job: JobSpec) -> list[Object]:
 
 
 def assert_gone(namespace: Namespace, job: JobSpec) -> None:
-    """The job, and its pods: one that an operator has made by an old copy of the job may be collected a little later."""
+    """The job, and its pods: one that an operator made by an old copy of the job may be collected a little later."""
     assert not jobs_of(namespace, job)
     wait_for("a pod of a job that is gone to be collected", lambda: not pods_of(namespace, job), 60)
 
