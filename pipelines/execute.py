@@ -28,26 +28,34 @@ def main() -> int:
     # how they end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    threading.Thread(target=_end_with, args=(Launcher(),), daemon=True).start()
+    launcher = Launcher()
     os.environ |= named()  # the steps in turn end with this process
+    if stage := "".join(sys.argv[3:4]):
+        os.environ[DATA_ALONE_VARIABLE] = stage
     warnings.filterwarnings("ignore", message="You may be attemping to run a task that uses custom or non-Python")
 
     with local_kfp():
         from kfp import local
+        from kfp.local import subprocess_task_handler
 
         from pipelines.pretrain import pretrain
+        from pipelines.stepserver import StepServer
 
     if number := told_to_stop():
         return 128 + number
-    if stage := "".join(sys.argv[3:4]):
-        os.environ[DATA_ALONE_VARIABLE] = stage
+    steps = StepServer()
+    threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
+    if stage:
         cut_after(stage, pretrain.pipeline_spec)
+    subprocess_task_handler.run_local_subprocess = steps.run
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=sys.argv[2])
     try:
         pretrain(**arguments)
     except RuntimeError as error:  # how kfp.local says that a step failed; the step has said why
         print(error)
         return 1
+    finally:
+        steps.close()
     return 0
 
 
