@@ -66,7 +66,10 @@ class StepServer:
             for line in lines:
                 print(line, end="")
         with open(code, "rb") as told:  # nothing, if the server was killed
-            return int(told.read() or -signal.SIGKILL)
+            ended = int(told.read() or -signal.SIGKILL)
+        if ended == -signal.SIGKILL:  # which nothing in the step could say
+            print("killed (signal 9); if nobody did that, the machine has run out of memory")
+        return ended
 
     def close(self) -> None:
         self._connection.close()

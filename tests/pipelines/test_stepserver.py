@@ -62,7 +62,7 @@ def marked(lines: list[str]) -> list[str]:
         ("print('done', os.environ['OF_STEP'], os.environ['OF_SERVER'])", 0, "done yes too"),
         ("print('wrong', file=sys.stderr); sys.exit(65)", 65, "wrong"),
         ("raise KeyError('absent')", 1, "KeyError: 'absent'"),
-        ("print('going', flush=True); os.kill(os.getpid(), signal.SIGKILL)", -9, "going"),
+        ("print('going', flush=True); os.kill(os.getpid(), signal.SIGKILL)", -9, "run out of memory"),
         # As in a process of its own: what it starts can be waited for, and a signal ends it.
         ("print(subprocess.run(['sh', '-c', 'exit 7']).returncode, signal.getsignal(15))", 0, "7 0"),
     ],
