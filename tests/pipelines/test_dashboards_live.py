@@ -21,7 +21,7 @@ from trainer.metrics import METRICS, PREFIX
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "benchmarks" / "dashboards.py"
 SAMPLE = ROOT / "components" / "download" / "sample" / "ko.jsonl.gz"
-STEPS, KILLED_AT, CHECKPOINT_EVERY = 40, 22, 10
+STEPS, KILLED_AT, CHECKPOINT_EVERY = 28, 16, 7
 # Panel → why this run has nothing for it. They are tried in tests/e2e/test_dashboards_cluster.py, but for the first.
 ELSEWHERE = {
     "Model FLOPs utilisation": "the peak of a CPU is not known",
@@ -31,7 +31,7 @@ ELSEWHERE = {
     "Renewals of the lease": "the local launcher has no lease",
 }
 # The sample's Korean source so many times over, so that each step that makes data lives for several scrapes.
-COPIES = 24
+COPIES = 12
 # Files are verified at the speed of a disk, within less than two scrapes.
 TOO_SHORT = {"Verified files"}
 # Counter → why it stands still here.
