@@ -35,7 +35,7 @@ def continuable(found: list[Path], spec: TrainSpec) -> list[Path]:
         raise SpecError(
             f"{spec.run_dir}: cannot become {spec.steps} steps long, for the learning rate of its "
             f"{newest.spec['steps']} steps depends on the length from step {begins} on and the oldest checkpoint is of "
-            f"step {read_manifest(found[-1]).step}; train the longer run from the start, under another name",
+            f"step {read_manifest(found[-1]).step}; train such a run from the start, under another name",
         )
     return kept
 

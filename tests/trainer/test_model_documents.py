@@ -55,7 +55,8 @@ def test_what_stands_in_one_document_does_not_reach_the_next(backends, start):
 
     logits = [model(ids, seq_idx_BT).logits_BTV for ids in (ids_BT, other_BT)]
     assert (logits[0][:, :start] - logits[1][:, :start]).abs().max() > 0.1
-    torch.testing.assert_close(logits[0][:, start:], logits[1][:, start:], atol=1e-6, rtol=1e-6)
+    # MKL's AVX2 code has differed by 1.1e-6, a document that reaches the next by 0.1.
+    torch.testing.assert_close(logits[0][:, start:], logits[1][:, start:], atol=5e-6, rtol=5e-6)
 
     gradients = []
     for ids in (ids_BT, other_BT):
@@ -64,7 +65,7 @@ def test_what_stands_in_one_document_does_not_reach_the_next(backends, start):
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         scale = gradient.abs().max().item()
-        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6 * max(scale, 1), rtol=0, msg=name)
+        torch.testing.assert_close(gradient, gradients[1][name], atol=5e-6 * max(scale, 1), rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("backends", [FAST, REFERENCE], ids=["fast", "reference"])
