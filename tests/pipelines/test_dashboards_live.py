@@ -31,7 +31,7 @@ ELSEWHERE = {
     "Renewals of the lease": "the local launcher has no lease",
 }
 # The sample's Korean source so many times over, so that each step that makes data lives for several scrapes.
-COPIES = 12
+COPIES = 24
 # Files are verified at the speed of a disk, within less than two scrapes.
 TOO_SHORT = {"Verified files"}
 # Counter → why it stands still here.
