@@ -188,7 +188,7 @@ def _settle(device: torch.device, local_size: int) -> None:
     if threads:  # processes that share cores and each take all of them are many times slower
         torch.set_num_threads(int(threads))
     # The same sums in the same order, so that a resumed run repeats an undisturbed one bit for bit.
-    # Not torch.use_deterministic_algorithms, which imports the compiler to tell it so: a second of each start.
+    # Not torch.use_deterministic_algorithms, which imports the compiler to tell it so: a second of an evaluation.
     # Where the compiler is used, trainer/model/compiling.py tells it.
     torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False

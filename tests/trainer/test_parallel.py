@@ -147,7 +147,15 @@ def test_four_ranks_repeat_one_under_every_layout(micro_data: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "layouts"), [("bf16", ["fsdp", "experts"]), ("fp16", ["experts and fsdp"])])
+@pytest.mark.parametrize(
+    ("dtype", "layouts"),
+    [
+        ("bf16", ["fsdp", "experts"]),
+        ("fp16", ["experts and fsdp"]),
+        pytest.param("bf16", ["experts and fsdp"], marks=pytest.mark.proof),
+        pytest.param("fp16", ["fsdp", "experts"], marks=pytest.mark.proof),
+    ],
+)
 def test_narrow_types_and_adamw_keep_their_meaning_when_cut(
     micro_data: Path, tmp_path: Path, dtype: str, layouts: list[str]
 ):
@@ -163,14 +171,22 @@ def test_narrow_types_and_adamw_keep_their_meaning_when_cut(
             assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3), (spec.parallel, line["step"])
 
 
+ENGRAM = {"layer": 0, "rows_per_head": 50, "width_per_order": 16, "num_heads": 2}
+
+
 @pytest.mark.slow
-def test_compiled_and_recomputing_layers_train_cut_as_whole(micro_data: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param({"layers": ["NE"], "mtp": None, "engram": [ENGRAM]}, id="one layer"),
+        pytest.param({}, id="all kinds", marks=pytest.mark.proof),
+    ],
+)
+def test_compiled_and_recomputing_layers_train_cut_as_whole(micro_data: Path, tmp_path: Path, model: dict[str, Any]):
     """FSDP's hooks of Engram's tables and the experts' exchange lie inside of layers, where the graph breaks."""
-    engram = {"layer": 0, "rows_per_head": 50, "width_per_order": 16, "num_heads": 2}
-    few = {"steps": 3, "model": {"layers": ["NE"], "mtp": None, "engram": [engram]}}
-    alone = spec_of(micro_data, tmp_path, "alone", **few)
+    alone = spec_of(micro_data, tmp_path, "alone", steps=3, model=model)
     compiled = {"compile": True, "activation_checkpointing": "selective"}
-    cut = spec_of(micro_data, tmp_path, "experts and fsdp", runtime=compiled, **few)
+    cut = spec_of(micro_data, tmp_path, "experts and fsdp", steps=3, model=model, runtime=compiled)
     parallel_ranks.run([alone], 1, tmp_path)
     parallel_ranks.run([cut], 2, tmp_path)
     assert_equal_runs(cut, micro.metrics(alone))
