@@ -88,16 +88,20 @@ spec: {accessModes: [ReadWriteMany], resources: {requests: {storage: 1Ti}}}
 """
 
 
+def parsed(text: str) -> Object:
+    return yaml.load(text, yaml.CSafeLoader)
+
+
 def pod(name: str) -> Object:
-    return yaml.safe_load(POD.replace("NAME", name))
+    return parsed(POD.replace("NAME", name))
 
 
 def good() -> dict[str, Object]:
     """Manifests that break no rule."""
-    job, runtime = yaml.safe_load(JOB), yaml.safe_load(RUNTIME)
+    job, runtime = parsed(JOB), parsed(RUNTIME)
     job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"] = pod("pytorch")
     runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"] = pod("node")
-    return {"job": job, "claim": yaml.safe_load(CLAIM), "runtime": runtime, "trainjob": yaml.safe_load(TRAINJOB)}
+    return {"job": job, "claim": parsed(CLAIM), "runtime": runtime, "trainjob": parsed(TRAINJOB)}
 
 
 def changed(*changes: tuple[str, Any]) -> list[Object]:

@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
+from yaml.resolver import Resolver
 
 from manifests.lint.place import Path
 from manifests.yamltext import GO_BOOLEAN, GO_FLOAT, GO_INTEGER
@@ -44,7 +47,19 @@ class Document:
         return line + 1
 
 
-class _Loader(yaml.SafeLoader):
+# libyaml scans many times as fast; it is in every wheel of PyYAML. Nodes are composed by Python nevertheless: libyaml's
+# own composer calls itself for each level and ends the process when there are too many, Python raises RecursionError.
+_Parser: type[Any] = getattr(yaml, "cyaml", yaml).CParser if yaml.__with_libyaml__ else object
+
+
+class _FastLoader(Composer, _Parser, SafeConstructor, Resolver):
+    def __init__(self, text: str) -> None:
+        _Parser.__init__(self, text)
+        for part in (Composer, SafeConstructor, Resolver):
+            part.__init__(self)
+
+
+class _Loader(_FastLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
     """The safe loader with the numbers that Go's YAML knows."""
 
 
