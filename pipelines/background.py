@@ -148,7 +148,7 @@ def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Proc
     It has a session of its own, so that neither the terminal's end nor its Ctrl-C reaches it.
 
     Raises:
-        LaunchError: the run is driven already, or the process ended at once; says why.
+        LaunchError: the run is driven already, or the process ended before its log began; says why, with its code.
     """
     run = job.run_name
     if is_alive(workdir, run):
@@ -177,8 +177,10 @@ def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Proc
         if ended or (process and _logs(workdir, run) - former):
             break
         time.sleep(0.1)
-    if process:
+    if process and (process.ended is None or process.code == 0 or _logs(workdir, run) - former):
         return process
+    if process:
+        raise LaunchError(process.error or f"run {run} was ended before it began", process.code)
     last = (console.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"])[-1]
     raise LaunchError(f"run {run} did not start: {last.removeprefix('error: ')} (output: {console})")
 

@@ -133,11 +133,9 @@ def run(
     spec, arguments = local_job(job, changes, target=target, workdir=workdir)
     with driving(spec, workdir):
         if target == "local":
-            from components.plan.feasible import refuse_hopeless
-            from pipelines.ports import refuse_taken
+            from pipelines.refusals import refuse
 
-            refuse_taken(spec, changes)
-            refuse_hopeless(spec, train=True)
+            refuse(spec, changes)
         log = run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=_verbose())
     show(read_run(spec.run_dir), log, console, workdir)
 

@@ -14,7 +14,7 @@ from components.running import DONE, FAILED, STARTED
 from pipelines import background
 from pipelines.progress import Watcher
 from pipelines.runs import Run
-from pipelines.view import newest_log
+from pipelines.view import newest_log, of_local
 
 POLL_SECONDS = 0.5
 
@@ -38,7 +38,12 @@ def show(run: Run, console: Console, *, follow: bool, rank: int | None, task: st
         file = run.directory / "logs" / f"rank-{rank}.log"
         if not file.is_file():
             ranks = sorted(path.stem for path in file.parent.glob("rank-*.log"))
-            raise LaunchError(f"{file} does not exist; there are logs of: {', '.join(ranks) or 'no rank yet'}")
+            if ranks:
+                raise LaunchError(f"{file} does not exist; there are logs of: {', '.join(ranks)}")
+            now = of_local(run)
+            raise LaunchError(
+                f"no rank of {run.name} has written a log; its state is {now.state}: {now.why}".rstrip(": ")
+            )
         for line in _lines(file, run, follow):
             print(line, end="", flush=True)
         return

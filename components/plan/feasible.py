@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,31 +24,50 @@ DEVICES = Path("/dev")
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # CUDA, ROCm, a GPU under Windows
 
 
-def refuse_hopeless(job: JobSpec, *, train: bool) -> None:
-    """Refuse a job for this machine; what can only be guessed is judged in its favour.
+def checks(job: JobSpec, *, train: bool) -> dict[str, Callable[[], None]]:
+    """What is looked at on this machine, by name; what can only be guessed is judged in the job's favour.
+
+    Each raises, where the job cannot work here:
+        SpecError: the model's state exceeds the memory, or the processors would take months; write
+            train.runtime.device cpu to insist.
+        VolumeError: a volume has not the room for the data and checkpoints to come.
 
     Args:
         train: also what comes after the data.
-
-    Raises:
-        VolumeError: a volume has not the room for the data and checkpoints to come.
-        SpecError: the model's state exceeds the memory, or the processors would take months; write
-            train.runtime.device cpu to insist.
     """
+    of_training = {"memory": partial(_refuse_too_little_memory, job), "time": partial(_refuse_months, job)}
+    return (of_training if train else {}) | {"disk": partial(_refuse_too_little_disk, job, train)}
+
+
+def refuse_hopeless(job: JobSpec, *, train: bool) -> None:
+    """Refuse a job for this machine by the first of `checks` that does; raises as they do."""
+    for check in checks(job, train=train).values():
+        check()
+
+
+def _trains_without_gpu(job: JobSpec) -> bool:
     device = job.train.runtime.device
-    if train and (device == "cpu" or (device == "auto" and not has_gpu())):
-        spec, ranks = job.train_spec(), job.cluster.ranks_per_node
-        refuse_too_large(spec, job.layout(), limit_bytes() // ranks, "which, without a GPU,")
-        cores = len(os.sched_getaffinity(0))
-        flops = flops_per_token(spec.model, spec.tokens.seq_len) * spec.steps * spec.batch.tokens_per_step
-        days = flops / (FLOPS_PER_CORE * cores) / 86_400
-        if days > MOST_DAYS and device == "auto":
-            raise SpecError(
-                f"train: {spec.steps:,} steps of this model take about {days:,.0f} days on {cores} cores without a "
-                "GPU; use a GPU or a cluster, fewer steps, or the preset tiny or small; to insist, write "
-                "train.runtime.device: cpu"
-            )
-    _refuse_too_little_disk(job, train)
+    return device == "cpu" or (device == "auto" and not has_gpu())
+
+
+def _refuse_too_little_memory(job: JobSpec) -> None:
+    if _trains_without_gpu(job):
+        each = limit_bytes() // job.cluster.ranks_per_node
+        refuse_too_large(job.train_spec(), job.layout(), each, "which, without a GPU,")
+
+
+def _refuse_months(job: JobSpec) -> None:
+    if job.train.runtime.device == "cpu" or not _trains_without_gpu(job):
+        return
+    spec, cores = job.train_spec(), len(os.sched_getaffinity(0))
+    flops = flops_per_token(spec.model, spec.tokens.seq_len) * spec.steps * spec.batch.tokens_per_step
+    days = flops / (FLOPS_PER_CORE * cores) / 86_400
+    if days > MOST_DAYS:
+        raise SpecError(
+            f"train: {spec.steps:,} steps of this model take about {days:,.0f} days on {cores} cores without a "
+            "GPU; use a GPU or a cluster, fewer steps, or the preset tiny or small; to insist, write "
+            "train.runtime.device: cpu"
+        )
 
 
 def has_gpu() -> bool:

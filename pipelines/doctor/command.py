@@ -14,7 +14,7 @@ from trainer.errors import SpecError
 
 def doctor(
     job: Annotated[
-        str, typer.Argument(metavar="JOB", help="Check the cluster against a preset or job file.", show_default=False)
+        str, typer.Argument(metavar="JOB", help="Check for a preset or job file, too.", show_default=False)
     ] = "",
     namespace: Namespace = "",
     sets: Sets = None,
@@ -22,7 +22,8 @@ def doctor(
 ) -> None:
     """Check what this machine and the cluster of KUBECONFIG have and lack, and what to do.
 
-    With JOB or --namespace the cluster has to be fit for runs too: exit code 1 if it is not.
+    With JOB this machine has to be fit for it by what `run` looks at; with --namespace or --set
+    cluster.target=kubernetes the cluster has to be instead. Exit code 1 if it is not.
     """
     from manifests.spec import load_job
     from pipelines.doctor import machine
@@ -31,13 +32,18 @@ def doctor(
 
     if sets and not job:
         raise SpecError("--set changes a job; name the JOB")
-    spec = load_job(job, changes_from_sets(sets or [])) if job else None
+    changes = changes_from_sets(sets or [])
+    spec = load_job(job, changes) if job else None
+    on_cluster = bool(namespace) or (changes.get("cluster") or {}).get("target") == "kubernetes"
     console = Console()
     console.print("this machine", style="bold")
     good = show(machine.findings(workdir), console)
+    if job and not on_cluster:
+        console.print(f"{job} on this machine", style="bold", markup=False)
+        good &= show(machine.of_job(job, changes, workdir), console)
     console.print("cluster", style="bold")
     from pipelines.doctor import cluster  # with a client that takes its time
 
-    good &= show(cluster.findings(namespace or None, spec, is_asked=bool(job or namespace)), console)
+    good &= show(cluster.findings(namespace or None, spec, is_asked=on_cluster), console)
     if not good:
         raise typer.Exit(1)

@@ -7,9 +7,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from components.running import one_line
 from pipelines.doctor.findings import Finding
 from pipelines.ports import problem
+from trainer.errors import ForeseenError
 from trainer.thismachine import DEFAULT_PORT
 
 MIN_PYTHON = (3, 11)
@@ -34,6 +37,32 @@ def findings(workdir: Path) -> Iterator[Finding]:
         yield from check(workdir)
 
 
+def of_job(job: str, changes: dict[str, Any], workdir: Path) -> Iterator[Finding]:
+    """What `yaongi run` looks at before it begins, by the same checks; a run that is going on has its own ports.
+
+    Args:
+        job: a preset's name or a job file.
+        changes: what `--set` says.
+    """
+    from pipelines import background, refusals
+    from pipelines.run import local_job
+
+    try:
+        spec, _ = local_job(job, changes, target="local", workdir=workdir)
+    except ForeseenError as error:
+        yield Finding("job", "no", one_line(error))
+        return
+    for what, check in refusals.checks(spec, changes).items():
+        if what == "ports" and background.is_alive(workdir, spec.run_name):
+            continue
+        try:
+            check()
+        except ForeseenError as error:
+            yield Finding(what, "no", one_line(error))
+        else:
+            yield Finding(what, "ok", "nothing in the way")
+
+
 def _python(workdir: Path) -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     good = sys.version_info >= MIN_PYTHON
@@ -46,7 +75,9 @@ def _machine(workdir: Path) -> Iterator[Finding]:
     place = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free / GIB
     enough = free >= MIN_FREE_GIB and os.access(place, os.W_OK)
-    yield Finding("disk", "ok" if enough else "no", f"{free:.0f} GiB free at {place}; {MIN_FREE_GIB:.0f} are needed")
+    yield Finding(
+        "disk", "ok" if enough else "no", f"{free:.0f} GiB free at {place}; a small job takes {MIN_FREE_GIB:.0f}"
+    )
 
 
 def _torch(workdir: Path) -> Iterator[Finding]:

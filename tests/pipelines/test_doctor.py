@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import yaml
 from ports import free_port
 
 from manifests.spec import ClusterSpec
+from pipelines import refusals
 from pipelines.doctor import capacity, cluster, machine, operators
+from trainer.errors import VolumeError
 
 
 def node(gpus: int = 8, cpu: str = "96", memory: str = "1000Gi", ready: str = "True", **spec: object) -> dict:
@@ -119,6 +122,38 @@ def test_a_metrics_port_in_use_is_told(monkeypatch, tmp_path):
         found = of_machine(tmp_path)["metrics port"]
     assert found.state == "ok" and "is taken" in found.detail and "next free one" in found.detail
     assert of_machine(tmp_path)["metrics port"].state == "ok", "the port was given back"
+
+
+def states(said: str) -> dict[str, str]:
+    """State of each finding by its name."""
+    return {line[1]: line[2] for line in re.finditer(r"^ (\S[^\n]*?) +(ok|missing|no|unknown) ", said, re.M)}
+
+
+def test_a_job_is_looked_at_by_what_run_refuses_it_for(yaongi, monkeypatch, tmp_path):
+    def full() -> None:
+        raise VolumeError("a volume is full; make room")
+
+    monkeypatch.setenv("KUBECONFIG", "/nowhere/config")
+    code, said, _ = yaongi("doctor", "tiny")
+    assert code == 0 and states(said)["cluster"] == "missing", "it runs here, without a cluster"
+    assert {states(said)[what] for what in ("ports", "memory", "time", "disk")} == {"ok"}
+
+    monkeypatch.setattr(refusals, "checks", lambda job, changes: {"volumes": full})
+    code, said, _ = yaongi("doctor", "tiny")
+    assert code == 1 and states(said)["volumes"] == "no" and "a volume is full; make room" in said
+    assert yaongi("run", "tiny")[0] == yaongi("local", "tiny")[0] == 74
+    taken = tmp_path / "taken"
+    taken.touch()
+    code, said, _ = yaongi("doctor", "tiny", "--workdir", str(taken))
+    assert code == 1 and states(said)["job"] == "no" and "--workdir" in said
+
+
+@pytest.mark.parametrize("asking", [("--namespace", "mine"), ("--set", "cluster.target=kubernetes")])
+def test_a_cluster_that_a_job_is_meant_for_is_needed(yaongi, monkeypatch, asking):
+    monkeypatch.setenv("KUBECONFIG", "/nowhere/config")
+    code, said, _ = yaongi("doctor", "tiny", *asking)
+    assert code == 1 and states(said)["cluster"] == "no"
+    assert "memory" not in states(said), "this machine need not hold it"
 
 
 def test_a_tool_that_is_absent_is_told_with_its_purpose(monkeypatch, tmp_path):

@@ -3,11 +3,15 @@
 import json
 import os
 import re
+import socket
 import time
 from pathlib import Path
 
 import pytest
 from small_job import small_job
+
+from components.plan import feasible
+from pipelines import refusals
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -33,6 +37,28 @@ def test_a_job_that_is_wrong_is_not_started(yaongi, tmp_path):
     code, _, error = yaongi("local", "tiny", "--set", "train.steps=-1")
     assert code == 2 and error.startswith("error: ") and "steps" in error
     assert not (tmp_path / "work").exists()
+
+
+def test_a_job_that_cannot_work_here_is_refused_in_the_foreground_and_its_logs_say_so(yaongi, monkeypatch, tmp_path):
+    monkeypatch.setattr(feasible, "_trains_without_gpu", lambda job: True)
+    monkeypatch.setattr(feasible, "limit_bytes", lambda: 2**30)
+    code, said, error = yaongi("local", "h100-4b")
+    assert (code, said) == (2, "") and "41.2 GiB" in error
+    assert not (tmp_path / "work").exists()
+    assert yaongi("run", "h100-4b") == (code, said, error)
+    code, said, ended = yaongi("logs", "h100-4b")
+    assert (code, said) == (69, "") and f"failed: {error.removeprefix('error: ')}" in ended
+
+
+def test_a_background_process_that_refuses_its_job_is_no_start(yaongi, monkeypatch, tmp_path):
+    """What only it can see, or what changed meanwhile."""
+    monkeypatch.setattr(refusals, "refuse", lambda job, changes: None)
+    with socket.socket() as busy:
+        busy.bind(("0.0.0.0", 0))
+        busy.listen()
+        taken = f"train.runtime.metrics_port={busy.getsockname()[1]}"
+        code, said, error = yaongi("local", "tiny", "--set", taken)
+    assert (code, said) == (2, "") and "is taken" in error
 
 
 @pytest.mark.slow
