@@ -21,9 +21,17 @@ def continuable(found: list[Path], spec: TrainSpec) -> list[Path]:
     One that cannot be read stays among them: whoever loads it says what is wrong with it.
 
     Raises:
-        SpecError: there are checkpoints, and all were saved where the rate had begun to fall, or beyond the end.
+        SpecError: there are checkpoints, and all were saved where the rate had begun to fall, or beyond the end; or the
+            run is to become shorter, and the newest was. Only who asks for more steps has given up the former end.
     """
     kept = [path for path in found if _fits(path, spec)]
+    if kept and kept[0] != found[0] and (longer := _steps(found[0])) > spec.steps:
+        newest = read_manifest(found[0])
+        raise SpecError(
+            f"{spec.run_dir}: is {longer} steps long now and stands at step {newest.step}; as a run of {spec.steps} it "
+            f"would lose what it has trained from step {read_manifest(kept[0]).step} on; write train.steps={longer} "
+            "(--set), or give the job another name"
+        )
     if found and not kept:
         newest = read_manifest(found[0])
         if newest.step > spec.steps:
@@ -47,6 +55,10 @@ def _fits(path: Path, spec: TrainSpec) -> bool:
         return same or manifest.step <= min(spec.steps, spec.decay_begins, _decay_begins(manifest))
     except (CheckpointError, KeyError, TypeError, ValidationError):
         return True
+
+
+def _steps(path: Path) -> int:
+    return int(read_manifest(path).spec["steps"])
 
 
 def _decay_begins(manifest: CheckpointManifest) -> int:

@@ -53,11 +53,11 @@ def test_a_run_that_is_made_longer_trains_on_what_is_appended(tmp_path: Path) ->
     with HubServer(FILES) as server:
         environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
 
-        def yaongi(*arguments: str) -> str:
+        def yaongi(*arguments: str, code: int = 0) -> str:
             command = [YAONGI, *arguments, "--workdir", "work"]
             done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-            assert done.returncode == 0, done.stdout + done.stderr
-            return done.stdout
+            assert done.returncode == code, done.stdout + done.stderr
+            return done.stderr
 
         yaongi("run", "job.yaml")
         (run,) = (tmp_path / "work/checkpoints/runs").iterdir()
@@ -68,6 +68,7 @@ def test_a_run_that_is_made_longer_trains_on_what_is_appended(tmp_path: Path) ->
         (shards,) = (tmp_path / "work/datasets/shards").iterdir()
         grown = [len(json.loads((stage / "manifest.json").read_bytes())["earlier"]) for stage in (raw, shards)]
         assert grown == [1, 1] and (tokenizer / "manifest.json").stat().st_mtime_ns == trained
+        assert "stands at step 20" in yaongi("run", "job.yaml", code=2), "nothing is given up"
     assert [path.name for path in (tmp_path / "work/checkpoints/runs").iterdir()] == [run.name]
     steps = [json.loads(line)["step"] for line in (run / "logs/metrics.jsonl").read_text().splitlines()]
     assert steps == [*range(1, 9), *range(9, 21)], "it went on from before the decay, which began after step 8"

@@ -49,3 +49,10 @@ def test_too_little_data_is_said_by_the_data_steps(yaongi, tmp_path) -> None:
     assert error.startswith("error: download: source 'prose' would need")
     code, out, error = yaongi("prepare", job, "--until", "download", *many)
     assert code == 0 and "too little for train.steps 100,000: source 'prose'" in out, error
+
+
+@pytest.mark.slow
+def test_the_sample_suffices_for_the_preset_that_trains_longest_on_it(yaongi) -> None:
+    """`make run` shows it of `tiny`."""
+    code, out, error = yaongi("prepare", "small", "--workdir", "w")
+    assert code == 0 and out.endswith("next: yaongi run small --workdir w\n"), error

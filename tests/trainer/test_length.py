@@ -42,6 +42,8 @@ def test_length_that_a_run_cannot_take_on_is_refused(micro_data: Path, tmp_path:
     assert [path.name for path in continuable(candidates(spec.run_dir), spec.updated({"steps": 9}))] == [
         "step-00000003"
     ]
+    with pytest.raises(SpecError, match=r"is 5 steps long now and stands at step 5; as a run of 4 .* from step 3 on"):
+        continuable(candidates(spec.run_dir), spec.updated({"steps": 4}))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000003")
     with pytest.raises(SpecError, match=r"depends on the length from step 4 on"):
         continuable(candidates(spec.run_dir), spec.updated({"steps": 9}))
