@@ -1,4 +1,4 @@
-"""What a step says when the machine fails it: its volume is full or read-only, or a limit on sizes is reached."""
+"""What a step says when the machine fails it, its volume full or read-only, and of which part of its work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.errors import VolumeError, of_the_machine
+from trainer.errors import ForeseenError, VolumeError, of_the_machine
 
 
 @contextmanager
@@ -25,3 +25,12 @@ def volume_explained(directory: Path) -> Iterator[None]:
         if known is None:
             raise
         raise known from None
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Put `what` in front of every foreseen error, which stays of its class: data, volume, network."""
+    try:
+        yield
+    except ForeseenError as error:
+        raise type(error)(f"{what}: {error}") from None

@@ -19,6 +19,7 @@ from rich.console import Console
 from components.launch import LaunchError
 from components.quick import quick_imports
 from pipelines.view import View
+from trainer.errors import in_words
 from trainer.specbase import SpecError
 
 POLL_SECONDS = 5.0
@@ -42,7 +43,7 @@ def connect(host: str) -> Any:
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise LaunchError(f"Kubeflow Pipelines does not answer at {host} ({reason}); check --host") from None
+        raise LaunchError(f"Kubeflow Pipelines does not answer at {host} ({in_words(reason)}); check --host") from None
     with quick_imports():
         from kfp import Client
 

@@ -7,6 +7,7 @@ one of these where the cause is met, and catch these alone; a ValueError of a li
 from __future__ import annotations
 
 import errno
+import re
 
 from trainer.exitcodes import ExitCode
 
@@ -88,6 +89,7 @@ class GpuError(ForeseenError):
     code = ExitCode.GPU
 
 
+_NUMBERS = re.compile(r"\[Errno -?\d+\] ?| \(os error \d+\)|<[\w.]+ object at 0x\w+>: ?")
 _FULL = "the volume is full; make room and run again, what is done stays"
 _TOO_LARGE = "a file would be larger than this process or the volume allows; raise the limit (ulimit -f) and run again"
 _DENIED = "permission denied; mend its rights or owner, or give another place"
@@ -106,6 +108,12 @@ _OF_THE_MACHINE = {
     errno.EMFILE: "too many open files; raise the limit (ulimit -n) and run again",
     errno.ENFILE: "too many open files on this machine; close some and run again",
 }
+
+
+def in_words(error: object) -> str:
+    """The first line of what an error says without the system's numbers; its class where it says nothing."""
+    lines = _NUMBERS.sub("", str(error)).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def of_the_machine(error: BaseException, where: object = None) -> VolumeError | None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from trainer.errors import foreseen
+from trainer.errors import foreseen, in_words
 from trainer.exitcodes import MEANING, STOPS, ExitCode, retryable
 
 DIRECTORY_VARIABLE = "YAONGI_FAILURES"
@@ -101,7 +101,7 @@ def record(code: int, reason: str) -> None:
         draft.write_text(json.dumps(asdict(failure)), encoding="utf-8")
         draft.replace(target)
     except OSError as error:
-        print(f"the reason could not be recorded: {error}", file=sys.stderr)
+        print(f"the reason could not be recorded: {in_words(error)}", file=sys.stderr)
 
 
 def forget() -> None:

@@ -19,7 +19,7 @@ import urllib3
 from components.download.retry import retried
 from components.download.texts import Row, unicode_text
 from manifests.dataspec import BlobsSpec
-from trainer.data.manifest import DataError
+from trainer.errors import DataError, LaunchError, in_words
 
 ATTEMPTS, BACKOFF_SECONDS, MAX_WAIT_SECONDS = 9, 1.0, 60.0
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
@@ -42,7 +42,8 @@ def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str |
     At most `spec.workers` requests run at a time; a few more rows are read ahead, so memory does not grow.
 
     Raises:
-        DataError: an id that is none, or a server that cannot be reached, also after retries.
+        DataError: an id that is none.
+        LaunchError: a server that does not answer, also after retries.
     """
     # The object itself is gzip; decoding as the transport's encoding is left off so that bytes are what the bucket has.
     pool = urllib3.PoolManager(maxsize=spec.workers, block=True, retries=ONCE, timeout=urllib3.Timeout(30, read=60))
@@ -65,8 +66,8 @@ def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str |
         try:
             answer = retried(bucket, partial(ask, url), _is_transient, ATTEMPTS, BACKOFF_SECONDS, MAX_WAIT_SECONDS)
         except (_BusyError, urllib3.exceptions.HTTPError) as error:
-            raise DataError(
-                f"{where}: {url} cannot be read ({_line(error)}); check the network and run again"
+            raise LaunchError(
+                f"{where}: {url} cannot be read ({in_words(error)}); check the network and run again"
             ) from None
         if answer.status in MISSING_STATUS:
             return None
@@ -110,7 +111,3 @@ def _decoded(content: bytes, encoding: object) -> str:
 
 def _is_transient(error: BaseException) -> bool:
     return isinstance(error, _BusyError | urllib3.exceptions.HTTPError)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

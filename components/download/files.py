@@ -24,7 +24,7 @@ from components.download.retry import retried, status_of
 from components.download.writer import Input
 from manifests.dataspec import FilesSource
 from trainer.data.manifest import DataError, checksum
-from trainer.errors import FULL, ForeseenError
+from trainer.errors import FULL, ForeseenError, LaunchError, VolumeError, in_words
 
 SAMPLE = "sample://"
 ATTEMPTS = 5
@@ -41,7 +41,9 @@ def list_inputs(source: FilesSource, known: list[Input], folder: str | None = No
     `folder`, by default where this process does.
 
     Raises:
-        DataError: a pattern that matches nothing, a folder, an unknown suffix, an address that cannot be reached.
+        DataError: a pattern that matches nothing, a folder, an unknown suffix, an address that refuses.
+        LaunchError: an address that does not answer.
+        VolumeError: a local file that cannot be read.
     """
     inputs: dict[str, Input] = {}  # by location: a path and a glob may name the same file, which is read once
     before = {one.name: one for one in known}
@@ -74,7 +76,8 @@ def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
     `advance` is told the bytes that come.
 
     Raises:
-        DataError: the address cannot be read, also after retries, or holds another version than was listed.
+        DataError: the address refuses, or holds another version than was listed.
+        LaunchError: it does not answer, also after retries.
         OSError: the copy cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,12 +94,12 @@ def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
         except DataError:
             copy.unlink()  # of two versions
             raise
-    except DataError:
+    except ForeseenError:
         raise
     except Exception as error:  # each protocol of fsspec has errors of its own
-        if isinstance(error, OSError) and error.errno in FULL:
+        if _of_the_volume(error, folder):
             raise
-        raise DataError(f"{one.name}: cannot be fetched ({_reason(error)}); {_remedy(error)}") from None
+        raise _unanswered(one.name, "cannot be fetched", error) from None
     return copy
 
 
@@ -104,7 +107,8 @@ def check_local(one: Input) -> None:
     """Refuse a local file whose content is not the one that was listed.
 
     Raises:
-        DataError: it changed or cannot be read.
+        DataError: it changed.
+        VolumeError: it cannot be read.
     """
     if _identified(one, one).checksum != one.checksum:
         raise _changed(one)
@@ -178,10 +182,20 @@ def _retried(what: str, call: Callable[[], T]) -> T:
 
 def _is_transient(error: BaseException) -> bool:
     final = ForeseenError | FileNotFoundError | PermissionError | NotImplementedError | ValueError | ImportError
-    if isinstance(error, final) or (isinstance(error, OSError) and error.errno in FULL) or _is_refusal(error):
+    if isinstance(error, final) or _is_full(error) or _is_refusal(error):
         return False
     status = status_of(error)
     return isinstance(error, Exception) and (status is None or status in (408, 429) or status >= 500)
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+def _of_the_volume(error: Exception, folder: Path) -> bool:
+    """Whether writing into `folder` failed; servers' errors come as OSErrors, too, but name no file of it."""
+    named = getattr(error, "filename", None)
+    return _is_full(error) or (isinstance(named, str | Path) and Path(named).is_relative_to(folder))
 
 
 def _matches(pattern: str, folder: str | None) -> list[Input]:
@@ -202,9 +216,9 @@ def _matches(pattern: str, folder: str | None) -> list[Input]:
     except ImportError as error:
         extra = pattern.startswith(("s3://", "gs://", "gcs://"))
         remedy = "they are in the extra buckets, which make setup has" if extra else "or copy the files to S3 or a disk"
-        raise DataError(f"{pattern}: {_reason(error)}; {remedy}") from None
+        raise DataError(f"{pattern}: {in_words(error)}; {remedy}") from None
     except Exception as error:  # each protocol of fsspec has errors of its own
-        raise DataError(f"{pattern}: cannot be listed ({_reason(error)}); {_remedy(error)}") from None
+        raise _unanswered(pattern, "cannot be listed", error) from None
     if not infos:
         raise DataError(f"{pattern}: no such file; check the path ({GLOBS})")
     _check_files(pattern, [info["type"] == "directory" for _, info in infos])
@@ -310,8 +324,8 @@ def _status(item: Input) -> os.stat_result:
     return status
 
 
-def _unreadable(item: Input, error: OSError) -> DataError:
-    return DataError(f"{item.name}: cannot be read ({error.strerror}); check its permissions")
+def _unreadable(item: Input, error: OSError) -> VolumeError:
+    return VolumeError(f"{item.name}: cannot be read ({error.strerror}); check its permissions")
 
 
 def _is_refusal(error: BaseException) -> bool:
@@ -319,11 +333,9 @@ def _is_refusal(error: BaseException) -> bool:
     return no_credentials or isinstance(error, PermissionError) or status_of(error) in (401, 403)
 
 
-def _remedy(error: Exception) -> str:
+def _unanswered(name: str, what: str, error: Exception) -> ForeseenError:
+    """Of a server that refuses it is data that cannot be had; of one that does not answer, the way there."""
+    remedy = "check the address and the network"
     if _is_refusal(error):
-        return "check its permissions and the credentials in the environment"
-    return "check the address and the network"
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = "check its permissions and the credentials in the environment"
+    return (LaunchError if _is_transient(error) else DataError)(f"{name}: {what} ({in_words(error)}); {remedy}")

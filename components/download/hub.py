@@ -35,7 +35,7 @@ from components.download.readers import split_suffix
 from components.download.retry import retried, status_of
 from components.download.writer import Input
 from manifests.dataspec import HubSource
-from trainer.data.manifest import DataError
+from trainer.errors import DataError, ForeseenError, LaunchError, in_words, of_the_machine
 
 ATTEMPTS = 6
 PATHS_ASKED = 500  # paths in one question to the Hub
@@ -50,7 +50,9 @@ def resolve(source: HubSource) -> tuple[str, list[Input]]:
     """(commit, files of the config and split at that commit, with size and checksum).
 
     Raises:
-        DataError: dataset, revision, config or split does not exist, access is refused, or the Hub cannot be reached.
+        DataError: dataset, revision, config or split does not exist, or access is refused.
+        LaunchError: the Hub does not answer.
+        VolumeError: a file of the libraries' caches cannot be used.
     """
     disable_progress_bars()
     api, name = HfApi(token=_token()), source.dataset
@@ -102,7 +104,8 @@ def fetch(dataset: str, commit: str, one: Input, folder: Path, advance: Callable
     """The file's content in `folder`, proved by its checksum; what an earlier call left there is continued.
 
     Raises:
-        DataError: it cannot be fetched, or what comes is not what the Hub's checksum says.
+        DataError: it is not there any more, or what comes is not what the Hub's checksum says.
+        LaunchError: the Hub does not answer.
         OSError: it cannot be written.
     """
     disable_progress_bars()
@@ -240,18 +243,18 @@ def _token() -> str | bool:
     return os.environ.get("HF_TOKEN", "").strip() or False
 
 
-def _refused(name: str, error: Exception) -> DataError:
+def _refused(name: str, error: Exception) -> ForeseenError:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if isinstance(error, GatedRepoError) or status == 403:
         return _no_access(name)
     if isinstance(error, RepositoryNotFoundError):
         return DataError(f"{name}: no such dataset on the Hub, or a private one; check the name, or set HF_TOKEN")
-    return DataError(f"{name}: the Hub cannot be read ({_line(error)}); check the network and try again")
+    if status is not None and status not in TRANSIENT_STATUS:
+        return DataError(f"{name}: the Hub refuses it ({in_words(error)}); check its name and revision")
+    if (of_this_machine := of_the_machine(error)) is not None:
+        return of_this_machine
+    return LaunchError(f"{name}: the Hub cannot be read ({in_words(error)}); check the network and try again")
 
 
 def _no_access(name: str) -> DataError:
     return DataError(f"{name}: access refused; accept the dataset's terms on its page on the Hub and set HF_TOKEN")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

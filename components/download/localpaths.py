@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterator
 from functools import partial
 
-from trainer.data.manifest import DataError
+from trainer.errors import VolumeError
 
 MAGIC = re.compile(r"[*?[]")
 
@@ -26,7 +26,7 @@ def find_local(pattern: str, folder: str | None) -> tuple[list[str], bool, str]:
     Relative paths start in `folder`, by default where this process does; `~` is a home unless such a name is there.
 
     Raises:
-        DataError: a folder on the way cannot be read.
+        VolumeError: a folder on the way cannot be read.
     """
     wanted = os.path.abspath(os.path.join(folder or "", pattern))
     if pattern.startswith("~") and not os.path.lexists(os.path.join(folder or "", pattern.split("/")[0])):
@@ -34,7 +34,9 @@ def find_local(pattern: str, folder: str | None) -> tuple[list[str], bool, str]:
     try:
         found = set(_below("/", wanted.split("/")[1:]))
     except OSError as error:
-        raise DataError(f"{pattern}: {error.filename}: {error.strerror}; check the path and its permissions") from None
+        raise VolumeError(
+            f"{pattern}: {error.filename}: {error.strerror}; check the path and its permissions"
+        ) from None
     one = next(iter(found)) if len(found) == 1 else ""
     return sorted(found), composed(one) == composed(wanted), wanted
 

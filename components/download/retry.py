@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from components.measuring import add
+from trainer.errors import in_words
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -57,7 +58,7 @@ def _tell(what: str, state: RetryCallState, attempts: int) -> None:
     """Say what is waited for and how long; a minute without a word looks like a hang."""
     add("download_retries_total")
     error = state.outcome.exception() if state.outcome else None
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0][:LONGEST_REASON_CHARACTERS]
+    said = in_words(error)[:LONGEST_REASON_CHARACTERS]
     pause = state.next_action.sleep if state.next_action else 0.0
     if _told_just_now((what, said, state.attempt_number)):
         return

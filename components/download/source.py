@@ -31,6 +31,8 @@ from components.measuring import verified, written
 from components.progress import ByteProgress
 from manifests.dataspec import FilesSource, TextSpec
 from trainer.data.manifest import MANIFEST_NAME, DataError
+from trainer.errors import VolumeError
+from trainer.preflight.measured import gibibytes
 
 UNIT_BYTES = 64 * 2**20  # plain text files are small: this much of them goes into one part
 PART_BYTES = 256 * 2**20  # text bytes of a part: what a crash can cost
@@ -279,9 +281,9 @@ def _check_space(task: Task, journal: Journal) -> None:
     need = _expected_bytes(task, left, journal.text_bytes) + max(remote, default=0)
     free = shutil.disk_usage(task.directory).free
     if need > free:
-        raise DataError(
-            f"{task.directory}: about {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
-            "make room or lower data.max_bytes_per_source"
+        raise VolumeError(
+            f"{task.directory} has {gibibytes(free)} free, about {gibibytes(need)} are needed; make room or lower "
+            "data.max_bytes_per_source"
         )
 
 

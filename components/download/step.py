@@ -12,6 +12,7 @@ from pathlib import Path
 from components.download.source import Task, origin, prepare
 from components.download.writer import Journal
 from components.lock import alone
+from components.volume import named
 from manifests.dataspec import SourceSpec
 from manifests.spec import JobSpec
 from trainer.data.manifest import (
@@ -24,15 +25,15 @@ from trainer.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from trainer.errors import ForeseenError, VolumeError, of_the_machine
+from trainer.errors import VolumeError, in_words, of_the_machine
 
 
 def run(job: JobSpec) -> StageResult:
     """Bring the raw text of all sources to `job.stage_dir("raw")`.
 
     Raises:
-        DataError, VolumeError: a source cannot be had, read or stored; one line: source, file, remedy. Finished parts
-            stay.
+        DataError, LaunchError, VolumeError: a source cannot be read, had or stored; one line: source, file, remedy.
+            Finished parts stay.
     """
     root = Path(job.stage_dir("raw"))
     with alone(root, "downloading"):
@@ -76,12 +77,13 @@ def describe(job: JobSpec, journals: dict[str, Journal], before: Manifest | None
 
 def _source(job: JobSpec, name: str, spec: SourceSpec) -> Journal:
     task = Task(name, spec, Path(job.stage_dir("raw")) / name, job.byte_budget(name), job.storage.sources_dir)
-    try:
-        return prepare(task)
-    except DataError as error:
-        raise DataError(f"source '{name}': {error}") from None
-    except OSError as error:
-        raise _system_error(task, error) from None
+    with named(f"source '{name}'"):
+        try:
+            return prepare(task)
+        except OSError as error:
+            where = error.filename or task.directory
+            other = VolumeError(f"{where}: {error.strerror or in_words(error)}; check the path and its permissions")
+            raise of_the_machine(error, task.directory) or other from None
 
 
 def _before(root: Path) -> Manifest | None:
@@ -99,10 +101,3 @@ def _found_by_later_versions(job: JobSpec) -> None:
             former.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):  # a volume that knows no links: only this job finds it then
                 link.symlink_to(former.name)
-
-
-def _system_error(task: Task, error: OSError) -> ForeseenError:
-    if (known := of_the_machine(error, task.directory)) is not None:
-        return VolumeError(f"source '{task.name}': {known}")
-    where = error.filename or task.directory
-    return DataError(f"source '{task.name}': {where}: {error.strerror or error}; check the path and its permissions")

@@ -28,11 +28,10 @@ from components.hygiene.report import Report
 from components.lock import alone
 from components.progress import ByteProgress
 from components.shards.pool import Workers
-from components.volume import volume_explained
+from components.volume import named, volume_explained
 from manifests.spec import JobSpec
 from trainer.data.jsonl import documents
 from trainer.data.manifest import (
-    DataError,
     FileEntry,
     Manifest,
     StageResult,
@@ -115,10 +114,8 @@ def _evaluation_texts(job: JobSpec, directory: Path) -> dict[str, list[str]]:
     found = {}
     for name, spec in job.hygiene.evaluation.items():
         task = Task(name, spec, directory / EVALUATION / name, None, job.storage.sources_dir)
-        try:
+        with named(f"hygiene.evaluation.{name}"):
             journal = prepare(task)
-        except DataError as error:
-            raise DataError(f"hygiene.evaluation.{name}: {error}") from None
         paths = [task.directory.parent / part.entry.path for part in journal.parts]
         found[name] = [text for path in paths for _, text in documents(path)]
     return found

@@ -25,6 +25,7 @@ from components.launch import LaunchError
 from components.launch.kubeconfig import POD_VARIABLE, NoCluster, require_cluster
 from components.quick import quick_imports
 from manifests.kinds import KINDS, PYTORCHJOB, TRAINJOB, JobKind, Object
+from trainer.errors import in_words
 
 with quick_imports():
     from kubernetes import client, config
@@ -135,7 +136,7 @@ class Cluster:
             raise self.refusal(doing, error) from None
         except Unreachable as error:
             raise ApiUnreachable(
-                f"the API server {self.server} cannot be reached ({_one_line(error)}); check KUBECONFIG and the network"
+                f"the API server {self.server} cannot be reached ({in_words(error)}); check KUBECONFIG and the network"
             ) from None
 
     def refusal(self, doing: str, error: ApiException) -> Refused:

@@ -15,6 +15,7 @@ from manifests.spec import JobSpec, job_file_text
 from trainer.checkpoint import candidates, latest, read_manifest
 from trainer.data.manifest import StageResult, atomic_write
 from trainer.data.manifest import read_manifest as read_data_manifest
+from trainer.errors import VolumeError
 from trainer.length import continuable
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError, parse, read_yaml, to_stored_yaml
@@ -60,7 +61,8 @@ def write_specs(job: JobSpec) -> None:
     """Write job.yaml and train.yaml into the run directory, whole or not at all.
 
     Raises:
-        LaunchError: the directory holds a run that computes something else, or cannot be written.
+        LaunchError: the directory holds a run that computes something else.
+        VolumeError: it cannot be written.
         SpecError: its run cannot take on this length.
         CheckpointError: its checkpoints are damaged.
     """
@@ -79,7 +81,7 @@ def write_specs(job: JobSpec) -> None:
         atomic_write(run_dir / "job.yaml", job_file_text(job))
         atomic_write(path, to_stored_yaml(spec))
     except OSError as error:
-        raise LaunchError(
+        raise VolumeError(
             f"{run_dir}: cannot be written ({error.strerror}); mount the checkpoints volume there or set "
             "storage.checkpoints_dir"
         ) from None

@@ -12,6 +12,7 @@ from kubernetes.client.exceptions import ApiException
 
 from components.launch.kubernetes_api import REQUEST_TIMEOUT_SECONDS, ApiUnreachable, Cluster, Refused, Unreachable
 from manifests.kinds import Object
+from trainer.errors import in_words
 
 
 class Look:
@@ -67,6 +68,7 @@ class Look:
                 raise Refused(error.status, f"this account may not read {path}") from None
             raise self.cluster.refusal(f"get {path}", error) from None
         except Unreachable as error:
-            reason = " ".join(str(error).split())
-            raise ApiUnreachable(f"the API server {self.cluster.server} cannot be reached ({reason})") from None
+            raise ApiUnreachable(
+                f"the API server {self.cluster.server} cannot be reached ({in_words(error)})"
+            ) from None
         return data, headers

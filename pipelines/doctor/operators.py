@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from manifests.kinds import PYTORCHJOB, TRAINJOB, JobKind, Object
 from pipelines.doctor.findings import Finding, told
 from pipelines.doctor.look import Look
+from trainer.errors import in_words
 
 Version = tuple[int, int]
 
@@ -92,7 +93,10 @@ def pipelines(host: str) -> Iterator[Finding]:
         answer = urllib3.request("GET", f"{host.rstrip('/')}/apis/v2beta1/healthz", timeout=5.0, retries=False)
     except (urllib3.exceptions.HTTPError, ValueError) as error:
         yield Finding(
-            "Kubeflow Pipelines", "no", f"{host} does not answer ({error})", "check KFP_HOST, or port-forward it"
+            "Kubeflow Pipelines",
+            "no",
+            f"{host} does not answer ({in_words(error)})",
+            "check KFP_HOST, or port-forward it",
         )
         return
     good = answer.status == 200

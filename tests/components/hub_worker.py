@@ -33,7 +33,7 @@ for line in sys.stdin:
         try:
             answer["result"] = run(parse(JobSpec, job)).model_dump()
         except ForeseenError as error:
-            answer["error"] = str(error)
+            answer |= {"error": str(error), "code": error.code}
     print(json.dumps(answer | {"said": said.getvalue()}), flush=True)
 """
 

@@ -19,6 +19,7 @@ from manifests.dataspec import BlobsSpec, TextSpec
 from manifests.spec import load_job
 from trainer.data.manifest import DataError, read_manifest, verify
 from trainer.data.tokenizer import SPECIAL_TOKENS
+from trainer.errors import LaunchError
 
 PRESETS = ["h100-4b", "h100-4b-interleaved"]
 
@@ -107,7 +108,7 @@ def test_without_a_network_it_is_said_what_is_waited_for(
     monkeypatch.setattr(blobs, "BACKOFF_SECONDS", 0.01)
     name = blob(CODE["utf-8"], "utf-8")[0]
     spec = BlobsSpec(url="http://127.0.0.1:9/content/{id}", encoding_column=None, workers=8)
-    with pytest.raises(DataError, match=r"cannot be read .*refused.*; check the network and run again"):
+    with pytest.raises(LaunchError, match=r"cannot be read [^\[]*refused.*; check the network and run again"):
         list(blobs.contents(iter([("row", [name])] * 8), spec))
     told = capsys.readouterr().out.splitlines()
     assert [f"attempt {n} of 9" in line for n, line in enumerate(told, start=1)] == [True] * 8, told

@@ -18,6 +18,7 @@ from hub_server import COMMIT, HubServer
 from hub_worker import WORKER, Hub
 
 from trainer.data.manifest import read_manifest, verify
+from trainer.exitcodes import ExitCode
 
 CARD = b"""---
 configs:
@@ -258,5 +259,7 @@ def test_an_unreachable_hub_is_one_line(make_job, tmp_path: Path) -> None:
         env=environment,
         check=True,
     )
-    error = json.loads(done.stdout)["error"]
+    answer = json.loads(done.stdout)
+    error = answer["error"]
     assert error.startswith("source 'web': org/texts: the Hub cannot be read") and "\n" not in error
+    assert answer["code"] == ExitCode.UNAVAILABLE and "Errno" not in error + answer["said"]

@@ -21,6 +21,7 @@ from components.download.step import run
 from components.volume import volume_explained
 from manifests.spec import JobSpec
 from trainer.errors import ForeseenError, VolumeError
+from trainer.exitcodes import ExitCode
 
 LINES = b'{"text": "One."}\n{"text": "Two."}\n'
 
@@ -34,10 +35,11 @@ def raw_texts(directory: str) -> list[str]:
     return [json.loads(line)["text"] for part in parts for line in part.read_bytes().splitlines()]
 
 
-def refused(job: JobSpec) -> str:
+def refused(job: JobSpec, code: int = ExitCode.DATA) -> str:
     with pytest.raises(ForeseenError) as caught:
         run(job)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "Errno" not in str(caught.value)
+    assert caught.value.code == code
     return str(caught.value)
 
 
@@ -100,7 +102,8 @@ def test_a_web_server_that_refuses_is_called_so(
     web: Answers, make_job: Callable[..., JobSpec], tmp_path: Path, status: int, said: str
 ) -> None:
     web.statuses = [status]
-    assert said in refused(make_job({"web": from_files(web.address)}, tmp_path))
+    code = ExitCode.UNAVAILABLE if status == 500 else ExitCode.DATA
+    assert said in refused(make_job({"web": from_files(web.address)}, tmp_path), code)
     assert web.asked == (2 * files.ATTEMPTS if status == 500 else 2), "HEAD and GET, again only where that may help"
 
 
@@ -109,7 +112,7 @@ def test_a_web_server_that_is_not_there_is_not_a_missing_file(
 ) -> None:
     web.server.shutdown()
     web.server.server_close()
-    message = refused(make_job({"web": from_files(web.address)}, tmp_path))
+    message = refused(make_job({"web": from_files(web.address)}, tmp_path), ExitCode.UNAVAILABLE)
     assert "cannot be listed (Cannot connect to host" in message
     assert message.endswith("check the address and the network")
 
@@ -220,6 +223,19 @@ def test_a_quota_that_is_used_up_is_a_full_volume(
     (tmp_path / "a.jsonl").write_bytes(LINES)
     monkeypatch.setattr(source, "write_part", over)
     job = make_job({"web": from_files(tmp_path / "a.jsonl")}, tmp_path / "d")
-    assert refused(job) == (
+    assert refused(job, ExitCode.VOLUME) == (
         f"source 'web': {job.stage_dir('raw')}/web: the volume is full; make room and run again, what is done stays"
     )
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_copy_that_cannot_be_written_is_the_volumes_fault_not_the_servers(
+    web: Answers, make_job: Callable[..., JobSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuses(_system: object, _path: str, copy: Path, *_: object) -> bool:
+        raise OSError(number, os.strerror(number), str(copy))
+
+    web.statuses = [200]
+    monkeypatch.setattr(files, "_get_ranges", refuses)
+    job = make_job({"web": from_files(web.address)}, tmp_path)
+    assert job.stage_dir("raw") in refused(job, ExitCode.VOLUME)

@@ -9,7 +9,7 @@ from components.launch.step import run, write_specs
 from manifests.spec import JobSpec, job_from
 from trainer.checkpoint import CheckpointManifest, describe_files, publish, unfinished_dir
 from trainer.data.manifest import StageResult
-from trainer.errors import ForeseenError
+from trainer.errors import ForeseenError, VolumeError
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError, parse
 
@@ -222,7 +222,7 @@ def test_what_leaves_the_runs_name_as_it_is_may_change_between_launches(job, lau
 
 def test_a_checkpoints_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(LaunchError, match=r"cannot be written .*storage\.checkpoints_dir"):
+    with pytest.raises(VolumeError, match=r"cannot be written .*storage\.checkpoints_dir"):
         write_specs(job_for(tmp_path))
 
 

@@ -21,6 +21,7 @@ from trainer.data.manifest import (
     verify,
     write_manifest,
 )
+from trainer.exitcodes import ExitCode
 
 
 def test_data_code_of_the_slim_image_needs_no_torch() -> None:
@@ -103,8 +104,11 @@ def test_a_file_that_cannot_be_read_is_named(stage: Path, monkeypatch: pytest.Mo
 
     manifest = read_manifest(stage)
     monkeypatch.setattr("trainer.data.manifest.checksum", fail)
-    with pytest.raises(DataError, match=r"jsonl: cannot be read \(Input/output error\); check the volume"):
+    with pytest.raises(DataError, match=r"jsonl: cannot be read \(Input/output error\); check the volume") as error:
         verify(stage, manifest)
+    assert error.value.code == ExitCode.VOLUME
+    assert type(error.value)(str(error.value)).code == ExitCode.VOLUME, "as one is told of by another step or rank"
+    assert reusable(stage, "raw", {"a": "1"}, {}) == (None, str(error.value)), "it is made anew"
 
 
 def test_other_inputs_or_settings_are_not_reused(stage: Path) -> None:

@@ -37,7 +37,7 @@ def test_bytes_are_golden_and_read_back(tmp_path: Path) -> None:
 
 
 def test_a_missing_cut_or_foreign_file_is_refused_and_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.docs: cannot be read"):
+    with pytest.raises(DataError, match=r"a\.docs: missing"):
         Origins(tmp_path / "a", 3)
     for size in range(len(GOLDEN)):
         (tmp_path / "a.docs").write_bytes(GOLDEN[:size])

@@ -17,7 +17,7 @@ import manifests
 import pipelines
 from components.running import told
 from trainer import errors, failures
-from trainer.errors import ForeseenError, VolumeError, foreseen, of_the_machine
+from trainer.errors import ForeseenError, VolumeError, foreseen, in_words, of_the_machine
 from trainer.exitcodes import MEANING, ExitCode, retryable
 
 SIGNALS = {ExitCode.INTERRUPTED, ExitCode.TERMINATED, ExitCode.KILLED, ExitCode.CRASHED}
@@ -82,6 +82,23 @@ def test_what_the_machine_refuses_is_named_with_its_path_and_no_number(number: i
     assert "Errno" not in str(found) and f" {number}" not in str(found)
     assert str(of_the_machine(OSError(number, "said"), "/data")).startswith("/data: ")
     assert foreseen(OSError(errno.ENOENT, "no such file", "x")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(-2, "Name or service not known"), "Name or service not known"),
+        (ConnectionRefusedError(111, "Connection refused"), "Connection refused"),
+        (
+            RuntimeError("<urllib3.HTTPConnection object at 0x7f0a>: Failed: [Errno 111] Refused.\nmore"),
+            "Failed: Refused",
+        ),
+        (Exception("Permission denied (os error 13)"), "Permission denied"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_a_systems_error_is_told_in_words(error: Exception, words: str):
+    assert in_words(error) == words
 
 
 def test_the_documented_table_is_the_programs():

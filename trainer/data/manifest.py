@@ -32,7 +32,7 @@ from typing import Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from trainer.errors import DataError
+from trainer.errors import DataError, VolumeError, in_words
 from trainer.fields import Stored, tell_unknown
 
 MANIFEST_NAME = "manifest.json"
@@ -41,6 +41,10 @@ Kind = Literal["raw", "hygiene", "tokenizer", "shards"]
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
 Algorithm = Literal["sha256", "xxh3_128"]
+
+
+class UnreadableError(VolumeError, DataError):
+    """A file of data that its volume does not give; whoever makes damaged data anew makes this anew too."""
 
 
 class Record(BaseModel):
@@ -230,6 +234,7 @@ def read_manifest(directory: str | Path, kind: Kind | None = None) -> Manifest:
 
     Raises:
         DataError: there is none, it was changed after it was written, or it is of another kind than `kind`.
+        UnreadableError: the volume does not give it.
     """
     path = Path(directory) / MANIFEST_NAME
     try:
@@ -244,7 +249,7 @@ def read_manifest(directory: str | Path, kind: Kind | None = None) -> Manifest:
     except FileNotFoundError:
         raise DataError(f"{path}: not there; run the step that makes this directory") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the volume and its permissions") from None
+        raise unreadable(path, error) from None
     except ValidationError as error:
         raise DataError(f"{path}: not a manifest ({_first_problem(error)}); remove it and run its step again") from None
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -255,6 +260,12 @@ def read_manifest(directory: str | Path, kind: Kind | None = None) -> Manifest:
         raise DataError(f"{path}: holds {manifest.kind}, expected {kind}; give the directory of the {kind} stage")
     tell_unknown(manifest, str(path))
     return manifest
+
+
+def unreadable(path: str | Path, error: OSError) -> UnreadableError:
+    """What to raise for an error of the system in the reading of a file."""
+    said = error.strerror or in_words(error)
+    return UnreadableError(f"{path}: cannot be read ({said}); check the volume and its permissions")
 
 
 def verify(
@@ -268,7 +279,8 @@ def verify(
     """Check that the files (default: all of the manifest) are there, whole and unchanged.
 
     Raises:
-        DataError: names the first file that is not, or cannot be read.
+        DataError: names the first file that is not.
+        UnreadableError: the volume does not give one.
     """
     chosen = list(manifest.files if files is None else files)
     for entry in chosen:
@@ -283,7 +295,7 @@ def _check(path: Path, entry: FileEntry, check: Callable[[Path, FileEntry], None
     try:
         check(path, entry)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the volume and its permissions") from None
+        raise unreadable(path, error) from None
 
 
 def _check_size(path: Path, entry: FileEntry) -> None:

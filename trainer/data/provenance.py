@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.manifest import DataError, sync_directory
+from trainer.data.manifest import DataError, sync_directory, unreadable
 
 MAGIC = b"YAODOCS1"
 TABLE_BYTES = struct.Struct("<I")
@@ -88,8 +88,10 @@ class Origins:
             self._records = np.frombuffer(data, RECORD, documents, records)
             if documents and int(self._records["file"].max()) >= len(self.files):
                 raise ValueError("names files that are not in its table")
+        except FileNotFoundError:
+            raise DataError(f"{path}: missing; run the shards step again") from None
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); run the shards step again") from None
+            raise unreadable(path, error) from None
         except (ValueError, struct.error) as error:
             raise DataError(f"{path}: damaged ({error}); run the shards step again") from None
 

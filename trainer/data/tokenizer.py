@@ -26,7 +26,7 @@ from typing import Self
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
-from trainer.data.manifest import DataError, atomic_write
+from trainer.data.manifest import DataError, atomic_write, unreadable
 from trainer.data.vocabulary import EOD, SMALLEST_VOCABULARY, SPECIAL_TOKENS
 
 PATTERN = "|".join(
@@ -66,8 +66,10 @@ class Tokenizer:
         path = Path(directory) / "tokenizer.json"
         try:
             data = path.read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"{path}: not there; run the tokenizer step") from None
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); run the tokenizer step") from None
+            raise unreadable(path, error) from None
         try:
             raw = RawTokenizer.from_buffer(data)
         except ValueError as error:

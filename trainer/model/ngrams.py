@@ -26,12 +26,19 @@ def token_classes(tokenizer_json: str | Path) -> list[int]:
     UTF-8 sequence) is classed by its raw string.
 
     Raises:
-        DataError: the file cannot be read as a tokenizer.
+        DataError: the file is missing or no tokenizer.
+        UnreadableError: its volume does not give it.
     """
     from tokenizers import Regex, Tokenizer, normalizers
 
+    from trainer.data.manifest import unreadable
+
     try:
         tokenizer = Tokenizer.from_str(Path(tokenizer_json).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{tokenizer_json}: not there; run the tokenizer step") from None
+    except OSError as error:
+        raise unreadable(tokenizer_json, error) from None
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
         raise DataError(f"{tokenizer_json}: not a readable tokenizer.json ({error})") from None
     blank = "\ue000"

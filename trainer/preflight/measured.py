@@ -21,4 +21,8 @@ def megabytes(bytes_per_second: float) -> str:
 
 
 def gibibytes(count: float) -> str:
-    return f"{count / GIB:,.1f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:,.0f} MiB"
+    """An amount in the unit that fits it, from GiB down to bytes."""
+    if count >= 0.1 * GIB:
+        return f"{count / GIB:,.1f} GiB"
+    small = f"{count / 2**10:,.0f} KiB" if count >= 2**10 else f"{count:.0f} bytes"
+    return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else small
