@@ -160,7 +160,9 @@ def export(job: Job, sets: Sets = None, workdir: Workdir = Path("work"), verbose
 
 def _stage(task: Any, job: str, sets: list[str] | None, workdir: Path) -> None:
     from components.launch import local, step
+    from pipelines import made
     from pipelines.background import driving
+    from pipelines.options import command
     from pipelines.run import local_job
     from trainer.specbase import read_yaml
 
@@ -170,12 +172,15 @@ def _stage(task: Any, job: str, sets: list[str] | None, workdir: Path) -> None:
         return
     changes = _changes(sets)
     spec, _ = local_job(job, changes, target="local", workdir=workdir)
+    if task == "train":  # before it counts as a run
+        made.stage("shards", spec, job, sets, workdir)
+        made.stage("tokenizers", spec, job, sets, workdir)
     with driving(spec, workdir) if task == "train" else nullcontext():
         if task == "train":
             from pipelines.ports import refuse_taken
 
             refuse_taken(spec, changes)
-        result = step.run(spec, task)
+        result = step.run(spec, task, train_with=command("run", job, workdir, sets))
     print(f"{task}: {result.path} (digest {result.digest[:12]})")
 
 

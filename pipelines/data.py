@@ -16,7 +16,7 @@ from pipelines.options import Job, Sets, Workdir
 from trainer.errors import SpecError
 
 if TYPE_CHECKING:
-    from manifests.spec import JobSpec
+    from manifests.spec import JobSpec, StageName
     from trainer.data.inspection import Passage, SourceTotals
     from trainer.data.plan import Cursor
 
@@ -35,7 +35,7 @@ Where = Annotated[
     typer.Argument(metavar="JOB|DIRECTORY", help="A preset or job file, or a directory with a manifest.json."),
 ]
 WIDE = 200  # characters of a table's lines where nothing is on a terminal
-STAGES = ("raw", "hygiene", "tokenizers", "shards")
+STAGES: tuple[StageName, ...] = ("raw", "hygiene", "tokenizers", "shards")
 
 
 def _job(job: str, sets: list[str] | None, workdir: Path) -> JobSpec:
@@ -45,8 +45,16 @@ def _job(job: str, sets: list[str] | None, workdir: Path) -> JobSpec:
     return local_job(job, changes_from_sets(sets or []), target="local", workdir=workdir)[0]
 
 
+def _made(stage: StageName, spec: JobSpec, job: str, sets: list[str] | None, workdir: Path) -> Path:
+    from pipelines import made
+
+    return made.stage(stage, spec, job, sets, workdir)
+
+
 def _shards(where: str, sets: list[str] | None, workdir: Path) -> Path:
-    return Path(where) if Path(where).is_dir() else Path(_job(where, sets, workdir).stage_dir("shards"))
+    if Path(where).is_dir():
+        return Path(where)
+    return _made("shards", _job(where, sets, workdir), where, sets, workdir)
 
 
 @app.command()
@@ -57,11 +65,11 @@ def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> 
     from trainer.data.manifest import MANIFEST_NAME, DataError, read_manifest
 
     if Path(where).is_dir():
-        directories = [Path(where)]
+        directories = iter([Path(where)])
     else:
         job = _job(where, sets, workdir)
         stages = [stage for stage in STAGES if stage != "hygiene" or job.hygiene.enabled]
-        directories = [Path(job.stage_dir(stage)) for stage in stages]
+        directories = (_made(stage, job, where, sets, workdir) for stage in stages)  # each in its turn
     problems: list[str] = []
     for directory in directories:
         manifest = read_manifest(directory)
@@ -187,8 +195,8 @@ def cat(
             raise SpecError("a shards directory alone has no tokenizer; add --tokenizer DIRECTORY, or name the job")
     else:
         job = _job(where, sets, workdir)
-        directory = Path(job.stage_dir("shards"))
-        tokenizer = tokenizer or Path(job.stage_dir("tokenizers"))
+        directory = _made("shards", job, where, sets, workdir)
+        tokenizer = tokenizer or _made("tokenizers", job, where, sets, workdir)
     manifest = read_manifest(directory, "shards")
     made_with = read_manifest(tokenizer, "tokenizer")
     if made_with.digest != manifest.inputs.get("tokenizer"):
@@ -214,6 +222,8 @@ def peek(
     train = spec.train_spec()
     if step > train.steps:
         raise SpecError(f"the job has {train.steps} steps; there is no step {step}")
+    _made("shards", spec, job, sets, workdir)
+    _made("tokenizers", spec, job, sets, workdir)
     reached = _reached(spec.run_dir, step - 1)
     passages = training_row(train.tokens, train.batch.tokens_per_step, step - 1, row, reached)
     length = sum(passage.stop - passage.start for passage in passages)

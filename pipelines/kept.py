@@ -10,6 +10,7 @@ import yaml
 
 from manifests.kinds import Object
 from manifests.names import SPEC_FILE
+from pipelines.options import again
 from pipelines.standing import Standing, of_directory
 from pipelines.view import View
 from trainer.data.manifest import atomic_write
@@ -55,8 +56,8 @@ def view(stopped: Kept) -> View:
     standing = of_directory(Path(run_dir)) if run_dir else Standing()
     place = f" -n {stopped.namespace}" if stopped.namespace else ""
     where = f"namespace {stopped.namespace}" if stopped.namespace else "cluster"
-    again = f"continue: yaongi resume {stopped.name}{place}"
-    return View(stopped.name, where, "stopped", again, standing, [("kept in", str(stopped.file))])
+    go_on = f"continue: yaongi resume {stopped.name}{place}{again(stopped.file.parent.parent)}"
+    return View(stopped.name, where, "stopped", go_on, standing, [("kept in", str(stopped.file))])
 
 
 def run_dir_of(objects: Iterable[Object]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines import runs
+from pipelines.options import command
 from trainer.specbase import SpecError
 
 
@@ -19,7 +20,8 @@ def find(source: str, workdir: Path) -> Path:
             return directory
     run = runs.find(source, workdir)
     if not (run.directory / "export" / "model.safetensors").is_file():
-        raise SpecError(
-            f"{run.directory} holds no exported model; export it first: yaongi run JOB, or yaongi export JOB"
+        verb, what = (
+            ("run", source) if not Path(source).is_dir() and runs.named(source, workdir) else ("resume", run.name)
         )
+        raise SpecError(f"{run.directory} holds no exported model; make it first: {command(verb, what, workdir)}")
     return run.directory / "export"

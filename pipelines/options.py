@@ -20,6 +20,11 @@ Namespace = Annotated[
 ]
 
 
+def command(verb: str, what: str, workdir: Path, sets: list[str] | None = None, *options: str) -> str:
+    """A whole command for a message to name, which does what it says when it is copied."""
+    return f"yaongi {shlex.join([verb, what, *options])}{again(workdir, sets)}"
+
+
 def again(workdir: Path, sets: list[str] | None = None) -> str:
     """The options that were given, for a command that a message names."""
     words = [word for each in sets or [] for word in ("--set", each)]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipelines.options import Job, Sets, Workdir, again
+from pipelines.options import Job, Sets, Workdir, command
 
 
 class Stage(StrEnum):
@@ -41,5 +41,4 @@ def prepare(
     with ends_at_once():
         run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=verbose, until=until.value)
         print_amounts(spec, until.value)
-    next_one = "run" if until is Stage.SHARDS else "prepare"
-    print(f"next: yaongi {next_one} {job}{again(workdir, sets)}")
+    print(f"next: {command('run' if until is Stage.SHARDS else 'prepare', job, workdir, sets)}")

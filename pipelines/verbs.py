@@ -180,7 +180,10 @@ def resume(run: Run, sets: Sets = None, namespace: Namespace = "", workdir: Work
     assert found is not None
     spec = found.job()
     if spec is None:
-        raise LaunchError(f"run {found.name}: neither {found.directory} nor {workdir} holds its job; yaongi local JOB")
+        raise LaunchError(
+            f"run {found.name}: neither {found.directory} nor {workdir} holds its job; start that: "
+            f"yaongi local JOB{again(workdir)}"
+        )
     if (found.directory / LEASE).exists():
         from components.launch.lease import held
 

@@ -23,12 +23,19 @@ from trainer.specbase import SpecError, parse, read_yaml, to_stored_yaml
 LENGTH = {"steps": True, "begun_with_steps": True}
 
 
-def run(job: JobSpec, task: Task, after: StageResult | None = None, pipeline_run: str = "") -> StageResult:
+def run(
+    job: JobSpec,
+    task: Task,
+    after: StageResult | None = None,
+    pipeline_run: str = "",
+    train_with: str = "yaongi run JOB",
+) -> StageResult:
     """Run `task` of `job`.
 
     Args:
         after: the result of the step before it.
         pipeline_run: id of the pipeline's run, by which its exit handler finds the job; "" without a pipeline.
+        train_with: the command to name where nothing has been trained yet.
 
     Raises:
         SpecError: there is nothing to evaluate or export.
@@ -39,7 +46,7 @@ def run(job: JobSpec, task: Task, after: StageResult | None = None, pipeline_run
     if after is not None:
         _check_input(job, after)
     if task != "train" and latest(job.run_dir) is None:  # before a run directory is made that nothing was run in
-        raise SpecError(f"{job.run_dir}: there is no checkpoint to {task}; train the job first: yaongi run JOB")
+        raise SpecError(f"{job.run_dir}: there is no checkpoint to {task}; train the job first: {train_with}")
     write_specs(job)
     done = finished(job, task)
     if done is not None:

@@ -103,8 +103,8 @@ def test_a_finished_task_does_no_work(job, launched):
 
 @pytest.mark.parametrize("task", ["evaluate", "export"])
 def test_what_was_never_trained_leaves_no_run_behind(job, launched, task):
-    with pytest.raises(SpecError, match=f"there is no checkpoint to {task}; train the job first"):
-        run(job, task)
+    with pytest.raises(SpecError, match=f"there is no checkpoint to {task}; train the job first: yaongi run mine$"):
+        run(job, task, train_with="yaongi run mine")
     assert launched == [] and not Path(job.run_dir).exists()
 
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 import yaml
 
+from manifests.spec import load_job
 from pipelines import cli
 from pipelines.compile import COMMITTED
 from pipelines.doctor import machine
@@ -135,9 +136,36 @@ def test_generate_needs_an_exported_model(yaongi, tmp_path):
     trained = tmp_path / "work/checkpoints/runs/mine-0123abcd"
     (trained / "checkpoints").mkdir(parents=True)
     code, _, error = yaongi("generate", "mine", "--prompt", "a")
-    assert code == 2 and "holds no exported model; export it first" in error
+    assert code == 2 and error.endswith("no exported model; make it first: yaongi resume mine-0123abcd\n")
     code, _, error = yaongi("generate", "nothing", "--prompt", "a")
     assert code == 2 and error == "error: no run 'nothing' in work; known: mine-0123abcd\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "first"),
+    [
+        (["train"], 65, "prepare tiny"),
+        (["evaluate"], 2, "run tiny"),
+        (["export"], 2, "run tiny"),
+        (["data", "verify"], 65, "prepare tiny --until download"),
+        (["data", "stats"], 65, "prepare tiny"),
+        (["data", "cat", "--source", "ko"], 65, "prepare tiny"),
+        (["data", "peek"], 65, "prepare tiny"),
+    ],
+)
+def test_what_has_to_be_done_first_is_a_whole_command(yaongi, tmp_path, asked, code, first):
+    asked = [*asked, "tiny", "--set", "train.seed=1", "--workdir", "its data"]
+    ended, _, error = yaongi(*asked)
+    assert (ended, error.count("\n")) == (code, 1)
+    assert error.endswith(f": yaongi {first} --set train.seed=1 --workdir 'its data'\n")
+    assert list(tmp_path.iterdir()) == [], "no run has begun"
+
+
+def test_an_export_that_is_to_come_is_made_by_the_job_that_was_named(yaongi, tmp_path):
+    name = load_job("tiny").run_name
+    (tmp_path / "w/checkpoints/runs" / name / "checkpoints").mkdir(parents=True)
+    code, _, error = yaongi("generate", "tiny", "--prompt", "a", "--workdir", "w")
+    assert code == 2 and error.endswith(": yaongi run tiny --workdir w\n")
 
 
 def test_submit_needs_a_host_that_answers(yaongi, monkeypatch):
