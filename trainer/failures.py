@@ -26,6 +26,9 @@ PEER_STOPPED, OUT_OF_MEMORY_LABEL = "peer_stopped", "out_of_memory"
 OUT_OF_MEMORY = "out of memory; lower train.batch.micro_batch_rows or give the pod more"
 _OUT_OF_MEMORY = re.compile(r"out of (GPU )?memory")
 _COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket timeout|timed out", re.I)
+_PLACE = re.compile(r"^\[\S*gloo/\S*\] ")  # in the library's source
+_JOKE = re.compile(r"\s*GLHF!.*$")
+PEER_GONE = "most often that rank's process has died, and the line of it or of its node says why; else see the network"
 _GPU = re.compile(r"cuda error|cublas|cudnn|device-side|acceleratorerror", re.I)
 
 
@@ -57,7 +60,7 @@ def classify(error: BaseException) -> tuple[int, str]:
         if isinstance(error, torch.OutOfMemoryError):
             return ExitCode.KILLED, f"out of GPU memory; lower train.batch.micro_batch_rows ({named})"
         if isinstance(error, torch.distributed.DistError) or _COMMUNICATION.search(text):
-            return ExitCode.COMMUNICATION, named
+            return ExitCode.COMMUNICATION, f"{type(error).__name__}: {_without_place(text)}; {PEER_GONE}"
         if isinstance(error, torch.AcceleratorError) or _GPU.search(text):
             return ExitCode.GPU, named
     return ExitCode.FAULT, named
@@ -77,9 +80,17 @@ def code_label(code: int) -> str:
     return ExitCode(code).name.lower() if code in list(ExitCode) else str(code)
 
 
+def _without_place(text: str) -> str:
+    return in_words(_JOKE.sub("", _PLACE.sub("", text)))
+
+
 def show(error: BaseException, code: int, reason: str) -> None:
-    """Print what a person needs: one line, and the traceback only where the program did not expect the error."""
-    if foreseen(error) is None:
+    """Print what a person needs: one line, and the traceback only where the program did not expect the error.
+
+    Communication is expected to fail, with whichever rank dies; where in the program says nothing of why. The rank's
+    log file has the traceback of that too.
+    """
+    if (foreseen(error) is None and code != ExitCode.COMMUNICATION) or os.environ.get("YAONGI_VERBOSE"):
         traceback.print_exception(error)
     print(f"error {code} ({meaning(code)}): {reason}", file=sys.stderr, flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import micro
 import pytest
 
-from trainer import failures
+from trainer import failures, logs
 from trainer.errors import DivergedError
 from trainer.exitcodes import MEANING, ExitCode, of_process, retryable
 from trainer.failures import Failure, classify, root_cause
@@ -31,6 +32,29 @@ from trainer.failures import Failure, classify, root_cause
 )
 def test_exceptions_have_exit_codes(error: Exception, code: int):
     assert classify(error)[0] == code
+
+
+def test_lost_communication_is_one_line_and_the_log_has_the_traceback(tmp_path: Path, capsys):
+    place, said = (
+        "/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547",
+        "Connection closed by peer [10.0.0.2]:4711",
+    )
+    logs.setup(tmp_path, 1)
+    try:
+        raise RuntimeError(f"[{place}] {said}. This means that the peer has gone\nGLHF! 🏖️")
+    except RuntimeError as error:
+        code, reason = classify(error)
+        failures.show(error, code, reason)
+        logs.note(reason, error)
+    finally:
+        for handler in logging.getLogger("trainer").handlers:
+            handler.close()
+        logging.getLogger("trainer").handlers = []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error 160 ") and f": RuntimeError: {said}" in line and line.endswith(failures.PEER_GONE)
+    assert "pair.cc" not in line and "GLHF" not in line
+    log = (tmp_path / "logs" / "rank-1.log").read_text()
+    assert "Traceback (most recent call last)" in log and place in log
 
 
 def test_process_return_codes():
