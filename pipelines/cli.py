@@ -133,9 +133,10 @@ def run(
     spec, arguments = local_job(job, changes, target=target, workdir=workdir)
     with driving(spec, workdir):
         if target == "local":
+            from pipelines.ports import written
             from pipelines.refusals import refuse
 
-            refuse(spec, changes)
+            refuse(spec, written(job, changes))
         log = run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=_verbose())
     show(read_run(spec.run_dir), log, console, workdir)
 
@@ -177,9 +178,9 @@ def _stage(task: Any, job: str, sets: list[str] | None, workdir: Path) -> None:
         made.stage("tokenizers", spec, job, sets, workdir)
     with driving(spec, workdir) if task == "train" else nullcontext():
         if task == "train":
-            from pipelines.ports import refuse_taken
+            from pipelines.ports import refuse_taken, written
 
-            refuse_taken(spec, changes)
+            refuse_taken(spec, written(job, changes))
         result = step.run(spec, task, train_with=command("run", job, workdir, sets))
     print(f"{task}: {result.path} (digest {result.digest[:12]})")
 

@@ -7,8 +7,9 @@ import socket
 from typing import Any
 
 from components.measuring import PORT_VARIABLE, named_port
-from manifests.spec import JobSpec
+from manifests.spec import JobSpec, changes_of, preset_names
 from trainer.errors import SpecError
+from trainer.specbase import deep_merge, is_stored
 from trainer.thismachine import DEFAULT_PORT
 
 
@@ -23,11 +24,18 @@ def problem(port: int) -> str | None:
     return None
 
 
+def written(preset_or_file: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a person has written, in a job file or by --set; a preset and a stored job are no person's."""
+    preset = preset_or_file in preset_names()
+    fields = {} if preset or is_stored(preset_or_file) else changes_of(preset_or_file)[1]
+    return deep_merge(fields, changes)
+
+
 def refuse_taken(job: JobSpec, changes: dict[str, Any]) -> None:
     """Return if every port that a person has named is free. The default ones give way when their time comes.
 
     Args:
-        changes: what `--set` says, where even the default port is a named one.
+        changes: what is `written`, where even the default port is a named one.
 
     Raises:
         SpecError

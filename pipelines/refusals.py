@@ -15,7 +15,7 @@ def checks(job: JobSpec, changes: dict[str, Any]) -> dict[str, Callable[[], None
     """What is looked at, by name; each raises a ForeseenError that says why the job cannot run here.
 
     Args:
-        changes: what `--set` says.
+        changes: the fields that a person has written (`pipelines.ports.written`).
     """
     return {"ports": lambda: refuse_taken(job, changes), **feasible.checks(job, train=True)}
 

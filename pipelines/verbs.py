@@ -43,9 +43,10 @@ def local(job: Job, sets: Sets = None, workdir: Workdir = Path("work")) -> None:
     changes = changes_from_sets(sets or [])
     spec, _ = local_job(job, changes, target="local", workdir=workdir)
     if not background.is_alive(workdir, spec.run_name):  # else it is the run's own ports that are taken
+        from pipelines.ports import written
         from pipelines.refusals import refuse
 
-        refuse(spec, changes)
+        refuse(spec, written(job, changes))
     _say_started(background.start(spec, workdir, Path.cwd()), workdir)
 
 

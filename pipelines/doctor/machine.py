@@ -44,7 +44,7 @@ def of_job(job: str, changes: dict[str, Any], workdir: Path) -> Iterator[Finding
         job: a preset's name or a job file.
         changes: what `--set` says.
     """
-    from pipelines import background, refusals
+    from pipelines import background, ports, refusals
     from pipelines.run import local_job
 
     try:
@@ -52,7 +52,7 @@ def of_job(job: str, changes: dict[str, Any], workdir: Path) -> Iterator[Finding
     except ForeseenError as error:
         yield Finding("job", "no", one_line(error))
         return
-    for what, check in refusals.checks(spec, changes).items():
+    for what, check in refusals.checks(spec, ports.written(job, changes)).items():
         if what == "ports" and background.is_alive(workdir, spec.run_name):
             continue
         try:

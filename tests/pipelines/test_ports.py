@@ -8,7 +8,7 @@ import time
 import pytest
 from ports import free_port
 
-from manifests.spec import job_from
+from manifests.spec import job_file_text, job_from
 from pipelines import background, ports, view
 from pipelines.runs import Run
 from trainer.specbase import SpecError
@@ -41,6 +41,18 @@ def test_the_default_port_may_be_taken_unless_it_is_named(busy, monkeypatch):
 
 
 @pytest.mark.enable_socket
+def test_the_default_port_in_a_persons_job_file_is_a_named_one(busy, monkeypatch, tmp_path):
+    monkeypatch.setattr(ports, "DEFAULT_PORT", busy)
+    file = tmp_path / "job.yaml"
+    file.write_text(f"preset: tiny\ntrain: {{runtime: {{metrics_port: {busy}}}}}\n")
+    with pytest.raises(SpecError, match=f"port {busy} is taken"):
+        ports.refuse_taken(job(busy), ports.written(str(file), {"train": {"steps": 3}}))
+    ports.refuse_taken(job(busy), ports.written("tiny", {}))
+    file.write_bytes(job_file_text(job(busy)))
+    ports.refuse_taken(job(busy), ports.written(str(file), {}))
+
+
+@pytest.mark.enable_socket
 def test_the_steps_port_of_the_environment_is_refused_too(busy, monkeypatch):
     monkeypatch.setenv("YAONGI_METRICS_PORT", str(busy))
     with pytest.raises(SpecError, match=f"YAONGI_METRICS_PORT {busy}: the port is taken"):
@@ -48,8 +60,12 @@ def test_the_steps_port_of_the_environment_is_refused_too(busy, monkeypatch):
 
 
 @pytest.mark.enable_socket
-def test_a_run_with_a_taken_port_ends_before_its_first_step(busy, yaongi):
-    code, out, err = yaongi("run", "tiny", "--set", f"train.runtime.metrics_port={busy}")
+@pytest.mark.parametrize("verb", ["run", "local"])
+def test_a_run_with_a_taken_port_ends_before_its_first_step(busy, yaongi, monkeypatch, tmp_path, verb):
+    monkeypatch.setattr(ports, "DEFAULT_PORT", busy)
+    file = tmp_path / "named.yaml"
+    file.write_text(f"preset: tiny\ntrain: {{runtime: {{metrics_port: {busy}}}}}\n")
+    code, out, err = yaongi(verb, str(file))
     assert code == 2 and f"port {busy} is taken" in err
     assert "▶" not in out and not os.path.exists("work/checkpoints")
 
