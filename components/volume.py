@@ -6,7 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.errors import ForeseenError, VolumeError, of_the_machine
+from trainer.errors import ForeseenError, VolumeError, in_words, of_the_machine
+
+
+def made(directory: Path) -> Path:
+    """The directory, after it has been made with all above it.
+
+    Raises:
+        VolumeError: that cannot be done there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        said = of_the_machine(error) or VolumeError(
+            f"{directory}: no folder can be made there ({in_words(error.strerror)}); give another place"
+        )
+        raise said from None
+    return directory
 
 
 @contextmanager

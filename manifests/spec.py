@@ -10,6 +10,7 @@ A job file names a preset and what differs from it:
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from importlib.resources import files
@@ -20,6 +21,7 @@ from pydantic import Field, model_validator
 
 from manifests.dataspec import DataSpec, FilesSource, HygieneSpec, Name
 from manifests.kinds import JobKindName
+from manifests.paths import whole
 from trainer.data.vocabulary import SMALLEST_VOCABULARY
 from trainer.fields import stored
 from trainer.modelspec import Count, ModelSpec
@@ -421,12 +423,12 @@ def changes_of(preset_or_file: str) -> tuple[str, dict[str, Any]]:
     if preset_or_file in preset_names():
         return preset_or_file, {}
     if not Path(preset_or_file).exists():
-        raise SpecError(
-            f"'{preset_or_file}' is neither a preset ({', '.join(preset_names())}) nor a file; check the name"
-        )
+        near = difflib.get_close_matches(preset_or_file.lower(), preset_names(), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"check the name, {whole(preset_or_file)} was tried"
+        raise SpecError(f"'{preset_or_file}' is neither a preset ({', '.join(preset_names())}) nor a file; {hint}")
     changes = read_yaml(preset_or_file)
     if not is_stored(preset_or_file):
-        changes = deep_merge({"storage": {"sources_dir": str(Path(preset_or_file).absolute().parent)}}, changes)
+        changes = deep_merge({"storage": {"sources_dir": str(whole(preset_or_file).parent)}}, changes)
     return str(changes.pop("preset", "")), changes
 
 

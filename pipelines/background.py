@@ -23,6 +23,8 @@ from typing import IO
 
 from components.launch import LaunchError
 from components.running import one_line
+from components.volume import made
+from manifests.paths import whole
 from manifests.spec import JobSpec, job_file_text
 from pipelines.options import again
 from pipelines.stopping import ends_at_once
@@ -95,7 +97,7 @@ def driving(job: JobSpec, workdir: Path) -> Iterator[None]:
         LaunchError: another one does.
     """
     run = job.run_name
-    folder(workdir).mkdir(parents=True, exist_ok=True)
+    made(folder(workdir))
     with _locked(workdir, run):
         me = Process(run, os.getpid(), socket.gethostname(), str(Path.cwd()), time.time())
         atomic_write(job_file(workdir, run), job_file_text(job))
@@ -154,10 +156,10 @@ def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Proc
     if is_alive(workdir, run):
         raise _driven(workdir, run)
     file, console, former = job_file(workdir, run), console_file(workdir, run), _logs(workdir, run)
-    folder(workdir).mkdir(parents=True, exist_ok=True)
+    made(folder(workdir))
     atomic_write(file, to_stored_yaml(job))
-    places = ["--target", job.cluster.target, "--workdir", str(workdir.absolute())]
-    command = [sys.executable, "-m", "pipelines.cli", "run", str(file.absolute()), *places]
+    places = ["--target", job.cluster.target, "--workdir", str(whole(workdir))]
+    command = [sys.executable, "-m", "pipelines.cli", "run", str(whole(file)), *places]
     with console.open("wb") as output:
         child = subprocess.Popen(
             command + (["--verbose"] if verbose else []),

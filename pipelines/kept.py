@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from components.volume import made
 from manifests.kinds import Object
 from manifests.names import SPEC_FILE
 from pipelines.options import again
@@ -33,7 +34,7 @@ def keep(workdir: Path, namespace: str, objects: list[Object]) -> Kept:
     """Write down what a job, the last of `objects`, is made of."""
     name = objects[-1]["metadata"]["name"]
     file = _folder(workdir) / f"{namespace}.{name}.yaml"  # neither name has a dot
-    file.parent.mkdir(parents=True, exist_ok=True)
+    made(file.parent)
     atomic_write(file, yaml.safe_dump_all(objects).encode())
     return Kept(name, namespace, file)
 

@@ -16,6 +16,8 @@ from rich.console import Console
 from components.launch import LaunchError
 from components.plan.length import continued
 from components.plan.step import arguments_for, runnable_here
+from components.volume import made
+from manifests.paths import whole
 from manifests.spec import JobSpec, changes_of, job_from
 from pipelines.progress import Watcher
 from pipelines.stopping import Stop, Stopped
@@ -42,7 +44,7 @@ def local_job(
     preset, wanted = changes_of(preset_or_file)
     wanted = deep_merge(deep_merge(wanted, changes), {"cluster": {"target": target}})
     if target == "local":
-        root = workdir.absolute()
+        root = whole(workdir)
         places = {"datasets_dir": f"{root}/datasets", "checkpoints_dir": f"{root}/checkpoints"}
         wanted = deep_merge({"storage": places}, wanted)
     job = continued(job_from({"preset": preset} if preset else {}, wanted, preset_or_file))
@@ -73,8 +75,7 @@ def run_pipeline(
         LaunchError: a step failed; the message names it and says why.
         Stopped: SIGINT or SIGTERM ended it before its last step was done.
     """
-    logs.mkdir(parents=True, exist_ok=True)
-    log_path = logs / f"{job.run_name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    log_path = made(logs) / f"{job.run_name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
     with tempfile.TemporaryDirectory(prefix="yaongi-") as scratch, log_path.open("w", encoding="utf-8") as log:
         file = Path(scratch) / "arguments.json"
         file.write_text(json.dumps(arguments), encoding="utf-8")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
@@ -59,6 +59,18 @@ class Spec(BaseModel):
 
 TRUTH = "a number is wanted, not a truth value (yes, no, on, off, true, false); write a number"
 MISSING = "required field is missing; add it"
+# The beginning of a type of pydantic's problems → what is wanted there; others keep pydantic's words.
+WANTED = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "bool_": "true or false",
+    "string_type": "a text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping of fields",
+    "model_type": "a mapping of fields",
+    "model_attributes_type": "a mapping of fields",
+}
 SpecT = TypeVar("SpecT", bound=Spec)
 
 
@@ -115,7 +127,7 @@ def parse(spec_type: type[SpecT], value: Any, where: str = "", version: int = 1)
     except ValidationError as error:
         if version > SPEC_VERSION:
             return parse(spec_type, _of_later_version(spec_type, value, version, error, prefix), where)
-        lines = [_explain(spec_type, dict(problem)) for problem in error.errors()]
+        lines = [_explain(spec_type, dict(problem), value) for problem in error.errors()]
         raise SpecError("\n".join(prefix + line for line in lines)) from None
 
 
@@ -146,15 +158,19 @@ def _of_later_version(
     return known
 
 
-def _explain(spec_type: type[Spec], problem: dict[str, Any]) -> str:
-    path = [str(part) for part in problem["loc"]]
+def _explain(spec_type: type[Spec], problem: dict[str, Any], value: Any) -> str:
+    path = _as_written(problem["loc"], value)
     where = ".".join(path) or spec_type.__name__
     if problem["type"] == "extra_forbidden":
         if deeper := _elsewhere(spec_type, path[-1]):
             return f"{where}: unknown field; did you mean '{deeper}'?"
         known = list(_fields_at(spec_type, path[:-1]))
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known fields: {', '.join(sorted(known))}"
+        hint = (
+            f"did you mean '{'.'.join([*path[:-1], near[0]])}'?"
+            if near
+            else f"known fields: {', '.join(sorted(known))}"
+        )
         return f"{where}: unknown field; {hint}"
     if problem["type"] == "truth_value":
         return f"{'.'.join([*path, problem['ctx']['field']])}: {TRUTH}"
@@ -165,7 +181,23 @@ def _explain(spec_type: type[Spec], problem: dict[str, Any]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{where}: {message}"
-    return f"{where}: {message} (got {problem['input']!r})"
+    wanted = next((said for begins, said in WANTED.items() if problem["type"].startswith(begins)), None)
+    said = f"{wanted} is wanted" if wanted else message.replace("Input should be", "must be")
+    return f"{where}: {said} (got {problem['input']!r})"
+
+
+def _as_written(place: Sequence[str | int], value: Any) -> list[str]:
+    """Where in `value` a problem is, without what pydantic puts between: the tag of the chosen kind in a union."""
+    path = []
+    for number, part in enumerate(place, start=1):
+        if isinstance(value, dict) and part not in value and number < len(place):
+            continue
+        path.append(str(part))
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):
+            value = value[part]
+    return path
 
 
 def _fields_at(spec_type: type[Spec], path: list[str]) -> set[str]:

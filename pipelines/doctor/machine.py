@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from components.running import one_line
+from manifests.paths import whole
 from pipelines.doctor.findings import Finding
 from pipelines.ports import problem
-from trainer.errors import ForeseenError
+from trainer.errors import ForeseenError, in_words
 from trainer.thismachine import DEFAULT_PORT
 
 MIN_PYTHON = (3, 11)
@@ -72,9 +74,15 @@ def _python(workdir: Path) -> Iterator[Finding]:
 def _machine(workdir: Path) -> Iterator[Finding]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     yield Finding("machine", "ok", f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB of memory")
-    place = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    place = next(path for path in (whole(workdir), *whole(workdir).parents) if path.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=place))
+    except OSError as error:
+        detail = f"no folder can be made in {place} ({in_words(error.strerror)})"
+        yield Finding("disk", "no", detail, "give another --workdir")
+        return
     free = shutil.disk_usage(place).free / GIB
-    enough = free >= MIN_FREE_GIB and os.access(place, os.W_OK)
+    enough = free >= MIN_FREE_GIB
     yield Finding(
         "disk", "ok" if enough else "no", f"{free:.0f} GiB free at {place}; a small job takes {MIN_FREE_GIB:.0f}"
     )

@@ -53,7 +53,7 @@ def test_overrides_that_are_no_json_object_are_refused(text):
 
 
 def test_an_unknown_field_is_answered_with_the_nearest_name():
-    with pytest.raises(SpecError, match=r"train\.sed: unknown field; did you mean 'seed'\?"):
+    with pytest.raises(SpecError, match=r"train\.sed: unknown field; did you mean 'train\.seed'\?"):
         resolve("tiny", '{"train": {"sed": 1}}')
 
 

@@ -13,8 +13,12 @@ from trainer.specbase import SpecError, changes_from_sets
 @pytest.mark.parametrize(
     ("changes", "where", "fix"),
     [
-        ({"train": {"stps": 3}}, "train.stps", "did you mean 'steps'?"),
-        ({"train": {"model": {"mamba": {"num_head": 3}}}}, "train.model.mamba.num_head", "did you mean 'num_heads'?"),
+        ({"train": {"stps": 3}}, "train.stps", "did you mean 'train.steps'?"),
+        (
+            {"train": {"model": {"mamba": {"num_head": 3}}}},
+            "train.model.mamba.num_head",
+            "did you mean 'train.model.mamba.num_heads'?",
+        ),
         ({"train": {"steps": 0}}, "train.steps", "greater than 0"),
         ({"train": {"model": {"layers": ["MX"]}}}, "train.model", "sublayers are M (mamba)"),
         ({"train": {"model": {"engram": []}}}, "train.model", "exactly one engram entry"),
@@ -145,9 +149,20 @@ def test_skipping_tokens_does_not_change_the_run() -> None:
         ("train.steps=on", "train.steps: a number is wanted"),
         ("data.sources.ko.weight=no", "data.sources.ko.weight: a number is wanted"),
         ("train.skip=[[yes, no]]", "train.skip: a number is wanted"),
+        ("train.steps=abc", "train.steps: a whole number is wanted (got 'abc')"),
+        ("train.steps=0", "train.steps: must be greater than 0 (got 0)"),
+        ("data.sources.ko.weight=much", "data.sources.ko.weight: a number is wanted (got 'much')"),
+        ("hygiene.exact_duplicates=perhaps", "hygiene.exact_duplicates: true or false is wanted (got 'perhaps')"),
+        ("name=5", "name: a text is wanted (got 5)"),
+        ("train.model.layers=M", "train.model.layers: a list is wanted (got 'M')"),
+        ("data=5", "data: a mapping of fields is wanted (got 5)"),
+        (
+            "data.sources.ko.origin={kind: files, pathz: [a]}",
+            "data.sources.ko.origin.pathz: unknown field; did you mean 'data.sources.ko.origin.paths'?",
+        ),
         ("train.steps=", "train.steps: has no value"),
-        ("train.steps=[8]", "train.steps: Input should be a valid integer"),
-        ("train.steps=1.5e0", "train.steps: Input should be a valid integer"),
+        ("train.steps=[8]", "train.steps: a whole number is wanted (got "),
+        ("train.steps=1.5e0", "train.steps: a whole number is wanted (got "),
         ("name=Foo_Bar", "name: 'Foo_Bar' cannot be a name here; write at most 40 small letters a-z, digits"),
     ],
 )

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from manifests.spec import load_job
 from pipelines import cli
 from pipelines.compile import COMMITTED
 from pipelines.doctor import machine
+from pipelines.run import local_job
 from trainer import __version__
 
 
@@ -24,7 +26,7 @@ def test_the_module_can_be_run_where_the_command_is_not_installed():
 @pytest.mark.parametrize("command", ["run", "train", "render", "describe", "submit"])
 def test_an_unknown_field_is_one_line_that_names_the_nearest(yaongi, command):
     code, _, error = yaongi(command, "tiny", "--set", "train.stepz=5")
-    assert (code, error) == (2, "error: tiny: train.stepz: unknown field; did you mean 'steps'?\n")
+    assert (code, error) == (2, "error: tiny: train.stepz: unknown field; did you mean 'train.steps'?\n")
 
 
 def test_several_problems_of_a_job_file_are_named_with_the_file(yaongi, tmp_path):
@@ -39,6 +41,37 @@ def test_a_job_that_is_neither_preset_nor_file_lists_the_presets(yaongi):
     code, _, error = yaongi("run", "tinny")
     assert code == 2
     assert error.startswith("error: 'tinny' is neither a preset (h100-4b, ") and error.count("\n") == 1
+    assert error.endswith("; did you mean 'tiny'?\n")
+    assert error == yaongi("run", "tinny", "--target", "kubernetes")[2]
+
+
+def test_a_job_file_that_is_not_there_is_named_as_it_was_looked_for(yaongi, tmp_path):
+    code, _, error = yaongi("run", "../jobs/mine.yaml")
+    assert code == 2 and error.endswith(f" {tmp_path.parent}/jobs/mine.yaml was tried\n")
+
+
+def test_places_are_named_without_the_way_to_them(tmp_path, monkeypatch):
+    """And are those that the system would find, also where a folder on the way is a link."""
+    (tmp_path / "there/below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("there/below")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there/mine.yaml").write_text("preset: tiny\n")
+    job, _ = local_job("link/../mine.yaml", {}, target="local", workdir=Path("link/../w"))
+    assert job.storage.datasets_dir == f"{tmp_path}/there/w/datasets"
+    assert job.storage.sources_dir == f"{tmp_path}/there"
+    job, _ = local_job("tiny", {}, target="local", workdir=Path("link/w"))
+    assert job.storage.datasets_dir == f"{tmp_path}/link/w/datasets"
+
+
+@pytest.mark.parametrize("verb", ["run", "local", "prepare"])
+def test_a_workdir_that_cannot_be_made_is_an_error_of_the_volume(yaongi, monkeypatch, verb):
+    monkeypatch.setattr("pipelines.refusals.refuse", lambda job, changes: None)
+    monkeypatch.setattr("components.plan.feasible.refuse_hopeless", lambda job, train: None)
+    code, _, error = yaongi(verb, "tiny", "--workdir", "/proc/x")
+    assert code == 74 and error.count("\n") == 1
+    assert error.startswith("error: /proc/x/") and "give another place" in error
+    code, said, _ = yaongi("doctor", "--workdir", "/proc/x")
+    assert code == 1 and re.search(r"disk +no +no folder can be made in /proc ", said)
 
 
 def test_a_target_that_does_not_exist_names_those_that_do(yaongi):

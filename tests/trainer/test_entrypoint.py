@@ -374,7 +374,7 @@ def test_bad_spec_ends_with_2_before_anything_starts(tmp_path: Path, micro_data:
     command = [sys.executable, "-m", "trainer.entrypoint", "--spec", str(file), "--set", "runtime.max_restart=3"]
     done = subprocess.run(command, env=micro.environment(), capture_output=True, text=True)
     assert done.returncode == 2
-    assert "runtime.max_restart: unknown field; did you mean 'max_restarts'?" in done.stderr
+    assert "runtime.max_restart: unknown field; did you mean 'runtime.max_restarts'?" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
