@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import restarts
-from trainer.checkpoint import LATEST, latest_step
+from trainer.checkpoint import LATEST, latest_step, newest_until, step_of
 from trainer.results import headline_loss
 from trainer.spec import TrainSpec
 from trainer.specbase import parse, read_yaml
@@ -69,6 +69,10 @@ def of_directory(run_dir: Path) -> Standing:
     spec = parse(TrainSpec, read_yaml(spec_file), str(spec_file))
     records = _last_records(run_dir / "logs" / "metrics.jsonl")
     saved, marker = latest_step(run_dir), run_dir / "checkpoints" / LATEST
+    if records and saved > records[-1]["step"]:
+        # Of a course that was given up for a greater length, until the first checkpoint of the new one.
+        before = newest_until(run_dir, records[-1]["step"])
+        saved, marker = (step_of(before), before) if before else (0, marker)
     common = {
         "steps": spec.steps,
         "checkpoint_step": saved or None,

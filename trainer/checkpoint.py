@@ -75,10 +75,11 @@ def published(run_dir: str | Path) -> list[Path]:
     """Checkpoint directories of the run, newest first; none of them read yet. Copies under other names do not count."""
     found = (Path(run_dir) / "checkpoints").glob("step-*")
     ours = (path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
-    return sorted(ours, key=_step_of, reverse=True)
+    return sorted(ours, key=step_of, reverse=True)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step that a checkpoint directory is called after."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -113,7 +114,7 @@ def candidates(run_dir: str | Path) -> list[Path]:
     """
     found = existing = published(run_dir)
     if existing and (step := latest_step(run_dir)):
-        found = [path for path in existing if _step_of(path) <= step]
+        found = [path for path in existing if step_of(path) <= step]
     if existing and not found:
         raise CheckpointError(
             f"{Path(run_dir) / 'checkpoints' / LATEST} names step {step}, which is not there, nor is an older one; "
@@ -133,8 +134,11 @@ def first_whole(found: list[Path], check: Callable[[Path], object]) -> Path | No
         try:
             check(path)
         except CheckpointError as error:
-            log.error("%s; trying the next older checkpoint", error)
             problems.append(str(error))
+            if len(problems) < len(found):
+                log.error("%s; trying the next older checkpoint", error)
+            elif len(found) > 1:  # the error below names the first only
+                log.error("%s", error)
             continue
         if problems:
             log.error("resuming from %s instead of %s: the steps between are trained again", path, found[0].name)
@@ -249,7 +253,7 @@ def publish(run_dir: str | Path, manifest: CheckpointManifest) -> Path:
     sync_directory(visible.parent)
     atomic_write(visible.parent / LATEST, visible.name.encode() + b"\n")
     for path in published(run_dir):
-        if _step_of(path) > manifest.step:
+        if step_of(path) > manifest.step:
             _remove(path)
     return visible
 
@@ -263,10 +267,10 @@ def prune(run_dir: str | Path, keep_last: int, decay_begins: int = 0) -> None:
     """
     step, found = latest_step(run_dir), published(run_dir)
     every_sound = [path for path in found if not _in_a_row(path)]
-    sound, stable = every_sound[:keep_last], [path for path in every_sound if _step_of(path) <= decay_begins][:1]
+    sound, stable = every_sound[:keep_last], [path for path in every_sound if step_of(path) <= decay_begins][:1]
     kept = list(dict.fromkeys([*found[:1], *sound, *found]))[: max(keep_last, len({*found[:1], *sound}))]
     for path in found:
-        if path not in [*kept, *stable] and _step_of(path) != step:
+        if path not in [*kept, *stable] and step_of(path) != step:
             _remove(path)
 
 
@@ -280,7 +284,7 @@ def _in_a_row(path: Path) -> bool:
 
 def newest_until(run_dir: str | Path, step: int) -> Path | None:
     """The newest checkpoint of `step` or an earlier one; not read, None when there is none."""
-    return next((path for path in published(run_dir) if _step_of(path) <= step), None)
+    return next((path for path in published(run_dir) if step_of(path) <= step), None)
 
 
 def how_to_go_back(path: Path | None) -> str:

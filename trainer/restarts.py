@@ -34,7 +34,7 @@ ECHOES = (code_label(ExitCode.HANG), code_label(ExitCode.COMMUNICATION), PEER_ST
 
 @dataclass
 class NodeRecord:
-    """One node's starts. Times are Unix seconds; the deadline counts from `first_start`.
+    """One node's starts. Times are Unix seconds; the deadline counts from `first_start`, the run's age from `begun`.
 
     `exit_code` is None while it runs, and for ever if it was killed; `ended` says it in a word, and more closely.
     `reasons` count the restarts by that word.
@@ -47,6 +47,10 @@ class NodeRecord:
     reasons: dict[str, int] = field(default_factory=dict)
     exit_code: int | None = None
     ended: str = ""
+    begun: float = 0.0  # version 0.1 did not write it
+
+    def __post_init__(self) -> None:
+        self.begun = self.begun or self.first_start
 
 
 _Nodes = TypeAdapter(dict[str, NodeRecord])
@@ -71,7 +75,7 @@ def begin(run_dir: str | Path, max_restarts: int, task: str = "train", node: str
             record = nodes[key]
             code = ExitCode.KILLED if record.exit_code is None else record.exit_code
             if not retryable(code):
-                record = NodeRecord(step=step, total=record.total, reasons=record.reasons)
+                record = NodeRecord(step=step, total=record.total, reasons=record.reasons, begun=record.begun)
             elif step > record.step:
                 record.without_progress = 0
             elif code not in STOPS:
@@ -123,6 +127,11 @@ def summary(run_dir: str | Path) -> dict[str, int]:
 def count(run_dir: str | Path) -> int:
     """How often the training was restarted: a node that is lost and the others that wait for it are one restart."""
     return max((node.total for node in _read(_file(run_dir, "train")).values()), default=0)
+
+
+def begun(run_dir: str | Path) -> float | None:
+    """When the training was started for the first time; None where no start is known."""
+    return min((node.begun for node in _read(_file(run_dir, "train")).values()), default=None)
 
 
 def _file(run_dir: str | Path, task: str) -> Path:

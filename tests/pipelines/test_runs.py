@@ -101,6 +101,20 @@ def test_numbers_come_from_the_run_directory(run):
     assert found.checkpoint.startswith("step 80, 1:00:0")
 
 
+def test_a_checkpoint_of_a_course_that_was_given_up_is_not_shown(run):
+    """As after a resume with more steps, until the first checkpoint of the longer run."""
+    (run.directory / "logs").mkdir()
+    line = {"step": 109, "loss": 5.0, "seconds": 2.0, "tokens_per_second": 50.0}
+    (run.directory / "logs/metrics.jsonl").write_text(json.dumps(line) + "\n")
+    for step in (80, 120):
+        (run.directory / f"checkpoints/step-{step:08}").mkdir(parents=True)
+    (run.directory / "checkpoints/LATEST").write_text("step-00000120\n")
+    found = standing.of_directory(run.directory)
+    assert (found.step, found.checkpoint_step) == (109, 80) and found.checkpoint_age < 60
+    (run.directory / "checkpoints/step-00000080").rmdir()
+    assert standing.of_directory(run.directory).checkpoint_step is None
+
+
 def test_numbers_come_from_the_log_where_the_volume_is_out_of_reach():
     now = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
     lines = [

@@ -73,7 +73,9 @@ def empty(file: Path) -> None:
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "checkpoint.json"])
 @pytest.mark.parametrize("damage", [flip, truncate, empty, Path.unlink])
-def test_damaged_file_is_named_and_the_older_checkpoint_used(two_checkpoints: Path, tmp_path: Path, name, damage):
+def test_damaged_file_is_named_and_the_older_checkpoint_used(
+    two_checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name, damage
+):
     run_dir = tmp_path / "run"
     shutil.copytree(two_checkpoints, run_dir)
     newest = run_dir / "checkpoints" / "step-00000008"
@@ -84,9 +86,16 @@ def test_damaged_file_is_named_and_the_older_checkpoint_used(two_checkpoints: Pa
     assert error.value.code == ExitCode.CHECKPOINT and "\n" not in str(error.value)
     assert latest(run_dir) == run_dir / "checkpoints" / "step-00000004"
     damage(run_dir / "checkpoints" / "step-00000004" / name)
+    assert sum("next older" in record.message for record in caplog.records) == 1
     with pytest.raises(ForeseenError, match="none of 2 checkpoints verifies") as error:
         latest(run_dir)
     assert error.value.code == ExitCode.CHECKPOINT
+    assert sum("next older" in record.message for record in caplog.records) == 2, "not of the oldest"
+    shutil.rmtree(newest)
+    caplog.clear()
+    with pytest.raises(ForeseenError, match="none of 1 checkpoints verifies"):
+        latest(run_dir)
+    assert not caplog.records
 
 
 def test_file_that_does_not_belong_is_ignored_and_named_once_if_it_can_be_seen(

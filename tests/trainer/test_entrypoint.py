@@ -349,13 +349,18 @@ def test_damaged_books_cost_no_more_than_the_count(tmp_path: Path, text: str):
     assert restarts.begin(tmp_path, 1, node="a").reasons == {"killed": 1}
 
 
-@pytest.mark.parametrize(("code", "anew"), [(143, True), (130, True), (75, True), (137, False), (None, False)])
+ANEW = [(143, True), (130, True), (75, True), (0, True), (137, False), (None, False)]
+
+
+@pytest.mark.parametrize(("code", "anew"), ANEW)
 def test_deadline_of_a_start_after_a_stop_counts_from_that_start(tmp_path: Path, code: int | None, anew: bool):
     long_ago = time.time() - 15 * 86400
-    before = NodeRecord(first_start=long_ago, without_progress=1, exit_code=code)
-    (tmp_path / "restarts.json").write_text(json.dumps({"nodes": {"a": vars(before)}}))
+    before = vars(NodeRecord(first_start=long_ago, without_progress=1, exit_code=code))
+    del before["begun"]  # as version 0.1 wrote it
+    (tmp_path / "restarts.json").write_text(json.dumps({"nodes": {"a": before}}))
     record = restarts.begin(tmp_path, 5, node="a")
     assert (record.first_start > long_ago + 86400) == anew
+    assert restarts.begun(tmp_path) == record.begun == long_ago, "the run's own start stays"
     if code in (143, 130):
         assert record.without_progress == 1, "the budget stays what it was"
 

@@ -95,6 +95,8 @@ def test_shows_hyperparameters_and_dates(run):
 def test_a_start_is_the_first_of_all_nodes(tmp_path):
     (tmp_path / "restarts.json").write_text('{"nodes": {"b": {"first_start": 90}, "a": {"first_start": 61}}}')
     assert dates(tmp_path) == [("started", "1970-01-01 00:01 UTC")]
+    (tmp_path / "restarts.json").write_text('{"nodes": {"a": {"first_start": 3600, "begun": 60}}}')
+    assert dates(tmp_path) == [("started", "1970-01-01 00:01 UTC")], "not that of the last resume"
     (tmp_path / "restarts.json").write_text("{")
     assert dates(tmp_path) == []
 

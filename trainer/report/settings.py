@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+from trainer import restarts
 from trainer.spec import TrainSpec
 
 
@@ -67,12 +67,7 @@ def _schedule(spec: TrainSpec) -> str:
 
 def dates(run_dir: Path) -> list[tuple[str, str]]:
     """(what, when in UTC) as the files of the run say it; what has not happened yet is left out."""
-    found = []
-    try:
-        nodes = json.loads((run_dir / "restarts.json").read_bytes())["nodes"].values()
-        found.append(("started", min(node["first_start"] for node in nodes)))
-    except (OSError, ValueError, KeyError, TypeError):  # a run of another version, or one that has not begun
-        pass
+    found = [] if (begun := restarts.begun(run_dir)) is None else [("started", begun)]
     for what, name in (
         ("last step", "logs/metrics.jsonl"),
         ("evaluated", "eval.json"),
