@@ -19,6 +19,5 @@ def show(run: RunSummary, log: Path, console: Console, workdir: Path) -> None:
     for prompt, text in run.samples[:1]:
         line = Text.assemble(("sample          ", "bold"), (prompt, "underline"), text.replace("\n", " "))
         console.print(line, soft_wrap=True)
-    console.print(
-        f"\n[dim]yaongi generate {run.name} --prompt '…'{again(workdir)}  continues a text with this model[/dim]"
-    )
+    console.print("\nto continue a text with this model:", style="dim")
+    console.print(Text(f"yaongi generate {run.name} --prompt '…'{again(workdir)}", style="dim"), soft_wrap=True)

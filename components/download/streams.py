@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,8 +89,7 @@ def check_head(name: str, head: bytes, form: str, compression: str = "") -> None
         return
     encoding = next((encoding for mark, encoding in MARKS.items() if head.startswith(mark)), "") or _wide(head)
     if encoding:
-        command = f"iconv -f {encoding.split()[0].lower()} -t utf-8"
-        raise DataError(f"{name}:1: {encoding}; convert the file to UTF-8: {command}")
+        raise DataError(f"{name}:1: {encoding}; {_convert(name, encoding.split()[0].lower())}")
 
 
 def _wide(head: bytes) -> str:
@@ -167,7 +167,11 @@ def window_bytes(head: bytes) -> int | None:
 
 
 def not_utf8(where: str, data: bytes, at: int) -> DataError:
-    """What is said of text that is no UTF-8 at byte `at`, with the encoding that it looks like."""
+    """What is said of text that is no UTF-8 at byte `at`, with the encoding that it looks like.
+
+    Args:
+        where: the file, or file:line.
+    """
     text = data[max(at - 2**15, 0) : at + 2**15].decode("utf-8", "replace")
     foreign = [character for character in text if character > "\x7f"]
     if foreign.count("\ufffd") * 10 < len(foreign):
@@ -175,8 +179,18 @@ def not_utf8(where: str, data: bytes, at: int) -> DataError:
             f"{where}: not UTF-8 at byte {at}, though else it is; it is damaged, fetch it again or mend it"
         )
     encoding = _guessed(data[at : at + 2**15])
-    convert = f"convert the file to UTF-8: iconv -f {encoding or 'ENCODING'} -t utf-8"
+    convert = _convert(re.sub(r":\d+$", "", where), encoding or "ENCODING")
     return DataError(f"{where}: not UTF-8 at byte {at}{f', perhaps {encoding}' if encoding else ''}; {convert}")
+
+
+def _convert(name: str, encoding: str) -> str:
+    """The remedy: a command that writes a second file, not compressed, beside the first."""
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    plain = name.removesuffix(compression)
+    suffix = Path(plain).suffix
+    old, new = shlex.quote(name), shlex.quote(f"{plain.removesuffix(suffix)}.utf8{suffix}")
+    read = f"{COMPRESSIONS[compression]} -dc {old} | iconv" if compression else "iconv"
+    return f"convert the file to UTF-8: {read} -f {encoding} -t utf-8{'' if compression else f' {old}'} > {new}"
 
 
 def _guessed(data: bytes) -> str:

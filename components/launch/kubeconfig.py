@@ -12,9 +12,10 @@ POD_VARIABLE = "KUBERNETES_SERVICE_HOST"
 
 
 class NoCluster(LaunchError):
-    """No cluster is named, or by a configuration that cannot be used."""
+    """No cluster is named, or by a configuration that cannot be used; `reason` says which."""
 
     def __init__(self, reason: str) -> None:
+        self.reason = reason
         super().__init__(
             f"no cluster to launch on: {reason}; set KUBECONFIG to a readable kubeconfig, or run on this machine with "
             "cluster.target=local"

@@ -174,11 +174,21 @@ def test_what_is_nearly_right_is_told_what_is_wrong(tmp_path: Path, name: str, d
 def test_wide_encodings_are_named(tmp_path: Path, name: str, encoding: str) -> None:
     pack = PACK[".gz"] if name.endswith(".gz") else bytes
     called = encoding[:6].upper()
-    said = f":1: {called}; convert the file to UTF-8: iconv -f {called.lower()} -t utf-8"
-    assert said in refused(tmp_path, name, pack(("\ufeff" + LINES.decode()).encode(encoding)))
+    said = refused(tmp_path, name, pack(("\ufeff" + LINES.decode()).encode(encoding)))
+    assert f":1: {called}; convert the file to UTF-8: " in said and f"iconv -f {called.lower()} -t utf-8 " in said
     if encoding.startswith("utf-16"):
         unmarked = f":1: {encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')} without a mark; convert"
         assert unmarked in refused(tmp_path, name, pack(LINES.decode().encode(encoding)))
+
+
+@pytest.mark.skipif(not shutil.which("iconv"), reason="iconv is not installed")
+@pytest.mark.parametrize("name", ["a.jsonl", "my texts.v1.jsonl", "a.jsonl.gz", "a.jsonl.xz"])
+def test_the_command_that_converts_a_file_does_so(tmp_path: Path, name: str) -> None:
+    suffix = Path(name).suffix
+    packed = PACK.get(suffix, bytes)(LINES.splitlines()[0] + b"\n" + KOREAN_LINE.encode("cp949"))
+    command = refused(tmp_path, name, packed).partition("convert the file to UTF-8: ")[2]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert texts(tmp_path / f"{name.partition('.jsonl')[0]}.utf8.jsonl") == [TEXTS[0], json.loads(KOREAN_LINE)["text"]]
 
 
 def test_what_json_allows_is_read(tmp_path: Path) -> None:
