@@ -122,6 +122,19 @@ def test_world_size_may_change_on_the_way(undisturbed: TrainSpec, micro_data: Pa
         assert line["by_source"] == two[line["step"]]["by_source"]
 
 
+def test_a_killed_rank_costs_the_other_one_line(micro_data: Path, tmp_path: Path):
+    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=400)
+    process = micro.start(spec, ranks=2)
+    wait_for_step(spec, 2, process)
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    code, output = micro.finish(process)
+    assert code == ExitCode.KILLED and "Traceback" not in output, output
+    lines = [line for line in output.splitlines() if line.startswith(("error ", "exit "))]
+    assert [int(line.split()[1]) for line in lines] == [ExitCode.COMMUNICATION, ExitCode.KILLED], output
+    logs = [file.read_text(encoding="utf-8") for file in (Path(spec.run_dir) / "logs").glob("rank-*.log")]
+    assert sum("Traceback (most recent call last)" in log for log in logs) == 1
+
+
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     undisturbed: TrainSpec, micro_data: Path, tmp_path: Path
 ):
