@@ -62,7 +62,7 @@ def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> 
     """Read every file and compare it with its manifest; damaged files are named."""
     from components.progress import ByteProgress
     from trainer.data.inspection import damage
-    from trainer.data.manifest import MANIFEST_NAME, DataError, read_manifest
+    from trainer.data.manifest import MANIFEST_NAME, DataError, UnreadableError, read_manifest
 
     if Path(where).is_dir():
         directories = iter([Path(where)])
@@ -70,7 +70,7 @@ def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> 
         job = _job(where, sets, workdir)
         stages = [stage for stage in STAGES if stage != "hygiene" or job.hygiene.enabled]
         directories = (_made(stage, job, where, sets, workdir) for stage in stages)  # each in its turn
-    problems: list[str] = []
+    problems: list[DataError] = []
     for directory in directories:
         manifest = read_manifest(directory)
         with ByteProgress(f"verify {manifest.kind}", sum(entry.bytes for entry in manifest.files)) as progress:
@@ -85,7 +85,8 @@ def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> 
         for line in found:  # now: a later stage may not be made yet, which ends the command
             print(f"damaged: {line}")
     if problems:
-        raise DataError(f"{len(problems)} damaged: {problems[0]}")
+        first = min(problems, key=lambda error: isinstance(error, UnreadableError))  # damage says more
+        raise type(first)(f"{len(problems)} damaged: {first}")
 
 
 @app.command()

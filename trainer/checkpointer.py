@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointManifest
 from trainer.distributed import World
-from trainer.errors import CheckpointError, DataError, DivergedError, SpecError
+from trainer.errors import CheckpointError, DataError, DivergedError, SpecError, in_words
 from trainer.fields import stored, version_of
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
@@ -433,4 +433,4 @@ def _first_cause(error: BaseException) -> str:
     """One line out of DCP's exception, which holds one exception for each rank that failed."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split()) or type(error).__name__
+    return in_words(" ".join(str(error).split()) or type(error).__name__)

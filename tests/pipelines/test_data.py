@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +21,8 @@ from pipelines.run import local_job
 from trainer.data.loader import TokenLoader
 from trainer.data.manifest import DataError, read_manifest
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import VolumeError
+from trainer.exitcodes import ExitCode
 from trainer.specbase import changes_from_sets
 
 SETS = ["data.max_bytes_per_source=40000", "train.steps=8", "train.packing=best_fit"]
@@ -65,6 +69,15 @@ def test_verify_names_every_damaged_file(job: JobSpec, tmp_path: Path) -> None:
     assert isinstance(result.exception, DataError) and str(result.exception).startswith("2 damaged: ")
     assert f"damaged: {flipped}: its content differs" in result.output
     assert f"damaged: {cut}: has " in result.output
+
+
+def test_a_file_that_the_volume_does_not_give_is_no_bad_data(job: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, algorithm: str) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("trainer.data.manifest.checksum", fail)
+    error = CliRunner().invoke(app, ["verify", job.stage_dir("tokenizers")]).exception
+    assert isinstance(error, VolumeError) and error.code == ExitCode.VOLUME
 
 
 def test_verify_names_damage_of_one_stage_where_a_later_one_is_missing(job: JobSpec, tmp_path: Path) -> None:

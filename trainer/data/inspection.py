@@ -19,31 +19,31 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.spec import TokensSpec
 
 
-def damage(directory: str | Path, manifest: Manifest, checked: Callable[[FileEntry], None]) -> list[str]:
-    """A line for each file that is missing, cut, changed or unreadable, and for indices that do not hang together.
+def damage(directory: str | Path, manifest: Manifest, checked: Callable[[FileEntry], None]) -> list[DataError]:
+    """An error for each file that is missing, cut, changed or unreadable, and for indices that do not hang together.
 
     Args:
         checked: called with each file when it is done; may come from several threads.
     """
 
-    def problem(entry: FileEntry) -> str | None:
+    def problem(entry: FileEntry) -> DataError | None:
         try:
             verify(directory, manifest, files=[entry], threads=1)
             return None
         except DataError as error:
-            return str(error)
+            return error
         finally:
             checked(entry)
 
     with ThreadPoolExecutor() as pool:
-        problems = [line for line in pool.map(problem, manifest.files) if line]
+        problems = [error for error in pool.map(problem, manifest.files) if error]
     if manifest.kind == "shards" and not problems:
         for source in manifest.sources:
             for split in SPLITS:
                 try:
                     SourceDocuments(Path(directory), manifest, source, split).check()
                 except DataError as error:
-                    problems.append(str(error))
+                    problems.append(error)
     return problems
 
 
