@@ -29,7 +29,7 @@ from manifests.spec import JobSpec, job_file_text
 from pipelines.options import again
 from pipelines.stopping import ends_at_once
 from trainer.data.manifest import atomic_write
-from trainer.exitcodes import ExitCode
+from trainer.exitcodes import ExitCode, of_process
 from trainer.specbase import to_stored_yaml
 
 START_PATIENCE_SECONDS = 60
@@ -184,7 +184,8 @@ def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Proc
     if process:
         raise LaunchError(process.error or f"run {run} was ended before it began", process.code)
     last = (console.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-    raise LaunchError(f"run {run} did not start: {last.removeprefix('error: ')} (output: {console})")
+    code = None if child.returncode is None else of_process(child.returncode)
+    raise LaunchError(f"run {run} did not start: {last.removeprefix('error: ')} (output: {console})", code)
 
 
 def _logs(workdir: Path, run: str) -> set[Path]:

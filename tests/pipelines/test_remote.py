@@ -135,6 +135,7 @@ def test_a_stopped_run_is_shown_until_it_is_resumed(server, kind, yaongi):
         assert row.split()[:4] == [name, "namespace", "team", "stopped"] and told == f"{name}: {again}"
         assert "none yet" not in row, "the checkpoint that stopping has saved is out of sight"
         assert f"state       stopped: {again}\n" in yaongi("status", "mine", *where)[1]
+    assert f"{again} --workdir {Path.cwd()}/work\n" in yaongi("status", "mine", "--workdir", f"{Path.cwd()}/work")[1]
     assert yaongi("status", "-n", "other") == (0, "no runs in namespace other\n", "")
     code, _, error = yaongi("resume", name, "-n", "other")
     assert code == 2 and error.startswith(f"error: no run '{name}' in namespace 'other', nor stopped there from work")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -198,3 +199,24 @@ def test_a_process_that_was_killed_is_told_from_one_that_was_stopped(job, run, t
     assert shown.state == "killed" and f"continue: yaongi resume {job.run_name}" in shown.why
     with pytest.raises(LaunchError, match="is not running; see: yaongi status"):
         background.stop(tmp_path, job.run_name, str, print)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": {"runtime": {"metrics_port": -1}}}, "is taken"),
+        ({"storage": {"datasets_dir": "/dev/null/x"}}, "/dev/null/x cannot be written here"),
+    ],
+)
+def test_a_start_that_is_refused_is_told_with_its_code(yaongi, run, changes, said):
+    """Also by `resume`, whose job could run when it was begun; before and after its process counts as the run's."""
+    with socket.socket() as busy:
+        busy.bind(("0.0.0.0", 0))
+        busy.listen()
+        if "train" in changes:
+            changes["train"]["runtime"]["metrics_port"] = busy.getsockname()[1]
+        wrong = run.job().updated({"cluster": {"target": "local"}, **changes})
+        atomic_write(run.directory / "job.yaml", to_yaml(wrong).encode())
+        code, printed, error = yaongi("resume", run.name, "--workdir", str(run.workdir))
+    assert (code, printed) == (2, "")
+    assert said in error and error.count("\n") == 1
