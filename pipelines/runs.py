@@ -12,6 +12,7 @@ from pathlib import Path
 
 from manifests.spec import JobSpec, job_from, preset_names
 from pipelines import background
+from pipelines.options import command
 from trainer.specbase import SpecError, read_yaml
 
 CANDIDATES_SHOWN = 8
@@ -96,8 +97,13 @@ def find(text: str, workdir: Path) -> Run:
     path = Path(text)
     if path.is_dir() and (path / "job.yaml").is_file():
         return Run(path.resolve().name, path, workdir)
-    runs = local_runs(workdir)
-    return runs[choose(text, runs, f"in {workdir}", exactly=named(text, workdir))]
+    runs, exactly = local_runs(workdir), named(text, workdir)
+    try:
+        return runs[choose(text, runs, f"in {workdir}", exactly)]
+    except UnknownRun as unknown:
+        if exactly is None:
+            raise
+        raise UnknownRun(f"{unknown}; begin it: {command('run', text, workdir)}") from None
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -194,6 +194,13 @@ def test_what_has_to_be_done_first_is_a_whole_command(yaongi, tmp_path, asked, c
     assert list(tmp_path.iterdir()) == [], "no run has begun"
 
 
+@pytest.mark.parametrize("asked", [["status"], ["logs"], ["generate", "--prompt", "a"]])
+def test_a_job_that_has_no_run_yet_is_told_how_to_begin_one(yaongi, monkeypatch, asked):
+    monkeypatch.setenv("KUBECONFIG", "/nowhere/config")
+    code, _, error = yaongi(*asked, "tiny", "--workdir", "w")
+    assert code == 2 and error == "error: no run 'tiny' in w; none is known; begin it: yaongi run tiny --workdir w\n"
+
+
 def test_an_export_that_is_to_come_is_made_by_the_job_that_was_named(yaongi, tmp_path):
     name = load_job("tiny").run_name
     (tmp_path / "w/checkpoints/runs" / name / "checkpoints").mkdir(parents=True)
