@@ -8,6 +8,7 @@ import io
 import pickle
 import pkgutil
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,12 @@ import manifests
 import pipelines
 from components.running import told
 from trainer import errors, failures
-from trainer.errors import ForeseenError, VolumeError, foreseen, in_words, of_the_machine
+from trainer.data.manifest import MANIFEST_NAME, read_manifest
+from trainer.data.provenance import Origins
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import DataError, ForeseenError, VolumeError, foreseen, in_words, of_the_machine
 from trainer.exitcodes import MEANING, ExitCode, retryable
+from trainer.model.ngrams import token_classes
 
 SIGNALS = {ExitCode.INTERRUPTED, ExitCode.TERMINATED, ExitCode.KILLED, ExitCode.CRASHED}
 NO_ERROR = {ExitCode.OK, ExitCode.UNEXPECTED, ExitCode.FAULT, ExitCode.HANG} | SIGNALS
@@ -99,6 +104,24 @@ def test_what_the_machine_refuses_is_named_with_its_path_and_no_number(number: i
 )
 def test_a_systems_error_is_told_in_words(error: Exception, words: str):
     assert in_words(error) == words
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        (MANIFEST_NAME, read_manifest),
+        ("tokenizer.json", Tokenizer.load),
+        ("tokenizer.json", lambda place: token_classes(place / "tokenizer.json")),
+        ("a.docs", lambda place: Origins(place / "a", 1)),
+    ],
+)
+def test_data_that_the_volume_does_not_give_is_no_bad_data(name: str, read: Callable[[Path], object], tmp_path: Path):
+    with pytest.raises(DataError) as missing:
+        read(tmp_path)
+    (tmp_path / name).mkdir()  # which no one, not even root, can read as a file
+    with pytest.raises(DataError, match=rf"{name}: cannot be read \(Is a directory\); check the volume") as unreadable:
+        read(tmp_path)
+    assert (missing.value.code, unreadable.value.code) == (ExitCode.DATA, ExitCode.VOLUME)
 
 
 def test_the_documented_table_is_the_programs():
