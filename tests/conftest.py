@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -17,6 +18,8 @@ Answer = tuple[int, str, str]
 # One thread each. Threads that wait for one that a busy machine has put aside spin meanwhile: with two, a test of half
 # a minute has taken ten. Set before PyTorch is imported, and inherited.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+gc.disable()  # until all is imported: what stays to the end is looked through for nothing
 
 if "MARGINS" in os.environ:  # tests/margins.py
     import bounds  # noqa: F401  it watches comparisons
@@ -58,6 +61,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What this machine lacks, last, where a person looks."""
     if line := left_out(terminalreporter.stats.get("skipped", [])):
         terminalreporter.write_line(line)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)  # what is deselected is gone

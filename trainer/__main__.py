@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from trainer import failures, logs
 from trainer.exitcodes import ExitCode
+from trainer.importing import uncollected
 from trainer.launcher import Launcher
 from trainer.spec import TrainSpec
 from trainer.specbase import changes_from_sets, deep_merge, parse, read_yaml
@@ -78,14 +79,15 @@ def end_with_parent() -> None:
 
 def run(task: str, spec: TrainSpec) -> int:
     """Do one task in this process; its exit code."""
+    with uncollected():
+        if task == "train":
+            from trainer.loop import train
+        elif task == "evaluate":
+            from trainer.evaluate import run as task_run
+        else:
+            from trainer.export import run as task_run
     if task == "train":
-        from trainer.loop import train
-
         return train(spec)
-    if task == "evaluate":
-        from trainer.evaluate import run as task_run
-    else:
-        from trainer.export import run as task_run
     task_run(spec)
     return int(ExitCode.OK)
 

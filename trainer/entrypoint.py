@@ -34,6 +34,7 @@ from trainer.errors import CommunicationError, LimitError, SpecError, VolumeErro
 from trainer.exitcodes import STOPS, ExitCode, of_process, retryable
 from trainer.failures import Failure
 from trainer.hostmemory import out_of_memory_kills
+from trainer.importing import uncollected
 from trainer.limits import Limits
 from trainer.spec import TrainSpec
 
@@ -140,10 +141,11 @@ def supervise(spec: TrainSpec, options: Namespace, clocks: Limits) -> tuple[int,
 
 def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
     """Run torchrun's agent in this process; returns how ranks of this node failed, nothing after success."""
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    with uncollected():
+        from torch.distributed import run as torchrun
+        from torch.distributed.elastic.multiprocessing import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous import RendezvousError
 
     _silence_agent()
     arguments = torchrun.parse_args([*torchrun_options(spec), *RANK_PROGRAM, *command])
@@ -346,7 +348,8 @@ def _ignore_signals() -> None:
 
 
 def _gpus() -> int:
-    import torch
+    with uncollected():
+        import torch
 
     return torch.cuda.device_count()
 
