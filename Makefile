@@ -29,8 +29,9 @@ lint: setup ## style and import direction
 test: lint ## everything that needs neither a cluster nor a GPU, nor more than a minute each
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not proof and $(HERE)"
 
+# To collect all files takes longer than some of these tests.
 test-slow: setup ## the long tests
-	$(BIN)/pytest $(PARALLEL) -m "slow and not proof and $(HERE)"
+	$(BIN)/pytest $(PARALLEL) -m "slow and not proof and $(HERE)" $$(grep -rl 'mark\.slow' tests --include='test_*.py')
 
 test-all: test test-slow ## these two and the proofs: for a change of the version of torch, tokenizers or tiktoken, of trainer/optim, fp8, compile or the model's numbers
 	$(BIN)/pytest $(PARALLEL) -m "proof and $(HERE)"
