@@ -211,8 +211,8 @@ def own(tmp_path: Path) -> Path:
     return tmp_path / "own"
 
 
-def refused(directory: Path, **fields: object) -> str:
-    """The one line with which a loader on `directory` ends; its code is 65."""
+def refused(directory: Path, code: int = 65, **fields: object) -> str:
+    """The one line with which a loader on `directory` ends, with this code."""
     with pytest.raises(ForeseenError) as caught:
         loader = TokenLoader(tokens_spec(directory, {"ko": 1.0}), BATCH, rank=0, world_size=1, **fields)
         try:
@@ -221,7 +221,7 @@ def refused(directory: Path, **fields: object) -> str:
                 next(loader)
         finally:
             loader.close()
-    assert caught.value.code == 65 and "\n" not in str(caught.value)
+    assert caught.value.code == code and "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -245,7 +245,7 @@ def test_a_volume_that_fails_beside_the_training_stops_it(own: Path, monkeypatch
 
     monkeypatch.setattr(loading, "SMALL_BYTES", 0)
     monkeypatch.setattr("trainer.data.manifest.checksum", fail)
-    assert "cannot be read (Input/output error)" in refused(own)
+    assert "cannot be read (Input/output error)" in refused(own, code=74)
 
 
 @pytest.mark.parametrize("name", ["ko-train-00001.bin", "ko-train-00000.idx", "ko-heldout-00000.bin"])
