@@ -478,5 +478,11 @@ def test_no_shape_of_a_manifest_makes_a_rule_fail(data):
             assert not all(isinstance(o.get("kind"), str) and "apiVersion" in o for o in objects)
 
 
+@pytest.mark.parametrize("level", ["[", "{a: ", "- "])
+def test_levels_without_end_are_refused(level: str):
+    with pytest.raises(Unreadable, match="recursion"):
+        lint({"x": level * 200_000})
+
+
 def test_the_page_is_what_the_rules_say():
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m manifests.lint.page"
