@@ -76,7 +76,7 @@ def begin(run_dir: str | Path, max_restarts: int, task: str = "train", node: str
             code = ExitCode.KILLED if record.exit_code is None else record.exit_code
             if not retryable(code):
                 record = NodeRecord(step=step, total=record.total, reasons=record.reasons, begun=record.begun)
-            elif step > record.step:
+            elif step != record.step:  # below it in a run that was made longer and went back to before its decay
                 record.without_progress = 0
             elif code not in STOPS:
                 record.without_progress += 1

@@ -281,6 +281,14 @@ def test_budget_is_for_restarts_without_progress(shim, tmp_path: Path):
     assert restarts.summary(tmp_path / "run") == {"killed": 6} and restarts.count(tmp_path / "run") == 6
 
 
+def test_a_run_that_was_made_longer_gets_further_below_its_former_end(tmp_path: Path):
+    latest = tmp_path / "checkpoints" / "LATEST"
+    latest.parent.mkdir()
+    for saved in (120, 120, 90, 90, 100):  # its checkpoint of step 120 goes with the first one of the longer run
+        latest.write_text(f"step-{saved:08}\n")
+        assert restarts.begin(tmp_path, 1, node="a").without_progress <= 1
+
+
 def test_killed_entrypoint_and_stop_signals_in_the_books(tmp_path: Path):
     restarts.begin(tmp_path, 1, node="a")
     restarts.begin(tmp_path, 1, node="a")  # the first start never said how it ended
