@@ -47,19 +47,21 @@ class Document:
         return line + 1
 
 
-# libyaml scans many times as fast; it is in every wheel of PyYAML. Nodes are composed by Python nevertheless: libyaml's
-# own composer calls itself for each level and ends the process when there are too many, Python raises RecursionError.
-_Parser: type[Any] = getattr(yaml, "cyaml", yaml).CParser if yaml.__with_libyaml__ else object
+if yaml.__with_libyaml__:  # as in every wheel of PyYAML; it scans many times as fast
+
+    class _SafeLoader(Composer, yaml.cyaml.CParser, SafeConstructor, Resolver):
+        """Events of libyaml, nodes of Python: libyaml's own composer calls itself for each level and ends the process
+        when there are too many, Python's raises RecursionError."""
+
+        def __init__(self, text: str) -> None:
+            yaml.cyaml.CParser.__init__(self, text)
+            for part in (Composer, SafeConstructor, Resolver):
+                part.__init__(self)
+else:
+    _SafeLoader = yaml.SafeLoader
 
 
-class _FastLoader(Composer, _Parser, SafeConstructor, Resolver):
-    def __init__(self, text: str) -> None:
-        _Parser.__init__(self, text)
-        for part in (Composer, SafeConstructor, Resolver):
-            part.__init__(self)
-
-
-class _Loader(_FastLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
+class _Loader(_SafeLoader):
     """The safe loader with the numbers that Go's YAML knows."""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import random
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -482,6 +484,17 @@ def test_no_shape_of_a_manifest_makes_a_rule_fail(data):
 def test_levels_without_end_are_refused(level: str):
     with pytest.raises(Unreadable, match="recursion"):
         lint({"x": level * 200_000})
+
+
+def test_without_libyaml_all_is_read_too():
+    program = """
+import sys
+sys.modules["yaml.cyaml"] = None
+from manifests.lint.documents import read
+print([(d.value["kind"], d.line(("spec",))) for d in read("apiVersion: v1\\nkind: Pod\\nspec: {a: 012}", "x")])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[('Pod', 3)]\n", done.stderr
 
 
 def test_the_page_is_what_the_rules_say():
