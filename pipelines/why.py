@@ -56,9 +56,11 @@ def _here(run: str, workdir: Path) -> str:
 
 
 def _on_cluster(job: str, namespace: str) -> str:
-    """Raises:
-    LaunchError: no cluster can be asked.
-    UnknownRun, SpecError: no such job, or several.
+    """What the cluster knows.
+
+    Raises:
+        LaunchError: no cluster can be asked.
+        UnknownRun, SpecError: no such job, or several.
     """
     from components.launch.kubeconfig import require_cluster
 

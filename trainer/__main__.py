@@ -81,15 +81,13 @@ def run(task: str, spec: TrainSpec) -> int:
     """Do one task in this process; its exit code."""
     with uncollected():
         if task == "train":
-            from trainer.loop import train
+            from trainer.loop import train as task_run
         elif task == "evaluate":
             from trainer.evaluate import run as task_run
         else:
             from trainer.export import run as task_run
-    if task == "train":
-        return train(spec)
-    task_run(spec)
-    return int(ExitCode.OK)
+    result = task_run(spec)
+    return result if task == "train" else int(ExitCode.OK)
 
 
 if __name__ == "__main__":

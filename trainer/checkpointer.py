@@ -346,7 +346,7 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 def _holds(path: Path, broken: str) -> DivergedError:
     """The error of a checkpoint that an earlier version has published."""
-    before = checkpoint.newest_until(path.parent.parent, int(path.name.removeprefix("step-")) - 1)
+    before = checkpoint.newest_until(path.parent.parent, checkpoint.step_of(path) - 1)
     return DivergedError(f"{path}: {broken} is not finite; {checkpoint.how_to_go_back(before)}")
 
 

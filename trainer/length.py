@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from trainer.checkpoint import CheckpointManifest, read_manifest
+from trainer.checkpoint import CheckpointManifest, read_manifest, step_of
 from trainer.errors import CheckpointError, SpecError
 from trainer.spec import ScheduleSpec, TrainSpec
 
@@ -25,15 +25,17 @@ def continuable(found: list[Path], spec: TrainSpec) -> list[Path]:
             run is to become shorter, and the newest was. Only who asks for more steps has given up the former end.
     """
     kept = [path for path in found if _fits(path, spec)]
-    if kept and kept[0] != found[0] and (longer := _steps(found[0])) > spec.steps:
-        newest = read_manifest(found[0])
+    if kept[:1] == found[:1]:
+        return kept
+    newest = read_manifest(found[0])
+    length = int(newest.spec["steps"])
+    if kept and length > spec.steps:
         raise SpecError(
-            f"{spec.run_dir}: is {longer} steps long now and stands at step {newest.step}; as a run of {spec.steps} it "
-            f"would lose what it has trained from step {read_manifest(kept[0]).step} on; write train.steps={longer} "
+            f"{spec.run_dir}: is {length} steps long now and stands at step {newest.step}; as a run of {spec.steps} it "
+            f"would lose what it has trained from step {step_of(kept[0])} on; write train.steps={length} "
             "(--set), or give the job another name"
         )
-    if found and not kept:
-        newest = read_manifest(found[0])
+    if not kept:
         if newest.step > spec.steps:
             raise SpecError(
                 f"{spec.run_dir}: stands at step {newest.step}, beyond train.steps {spec.steps}; give it at least "
@@ -42,7 +44,7 @@ def continuable(found: list[Path], spec: TrainSpec) -> list[Path]:
         begins = min(spec.decay_begins, _decay_begins(newest))
         raise SpecError(
             f"{spec.run_dir}: cannot become {spec.steps} steps long, for the learning rate of its "
-            f"{newest.spec['steps']} steps depends on the length from step {begins} on and the oldest checkpoint is of "
+            f"{length} steps depends on the length from step {begins} on and the oldest checkpoint is of "
             f"step {read_manifest(found[-1]).step}; train such a run from the start, under another name",
         )
     return kept
@@ -55,10 +57,6 @@ def _fits(path: Path, spec: TrainSpec) -> bool:
         return same or manifest.step <= min(spec.steps, spec.decay_begins, _decay_begins(manifest))
     except (CheckpointError, KeyError, TypeError, ValidationError):
         return True
-
-
-def _steps(path: Path) -> int:
-    return int(read_manifest(path).spec["steps"])
 
 
 def _decay_begins(manifest: CheckpointManifest) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from manifests.spec import JobSpec, load_job
-from trainer.checkpoint import candidates
+from trainer.checkpoint import candidates, step_of
 from trainer.errors import SpecError
 from trainer.length import continuable
 
@@ -36,7 +36,7 @@ def continued(job: JobSpec) -> JobSpec:
         except SpecError as error:
             print(f"train.steps: a new run: {error}", flush=True)
             continue
-        step = int(first[0].name.removeprefix("step-")) if first else 0
+        step = step_of(first[0]) if first else 0
         if step > furthest:
             furthest, found = step, longer
             if now < job.train.steps:
