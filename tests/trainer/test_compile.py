@@ -160,9 +160,10 @@ def rarely(*values) -> pytest.param:
 @pytest.mark.parametrize(
     ("symbols", "shared_width"),
     [
-        *((symbols, 0) for symbols in ("M", "*", "-", "N", "NE")),
+        ("NE", 0),
         ("ME*-", 32),
-        *(rarely(symbols, 0) for symbols in ("E", "ME", "MM", "EE", "*-", "M*", "*E", "E-", "NM", "N*-")),
+        *(rarely(symbols, 0) for symbols in ("M", "*", "-", "N", "E")),
+        *(rarely(symbols, 0) for symbols in ("ME", "MM", "EE", "*-", "M*", "*E", "E-", "NM", "N*-")),
         *(rarely(symbols, 32) for symbols in ("ME", "*E", "E-", "NE")),
     ],
 )
@@ -173,7 +174,7 @@ def test_generated_code_has_the_gradients_of_every_kind_of_layer(symbols: str, s
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "symbols", "shared_width"),
-    [("selective", "ME", 32), ("full", "*E", 0), rarely("selective", "*E", 0), rarely("full", "ME", 32)],
+    [("selective", "*E", 0), ("full", "*E", 0), rarely("selective", "ME", 32), rarely("full", "ME", 32)],
 )
 def test_generated_code_recomputes_what_it_differentiates(policy: str, symbols: str, shared_width: int):
     assert_same_gradients(one_layer(symbols, shared_width), policy=policy)
@@ -182,7 +183,7 @@ def test_generated_code_recomputes_what_it_differentiates(policy: str, symbols: 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("symbols", "rel"),
-    [("ME", compiled.TOLERANCE["bf16"]), rarely("E", compiled.TOLERANCE["bf16"]), ("*-", 0.02), ("N", 0.15)],
+    [("*-", 0.02), rarely("N", 0.15), *(rarely(symbols, compiled.TOLERANCE["bf16"]) for symbols in ("E", "ME"))],
 )
 def test_generated_code_differs_in_bf16_by_less_than_the_check_of_a_run_allows(symbols: str, rel: float):
     """It rounds less often; in one of 128 tokens or so another expert is then chosen."""
