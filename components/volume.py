@@ -49,4 +49,5 @@ def named(what: str) -> Iterator[None]:
     try:
         yield
     except ForeseenError as error:
-        raise type(error)(f"{what}: {error}") from None
+        error.args = (f"{what}: {error}",)
+        raise

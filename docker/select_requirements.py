@@ -4,7 +4,7 @@
 
 - A base image that brings its own torch keeps it and what that was built with: torch, triton, numpy, CUDA libraries.
 - `--cpu-only` leaves out what `import torch` does not link against (0.9 GB of 5.1): triton, cusolver, nvtx and CUDA's
-  Python bindings. Such an image trains on CPUs only.
+  Python bindings. Such an image trains on CPUs only; drop_not_loaded.py takes 0.7 GB more from it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ RUN set -eu; \
     getent passwd 1000 >/dev/null || useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp yaongi; \
     python3 -m venv --system-site-packages --without-pip /opt/yaongi
 
-COPY requirements-trainer.lock requirements-uv.lock docker/select_requirements.py /opt/yaongi/
+COPY requirements-trainer.lock requirements-uv.lock docker/select_requirements.py docker/drop_not_loaded.py /opt/yaongi/
 WORKDIR /opt/yaongi
 # uv unpacks and compiles in a fraction of pip's time; it does not stay.
 RUN set -eu; \
@@ -22,6 +22,7 @@ RUN set -eu; \
     PIP_CONSTRAINT='' python3 -m pip install --no-cache-dir --no-deps --require-hashes --target /tmp/uv -r requirements-uv.lock; \
     /tmp/uv/bin/uv pip install --python bin/python --system-certs --no-cache --compile-bytecode --no-deps --require-hashes \
         -r requirements.txt; \
+    if [ "$CPU_ONLY" = 1 ]; then bin/python drop_not_loaded.py; fi; \
     rm -r /tmp/uv
 
 COPY docker/entry.sh /usr/local/bin/entry

@@ -17,11 +17,12 @@ import components
 import manifests
 import pipelines
 from components.running import told
+from components.volume import named
 from trainer import errors, failures
 from trainer.data.manifest import MANIFEST_NAME, read_manifest
 from trainer.data.provenance import Origins
 from trainer.data.tokenizer import Tokenizer
-from trainer.errors import DataError, ForeseenError, VolumeError, foreseen, in_words, of_the_machine
+from trainer.errors import DataError, ForeseenError, LaunchError, VolumeError, foreseen, in_words, of_the_machine
 from trainer.exitcodes import MEANING, ExitCode, retryable
 from trainer.model.ngrams import token_classes
 
@@ -131,3 +132,10 @@ def test_the_documented_table_is_the_programs():
     assert list(documented) == [int(code) for code in ExitCode]
     for code in set(ExitCode) - {ExitCode.UNEXPECTED}:
         assert documented[code].startswith(MEANING[code].partition("; the traceback")[0])
+
+
+def test_what_is_named_in_front_of_an_error_leaves_it_as_it_is():
+    given = LaunchError("it does not answer", ExitCode.VOLUME)
+    with pytest.raises(LaunchError, match=r"^source 'x': it does not answer$") as error, named("source 'x'"):
+        raise given
+    assert error.value.code == ExitCode.VOLUME
