@@ -183,7 +183,7 @@ def test_generated_code_recomputes_what_it_differentiates(policy: str, symbols: 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("symbols", "rel"),
-    [("*-", 0.02), rarely("N", 0.15), *(rarely(symbols, compiled.TOLERANCE["bf16"]) for symbols in ("E", "ME"))],
+    [("*-", 0.03), rarely("N", 0.15), *(rarely(symbols, compiled.TOLERANCE["bf16"]) for symbols in ("E", "ME"))],
 )
 def test_generated_code_differs_in_bf16_by_less_than_the_check_of_a_run_allows(symbols: str, rel: float):
     """It rounds less often; in one of 128 tokens or so another expert is then chosen."""
