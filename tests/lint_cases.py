@@ -214,5 +214,5 @@ ALONG: dict[str, set[str]] = {
     "master-replicas": {"master-init-container"},
     "nproc-auto-world-size": {"master-init-container"},
 }
-# Rules about the text itself, which no change of objects can break; tests/manifests/test_lint.py has them.
+# Rules about the text itself, which no change of objects can break; tests/manifests/test_lint_documents.py has them.
 OF_TEXT = {"duplicate-key"}

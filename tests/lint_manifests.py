@@ -7,9 +7,49 @@ from typing import Any
 
 import yaml
 
+from manifests.lint.check import Result
+
 Object = dict[str, Any]
 Case = tuple[tuple[str, Any], ...]  # changes, all of which together break a rule
 
+# The shape of the first example in the operator's documentation, and of its elastic one.
+SIMPLE = """\
+apiVersion: kubeflow.org/v1
+kind: PyTorchJob
+metadata: {name: simple}
+spec:
+  pytorchReplicaSpecs:
+    Master: &replica
+      replicas: 1
+      restartPolicy: OnFailure
+      template:
+        spec:
+          containers:
+          - {name: pytorch, image: "example/mnist:v1", imagePullPolicy: Always, command: [python3, /opt/mnist.py]}
+    Worker: *replica
+"""
+ELASTIC = """\
+apiVersion: kubeflow.org/v1
+kind: PyTorchJob
+metadata: {name: elastic}
+spec:
+  elasticPolicy:
+    rdzvBackend: c10d
+    minReplicas: 1
+    maxReplicas: 3
+    maxRestarts: 100
+    metrics: [{type: Resource, resource: {name: cpu, target: {type: Utilization, averageUtilization: 80}}}]
+  pytorchReplicaSpecs:
+    Worker:
+      replicas: 2
+      restartPolicy: OnFailure
+      template:
+        spec:
+          containers:
+          - name: pytorch
+            image: example/imagenet:latest
+            command: [python, -m, torch.distributed.run, /workspace/imagenet.py]
+"""
 POD = """
 metadata:
   annotations: {sidecar.istio.io/inject: "false"}
@@ -152,3 +192,7 @@ SAFE = {
 BOUNDED = (("WORKER/restartPolicy", "OnFailure"), ("RUN/backoffLimit", 3))
 TORCHRUN = ("MAIN/command", ["torchrun", "train.py"])
 NO_GPU = ("MAIN/resources", {"limits": {"memory": "16Gi"}})
+
+
+def rules_of(result: Result) -> set[str]:
+    return {finding.rule for finding in result.findings}
