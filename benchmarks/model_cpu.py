@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from trainer.flops import flops_per_token
+from trainer.arithmetic.flops import flops_per_token
 from trainer.model.hybrid import build_model
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from manifests.spec import load_job
-from trainer.flops import parameters
+from trainer.arithmetic.flops import parameters
 from trainer.modelspec import ModelSpec
 from trainer.optim.muon import Muon
 from trainer.optim.rules import Assignment, assign

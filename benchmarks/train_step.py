@@ -4,9 +4,10 @@
         [--recompute none,selective] [--compile] [--memory-fraction 0.553] [--out benchmarks/results/train_step.json]
 
 Micro-batches of packed random documents and the optimizer step are timed apart; a step of the preset's size is so many
-micro-batches and one optimizer step. MFU counts the operations of `trainer.flops` (nothing recomputed) against the
-dense BF16 peak of the device, whatever the precision. `--memory-fraction 0.553` (78 of 141 GB) proves on an H200 what
-fits an 80 GB GPU; a run that does not fit is a result too. Without a GPU it runs on the CPU, which shows that it runs.
+micro-batches and one optimizer step. MFU counts the operations of `trainer.arithmetic.flops` (nothing recomputed)
+against the dense BF16 peak of the device, whatever the precision. `--memory-fraction 0.553` (78 of 141 GB) proves on an
+H200 what fits an 80 GB GPU; a run that does not fit is a result too. Without a GPU it runs on the CPU, which shows that
+it runs.
 """
 
 import argparse
@@ -26,16 +27,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from manifests.spec import JobTrainSpec, load_job
 from trainer import precision
-from trainer.activations import activations
-from trainer.data.manifest import atomic_write
+from trainer.arithmetic.activations import activations
+from trainer.arithmetic.flops import flops_per_token
 from trainer.distributed import pick_device
-from trainer.flops import flops_per_token
+from trainer.files import atomic_write
 from trainer.fp8.convert import convert
 from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import build_model
 from trainer.model.recompute import set_policy
 from trainer.optim import build_optimizers
-from trainer.recorder import peak_flops
+from trainer.recording.recorder import peak_flops
 from trainer.spec import PrecisionSpec, RuntimeSpec
 from trainer.specbase import parse
 

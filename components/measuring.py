@@ -16,7 +16,7 @@ from typing import get_args
 from components.running import MOVED
 from manifests.names import STEP_METRICS_PORT, Task
 from trainer.errors import SpecError
-from trainer.exporter import Metrics
+from trainer.recording.exporter import Metrics
 
 PORT_VARIABLE = "YAONGI_METRICS_PORT"  # 0 serves nothing
 

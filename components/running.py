@@ -19,7 +19,7 @@ from typing import TextIO
 
 from trainer.errors import foreseen
 from trainer.exitcodes import ExitCode
-from trainer.launcher import Launcher
+from trainer.process.launcher import Launcher
 
 MOVED = "metrics of the steps: port "  # not the usual one
 STARTED, DONE = "▶ ", "✓ "

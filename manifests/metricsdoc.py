@@ -6,7 +6,7 @@ from pathlib import Path
 
 from manifests.alerts import ALERTS, RECORDED
 from manifests.names import APP, STEP_APP, STEP_METRICS_PORT
-from trainer.metrics import METRICS, PREFIX, Metric, Process
+from trainer.recording.metrics import METRICS, PREFIX, Metric, Process
 
 COMMITTED = Path(__file__).parent.parent / "docs" / "metrics.md"
 SERVED: dict[Process, str] = {
@@ -19,7 +19,7 @@ SERVED: dict[Process, str] = {
 }
 HEAD = """# Metrics
 
-Generated from `trainer/metrics.py` and `manifests/alerts.py` by `python -m manifests.metricsdoc`.
+Generated from `trainer/recording/metrics.py` and `manifests/alerts.py` by `python -m manifests.metricsdoc`.
 
 Base units, `_total` for counters, which count since the process started. No label names a run, a step or a host: the
 monitors in `manifests/base/podmonitor.yaml` attach `namespace`, `pod`, `job` and `run` (of a pipeline's step the

@@ -10,7 +10,7 @@ import math
 from manifests.kinds import Object
 from manifests.names import SPEC_DIR, SPEC_FILE, Task, job_name, kind, labels, ranks_per_pod
 from manifests.spec import JobSpec
-from trainer.failures import NODE_VARIABLE
+from trainer.process.failures import NODE_VARIABLE
 
 USER_ID = 1000
 SCRATCH_GIB = 16

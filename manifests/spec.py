@@ -223,7 +223,7 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _ranks_can_share_the_model(self) -> Self:
-        from trainer.memory import step_memory  # reads what most users of a spec never need
+        from trainer.arithmetic.memory import step_memory  # reads what most users of a spec never need
 
         train, cluster = self.train, self.cluster
         layout = self.layout()
@@ -252,7 +252,7 @@ class JobSpec(Spec):
         Raises:
             ValueError: no such mesh exists.
         """
-        from trainer.memory import choose_layout
+        from trainer.arithmetic.memory import choose_layout
 
         train, cluster = self.train, self.cluster
         gpu_bytes = cluster.gpu_memory_gib * 2**30 if cluster.gpus_per_node else None

@@ -28,8 +28,8 @@ from manifests.paths import whole
 from manifests.spec import JobSpec, job_file_text
 from pipelines.options import again
 from pipelines.stopping import ends_at_once
-from trainer.data.manifest import atomic_write
 from trainer.exitcodes import ExitCode, of_process
+from trainer.files import atomic_write
 from trainer.specbase import to_stored_yaml
 
 START_PATIENCE_SECONDS = 60

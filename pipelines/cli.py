@@ -231,10 +231,10 @@ def describe(
     from manifests.spec import load_job
 
     spec = load_job(job, _changes(sets))  # a wrong field is told before PyTorch is loaded
-    from trainer.describe import describe as describe_model
-    from trainer.describe import render as render_description
-    from trainer.describe import render_memory
-    from trainer.flops import parameters
+    from trainer.arithmetic.describe import describe as describe_model
+    from trainer.arithmetic.describe import render as render_description
+    from trainer.arithmetic.describe import render_memory
+    from trainer.arithmetic.flops import parameters
     from trainer.fp8 import table
     from trainer.optim import rules
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from components.quick import quick_imports
-from trainer.data.manifest import atomic_write
+from trainer.files import atomic_write
 
 COMMITTED = Path(__file__).with_name("pretrain.yaml")
 

@@ -62,7 +62,8 @@ def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> 
     """Read every file and compare it with its manifest; damaged files are named."""
     from components.progress import ByteProgress
     from trainer.data.inspection import damage
-    from trainer.data.manifest import MANIFEST_NAME, DataError, UnreadableError, read_manifest
+    from trainer.data.manifest import MANIFEST_NAME, DataError, read_manifest
+    from trainer.files import UnreadableError
 
     if Path(where).is_dir():
         directories = iter([Path(where)])
@@ -235,7 +236,7 @@ def peek(
 
 def _reached(run_dir: str, step: int) -> tuple[int, Cursor] | None:
     """Steps done and cursor of the run's last checkpoint at or before `step`, if any; saves walking there."""
-    from trainer import checkpoint
+    from trainer.checkpoints import checkpoint
     from trainer.data.plan import Cursor
 
     kept = [checkpoint.read_manifest(path) for path in checkpoint.published(run_dir)]

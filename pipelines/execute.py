@@ -19,7 +19,7 @@ from typing import Any
 from components.plan.enough import DATA_ALONE_VARIABLE
 from components.quick import local_kfp
 from components.running import told_to_stop
-from trainer.launcher import Launcher, named
+from trainer.process.launcher import Launcher, named
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from manifests.names import SPEC_FILE
 from pipelines.options import again
 from pipelines.standing import Standing, of_directory
 from pipelines.view import View
-from trainer.data.manifest import atomic_write
+from trainer.files import atomic_write
 
 
 @dataclass(frozen=True)

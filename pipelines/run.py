@@ -21,8 +21,8 @@ from manifests.paths import whole
 from manifests.spec import JobSpec, changes_of, job_from
 from pipelines.progress import Watcher
 from pipelines.stopping import Stop, Stopped
-from trainer import launcher
 from trainer.exitcodes import of_process
+from trainer.process import launcher
 from trainer.specbase import SpecError, deep_merge
 
 

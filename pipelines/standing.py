@@ -1,7 +1,7 @@
 """How far a run is: from the files of its run directory, or from the lines that its rank 0 has logged.
 
-Both sources are what the trainer writes anyway (`trainer.recorder`): metrics.jsonl has a line for each step; the log
-has one for each `log_every_steps` and is all that a machine without the volume can see.
+Both sources are what the trainer writes anyway (`trainer.recording.recorder`): metrics.jsonl has a line for each step;
+the log has one for each `log_every_steps` and is all that a machine without the volume can see.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from trainer import restarts
-from trainer.checkpoint import LATEST, latest_step, newest_until, step_of
-from trainer.results import headline_loss
+from trainer.checkpoints.checkpoint import LATEST, latest_step, newest_until, step_of
+from trainer.process import restarts
+from trainer.recording.results import headline_loss
 from trainer.spec import TrainSpec
 from trainer.specbase import parse, read_yaml
 

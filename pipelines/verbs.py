@@ -124,7 +124,7 @@ def stop(
     """Stop a run; a training saves a checkpoint first, from which `resume` goes on."""
     from pipelines import background, everywhere, view
     from pipelines.runs import Run as LocalRun
-    from trainer.checkpoint import latest_step
+    from trainer.checkpoints.checkpoint import latest_step
 
     _check_host(context, run)
     if everywhere.is_kfp(run):
@@ -163,7 +163,7 @@ def resume(run: Run, sets: Sets = None, namespace: Namespace = "", workdir: Work
     """
     from components.launch import LaunchError
     from pipelines import background, everywhere, runs
-    from trainer.limits import LEASE
+    from trainer.process.limits import LEASE
 
     found, cluster = everywhere.find_or_ask(run, namespace, workdir)
     if cluster is not None:

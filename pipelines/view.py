@@ -16,7 +16,7 @@ from pipelines.background import Process
 from pipelines.runs import Run
 from pipelines.standing import Standing, of_directory
 from trainer.exitcodes import STOPS
-from trainer.results import loss_of, read_json
+from trainer.recording.results import loss_of, read_json
 from trainer.thismachine import PORTS_FILE
 
 OVER = {"finished", "succeeded", "failed", "stopped", "killed", "gone", "idle", "canceled", "skipped"}

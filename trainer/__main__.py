@@ -13,10 +13,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from trainer import failures, logs
 from trainer.exitcodes import ExitCode
-from trainer.importing import uncollected
-from trainer.launcher import Launcher
+from trainer.process import failures
+from trainer.process.importing import uncollected
+from trainer.process.launcher import Launcher
+from trainer.recording import logs
 from trainer.spec import TrainSpec
 from trainer.specbase import changes_from_sets, deep_merge, parse, read_yaml
 

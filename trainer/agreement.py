@@ -12,14 +12,15 @@ from typing import TypeVar
 
 import torch
 
-from trainer import hostmemory, ops, precision
+from trainer import ops, precision
+from trainer.arithmetic.memory import choose_layout, refuse_too_large
 from trainer.distributed import World, device_bytes
-from trainer.failures import node_name
-from trainer.memory import choose_layout, refuse_too_large
 from trainer.ops import Choice, Setting, Verdict
 from trainer.parallel.layout import Layout
 from trainer.precision import Precision
 from trainer.preflight.ranks import Place
+from trainer.process import hostmemory
+from trainer.process.failures import node_name
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError
 

@@ -27,11 +27,11 @@ from trainer.fp8.table import conversion_table
 from trainer.model import recompute
 from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import HybridModel, build_model
+from trainer.model.rows import own_rows
 from trainer.modelspec import EngramSpec, ModelSpec
 from trainer.ops import Choice
 from trainer.parallel.layout import is_small
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.rows import own_rows
 from trainer.precision import Precision
 from trainer.spec import BatchSpec, TokensSpec, TrainSpec
 from trainer.specbase import SpecError

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.errors import CommunicationError, SpecError
-from trainer.failures import node_name
+from trainer.process.failures import node_name
 from trainer.spec import RuntimeSpec
 
 log = logging.getLogger(__name__)

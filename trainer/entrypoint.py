@@ -27,15 +27,16 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from trainer import exclusive, failures, launcher, limits, preflight, restarts, thismachine
+from trainer import preflight, thismachine
 from trainer.__main__ import load_spec, parser
-from trainer.checkpoint import latest_step
+from trainer.checkpoints.checkpoint import latest_step
 from trainer.errors import CommunicationError, LimitError, SpecError, VolumeError
 from trainer.exitcodes import STOPS, ExitCode, of_process, retryable
-from trainer.failures import Failure
-from trainer.hostmemory import out_of_memory_kills
-from trainer.importing import uncollected
-from trainer.limits import Limits
+from trainer.process import exclusive, failures, launcher, limits, restarts
+from trainer.process.failures import Failure
+from trainer.process.hostmemory import out_of_memory_kills
+from trainer.process.importing import uncollected
+from trainer.process.limits import Limits
 from trainer.spec import TrainSpec
 
 log = logging.getLogger("trainer.entrypoint")
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.task == "train" and rendezvous_host() is None:  # else an entrypoint of another node may be the one
             exclusive.refuse_second(spec.run_dir)
         try:
-            record = restarts.begin(spec.run_dir, spec.runtime.max_restarts, options.task)
+            record = restarts.begin(spec.run_dir, spec.runtime.max_restarts, latest_step(spec.run_dir), options.task)
         except OSError as error:
             raise VolumeError(f"{spec.run_dir}: {error.strerror}; mend the volume, or the rights on it") from error
         counted = True

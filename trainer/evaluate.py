@@ -30,10 +30,11 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.data.loader import IGNORED, MicroBatch, heldout_documents
-from trainer.data.manifest import atomic_write, read_manifest
+from trainer.data.manifest import read_manifest
 from trainer.distributed import pick_device
 from trainer.errors import DataError
 from trainer.fields import stored
+from trainer.files import atomic_write
 from trainer.generate import complete
 from trainer.precision import Precision, device_capability, resolve_for_evaluation
 from trainer.report import write_report

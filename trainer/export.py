@@ -24,11 +24,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.torch import load_file, save_file
 
 from trainer import __version__
-from trainer.checkpoint import CheckpointFile, describe_files
-from trainer.data.manifest import checksum, sync_directory
+from trainer.checkpoints.checkpoint import CheckpointFile, describe_files
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import CheckpointError
 from trainer.fields import stored, version_of
+from trainer.files import checksum, sync_directory
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec
 from trainer.report import write_report

@@ -19,17 +19,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer import checkpoint, distributed, exclusive
+from trainer import distributed
+from trainer.checkpoints import checkpoint
 from trainer.data.loader import MicroBatch, StepBatch
 from trainer.distributed import World
 from trainer.errors import DivergedError, LaunchError, VolumeError
 from trainer.optim import clip_gradients, learning_rate_factor
 from trainer.prepare import Run, prepare, scaler_state
-from trainer.recorder import StepRecord
+from trainer.process import exclusive
+from trainer.process.stopping import STOP_CODES, StopWish
+from trainer.process.watchdog import Watchdog
+from trainer.recording.recorder import StepRecord
 from trainer.spec import MAX_SKIPPED_STEPS, TrainSpec
 from trainer.spikes import SKIP_REASONS, SkipReason
-from trainer.stopping import STOP_CODES, StopWish
-from trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from trainer import agreement, compiled, ops
-from trainer.checkpoint import SKIPPED_IN_A_ROW
-from trainer.checkpointer import Checkpointer
+from trainer.checkpoints.checkpoint import SKIPPED_IN_A_ROW
+from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.data.documents import shards_manifest
 from trainer.data.loader import TokenLoader
-from trainer.data.manifest import Manifest, atomic_write, read_manifest
+from trainer.data.manifest import Manifest, read_manifest
 from trainer.data.plan import Cursor
 from trainer.data.tokenizer import Tokenizer
 from trainer.distributed import World
+from trainer.files import atomic_write
 from trainer.fp8 import te
 from trainer.fp8.convert import convert
 from trainer.fp8.state import Fp8State
@@ -32,7 +33,7 @@ from trainer.optim.rules import Assignment
 from trainer.parallel.mesh import Mesh
 from trainer.precision import Precision
 from trainer.preflight import ranks as preflight
-from trainer.recorder import Recorder
+from trainer.recording.recorder import Recorder
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError, to_stored_yaml
 from trainer.spikes import SpikeGuard

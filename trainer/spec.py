@@ -8,7 +8,6 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainer.activations import Policy
 from trainer.errors import SpecError
 from trainer.modelspec import Count, ModelSpec
 from trainer.specbase import Spec
@@ -18,6 +17,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Packing = Literal["concat", "best_fit"]
+Policy = Literal["none", "selective", "full"]  # of activation checkpointing (trainer/model/recompute.py)
 
 
 class MixSpec(Spec):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from trainer.memory import choose_layout
+from trainer.arithmetic.memory import choose_layout
 from trainer.spec import RuntimeSpec, TrainSpec
 
 VARIABLE = "YAONGI_THIS_MACHINE"  # set by what starts the trainer here

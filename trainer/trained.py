@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import CheckpointManifest, latest, load_model_weights
-from trainer.checkpoint import read_manifest as read_checkpoint_manifest
+from trainer.checkpoints.checkpoint import CheckpointManifest, latest
+from trainer.checkpoints.checkpoint import read_manifest as read_checkpoint_manifest
+from trainer.checkpoints.checkpointer import load_model_weights
 from trainer.data.manifest import read_manifest, verify
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError, LaunchError

@@ -17,7 +17,8 @@ from pathlib import Path
 import xxhash
 from pydantic import Field, ValidationError
 
-from trainer.data.manifest import FileEntry, Record, atomic_write, checksum, sync_directory
+from trainer.data.manifest import FileEntry, Record
+from trainer.files import atomic_write, checksum, sync_directory
 
 JOURNAL_NAME = "journal.json"
 

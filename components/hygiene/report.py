@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.jsonl import documents
-from trainer.data.manifest import FileEntry, Manifest, atomic_write, file_entry
+from trainer.data.manifest import FileEntry, Manifest, file_entry
+from trainer.files import atomic_write
 
 SAMPLES = 3  # of each filter and source
 SAMPLE_CHARACTERS = 300

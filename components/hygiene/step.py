@@ -31,19 +31,9 @@ from components.shards.pool import Workers
 from components.volume import named, volume_explained
 from manifests.spec import JobSpec
 from trainer.data.jsonl import documents
-from trainer.data.manifest import (
-    FileEntry,
-    Manifest,
-    StageResult,
-    atomic_write,
-    file_entry,
-    open_stage,
-    reusable,
-    sync_directory,
-    whole_part,
-    withdraw,
-    write_manifest,
-)
+from trainer.data.manifest import FileEntry, Manifest, file_entry, write_manifest
+from trainer.data.stages import StageResult, open_stage, reusable, whole_part, withdraw
+from trainer.files import atomic_write, sync_directory
 
 SCANS, EVALUATION, SPILL = "scans", "evaluation", ".spill"
 

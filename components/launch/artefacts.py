@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from manifests.spec import JobSpec
-from trainer.checkpoint import CheckpointFile, describe_files, latest, read_manifest
-from trainer.data.manifest import StageResult
+from trainer.checkpoints.checkpoint import CheckpointFile, describe_files, latest, read_manifest
+from trainer.data.stages import StageResult
 from trainer.fields import stored
-from trainer.results import read_json
+from trainer.recording.results import read_json
 
 Task = Literal["train", "evaluate", "export"]
 NUMBERS = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_second", "seconds")

@@ -27,7 +27,7 @@ from manifests.names import DIGEST_ANNOTATION, PIPELINE_LABEL, Task
 from manifests.render import job_objects
 from manifests.spec import ClusterSpec, JobSpec
 from trainer.exitcodes import ExitCode
-from trainer.limits import UNWATCHED_VARIABLE
+from trainer.process.limits import UNWATCHED_VARIABLE
 
 CREATION_PATIENCE_SECONDS = 15
 

@@ -1,7 +1,7 @@
 """The lease of a run: a file in its directory that a living launcher renews, so that a run nobody watches ends itself.
 
-The trainer looks at it (`trainer.limits`) and stops with a checkpoint when it has lapsed; a second launcher looks at it
-to find out that there is a first.
+The trainer looks at it (`trainer.process.limits`) and stops with a checkpoint when it has lapsed; a second launcher
+looks at it to find out that there is a first.
 
 A launcher that is killed without a signal shall leave no worker running a minute later. That minute is shared out: 36 s
 of silence, a second to notice, and what is left for the step in progress and its checkpoint. Four renewals may be lost
@@ -25,8 +25,8 @@ from pathlib import Path
 
 from components import measuring
 from components.launch import LaunchError
-from trainer.data.manifest import atomic_write
-from trainer.limits import LEASE, Lease, LeaseWatch
+from trainer.files import atomic_write
+from trainer.process.limits import LEASE, Lease, LeaseWatch
 
 LEASE_SECONDS = 36.0
 RENEWAL_SECONDS = 8.0

@@ -15,9 +15,10 @@ from types import FrameType
 
 from components.launch import LaunchError
 from manifests.spec import JobSpec
-from trainer import exclusive, launcher, thismachine
+from trainer import thismachine
 from trainer.exitcodes import STOPS, ExitCode, of_process
-from trainer.failures import meaning
+from trainer.process import exclusive, launcher
+from trainer.process.failures import meaning
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
 # The trainer's last words, which the launcher's own error repeats.

@@ -12,11 +12,12 @@ from pathlib import Path
 from components.launch import LaunchError, local
 from components.launch.artefacts import Task, finished
 from manifests.spec import JobSpec, job_file_text
-from trainer.checkpoint import candidates, latest, read_manifest
-from trainer.data.manifest import StageResult, atomic_write
+from trainer.checkpoints.checkpoint import candidates, latest, read_manifest
+from trainer.checkpoints.length import continuable
 from trainer.data.manifest import read_manifest as read_data_manifest
+from trainer.data.stages import StageResult
 from trainer.errors import VolumeError
-from trainer.length import continuable
+from trainer.files import atomic_write
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError, parse, read_yaml, to_stored_yaml
 

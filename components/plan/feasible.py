@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from manifests.spec import BYTES_PER_TOKEN, DOWNLOAD_MARGIN, JobSpec
+from trainer.arithmetic.flops import flops_per_token
+from trainer.arithmetic.memory import refuse_too_large
 from trainer.data.manifest import DataError, read_manifest
 from trainer.errors import SpecError, VolumeError
-from trainer.flops import flops_per_token
-from trainer.hostmemory import limit_bytes
-from trainer.memory import refuse_too_large
 from trainer.preflight.measured import gibibytes
 from trainer.preflight.storage import checkpoints_to_come
+from trainer.process.hostmemory import limit_bytes
 
 TOKEN_BYTES = 2  # of vocabularies below 65,536
 FLOPS_PER_CORE = 2e10  # of a core of a server, FP32, in this trainer: `tiny` on two cores

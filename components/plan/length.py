@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from manifests.spec import JobSpec, load_job
-from trainer.checkpoint import candidates, step_of
+from trainer.checkpoints.checkpoint import candidates, step_of
+from trainer.checkpoints.length import continuable
 from trainer.errors import SpecError
-from trainer.length import continuable
 
 
 def as_begun_with(job: JobSpec, steps: int) -> JobSpec:

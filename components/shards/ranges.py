@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from manifests.spec import JobSpec
-from trainer.data.manifest import Record, StageResult
+from trainer.data.manifest import Record
+from trainer.data.stages import StageResult
 
 
 class Range(Record):

@@ -10,8 +10,8 @@ from pathlib import Path
 from components.launch import LaunchError
 from components.launch.artefacts import NUMBERS
 from manifests.spec import JobSpec
-from trainer.checkpoint import latest
-from trainer.results import loss_of, read_json
+from trainer.checkpoints.checkpoint import latest
+from trainer.recording.results import loss_of, read_json
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard as model
 
 from manifests.dashboards.panels import DATASOURCE, OF_RUN, Panel, metric
-from trainer.metrics import PREFIX
+from trainer.recording.metrics import PREFIX
 
 TAG = "yaongi"
 EVERYTHING = model.VariableOption(selected=True, text=["All"], value=["$__all"])

@@ -1,8 +1,8 @@
 """The look of a panel, and how it names a metric.
 
-`metric("loss")` knows only the table of trainer/metrics.py and adds what the template variables select; expressions
-are written with it alone, so no dashboard can ask for a metric that nobody exports. Charts sum over pods and
-instances, since a pod that is made anew continues the curve of the one before it.
+`metric("loss")` knows only the table of trainer/recording/metrics.py and adds what the template variables select;
+expressions are written with it alone, so no dashboard can ask for a metric that nobody exports. Charts sum over pods
+and instances, since a pod that is made anew continues the curve of the one before it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 from manifests.alerts import ALERTS, RUNBOOKS
-from trainer.metrics import BY_NAME, PREFIX
+from trainer.recording.metrics import BY_NAME, PREFIX
 
 DATASOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 OF_RUN = 'namespace=~"$namespace", run=~"$run"'

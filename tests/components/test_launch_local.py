@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from components.launch import LaunchError, local
-from trainer import exitcodes, launcher
+from trainer import exitcodes
+from trainer.process import launcher
 
 STAND_IN = """
 import json, os, signal, sys, time

@@ -14,9 +14,9 @@ from waiting import wait_until
 from components.launch import LaunchError
 from components.launch import lease as lease_module
 from components.launch.lease import LEASE_SECONDS, RENEWAL_SECONDS, held
-from trainer import limits
-from trainer.data.manifest import atomic_write
-from trainer.limits import MISSED_RENEWALS, UNWATCHED_VARIABLE, Lease, LeaseWatch, Limits
+from trainer.files import atomic_write
+from trainer.process import limits
+from trainer.process.limits import MISSED_RENEWALS, UNWATCHED_VARIABLE, Lease, LeaseWatch, Limits
 
 QUICK = {"lease_seconds": 1.0, "renewal_seconds": 0.2}
 

@@ -75,7 +75,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("trainer.exporter.time", made)
+    monkeypatch.setattr("trainer.recording.exporter.time", made)
     return made
 
 
@@ -171,7 +171,9 @@ def test_the_default_port_gives_way_to_the_next_free_one(
 
 def test_port_zero_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YAONGI_METRICS_PORT", "0")
-    monkeypatch.setattr("trainer.exporter.start_http_server", lambda *a, **k: pytest.fail("a server was started"))
+    monkeypatch.setattr(
+        "trainer.recording.exporter.start_http_server", lambda *a, **k: pytest.fail("a server was started")
+    )
     with step("plan"):
         measuring.worked_through(1)
 

@@ -9,7 +9,7 @@ import pytest
 from components.launch.step import write_specs
 from components.plan import length
 from manifests.spec import JobSpec, load_job
-from trainer.checkpoint import CheckpointManifest, publish, unfinished_dir
+from trainer.checkpoints.checkpoint import CheckpointManifest, publish, unfinished_dir
 from trainer.errors import SpecError
 
 

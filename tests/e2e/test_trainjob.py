@@ -136,8 +136,8 @@ def test_the_real_trainer_ends_with_the_same_losses_as_under_a_pytorchjob(first:
     assert run.losses == first.losses
     result = run.read_json("result.json")
     assert (result["world_size"], result["steps"]) == (2, len(first.losses))
-    verify = "import sys; from trainer.checkpoint import latest, verify; print(verify(latest(sys.argv[1])).digest)"
-    digest = run.namespace.execute("reader", "python", "-c", verify, run.job.run_dir).strip()
+    program = "from trainer.checkpoints.checkpoint import latest, verify; print(verify(latest(sys.argv[1])).digest)"
+    digest = run.namespace.execute("reader", "python", "-c", f"import sys; {program}", run.job.run_dir).strip()
     assert digest == result["checkpoint_digest"]
 
 

@@ -15,7 +15,7 @@ from tools import tool
 from manifests import generate, metricsdoc
 from manifests.alerts import ALERTS, RECORDED, RUNBOOKS, prometheus_rule, rule_groups
 from manifests.yamltext import to_manifest
-from trainer.metrics import BY_NAME, PREFIX
+from trainer.recording.metrics import BY_NAME, PREFIX
 
 ROOT = Path(generate.__file__).parents[1]
 HEADINGS = ["Meaning", "Look at", "Likely causes", "What to do"]

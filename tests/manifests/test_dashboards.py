@@ -13,7 +13,7 @@ import pytest
 
 from manifests.alerts import ALERTS, RUNBOOKS
 from manifests.dashboards.query import View, annotations, dashboards, panels, substituted, targets
-from trainer.metrics import METRICS, PREFIX
+from trainer.recording.metrics import METRICS, PREFIX
 
 DASHBOARDS = dashboards()
 each = pytest.mark.parametrize("content", DASHBOARDS.values(), ids=DASHBOARDS)

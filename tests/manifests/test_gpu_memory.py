@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from manifests.spec import load_job
-from trainer.activations import activations
+from trainer.arithmetic.activations import activations
 from trainer.specbase import SpecError
 
 GIB = 2**30

@@ -16,7 +16,7 @@ import pytest
 from tools import tool
 
 from manifests.dashboards.query import View, annotations, dashboards, panels, series, substituted, targets
-from trainer.metrics import METRICS, PREFIX
+from trainer.recording.metrics import METRICS, PREFIX
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "benchmarks" / "dashboards.py"

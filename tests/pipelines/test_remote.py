@@ -19,7 +19,7 @@ from components.launch.kubernetes_api import RESOURCES, Cluster
 from manifests.kinds import KINDS, Object, pod_template
 from manifests.render import job_objects
 from manifests.spec import JobSpec, StorageSpec, job_from
-from trainer.limits import UNWATCHED_VARIABLE
+from trainer.process.limits import UNWATCHED_VARIABLE
 
 
 class ApiServer(ThreadingHTTPServer):

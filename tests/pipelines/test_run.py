@@ -16,7 +16,7 @@ from small_job import small_job
 
 from components.summary.component import summary
 from manifests.spec import job_from
-from trainer.checkpoint import latest_step
+from trainer.checkpoints.checkpoint import latest_step
 from trainer.specbase import read_yaml
 
 YAONGI = Path(sys.executable).with_name("yaongi")

@@ -16,8 +16,8 @@ import micro
 import torch
 
 from trainer import agreement, compiled, distributed, ops, precision, prepare
+from trainer.arithmetic.memory import choose_layout, training_memory
 from trainer.distributed import World
-from trainer.memory import choose_layout, training_memory
 from trainer.specbase import SpecError
 
 WEAK = 1

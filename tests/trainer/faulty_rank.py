@@ -19,7 +19,7 @@ import micro
 def misbehave(fault: str, argument: str) -> None:
     from trainer import loop
     from trainer.data.loader import StepBatch, TokenLoader
-    from trainer.stopping import StopWish
+    from trainer.process.stopping import StopWish
 
     if fault == "stall":
         get = TokenLoader.__next__

@@ -10,8 +10,8 @@ import micro
 import torch
 import torch.distributed.checkpoint as dcp
 
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointManifest
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.checkpoint import CheckpointManifest
 from trainer.data.manifest import read_manifest
 from trainer.model.engram import token_classes
 from trainer.model.hybrid import HybridModel, build_model

@@ -46,8 +46,8 @@ def observe(run: Any) -> dict[str, Any]:
 
     from trainer.model.engram import token_classes
     from trainer.model.hybrid import build_model
+    from trainer.model.rows import own_rows
     from trainer.optim.shares import local
-    from trainer.parallel.rows import own_rows
 
     spec = run.spec
     classes = token_classes(Path(spec.tokens.tokenizer) / "tokenizer.json")
@@ -73,7 +73,7 @@ def refuses_broken_weights(run: Any) -> bool:
     import torch
 
     from trainer.errors import DivergedError
-    from trainer.parallel.rows import own_rows
+    from trainer.model.rows import own_rows
 
     own, _ = own_rows(run.model.head.weight.detach())
     before = own.clone()

@@ -14,9 +14,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointManifest, latest, verify
-from trainer.checkpointer import load_model
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.checkpoint import CheckpointManifest, latest, verify
+from trainer.checkpoints.checkpointer import load_model, load_model_weights
 from trainer.errors import CheckpointError, ForeseenError
 from trainer.exitcodes import ExitCode
 
@@ -114,7 +114,7 @@ def test_file_that_does_not_belong_is_ignored_and_named_once_if_it_can_be_seen(
         assert latest(run_dir) == newest
     assert len(caplog.messages) == 2 and "__9_9.distcp" in caplog.text and "lost+found" in caplog.text
     model = nn.Linear(64, 64)
-    assert checkpoint.load_model_weights(newest, model).step == 8
+    assert load_model_weights(newest, model).step == 8
 
 
 def test_what_lies_beside_the_checkpoints_is_none_of_them(
@@ -155,7 +155,7 @@ def test_weights_that_an_earlier_version_should_not_have_published_are_refused(t
     for step, way_back in ((8, "step-00000004"), (4, "there is no checkpoint from before")):
         path = write_checkpoint(tmp_path, step, broken=True)
         with pytest.raises(ForeseenError, match=r"model\.bias is not finite") as error:
-            checkpoint.load_model_weights(path, nn.Linear(64, 64))
+            load_model_weights(path, nn.Linear(64, 64))
         assert error.value.code == ExitCode.DIVERGED and "\n" not in str(error.value)
         assert path.name in str(error.value) and way_back in str(error.value)
 
@@ -270,10 +270,10 @@ def test_weights_come_back_and_another_shape_is_refused(two_checkpoints: Path):
     torch.manual_seed(8)
     expected = nn.Linear(64, 64)
     found = nn.Linear(64, 64)
-    assert checkpoint.load_model_weights(path, found).step == 8
+    assert load_model_weights(path, found).step == 8
     assert torch.equal(found.weight, expected.weight) and torch.equal(found.bias, expected.bias)
     with pytest.raises(ForeseenError, match=r"model\.weight should have shape \(32, 64\)") as error:
-        checkpoint.load_model_weights(path, nn.Linear(64, 32))
+        load_model_weights(path, nn.Linear(64, 32))
     assert error.value.code == ExitCode.CHECKPOINT
 
 
@@ -288,5 +288,6 @@ def test_tensors_that_cannot_be_read_are_one_line(two_checkpoints: Path, tmp_pat
 
 
 def test_launchers_can_verify_without_torch():
-    code = "import sys, trainer.checkpoint, trainer.restarts, trainer.exitcodes; print('torch' in sys.modules)"
+    modules = "trainer.checkpoints.checkpoint, trainer.process.restarts, trainer.exitcodes"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

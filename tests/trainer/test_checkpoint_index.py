@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from trainer.checkpointer import _IndexUnpickler
+from trainer.checkpoints.checkpointer import _IndexUnpickler
 from trainer.errors import ForeseenError
 
 

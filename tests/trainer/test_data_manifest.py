@@ -12,16 +12,14 @@ from trainer.data.manifest import (
     FileEntry,
     Manifest,
     SourceEntry,
-    StageResult,
-    checksum,
     file_entry,
-    open_stage,
     read_manifest,
-    reusable,
     verify,
     write_manifest,
 )
+from trainer.data.stages import StageResult, open_stage, reusable
 from trainer.exitcodes import ExitCode
+from trainer.files import checksum
 
 
 def test_data_code_of_the_slim_image_needs_no_torch() -> None:

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manifests.spec import load_job
 from trainer import parity
-from trainer.describe import describe, render, render_memory
-from trainer.flops import core_flops_per_token, matrix_flops_per_token, parameters
+from trainer.arithmetic.describe import describe, render, render_memory
+from trainer.arithmetic.flops import core_flops_per_token, matrix_flops_per_token, parameters
 from trainer.model.hybrid import build_model
 from trainer.modelspec import ModelSpec
 from trainer.optim import build_optimizers
@@ -203,7 +203,7 @@ def test_building_the_large_model_on_meta_takes_little_memory(preset):
     """Its FP32 weights alone would be 15.6 GiB; most of what is measured is PyTorch itself."""
     code = f"""
 from manifests.spec import load_job
-from trainer.describe import describe
+from trainer.arithmetic.describe import describe
 from trainer.model.hybrid import build_model
 model = load_job({preset!r}).train.model
 describe(model, 4096)

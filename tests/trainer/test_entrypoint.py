@@ -20,10 +20,11 @@ import micro
 import pytest
 from waiting import wait_until
 
-from trainer import distributed, entrypoint, failures, hostmemory, launcher, limits, preflight, restarts
+from trainer import distributed, entrypoint, preflight
 from trainer.errors import ForeseenError
 from trainer.exitcodes import MEANING, ExitCode
-from trainer.restarts import NodeRecord
+from trainer.process import failures, hostmemory, launcher, limits, restarts
+from trainer.process.restarts import NodeRecord
 from trainer.spec import TrainSpec
 
 SOON_SECONDS = 60  # until a rank that was asked to end has ended; one that did not listen would be killed later
@@ -210,7 +211,9 @@ def test_a_launcher_that_is_killed_ends_the_run_with_75(shim, tmp_path: Path, mo
 
 
 def test_a_run_that_is_being_trained_is_refused_before_anything_starts(shim, tmp_path: Path):
-    program = "import sys; from trainer import exclusive\nwith exclusive.held(sys.argv[1]): print(); sys.stdin.read()"
+    program = (
+        "import sys; from trainer.process import exclusive\nwith exclusive.held(sys.argv[1]): print(); sys.stdin.read()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path / "run")],
         env=micro.environment(),
@@ -282,32 +285,29 @@ def test_budget_is_for_restarts_without_progress(shim, tmp_path: Path):
 
 
 def test_a_run_that_was_made_longer_gets_further_below_its_former_end(tmp_path: Path):
-    latest = tmp_path / "checkpoints" / "LATEST"
-    latest.parent.mkdir()
     for saved in (120, 120, 90, 90, 100):  # its checkpoint of step 120 goes with the first one of the longer run
-        latest.write_text(f"step-{saved:08}\n")
-        assert restarts.begin(tmp_path, 1, node="a").without_progress <= 1
+        assert restarts.begin(tmp_path, 1, saved, node="a").without_progress <= 1
 
 
 def test_killed_entrypoint_and_stop_signals_in_the_books(tmp_path: Path):
-    restarts.begin(tmp_path, 1, node="a")
-    restarts.begin(tmp_path, 1, node="a")  # the first start never said how it ended
+    restarts.begin(tmp_path, 1, 0, node="a")
+    restarts.begin(tmp_path, 1, 0, node="a")  # the first start never said how it ended
     assert restarts.summary(tmp_path) == {"killed": 1}
     for _ in range(5):
         restarts.end(tmp_path, ExitCode.TERMINATED, node="a")
-        restarts.begin(tmp_path, 1, node="a")
-    restarts.begin(tmp_path, 1, node="b")
-    restarts.begin(tmp_path, 1, "evaluate", node="b")
+        restarts.begin(tmp_path, 1, 0, node="a")
+    restarts.begin(tmp_path, 1, 0, node="b")
+    restarts.begin(tmp_path, 1, 0, "evaluate", node="b")
     restarts.end(tmp_path, ExitCode.COMMUNICATION, node="b")
-    restarts.begin(tmp_path, 1, node="b")
+    restarts.begin(tmp_path, 1, 0, node="b")
     assert restarts.summary(tmp_path) == {"killed": 1, "terminated": 5}, "what a lost node costs the others is no cause"
     assert restarts.count(tmp_path) == 6
     for node in ("a", "b"):
         restarts.end(tmp_path, ExitCode.HANG, node=node)
-        restarts.begin(tmp_path, 3, node=node)
+        restarts.begin(tmp_path, 3, 0, node=node)
     assert restarts.summary(tmp_path) == {"killed": 1, "terminated": 5, "hang": 1}
     with pytest.raises(ForeseenError, match="restarted 1 times at step 0") as error:
-        restarts.begin(tmp_path, 1, node="a")
+        restarts.begin(tmp_path, 1, 0, node="a")
     assert error.value.code == ExitCode.BUDGET
 
 
@@ -352,9 +352,9 @@ def test_want_of_memory_is_told_from_other_kills(shim, tmp_path: Path, monkeypat
 def test_damaged_books_cost_no_more_than_the_count(tmp_path: Path, text: str):
     (tmp_path / "restarts.json").write_text(text)
     assert restarts.summary(tmp_path) == {}
-    assert restarts.begin(tmp_path, 1, node="a").total == 0
+    assert restarts.begin(tmp_path, 1, 0, node="a").total == 0
     restarts.end(tmp_path, ExitCode.KILLED, node="a")
-    assert restarts.begin(tmp_path, 1, node="a").reasons == {"killed": 1}
+    assert restarts.begin(tmp_path, 1, 0, node="a").reasons == {"killed": 1}
 
 
 ANEW = [(143, True), (130, True), (75, True), (0, True), (137, False), (None, False)]
@@ -366,7 +366,7 @@ def test_deadline_of_a_start_after_a_stop_counts_from_that_start(tmp_path: Path,
     before = vars(NodeRecord(first_start=long_ago, without_progress=1, exit_code=code))
     del before["begun"]  # as version 0.1 wrote it
     (tmp_path / "restarts.json").write_text(json.dumps({"nodes": {"a": before}}))
-    record = restarts.begin(tmp_path, 5, node="a")
+    record = restarts.begin(tmp_path, 5, 0, node="a")
     assert (record.first_start > long_ago + 86400) == anew
     assert restarts.begun(tmp_path) == record.begun == long_ago, "the run's own start stays"
     if code in (143, 130):

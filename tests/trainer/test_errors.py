@@ -18,13 +18,14 @@ import manifests
 import pipelines
 from components.running import told
 from components.volume import named
-from trainer import errors, failures
+from trainer import errors
 from trainer.data.manifest import MANIFEST_NAME, read_manifest
 from trainer.data.provenance import Origins
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError, ForeseenError, LaunchError, VolumeError, foreseen, in_words, of_the_machine
 from trainer.exitcodes import MEANING, ExitCode, retryable
 from trainer.model.ngrams import token_classes
+from trainer.process import failures
 
 SIGNALS = {ExitCode.INTERRUPTED, ExitCode.TERMINATED, ExitCode.KILLED, ExitCode.CRASHED}
 NO_ERROR = {ExitCode.OK, ExitCode.UNEXPECTED, ExitCode.FAULT, ExitCode.HANG} | SIGNALS

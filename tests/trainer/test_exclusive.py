@@ -14,13 +14,13 @@ import micro
 import pytest
 from waiting import wait_until
 
-from trainer import exclusive, limits
 from trainer.errors import LaunchError, VolumeError
 from trainer.exitcodes import ExitCode
+from trainer.process import exclusive, limits
 
 HOLDER = """
 import sys, time
-from trainer import exclusive
+from trainer.process import exclusive
 exclusive.RENEWAL_SECONDS = 0.2
 exclusive.machine = lambda: sys.argv[2]
 with exclusive.held(sys.argv[1]):

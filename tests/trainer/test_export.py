@@ -12,7 +12,7 @@ from micro import make_data
 from safetensors.torch import save_file
 
 from trainer import evaluate, export
-from trainer.checkpoint import describe_files
+from trainer.checkpoints.checkpoint import describe_files
 from trainer.errors import ForeseenError
 from trainer.model.hybrid import HybridModel
 from trainer.specbase import parse

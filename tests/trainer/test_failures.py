@@ -12,10 +12,11 @@ from pathlib import Path
 import micro
 import pytest
 
-from trainer import failures, logs
 from trainer.errors import DivergedError
 from trainer.exitcodes import MEANING, ExitCode, of_process, retryable
-from trainer.failures import Failure, classify, root_cause
+from trainer.process import failures
+from trainer.process.failures import Failure, classify, root_cause
+from trainer.recording import logs
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_permanent_failure_explains_the_others():
 
 def test_watchdog_says_where_it_hangs_and_ends_with_161(tmp_path: Path):
     program = (
-        "import time\nfrom trainer.watchdog import Watchdog\n"
+        "import time\nfrom trainer.process.watchdog import Watchdog\n"
         "def stuck():\n    time.sleep(600)\n"
         "with Watchdog(0.5) as dog:\n    dog.beat()\n    stuck()\n"
     )
@@ -95,7 +96,7 @@ def test_rank_that_waits_for_a_failed_peer_ends_with_160(
     failure = Failure(rank, code, "shard x.bin is missing", time.time() - age)
     (tmp_path / f"rank-{rank}.json").write_text(json.dumps(vars(failure)))
     program = (
-        "import time\nfrom trainer import watchdog\nwatchdog.PEER_SECONDS = 0.5\n"
+        "import time\nfrom trainer.process import watchdog\nwatchdog.PEER_SECONDS = 0.5\n"
         "with watchdog.Watchdog(2) as dog:\n    dog.beat()\n    time.sleep(600)\n"
     )
     environment = micro.environment(YAONGI_FAILURES=str(tmp_path), RANK="0")

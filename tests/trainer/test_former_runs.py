@@ -8,7 +8,8 @@ from pathlib import Path
 import former
 import pytest
 
-from trainer import checkpoint, evaluate, export
+from trainer import evaluate, export
+from trainer.checkpoints import checkpoint
 from trainer.generate import complete
 from trainer.loop import train
 from trainer.report.run import read_run

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from manifests.spec import load_job
-from trainer.flops import parameters
+from trainer.arithmetic.flops import parameters
 from trainer.fp8.table import conversion_table, render, share, summary
 from trainer.modelspec import ModelSpec
 from trainer.spec import Fp8Spec

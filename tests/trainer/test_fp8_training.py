@@ -15,8 +15,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from bounds import below
 
-from trainer import checkpoint, evaluate
-from trainer.checkpointer import _Reader
+from trainer import evaluate
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.checkpointer import _Reader, load_model_weights
 from trainer.loop import train
 from trainer.model.engram import token_classes
 from trainer.model.hybrid import build_model
@@ -87,7 +88,7 @@ def test_checkpoints_pass_between_precisions(micro_data: Path, tmp_path: Path, c
     assert train(spec) == 0
     assert history(spec, 2)
     model = build_model(spec.model, seed=9, token_classes=token_classes(micro_data / "tokenizer" / "tokenizer.json"))
-    assert checkpoint.load_model_weights(checkpoint.step_dir(spec.run_dir, 2), model).step == 2
+    assert load_model_weights(checkpoint.step_dir(spec.run_dir, 2), model).step == 2
     assert evaluate.run(spec)["precision"] == "fp32", "on a CPU, without emulation"
     leave()
     plain: TrainSpec = spec.updated({"steps": 3, "precision": {"dtype": "bf16"}})

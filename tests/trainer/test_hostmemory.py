@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import hostmemory
-from trainer.owntime import OwnTime
+from trainer.process import hostmemory
+from trainer.process.owntime import OwnTime
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -37,7 +37,7 @@ def test_the_peak_is_that_of_this_process() -> None:
 
 def test_own_time_is_that_of_the_measured_blocks_and_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 10.0
-    monkeypatch.setattr("trainer.owntime.time.perf_counter", lambda: now)
+    monkeypatch.setattr("trainer.process.owntime.time.perf_counter", lambda: now)
     own = OwnTime(torch.device("cpu"))
     for seconds in (2.0, 3.0):
         with own.measured():

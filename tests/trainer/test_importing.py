@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from trainer.importing import uncollected
+from trainer.process.importing import uncollected
 
 
 def test_the_collector_rests_and_then_works_on_what_comes_later():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trainer import fields
-from trainer.checkpoint import MANIFEST, CheckpointManifest, read_manifest
+from trainer.checkpoints.checkpoint import MANIFEST, CheckpointManifest, read_manifest
 from trainer.data import manifest as data
 from trainer.errors import CheckpointError, DataError
 

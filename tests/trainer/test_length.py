@@ -8,9 +8,9 @@ from pathlib import Path
 import micro
 import pytest
 
-from trainer.checkpoint import candidates, published
+from trainer.checkpoints.checkpoint import candidates, published
+from trainer.checkpoints.length import continuable
 from trainer.errors import SpecError
-from trainer.length import continuable
 from trainer.loop import train
 from trainer.spec import TrainSpec
 

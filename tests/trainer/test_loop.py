@@ -18,19 +18,21 @@ import torch.distributed as dist
 from prometheus_client import generate_latest
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - imported here so that no test's time contains it
 
-from trainer import checkpoint, distributed, evaluate, export, failures, limits, preflight
-from trainer.checkpoint import CheckpointManifest
-from trainer.checkpointer import Checkpointer
+from trainer import distributed, evaluate, export, preflight
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.checkpoint import CheckpointManifest
+from trainer.checkpoints.checkpointer import Checkpointer, load_model_weights
 from trainer.data.loader import TokenLoader
 from trainer.errors import ForeseenError
 from trainer.exitcodes import ExitCode
-from trainer.exporter import Metrics
 from trainer.loop import Totals, Update, step_record, train
-from trainer.metrics import METRICS
 from trainer.model.engram import token_classes
 from trainer.model.hybrid import build_model
 from trainer.optim import Optimizers
-from trainer.restarts import NodeRecord
+from trainer.process import failures, limits
+from trainer.process.restarts import NodeRecord
+from trainer.recording.exporter import Metrics
+from trainer.recording.metrics import METRICS
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError
 
@@ -74,7 +76,7 @@ def test_outputs_of_a_finished_run(micro_data: Path, tmp_path: Path):
     assert (run_dir / "train.yaml").exists()
     model = build_model(spec.model, seed=99, token_classes=token_classes(micro_data / "tokenizer" / "tokenizer.json"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert checkpoint.load_model_weights(result["checkpoint"], model).step == 10
+    assert load_model_weights(result["checkpoint"], model).step == 10
     changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
     assert "embedding.weight" in changed and any(name.endswith("bias_E") for name in changed)
 
@@ -333,7 +335,7 @@ def test_skipped_step_changes_nothing_and_training_goes_on(
     states = []
     for step in (1, 2, 3):
         model = build_model(spec.model, seed=0, token_classes=classes)
-        checkpoint.load_model_weights(checkpoint.step_dir(spec.run_dir, step), model)
+        load_model_weights(checkpoint.step_dir(spec.run_dir, step), model)
         states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[1]["head.weight"], states[2]["head.weight"])

@@ -11,14 +11,14 @@ import torch
 from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 
-from trainer import metrics as metrics_module
-from trainer import recorder
+from trainer.arithmetic.flops import flops_per_token
 from trainer.data.loader import TokenLoader
 from trainer.distributed import World
-from trainer.exporter import Metrics
-from trainer.flops import flops_per_token
-from trainer.metrics import METRICS, PREFIX, Process
-from trainer.recorder import peak_flops
+from trainer.recording import metrics as metrics_module
+from trainer.recording import recorder
+from trainer.recording.exporter import Metrics
+from trainer.recording.metrics import METRICS, PREFIX, Process
+from trainer.recording.recorder import peak_flops
 
 
 @pytest.fixture
@@ -109,7 +109,9 @@ def test_closing_frees_the_port():
 
 
 def test_port_zero_serves_nothing(monkeypatch):
-    monkeypatch.setattr("trainer.exporter.start_http_server", lambda *a, **k: pytest.fail("a server was started"))
+    monkeypatch.setattr(
+        "trainer.recording.exporter.start_http_server", lambda *a, **k: pytest.fail("a server was started")
+    )
     metrics = Metrics(rank=0, port=0)
     metrics.set("loss", 1.0)
     assert metrics.registry.get_sample_value("yaongi_loss") == 1.0
@@ -134,7 +136,7 @@ def test_conventions():
 def test_every_metric_of_the_table_is_recorded_somewhere():
     """A name in the table that no code passes on would be a panel that stays empty."""
     table = pathlib.Path(metrics_module.__file__)
-    root = table.parents[1]
+    root = table.parents[2]
     for processes, package in ((("trainer",), "trainer"), (("launcher", "data"), "components")):
         literals = set()
         for path in (root / package).rglob("*.py"):

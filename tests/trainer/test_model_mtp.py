@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from trainer import evaluate, export
-from trainer.describe import describe
-from trainer.flops import parameters
+from trainer.arithmetic.describe import describe
+from trainer.arithmetic.flops import parameters
 from trainer.loop import train
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec

@@ -11,7 +11,7 @@ import parallel_ranks
 import pytest
 import torch
 
-from trainer import checkpoint
+from trainer.checkpoints import checkpoint
 from trainer.exitcodes import ExitCode
 from trainer.spec import ParallelSpec, TrainSpec
 from trainer.specbase import deep_merge

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from manifests.spec import load_job
-from trainer.memory import training_memory
+from trainer.arithmetic.memory import training_memory
 from trainer.parallel.layout import Layout
 
 MIB = 2**20

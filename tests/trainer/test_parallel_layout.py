@@ -12,8 +12,8 @@ from typing import Any
 import micro
 import pytest
 
-from trainer.flops import parameters
-from trainer.memory import choose_layout, refuse_too_large, training_memory
+from trainer.arithmetic.flops import parameters
+from trainer.arithmetic.memory import choose_layout, refuse_too_large, training_memory
 from trainer.modelspec import ModelSpec
 from trainer.parallel.layout import Layout, resolve
 from trainer.spec import OptimizerSpec, ParallelSpec
@@ -122,5 +122,5 @@ def test_shares_add_up_to_the_whole():
 
 
 def test_meshes_need_no_pytorch():
-    code = "import sys; sys.modules['torch'] = None; import trainer.parallel.layout, trainer.memory"
+    code = "import sys; sys.modules['torch'] = None; import trainer.parallel.layout, trainer.arithmetic.memory"
     subprocess.run([sys.executable, "-c", code], check=True)

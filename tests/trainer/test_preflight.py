@@ -23,7 +23,7 @@ from trainer.distributed import World
 from trainer.errors import ForeseenError, GpuError, VolumeError
 from trainer.exitcodes import ExitCode
 from trainer.preflight import gpus, storage
-from trainer.recorder import Recorder
+from trainer.recording.recorder import Recorder
 from trainer.spec import TokensSpec
 
 # In a mount namespace of its own a process may have any /dev/shm and any volume.

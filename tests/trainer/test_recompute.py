@@ -1,10 +1,10 @@
-"""Activation checkpointing: the same gradients, and the bytes that trainer.activations says."""
+"""Activation checkpointing: the same gradients, and the bytes that trainer.arithmetic.activations says."""
 
 import pytest
 import torch
 
 from manifests.spec import load_job
-from trainer.activations import activations
+from trainer.arithmetic.activations import activations
 from trainer.fp8.convert import convert
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.model.recompute import set_policy

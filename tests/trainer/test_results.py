@@ -1,6 +1,6 @@
 import pytest
 
-from trainer.results import headline_loss, loss_of
+from trainer.recording.results import headline_loss, loss_of
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import micro
 import pytest
 import torch
 
-from trainer import checkpoint
-from trainer.checkpointer import _Reader
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.checkpointer import _Reader
 from trainer.exitcodes import ExitCode
 from trainer.spec import TrainSpec
 

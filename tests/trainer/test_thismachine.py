@@ -13,8 +13,8 @@ from ports import free_port
 
 from trainer import entrypoint, thismachine
 from trainer.distributed import World
-from trainer.exporter import Metrics
-from trainer.recorder import Recorder
+from trainer.recording.exporter import Metrics
+from trainer.recording.recorder import Recorder
 from trainer.spec import RuntimeSpec
 
 

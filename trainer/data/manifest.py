@@ -22,29 +22,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from trainer.errors import DataError, VolumeError, in_words
+from trainer.errors import DataError
 from trainer.fields import Stored, tell_unknown
+from trainer.files import Algorithm, atomic_write, checksum, unreadable
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 Kind = Literal["raw", "hygiene", "tokenizer", "shards"]
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
-Algorithm = Literal["sha256", "xxh3_128"]
-
-
-class UnreadableError(VolumeError, DataError):
-    """A file of data that its volume does not give; whoever makes damaged data anew makes this anew too."""
 
 
 class Record(BaseModel):
@@ -160,62 +153,6 @@ class Manifest(Stored):
         )
 
 
-class StageResult(Stored):
-    """What a finished step hands to the next one: where its output is, its digest, counts for a person."""
-
-    kind: str
-    path: str
-    digest: str
-    summary: dict[str, int | float | str] = {}
-
-    def to_json(self) -> str:
-        return self.model_dump_json()
-
-    @classmethod
-    def from_json(cls, text: str) -> StageResult:
-        """Raises DataError when `text` is not what `to_json` writes."""
-        try:
-            result = cls.model_validate_json(text)
-        except ValidationError as error:
-            raise DataError(f"the result of the step before cannot be read ({_first_problem(error)})") from None
-        tell_unknown(result, f"the result of the step before, of {result.path}")
-        return result
-
-
-def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write through a temporary file, fsync and rename, so that `path` never exists half-written."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: str | Path) -> None:
-    """Make the renames in `directory` durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def checksum(path: str | Path, algorithm: Algorithm) -> str:
-    """Hex digest of a file, read in blocks.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    state = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(2**20):
-            state.update(block)
-    return state.hexdigest()
-
-
 def file_entry(directory: str | Path, path: str, algorithm: Algorithm = "xxh3_128", **counts: Any) -> FileEntry:
     """The entry of a finished file `directory/path`; `counts` are further fields of FileEntry."""
     full = Path(directory) / path
@@ -251,7 +188,7 @@ def read_manifest(directory: str | Path, kind: Kind | None = None) -> Manifest:
     except OSError as error:
         raise unreadable(path, error) from None
     except ValidationError as error:
-        raise DataError(f"{path}: not a manifest ({_first_problem(error)}); remove it and run its step again") from None
+        raise DataError(f"{path}: not a manifest ({first_problem(error)}); remove it and run its step again") from None
     except (ValueError, KeyError, AttributeError, TypeError):
         raise DataError(f"{path}: not a manifest; remove it and run its step again") from None
     if written != manifest.digest:
@@ -260,12 +197,6 @@ def read_manifest(directory: str | Path, kind: Kind | None = None) -> Manifest:
         raise DataError(f"{path}: holds {manifest.kind}, expected {kind}; give the directory of the {kind} stage")
     tell_unknown(manifest, str(path))
     return manifest
-
-
-def unreadable(path: str | Path, error: OSError) -> UnreadableError:
-    """What to raise for an error of the system in the reading of a file."""
-    said = error.strerror or in_words(error)
-    return UnreadableError(f"{path}: cannot be read ({said}); check the volume and its permissions")
 
 
 def verify(
@@ -310,79 +241,7 @@ def _check_content(path: Path, entry: FileEntry) -> None:
         raise DataError(f"{path}: its content differs from the manifest's {entry.algorithm}; run its step again")
 
 
-def reusable(
-    directory: str | Path,
-    kind: Kind,
-    inputs: dict[str, str],
-    settings: dict[str, Any],
-) -> tuple[Manifest | None, str]:
-    """The manifest of `directory` if it is whole and was made from these inputs and settings, else None; and why.
-
-    One that has grown since holds what they gave, too.
-    """
-    if not (Path(directory) / MANIFEST_NAME).exists():
-        return None, "not made yet"
-    try:
-        manifest = read_manifest(directory, kind)
-        if not any(generation.inputs == inputs for generation in manifest.generations):
-            return None, "its inputs changed"
-        if manifest.settings != settings:
-            return None, "its settings changed"
-        verify(directory, manifest)
-    except DataError as error:
-        return None, str(error)
-    return manifest, "unchanged and verified"
-
-
-def whole_part(
-    directory: str | Path,
-    kind: Kind,
-    made_from: Sequence[dict[str, str]],
-    settings: dict[str, Any],
-    *,
-    sizes_only: bool = False,
-) -> Manifest | None:
-    """The newest whole generation of `directory` that was made with these settings from these inputs, if any.
-
-    Args:
-        made_from: the inputs of each generation that there should be, oldest first.
-    """
-    try:
-        there = read_manifest(directory, kind)
-    except DataError:
-        return None
-    for part in reversed(there.parts):
-        chain = [*(generation.inputs for generation in part.earlier), part.inputs]
-        if part.settings == settings and chain == list(made_from[: len(chain)]):
-            with suppress(DataError):
-                verify(directory, part, sizes_only=sizes_only)
-                return part
-    return None
-
-
-def withdraw(directory: str | Path, stays: Manifest | None) -> None:
-    """Take back the declaration that a directory is finished, unless it declares no more than what stays."""
-    with suppress(DataError):
-        if stays is not None and read_manifest(directory) == stays:
-            return
-    (Path(directory) / MANIFEST_NAME).unlink(missing_ok=True)
-
-
-def open_stage(result: StageResult) -> Manifest:
-    """The manifest behind the result of a step before, with its files present and of the right sizes.
-
-    Of a directory that has grown since, it is what was there then.
-
-    Raises:
-        DataError: it is not what the result describes.
-    """
-    manifest = read_manifest(result.path).at(result.digest)
-    if manifest is None or manifest.kind != result.kind:
-        raise DataError(f"{result.path}: changed since the step before finished; run the pipeline again")
-    verify(result.path, manifest, sizes_only=True)
-    return manifest
-
-
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """Where the first of the errors is, and what is wrong there."""
     problem = error.errors()[0]
     return f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.manifest import DataError, sync_directory, unreadable
+from trainer.data.manifest import DataError
+from trainer.files import sync_directory, unreadable
 
 MAGIC = b"YAODOCS1"
 TABLE_BYTES = struct.Struct("<I")

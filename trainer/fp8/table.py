@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from trainer.flops import parameters
+from trainer.arithmetic.flops import parameters
 from trainer.modelspec import ModelSpec
 from trainer.spec import Fp8Spec
 

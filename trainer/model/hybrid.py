@@ -42,12 +42,12 @@ from trainer.model.mtp import MtpModule, ahead
 from trainer.model.ngrams import PAD_TOKEN
 from trainer.model.norm import RMSNorm
 from trainer.model.recompute import Recomputed
+from trainer.model.rows import own_rows
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
 from trainer.ops.cross_entropy import IGNORE, cross_entropy_sum
 from trainer.ops.experts import compute_dtype
 from trainer.ops.wide import computed_in
-from trainer.parallel.rows import own_rows
 from trainer.spec import BackendsSpec
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4

@@ -31,7 +31,7 @@ def token_classes(tokenizer_json: str | Path) -> list[int]:
     """
     from tokenizers import Regex, Tokenizer, normalizers
 
-    from trainer.data.manifest import unreadable
+    from trainer.files import unreadable
 
     try:
         tokenizer = Tokenizer.from_str(Path(tokenizer_json).read_text(encoding="utf-8"))

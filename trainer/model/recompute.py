@@ -6,7 +6,7 @@
 
 Regions end in a matrix product, which is not repeated: its inputs are all that the backward pass needs of it, and
 torch stops a region once it has them. An FP8 product is repeated; its scales do not notice (trainer/fp8/linear.py).
-The choice of experts is repeated under `full` only. `trainer.activations` says what each policy keeps.
+The choice of experts is repeated under `full` only. `trainer.arithmetic.activations` says what each policy keeps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.activations import Policy
+from trainer.spec import Policy
 
 
 class Recomputed(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.parallel.rows import own_rows
+from trainer.model.rows import own_rows
 
 PACKED_ELEMENTS = 2**18  # smaller gradients travel together: a collective of their own would cost more than copying
 

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 
 from trainer.errors import ForeseenError
 from trainer.exitcodes import retryable
-from trainer.failures import node_name
 from trainer.preflight import gpus, storage
 from trainer.preflight.measured import Measured
+from trainer.process.failures import node_name
 from trainer.spec import TrainSpec
 
 log = logging.getLogger(__name__)

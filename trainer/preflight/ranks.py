@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from trainer.distributed import World
 from trainer.errors import CommunicationError
-from trainer.failures import node_name
 from trainer.preflight import Finding, gpus, run
 from trainer.preflight.measured import GB, Measured
+from trainer.process.failures import node_name
 from trainer.spec import PreflightSpec
 
 GPU_FLOOR_GB_PER_SECOND = 0.1  # 1 Gbit/s: where NCCL has lost its way; an overlay on 10 Gbit/s carries more

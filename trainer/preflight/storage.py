@@ -7,10 +7,11 @@ import socket
 import time
 from pathlib import Path
 
-from trainer.checkpoint import published, unfinished
-from trainer.data.manifest import read_manifest, sync_directory
+from trainer.arithmetic.memory import training_memory
+from trainer.checkpoints.checkpoint import published, unfinished
+from trainer.data.manifest import read_manifest
 from trainer.errors import SpecError, VolumeError
-from trainer.memory import training_memory
+from trainer.files import sync_directory
 from trainer.preflight.measured import GIB, MB, Measured, gibibytes, megabytes
 from trainer.spec import TokensSpec, TrainSpec
 

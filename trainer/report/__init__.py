@@ -11,11 +11,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from trainer.data.manifest import atomic_write
+from trainer.files import atomic_write
+from trainer.recording.results import headline_loss, loss_of
 from trainer.report.charts import line_chart
 from trainer.report.run import Run, read_run
 from trainer.report.settings import dates, hyperparameters
-from trainer.results import headline_loss, loss_of
 from trainer.specbase import to_yaml
 
 REPORT = "report.html"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trainer import restarts
+from trainer.process import restarts
 from trainer.spec import TrainSpec
 
 

@@ -14,8 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.failures import DIRECTORY_VARIABLE
-from trainer.launcher import Launcher
+from trainer.process.failures import DIRECTORY_VARIABLE
+from trainer.process.launcher import Launcher
 
 LEASE = "lease"
 TOLD = "limit"  # file in the directory of failures: which limit has passed

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-from trainer import limits
 from trainer.exitcodes import ExitCode
+from trainer.process import limits
 
 STOP_CODES = (ExitCode.LIMIT, ExitCode.TERMINATED, ExitCode.INTERRUPTED)  # the first one that any rank wants is taken
 

@@ -28,17 +28,17 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointManifest
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.checkpoint import CheckpointManifest
+from trainer.checkpoints.length import continuable
 from trainer.distributed import World
 from trainer.errors import CheckpointError, DataError, DivergedError, SpecError, in_words
 from trainer.fields import stored, version_of
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
-from trainer.length import continuable
+from trainer.model.rows import own_rows
 from trainer.modelspec import ModelSpec
 from trainer.optim import Optimizers
-from trainer.parallel.rows import own_rows
 from trainer.spec import TrainSpec
 from trainer.specbase import VERSION_FIELD, parse
 
@@ -316,6 +316,17 @@ def _difference(field: str, theirs: Any, ours: Any) -> tuple[str, Any, Any] | No
         found = (_difference(f"{field}.{key}", theirs.get(key), value) for key, value in sorted(ours.items()))
         return next(filter(None, found), None)
     return None if theirs == ours else (field, theirs, ours)
+
+
+def load_model_weights(path: str | Path, model: nn.Module) -> checkpoint.CheckpointManifest:
+    """Verify a checkpoint and fill `model` (parameters and buffers) from it in one process; for evaluation and export.
+
+    Raises:
+        CheckpointError, DivergedError: it is damaged or holds another model; weights are not finite.
+    """
+    manifest = checkpoint.verify(path)
+    load_model(path, model)
+    return manifest
 
 
 def load_model(path: str | Path, model: nn.Module) -> None:

@@ -15,20 +15,22 @@ from pathlib import Path
 
 import torch
 
-from trainer import checkpoint, hostmemory, restarts, thismachine
-from trainer.board import Board
-from trainer.checkpoint import CheckpointManifest
-from trainer.data.manifest import atomic_write
+from trainer import thismachine
+from trainer.arithmetic.flops import flops_per_token
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.checkpoint import CheckpointManifest
 from trainer.data.plan import Cursor
 from trainer.distributed import World
-from trainer.exporter import Metrics
-from trainer.flops import flops_per_token
+from trainer.files import atomic_write
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
-from trainer.logs import MetricsFile
-from trainer.owntime import OwnTime
 from trainer.preflight import Finding, of_entrypoint
-from trainer.results import headline_loss, loss_of
+from trainer.process import hostmemory, restarts
+from trainer.process.owntime import OwnTime
+from trainer.recording.board import Board
+from trainer.recording.exporter import Metrics
+from trainer.recording.logs import MetricsFile
+from trainer.recording.results import headline_loss, loss_of
 from trainer.spec import TrainSpec
 from trainer.spikes import SKIP_REASONS, SkipReason
 

@@ -4,7 +4,7 @@ A checkpoint is a directory `checkpoints/step-00000040` of torch.distributed.che
 which says what they hold and carries size and digest of each. It is written under a hidden name, synced, and renamed,
 so a directory with a visible name is complete; `LATEST` names the newest. Whether its bytes are still the ones that
 were written is what `verify` tells. Imports no torch: launchers call `latest` and `verify` from an image without it;
-the tensors are `trainer.checkpointer`'s business.
+the tensors are `trainer.checkpoints.checkpointer`'s business.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from trainer.data.manifest import atomic_write, checksum, sync_directory
 from trainer.errors import CheckpointError
 from trainer.fields import Stored, tell_unknown
+from trainer.files import atomic_write, checksum, sync_directory
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -212,19 +212,6 @@ def _compare(directory: Path, manifest: CheckpointManifest, share: tuple[int, in
 def _warn_of(foreign: Path) -> None:
     """Once for each process; what a checkpoint consists of is there and whole without it."""
     log.warning("%s does not belong to the checkpoint; ignored", foreign)
-
-
-def load_model_weights(path: str | Path, model: nn.Module) -> CheckpointManifest:
-    """Verify a checkpoint and fill `model` (parameters and buffers) from it in one process; for evaluation and export.
-
-    Raises:
-        CheckpointError, DivergedError: it is damaged or holds another model; weights are not finite.
-    """
-    from trainer.checkpointer import load_model
-
-    manifest = verify(path)
-    load_model(path, model)
-    return manifest
 
 
 def describe_files(directory: Path, names: Iterable[str]) -> dict[str, CheckpointFile]:

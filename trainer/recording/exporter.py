@@ -18,7 +18,7 @@ from prometheus_client import (
 )
 
 from trainer.errors import SpecError
-from trainer.metrics import BY_NAME, METRICS, PREFIX, STEP_BUCKETS, Metric, Process
+from trainer.recording.metrics import BY_NAME, METRICS, PREFIX, STEP_BUCKETS, Metric, Process
 
 disable_created_metrics()  # a second series for each counter that nobody reads
 MOST_TRIES, LAST_PORT = 64, 65535
@@ -111,7 +111,7 @@ class Metrics:
     def _child(self, name: str, kind: str, labels: dict[str, str]) -> Gauge | Counter | Histogram | None:
         metric = BY_NAME.get(name)
         if metric is None:
-            raise ValueError(f"metric {name} is not in the table METRICS of trainer/metrics.py; add it there")
+            raise ValueError(f"metric {name} is not in the table METRICS of trainer/recording/metrics.py; add it there")
         assert metric.kind == kind, f"{name} is a {metric.kind}, used as a {kind}"
         assert set(labels) == set(metric.labels), f"{name} has the labels {metric.labels}, got {tuple(labels)}"
         if self._is_ignored(metric):

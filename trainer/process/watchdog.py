@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from trainer import failures
 from trainer.exitcodes import STOPS, ExitCode
+from trainer.process import failures
 
 PEER_SECONDS = 15.0  # without progress, after a peer's failure: time for this rank to notice by itself
 

@@ -23,10 +23,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, TypeGuard
 
-from trainer import failures
 from trainer.errors import LaunchError, VolumeError
 from trainer.exitcodes import ExitCode
-from trainer.limits import Lease, LeaseWatch
+from trainer.process import failures
+from trainer.process.limits import Lease, LeaseWatch
 
 FILE = ".training"
 RENEWAL_SECONDS = 8.0

@@ -9,9 +9,9 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from trainer.activations import WIDTHS, activations
+from trainer.arithmetic.activations import WIDTHS, activations
+from trainer.arithmetic.flops import Parameter, parameters
 from trainer.errors import SpecError
-from trainer.flops import Parameter, parameters
 from trainer.modelspec import ModelSpec
 from trainer.optim.rules import STATE_BYTES, assign
 from trainer.parallel.layout import Layout, is_expert_weight, resolve

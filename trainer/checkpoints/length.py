@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from trainer.checkpoint import CheckpointManifest, read_manifest, step_of
+from trainer.checkpoints.checkpoint import CheckpointManifest, read_manifest, step_of
 from trainer.errors import CheckpointError, SpecError
 from trainer.spec import ScheduleSpec, TrainSpec
 

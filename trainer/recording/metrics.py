@@ -5,7 +5,7 @@ Kubernetes' labels, and a metric must not make a new series on every restart. Co
 as Prometheus expects (`increase` sees a restart as a reset).
 
 Values of the whole run (loss, tokens) are exported by rank 0 only; `per_rank` ones by every rank, with a `rank` label.
-`trainer/exporter.py` serves them.
+`trainer/recording/exporter.py` serves them.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer import parity
-from trainer.activations import Policy, activations
-from trainer.flops import (
+from trainer.arithmetic.activations import activations
+from trainer.arithmetic.flops import (
     Parameter,
     core_flops_per_token,
     flops_per_token,
@@ -22,10 +22,10 @@ from trainer.flops import (
     parameters,
     sublayer_parameters,
 )
-from trainer.memory import Memory, step_memory, training_memory
+from trainer.arithmetic.memory import Memory, step_memory, training_memory
 from trainer.modelspec import ModelSpec
 from trainer.parallel.layout import Layout
-from trainer.spec import BackendsSpec, OptimizerSpec, TrainSpec
+from trainer.spec import BackendsSpec, OptimizerSpec, Policy, TrainSpec
 
 
 @dataclass(frozen=True)

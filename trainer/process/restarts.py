@@ -20,11 +20,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from trainer.checkpoint import latest_step
-from trainer.data.manifest import atomic_write
 from trainer.errors import BudgetError
 from trainer.exitcodes import STOPS, ExitCode, retryable
-from trainer.failures import OUT_OF_MEMORY_LABEL, PEER_STOPPED, code_label
+from trainer.files import atomic_write
+from trainer.process.failures import OUT_OF_MEMORY_LABEL, PEER_STOPPED, code_label
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +55,10 @@ class NodeRecord:
 _Nodes = TypeAdapter(dict[str, NodeRecord])
 
 
-def begin(run_dir: str | Path, max_restarts: int, task: str = "train", node: str | None = None) -> NodeRecord:
-    """Count this start of `task` on this node.
+def begin(
+    run_dir: str | Path, max_restarts: int, step: int, task: str = "train", node: str | None = None
+) -> NodeRecord:
+    """Count this start of `task` on this node; the run's newest checkpoint is of `step`.
 
     A start after success or a permanent failure is a person's decision: budget and deadline begin anew. One after a
     stop signal, or after the run has published a checkpoint since the last start, costs nothing. After a stop signal
@@ -68,7 +69,7 @@ def begin(run_dir: str | Path, max_restarts: int, task: str = "train", node: str
         BudgetError: `max_restarts` starts in a row have not got the run any further.
     """
     with _locked(_file(run_dir, task)) as nodes:
-        key, step = node or socket.gethostname(), latest_step(run_dir)
+        key = node or socket.gethostname()
         if key not in nodes:
             record = NodeRecord(step=step)
         else:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from trainer.modelspec import ModelSpec
+from trainer.spec import Policy
 
 S = TypeVar("S")
-Policy = Literal["none", "selective", "full"]
 
 WIDE, INDEX = 4, 8  # bytes of an fp32 and an int64 number
 

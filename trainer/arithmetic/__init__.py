@@ -1,0 +1,1 @@
+"""What a model amounts to, by arithmetic alone: parameters, operations, memory. Imports no torch."""

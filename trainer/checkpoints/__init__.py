@@ -1,0 +1,1 @@
+"""Checkpoints of a run: their files, their tensors, and from which of them a run may continue."""

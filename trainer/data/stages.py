@@ -1,0 +1,112 @@
+"""A stage of the data path as a step sees it: what a step hands on, and what of a directory may be used again.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainer.data.manifest import MANIFEST_NAME, Kind, Manifest, first_problem, read_manifest, verify
+from trainer.errors import DataError
+from trainer.fields import Stored, tell_unknown
+
+
+class StageResult(Stored):
+    """What a finished step hands to the next one: where its output is, its digest, counts for a person."""
+
+    kind: str
+    path: str
+    digest: str
+    summary: dict[str, int | float | str] = {}
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> StageResult:
+        """Raises DataError when `text` is not what `to_json` writes."""
+        try:
+            result = cls.model_validate_json(text)
+        except ValidationError as error:
+            raise DataError(f"the result of the step before cannot be read ({first_problem(error)})") from None
+        tell_unknown(result, f"the result of the step before, of {result.path}")
+        return result
+
+
+def reusable(
+    directory: str | Path,
+    kind: Kind,
+    inputs: dict[str, str],
+    settings: dict[str, Any],
+) -> tuple[Manifest | None, str]:
+    """The manifest of `directory` if it is whole and was made from these inputs and settings, else None; and why.
+
+    One that has grown since holds what they gave, too.
+    """
+    if not (Path(directory) / MANIFEST_NAME).exists():
+        return None, "not made yet"
+    try:
+        manifest = read_manifest(directory, kind)
+        if not any(generation.inputs == inputs for generation in manifest.generations):
+            return None, "its inputs changed"
+        if manifest.settings != settings:
+            return None, "its settings changed"
+        verify(directory, manifest)
+    except DataError as error:
+        return None, str(error)
+    return manifest, "unchanged and verified"
+
+
+def whole_part(
+    directory: str | Path,
+    kind: Kind,
+    made_from: Sequence[dict[str, str]],
+    settings: dict[str, Any],
+    *,
+    sizes_only: bool = False,
+) -> Manifest | None:
+    """The newest whole generation of `directory` that was made with these settings from these inputs, if any.
+
+    Args:
+        made_from: the inputs of each generation that there should be, oldest first.
+    """
+    try:
+        there = read_manifest(directory, kind)
+    except DataError:
+        return None
+    for part in reversed(there.parts):
+        chain = [*(generation.inputs for generation in part.earlier), part.inputs]
+        if part.settings == settings and chain == list(made_from[: len(chain)]):
+            with suppress(DataError):
+                verify(directory, part, sizes_only=sizes_only)
+                return part
+    return None
+
+
+def withdraw(directory: str | Path, stays: Manifest | None) -> None:
+    """Take back the declaration that a directory is finished, unless it declares no more than what stays."""
+    with suppress(DataError):
+        if stays is not None and read_manifest(directory) == stays:
+            return
+    (Path(directory) / MANIFEST_NAME).unlink(missing_ok=True)
+
+
+def open_stage(result: StageResult) -> Manifest:
+    """The manifest behind the result of a step before, with its files present and of the right sizes.
+
+    Of a directory that has grown since, it is what was there then.
+
+    Raises:
+        DataError: it is not what the result describes.
+    """
+    manifest = read_manifest(result.path).at(result.digest)
+    if manifest is None or manifest.kind != result.kind:
+        raise DataError(f"{result.path}: changed since the step before finished; run the pipeline again")
+    verify(result.path, manifest, sizes_only=True)
+    return manifest

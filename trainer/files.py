@@ -1,0 +1,61 @@
+"""Files that are never half there: atomic writes, durable renames, checksums, and the error of one that cannot be read.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+
+from trainer.errors import DataError, VolumeError, in_words
+
+Algorithm = Literal["sha256", "xxh3_128"]
+
+
+class UnreadableError(VolumeError, DataError):
+    """A file of data that its volume does not give; whoever makes damaged data anew makes this anew too."""
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Write through a temporary file, fsync and rename, so that `path` never exists half-written."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: str | Path) -> None:
+    """Make the renames in `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: str | Path, algorithm: Algorithm) -> str:
+    """Hex digest of a file, read in blocks.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    state = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(2**20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def unreadable(path: str | Path, error: OSError) -> UnreadableError:
+    """What to raise for an error of the system in the reading of a file."""
+    said = error.strerror or in_words(error)
+    return UnreadableError(f"{path}: cannot be read ({said}); check the volume and its permissions")
