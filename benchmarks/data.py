@@ -48,8 +48,7 @@ def train(work: Path, cores: int) -> Callable[[], object]:
 
 def _stages(work: Path, cores: int, trained: bool = True):
     from manifests.spec import job_from
-    from trainer.data.manifest import Manifest, SourceEntry, file_entry, read_manifest, write_manifest
-    from trainer.data.stages import StageResult
+    from trainer.data.manifest import Manifest, SourceEntry, StageResult, file_entry, read_manifest, write_manifest
 
     source = {"domain": "ko", "weight": 1.0, "licence": "mixed", "origin": {"kind": "files", "paths": ["mixed"]}}
     changes = {

@@ -23,7 +23,7 @@ import typer
 
 import components
 from manifests.spec import JobSpec, job_from, job_from_json
-from trainer.data.stages import StageResult
+from trainer.data.manifest import StageResult
 
 SAMPLE = Path(components.__file__).parent / "download" / "sample"
 

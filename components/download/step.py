@@ -21,10 +21,10 @@ from trainer.data.manifest import (
     FileEntry,
     Manifest,
     SourceEntry,
+    StageResult,
     read_manifest,
     write_manifest,
 )
-from trainer.data.stages import StageResult
 from trainer.errors import VolumeError, in_words, of_the_machine
 
 

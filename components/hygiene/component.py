@@ -11,7 +11,7 @@ def hygiene(job: str, raw: str) -> str:
     from components.hygiene.step import run
     from components.running import step
     from manifests.spec import job_from_json
-    from trainer.data.stages import StageResult
+    from trainer.data.manifest import StageResult
 
     with step("hygiene"):
         return run(job_from_json(job), StageResult.from_json(raw)).to_json()

@@ -31,8 +31,8 @@ from components.shards.pool import Workers
 from components.volume import named, volume_explained
 from manifests.spec import JobSpec
 from trainer.data.jsonl import documents
-from trainer.data.manifest import FileEntry, Manifest, file_entry, write_manifest
-from trainer.data.stages import StageResult, open_stage, reusable, whole_part, withdraw
+from trainer.data.manifest import FileEntry, Manifest, StageResult, file_entry, write_manifest
+from trainer.data.stages import open_stage, reusable, whole_part, withdraw
 from trainer.files import atomic_write, sync_directory
 
 SCANS, EVALUATION, SPILL = "scans", "evaluation", ".spill"

@@ -11,7 +11,7 @@ from typing import Literal
 
 from manifests.spec import JobSpec
 from trainer.checkpoints.checkpoint import CheckpointFile, describe_files, latest, read_manifest
-from trainer.data.stages import StageResult
+from trainer.data.manifest import StageResult
 from trainer.fields import stored
 from trainer.recording.results import read_json
 

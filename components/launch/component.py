@@ -9,7 +9,7 @@ def launch(job: str, task: str, after: str, pipeline_run: str) -> str:
     from components.launch.step import run
     from components.running import step
     from manifests.spec import job_from_json
-    from trainer.data.stages import StageResult
+    from trainer.data.manifest import StageResult
 
     with step(task):
         return run(job_from_json(job), task, StageResult.from_json(after), pipeline_run).to_json()

@@ -14,8 +14,8 @@ from components.launch.artefacts import Task, finished
 from manifests.spec import JobSpec, job_file_text
 from trainer.checkpoints.checkpoint import candidates, latest, read_manifest
 from trainer.checkpoints.length import continuable
+from trainer.data.manifest import StageResult
 from trainer.data.manifest import read_manifest as read_data_manifest
-from trainer.data.stages import StageResult
 from trainer.errors import VolumeError
 from trainer.files import atomic_write
 from trainer.spec import TrainSpec

@@ -12,9 +12,8 @@ from pathlib import Path
 from manifests.spec import JobSpec
 from trainer.data.enough import Amount, end_of, refuse_too_little, stages_of
 from trainer.data.format import Shard
-from trainer.data.manifest import Manifest, read_manifest
+from trainer.data.manifest import Manifest, StageResult, read_manifest
 from trainer.data.mixture import Mixture
-from trainer.data.stages import StageResult
 from trainer.errors import DataError
 
 DATA_ALONE_VARIABLE = "YAONGI_DATA_ALONE"  # there when no training follows: what is too little for one is told only

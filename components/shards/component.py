@@ -23,7 +23,7 @@ def shards(job: str, raw: str, tokenizer: str, after: list) -> str:
     from components.running import step
     from components.shards.step import run
     from manifests.spec import job_from_json
-    from trainer.data.stages import StageResult
+    from trainer.data.manifest import StageResult
 
     with step("shards"):
         spec = job_from_json(job)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from manifests.spec import JobSpec
-from trainer.data.manifest import Record
-from trainer.data.stages import StageResult
+from trainer.data.manifest import Record, StageResult
 
 
 class Range(Record):

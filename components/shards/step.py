@@ -27,9 +27,18 @@ from components.tokenizer.step import sample
 from components.volume import volume_explained
 from manifests.spec import JobSpec
 from trainer.data.format import token_dtype
-from trainer.data.manifest import SPLITS, DataError, FileEntry, Manifest, read_manifest, verify, write_manifest
+from trainer.data.manifest import (
+    SPLITS,
+    DataError,
+    FileEntry,
+    Manifest,
+    StageResult,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from trainer.data.provenance import SUFFIX
-from trainer.data.stages import StageResult, open_stage, reusable, whole_part, withdraw
+from trainer.data.stages import open_stage, reusable, whole_part, withdraw
 from trainer.data.tokenizer import Tokenizer
 
 UNITS_DIR = "units"

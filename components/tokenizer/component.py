@@ -15,7 +15,7 @@ def tokenizer(job: str, raw: str) -> NamedTuple("Trained", [("tokenizer", str), 
     from components.shards.ranges import ranges
     from components.tokenizer.step import run
     from manifests.spec import job_from_json
-    from trainer.data.stages import StageResult
+    from trainer.data.manifest import StageResult
 
     with step("tokenizer"):
         spec, texts = job_from_json(job), StageResult.from_json(raw)

@@ -20,8 +20,8 @@ from components.volume import volume_explained
 from manifests.spec import JobSpec
 from trainer.data import tokenizer as bpe
 from trainer.data.jsonl import documents
-from trainer.data.manifest import FileEntry, Manifest, file_entry, write_manifest
-from trainer.data.stages import StageResult, open_stage, reusable
+from trainer.data.manifest import FileEntry, Manifest, StageResult, file_entry, write_manifest
+from trainer.data.stages import open_stage, reusable
 from trainer.files import atomic_write
 
 WINDOW_BYTES = 2**20

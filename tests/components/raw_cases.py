@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from manifests.spec import JobSpec, job_from
-from trainer.data.manifest import Manifest, SourceEntry, file_entry, write_manifest
-from trainer.data.stages import StageResult
+from trainer.data.manifest import Manifest, SourceEntry, StageResult, file_entry, write_manifest
 
 WORDS = {
     "ko": ["대한민국의", "수도는", "서울이다.", "고양이가", "야옹", "하고", "운다.\n", "모델을", "훈련한다."],

@@ -14,7 +14,7 @@ from raw_cases import small_job, write_raw
 from components.shards import step as shards
 from components.shards.ranges import ranges
 from components.tokenizer import step as tokenizer
-from trainer.data.stages import StageResult
+from trainer.data.manifest import StageResult
 
 
 def _inodes(directory: str) -> dict[str, int]:

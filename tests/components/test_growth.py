@@ -19,8 +19,8 @@ from components.shards.ranges import ranges
 from components.tokenizer import step as tokenizer_step
 from manifests.spec import JobSpec, load_job
 from trainer.data.documents import SourceDocuments
-from trainer.data.manifest import Manifest, read_manifest, verify
-from trainer.data.stages import StageResult, open_stage
+from trainer.data.manifest import Manifest, StageResult, read_manifest, verify
+from trainer.data.stages import open_stage
 from trainer.errors import SpecError
 
 NAMES = ("large", "little")

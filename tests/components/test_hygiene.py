@@ -20,8 +20,7 @@ from components.hygiene.attributes import decisions, dropped
 from components.lock import alone
 from manifests.spec import JobSpec
 from trainer.data.jsonl import documents
-from trainer.data.manifest import DataError, read_manifest, verify, write_manifest
-from trainer.data.stages import StageResult
+from trainer.data.manifest import DataError, StageResult, read_manifest, verify, write_manifest
 from trainer.errors import LaunchError, VolumeError
 
 QUESTION = "Which of the following thirteen words in a row shall no model have seen before its test?"

@@ -12,8 +12,7 @@ from components.shards import step
 from components.tokenizer import step as tokenizer_step
 from manifests.spec import JobSpec
 from trainer.data.loader import TokenLoader
-from trainer.data.manifest import DataError
-from trainer.data.stages import StageResult
+from trainer.data.manifest import DataError, StageResult
 from trainer.errors import foreseen
 from trainer.exitcodes import ExitCode
 

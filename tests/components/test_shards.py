@@ -24,9 +24,8 @@ from components.shards.ranges import ranges
 from components.tokenizer import step as tokenizer_step
 from manifests.spec import JobSpec
 from trainer.data.format import Shard
-from trainer.data.manifest import DataError, read_manifest
+from trainer.data.manifest import DataError, StageResult, read_manifest
 from trainer.data.provenance import Origins
-from trainer.data.stages import StageResult
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import LaunchError, VolumeError
 

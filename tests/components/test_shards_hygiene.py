@@ -15,8 +15,7 @@ from components.shards.engine import open_engine, with_markup
 from components.tokenizer import step as tokenizer_step
 from manifests.spec import JobSpec
 from trainer.data.format import Shard
-from trainer.data.manifest import DataError, read_manifest
-from trainer.data.stages import StageResult
+from trainer.data.manifest import DataError, StageResult, read_manifest
 from trainer.data.tokenizer import EOD, Tokenizer
 
 CHAT = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n<|think_start|>\nHm.\n<|think_end|>\n\nHi<|im_end|>\n"

@@ -12,12 +12,13 @@ from trainer.data.manifest import (
     FileEntry,
     Manifest,
     SourceEntry,
+    StageResult,
     file_entry,
     read_manifest,
     verify,
     write_manifest,
 )
-from trainer.data.stages import StageResult, open_stage, reusable
+from trainer.data.stages import open_stage, reusable
 from trainer.exitcodes import ExitCode
 from trainer.files import checksum
 

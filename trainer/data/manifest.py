@@ -153,6 +153,28 @@ class Manifest(Stored):
         )
 
 
+class StageResult(Stored):
+    """What a finished step hands to the next one: where its output is, its digest, counts for a person."""
+
+    kind: str
+    path: str
+    digest: str
+    summary: dict[str, int | float | str] = {}
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> StageResult:
+        """Raises DataError when `text` is not what `to_json` writes."""
+        try:
+            result = cls.model_validate_json(text)
+        except ValidationError as error:
+            raise DataError(f"the result of the step before cannot be read ({first_problem(error)})") from None
+        tell_unknown(result, f"the result of the step before, of {result.path}")
+        return result
+
+
 def file_entry(directory: str | Path, path: str, algorithm: Algorithm = "xxh3_128", **counts: Any) -> FileEntry:
     """The entry of a finished file `directory/path`; `counts` are further fields of FileEntry."""
     full = Path(directory) / path

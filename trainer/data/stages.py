@@ -1,4 +1,4 @@
-"""A stage of the data path as a step sees it: what a step hands on, and what of a directory may be used again.
+"""A stage of the data path as a step sees it: the data behind the result of the step before, and what may be used again.
 
 Imports no torch.
 """
@@ -10,33 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from trainer.data.manifest import MANIFEST_NAME, Kind, Manifest, first_problem, read_manifest, verify
+from trainer.data.manifest import MANIFEST_NAME, Kind, Manifest, StageResult, read_manifest, verify
 from trainer.errors import DataError
-from trainer.fields import Stored, tell_unknown
-
-
-class StageResult(Stored):
-    """What a finished step hands to the next one: where its output is, its digest, counts for a person."""
-
-    kind: str
-    path: str
-    digest: str
-    summary: dict[str, int | float | str] = {}
-
-    def to_json(self) -> str:
-        return self.model_dump_json()
-
-    @classmethod
-    def from_json(cls, text: str) -> StageResult:
-        """Raises DataError when `text` is not what `to_json` writes."""
-        try:
-            result = cls.model_validate_json(text)
-        except ValidationError as error:
-            raise DataError(f"the result of the step before cannot be read ({first_problem(error)})") from None
-        tell_unknown(result, f"the result of the step before, of {result.path}")
-        return result
 
 
 def reusable(
