@@ -1,4 +1,4 @@
-"""A stage of the data path as a step sees it: the data behind the result of the step before, and what may be used again.
+"""A stage of the data path as a step sees it: the data behind a result, and what of a directory may be used again.
 
 Imports no torch.
 """
