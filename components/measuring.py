@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import get_args
 
-from components.running import MOVED
+from components.marks import MOVED
 from manifests.names import STEP_METRICS_PORT, Task
 from trainer.errors import SpecError
 from trainer.recording.exporter import Metrics

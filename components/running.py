@@ -7,7 +7,6 @@ Kubeflow Pipelines and is what `yaongi run` prints. An error that nobody foresaw
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
@@ -17,14 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from components.marks import DONE, STARTED
 from trainer.errors import foreseen
 from trainer.exitcodes import ExitCode
 from trainer.process.launcher import Launcher
 
-MOVED = "metrics of the steps: port "  # not the usual one
-STARTED, DONE = "▶ ", "✓ "
 FAULT_HINT = "a fault of this program, not of what you wrote; please report it with its traceback"
-FAILED = re.compile(r"error (?P<code>\d+): (?P<message>.*)")
 STOP_FILE_VARIABLE = (
     "YAONGI_STOP_FILE"  # there once the run is to stop: the number of the signal (pipelines/stopping.py)
 )

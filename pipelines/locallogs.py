@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from components.launch import LaunchError
-from components.running import DONE, FAILED, STARTED
+from components.marks import DONE, FAILED, STARTED
 from pipelines import background
 from pipelines.progress import Watcher
 from pipelines.runs import Run

@@ -14,7 +14,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from components.running import DONE, FAILED, STARTED
+from components.marks import DONE, FAILED, STARTED
 from trainer.exitcodes import ExitCode
 
 # What kfp.local says of a step that has died, also of one that could not say so itself.

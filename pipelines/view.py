@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from components.running import DONE, MOVED, STARTED
+from components.marks import DONE, MOVED, STARTED
 from pipelines import background, options
 from pipelines.background import Process
 from pipelines.runs import Run

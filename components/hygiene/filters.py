@@ -1,4 +1,4 @@
-"""What a filter is, and which there are. A further one is a file with such a class and a line in `chosen`.
+"""What a filter is; which there are says registry.py.
 
 Filtering is a map and a reduction: a filter's scanner sees every document of one raw file once and leaves an array;
 then `decide` looks at the arrays of all files and says which documents go. Arrays of finished files survive a crash.
@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-
-from manifests.dataspec import HygieneSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,20 +68,3 @@ def visible(text: str) -> str:
     left out where texts are compared, never of what is stored.
     """
     return text if text.isascii() else IGNORABLE.sub("", text)
-
-
-def chosen(spec: HygieneSpec, evaluation: dict[str, list[str]]) -> list[Filter]:
-    """The filters that the spec asks for, in the order in which the report names them.
-
-    Args:
-        evaluation: the texts of each evaluation set of the spec.
-    """
-    from components.hygiene.contamination import Contamination
-    from components.hygiene.duplicates import ExactDuplicates
-
-    filters = list[Filter]()
-    if spec.exact_duplicates:
-        filters.append(ExactDuplicates())
-    if spec.evaluation:
-        filters.append(Contamination(evaluation, spec.ngram))
-    return filters

@@ -23,12 +23,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from components import measuring
-from components.hygiene.filters import INVISIBLE, Drop, Filter, chosen
+from components.hygiene.filters import INVISIBLE, Drop, Filter
 from components.hygiene.report import Report
 from components.lock import alone
 from components.progress import ByteProgress
-from components.shards.pool import Workers
 from components.volume import named, volume_explained
+from components.workers import Workers
 from manifests.spec import JobSpec
 from trainer.data.jsonl import documents
 from trainer.data.manifest import FileEntry, Manifest, StageResult, file_entry, write_manifest
@@ -48,6 +48,8 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
     if not job.hygiene.enabled:
         print("hygiene: the job asks for none, nothing is left out", flush=True)
         return raw
+    from components.hygiene.registry import chosen  # NumPy comes with it
+
     directory = Path(job.stage_dir("hygiene"))
     raw_manifest = open_stage(raw)
     with alone(directory, "deciding what training leaves out"), volume_explained(directory):

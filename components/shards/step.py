@@ -18,13 +18,13 @@ from components import measuring
 from components.hygiene.attributes import decisions
 from components.lock import alone_on
 from components.progress import ByteProgress
+from components.sampling import sample
 from components.shards.assemble import ShardMaker, ShardPlan, plan_shards
 from components.shards.engine import choose_engine
-from components.shards.pool import Workers
 from components.shards.ranges import Range
 from components.shards.units import Journal, Unit, UnitEncoder, encode_units, plan_units, range_of
-from components.tokenizer.step import sample
 from components.volume import volume_explained
+from components.workers import Workers
 from manifests.spec import JobSpec
 from trainer.data.format import token_dtype
 from trainer.data.manifest import (

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from components.hygiene.attributes import dropped
 from components.progress import ByteProgress
 from components.shards.engine import Encode, EngineName, open_engine, with_markup
-from components.shards.pool import Workers
+from components.workers import Workers
 from trainer.data.format import token_dtype
 from trainer.data.jsonl import documents, where
 from trainer.data.manifest import SPLITS, DataError, Manifest, Split

@@ -16,15 +16,14 @@ from typing import Any
 from components import measuring
 from components.lock import alone
 from components.progress import ByteProgress
+from components.sampling import sample
 from components.volume import volume_explained
 from manifests.spec import JobSpec
 from trainer.data import tokenizer as bpe
-from trainer.data.jsonl import documents
 from trainer.data.manifest import FileEntry, Manifest, StageResult, file_entry, write_manifest
 from trainer.data.stages import open_stage, reusable
 from trainer.files import atomic_write
 
-WINDOW_BYTES = 2**20
 REPORT = "report.json"
 REPORT_BYTES = 2**20  # text of each source on which the compression is reported
 
@@ -90,29 +89,6 @@ def _make(job: JobSpec, directory: Path, raw_dir: str, raw: Manifest) -> list[Fi
     report = _compression(directory, raw_dir, raw)
     atomic_write(directory / REPORT, json.dumps(report, indent=1).encode() + b"\n")
     return [file_entry(directory, name, "sha256") for name in ("tokenizer.json", "tokenizer_config.json", REPORT)]
-
-
-def sample(directory: str | Path, manifest: Manifest, source: str, budget_bytes: int) -> Iterator[str]:
-    """Texts of one source from evenly spaced windows, until they hold `budget_bytes` or the source is through."""
-    windows = [
-        (entry.path, start) for entry in manifest.select(source) for start in range(0, entry.bytes, WINDOW_BYTES)
-    ]
-    taken = 0
-    for path, start in _spread(windows):
-        for _, text in documents(Path(directory) / path, start, start + WINDOW_BYTES):
-            if taken >= budget_bytes:
-                return
-            taken += len(text.encode())
-            yield text
-
-
-def _spread(windows: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-    """All windows, in the order of bit-reversed positions: any first part of it is spread evenly over the whole."""
-    bits = max(len(windows) - 1, 1).bit_length()
-    for number in range(2**bits):
-        position = int(f"{number:0{bits}b}"[::-1], 2)
-        if position < len(windows):
-            yield windows[position]
 
 
 def _with_progress(job: JobSpec, directory: str, manifest: Manifest, progress: ByteProgress) -> Iterator[str]:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from raw_cases import contents, small_job, texts, write_raw
 
+from components import sampling
 from components.lock import alone
 from components.tokenizer import step
-from components.tokenizer.step import sample
 from trainer.data.manifest import DataError, Manifest, file_entry, read_manifest
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import LaunchError, VolumeError
@@ -40,11 +40,11 @@ def test_reports_the_bytes_of_a_token_by_domain(tmp_path: Path) -> None:
 
 
 def test_sample_follows_the_mix_and_is_spread_over_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "WINDOW_BYTES", 1000)
+    monkeypatch.setattr(sampling, "WINDOW_BYTES", 1000)
     manifest = _numbered(tmp_path, 10_000)
-    everything = list(sample(tmp_path, manifest, "ko", 10**9))
+    everything = list(sampling.sample(tmp_path, manifest, "ko", 10**9))
     assert sorted(everything) == sorted(f"{n:07d}" for n in range(10_000))
-    some = list(sample(tmp_path, manifest, "ko", 7_000))
+    some = list(sampling.sample(tmp_path, manifest, "ko", 7_000))
     assert len(some) == 1000 and some == everything[:1000]
     thirds = [sum(lower <= int(text) < lower + 3334 for text in some) for lower in (0, 3333, 6666)]
     assert all(250 < count < 420 for count in thirds)

@@ -16,7 +16,7 @@ from kube import TRAINER_IMAGE, pod
 from pipeline_run import RUN_TIMEOUT, SETS, STEPS, PipelineRun, losses
 from scrape import Prometheus
 
-from components.running import FAILED
+from components.marks import FAILED
 from manifests.kinds import PYTORCHJOB
 from manifests.names import job_name
 from manifests.spec import load_job

@@ -1,0 +1,34 @@
+"""A sample of the raw text, spread evenly over a source: what the tokenizer is trained and encoders are compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.data.jsonl import documents
+from trainer.data.manifest import Manifest
+
+WINDOW_BYTES = 2**20
+
+
+def sample(directory: str | Path, manifest: Manifest, source: str, budget_bytes: int) -> Iterator[str]:
+    """Texts of one source from evenly spaced windows, until they hold `budget_bytes` or the source is through."""
+    windows = [
+        (entry.path, start) for entry in manifest.select(source) for start in range(0, entry.bytes, WINDOW_BYTES)
+    ]
+    taken = 0
+    for path, start in _spread(windows):
+        for _, text in documents(Path(directory) / path, start, start + WINDOW_BYTES):
+            if taken >= budget_bytes:
+                return
+            taken += len(text.encode())
+            yield text
+
+
+def _spread(windows: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """All windows, in the order of bit-reversed positions: any first part of it is spread evenly over the whole."""
+    bits = max(len(windows) - 1, 1).bit_length()
+    for number in range(2**bits):
+        position = int(f"{number:0{bits}b}"[::-1], 2)
+        if position < len(windows):
+            yield windows[position]
