@@ -21,13 +21,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from components.launch import LaunchError
 from components.running import one_line
 from components.volume import made
 from manifests.paths import whole
 from manifests.spec import JobSpec, job_file_text
 from pipelines.options import again
 from pipelines.stopping import ends_at_once
+from trainer.errors import LaunchError
 from trainer.exitcodes import ExitCode, of_process
 from trainer.files import atomic_write
 from trainer.specbase import to_stored_yaml

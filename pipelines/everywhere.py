@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from components.launch import LaunchError
-from components.launch.kubeconfig import NoCluster, require_cluster
+from components.cluster.kubeconfig import NoCluster, require_cluster
 from pipelines import runs, view
 from pipelines.kept import kept
 from pipelines.kept import view as view_of_kept
 from pipelines.runs import Run, UnknownRun, named
 from pipelines.view import View
+from trainer.errors import LaunchError
 
 KFP_RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 if TYPE_CHECKING:  # it takes a second, which nobody should wait for whose run is here
-    from components.launch.kubernetes_api import Cluster
+    from components.cluster.api import Cluster
     from pipelines.remote import RemoteRun
 
 
@@ -32,7 +32,7 @@ def is_kfp(text: str) -> bool:
 def connect(namespace: str) -> Cluster:
     """The cluster's namespace; "" for that of the kubeconfig's context."""
     require_cluster()
-    from components.launch.kubernetes_api import Cluster
+    from components.cluster.api import Cluster
 
     return Cluster.connect(namespace or None)
 

@@ -16,10 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
-from components.launch import LaunchError
 from components.quick import quick_imports
 from pipelines.view import View
-from trainer.errors import in_words
+from trainer.errors import LaunchError, in_words
 from trainer.specbase import SpecError
 
 POLL_SECONDS = 5.0

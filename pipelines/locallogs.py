@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from components.launch import LaunchError
 from components.marks import DONE, FAILED, STARTED
 from pipelines import background
 from pipelines.progress import Watcher
 from pipelines.runs import Run
 from pipelines.view import newest_log, of_local
+from trainer.errors import LaunchError
 
 POLL_SECONDS = 0.5
 

@@ -17,12 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from components.launch import LaunchError, kubernetes
-from components.launch import kubernetes_explain as explain
-from components.launch.kubernetes_api import Cluster
-from components.launch.kubernetes_gather import jobs, situation
-from components.launch.kubernetes_watch import LogFollower
-from components.launch.kubernetes_why import restarts, why
+from components.cluster import state
+from components.cluster.api import Cluster
+from components.cluster.watch import LogFollower
+from components.diagnose.gather import jobs, situation
+from components.diagnose.why import restarts, why
+from components.launch import kubernetes
 from components.launch.lease import held
 from manifests.kinds import QUEUE_LABEL, Object, kind_of
 from manifests.names import PIPELINE_LABEL, RUN_LABEL, TASK_LABEL
@@ -31,6 +31,7 @@ from pipelines.kept import keep, kept, run_dir_of
 from pipelines.runs import choose
 from pipelines.standing import PUBLISHED, of_log
 from pipelines.view import View
+from trainer.errors import LaunchError
 
 TAIL_LINES = 2000  # enough to hold a checkpoint's line between those of steps
 ALL_LINES = 10_000_000
@@ -113,22 +114,22 @@ def show_logs(run: RemoteRun, write: Callable[[str], None], *, follow: bool, ran
         current = run.cluster.get(kind.kind, name)
         pods = _of_index(run.cluster.pods(kind, name), kind.index_label, index)
         for pod in pods:
-            if explain.container_status(pod).get("restartCount") and pod["metadata"]["uid"] not in told:
+            if state.container_status(pod).get("restartCount") and pod["metadata"]["uid"] not in told:
                 told.add(pod["metadata"]["uid"])
                 for line in _lines(run.cluster, pod, previous=True):
                     write(line)
             if not follow:
                 for line in _lines(run.cluster, pod):
                     write(line)
-            elif explain.has_started(pod):
+            elif state.has_started(pod):
                 follower.add(pod)
-            if explain.is_over(pod):
+            if state.is_over(pod):
                 follower.ended(pod["metadata"]["uid"])
         if not follow:
             if not pods:
                 raise LaunchError(f"job {name} has no pod for rank {rank or 0}; see: yaongi why {name}")
             return
-        if current is None or not explain.is_active(current):
+        if current is None or not state.is_active(current):
             follower.finish(15)
             return
         time.sleep(POLL_SECONDS)
@@ -146,7 +147,7 @@ def stop(run: RemoteRun, workdir: Path, write: Callable[[str], None]) -> str:
     Raises:
         LaunchError: nothing of it runs, it is not ours, or pods are left.
     """
-    active = [job for job in run.jobs.values() if explain.is_active(job)]
+    active = [job for job in run.jobs.values() if state.is_active(job)]
     if not active:
         raise LaunchError(f"run {run.name} is not running in namespace '{run.cluster.namespace}'")
     saved = "nothing of it was running yet"
@@ -163,7 +164,7 @@ def stop(run: RemoteRun, workdir: Path, write: Callable[[str], None]) -> str:
         follower.start()
         pods = run.cluster.pods(kind, name)
         for pod in _of_index(pods, kind.index_label, 0):
-            if explain.has_started(pod):
+            if state.has_started(pod):
                 follower.add(pod)
         grace = max((pod["spec"].get("terminationGracePeriodSeconds", 30) for pod in pods), default=30)
         gone = kubernetes.stop(run.cluster, kind, name, grace, lambda line: write(line.removeprefix("launcher: ")))
@@ -192,13 +193,13 @@ def resume(text: str, cluster: Cluster, workdir: Path, write: Callable[[str], No
         objects = stopped[name].objects()
     else:
         job = runs[name].job("train")
-        if explain.has_succeeded(job):
+        if state.has_succeeded(job):
             raise LaunchError(f"run {name} has been trained to its end; there is nothing to resume")
-        if explain.is_suspended(job) and QUEUE_LABEL not in job["metadata"].get("labels", {}):
+        if state.is_suspended(job) and QUEUE_LABEL not in job["metadata"].get("labels", {}):
             cluster.unsuspend(job)
             return name
         objects = _objects(cluster, job)
-        if not explain.is_active(job):  # deleted before the new one is made; should that fail, this is all that is left
+        if not state.is_active(job):  # deleted before the new one is made; should that fail, this is all that is left
             stopped[name] = keep(workdir, cluster.namespace, objects)
     with _lease_of(objects):
         kubernetes.start(cluster, objects, ClusterSpec(), write)
@@ -242,7 +243,7 @@ def _of_index(pods: list[Object], label: str, index: int) -> list[Object]:
 
 
 def _container(pod: Object) -> str:
-    return explain.container(pod)["name"]
+    return state.container(pod)["name"]
 
 
 def _lines(cluster: Cluster, pod: Object, **options: Any) -> list[str]:

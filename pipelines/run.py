@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-from components.launch import LaunchError
 from components.plan.length import continued
 from components.plan.step import arguments_for, runnable_here
 from components.volume import made
@@ -21,6 +20,7 @@ from manifests.paths import whole
 from manifests.spec import JobSpec, changes_of, job_from
 from pipelines.progress import Watcher
 from pipelines.stopping import Stop, Stopped
+from trainer.errors import LaunchError
 from trainer.exitcodes import of_process
 from trainer.process import launcher
 from trainer.specbase import SpecError, deep_merge

@@ -161,8 +161,8 @@ def resume(run: Run, sets: Sets = None, namespace: Namespace = "", workdir: Work
 
     --set train.steps=N makes it longer, a finished run too: from its last checkpoint before the learning rate falls.
     """
-    from components.launch import LaunchError
     from pipelines import background, everywhere, runs
+    from trainer.errors import LaunchError
     from trainer.process.limits import LEASE
 
     found, cluster = everywhere.find_or_ask(run, namespace, workdir)

@@ -25,7 +25,7 @@ def why(job: Job, namespace: Namespace = "", workdir: Workdir = Path("work")) ->
 
     Without --namespace a run of this machine will do, where the cluster has no such job.
     """
-    from components.launch.kubeconfig import NoCluster
+    from components.cluster.kubeconfig import NoCluster
     from pipelines import runs
     from trainer.errors import LaunchError
 
@@ -62,12 +62,12 @@ def _on_cluster(job: str, namespace: str) -> str:
         LaunchError: no cluster can be asked.
         UnknownRun, SpecError: no such job, or several.
     """
-    from components.launch.kubeconfig import require_cluster
+    from components.cluster.kubeconfig import require_cluster
 
     require_cluster()
-    from components.launch.kubernetes_api import Cluster
-    from components.launch.kubernetes_gather import jobs, situation
-    from components.launch.kubernetes_why import why as explain
+    from components.cluster.api import Cluster
+    from components.diagnose.gather import jobs, situation
+    from components.diagnose.why import why as explain
     from pipelines.runs import choose
 
     cluster = Cluster.connect(namespace or None)

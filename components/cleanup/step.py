@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from components.launch import LaunchError
-from components.launch import kubernetes_explain as explain
+from components.cluster import state
+from components.cluster.api import Cluster
 from components.launch.kubernetes import show
-from components.launch.kubernetes_api import Cluster
 from manifests.kinds import KINDS
 from manifests.names import PIPELINE_LABEL
 from manifests.spec import ClusterSpec
+from trainer.errors import LaunchError
 
 EXTRA_SECONDS = 60  # beside the grace period, until a node has removed a pod
 
@@ -42,14 +42,14 @@ def cleanup(cluster: Cluster, pipeline_run: str, where: ClusterSpec, write: Call
     begun = time.monotonic()
     while True:
         jobs = cluster.jobs(kind, selector)
-        running = [job for job in jobs if explain.is_active(job)]
+        running = [job for job in jobs if state.is_active(job)]
         for job in running:
             if "deletionTimestamp" not in job["metadata"] and cluster.delete_unchanged(job):
                 name = job["metadata"]["name"]
                 deleted.add(name)
                 write(f"deleted job {name}; its workers have {where.grace_seconds} s to save a checkpoint")
         names = sorted(deleted | {job["metadata"]["name"] for job in jobs})
-        pods = [p["metadata"]["name"] for name in names for p in cluster.pods(kind, name) if not explain.is_over(p)]
+        pods = [p["metadata"]["name"] for name in names for p in cluster.pods(kind, name) if not state.is_over(p)]
         spent = time.monotonic() - begun
         if not running and not pods:
             break

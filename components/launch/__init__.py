@@ -1,5 +1,1 @@
 """Start the trainer, on this machine or as a job on a cluster, and prove what it left behind."""
-
-from trainer.errors import LaunchError
-
-__all__ = ["LaunchError"]

@@ -17,15 +17,15 @@ from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
 
-from components.launch import LaunchError
-from components.launch import kubernetes_explain as explain
-from components.launch.kubernetes_api import ApiUnreachable, Cluster, Refused
-from components.launch.kubernetes_follow import Follower, JobFailed
+from components.cluster import state
+from components.cluster.api import ApiUnreachable, Cluster, Refused
+from components.launch.follow import Follower, JobFailed
 from components.launch.lease import held
 from manifests.kinds import JobKind, Object, kind_of, pod_template
 from manifests.names import DIGEST_ANNOTATION, PIPELINE_LABEL, Task
 from manifests.render import job_objects
 from manifests.spec import ClusterSpec, JobSpec
+from trainer.errors import LaunchError
 from trainer.exitcodes import ExitCode
 from trainer.process.limits import UNWATCHED_VARIABLE
 
@@ -128,12 +128,12 @@ def _make_room(cluster: Cluster, job: Object, limits: ClusterSpec, write: Callab
     if current is not None and "deletionTimestamp" not in current["metadata"]:
         digest = job["metadata"]["annotations"][DIGEST_ANNOTATION]
         same = current["metadata"].get("annotations", {}).get(DIGEST_ANNOTATION) == digest
-        if explain.is_active(current) and not same:
+        if state.is_active(current) and not same:
             raise LaunchError(
                 f"job {name} is already running in namespace '{cluster.namespace}' with other settings; wait for it, "
                 f"or stop it with: kubectl delete {kind.kind.lower()} {name} -n {cluster.namespace}"
             )
-        if explain.is_active(current):
+        if state.is_active(current):
             return current
         write(f"launcher: deleting the finished job {name} to run it again")
         cluster.delete(kind.kind, name)
@@ -152,7 +152,7 @@ def start(
         LaunchError: it runs already, or cannot be created.
     """
     objects = copy.deepcopy(list(objects))
-    environment = explain.container(pod_template(objects)).setdefault("env", [])
+    environment = state.container(pod_template(objects)).setdefault("env", [])
     if all(variable["name"] != UNWATCHED_VARIABLE for variable in environment):
         environment.append({"name": UNWATCHED_VARIABLE, "value": "1"})
     *needs, job = objects

@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from components import measuring
-from components.launch import LaunchError
+from trainer.errors import LaunchError
 from trainer.files import atomic_write
 from trainer.process.limits import LEASE, Lease, LeaseWatch
 

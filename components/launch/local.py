@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from components.launch import LaunchError
 from manifests.spec import JobSpec
 from trainer import thismachine
+from trainer.errors import LaunchError
 from trainer.exitcodes import STOPS, ExitCode, of_process
 from trainer.process import exclusive, launcher
 from trainer.process.failures import meaning

@@ -6,7 +6,7 @@ import time
 from typing import get_args
 
 from components import measuring
-from components.launch.kubernetes_explain import Phase
+from components.cluster.state import Phase
 from manifests.names import Task
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from components.launch import LaunchError, local
+from components.launch import local
 from components.launch.artefacts import Task, finished
 from manifests.spec import JobSpec, job_file_text
 from trainer.checkpoints.checkpoint import candidates, latest, read_manifest
 from trainer.checkpoints.length import continuable
 from trainer.data.manifest import StageResult
 from trainer.data.manifest import read_manifest as read_data_manifest
-from trainer.errors import VolumeError
+from trainer.errors import LaunchError, VolumeError
 from trainer.files import atomic_write
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError, parse, read_yaml, to_stored_yaml

@@ -7,10 +7,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.launch import LaunchError
 from components.launch.artefacts import NUMBERS
 from manifests.spec import JobSpec
 from trainer.checkpoints.checkpoint import latest
+from trainer.errors import LaunchError
 from trainer.recording.results import loss_of, read_json
 
 

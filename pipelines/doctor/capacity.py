@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
 
-from components.launch.kubernetes_explain import tolerates
+from components.diagnose.explain import tolerates
 from manifests.kinds import Object
 from manifests.lint.place import Place
 from manifests.lint.subjects import ACCELERATOR

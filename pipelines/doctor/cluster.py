@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from components.launch import LaunchError
-from components.launch.kubernetes_api import Cluster, Refused
+from components.cluster.api import Cluster, Refused
 from manifests.kinds import Object
 from manifests.names import kind
 from manifests.spec import ClusterSpec, JobSpec, StorageSpec
 from pipelines.doctor import capacity, operators, permissions, volumes
 from pipelines.doctor.findings import Finding, told
 from pipelines.doctor.look import Look
+from trainer.errors import LaunchError
 
 OLDEST_KUBERNETES = (1, 28)  # sidecars, and the oldest that the operator's own tests ran on
 MOST_SKEW_SECONDS = 10.0

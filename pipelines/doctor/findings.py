@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from components.launch import LaunchError
+from trainer.errors import LaunchError
 
 COLOURS = {"ok": "green", "missing": "yellow", "no": "red", "unknown": "dim"}
 

@@ -10,7 +10,7 @@ from typing import Any
 from kubernetes.client import ApiClient
 from kubernetes.client.exceptions import ApiException
 
-from components.launch.kubernetes_api import REQUEST_TIMEOUT_SECONDS, ApiUnreachable, Cluster, Refused, Unreachable
+from components.cluster.api import REQUEST_TIMEOUT_SECONDS, ApiUnreachable, Cluster, Refused, Unreachable
 from manifests.kinds import Object
 from trainer.errors import in_words
 

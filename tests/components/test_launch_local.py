@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from components.launch import LaunchError, local
+from components.launch import local
 from trainer import exitcodes
+from trainer.errors import LaunchError
 from trainer.process import launcher
 
 STAND_IN = """
@@ -90,7 +91,8 @@ def test_a_signal_reaches_the_trainer_which_saves_before_the_launcher_ends(spec_
     spec_file.write_text("wait")
     launcher = """
         import sys
-        from components.launch import LaunchError, local
+        from components.launch import local
+        from trainer.errors import LaunchError
         try:
             local.run_entrypoint("train", "train.yaml", 1)
         except LaunchError as error:

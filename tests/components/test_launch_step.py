@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.launch import LaunchError, kubernetes, local
+from components.launch import kubernetes, local
 from components.launch.step import run, write_specs
 from manifests.spec import JobSpec, job_from
 from trainer.checkpoints.checkpoint import CheckpointManifest, describe_files, publish, unfinished_dir
 from trainer.data.manifest import StageResult
-from trainer.errors import ForeseenError, VolumeError
+from trainer.errors import ForeseenError, LaunchError, VolumeError
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError, parse
 

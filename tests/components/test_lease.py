@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from waiting import wait_until
 
-from components.launch import LaunchError
 from components.launch import lease as lease_module
 from components.launch.lease import LEASE_SECONDS, RENEWAL_SECONDS, held
+from trainer.errors import LaunchError
 from trainer.files import atomic_write
 from trainer.process import limits
 from trainer.process.limits import MISSED_RENEWALS, UNWATCHED_VARIABLE, Lease, LeaseWatch, Limits

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
+from components.cluster.api import Cluster
 from components.launch.kubernetes import launch
-from components.launch.kubernetes_api import Cluster
 from manifests.spec import ClusterSpec
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from typing import Any
 from kube import Namespace, wait_for
 from kubernetes import client, config
 
+from components.cluster.api import Cluster
 from components.launch.kubernetes import launch
-from components.launch.kubernetes_api import Cluster
 from manifests.kinds import KINDS, Object, pod_template
 from manifests.names import PIPELINE_LABEL
 from manifests.render import job_objects

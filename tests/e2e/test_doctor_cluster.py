@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from launching import as_account
 
-from components.launch.kubernetes_api import Cluster
+from components.cluster.api import Cluster
 from manifests.rbac import ROLE
 from manifests.spec import load_job
 from pipelines.doctor.cluster import examine

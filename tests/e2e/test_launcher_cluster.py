@@ -35,12 +35,12 @@ from launching import (
     tiny,
 )
 
-from components.launch import LaunchError
+from components.cluster.api import Cluster
+from components.launch.follow import JobFailed
 from components.launch.kubernetes import launch
-from components.launch.kubernetes_api import Cluster
-from components.launch.kubernetes_follow import JobFailed
 from manifests.kinds import pod_template
 from manifests.render import job_objects
+from trainer.errors import LaunchError
 
 pytestmark = pytest.mark.e2e
 

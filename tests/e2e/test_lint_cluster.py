@@ -13,7 +13,7 @@ from launching import BUSYBOX
 from lint_cases import BROKEN
 from lint_manifests import changed, good
 
-from components.launch.kubernetes_api import RESOURCES, Cluster
+from components.cluster.api import RESOURCES, Cluster
 from manifests.kinds import PYTORCHJOB
 from manifests.lint.check import lint
 from manifests.lint.fields import known

@@ -13,10 +13,10 @@ from kubernetes import client, config
 from launching import Gate, Launcher, granted, jobs_of, tiny
 
 from components.cleanup.step import cleanup
-from components.launch import LaunchError
-from components.launch.kubernetes_api import Cluster
+from components.cluster.api import Cluster
 from manifests.rbac import RULES
 from manifests.spec import JobSpec
+from trainer.errors import LaunchError
 
 pytestmark = pytest.mark.e2e
 

@@ -9,9 +9,9 @@ from kube import Namespace, wait_for
 from launching import Gate, Launcher, assert_gone, both_pods_of, pods_of, read_until, start_process, tiny
 from pipeline_run import PipelineRun
 
-from components.launch import LaunchError
-from components.launch.kubernetes_follow import JobFailed
+from components.launch.follow import JobFailed
 from manifests.spec import JobSpec
+from trainer.errors import LaunchError
 
 pytestmark = pytest.mark.e2e
 

@@ -10,8 +10,8 @@ import pytest
 from kube import Namespace, wait_for
 from launching import pods_of, scripted, tiny
 
+from components.cluster.api import Cluster
 from components.launch.kubernetes import start
-from components.launch.kubernetes_api import Cluster
 from manifests.kinds import KINDS
 
 pytestmark = pytest.mark.e2e

@@ -26,9 +26,9 @@ from broken_jobs import (
 )
 from kube import Namespace, wait_for
 
-from components.launch.kubernetes_api import Cluster
-from components.launch.kubernetes_gather import situation
-from components.launch.kubernetes_why import why
+from components.cluster.api import Cluster
+from components.diagnose.gather import situation
+from components.diagnose.why import why
 
 pytestmark = pytest.mark.e2e
 

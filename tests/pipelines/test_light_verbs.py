@@ -95,7 +95,7 @@ def test_a_step_that_finds_its_work_done_imports_little(step: str, may: set[str]
 
 
 def test_the_kubernetes_client_comes_without_the_grammars_of_a_validator() -> None:
-    found, _ = told(PROGRAM + "import components.launch.kubernetes_api, kubernetes.dynamic\n")
+    found, _ = told(PROGRAM + "import components.cluster.api, kubernetes.dynamic\n")
     assert "kubernetes" in found and "rfc3987_syntax" not in found
 
 
@@ -105,5 +105,5 @@ def test_the_pipeline_comes_without_the_grammars_of_a_validator() -> None:
 
 
 def test_what_is_left_out_of_an_import_can_be_imported_afterwards() -> None:
-    found, _ = told(PROGRAM + "import components.launch.kubernetes_api, kubernetes_validate\n")
+    found, _ = told(PROGRAM + "import components.cluster.api, kubernetes_validate\n")
     assert "rfc3987_syntax" in found

@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 import pytest
 import yaml
 
-from components.launch.kubernetes_api import RESOURCES, Cluster
+from components.cluster.api import RESOURCES, Cluster
 from manifests.kinds import KINDS, Object, pod_template
 from manifests.render import job_objects
 from manifests.spec import JobSpec, StorageSpec, job_from

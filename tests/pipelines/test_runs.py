@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.launch import LaunchError
 from manifests.spec import load_job
 from pipelines import background, runs, standing, view
+from trainer.errors import LaunchError
 from trainer.files import atomic_write
 from trainer.specbase import SpecError, to_yaml
 

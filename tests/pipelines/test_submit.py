@@ -11,10 +11,10 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 from rich.console import Console
 
-from components.launch import LaunchError
 from components.plan.step import resolve
 from manifests.spec import load_job
 from pipelines import kfp_runs, submit
+from trainer.errors import LaunchError
 from trainer.specbase import SpecError
 
 RUN = "0f6c2f8e-8a7b-4d43-9c55-3d1e6a0b7c21"

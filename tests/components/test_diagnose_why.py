@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from components.launch.kubernetes_causes import CREATION, IMAGE, SCHEDULING, fix_for
-from components.launch.kubernetes_why import Situation, why
+from components.diagnose.causes import CREATION, IMAGE, SCHEDULING, fix_for
+from components.diagnose.why import Situation, why
 
 Object = dict[str, Any]
 NOW = datetime(2026, 1, 1, 13, 0, 0, tzinfo=UTC)

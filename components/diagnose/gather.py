@@ -7,9 +7,9 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from components.launch import kubernetes_explain as explain
-from components.launch.kubernetes_api import Cluster, Refused
-from components.launch.kubernetes_why import Situation
+from components.cluster import state
+from components.cluster.api import Cluster, Refused
+from components.diagnose.why import Situation
 from manifests.kinds import KINDS, QUEUE_LABEL, JobKind, Object, kind_of
 
 WORKLOADS = ("kueue.x-k8s.io", "v1beta1")
@@ -46,7 +46,7 @@ def situation(cluster: Cluster, name: str, job: Object | None = None) -> Situati
     kinds = [kind_of(job)] if job else list(KINDS.values())
     pods = [pod for kind in kinds for pod in cluster.pods(kind, name)]
     claims = _claims(cluster, pods)
-    waiting = any(not explain.has_started(pod) or "deletionTimestamp" in pod["metadata"] for pod in pods)
+    waiting = any(not state.has_started(pod) or "deletionTimestamp" in pod["metadata"] for pod in pods)
     return Situation(
         name,
         cluster.namespace,
@@ -65,7 +65,7 @@ def _events(cluster: Cluster, name: str, job: Object | None, uids: set[str]) -> 
         plural = {kind.kind for kind in KINDS.values()}
         about = [e for e in events if e["involvedObject"].get("kind") in plural and e["involvedObject"]["name"] == name]
         return about or [event for event in events if event["involvedObject"].get("uid") in uids]
-    return [e for e in events if e["involvedObject"].get("uid") in uids or explain.is_about(e, job)]
+    return [e for e in events if e["involvedObject"].get("uid") in uids or state.is_about(e, job)]
 
 
 def _claims(cluster: Cluster, pods: list[Object]) -> list[Object]:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from components.launch import kubernetes_explain as explain
+from components.cluster import state
+from components.diagnose import explain
 from manifests.kinds import Object
 from trainer import entrypoint
 
@@ -32,10 +33,10 @@ RUNNING: Object = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
 
 def test_phase_needs_every_worker() -> None:
     waiting: Object = {"waiting": {"reason": "ContainerCreating"}}
-    assert explain.phase_of([pod(state=RUNNING)], 2) == "queued", "a pod that is not created yet has no node either"
-    assert explain.phase_of([pod(state=RUNNING), pod(node=None)], 2) == "queued"
-    assert explain.phase_of([pod(state=RUNNING), pod(state=waiting)], 2) == "starting"
-    assert explain.phase_of([pod(state=RUNNING), pod(state=ended(0))], 2) == "running"
+    assert state.phase_of([pod(state=RUNNING)], 2) == "queued", "a pod that is not created yet has no node either"
+    assert state.phase_of([pod(state=RUNNING), pod(node=None)], 2) == "queued"
+    assert state.phase_of([pod(state=RUNNING), pod(state=waiting)], 2) == "starting"
+    assert state.phase_of([pod(state=RUNNING), pod(state=ended(0))], 2) == "running"
 
 
 def test_the_final_exit_is_blamed_and_not_the_ones_it_caused() -> None:
@@ -128,9 +129,9 @@ JOB: Object = {
 )
 def test_events_of_others_are_not_told(about: Object, time: str, expected: bool) -> None:
     event = {"metadata": {"creationTimestamp": time}, "involvedObject": about, "lastTimestamp": time}
-    assert explain.is_about(event, JOB) is expected
+    assert state.is_about(event, JOB) is expected
     newer_api = {**event, "lastTimestamp": None, "eventTime": f"{time[:-1]}.123456Z"}
-    assert explain.is_about(newer_api, JOB) is expected
+    assert state.is_about(newer_api, JOB) is expected
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_events_of_others_are_not_told(about: Object, time: str, expected: bool)
 )
 def test_events_of_what_stands_between_a_trainjob_and_its_pods_are_its_own(about: Object, expected: bool) -> None:
     event = {"metadata": {"creationTimestamp": "2026-01-01T12:00:01Z"}, "involvedObject": about}
-    assert explain.is_about(event, {**JOB, "kind": "TrainJob"}) is expected
+    assert state.is_about(event, {**JOB, "kind": "TrainJob"}) is expected
 
 
 def test_the_same_refusal_of_a_pod_made_again_has_the_same_words() -> None:
@@ -171,14 +172,14 @@ def test_the_same_refusal_of_a_pod_made_again_has_the_same_words() -> None:
     ],
 )
 def test_each_kind_has_its_own_words_for_how_a_job_stands(job: Object, active: bool, running: bool) -> None:
-    assert (explain.is_active(job), explain.is_running(job)) == (active, running)
+    assert (state.is_active(job), state.is_running(job)) == (active, running)
 
 
 def test_long_messages_keep_their_end_on_one_line() -> None:
     text = "\n".join(f"line {number}" for number in range(1000))
-    shown = explain.one_line(text)
+    shown = state.one_line(text)
     assert shown.startswith("…") and shown.endswith("line 998 | line 999") and "\n" not in shown
-    assert len(shown) <= explain.LONGEST_MESSAGE_CHARACTERS + 1
+    assert len(shown) <= state.LONGEST_MESSAGE_CHARACTERS + 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the state of pods and events means to a person. Pure functions over the API's objects."""
+"""What hinders a pod and how a worker ended, in words. Pure functions over the API's objects."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Literal
 
-from components.launch.kubernetes_causes import CONFIG, CREATION, IMAGE, SCHEDULING, Obstacle, exit_meaning, fix_for
-from manifests.kinds import CONTAINERS, PYTORCHJOB, TRAINJOB, Object, kind_of
+from components.cluster.state import container, container_state, one_line
+from components.diagnose.causes import CONFIG, CREATION, IMAGE, SCHEDULING, Obstacle, exit_meaning, fix_for
+from manifests.kinds import TRAINJOB, Object
 from trainer.exitcodes import retryable
-
-Phase = Literal["queued", "starting", "running"]
-LONGEST_MESSAGE_CHARACTERS = 600
 
 HOPELESS_WAITING = {"InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError"}
 IMAGE_WAITING = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
@@ -22,70 +18,6 @@ CONFIG_WAITING = {"CreateContainerConfigError", "CreateContainerError", "RunCont
 CREATION_FAILURES = {"FailedCreatePod", "FailedCreateService", "FailedCreate", "TrainJobResourcesCreationFailed"}
 # Of a pod that a Job tries to make again and again; without it the same refusal has the same words.
 RANDOM_SUFFIX = re.compile(rf'(?<=-{TRAINJOB.worker}-)(?P<index>\d+)-[a-z0-9]{{5}}(?=")')
-
-
-def has_condition(job: Object, condition: str) -> bool:
-    return any(c["type"] == condition and c["status"] == "True" for c in job.get("status", {}).get("conditions", []))
-
-
-def condition_message(job: Object, condition: str) -> str:
-    found = [c for c in job.get("status", {}).get("conditions", []) if c["type"] == condition]
-    return one_line(found[-1].get("message", "")) if found else ""
-
-
-def is_active(job: Object) -> bool:
-    return not has_succeeded(job) and not has_condition(job, "Failed")
-
-
-def has_succeeded(job: Object) -> bool:
-    return has_condition(job, kind_of(job).succeeded)
-
-
-def is_suspended(job: Object) -> bool:
-    """Whether somebody, or a queue, wants it so; the condition follows later."""
-    return bool(job["spec"].get("suspend") or job["spec"].get("runPolicy", {}).get("suspend"))
-
-
-def is_running(job: Object) -> bool:
-    """Whether its workers have started; a TrainJob says so by their number only."""
-    if kind_of(job) is TRAINJOB:
-        return any(child.get("ready") for child in job.get("status", {}).get("jobsStatus", []))
-    return has_condition(job, "Running")
-
-
-def phase_of(pods: Iterable[Object], workers: int) -> Phase:
-    """`queued` until every worker has a node, `starting` until every container has started."""
-    pods = list(pods)
-    if sum(bool(pod["spec"].get("nodeName")) for pod in pods) < workers:
-        return "queued"
-    if sum(has_started(pod) for pod in pods) < workers:
-        return "starting"
-    return "running"
-
-
-def has_started(pod: Object) -> bool:
-    state = container_state(pod)
-    return "running" in state or "terminated" in state
-
-
-def is_over(pod: Object) -> bool:
-    return pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
-
-
-def container_status(pod: Object) -> Object:
-    statuses = pod.get("status", {}).get("containerStatuses", [])
-    named = (status for status in statuses if status["name"] in CONTAINERS)
-    return next(named, statuses[0] if statuses else {})
-
-
-def container_state(pod: Object) -> Object:
-    return container_status(pod).get("state", {})
-
-
-def container(pod: Object) -> Object:
-    """The training container, also where a mesh has put another beside it."""
-    containers = pod["spec"]["containers"]
-    return next((each for each in containers if each["name"] in CONTAINERS), containers[0])
 
 
 def obstacle(pod: Object) -> Obstacle | None:
@@ -189,58 +121,6 @@ def culprit(exits: Iterable[Exit]) -> Exit | None:
     failed = [found for found in exits if found.code != 0]
     final = [found for found in failed if found.final]
     return min(final or failed, key=lambda found: found.finished, default=None)
-
-
-def is_about(event: Object, job: Object) -> bool:
-    """Whether an event concerns the job, a pod of it or what stands between, and not a former job of the same name."""
-    kind, metadata, about = kind_of(job), job["metadata"], event.get("involvedObject", {})
-    if about.get("kind") == kind.kind:
-        return about.get("uid") == metadata["uid"]
-    time = event_time(event)
-    if about.get("kind") == "Pod":
-        is_its = about.get("name", "").startswith(kind.worker_name(metadata["name"], ""))
-    else:
-        is_its = about.get("name", "") == kind.child_name(about.get("kind", ""), metadata["name"])
-    return is_its and time[:19] >= metadata["creationTimestamp"][:19]
-
-
-def event_time(event: Object) -> str:
-    """Its last time, UTC, sortable as text to the second; events of the newer API have it in eventTime only."""
-    return event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
-
-
-def is_news(event: Object) -> bool:
-    """Whether an event says what the state of job and pods does not say already."""
-    reason = event.get("reason") or ""
-    about = event.get("involvedObject", {}).get("kind")
-    if about in (TRAINJOB.kind, *(child for child, _ in TRAINJOB.children)):
-        return False
-    if about == PYTORCHJOB.kind:
-        return not reason.startswith("PyTorchJob") and "Error pod" not in event.get("message", "")
-    return reason not in ("FailedScheduling", "Failed", "BackOff", "InspectFailed")
-
-
-def running_seconds(job: Object) -> float:
-    """Seconds since its workers run, by its condition; a TrainJob has none, and its age counts."""
-    for condition in job.get("status", {}).get("conditions", []):
-        if condition["type"] == "Running" and condition["status"] == "True" and condition.get("lastTransitionTime"):
-            began = datetime.fromisoformat(condition["lastTransitionTime"])
-            return max(0.0, (datetime.now(UTC) - began).total_seconds())
-    return age_seconds(job)
-
-
-def age_seconds(job: Object) -> float:
-    """Seconds since the job started by the cluster's own account (a resumed job starts anew)."""
-    status = job.get("status", {})
-    resumed = [c["lastTransitionTime"] for c in status.get("conditions", []) if c["type"] == "Suspended"]
-    stamp = status.get("startTime") or (resumed and resumed[-1]) or job["metadata"]["creationTimestamp"]
-    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(stamp)).total_seconds())
-
-
-def one_line(text: str) -> str:
-    """Lines joined by ` | `; of a long text the end, where logs say what went wrong."""
-    joined = " | ".join(line.strip() for line in (text or "").splitlines() if line.strip())
-    return joined if len(joined) <= LONGEST_MESSAGE_CHARACTERS else "…" + joined[-LONGEST_MESSAGE_CHARACTERS:]
 
 
 def _detail(message: str) -> str:

@@ -12,14 +12,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from components.launch import LaunchError
-from components.launch import kubernetes_explain as explain
-from components.launch.kubernetes_api import Cluster
-from components.launch.kubernetes_watch import Change, LogFollower, Watcher
+from components.cluster import state
+from components.cluster.api import Cluster
+from components.cluster.watch import Change, LogFollower, Watcher
+from components.diagnose import explain
 from components.launch.phases import PhaseMetrics
 from manifests.kinds import Object, kind_of, workers
 from manifests.names import TASK_LABEL
 from manifests.spec import ClusterSpec
+from trainer.errors import LaunchError
 
 # A registry that is down may come back; GPUs reserved for pods that pull in vain are not worth a longer wait.
 PULL_PATIENCE_SECONDS = 60
@@ -36,7 +37,7 @@ class JobFailed(LaunchError):
 class _Clock:
     """Time spent in the present phase."""
 
-    phase: explain.Phase
+    phase: state.Phase
     since: float
 
 
@@ -65,10 +66,10 @@ class Follower:
         self.metrics = PhaseMetrics(job["metadata"]["labels"][TASK_LABEL])
         # Of a job found running, the time it has run already counts, and a worker that is just then replaced has not
         # waited that long; of any other job, the time it has waited counts.
-        begun = time.monotonic() - explain.age_seconds(job)
-        is_running = explain.is_running(job)
+        begun = time.monotonic() - state.age_seconds(job)
+        is_running = state.is_running(job)
         self.clock = _Clock("queued", time.monotonic() if is_running else begun)
-        self.running_since = time.monotonic() - explain.running_seconds(job) if is_running else None
+        self.running_since = time.monotonic() - state.running_seconds(job) if is_running else None
         self.pods_known = False
         self.changes: queue.Queue[Change | LaunchError] = queue.Queue()
         self.log = LogFollower(cluster, write)
@@ -130,12 +131,12 @@ class Follower:
             raise LaunchError(f"job {self.name} was deleted in namespace '{self.cluster.namespace}' by somebody else")
         for job in mine:
             self.job = job
-            if explain.has_succeeded(job):
+            if state.has_succeeded(job):
                 with suppress(LaunchError):  # whatever a pod is told to lack, the job has succeeded
                     self._see_latest_pods()
                 self.write(f"launcher: job {self.name} succeeded ({self.restarts} restarts)")
                 return True
-            if explain.has_condition(job, "Failed"):
+            if state.has_condition(job, "Failed"):
                 self._fail(job)
         return False
 
@@ -144,7 +145,7 @@ class Follower:
             self.pods, self.pods_known = {}, True
         for pod in change.objects:
             self._see_pod(pod, gone=change.type == "DELETED")
-        phase = explain.phase_of(self.pods.values(), self.workers)
+        phase = state.phase_of(self.pods.values(), self.workers)
         if phase != self.clock.phase:
             self.clock = _Clock(phase, time.monotonic())
             self.write(f"launcher: job {self.name} is {phase}")
@@ -168,7 +169,7 @@ class Follower:
             self.ended[uid] = end
             if end.code != 0:
                 self.write(f"launcher: {end.describe()}")
-        if worker == self.kind.worker_name(self.name, 0) and explain.has_started(pod):
+        if worker == self.kind.worker_name(self.name, 0) and state.has_started(pod):
             self.shown.add(name)
             self.log.add(pod)
         if end is not None or gone:
@@ -202,12 +203,12 @@ class Follower:
         self.restarts += 1
 
     def _see_event(self, event: Object) -> None:
-        if not explain.is_about(event, self.job):
+        if not state.is_about(event, self.job):
             return
         if found := explain.creation_obstacle(event):
             self._note("", found)
-        elif explain.is_news(event):
-            text = f"{event.get('reason')}: {explain.one_line(event.get('message', ''))}"
+        elif state.is_news(event):
+            text = f"{event.get('reason')}: {state.one_line(event.get('message', ''))}"
             self._tell(event["involvedObject"]["name"], text)
 
     def _note(self, worker: str, found: explain.Obstacle) -> None:
@@ -232,12 +233,12 @@ class Follower:
         if cause is None or not cause.final:
             # Not for a worker's exit then: the operator's own deadline, or an eviction under another restart policy.
             before = f"; before that {cause.describe()}" if cause else ""
-            raise JobFailed(f"job {self.name} failed: {explain.condition_message(job, 'Failed')}{before}")
+            raise JobFailed(f"job {self.name} failed: {state.condition_message(job, 'Failed')}{before}")
         tail = self.cluster.log_tail(cause.pod, LOG_TAIL_LINES)
         if cause.pod not in self.shown:
             for line in tail:
                 self.write(f"{cause.pod}: {line}")
-        last = explain.one_line("\n".join(tail[-3:]))
+        last = state.one_line("\n".join(tail[-3:]))
         told = not last or (cause.message and cause.message in last)
         said = "" if told else f"; last lines: {last}"
         raise JobFailed(f"job {self.name} failed: {cause.describe()}{said}", cause.code)
@@ -296,7 +297,7 @@ class Follower:
         return "; ".join(obstacles) or self._no_reason()
 
     def _no_reason(self) -> str:
-        if explain.has_condition(self.job, "Suspended"):
+        if state.has_condition(self.job, "Suspended"):
             return "the job is suspended, as jobs are that wait in a queue"
         if not self.job.get("status", {}).get("conditions"):
             return f"{self.kind.operator} has not taken it up; check that it runs"

@@ -17,13 +17,14 @@ import urllib3
 from kubernetes.client.exceptions import ApiException
 from waiting import wait_until
 
-from components.launch import LaunchError, kubernetes_watch
-from components.launch.kubernetes_api import Cluster, Refused
-from components.launch.kubernetes_follow import Follower
-from components.launch.kubernetes_watch import Change, LogFollower, Watcher
+from components.cluster import watch
+from components.cluster.api import Cluster, Refused
+from components.cluster.watch import Change, LogFollower, Watcher
+from components.launch.follow import Follower
 from manifests.kinds import PYTORCHJOB
 from manifests.names import TASK_LABEL
 from manifests.spec import ClusterSpec
+from trainer.errors import LaunchError
 
 Object = dict[str, Any]
 LABELS = {TASK_LABEL: "train", PYTORCHJOB.job_label: "run", PYTORCHJOB.index_label: "0"}
@@ -126,7 +127,7 @@ def test_a_job_that_has_succeeded_has_though_nothing_more_can_be_asked() -> None
 
 def log_of(monkeypatch: pytest.MonkeyPatch, *answers: Log | Exception) -> tuple[list[str], Told]:
     """Lines of one pod, which ends with the last of the answers."""
-    monkeypatch.setattr(kubernetes_watch, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "FIRST_PAUSE_SECONDS", 0.0)
     cluster, lines = Told(logs=answers), []
     follower = LogFollower(cluster, lines.append)  # type: ignore[arg-type]
     log = cluster.core.read_namespaced_pod_log
@@ -187,7 +188,7 @@ def test_every_line_of_a_log_is_printed_once(
 
 
 def test_more_lines_than_are_kept_come_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kubernetes_watch, "LINES_KEPT", 3)
+    monkeypatch.setattr(watch, "LINES_KEPT", 3)
     written = "".join(f"{stamp} {n}\n" for n, stamp in enumerate([T1] * 5 + [T2] * 3))
     lines, _ = log_of(monkeypatch, Log(written, BROKE), Log(written + f"{T2} 8\n{T3} 9\n"))
     assert lines == [str(n) for n in range(10)]
@@ -201,7 +202,7 @@ def test_credentials_that_ran_out_are_read_again_once(monkeypatch: pytest.Monkey
 
 
 def test_a_watcher_whose_credentials_are_refused_twice_ends_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kubernetes_watch, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "FIRST_PAUSE_SECONDS", 0.0)
     listing = SimpleNamespace(data=json.dumps({"metadata": {"resourceVersion": "1"}, "items": []}))
     answers: list[Any] = [ApiException(401), listing, ApiException(401), ApiException(401)]
 

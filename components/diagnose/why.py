@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from components.launch import kubernetes_explain as explain
-from components.launch.kubernetes_causes import KUEUE, Obstacle, exit_meaning, fix_for
+from components.cluster import state
+from components.diagnose import explain
+from components.diagnose.causes import KUEUE, Obstacle, exit_meaning, fix_for
 from manifests.kinds import QUEUE_LABEL, Object, kind_of
 
 State = Literal["gone", "ending", "succeeded", "failed", "suspended", "queued", "starting", "restarting", "running"]
@@ -58,7 +59,7 @@ class Situation:
     def about(self, uid: str) -> list[Object]:
         """The events about one object, the newest last."""
         mine = [event for event in self.events if event["involvedObject"].get("uid") == uid]
-        return sorted(mine, key=explain.event_time)
+        return sorted(mine, key=state.event_time)
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def _gone(found: Situation, now: datetime) -> Answer | None:
     if found.job is None:
         if found.pods:
             return _terminating(found, now) or Answer("ending", f"it was deleted and {_listed(found.pods)} still end")
-        last = max(found.events, key=explain.event_time, default=None)
-        said = f" (last event, {_age(last, now)} ago: {explain.one_line(last.get('message', ''))})" if last else ""
+        last = max(found.events, key=state.event_time, default=None)
+        said = f" (last event, {_age(last, now)} ago: {state.one_line(last.get('message', ''))})" if last else ""
         return Answer("gone", f"the job was deleted, or removed after its time to live{said}", "start it again")
     if "deletionTimestamp" in found.job["metadata"]:
         held = ", ".join(found.job["metadata"].get("finalizers", []))
@@ -101,11 +102,11 @@ def _gone(found: Situation, now: datetime) -> Answer | None:
 
 def _ended(found: Situation, now: datetime) -> Answer | None:
     job = found.job or {}
-    if explain.has_succeeded(job):
+    if state.has_succeeded(job):
         return Answer("succeeded", "all workers have finished")
-    if not explain.has_condition(job, "Failed"):
+    if not state.has_condition(job, "Failed"):
         return None
-    said = explain.condition_message(job, "Failed")
+    said = state.condition_message(job, "Failed")
     cause = explain.culprit(end for end in map(explain.exit_of, found.pods) if end) or _last_exit(found)
     before = f"; before that {cause.describe()}" if cause else ""
     if "longer than specified deadline" in said or "DeadlineExceeded" in said:
@@ -121,7 +122,7 @@ def _ended(found: Situation, now: datetime) -> Answer | None:
 
 
 def _suspended(found: Situation, now: datetime) -> Answer | None:
-    if found.job is None or not explain.is_suspended(found.job):
+    if found.job is None or not state.is_suspended(found.job):
         return None
     spec, queue = found.job["spec"], found.job["metadata"].get("labels", {}).get(QUEUE_LABEL)
     if found.workload is not None:
@@ -130,7 +131,7 @@ def _suspended(found: Situation, now: datetime) -> Answer | None:
         message = next((c["message"] for c in told if c.get("message") and c["status"] != "True"), "")
         message = message or next((c["message"] for c in told if c.get("message")), "no reason given")
         fix, _ = fix_for(KUEUE, message)
-        return Answer("queued", f"Kueue holds it back in queue '{queue}': {explain.one_line(message)}", fix)
+        return Answer("queued", f"Kueue holds it back in queue '{queue}': {state.one_line(message)}", fix)
     if queue:
         return Answer(
             "queued",
@@ -146,7 +147,7 @@ def _without_pods(found: Situation, now: datetime) -> Answer | None:
     """Fewer pods than workers: they cannot be created, or nobody tries."""
     if len(found.pods) >= found.workers:
         return None
-    for event in sorted(found.events, key=explain.event_time, reverse=True):
+    for event in sorted(found.events, key=state.event_time, reverse=True):
         if obstacle := explain.creation_obstacle(event):
             some = f"{len(found.pods)} of {found.workers} workers exist; " if found.pods else ""
             return Answer("queued", some + obstacle.text, obstacle.fix)
@@ -156,7 +157,7 @@ def _without_pods(found: Situation, now: datetime) -> Answer | None:
     if manager := _managed_by(job):
         return Answer("queued", f"it is left to '{manager}' (managedBy)", f"check that {manager} runs, or remove it")
     operator = kind_of(job).operator
-    if (age := explain.age_seconds(job)) < PATIENCE_SECONDS:
+    if (age := state.age_seconds(job)) < PATIENCE_SECONDS:
         return Answer("queued", f"it was created {age:.0f} s ago and {operator} has not taken it up yet")
     return Answer(
         "queued",
@@ -187,7 +188,7 @@ def _terminating(found: Situation, now: datetime) -> Answer | None:
 
 def _crashing(found: Situation, now: datetime) -> Answer | None:
     for pod in found.pods:
-        status = explain.container_status(pod)
+        status = state.container_status(pod)
         if status.get("state", {}).get("waiting", {}).get("reason") != "CrashLoopBackOff":
             continue
         last = status.get("lastState", {}).get("terminated", {})
@@ -218,7 +219,7 @@ def _hindered(found: Situation, now: datetime) -> Answer | None:
 
 def _obstacle(pod: Object, found: Situation) -> Obstacle | None:
     obstacle = explain.obstacle(pod)
-    if obstacle is None and not explain.has_started(pod):
+    if obstacle is None and not state.has_started(pod):
         mounts = [hit for hit in map(explain.mount_obstacle, found.about(pod["metadata"]["uid"])) if hit]
         return mounts[-1] if mounts else None
     if obstacle is None or not obstacle.text.startswith("cannot be scheduled"):
@@ -237,7 +238,7 @@ def _unbound(found: Situation) -> str:
         if claim.get("status", {}).get("phase") != "Bound":
             about = found.about(claim["metadata"]["uid"])
             last = about[-1].get("message", "no event") if about else "no event"
-            told.append(f"claim '{claim['metadata']['name']}': {explain.one_line(last)}")
+            told.append(f"claim '{claim['metadata']['name']}': {state.one_line(last)}")
     return "; ".join(told)
 
 
@@ -254,7 +255,7 @@ def _untolerated(pod: Object, nodes: list[Object]) -> list[str]:
 
 def _restarting(found: Situation, now: datetime) -> Answer | None:
     """Workers that failed and are made anew, as under restartPolicy ExitCode."""
-    if all(explain.has_started(pod) for pod in found.pods) and len(found.pods) == found.workers:
+    if all(state.has_started(pod) for pod in found.pods) and len(found.pods) == found.workers:
         return None
     last = _last_exit(found)
     if last is None:
@@ -267,7 +268,7 @@ def _restarting(found: Situation, now: datetime) -> Answer | None:
 
 
 def _starting(found: Situation, now: datetime) -> Answer | None:
-    waiting = [pod for pod in found.pods if not explain.has_started(pod)]
+    waiting = [pod for pod in found.pods if not state.has_started(pod)]
     if len(found.pods) < found.workers:
         return Answer("queued", f"{len(found.pods)} of {found.workers} workers exist; their controller makes the rest")
     if not waiting:
@@ -280,14 +281,14 @@ def _starting(found: Situation, now: datetime) -> Answer | None:
         return Answer("starting", f"{_listed(waiting)} cannot start: node {node} does not answer", fix)
     about = found.about(pod["metadata"]["uid"])
     if about and about[-1].get("reason") == "Pulling":
-        image, age = explain.container(pod)["image"], _age(about[-1], now)
+        image, age = state.container(pod)["image"], _age(about[-1], now)
         return Answer("starting", f"node {node} pulls the image '{image}', for {age}")
     return Answer("starting", f"{_listed(waiting)} start on node {node}")
 
 
 def _running(found: Situation, now: datetime) -> Answer:
     job = found.job or {}
-    last, age = _last_exit(found), explain.age_seconds(job)
+    last, age = _last_exit(found), state.age_seconds(job)
     often = f"; restarted, {_times(restarts(found))}: {last.describe()}" if last else ""
     deadline = job.get("spec", {}).get("runPolicy", {}).get("activeDeadlineSeconds")
     late = ""
@@ -307,7 +308,7 @@ def _managed_by(job: Object) -> str:
 
 def _exit_events(found: Situation) -> list[Object]:
     mine = [event for event in found.events if EXIT_EVENT.match(event.get("message", ""))]
-    return sorted(mine, key=explain.event_time)
+    return sorted(mine, key=state.event_time)
 
 
 def _last_exit(found: Situation) -> explain.Exit | None:
@@ -315,7 +316,7 @@ def _last_exit(found: Situation) -> explain.Exit | None:
         pod, code, words = EXIT_EVENT.match(event["message"]).groups()  # type: ignore[union-attr]
         node = next((p["spec"].get("nodeName", "") for p in found.pods if p["metadata"]["name"] == pod), "")
         reason = event.get("reason", "")
-        return explain.Exit(pod, node, int(code), reason, explain.own_reason(words), explain.event_time(event))
+        return explain.Exit(pod, node, int(code), reason, explain.own_reason(words), state.event_time(event))
     return None
 
 
@@ -346,4 +347,4 @@ def _listed(pods: list[Object]) -> str:
 
 
 def _age(event: Object, now: datetime) -> str:
-    return f"{max(0.0, (now - datetime.fromisoformat(explain.event_time(event))).total_seconds()):.0f} s"
+    return f"{max(0.0, (now - datetime.fromisoformat(state.event_time(event))).total_seconds()):.0f} s"

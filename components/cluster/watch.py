@@ -18,10 +18,10 @@ from typing import Any
 from kubernetes.client.exceptions import ApiException
 from kubernetes.watch import Watch
 
-from components.launch import LaunchError
-from components.launch import kubernetes_explain as explain
-from components.launch.kubernetes_api import Cluster, Unreachable
+from components.cluster import state
+from components.cluster.api import Cluster, Unreachable
 from manifests.kinds import Object
+from trainer.errors import LaunchError
 
 # Short watches notice a connection that died silently; the server ends them and the next one resumes.
 WATCH_SECONDS = 40
@@ -163,7 +163,7 @@ class LogFollower(threading.Thread):
         uid = pod["metadata"]["uid"]
         if uid not in self._seen:
             self._seen.add(uid)
-            self._pods.put((pod["metadata"]["name"], uid, explain.container(pod)["name"]))
+            self._pods.put((pod["metadata"]["name"], uid, state.container(pod)["name"]))
 
     def ended(self, uid: str) -> None:
         """The pod will write no more."""

@@ -1,4 +1,4 @@
-"""The few calls that the launcher makes to a cluster, with every refusal turned into one line that says how to mend it.
+"""The few calls that are made to a cluster, with every refusal turned into one line that says how to mend it.
 
 Objects are plain dicts, as `manifests` renders them, so that what was sent and what came back can be compared.
 """
@@ -21,11 +21,10 @@ from typing import Any, NamedTuple, Self
 import urllib3
 import yaml
 
-from components.launch import LaunchError
-from components.launch.kubeconfig import POD_VARIABLE, NoCluster, require_cluster
+from components.cluster.kubeconfig import POD_VARIABLE, NoCluster, require_cluster
 from components.quick import quick_imports
 from manifests.kinds import KINDS, PYTORCHJOB, TRAINJOB, JobKind, Object
-from trainer.errors import in_words
+from trainer.errors import LaunchError, in_words
 
 with quick_imports():
     from kubernetes import client, config

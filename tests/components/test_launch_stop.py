@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from components.cluster.api import ApiUnreachable
 from components.launch import kubernetes
-from components.launch.kubernetes_api import ApiUnreachable
 from manifests.render import job_objects
 from manifests.spec import load_job
 
