@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from manifests.spec import load_job
-from trainer.arithmetic.flops import parameters
 from trainer.modelspec import ModelSpec
 from trainer.optim.muon import Muon
 from trainer.optim.rules import Assignment, assign
+from trainer.parameters import parameters
 from trainer.spec import OptimizerSpec
 
 COMMON = {"lr": 0.02, "momentum": 0.95, "nesterov": True, "weight_decay": 0.1}

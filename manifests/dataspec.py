@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from trainer.modelspec import Count
+from trainer.kinds.base import Count
 from trainer.spec import Positive, StageSpec, listed
 from trainer.specbase import Spec
 

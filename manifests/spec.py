@@ -24,7 +24,8 @@ from manifests.kinds import JobKindName
 from manifests.paths import whole
 from trainer.data.vocabulary import SMALLEST_VOCABULARY
 from trainer.fields import stored
-from trainer.modelspec import Count, ModelSpec
+from trainer.kinds.base import Count
+from trainer.modelspec import ModelSpec
 from trainer.parallel.layout import Layout
 from trainer.spec import (
     BackendsSpec,

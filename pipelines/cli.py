@@ -234,9 +234,9 @@ def describe(
     from trainer.arithmetic.describe import describe as describe_model
     from trainer.arithmetic.describe import render as render_description
     from trainer.arithmetic.describe import render_memory
-    from trainer.arithmetic.flops import parameters
     from trainer.fp8 import table
     from trainer.optim import rules
+    from trainer.parameters import parameters
 
     model = spec.train.model
     if optimizers:

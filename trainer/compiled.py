@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +25,15 @@ from trainer.distributed import World
 from trainer.fp8 import te
 from trainer.fp8.convert import put, why_not_experts
 from trainer.fp8.table import conversion_table
+from trainer.kinds.base import PlacedKind
 from trainer.model import recompute
 from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.model.rows import own_rows
-from trainer.modelspec import EngramSpec, ModelSpec
+from trainer.modelspec import KINDS, SECTIONS, ModelSpec
 from trainer.ops import Choice
-from trainer.parallel.layout import is_small
 from trainer.parallel.mesh import Mesh
+from trainer.parameters import parameters
 from trainer.precision import Precision
 from trainer.spec import BatchSpec, TokensSpec, TrainSpec
 from trainer.specbase import SpecError
@@ -48,10 +50,15 @@ DOCUMENT_TOKENS = 100  # on average
 
 @dataclass(frozen=True)
 class Kind:
-    """Layers that compile to the same code. `converted`: their products are FP8."""
+    """Layers that compile to the same code.
+
+    Attributes:
+        placed: stand-ins for the sections that such a layer has of its own.
+        converted: whether its products are FP8.
+    """
 
     symbols: str
-    engram: EngramSpec | None = None
+    placed: tuple[PlacedKind, ...] = ()
     converted: bool = False
 
     def __str__(self) -> str:
@@ -59,9 +66,11 @@ class Kind:
 
     def alone(self, spec: ModelSpec) -> ModelSpec:
         """A model with one layer of this kind."""
-        engram = [self.engram.model_dump(mode="json")] if self.engram else []
-        vocabulary = min(spec.vocab_size, VOCABULARY)
-        return spec.updated({"layers": [self.symbols], "engram": engram, "mtp": None, "vocab_size": vocabulary})
+        changes: dict[str, Any] = {"layers": [self.symbols], "mtp": None}
+        changes["vocab_size"] = min(spec.vocab_size, VOCABULARY)
+        changes |= {SECTIONS[symbol]: [] for symbol, kind in KINDS.items() if issubclass(kind, PlacedKind)}
+        changes |= {SECTIONS[section.symbol]: [section.model_dump(mode="json")] for section in self.placed}
+        return spec.updated(changes)
 
 
 def agreed(spec: TrainSpec, world: World, mesh: Mesh, chosen: Precision, choices: dict[str, Choice]) -> bool:
@@ -92,15 +101,12 @@ def agreed(spec: TrainSpec, world: World, mesh: Mesh, chosen: Precision, choices
 
 def kinds(spec: ModelSpec, chosen: Precision) -> list[Kind]:
     """The different layers of a model, those of multi-token prediction among them."""
-    engrams = {e.layer: e for e in spec.engram}
     ends = chosen.fp8.bf16_end_layers if chosen.fp8 else len(spec.layers)
     found = []
     for index, symbols in enumerate(spec.layers):
-        engram = engrams.get(index)
-        if engram is not None:
-            rows = min(engram.rows_per_head, TABLE_ROWS)
-            engram = engram.updated({"layer": 0, "rows_per_head": rows, "compress_tokens": False})
-        found.append(Kind(symbols, engram, ends <= index < len(spec.layers) - ends))
+        sections = (spec.section(symbol, index) for symbol in symbols)
+        placed = tuple(section.stand_in(TABLE_ROWS) for section in sections if isinstance(section, PlacedKind))
+        found.append(Kind(symbols, placed, ends <= index < len(spec.layers) - ends))
     if spec.mtp:
         found.append(Kind(spec.mtp.layer))
     return list(dict.fromkeys(found))
@@ -185,8 +191,10 @@ def build(
         if rows := [row for row in table if row.converted]:
             put(model, rows, fp8, device)
     if mesh.layout.data == "fsdp" and dtype is not None:
-        for name, parameter in model.layers.named_parameters():
-            if not (isinstance(parameter, DTensor) or is_small(name, parameter.shape) or "tables" in name):
+        for known in parameters(alone):
+            parameter = model.get_parameter(known.name)
+            in_layer = known.name.startswith("layers.")
+            if in_layer and known.multiplies and not (known.whole or isinstance(parameter, DTensor)):
                 parameter.data = parameter.data.to(dtype)  # as FSDP2 gathers it
     recompute.set_policy(model, spec.runtime.activation_checkpointing)
     return model

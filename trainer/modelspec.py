@@ -1,110 +1,25 @@
-"""Shape of the model: a table of layers and the widths of each kind of sublayer. Imports no torch.
+"""Shape of the model: a table of layers and a section for each kind of sublayer. Imports no torch.
 
 A layer is a short string of sublayers that run in order, each with its own pre-norm and residual:
-`M` Mamba-2 · `E` mixture of experts · `*` grouped-query attention · `-` squared-ReLU MLP · `N` Engram n-gram memory.
-So `ME` is a Mamba-2 mixer followed by experts, `*-` attention followed by an MLP.
+`M` Mamba-2 · `E` mixture of experts · `*` grouped-query attention · `-` MLP · `N` Engram n-gram memory.
+So `ME` is a Mamba-2 mixer followed by experts, `*-` attention followed by an MLP. What there is to know of a kind is in
+its file in trainer/kinds; the fields of `ModelSpec` that are kinds are the registry of them.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from collections.abc import Iterator
+from typing import Annotated, Self, get_args
 
 from pydantic import Field, model_validator
 
+from trainer.kinds.attention import AttentionSpec
+from trainer.kinds.base import Count, K, Kind, PlacedKind
+from trainer.kinds.engram import EngramSpec
+from trainer.kinds.mamba2 import MambaSpec
+from trainer.kinds.mlp import MlpSpec
+from trainer.kinds.moe import MoeSpec
 from trainer.specbase import Spec
-
-SUBLAYERS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp", "N": "engram"}
-
-Count = Annotated[int, Field(gt=0)]
-
-
-class MambaSpec(Spec):
-    """Mamba-2 mixer (Dao & Gu 2024): d_inner = num_heads · head_dim."""
-
-    num_heads: Count
-    head_dim: Count = 64
-    d_state: Count = 128
-    num_groups: Count = 1
-    conv_kernel: Count = 4
-    chunk_size: Count = 128
-
-    @property
-    def d_inner(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def conv_dim(self) -> int:
-        """Channels of the causal convolution: x, B and C."""
-        return self.d_inner + 2 * self.num_groups * self.d_state
-
-    @model_validator(mode="after")
-    def _groups_divide(self) -> Self:
-        if self.num_heads % self.num_groups:
-            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_groups {self.num_groups}")
-        return self
-
-
-class AttentionSpec(Spec):
-    """Grouped-query attention; no position embedding unless `rope_theta` is given."""
-
-    num_heads: Count
-    num_kv_heads: Count
-    head_dim: Count = 64
-    rope_theta: Annotated[float, Field(gt=0)] | None = None
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.rope_theta is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} must be even, as rope_theta turns pairs of channels")
-        return self
-
-
-class MoeSpec(Spec):
-    """Routed experts with sigmoid scores; balanced by a bias on the choice and a small sequence loss."""
-
-    num_experts: Count
-    top_k: Count
-    expert_width: Count
-    shared_width: Annotated[int, Field(ge=0)] = 0
-    score_scale: Annotated[float, Field(gt=0)] = 2.5
-    bias_update_rate: Annotated[float, Field(ge=0)] = 1e-3
-    sequence_loss_weight: Annotated[float, Field(ge=0)] = 1e-4
-
-    @model_validator(mode="after")
-    def _top_k_fits(self) -> Self:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}; lower top_k")
-        if self.top_k == 1 and self.num_experts > 1:
-            raise ValueError("top_k 1 gives the router no gradient (one renormalised weight is always 1); raise it")
-        return self
-
-
-class MlpSpec(Spec):
-    width: Count
-
-
-class EngramSpec(Spec):
-    """Hashed n-gram memory (arXiv 2601.07372) of one layer: orders 2..max_order, `num_heads` tables for each."""
-
-    layer: Annotated[int, Field(ge=0)]
-    max_order: Annotated[int, Field(ge=2, le=8)] = 3
-    rows_per_head: Count
-    width_per_order: Count
-    num_heads: Count = 8
-    conv_kernel: Count = 4
-    compress_tokens: bool = True
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.width_per_order % self.num_heads:
-            raise ValueError(f"width_per_order {self.width_per_order} must be a multiple of num_heads {self.num_heads}")
-        return self
-
-    @property
-    def d_mem(self) -> int:
-        return (self.max_order - 1) * self.width_per_order
 
 
 class MtpSpec(Spec):
@@ -149,25 +64,50 @@ class ModelSpec(Spec):
         named = {f"layer {index}": layer for index, layer in enumerate(self.layers)}
         if self.mtp:
             named["mtp.layer"] = self.mtp.layer
-            if "N" in self.mtp.layer:
-                raise ValueError(f"mtp.layer is '{self.mtp.layer}', but Engram belongs to a place in layers; drop N")
         for name, layer in named.items():
-            if not layer or set(layer) - set(SUBLAYERS):
-                known = ", ".join(f"{k} ({v})" for k, v in SUBLAYERS.items())
+            if not layer or set(layer) - set(KINDS):
+                known = ", ".join(f"{symbol} ({SECTIONS[symbol]})" for symbol in KINDS)
                 raise ValueError(f"{name} is '{layer}'; sublayers are {known}")
-        used = set("".join(named.values()))
-        for symbol in sorted(used - {"N"}):
-            name = SUBLAYERS[symbol]
-            if getattr(self, name) is None:
-                raise ValueError(f"layers use '{symbol}' but the section '{name}' is missing; add it")
-        with_engram = {i for i, layer in enumerate(self.layers) if "N" in layer}
-        described = [e.layer for e in self.engram]
-        if sorted(described) != sorted(with_engram) or any(layer.count("N") > 1 for layer in self.layers):
-            raise ValueError(
-                f"layers with 'N' are {sorted(with_engram)} but engram describes {sorted(described)}; "
-                "give exactly one engram entry for each such layer"
-            )
+        for symbol, kind in KINDS.items():
+            if issubclass(kind, PlacedKind):
+                self._check_places(symbol, kind)
+            elif any(symbol in layer for layer in named.values()) and not self.sections(kind):
+                raise ValueError(f"layers use '{symbol}' but the section '{SECTIONS[symbol]}' is missing; add it")
         return self
+
+    def _check_places(self, symbol: str, kind: type[PlacedKind]) -> None:
+        name = SECTIONS[symbol]
+        if self.mtp and symbol in self.mtp.layer:
+            raise ValueError(
+                f"mtp.layer is '{self.mtp.layer}', but {kind.label} belongs to a place in layers; drop {symbol}"
+            )
+        using = {i for i, layer in enumerate(self.layers) if symbol in layer}
+        described = [section.layer for section in self.sections(kind)]
+        if sorted(described) != sorted(using) or any(layer.count(symbol) > 1 for layer in self.layers):
+            raise ValueError(
+                f"layers with '{symbol}' are {sorted(using)} but {name} describes {sorted(described)}; "
+                f"give exactly one {name} entry for each such layer"
+            )
+
+    def sections(self, kind: type[K]) -> list[K]:
+        """All sections of a kind; of one that is not placed, one or none."""
+        given = getattr(self, SECTIONS[kind.symbol])
+        return given if isinstance(given, list) else [] if given is None else [given]
+
+    def section(self, symbol: str, layer: int | None = None) -> Kind:
+        """What describes a sublayer; `layer` is the layer's number, None in one of multi-token prediction."""
+        return next(s for s in self.sections(KINDS[symbol]) if not isinstance(s, PlacedKind) or s.layer == layer)
+
+    def trunk(self) -> Iterator[tuple[str, Kind]]:
+        """Place `layer.number in it` and section of every sublayer, in order."""
+        for index, layer in enumerate(self.layers):
+            for place, symbol in enumerate(layer):
+                yield f"{index}.{place}", self.section(symbol, index)
+
+    def used(self) -> list[Kind]:
+        """The sections of all sublayers, those of multi-token prediction among them, each once."""
+        ahead = [self.section(symbol) for symbol in self.mtp.layer] if self.mtp else []
+        return list({id(section): section for section in [*(section for _, section in self.trunk()), *ahead]}.values())
 
     @property
     def mtp_factor(self) -> float:
@@ -177,3 +117,14 @@ class ModelSpec(Spec):
     @property
     def num_sublayers(self) -> int:
         return sum(len(layer) for layer in self.layers)
+
+
+def _sections() -> Iterator[tuple[str, type[Kind]]]:
+    for name, field in ModelSpec.model_fields.items():
+        for inner in get_args(field.annotation):
+            if isinstance(inner, type) and issubclass(inner, Kind):
+                yield name, inner
+
+
+SECTIONS: dict[str, str] = {kind.symbol: name for name, kind in _sections()}  # symbol → field of ModelSpec
+KINDS: dict[str, type[Kind]] = {kind.symbol: kind for _, kind in _sections()}

@@ -24,9 +24,9 @@ from trainer.fp8 import te
 from trainer.fp8.convert import convert
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
+from trainer.kinds.ngrams import token_classes
 from trainer.model import recompute
 from trainer.model.compiling import compile_layers
-from trainer.model.engram import token_classes
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.optim import Optimizers, build_optimizers
 from trainer.optim.rules import Assignment

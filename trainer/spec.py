@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from trainer.errors import SpecError
-from trainer.modelspec import Count, ModelSpec
+from trainer.kinds.base import Count
+from trainer.modelspec import ModelSpec
 from trainer.specbase import Spec
 
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -52,7 +52,7 @@ def test_the_large_presets_fit_80_gib_only_when_they_recompute():
     for name in ("h100-4b", "h100-4b-interleaved"):
         assert load_job(name).cluster.gpu_memory_gib == 80
     keeping = {"train": {"runtime": {"activation_checkpointing": "none"}}}
-    with pytest.raises(SpecError, match=r"micro-batch 38\.9 GiB.*lower .*micro_batch_rows 4, or write .*full"):
+    with pytest.raises(SpecError, match=r"micro-batch 38\.8 GiB.*lower .*micro_batch_rows 4, or write .*full"):
         load_job("h100-4b", keeping)
     assert load_job("h100-4b", {**keeping, "cluster": {"gpu_memory_gib": 141}})
     fewer = {"batch": {"micro_batch_rows": 2}, **keeping["train"]}

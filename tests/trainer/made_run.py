@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.checkpoint import CheckpointManifest
 from trainer.data.manifest import read_manifest
-from trainer.model.engram import token_classes
+from trainer.kinds.ngrams import token_classes
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.spec import TrainSpec
 

@@ -25,6 +25,7 @@ if "MARGINS" in os.environ:  # tests/margins.py
 
 STEPS = 3
 # Layers 1 and 3 are attention: TEON joins them. Some first dimensions (3, 44, 2) divide by no number of ranks.
+DEEP = MODEL.updated({"layers": [*MODEL.layers, "*"]})
 SHAPES = {name: expected[0] for name, expected in EXPECTED.items()}
 SHAPES |= {name.replace("layers.1.0", "layers.3.0"): shape for name, shape in SHAPES.items() if "layers.1.0" in name}
 
@@ -78,7 +79,7 @@ class Counter:
 
 def case(layout: str, options: dict, mesh: DeviceMesh, directory: Path) -> None:
     alone = Named(SHAPES)
-    reference = build_optimizers(alone, spec(**options), MODEL)
+    reference = build_optimizers(alone, spec(**options), DEEP)
     counter = muon.orthogonalise_ = Counter()
     expected_norms = train(alone, reference)
     expected_matrices, counter.matrices = counter.matrices, 0
@@ -86,7 +87,7 @@ def case(layout: str, options: dict, mesh: DeviceMesh, directory: Path) -> None:
     together = Named(SHAPES)
     if layout == "fsdp":
         fully_shard(together, mesh=mesh)
-    optimizers = build_optimizers(together, spec(**options), MODEL, share_over=mesh if layout == "shared" else None)
+    optimizers = build_optimizers(together, spec(**options), DEEP, share_over=mesh if layout == "shared" else None)
     norms = train(together, optimizers)
     muon.orthogonalise_ = counter.original
 
@@ -106,7 +107,7 @@ def case(layout: str, options: dict, mesh: DeviceMesh, directory: Path) -> None:
     # Saved by all ranks, loaded by one that is alone, and by all of them into another layout.
     path = directory / f"{layout}-{'-'.join(map(str, options)) or 'plain'}-{dist.get_world_size()}"
     dcp.save(optimizers.state_dict(), checkpoint_id=path)
-    for other in (build_optimizers(Named(SHAPES), spec(**options), MODEL, share_over=over) for over in (None, mesh)):
+    for other in (build_optimizers(Named(SHAPES), spec(**options), DEEP, share_over=over) for over in (None, mesh)):
         state = other.state_dict()
         dcp.load(state, checkpoint_id=path)
         for key, value in reference.state_dict().items():

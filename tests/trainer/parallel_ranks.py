@@ -44,7 +44,7 @@ def observe(run: Any) -> dict[str, Any]:
     """Elements that this rank keeps, and whether its initial weights are a part of those of a model built whole."""
     import torch
 
-    from trainer.model.engram import token_classes
+    from trainer.kinds.ngrams import token_classes
     from trainer.model.hybrid import build_model
     from trainer.model.rows import own_rows
     from trainer.optim.shares import local

@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from manifests.spec import load_job
 from trainer import parity
 from trainer.arithmetic.describe import describe, render, render_memory
-from trainer.arithmetic.flops import core_flops_per_token, matrix_flops_per_token, parameters
+from trainer.arithmetic.flops import core_flops_per_token, matrix_flops_per_token
 from trainer.model.hybrid import build_model
 from trainer.modelspec import ModelSpec
 from trainer.optim import build_optimizers
+from trainer.parameters import parameters
 from trainer.spec import BackendsSpec, OptimizerSpec
 
 PRESETS = ["tiny", "small", "h100-4b", "h100-4b-interleaved"]

@@ -24,7 +24,7 @@ from trainer.data.provenance import Origins
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError, ForeseenError, LaunchError, VolumeError, foreseen, in_words, of_the_machine
 from trainer.exitcodes import MEANING, ExitCode, retryable
-from trainer.model.ngrams import token_classes
+from trainer.kinds.ngrams import token_classes
 from trainer.process import failures
 
 SIGNALS = {ExitCode.INTERRUPTED, ExitCode.TERMINATED, ExitCode.KILLED, ExitCode.CRASHED}

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from manifests.spec import load_job
-from trainer.arithmetic.flops import parameters
 from trainer.fp8.table import conversion_table, render, share, summary
 from trainer.modelspec import ModelSpec
+from trainer.parameters import parameters
 from trainer.spec import Fp8Spec
 
 PRESETS = ["tiny", "small", "h100-4b", "h100-4b-interleaved"]

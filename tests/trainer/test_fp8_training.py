@@ -18,8 +18,8 @@ from bounds import below
 from trainer import evaluate
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.checkpointer import _Reader, load_model_weights
+from trainer.kinds.ngrams import token_classes
 from trainer.loop import train
-from trainer.model.engram import token_classes
 from trainer.model.hybrid import build_model
 from trainer.spec import TrainSpec
 

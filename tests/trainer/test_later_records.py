@@ -12,6 +12,7 @@ import pytest
 from trainer import fields
 from trainer.checkpoints.checkpoint import MANIFEST, CheckpointManifest, read_manifest
 from trainer.data import manifest as data
+from trainer.data.stages import open_stage
 from trainer.errors import CheckpointError, DataError
 
 
@@ -43,7 +44,7 @@ def test_a_manifest_keeps_its_digest(kind: data.Kind, tmp_path: Path, caplog: py
         (str(file), "a later yaongi", "shape, sources.*.language, files.*.words")
     ]
     result = data.StageResult(kind=kind, path=str(tmp_path), digest=read.digest)
-    assert data.open_stage(result) == read
+    assert open_stage(result) == read
 
     file.write_text(json.dumps({"digest": made.digest} | value))
     with pytest.raises(DataError, match="changed after it was written"):

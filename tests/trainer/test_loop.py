@@ -25,8 +25,8 @@ from trainer.checkpoints.checkpointer import Checkpointer, load_model_weights
 from trainer.data.loader import TokenLoader
 from trainer.errors import ForeseenError
 from trainer.exitcodes import ExitCode
+from trainer.kinds.ngrams import token_classes
 from trainer.loop import Totals, Update, step_record, train
-from trainer.model.engram import token_classes
 from trainer.model.hybrid import build_model
 from trainer.optim import Optimizers
 from trainer.process import failures, limits

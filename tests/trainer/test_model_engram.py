@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 
 from trainer.errors import DataError
-from trainer.model.engram import Engram, NgramHash, table_primes, token_classes
+from trainer.kinds.engram import EngramSpec
+from trainer.kinds.ngrams import multipliers, table_primes, token_classes
+from trainer.model.engram import Engram, NgramHash
 from trainer.model.hybrid import build_model
-from trainer.model.ngrams import multipliers
-from trainer.modelspec import EngramSpec, ModelSpec
+from trainer.modelspec import ModelSpec
 from trainer.ops import OPS, Documents
 
 LAYER_2 = EngramSpec(layer=2, max_order=3, rows_per_head=200_000, width_per_order=512, compress_tokens=False)
@@ -135,9 +137,9 @@ def test_gate_value_and_convolution_equal_the_formula():
     """One document, computed position by position in numpy fp64 from the paper's text and the reference code."""
     torch.manual_seed(0)
     spec = EngramSpec(layer=1, max_order=3, rows_per_head=20, width_per_order=8, num_heads=2, compress_tokens=False)
-    primes = table_primes([spec])[0]
     hidden, length = 12, 14
-    engram = Engram(hidden, 40, spec, primes, 1e-5, OPS["conv"].backends["torch"].function)
+    model = ModelSpec(vocab_size=40, hidden=hidden, layers=["M", "N"], mamba={"num_heads": 1}, engram=[spec])
+    engram = Engram(model, spec, {"conv": OPS["conv"].backends["torch"].function})
     with torch.no_grad():
         for parameter in engram.parameters():
             parameter.normal_(0, 1)
@@ -145,7 +147,7 @@ def test_gate_value_and_convolution_equal_the_formula():
     ids_BT, h_BTD = torch.randint(0, 40, (1, length)), torch.randn(1, length, hidden)
     h_BTD[0, 3] = 0  # g = 0: the gate is one half
     documents = Documents.one_per_row(1, length)
-    found = engram(h_BTD, ids_BT, documents)[0].detach().numpy()
+    found = engram(h_BTD, nn.Identity(), ids_BT, documents).y_BTD[0].detach().numpy()
 
     weights = {name: parameter.detach().double().numpy() for name, parameter in engram.named_parameters()}
     rows = engram.hash(ids_BT, documents)[0].numpy()
@@ -183,5 +185,5 @@ def test_at_the_start_the_convolution_adds_nothing():
     engram = build_model(spec, seed=0).layers[0][0].mixer
     assert engram.conv.weight.eq(0).all()
     ids_BT, h_BTD, documents = torch.randint(0, 32, (1, 6)), torch.randn(1, 6, 16), Documents.one_per_row(1, 6)
-    engram(h_BTD, ids_BT, documents).square().sum().backward()
+    engram.recall(h_BTD, ids_BT, documents).square().sum().backward()
     assert engram.conv.weight.grad.ne(0).any()  # and can leave zero

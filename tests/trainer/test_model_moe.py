@@ -3,10 +3,14 @@
 import pytest
 import torch
 from bounds import below
+from torch import nn
 
+from trainer.kinds.moe import MoeSpec
 from trainer.model.hybrid import build_model
+from trainer.model.mixer import Mixed
 from trainer.model.moe import Moe
-from trainer.modelspec import ModelSpec, MoeSpec
+from trainer.modelspec import ModelSpec
+from trainer.ops import Documents
 from trainer.ops.experts import experts_reference
 
 SPEC = MoeSpec(
@@ -15,10 +19,18 @@ SPEC = MoeSpec(
 HIDDEN = 12
 
 
+def made(spec: MoeSpec) -> Moe:
+    return Moe(ModelSpec(vocab_size=16, hidden=HIDDEN, layers=["E"], moe=spec), spec, {"experts": experts_reference})
+
+
+def mixed(moe: Moe, x_BTD: torch.Tensor) -> Mixed:
+    return moe(x_BTD, nn.Identity(), torch.zeros(x_BTD.shape[:2]), Documents.one_per_row(*x_BTD.shape[:2]))
+
+
 @pytest.fixture
 def moe() -> Moe:
     torch.manual_seed(0)
-    module = Moe(HIDDEN, SPEC, experts_reference)
+    module = made(SPEC)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(0, 0.5)
@@ -28,7 +40,7 @@ def moe() -> Moe:
 
 def test_output_equals_a_loop_over_tokens(moe):
     x_BTD = torch.randn(2, 9, HIDDEN)
-    output = moe(x_BTD)
+    output = mixed(moe, x_BTD)
     load = [0] * 8
     for b in range(2):
         for t in range(9):
@@ -78,11 +90,11 @@ def test_sequence_loss_equals_the_paper_row_by_row(moe):
 
 def test_sequence_loss_pushes_scores_towards_balance(moe):
     x_BTD = torch.randn(2, 40, HIDDEN)
-    moe(x_BTD).sequence_loss.backward()
+    mixed(moe, x_BTD).aux_loss.backward()
     with torch.no_grad():
-        before = moe(x_BTD).sequence_loss.item()
+        before = mixed(moe, x_BTD).aux_loss.item()
         moe.router.weight -= 5.0 * moe.router.weight.grad
-        assert moe(x_BTD).sequence_loss.item() < before
+        assert mixed(moe, x_BTD).aux_loss.item() < before
 
 
 def test_bias_update_lowers_the_busy_and_keeps_the_level(moe):
@@ -97,17 +109,17 @@ def test_bias_update_lowers_the_busy_and_keeps_the_level(moe):
 def test_bias_alone_balances_a_skewed_router():
     torch.manual_seed(0)
     spec = SPEC.updated({"bias_update_rate": 0.02})
-    moe = Moe(HIDDEN, spec, experts_reference)
+    moe = made(spec)
     with torch.no_grad():
         for parameter in moe.parameters():
             parameter.normal_(0, 0.3)
         moe.bias_E.zero_()
         moe.router.weight[:2] += 0.8
     x_BTD = torch.randn(1, 600, HIDDEN) + 0.3
-    first = moe(x_BTD).load_E
+    first = mixed(moe, x_BTD).load_E
     for _ in range(60):
-        moe.update_bias(moe(x_BTD).load_E)
-    last = moe(x_BTD).load_E
+        moe.update_bias(mixed(moe, x_BTD).load_E)
+    last = mixed(moe, x_BTD).load_E
     mean = 600 * 3 / 8
     assert first.max() > 2 * mean and last.max() < 1.3 * mean
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from trainer import evaluate, export
 from trainer.arithmetic.describe import describe
-from trainer.arithmetic.flops import parameters
 from trainer.loop import train
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec
+from trainer.parameters import parameters
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 SPEC = ModelSpec(

@@ -41,8 +41,12 @@ ATTENTION = [f"{layer}.mixer.{leaf}_proj.weight" for layer in LAYERS for leaf in
 
 def stacks(layers: int) -> dict[str, tuple[str, ...]]:
     spec = OptimizerSpec.model_validate({"muon": {"teon_layers": layers}})
+    places = ["-"] * 14
+    places[2] = places[10] = places[12] = places[13] = "*"
+    places[11] = "-*"
+    deep = MODEL.updated({"layers": places, "engram": [], "mtp": {"layer": "*"}})
     shapes = [(name, (8 if ".k_" in name or ".v_" in name else 16, 16)) for name in ATTENTION]
-    return {entry.name: entry.stack for entry in assign(shapes, spec, MODEL)}
+    return {entry.name: entry.stack for entry in assign(shapes, spec, deep)}
 
 
 def test_teon_pairs_successive_layers_and_leaves_the_odd_one_alone():
@@ -69,7 +73,7 @@ def test_teon_of_one_layer_is_muon_to_the_bit():
 
 
 def test_unknown_parameter_is_named():
-    with pytest.raises(ValueError, match=r"no rule names the parameter layers\.0\.0\.mixer\.gate\.weight"):
+    with pytest.raises(ValueError, match=r"no kind of layer has the parameter layers\.0\.0\.mixer\.gate\.weight"):
         assign([("layers.0.0.mixer.gate.weight", (2, 2))], OptimizerSpec(), MODEL)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import micro
 import pytest
 
-from trainer.arithmetic.flops import parameters
 from trainer.arithmetic.memory import choose_layout, refuse_too_large, training_memory
 from trainer.modelspec import ModelSpec
 from trainer.parallel.layout import Layout, resolve
+from trainer.parameters import parameters
 from trainer.spec import OptimizerSpec, ParallelSpec
 from trainer.specbase import SpecError
 

@@ -13,18 +13,16 @@ from rich.table import Table
 from trainer import parity
 from trainer.arithmetic.activations import activations
 from trainer.arithmetic.flops import (
-    Parameter,
     core_flops_per_token,
     flops_per_token,
     matrix_flops_per_token,
     mtp_core_flops_per_token,
-    mtp_parameters,
-    parameters,
-    sublayer_parameters,
 )
 from trainer.arithmetic.memory import Memory, step_memory, training_memory
+from trainer.kinds.base import Parameter
 from trainer.modelspec import ModelSpec
 from trainer.parallel.layout import Layout
+from trainer.parameters import head, mtp_parameters, parameters, sublayer_parameters
 from trainer.spec import BackendsSpec, OptimizerSpec, Policy, TrainSpec
 
 
@@ -88,35 +86,22 @@ def _rows(spec: ModelSpec, seq_len: int, everything: list[Parameter]) -> list[Ro
         count, active = sum(p.count for p in found), sum(p.active for p in found)
         return Row(layer, kind, widths, _shapes(found), count, active, matrix_flops_per_token(found) + core)
 
-    rows = [row(None, "embedding", f"{spec.vocab_size} × {spec.hidden}", everything[:1])]
+    by_name = {parameter.name: parameter for parameter in everything}
+    embedding, final_norm = by_name["embedding.weight"], by_name["final_norm.weight"]
+    rows = [row(None, "embedding", f"{spec.vocab_size} × {spec.hidden}", [embedding])]
     for index, layer in enumerate(spec.layers):
         for place, symbol in enumerate(layer):
-            found = sublayer_parameters(spec, index, place, symbol)
-            core = core_flops_per_token(spec, symbol, seq_len)
-            rows.append(row(index, *_kind_and_widths(spec, index, symbol), found, core))
-    by_name = {parameter.name: parameter for parameter in everything}
-    rows.append(row(None, "final norm", str(spec.hidden), [by_name["final_norm.weight"]]))
-    rows.append(row(None, "LM head", f"{spec.hidden} × {spec.vocab_size}", [by_name["head.weight"]]))
+            section = spec.section(symbol, index)
+            found = list(sublayer_parameters(spec, section, f"layers.{index}.{place}."))
+            core = core_flops_per_token(spec, symbol, seq_len, index)
+            rows.append(row(index, section.label, section.widths(), found, core))
+    rows.append(row(None, "final norm", str(spec.hidden), [final_norm]))
+    rows.append(row(None, "LM head", f"{spec.hidden} × {spec.vocab_size}", [head(spec)]))
     for number in range(spec.mtp.depth if spec.mtp else 0):
         core = mtp_core_flops_per_token(spec, seq_len)
         kind = f"MTP {number + 1} ({spec.mtp.layer})"
-        rows.append(row(None, kind, "projection, layer, the head again", mtp_parameters(spec, number), core))
+        rows.append(row(None, kind, "projection, layer, the head again", list(mtp_parameters(spec, number)), core))
     return rows
-
-
-def _kind_and_widths(spec: ModelSpec, index: int, symbol: str) -> tuple[str, str]:
-    if symbol == "M" and (m := spec.mamba):
-        return "Mamba-2", f"{m.num_heads} heads × {m.head_dim}, state {m.d_state}, groups {m.num_groups}"
-    if symbol == "E" and (e := spec.moe):
-        shared = f", shared {e.shared_width}" if e.shared_width else ""
-        return "experts", f"{e.num_experts} × {e.expert_width}, top {e.top_k}{shared}"
-    if symbol == "*" and (a := spec.attention):
-        return "attention", f"{a.num_heads} query, {a.num_kv_heads} key/value heads × {a.head_dim}"
-    if symbol == "-" and (mlp := spec.mlp):
-        return "MLP", f"{mlp.width}"
-    n = next(engram for engram in spec.engram if engram.layer == index)
-    tables = f"{n.num_heads} × {n.rows_per_head} rows × {n.width_per_order // n.num_heads}"
-    return "Engram", f"orders 2..{n.max_order}, each {tables}"
 
 
 def render(description: Description, console: Console) -> None:

@@ -10,11 +10,12 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 
 from trainer.arithmetic.activations import WIDTHS, activations
-from trainer.arithmetic.flops import Parameter, parameters
 from trainer.errors import SpecError
+from trainer.kinds.base import Parameter
 from trainer.modelspec import ModelSpec
 from trainer.optim.rules import STATE_BYTES, assign
-from trainer.parallel.layout import Layout, is_expert_weight, resolve
+from trainer.parallel.layout import Layout, resolve
+from trainer.parameters import head, parameters
 from trainer.spec import OptimizerSpec, ParallelSpec, TrainSpec
 
 FP32_BYTES = 4
@@ -58,11 +59,11 @@ def training_memory(spec: ModelSpec, optimizer: OptimizerSpec | None = None, lay
     assigned = assign([(p.name, p.shape) for p in everything], optimizer, spec)
     weights = state = whole_state = 0
     for parameter, assignment in zip(everything, assigned, strict=True):
-        held = layout.held(parameter.name, parameter.shape)
+        held = layout.held(parameter)
         held_state = STATE_BYTES[optimizer.state_dtype] * assignment.moments * held
         weights += FP32_BYTES * held
         # A sharded optimizer divides the rows of whole tensors; experts that are cut already stay where they are.
-        divided = layout.shard_optimizer and not (layout.expert > 1 and is_expert_weight(parameter.name))
+        divided = layout.shard_optimizer and not layout.cuts_experts(parameter)
         state += 0 if divided else held_state
         whole_state += held_state if divided else 0
     state += -(-whole_state // layout.world)
@@ -75,8 +76,7 @@ def step_memory(spec: TrainSpec, layout: Layout | None = None) -> Memory:
     model, precision = spec.model, "bf16" if spec.precision.dtype == "auto" else spec.precision.dtype
     found = activations(model, spec.tokens.seq_len, spec.runtime.activation_checkpointing, precision)
     # Experts, router and head are cast where they are used and nothing of it stays; FSDP drops copies with its layers.
-    cast_once = {"up_EFD", "down_EDF", "router.weight", "head.weight"}
-    linear = [p for p in parameters(model) if p.multiplies and not p.name.endswith(tuple(cast_once))]
+    linear = [p for p in parameters(model) if p.multiplies and not (p.per_expert or p.whole or p == head(model))]
     narrow = precision != "fp32" and layout.data == "ddp"
     return replace(
         training_memory(model, spec.optimizer, layout),
@@ -94,7 +94,7 @@ def _gathered(everything: list[Parameter], layout: Layout) -> int:
     layers: dict[str, int] = defaultdict(int)
     others = 0
     for parameter in everything:
-        if layout.expert > 1 and is_expert_weight(parameter.name):
+        if layout.cuts_experts(parameter):
             continue
         if layer := re.match(r"layers\.\d+|mtp\.\d+\.layer", parameter.name):
             layers[layer.group()] += FP32_BYTES * parameter.count

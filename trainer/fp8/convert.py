@@ -25,8 +25,6 @@ from trainer.spec import Fp8Spec
 
 log = logging.getLogger(__name__)
 
-_EXPERT_WEIGHTS = ("up_EFD", "down_EDF")
-
 
 def recipe_of(fp8: Fp8Spec) -> Recipe:
     """The recipe with its implementation; `auto` must have been resolved (trainer.precision)."""
@@ -91,7 +89,7 @@ def put(model: HybridModel, rows: list[Conversion], fp8: Fp8Spec, device: torch.
     for index, row in enumerate(rows):
         place, _, leaf = row.name.rpartition(".")
         module = model.get_submodule(place)
-        if leaf in _EXPERT_WEIGHTS:
+        if len(row.shape) == 3:  # the experts'
             grouped.setdefault(place, {})[leaf] = Fp8Grouped(recipe, state.slots(index), module)
             continue
         assert isinstance(module, nn.Linear) and module.bias is None, row.name

@@ -14,25 +14,12 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from trainer.arithmetic.flops import parameters
+from trainer.kinds.base import NO_PRODUCT, Parameter
 from trainer.modelspec import ModelSpec
+from trainer.parameters import parameters
 from trainer.spec import Fp8Spec
 
-_MIXER = re.compile(r"layers\.(\d+)\.\d+\.mixer\.(\w+?)(?:\.weight)?")
-_EXPERTS = {"up_EFD", "down_EDF"}
-_CONVERTED = _EXPERTS | {
-    *("zxbc_proj", "out_proj"),
-    *("q_proj", "k_proj", "v_proj", "o_proj"),
-    *("up", "down", "shared_up", "shared_down"),
-    *("key_proj", "value_proj"),
-}
-_KEPT = {
-    "head": "LM head: its logits are the loss",
-    "embedding": "looked up, not multiplied",
-    "tables": "looked up, not multiplied",
-    "router": "routing is FP32: a small error changes the choice",
-    "dt_proj": "time steps are exponentiated, and it has few rows",
-}
+_LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -61,23 +48,23 @@ def conversion_table(model: ModelSpec, fp8: Fp8Spec, experts_problem: str | None
     """
     rows = []
     for parameter in parameters(model):
-        match = _MIXER.fullmatch(parameter.name)
-        kind = match[2] if match else parameter.name.removesuffix(".weight").rpartition(".")[2]
+        kind = parameter.name.removesuffix(".weight").rpartition(".")[2]
         active = parameter.active if parameter.multiplies else 0
-        problem = _why_kept(model, fp8, kind, parameter.shape, int(match[1]) if match else None)
-        if problem is None and kind in _EXPERTS:
-            problem = experts_problem
+        problem = _why_kept(model, fp8, parameter) or (experts_problem if parameter.per_expert else None)
         reason = problem or f"sides are multiples of {fp8.side_multiple}"
         rows.append(Conversion(parameter.name, kind, parameter.shape, active, problem is None, reason))
     return rows
 
 
-def _why_kept(model: ModelSpec, fp8: Fp8Spec, kind: str, shape: tuple[int, ...], layer: int | None) -> str | None:
-    if kind not in _CONVERTED or layer is None:
-        return _KEPT.get(kind, "no matrix product" if kind not in _CONVERTED else "not part of a layer")
-    if layer < fp8.bf16_end_layers or layer >= len(model.layers) - fp8.bf16_end_layers:
+def _why_kept(model: ModelSpec, fp8: Fp8Spec, parameter: Parameter) -> str | None:
+    if parameter.high_precision:
+        return parameter.high_precision
+    layer = _LAYER.match(parameter.name)
+    if layer is None:
+        return "not part of a layer"
+    if not fp8.bf16_end_layers <= int(layer[1]) < len(model.layers) - fp8.bf16_end_layers:
         return f"in the first or last {fp8.bf16_end_layers} layers"
-    if odd := [side for side in shape[-2:] if side % fp8.side_multiple]:
+    if odd := [side for side in parameter.shape[-2:] if side % fp8.side_multiple]:
         return f"side {odd[0]} is no multiple of {fp8.side_multiple}"
     return None
 
@@ -89,7 +76,7 @@ def share(rows: list[Conversion]) -> float:
 
 def summary(rows: list[Conversion]) -> list[str]:
     """One line for each kind of weight and reason, the converted ones first."""
-    counts = Counter((not row.converted, row.kind, row.reason) for row in rows if row.active or row.kind in _KEPT)
+    counts = Counter((not row.converted, row.kind, row.reason) for row in rows if row.reason != NO_PRODUCT)
     return [
         f"{'BF16' if kept else 'FP8 '} {count:4d} × {kind}: {reason}"
         for (kept, kind, reason), count in sorted(counts.items())

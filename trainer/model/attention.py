@@ -5,26 +5,23 @@ Legend: B rows, T positions, D hidden, H query heads, K key/value heads, W head 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from trainer import mup
+from trainer.kinds.attention import AttentionSpec
 from trainer.model.linear import Linear
-from trainer.modelspec import AttentionSpec
+from trainer.model.mixer import Functions, Mixed, Mixer
+from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
 
 
-class Attention(nn.Module):
-    """`query_factor` multiplies the queries, beside the usual 1/√W (trainer/mup.py)."""
-
-    def __init__(
-        self, hidden: int, spec: AttentionSpec, attend: Callable[..., Tensor], query_factor: float = 1.0
-    ) -> None:
+class Attention(Mixer):
+    def __init__(self, model: ModelSpec, spec: AttentionSpec, functions: Functions) -> None:
         super().__init__()
-        self.spec = spec
-        self.query_factor = query_factor
-        self.attend = attend
+        self.spec, hidden = spec, model.hidden
+        self.query_factor = mup.attention_factor(model)  # beside the usual 1/√W
+        self.attend = functions["attention"]
         self.q_proj = Linear(hidden, spec.num_heads * spec.head_dim)
         self.k_proj = Linear(hidden, spec.num_kv_heads * spec.head_dim)
         self.v_proj = Linear(hidden, spec.num_kv_heads * spec.head_dim)
@@ -33,7 +30,7 @@ class Attention(nn.Module):
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
 
-    def mix(self, q_BTI: Tensor, k_BTJ: Tensor, v_BTJ: Tensor, documents: Documents) -> Tensor:
+    def mix(self, q_BTI: Tensor, k_BTJ: Tensor, v_BTJ: Tensor, documents: Documents) -> Mixed:
         if self.query_factor != 1:
             q_BTI = q_BTI * self.query_factor
         q_BTHW = q_BTI.unflatten(-1, (self.spec.num_heads, -1))
@@ -42,7 +39,7 @@ class Attention(nn.Module):
         if self.spec.rope_theta is not None:
             q_BTHW = rotate(q_BTHW, documents.position_BT, self.spec.rope_theta)
             k_BTKW = rotate(k_BTKW, documents.position_BT, self.spec.rope_theta)
-        return self.o_proj(self.attend(q_BTHW, k_BTKW, v_BTKW, documents).flatten(2))
+        return Mixed(self.o_proj(self.attend(q_BTHW, k_BTKW, v_BTKW, documents).flatten(2)))
 
 
 def rotate(x_BTHW: Tensor, position_BT: Tensor, theta: float) -> Tensor:

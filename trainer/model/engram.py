@@ -24,14 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer import mup
+from trainer.kinds.engram import EngramSpec
+from trainer.kinds.ngrams import PAD_TOKEN, multipliers
 from trainer.model.linear import Linear
 from trainer.model.mamba2 import CausalConv
-from trainer.model.ngrams import PAD_TOKEN, multipliers, table_primes, token_classes
+from trainer.model.mixer import Functions, Mixed, Mixer
 from trainer.model.norm import RMSNorm
-from trainer.modelspec import EngramSpec
+from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
-
-__all__ = ["Engram", "NgramHash", "memory_gate", "table_primes", "token_classes"]
 
 
 class NgramHash(nn.Module):
@@ -79,24 +80,15 @@ class NgramHash(nn.Module):
         return torch.cat(columns, dim=-1) + self.offset_J
 
 
-class Engram(nn.Module):
+class Engram(Mixer):
     """Gathers, gates and smooths the memory: u = σ(gate(h, key))·value, y = u + SiLU(conv(norm(u)))."""
 
-    def __init__(
-        self,
-        hidden: int,
-        vocab_size: int,
-        spec: EngramSpec,
-        primes: list[int],
-        norm_eps: float,
-        convolve: Callable[..., Tensor],
-        gate_factor: float = 1.0,
-    ) -> None:
+    def __init__(self, model: ModelSpec, spec: EngramSpec, functions: Functions) -> None:
         super().__init__()
-        self.spec = spec
-        self.convolve = convolve
-        self.gate_factor = gate_factor
-        self.hash = NgramHash(spec, vocab_size, primes)
+        self.spec, hidden, primes = spec, model.hidden, spec.primes(model)
+        self.convolve = functions["conv"]
+        self.gate_factor = mup.gate_factor(model)
+        self.hash = NgramHash(spec, model.vocab_size, primes)
         rows_JW = torch.empty(sum(primes), spec.width_per_order // spec.num_heads)
         self.tables = nn.Embedding.from_pretrained(rows_JW, freeze=False)
         self.key_proj = Linear(spec.d_mem, hidden)
@@ -104,10 +96,18 @@ class Engram(nn.Module):
         gate_eps = torch.finfo(torch.float32).eps
         self.key_norm = RMSNorm(hidden, gate_eps)
         self.query_norm = RMSNorm(hidden, gate_eps)
-        self.conv_norm = RMSNorm(hidden, norm_eps)
+        self.conv_norm = RMSNorm(hidden, model.norm_eps)
         self.conv = CausalConv(hidden, spec.conv_kernel, bias=False)
 
-    def forward(self, h_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> Tensor:
+    def forward(self, x_BTD: Tensor, norm: Callable[[Tensor], Tensor], ids_BT: Tensor, documents: Documents) -> Mixed:
+        """All of it is one region; `norm` is not called, as the gate has norms of its own."""
+        return Mixed(self.region("selective", lambda x_BTD: self.recall(x_BTD, ids_BT, documents), x_BTD))
+
+    def reset_buffers(self, token_classes: list[int] | None) -> None:
+        self.hash.set_constants(token_classes if self.spec.compress_tokens else None)
+
+    def recall(self, h_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> Tensor:
+        """What the memory adds to the hidden state."""
         memory_BTM = self.tables(self.hash(ids_BT, documents)).flatten(2)
         key_BTD, value_BTD = self.key_proj(memory_BTM), self.value_proj(memory_BTM)
         gate_BT1 = memory_gate(self.key_norm(key_BTD), self.query_norm(h_BTD), self.gate_factor)

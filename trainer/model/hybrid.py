@@ -5,17 +5,7 @@ attention (*), MLP (-). Engram (N) normalises the hidden state inside its gate a
 mixer respects the documents of a packed row; nothing crosses from one to the next. With `spec.mtp`, modules behind
 the last layer are trained to predict further ahead (trainer/model/mtp.py).
 
-Initialisation, all of it in `init_weights` (σ = init_std, S = number of sublayers):
-
-    embedding, head, router, input projections, Engram tables    N(0, σ)  (also the projections in front of MTP layers)
-    projections back into the residual stream                    N(0, σ/√S)  (out, o, down, shared_down, Engram value)
-    norms, Mamba D                                               1
-    Mamba A_log                                                  log U(1, 16)
-    Mamba dt_bias                                                softplus⁻¹(dt), dt log-uniform in [1e-3, 1e-1]
-    Mamba conv weight and bias                                   U(-1/√kernel, 1/√kernel)
-    Engram conv, router bias                                     0
-
-With μP, σ depends on the shape of each matrix (trainer/mup.py).
+How each parameter begins is said in its kind's file in trainer/kinds; `init_weights` draws it.
 
 Legend: B rows, T positions, D hidden, V vocabulary, L MoE sublayers, E experts, K depths of multi-token prediction.
 """
@@ -25,6 +15,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 import torch
@@ -32,14 +23,13 @@ from torch import Tensor, nn
 
 from trainer import mup, ops
 from trainer.errors import SpecError
-from trainer.model.attention import Attention
-from trainer.model.engram import Engram, table_primes
+from trainer.kinds.base import Kind
+from trainer.kinds.ngrams import PAD_TOKEN
+from trainer.model.initial import draw
 from trainer.model.linear import Linear
-from trainer.model.mamba2 import Mamba2
-from trainer.model.mlp import SquaredReluMlp
-from trainer.model.moe import Moe, MoeOutput
+from trainer.model.mixer import Functions, Mixed, Mixer
+from trainer.model.moe import Moe
 from trainer.model.mtp import MtpModule, ahead
-from trainer.model.ngrams import PAD_TOKEN
 from trainer.model.norm import RMSNorm
 from trainer.model.recompute import Recomputed
 from trainer.model.rows import own_rows
@@ -48,10 +38,9 @@ from trainer.ops import Documents
 from trainer.ops.cross_entropy import IGNORE, cross_entropy_sum
 from trainer.ops.experts import compute_dtype
 from trainer.ops.wide import computed_in
+from trainer.parameters import parameters
 from trainer.spec import BackendsSpec
 
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
-A_MIN, A_MAX = 1.0, 16.0
 INIT_BLOCK_ELEMENTS = 2**20  # drawn at once; bounds what initialisation needs beyond what a rank keeps (4 MiB)
 
 
@@ -64,26 +53,19 @@ class ModelOutput(NamedTuple):
     logits_BTV: Tensor | None  # only without labels
 
 
-class Sublayer(Recomputed):
-    """Pre-norm and mixer. A mixer is in two parts, its first matrix products and what is made of them."""
+class Sublayer(nn.Module):
+    """Pre-norm and mixer."""
 
-    def __init__(self, mixer: nn.Module, norm: RMSNorm | None) -> None:
+    def __init__(self, spec: ModelSpec, section: Kind, functions: Functions) -> None:
         super().__init__()
-        if norm is not None:
-            self.norm = norm
-        self.mixer = mixer
+        if section.pre_norm:
+            self.norm = RMSNorm(spec.hidden, spec.norm_eps)
+        else:
+            self.norm = nn.Identity()
+        self.mixer: Mixer = resolve_name(section.mixer)(spec, section, functions)
 
-    def forward(self, x_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> Tensor | MoeOutput:
-        """What is to be added to the residual stream; of experts, with their loss and load."""
-        mixer = self.mixer
-        if isinstance(mixer, Engram):
-            return self.region("selective", lambda x_BTD: mixer(x_BTD, ids_BT, documents), x_BTD)
-        projected = self.region("selective", lambda x_BTD: mixer.project(self.norm(x_BTD)), x_BTD)
-        if isinstance(mixer, SquaredReluMlp):
-            return mixer.mix(projected)
-        if isinstance(mixer, Moe):
-            return mixer.mix(*projected)
-        return mixer.mix(*projected, documents)
+    def forward(self, x_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> Mixed:
+        return self.mixer(x_BTD, self.norm, ids_BT, documents)
 
 
 class Layer(nn.Sequential, Recomputed):
@@ -97,32 +79,31 @@ class Layer(nn.Sequential, Recomputed):
         aux_sum = torch.zeros((), dtype=torch.float32, device=x_BTD.device)
         loads = []
         for sublayer in self:
-            y_BTD = sublayer(x_BTD, ids_BT, documents)
-            if isinstance(y_BTD, MoeOutput):
-                y_BTD, sequence_loss, load_E = y_BTD
-                aux_sum = aux_sum + sequence_loss
+            y_BTD, aux_loss, load_E = sublayer(x_BTD, ids_BT, documents)
+            if aux_loss is not None:
+                aux_sum = aux_sum + aux_loss
+            if load_E is not None:
                 loads.append(load_E)
             x_BTD = x_BTD + y_BTD
         return x_BTD, aux_sum, loads
 
 
 class HybridModel(nn.Module):
-    def __init__(self, spec: ModelSpec, functions: dict) -> None:
+    def __init__(self, spec: ModelSpec, functions: Functions) -> None:
         super().__init__()
         self.spec = spec
         self.choices: dict[str, ops.Choice] = {}
         # from_pretrained: torch would otherwise draw random rows, which on "meta" imports its compiler (seconds).
         self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden), freeze=False)
-        primes = dict(zip((e.layer for e in spec.engram), table_primes(spec.engram), strict=True))
         self.layers = nn.ModuleList(
-            Layer(*(_sublayer(spec, index, symbol, functions, primes) for symbol in layer))
+            Layer(*(Sublayer(spec, spec.section(symbol, index), functions) for symbol in layer))
             for index, layer in enumerate(spec.layers)
         )
         self.final_norm = RMSNorm(spec.hidden, spec.norm_eps)
         self.head = Linear(spec.hidden, spec.vocab_size)
         self.mtp = nn.ModuleList()
         for _ in range(spec.mtp.depth if spec.mtp else 0):
-            layer = Layer(*(_sublayer(spec, -1, symbol, functions, {}) for symbol in spec.mtp.layer))
+            layer = Layer(*(Sublayer(spec, spec.section(symbol), functions) for symbol in spec.mtp.layer))
             self.mtp.append(MtpModule(spec.hidden, spec.norm_eps, layer))
 
     def forward(self, ids_BT: Tensor, seq_idx_BT: Tensor, labels_BT: Tensor | None = None) -> ModelOutput:
@@ -172,16 +153,14 @@ class HybridModel(nn.Module):
 
     def _documents(self, seq_idx_BT: Tensor, dtype: torch.dtype) -> Documents:
         """With everything that the layers will ask for, before the first of them does."""
-        spec, documents = self.spec, Documents(seq_idx_BT)
-        taps = [(1, spec.mamba.conv_kernel)] if spec.mamba else []
-        taps += [tap for e in spec.engram for tap in ((e.max_order, e.conv_kernel), (1, e.max_order))]
-        shifts = {k * dilation for dilation, kernel in taps for k in range(1, kernel)}
-        attends = spec.attention is not None and "*" in "".join([*spec.layers, spec.mtp.layer if spec.mtp else ""])
+        sections, documents = self.spec.used(), Documents(seq_idx_BT)
+        shifts = set().union(*(section.shifts(self.spec.hidden) for section in sections))
+        attends = any(section.attends for section in sections)
         by_document = self.choices["attention"].name in ("flash_attn", "varlen") if self.choices else False
         documents.prepare(
             sorted(shifts),
             mask=computed_in(dtype, seq_idx_BT.device) if attends and not by_document else None,
-            positions=attends and spec.attention.rope_theta is not None,
+            positions=any(section.positions for section in sections),
             starts=attends and by_document,
         )
         return documents
@@ -205,6 +184,7 @@ class HybridModel(nn.Module):
         Each block of rows draws from a generator seeded by its name and number. So the order is free, a rank draws
         only what it holds, and what it holds does not depend on how many ranks there are.
         """
+        known = {parameter.name: parameter for parameter in parameters(self.spec)}
         for name, parameter in self.named_parameters():
             own, first = own_rows(parameter)
             rows = max(1, INIT_BLOCK_ELEMENTS // max(1, math.prod(parameter.shape[1:])))
@@ -217,39 +197,12 @@ class HybridModel(nn.Module):
                 block = own[low - first : high - first] if inside else own.new_empty(end - start, *own.shape[1:])
                 # A checksum of all, because torch's CPU generator looks at the low 32 bits of a seed only.
                 key = f"{seed} {name}" if number == 0 else f"{seed} {name} {number}"
-                self._draw(
-                    name, parameter.shape, block, torch.Generator(own.device).manual_seed(zlib.crc32(key.encode()))
-                )
+                draw(self.spec, known[name], block, torch.Generator(own.device).manual_seed(zlib.crc32(key.encode())))
                 if not inside:
                     own[low - first : high - first] = block[low - start : high - start]
         for module in self.modules():
-            if isinstance(module, Moe):
-                module.bias_E.zero_()
-            elif isinstance(module, Engram):
-                module.hash.set_constants(token_classes if module.spec.compress_tokens else None)
-
-    def _draw(self, name: str, shape: torch.Size, block: Tensor, generator: torch.Generator) -> None:
-        """Fill some rows of the parameter `name`, which has `shape` as a whole."""
-        looked_up = name in ("embedding.weight", "head.weight") or name.endswith(".tables.weight")
-        std = self.spec.init_std if looked_up or len(shape) < 2 else mup.init_std(self.spec, *shape[-2:])
-        residual_std = std / math.sqrt(self.spec.num_sublayers)
-        owner, _, leaf = name.rpartition(".")
-        if "norm" in owner.rpartition(".")[2] or leaf == "D":
-            block.fill_(1)
-        elif leaf == "A_log":
-            block.uniform_(A_MIN, A_MAX, generator=generator).log_()
-        elif leaf == "dt_bias":
-            block.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator)
-            dt_H = block.exp().clamp(min=DT_FLOOR)
-            block.copy_(dt_H + torch.log(-torch.expm1(-dt_H)))
-        elif owner.endswith(".conv"):
-            mixer = self.get_submodule(owner.removesuffix(".conv"))
-            bound = 0.0 if isinstance(mixer, Engram) else 1 / math.sqrt(mixer.spec.conv_kernel)
-            block.uniform_(-bound, bound, generator=generator)
-        elif leaf == "down_EDF" or owner.endswith((".out_proj", ".o_proj", ".down", ".shared_down", ".value_proj")):
-            block.normal_(0, residual_std, generator=generator)
-        else:
-            block.normal_(0, std, generator=generator)
+            if isinstance(module, Mixer):
+                module.reset_buffers(token_classes)
 
 
 def build_model(
@@ -268,7 +221,7 @@ def build_model(
     Args:
         dtype: what autocast will give to matrix products, by which kernels are chosen; None without autocast.
         seed: of the weights; None leaves shapes only, for weights and buffers that all come from a file.
-        token_classes: compression table of the tokenizer (`trainer.model.engram.token_classes`), needed by Engram
+        token_classes: compression table of the tokenizer (`trainer.kinds.ngrams.token_classes`), needed by Engram
             layers with compress_tokens.
         share: cuts the parameters between ranks while they have shapes only; no rank ever holds the whole model.
         choices: backends that were chosen, and told of, before; in place of `backends`.
@@ -303,27 +256,10 @@ def _check_classes(spec: ModelSpec, token_classes: list[int] | None) -> None:
     if token_classes is None:
         raise ValueError(
             "train.model.engram: compress_tokens needs the token classes of a tokenizer; "
-            "pass trainer.model.engram.token_classes(tokenizer.json) or set compress_tokens: false"
+            "pass trainer.kinds.ngrams.token_classes(tokenizer.json) or set compress_tokens: false"
         )
     if len(token_classes) > spec.vocab_size:
         raise SpecError(
             f"train.model.vocab_size {spec.vocab_size} is smaller than the tokenizer's {len(token_classes)} "
             "entries; raise it"
         )
-
-
-def _sublayer(spec: ModelSpec, index: int, symbol: str, functions: dict, primes: dict[int, list[int]]) -> Sublayer:
-    if symbol == "N":
-        engram = next(e for e in spec.engram if e.layer == index)
-        shapes = (spec.hidden, spec.vocab_size, engram, primes[index], spec.norm_eps)
-        mixer = Engram(*shapes, functions["conv"], mup.gate_factor(spec))
-        return Sublayer(mixer, norm=None)
-    if symbol == "M":
-        mixer = Mamba2(spec.hidden, spec.mamba, spec.norm_eps, functions["ssd"], functions["conv"])
-    elif symbol == "E":
-        mixer = Moe(spec.hidden, spec.moe, functions["experts"])
-    elif symbol == "*":
-        mixer = Attention(spec.hidden, spec.attention, functions["attention"], mup.attention_factor(spec))
-    else:
-        mixer = SquaredReluMlp(spec.hidden, spec.mlp)
-    return Sublayer(mixer, RMSNorm(spec.hidden, spec.norm_eps))

@@ -9,16 +9,15 @@ I + 2·G·N.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.kinds.mamba2 import MambaSpec
 from trainer.model.linear import Linear
+from trainer.model.mixer import Functions, Mixed, Mixer
 from trainer.model.norm import GatedRMSNorm
-from trainer.model.recompute import Recomputed
-from trainer.modelspec import MambaSpec
+from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
 
 
@@ -31,32 +30,25 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
 
-class Mamba2(Recomputed):
-    def __init__(
-        self,
-        hidden: int,
-        spec: MambaSpec,
-        norm_eps: float,
-        scan: Callable[..., Tensor],
-        convolve: Callable[..., Tensor],
-    ) -> None:
+class Mamba2(Mixer):
+    def __init__(self, model: ModelSpec, spec: MambaSpec, functions: Functions) -> None:
         super().__init__()
-        self.spec = spec
-        self.scan, self.convolve = scan, convolve
+        self.spec, hidden = spec, model.hidden
+        self.scan, self.convolve = functions["ssd"], functions["conv"]
         self.zxbc_proj = Linear(hidden, spec.d_inner + spec.conv_dim)
         self.dt_proj = Linear(hidden, spec.num_heads)
         self.conv = CausalConv(spec.conv_dim, spec.conv_kernel, bias=True)
         self.A_log = nn.Parameter(torch.empty(spec.num_heads))
         self.D = nn.Parameter(torch.empty(spec.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(spec.num_heads))
-        self.norm = GatedRMSNorm(spec.d_inner, spec.num_groups, norm_eps)
+        self.norm = GatedRMSNorm(spec.d_inner, spec.num_groups, model.norm_eps)
         self.out_proj = Linear(spec.d_inner, hidden)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         return self.zxbc_proj(x_BTD), self.dt_proj(x_BTD)
 
-    def mix(self, zxBC: Tensor, dt_BTH: Tensor, documents: Documents) -> Tensor:
-        return self.region("selective", lambda *tensors: self._scan(*tensors, documents), zxBC, dt_BTH)
+    def mix(self, zxBC: Tensor, dt_BTH: Tensor, documents: Documents) -> Mixed:
+        return Mixed(self.region("selective", lambda *tensors: self._scan(*tensors, documents), zxBC, dt_BTH))
 
     def _scan(self, zxBC: Tensor, dt_BTH: Tensor, documents: Documents) -> Tensor:
         spec = self.spec
@@ -65,8 +57,7 @@ class Mamba2(Recomputed):
             # Time steps, decays and states are fp32 whatever the precision of the matrix products.
             dt_BTH = F.softplus(dt_BTH.float() + self.dt_bias.float())
             xBC_BTC = F.silu(self.convolve(xBC_BTC, self.conv.weight, self.conv.bias, documents))
-            state_width = spec.num_groups * spec.d_state
-            inner_BTI, B_BTS, C_BTS = xBC_BTC.split([spec.d_inner, state_width, state_width], dim=-1)
+            inner_BTI, B_BTS, C_BTS = xBC_BTC.split([spec.d_inner, spec.state_width, spec.state_width], dim=-1)
             y_BTHP = self.scan(
                 inner_BTI.unflatten(-1, (spec.num_heads, spec.head_dim)),
                 dt_BTH,

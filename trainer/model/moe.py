@@ -12,31 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from trainer.kinds.moe import MoeSpec
 from trainer.model.linear import Linear
-from trainer.modelspec import MoeSpec
+from trainer.model.mixer import Functions, Mixed, Mixer
+from trainer.modelspec import ModelSpec
+from trainer.ops import Documents
 from trainer.ops.experts import count_choices
 
 
-class MoeOutput(NamedTuple):
-    y_BTD: Tensor
-    sequence_loss: Tensor  # 0-d fp32, summed over rows, already weighted
-    load_E: Tensor  # int64, tokens that chose each expert
-
-
-class Moe(nn.Module):
+class Moe(Mixer):
     bias_E: Tensor
 
-    def __init__(self, hidden: int, spec: MoeSpec, run_experts: Callable[..., Tensor]) -> None:
+    def __init__(self, model: ModelSpec, spec: MoeSpec, functions: Functions) -> None:
         super().__init__()
-        self.spec = spec
-        self.run_experts = run_experts
+        self.spec, hidden = spec, model.hidden
+        self.run_experts: Callable[..., Tensor] = functions["experts"]
         self.exchange: Callable[..., Tensor] | None = None  # trainer.parallel.experts, where ranks share the experts
         self.router = Linear(hidden, spec.num_experts)
         self.register_buffer("bias_E", torch.empty(spec.num_experts, dtype=torch.float32))
@@ -51,7 +47,7 @@ class Moe(nn.Module):
         with torch.autocast(x_BTD.device.type, enabled=False):
             return x_BTD, torch.sigmoid(_WideLinear.apply(x_BTD, self.router.weight))
 
-    def mix(self, x_BTD: Tensor, scores_BTE: Tensor) -> MoeOutput:
+    def mix(self, x_BTD: Tensor, scores_BTE: Tensor, documents: Documents) -> Mixed:
         x_SD = x_BTD.flatten(0, 1)
         expert_SK, weight_SK = self.choose(scores_BTE.flatten(0, 1))
         run = self.run_experts if self.exchange is None else partial(self.exchange, run_own=self.run_experts)
@@ -59,10 +55,10 @@ class Moe(nn.Module):
         if self.spec.shared_width:
             y_BTD = y_BTD + self.shared_down(F.relu(self.shared_up(x_BTD)).square())
         load_E = count_choices(expert_SK.flatten(), self.spec.num_experts)
-        return MoeOutput(y_BTD, self.sequence_loss(scores_BTE), load_E)
+        return Mixed(y_BTD, self.sequence_loss(scores_BTE), load_E)
 
-    def forward(self, x_BTD: Tensor) -> MoeOutput:
-        return self.mix(*self.project(x_BTD))
+    def reset_buffers(self, token_classes: list[int] | None) -> None:
+        self.bias_E.zero_()
 
     def choose(self, scores_SE: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts [S, K] int64 and their weights [S, K] fp32."""

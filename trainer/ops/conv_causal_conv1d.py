@@ -43,14 +43,12 @@ def unsupported(setting: Setting) -> str | None:
 
 def _unfit(setting: Setting) -> str | None:
     model = setting.model
-    taps = [spec.conv_kernel for spec in [model.mamba, *model.engram] if spec]
-    # d_inner: where x, B, C begin in the rows of their projection, which the kernel reads 16 bytes at a time
-    widths = ([model.mamba.d_inner, model.mamba.conv_dim] if model.mamba else []) + (
-        [model.hidden] if model.engram else []
-    )
-    if any(not 2 <= number <= 4 for number in taps):
-        return f"takes 2 to 4 taps, the model has {max(taps)}"
-    if any(width % 8 for width in widths):
+    assert model is not None
+    found = [convolution for section in model.used() for convolution in section.convolutions(model.hidden)]
+    widths = list(dict.fromkeys(width for convolution in found for width in convolution.aligned))
+    if any(not 2 <= convolution.taps <= 4 for convolution in found):
+        return f"takes 2 to 4 taps, the model has {max(convolution.taps for convolution in found)}"
+    if any(width % 8 for width in widths):  # the kernel reads 16 bytes at a time
         return f"takes channels in multiples of 8, the model has {widths}"
     return None
 

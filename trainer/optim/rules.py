@@ -1,9 +1,9 @@
 """Which optimizer trains which parameter, and how a stored matrix is cut before Muon orthogonalises it.
 
-One table, matched by name, because a shape cannot tell: an embedding and a projection are both 2-D. Muon treats a
-matrix as one linear map, so matrices that are stored together for speed (attention heads, z|x|B|C, experts) are cut
-into the maps they are. Under TEON the same block of successive attention layers is orthogonalised jointly; the table
-says with whom. A parameter that no rule names is an error: a silent default would train a new layer wrongly.
+Every parameter says so itself (trainer/parameters.py), because a shape cannot tell: an embedding and a projection are
+both 2-D. Muon treats a matrix as one linear map, so matrices that are stored together for speed (attention heads,
+z|x|B|C, experts) are cut into the maps they are. Under TEON the same block of successive attention layers is
+orthogonalised jointly; the table says with whom. A parameter that the model's spec does not have is an error.
 
 Imports no torch: the table can be printed and tested without it.
 """
@@ -12,81 +12,21 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from trainer.kinds.base import Parameter, Rows
 from trainer.modelspec import ModelSpec
 from trainer.mup import adamw_factor
+from trainer.parameters import parameters as parameters_of
 from trainer.spec import OptimizerSpec
 
 OptimizerName = Literal["muon", "adamw"]
-Rows = tuple[int, ...]
 
 STATE_BYTES = {"fp32": 4, "bf16": 2}
 
-
-def _query_heads(spec: ModelSpec) -> Rows:
-    assert spec.attention is not None
-    return (spec.attention.head_dim,) * spec.attention.num_heads
-
-
-def _key_value_heads(spec: ModelSpec) -> Rows:
-    assert spec.attention is not None
-    return (spec.attention.head_dim,) * spec.attention.num_kv_heads
-
-
-def _zxbc(spec: ModelSpec) -> Rows:
-    assert spec.mamba is not None
-    state = spec.mamba.num_groups * spec.mamba.d_state
-    return (spec.mamba.d_inner, spec.mamba.d_inner, state, state)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One line of the table: parameters whose full name matches `pattern`.
-
-    `blocks` gives the row counts of the blocks of a 2-D weight (None: one block; a 3-D weight is always one block for
-    each index of its first dimension). `teon`: layers may be stacked. `engram_rate` multiplies the rate by
-    `adamw.engram_rate_factor`.
-    """
-
-    pattern: str
-    optimizer: OptimizerName
-    blocks: Callable[[ModelSpec], Rows] | None = None
-    decay: bool = True
-    teon: bool = False
-    engram_rate: bool = False
-
-
 _TRUNK = r"layers\.\d+\.\d+"
-_SUBLAYER = r"(layers\.\d+|mtp\.\d+\.layer)\.\d+\."
-_MIXER = _SUBLAYER + r"mixer\."
-
-RULES: tuple[Rule, ...] = (
-    Rule(r"embedding\.weight|head\.weight", "adamw"),
-    Rule(r"final_norm\.weight|" + _SUBLAYER + r"norm\.weight", "adamw", decay=False),
-    # multi-token prediction; its layers are as any other
-    Rule(r"mtp\.\d+\.proj\.weight", "muon"),
-    Rule(r"mtp\.\d+\.(hidden_norm|token_norm|head_norm)\.weight", "adamw", decay=False),
-    # Mamba-2
-    Rule(_MIXER + r"zxbc_proj\.weight", "muon", blocks=_zxbc),
-    Rule(_MIXER + r"(dt_proj|out_proj)\.weight", "muon"),
-    Rule(_MIXER + r"(A_log|D|dt_bias|conv\.bias|norm\.weight)", "adamw", decay=False),
-    # attention
-    Rule(_MIXER + r"q_proj\.weight", "muon", blocks=_query_heads, teon=True),
-    Rule(_MIXER + r"(k_proj|v_proj)\.weight", "muon", blocks=_key_value_heads, teon=True),
-    Rule(_MIXER + r"o_proj\.weight", "muon"),
-    # experts and MLP
-    Rule(_MIXER + r"(router|shared_up|shared_down|up|down)\.weight", "muon"),
-    Rule(_MIXER + r"(up_EFD|down_EDF)", "muon"),
-    # Engram: rows are looked up, few at a time, so they step faster and never shrink between visits
-    Rule(_MIXER + r"tables\.weight", "adamw", decay=False, engram_rate=True),
-    Rule(_MIXER + r"(key_proj|value_proj)\.weight", "muon"),
-    Rule(_MIXER + r"(key_norm|query_norm|conv_norm)\.weight", "adamw", decay=False),
-    # depthwise convolutions of Mamba-2 and Engram: one small filter for each channel, not a map between spaces
-    Rule(_MIXER + r"conv\.weight", "adamw"),
-)
 
 
 @dataclass(frozen=True)
@@ -118,20 +58,21 @@ class Assignment:
 def assign(
     parameters: Iterable[tuple[str, tuple[int, ...]]], spec: OptimizerSpec, model: ModelSpec
 ) -> list[Assignment]:
-    """The table applied to (name, shape) pairs, in their order. `spec.name` "adamw" moves all of Muon's to AdamW.
+    """What each of these (name, shape) pairs gets, in their order. `spec.name` "adamw" moves all of Muon's to AdamW.
 
     Raises:
-        ValueError: a parameter that no rule or more than one rule names, or blocks that do not fill its rows.
+        ValueError: a parameter that the model does not have, or blocks that do not fill its rows.
     """
-    table, kinds = [], defaultdict(list)
+    known = {parameter.name: parameter for parameter in parameters_of(model)}
+    table, alike = [], defaultdict(list)
     for name, shape in parameters:
-        rule = _rule(name)
-        table.append(_assign_one(rule, name, tuple(shape), spec, model))
-        if rule.teon and table[-1].optimizer == "muon":
-            # Modules that predict further ahead follow no layer of their kind: only trunk layers have one kind.
-            kinds[re.sub(_TRUNK, "", name)].append(name)
+        if name not in known:
+            raise ValueError(f"no kind of layer has the parameter {name}; describe it in its file in trainer/kinds")
+        table.append(_assign_one(known[name], tuple(shape), spec, model))
+        if known[name].teon and table[-1].optimizer == "muon":
+            alike[re.sub(_TRUNK, "", name)].append(name)
     stacks: dict[str, tuple[str, ...]] = {}
-    for names in kinds.values():
+    for names in alike.values():
         names.sort(key=_layer_number)
         for first in range(0, len(names) - spec.muon.teon_layers + 1, spec.muon.teon_layers):
             stack = tuple(names[first : first + spec.muon.teon_layers])
@@ -143,27 +84,19 @@ def _layer_number(name: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", name)))
 
 
-def _rule(name: str) -> Rule:
-    matches = [rule for rule in RULES if re.fullmatch(rule.pattern, name)]
-    if len(matches) != 1:
-        problem = "no rule names" if not matches else f"{len(matches)} rules name"
-        raise ValueError(f"{problem} the parameter {name}; give it exactly one line in RULES of trainer/optim/rules.py")
-    return matches[0]
-
-
-def _assign_one(rule: Rule, name: str, shape: tuple[int, ...], spec: OptimizerSpec, model: ModelSpec) -> Assignment:
-    rate = spec.adamw.engram_rate_factor if rule.engram_rate else 1.0
-    if rule.optimizer == "adamw":
-        return Assignment(name, shape, "adamw", (), (), rate, rule.decay)
+def _assign_one(known: Parameter, shape: tuple[int, ...], spec: OptimizerSpec, model: ModelSpec) -> Assignment:
+    name, decay = known.name, known.decay
+    rate = spec.adamw.engram_rate_factor if known.engram_rate else 1.0
+    if known.optimizer == "adamw":
+        return Assignment(name, shape, "adamw", (), (), rate, decay)
     if spec.name == "adamw":
         width = adamw_factor(model, shape[-1])
-        return Assignment(name, shape, "adamw", (), (), rate * width, rule.decay, 1 / width)
+        return Assignment(name, shape, "adamw", (), (), rate * width, decay, 1 / width)
     if len(shape) not in (2, 3):
         raise ValueError(f"{name} has shape {shape}; Muon takes matrices [m, n] or stacks of them [N, m, n]")
-    rows = rule.blocks(model) if rule.blocks else ()
-    if rows and (len(shape) != 2 or sum(rows) != shape[0]):
-        raise ValueError(f"{name} has shape {shape}, but its blocks have {'+'.join(map(str, rows))} rows")
-    return Assignment(name, shape, "muon", rows, (name,), rate, rule.decay)
+    if known.blocks and (len(shape) != 2 or sum(known.blocks) != shape[0]):
+        raise ValueError(f"{name} has shape {shape}, but its blocks have {'+'.join(map(str, known.blocks))} rows")
+    return Assignment(name, shape, "muon", known.blocks, (name,), rate, decay)
 
 
 def render(assignments: Iterable[Assignment]) -> str:

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainer.errors import SpecError
+from trainer.kinds.base import Parameter
 from trainer.modelspec import ModelSpec
 from trainer.spec import ParallelSpec
-
-EXPERT_WEIGHTS = ("up_EFD", "down_EDF")
 
 
 @dataclass(frozen=True)
@@ -48,23 +47,17 @@ class Layout:
         parts = [f"{self.data}={self.replicate}x{self.shard}", f"experts={self.replicas}x{self.expert}"]
         return ",".join([*parts, f"optimizer=1x{self.world}"] if self.shard_optimizer else parts)
 
-    def held(self, name: str, shape: tuple[int, ...]) -> int:
+    def held(self, parameter: Parameter) -> int:
         """Elements of a parameter that the fullest rank keeps between two steps. Both cuts are along dimension 0."""
-        if self.expert > 1 and is_expert_weight(name):
+        if self.cuts_experts(parameter):
             ranks = self.expert
         else:
-            ranks = 1 if is_small(name, shape) else self.shard
-        return math.ceil(shape[0] / ranks) * math.prod(shape[1:])
+            ranks = 1 if parameter.whole else self.shard
+        return math.ceil(parameter.shape[0] / ranks) * math.prod(parameter.shape[1:])
 
-
-def is_expert_weight(name: str) -> bool:
-    """Whether a parameter stacks all experts along its first dimension."""
-    return name.rpartition(".")[2] in EXPERT_WEIGHTS
-
-
-def is_small(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is small and needed in FP32, so that cutting it would cost more than it saves."""
-    return len(shape) < 2 or name.endswith((".router.weight", ".conv.weight"))
+    def cuts_experts(self, parameter: Parameter) -> bool:
+        """Whether a parameter is cut by the axis of the experts."""
+        return self.expert > 1 and parameter.per_expert
 
 
 def resolve(

@@ -21,12 +21,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.model.engram import Engram
 from trainer.model.hybrid import HybridModel
 from trainer.model.moe import Moe
 from trainer.parallel.experts import run_everywhere
 from trainer.parallel.gradients import average
-from trainer.parallel.layout import EXPERT_WEIGHTS, Layout, is_expert_weight, is_small
+from trainer.parallel.layout import Layout
+from trainer.parameters import parameters
 
 
 class Mesh:
@@ -64,10 +64,11 @@ class Mesh:
         """Cut the experts of a model that has shapes only, and nothing else."""
         if self._experts is not None:
             for moe in model.moe_sublayers():
-                self._share_experts(moe, self._experts)
+                names = [p.name for p in moe.spec.parameters(model.spec) if p.per_expert]
+                self._share_experts(moe, names, self._experts)
 
-    def _share_experts(self, moe: Moe, mesh: DeviceMesh) -> None:
-        for name in EXPERT_WEIGHTS:
+    def _share_experts(self, moe: Moe, names: list[str], mesh: DeviceMesh) -> None:
+        for name in names:
             whole = getattr(moe, name).detach()
             own = whole[: whole.shape[0] // self.layout.expert]
             placements = (Replicate(), Shard(0))
@@ -83,8 +84,8 @@ class Mesh:
         cut, whole = self._our_own(model)
         for layer in (*model.layers, *(module.layer for module in model.mtp)):
             for module in layer.modules():
-                if isinstance(module, Engram):
-                    group(module.tables)
+                if isinstance(module, nn.Embedding):
+                    group(module)
             group(layer, param_dtype=dtype, reduce_dtype=torch.float32)
         group(model)
         for module in model.modules():
@@ -93,9 +94,9 @@ class Mesh:
 
     def _our_own(self, model: HybridModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Cut experts, and what every rank holds whole beside FSDP2. `to_empty` makes parameters anew; ask after it."""
-        named = list(model.named_parameters())
-        cut = [p for name, p in named if self._experts is not None and is_expert_weight(name)]
-        whole = [p for name, p in named if self._dense is not None and is_small(name, tuple(p.shape))]
+        known = parameters(model.spec)
+        cut = [model.get_parameter(p.name) for p in known if self._experts is not None and p.per_expert]
+        whole = [model.get_parameter(p.name) for p in known if self._dense is not None and p.whole]
         return cut, whole
 
     def wrap(self, model: HybridModel) -> nn.Module:

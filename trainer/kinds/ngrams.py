@@ -8,10 +8,11 @@ Equal, value by value, to the authors' reference code (arXiv 2601.07372): the te
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from trainer.errors import DataError
-from trainer.modelspec import EngramSpec
 
 HASH_SEED = 0
 LAYER_SEED_STEP = 10007
@@ -72,7 +73,18 @@ def multipliers(layer: int, max_order: int, num_classes: int) -> list[int]:
     return [2 * int(value) + 1 for value in drawn]
 
 
-def table_primes(engrams: list[EngramSpec]) -> list[list[int]]:
+class Tables(Protocol):
+    """How many tables a layer has, and how long they are at least."""
+
+    @property
+    def max_order(self) -> int: ...
+    @property
+    def rows_per_head(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+
+
+def table_primes(engrams: Sequence[Tables]) -> list[list[int]]:
     """Rows of each table of each layer: order by order, head by head, the next prime from `rows_per_head` on.
 
     Layers that agree in orders, rows and heads draw from one sequence, so that no two of their tables share a prime.

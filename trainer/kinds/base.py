@@ -1,0 +1,229 @@
+"""What every kind of sublayer tells about itself. Imports no torch.
+
+A kind is the section of the model's spec that describes it, a subclass of `Kind`. Parameters, operations, bytes kept
+for the backward pass, initialisation, optimizer, FP8 and the cut over ranks follow from it; the rest of the program
+loops over what it says.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+
+from pydantic import Field
+
+from trainer.specbase import Spec
+
+Count = Annotated[int, Field(gt=0)]
+Rows = tuple[int, ...]
+
+FP32_BYTES, INDEX_BYTES = 4, 8  # of an fp32 and an int64 number
+NO_PRODUCT = "no matrix product"
+LOOKED_UP = "looked up, not multiplied"
+
+
+class Init(NamedTuple):
+    """How a parameter begins. σ is `init_std`, or what μP makes of it for the shape; S is the number of sublayers.
+
+    normal: N(0, σ) · table: N(0, init_std) whatever the shape · residual: N(0, σ/√S), for what is added to the residual
+    stream · constant: `low` · uniform: U(low, high) · log_uniform: log U(low, high) · softplus_inverse: softplus⁻¹(v),
+    log v uniform between log low and log high, v ≥ `floor`.
+    """
+
+    law: Literal["normal", "table", "residual", "constant", "uniform", "log_uniform", "softplus_inverse"]
+    low: float = 0.0
+    high: float = 0.0
+    floor: float = 0.0
+
+
+NORMAL, TABLE, RESIDUAL = Init("normal"), Init("table"), Init("residual")
+ONES, ZEROS = Init("constant", 1.0), Init("constant", 0.0)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One trainable tensor, and how the rest of the program treats it.
+
+    Attributes:
+        name: of a kind's own parameters within its mixer, else in the model.
+        active: how many of its elements take part in one token (convention A1 of trainer/arithmetic/flops.py).
+        multiplies: whether those act as a matrix product (two operations for each element and token).
+        optimizer: Muon treats a matrix as one linear map; what is looked up or acts on each channel gets AdamW.
+        blocks: row counts of the maps that a 2-D weight stacks; empty: it is one. A 3-D weight is one map for each
+            index of its first dimension.
+        decay: whether weight decay applies.
+        teon: successive layers may be orthogonalised jointly.
+        engram_rate: its learning rate is multiplied by `adamw.engram_rate_factor`.
+        high_precision: why it is never multiplied in FP8; empty: it may be.
+        whole: small and used in FP32, so that every rank holds all of it.
+        per_expert: stacks all experts along its first dimension.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    active: int
+    init: Init
+    multiplies: bool = True
+    optimizer: Literal["muon", "adamw"] = "muon"
+    blocks: Rows = ()
+    decay: bool = True
+    teon: bool = False
+    engram_rate: bool = False
+    high_precision: str = ""
+    whole: bool = False
+    per_expert: bool = False
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+def matrix(
+    name: str,
+    rows: int,
+    columns: int,
+    init: Init = NORMAL,
+    *,
+    blocks: Rows = (),
+    teon: bool = False,
+    high_precision: str = "",
+    whole: bool = False,
+) -> Parameter:
+    """A linear map from `columns` to `rows` numbers, or several of the same input."""
+    assert not blocks or sum(blocks) == rows, name
+    return Parameter(
+        name,
+        (rows, columns),
+        rows * columns,
+        init,
+        blocks=blocks,
+        teon=teon,
+        high_precision=high_precision,
+        whole=whole,
+    )
+
+
+def vector(name: str, *shape: int, init: Init = ONES, decay: bool = False) -> Parameter:
+    """What acts on each channel by itself: a norm's weight, a bias, a filter of a depthwise convolution."""
+    return Parameter(
+        name,
+        shape,
+        math.prod(shape),
+        init,
+        multiplies=False,
+        optimizer="adamw",
+        decay=decay,
+        high_precision=NO_PRODUCT,
+        whole=True,
+    )
+
+
+def table(name: str, rows: int, width: int, *, decay: bool = True, engram_rate: bool = False) -> Parameter:
+    """Rows that are looked up, few of them for a token."""
+    return Parameter(
+        name,
+        (rows, width),
+        0,
+        TABLE,
+        multiplies=False,
+        optimizer="adamw",
+        decay=decay,
+        engram_rate=engram_rate,
+        high_precision=LOOKED_UP,
+    )
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of one number: in the residual stream, and between matrix products. FP8 experts keep routed copies."""
+
+    stream: int
+    product: int
+    keeps_copies: bool = False
+
+
+class Convolution(NamedTuple):
+    """A depthwise causal convolution; `aligned` are widths at which its channels begin or end in memory."""
+
+    taps: int
+    dilation: int
+    aligned: Rows
+
+
+K = TypeVar("K", bound="Kind")
+
+
+class ModelShape(Protocol):
+    """What a kind may ask of the model that it is part of; `trainer.modelspec.ModelSpec` has it."""
+
+    @property
+    def hidden(self) -> int: ...
+    def sections(self, kind: type[K]) -> Sequence[K]:
+        """All sections of a kind."""
+        ...
+
+
+class Kind(Spec):
+    """A section of the model's spec, and what it means.
+
+    Attributes:
+        symbol: of a sublayer of this kind in `layers`.
+        label: for tables.
+        mixer: module and class that compute it, a `trainer.model.mixer.Mixer`.
+        pre_norm: whether an RMSNorm of the residual stream stands in front.
+        recomputed: what selective activation checkpointing computes again.
+        attends: whether positions of a document see each other, by a mask or by where documents begin.
+    """
+
+    symbol: ClassVar[str]
+    label: ClassVar[str]
+    mixer: ClassVar[str]
+    pre_norm: ClassVar[bool] = True
+    recomputed: ClassVar[str]
+    attends: ClassVar[bool] = False
+
+    @abstractmethod
+    def parameters(self, model: ModelShape) -> Iterator[Parameter]:
+        """Those of the mixer, in its order."""
+
+    @abstractmethod
+    def widths(self) -> str:
+        """Its sizes in a few words."""
+
+    def core_flops(self, seq_len: int) -> int:
+        """Operations of a forward pass outside its weights, for one token of a row that is one document."""
+        return 0
+
+    @abstractmethod
+    def kept(self, hidden: int, widths: Widths) -> int:
+        """Bytes that a forward pass keeps for each token, besides those of the norm in front."""
+
+    @abstractmethod
+    def kept_selective(self, hidden: int, widths: Widths) -> int:
+        """The same under selective checkpointing, besides the residual stream: the results of the first products."""
+
+    def convolutions(self, hidden: int) -> tuple[Convolution, ...]:
+        """What runs as a depthwise convolution."""
+        return ()
+
+    def shifts(self, hidden: int) -> set[int]:
+        """How far back it looks within a document, by masks of `Documents.same_BT`."""
+        return {k * c.dilation for c in self.convolutions(hidden) for k in range(1, c.taps)}
+
+    @property
+    def positions(self) -> bool:
+        """Whether it asks for the place of a token in its document."""
+        return False
+
+
+class PlacedKind(Kind):
+    """A kind of which each layer has a section of its own; the model's spec has a list of them."""
+
+    layer: Annotated[int, Field(ge=0)]
+
+    @abstractmethod
+    def stand_in(self, table_rows: int) -> Kind:
+        """One for layer 0 of a small model that runs through the same code, with no table larger than that."""

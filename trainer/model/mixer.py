@@ -1,0 +1,51 @@
+"""What every mixer has in common: how a layer calls it, and what it gives back.
+
+Legend: B rows, T positions, D hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from trainer.model.recompute import Recomputed
+from trainer.ops import Documents
+
+Functions = Mapping[str, Callable[..., Any]]  # the chosen implementation of each operation (trainer/ops)
+
+
+class Mixed(NamedTuple):
+    y_BTD: Tensor  # what is to be added to the residual stream
+    aux_loss: Tensor | None = None  # 0-d fp32, summed over rows, already weighted
+    load_E: Tensor | None = None  # int64, tokens that chose each expert
+
+
+class Mixer(Recomputed):
+    """One kind of sublayer, made from (model's spec, its own section, functions).
+
+    It is in two parts: `project`, its first matrix products, and `mix`, what is made of them. The norm in front and
+    what `mix` marks as a region are computed again under selective checkpointing.
+    """
+
+    def forward(self, x_BTD: Tensor, norm: Callable[[Tensor], Tensor], ids_BT: Tensor, documents: Documents) -> Mixed:
+        """
+        Args:
+            x_BTD: the residual stream.
+            norm: the sublayer's own, of the stream.
+            ids_BT: int64 token ids.
+        """
+        projected = self.region("selective", lambda x_BTD: self.project(norm(x_BTD)), x_BTD)
+        return self.mix(*projected, documents)
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def mix(self, *projected: Any) -> Mixed:
+        """Of what `project` gives, and the documents."""
+        raise NotImplementedError
+
+    def reset_buffers(self, token_classes: list[int] | None) -> None:
+        """Fill what is no parameter, at the start of training; `token_classes` are the tokenizer's, if the model
+        compresses tokens."""

@@ -1,0 +1,53 @@
+"""All parameters of a model, in its order: name, shape, and how each is treated. Imports no torch.
+
+`trainer.model.hybrid` builds exactly these (a test holds the two together). What is not here is no parameter: a name
+that nothing describes is an error, as a silent default would initialise or train it wrongly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from trainer.kinds.base import Kind, Parameter, matrix, table, vector
+from trainer.modelspec import ModelSpec
+
+
+def parameters(spec: ModelSpec) -> list[Parameter]:
+    """Embedding, sublayers, final norm, head, and the modules of multi-token prediction."""
+    found = [table("embedding.weight", spec.vocab_size, spec.hidden)]
+    for place, section in spec.trunk():
+        found += sublayer_parameters(spec, section, f"layers.{place}.")
+    found.append(vector("final_norm.weight", spec.hidden))
+    found.append(head(spec))
+    for number in range(spec.mtp.depth if spec.mtp else 0):
+        found += mtp_parameters(spec, number)
+    return found
+
+
+def head(spec: ModelSpec) -> Parameter:
+    """The LM head. Its rows are embeddings of the tokens to come, so AdamW trains it, as it does the embedding."""
+    shown = replace(table("head.weight", spec.vocab_size, spec.hidden), multiplies=True)
+    return replace(shown, active=math.prod(shown.shape), high_precision="LM head: its logits are the loss")
+
+
+def sublayer_parameters(spec: ModelSpec, section: Kind, prefix: str) -> Iterator[Parameter]:
+    """Norm and mixer of one sublayer."""
+    if section.pre_norm:
+        yield vector(f"{prefix}norm.weight", spec.hidden)
+    for parameter in section.parameters(spec):
+        yield replace(parameter, name=f"{prefix}mixer.{parameter.name}")
+
+
+def mtp_parameters(spec: ModelSpec, number: int) -> Iterator[Parameter]:
+    """Module `number` of multi-token prediction: its norms, its projection and its layer; the head is the model's."""
+    assert spec.mtp is not None
+    at = f"mtp.{number}."
+    for name in ("hidden_norm", "token_norm", "head_norm"):
+        yield vector(f"{at}{name}.weight", spec.hidden)
+    yield matrix(f"{at}proj.weight", spec.hidden, 2 * spec.hidden)
+    for place, symbol in enumerate(spec.mtp.layer):
+        # Modules follow no layer of their kind, so none of their matrices is stacked with those of another layer.
+        for parameter in sublayer_parameters(spec, spec.section(symbol), f"{at}layer.{place}."):
+            yield replace(parameter, teon=False)
