@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines import runs
 from pipelines.options import command
+from pipelines.runs import local as runs
 from trainer.specbase import SpecError
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from components.plan.step import arguments_for
 from manifests.spec import changes_of, job_from
-from pipelines import kfp_runs
 from pipelines.compile import write
+from pipelines.runs import kfp as kfp_runs
 from trainer.specbase import SpecError, deep_merge
 
 EXPERIMENT = "yaongi"

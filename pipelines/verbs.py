@@ -61,7 +61,8 @@ def status(
     """How far runs are, how fast, when they end, and why one does not run."""
     from rich.live import Live
 
-    from pipelines import everywhere, view
+    from pipelines.runs import find as everywhere
+    from pipelines.runs import view
 
     console = Console()
     if not console.is_terminal:
@@ -98,12 +99,13 @@ def logs(
     workdir: Workdir = Path("work"),
 ) -> None:
     """What a run has printed: here its pipeline, on the cluster the trainer."""
-    from pipelines import everywhere, locallogs
-    from pipelines.runs import Run as LocalRun
+    from pipelines.runs import find as everywhere
+    from pipelines.runs import locallogs
+    from pipelines.runs.local import Run as LocalRun
 
     _check_host(context, run)
     if everywhere.is_kfp(run):
-        from pipelines import kfp_runs
+        from pipelines.runs import kfp as kfp_runs
 
         if follow:
             kfp_runs.follow(kfp_runs.connect(host), run, Console())
@@ -113,7 +115,7 @@ def logs(
     if isinstance(found, LocalRun):
         locallogs.show(found, Console(), follow=follow, rank=rank, task=task)
         return
-    from pipelines import remote
+    from pipelines.runs import cluster as remote
 
     remote.show_logs(found, lambda line: print(line, flush=True), follow=follow, rank=rank, task=task)
 
@@ -122,13 +124,15 @@ def stop(
     context: typer.Context, run: Run, namespace: Namespace = "", host: Host = "", workdir: Workdir = Path("work")
 ) -> None:
     """Stop a run; a training saves a checkpoint first, from which `resume` goes on."""
-    from pipelines import background, everywhere, view
-    from pipelines.runs import Run as LocalRun
+    from pipelines import background
+    from pipelines.runs import find as everywhere
+    from pipelines.runs import view
+    from pipelines.runs.local import Run as LocalRun
     from trainer.checkpoints.checkpoint import latest_step
 
     _check_host(context, run)
     if everywhere.is_kfp(run):
-        from pipelines import kfp_runs
+        from pipelines.runs import kfp as kfp_runs
 
         print(f"run {run} ended as {kfp_runs.stop(host, run)}; submit its job again to continue")
         return
@@ -150,7 +154,7 @@ def stop(
         new = "checkpoint saved" if step > before else "the newest checkpoint is"
         saved, where = f"{new} at step {step}" if step else "it has no checkpoint yet", ""
     else:
-        from pipelines import remote
+        from pipelines.runs import cluster as remote
 
         saved, where = remote.stop(found, workdir, print), f" -n {found.cluster.namespace}"
     print(f"stopped {found.name}; {saved}; continue: yaongi resume {found.name}{where}{again(workdir)}")
@@ -161,7 +165,9 @@ def resume(run: Run, sets: Sets = None, namespace: Namespace = "", workdir: Work
 
     --set train.steps=N makes it longer, a finished run too: from its last checkpoint before the learning rate falls.
     """
-    from pipelines import background, everywhere, runs
+    from pipelines import background
+    from pipelines.runs import find as everywhere
+    from pipelines.runs import local as runs
     from trainer.errors import LaunchError
     from trainer.process.limits import LEASE
 
@@ -172,7 +178,7 @@ def resume(run: Run, sets: Sets = None, namespace: Namespace = "", workdir: Work
                 "--set: a cluster's job is made again as it was, without new data; change it by yaongi run or submit "
                 "JOB --set …, which go on with the run that is on the volume"
             )
-        from pipelines import remote
+        from pipelines.runs import cluster as remote
 
         name = remote.resume(run, cluster, workdir, print, exactly=runs.named(run, workdir))
         place = f"-n {cluster.namespace}"
@@ -217,7 +223,7 @@ def _check_host(context: typer.Context, run: str) -> None:
     Raises:
         SpecError
     """
-    from pipelines.everywhere import is_kfp
+    from pipelines.runs.find import is_kfp
     from trainer.specbase import SpecError
 
     source = context.get_parameter_source("host")

@@ -26,7 +26,7 @@ def why(job: Job, namespace: Namespace = "", workdir: Workdir = Path("work")) ->
     Without --namespace a run of this machine will do, where the cluster has no such job.
     """
     from components.cluster.kubeconfig import NoCluster
-    from pipelines import runs
+    from pipelines.runs import local as runs
     from trainer.errors import LaunchError
 
     try:
@@ -49,7 +49,8 @@ def _here(run: str, workdir: Path) -> str:
     Raises:
         UnknownRun, SpecError: none, or several.
     """
-    from pipelines import runs, view
+    from pipelines.runs import local as runs
+    from pipelines.runs import view
 
     now = view.of_local(runs.find(run, workdir))
     return f"{now.name}, on this machine, is {now.state}" + (f": {now.why}" if now.why else "")
@@ -68,7 +69,7 @@ def _on_cluster(job: str, namespace: str) -> str:
     from components.cluster.api import Cluster
     from components.diagnose.gather import jobs, situation
     from components.diagnose.why import why as explain
-    from pipelines.runs import choose
+    from pipelines.runs.local import choose
 
     cluster = Cluster.connect(namespace or None)
     names = [each["metadata"]["name"] for each in jobs(cluster)]

@@ -9,8 +9,9 @@ import pytest
 from ports import free_port
 
 from manifests.spec import job_file_text, job_from
-from pipelines import background, ports, view
-from pipelines.runs import Run
+from pipelines import background, ports
+from pipelines.runs import view
+from pipelines.runs.local import Run
 from trainer.specbase import SpecError
 from trainer.thismachine import PORTS_FILE
 

@@ -17,7 +17,9 @@ import pytest
 import yaml
 
 from manifests.spec import load_job
-from pipelines import background, runs, standing, view
+from pipelines import background
+from pipelines.runs import local as runs
+from pipelines.runs import standing, view
 from trainer.errors import LaunchError
 from trainer.files import atomic_write
 from trainer.specbase import SpecError, to_yaml
@@ -133,7 +135,7 @@ def test_numbers_come_from_the_log_where_the_volume_is_out_of_reach():
 
 def test_the_lines_read_are_those_that_the_recorder_writes():
     """The trainer's own format strings, filled."""
-    source = (Path(standing.__file__).parents[1] / "trainer/recording/recorder.py").read_text()
+    source = (Path(standing.__file__).parents[2] / "trainer/recording/recorder.py").read_text()
     step, saved = (re.search(rf'"({start} .*)"', source)[1] for start in ("step %d/%d", "checkpoint of step %d"))
     values = (3, 1000, float("nan"), 1.0, 1e-3, "1,000", timedelta(seconds=61), "")
     lines = [f"2026-01-01T11:59:00Z {text}" for text in (step % values, saved % (2, 0.1))]

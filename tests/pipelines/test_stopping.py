@@ -14,8 +14,9 @@ from waiting import wait_until
 
 from components import running
 from manifests.spec import job_from
-from pipelines import background, execute, pretrain, stopping, view
-from pipelines.runs import Run
+from pipelines import background, execute, pretrain, stopping
+from pipelines.runs import view
+from pipelines.runs.local import Run
 
 # Says which signals have come, and ends by none.
 STUBBORN = """

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from components.plan.step import resolve
 from manifests.spec import load_job
-from pipelines import kfp_runs, submit
+from pipelines import submit
+from pipelines.runs import kfp as kfp_runs
 from trainer.errors import LaunchError
 from trainer.specbase import SpecError
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from components.marks import DONE, FAILED, STARTED
 from pipelines import background
 from pipelines.progress import Watcher
-from pipelines.runs import Run
-from pipelines.view import newest_log, of_local
+from pipelines.runs.local import Run
+from pipelines.runs.view import newest_log, of_local
 from trainer.errors import LaunchError
 
 POLL_SECONDS = 0.5

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from components.quick import quick_imports
-from pipelines.view import View
+from pipelines.runs.view import View
 from trainer.errors import LaunchError, in_words
 from trainer.specbase import SpecError
 

@@ -27,10 +27,10 @@ from components.launch.lease import held
 from manifests.kinds import QUEUE_LABEL, Object, kind_of
 from manifests.names import PIPELINE_LABEL, RUN_LABEL, TASK_LABEL
 from manifests.spec import ClusterSpec
-from pipelines.kept import keep, kept, run_dir_of
-from pipelines.runs import choose
-from pipelines.standing import PUBLISHED, of_log
-from pipelines.view import View
+from pipelines.runs.kept import keep, kept, run_dir_of
+from pipelines.runs.local import choose
+from pipelines.runs.standing import PUBLISHED, of_log
+from pipelines.runs.view import View
 from trainer.errors import LaunchError
 
 TAIL_LINES = 2000  # enough to hold a checkpoint's line between those of steps

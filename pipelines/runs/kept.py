@@ -12,8 +12,8 @@ from components.volume import made
 from manifests.kinds import Object
 from manifests.names import SPEC_FILE
 from pipelines.options import again
-from pipelines.standing import Standing, of_directory
-from pipelines.view import View
+from pipelines.runs.standing import Standing, of_directory
+from pipelines.runs.view import View
 from trainer.files import atomic_write
 
 

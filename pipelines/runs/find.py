@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from components.cluster.kubeconfig import NoCluster, require_cluster
-from pipelines import runs, view
-from pipelines.kept import kept
-from pipelines.kept import view as view_of_kept
-from pipelines.runs import Run, UnknownRun, named
-from pipelines.view import View
+from pipelines.runs import local as runs
+from pipelines.runs import view
+from pipelines.runs.kept import kept
+from pipelines.runs.kept import view as view_of_kept
+from pipelines.runs.local import Run, UnknownRun, named
+from pipelines.runs.view import View
 from trainer.errors import LaunchError
 
 KFP_RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 if TYPE_CHECKING:  # it takes a second, which nobody should wait for whose run is here
     from components.cluster.api import Cluster
-    from pipelines.remote import RemoteRun
+    from pipelines.runs.cluster import RemoteRun
 
 
 def is_kfp(text: str) -> bool:
@@ -65,7 +66,7 @@ def find(text: str, namespace: str, workdir: Path) -> Run | RemoteRun:
     if cluster is None:
         assert here is not None
         return here
-    from pipelines import remote
+    from pipelines.runs import cluster as remote
 
     return remote.find(text, cluster, named(text, workdir))
 
@@ -73,7 +74,7 @@ def find(text: str, namespace: str, workdir: Path) -> Run | RemoteRun:
 def looking_at(text: str, namespace: str, workdir: Path, host: str) -> Callable[[], View]:
     """What gives a new view of a run each time."""
     if is_kfp(text):
-        from pipelines import kfp_runs
+        from pipelines.runs import kfp as kfp_runs
 
         return lambda: kfp_runs.view(host, text)
     try:
@@ -86,7 +87,7 @@ def looking_at(text: str, namespace: str, workdir: Path, host: str) -> Callable[
         return lambda: view_of_kept(stopped[0])
     if isinstance(found, Run):
         return lambda: view.of_local(found)
-    from pipelines import remote
+    from pipelines.runs import cluster as remote
 
     return lambda: remote.view(remote.find(found.name, found.cluster))
 
@@ -103,7 +104,7 @@ def all_views(namespace: str, workdir: Path, console: Console) -> list[View]:
     stopped = kept(workdir, namespace)
     try:
         cluster = connect(namespace)
-        from pipelines import remote
+        from pipelines.runs import cluster as remote
 
         there = remote.remote_runs(cluster)
         views += [remote.view(each) for each in there.values()]

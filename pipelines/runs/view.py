@@ -13,8 +13,8 @@ from rich.text import Text
 from components.marks import DONE, MOVED, STARTED
 from pipelines import background, options
 from pipelines.background import Process
-from pipelines.runs import Run
-from pipelines.standing import Standing, of_directory
+from pipelines.runs.local import Run
+from pipelines.runs.standing import Standing, of_directory
 from trainer.exitcodes import STOPS
 from trainer.recording.results import loss_of, read_json
 from trainer.thismachine import PORTS_FILE
