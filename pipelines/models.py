@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.options import command
-from pipelines.runs import local as runs
+from pipelines.runs import local
+from pipelines.runs.names import named
 from trainer.specbase import SpecError
 
 
 def find(source: str, workdir: Path) -> Path:
-    """The export directory that `source` names: itself, or what a run (as `runs.find` knows it) has exported.
+    """The export directory that `source` names: itself, or what a run (as `local.find` knows it) has exported.
 
     Raises:
         SpecError: nothing of that name, or its model has not been exported.
@@ -18,10 +19,8 @@ def find(source: str, workdir: Path) -> Path:
     for directory in (Path(source), Path(source) / "export"):
         if (directory / "model.safetensors").is_file():
             return directory
-    run = runs.find(source, workdir)
+    run = local.find(source, workdir)
     if not (run.directory / "export" / "model.safetensors").is_file():
-        verb, what = (
-            ("run", source) if not Path(source).is_dir() and runs.named(source, workdir) else ("resume", run.name)
-        )
+        verb, what = ("run", source) if not Path(source).is_dir() and named(source, workdir) else ("resume", run.name)
         raise SpecError(f"{run.directory} holds no exported model; make it first: {command(verb, what, workdir)}")
     return run.directory / "export"

@@ -13,7 +13,7 @@ from rich.console import Console
 from components.plan.step import arguments_for
 from manifests.spec import changes_of, job_from
 from pipelines.compile import write
-from pipelines.runs import kfp as kfp_runs
+from pipelines.runs import kfp
 from trainer.specbase import SpecError, deep_merge
 
 EXPERIMENT = "yaongi"
@@ -44,21 +44,21 @@ def submit(
     job = job_from({"preset": preset} if preset else {}, wanted, preset_or_file)
     if job.cluster.target != "kubernetes":
         raise SpecError("cluster.target: a submitted run trains on Kubernetes; remove the field")
-    client = kfp_runs.connect(host)
+    client = kfp.connect(host)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(action="ignore"):
         package = Path(scratch) / "pretrain.yaml"
         write(package)
-        with kfp_runs.refusals(host, "the run"):
+        with kfp.refusals(host, "the run"):
             run = client.create_run_from_pipeline_package(
                 str(package),
                 arguments=arguments_for(preset, wanted) | ({"image": image} if image else {}),
                 run_name=job.run_name,
                 experiment_name=EXPERIMENT,
             )
-    page = kfp_runs.url(host, run.run_id)
+    page = kfp.url(host, run.run_id)
     console.print(f"run {job.run_name}: {page}", highlight=False, soft_wrap=True)
     if browse and not webbrowser.open(page):
         console.print("no browser could be opened here", style="dim")
     if follow:
-        kfp_runs.follow(client, run.run_id, console)
+        kfp.follow_run(client, run.run_id, console)
     return run.run_id

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from pipelines.options import Job, Sets, Workdir, again
-from pipelines.why import why
-
-if TYPE_CHECKING:
-    from manifests.spec import JobSpec
-    from pipelines.background import Process
+from pipelines import options
+from pipelines.options import Job, Sets, Workdir
 
 Run = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's name or its beginning, its directory, a preset or job file.")
@@ -38,6 +34,7 @@ def local(job: Job, sets: Sets = None, workdir: Workdir = Path("work")) -> None:
     """Run the whole pipeline on this machine in the background; it outlives the terminal."""
     from pipelines import background
     from pipelines.run import local_job
+    from pipelines.runs.local import started
     from trainer.specbase import changes_from_sets
 
     changes = changes_from_sets(sets or [])
@@ -47,7 +44,7 @@ def local(job: Job, sets: Sets = None, workdir: Workdir = Path("work")) -> None:
         from pipelines.refusals import refuse
 
         refuse(spec, written(job, changes))
-    _say_started(background.start(spec, workdir, Path.cwd()), workdir)
+    print(started(background.start(spec, workdir, Path.cwd()), workdir))
 
 
 def status(
@@ -61,22 +58,22 @@ def status(
     """How far runs are, how fast, when they end, and why one does not run."""
     from rich.live import Live
 
-    from pipelines.runs import find as everywhere
-    from pipelines.runs import view
+    from pipelines.runs import find, view
 
     console = Console()
     if not console.is_terminal:
         console.width = WIDE
     _check_host(context, run)
+    where = find.Where(namespace, workdir, host)
     if not run:
-        views = everywhere.all_views(namespace, workdir, console)
-        where = f"namespace {namespace}" if namespace else workdir
-        console.print(view.table(views) if views else f"no runs in {where}", soft_wrap=True)
+        views = find.all_views(where, console)
+        place = f"namespace {namespace}" if namespace else workdir
+        console.print(view.table(views) if views else f"no runs in {place}", soft_wrap=True)
         for each in views:
             if each.why and each.state != "running":
                 console.print(f"{each.name}: {each.why}", soft_wrap=True, highlight=False, markup=False)
         return
-    look = everywhere.looking_at(run, namespace, workdir, host)
+    look = find.looking_at(run, where)
     shown = look()
     if not watch:
         console.print(view.details(shown), soft_wrap=True)
@@ -99,122 +96,60 @@ def logs(
     workdir: Workdir = Path("work"),
 ) -> None:
     """What a run has printed: here its pipeline, on the cluster the trainer."""
-    from pipelines.runs import find as everywhere
-    from pipelines.runs import locallogs
-    from pipelines.runs.local import Run as LocalRun
+    from pipelines.runs.find import Where, find
 
     _check_host(context, run)
-    if everywhere.is_kfp(run):
-        from pipelines.runs import kfp as kfp_runs
-
-        if follow:
-            kfp_runs.follow(kfp_runs.connect(host), run, Console())
-        kfp_runs.show_logs(host, run, print, task=task)
-        return
-    found = everywhere.find(run, namespace, workdir)
-    if isinstance(found, LocalRun):
-        locallogs.show(found, Console(), follow=follow, rank=rank, task=task)
-        return
-    from pipelines.runs import cluster as remote
-
-    remote.show_logs(found, lambda line: print(line, flush=True), follow=follow, rank=rank, task=task)
+    find(run, Where(namespace, workdir, host)).show_logs(Console(), follow=follow, rank=rank, task=task)
 
 
 def stop(
     context: typer.Context, run: Run, namespace: Namespace = "", host: Host = "", workdir: Workdir = Path("work")
 ) -> None:
     """Stop a run; a training saves a checkpoint first, from which `resume` goes on."""
-    from pipelines import background
-    from pipelines.runs import find as everywhere
-    from pipelines.runs import view
-    from pipelines.runs.local import Run as LocalRun
-    from trainer.checkpoints.checkpoint import latest_step
+    from pipelines.runs.find import Where, find
 
     _check_host(context, run)
-    if everywhere.is_kfp(run):
-        from pipelines.runs import kfp as kfp_runs
-
-        print(f"run {run} ended as {kfp_runs.stop(host, run)}; submit its job again to continue")
-        return
-    found = everywhere.find(run, namespace, workdir)
-    if isinstance(found, LocalRun):
-        job = found.job()
-        directory = Path(job.run_dir) if job else found.directory  # that of a cluster's volume for a training there
-        before = latest_step(directory)
-
-        def present() -> str:
-            return view.present_step(background.read(workdir, found.name), view.newest_log(found))
-
-        ended = background.stop(workdir, found.name, present, print)
-        if ended.code == 0:
-            name = found.name
-            print(f"run {name} finished before it could be stopped; see: yaongi status {name}{again(workdir)}")
-            return
-        step = latest_step(directory)
-        new = "checkpoint saved" if step > before else "the newest checkpoint is"
-        saved, where = f"{new} at step {step}" if step else "it has no checkpoint yet", ""
-    else:
-        from pipelines.runs import cluster as remote
-
-        saved, where = remote.stop(found, workdir, print), f" -n {found.cluster.namespace}"
-    print(f"stopped {found.name}; {saved}; continue: yaongi resume {found.name}{where}{again(workdir)}")
+    print(find(run, Where(namespace, workdir, host)).stop(print))
 
 
-def resume(run: Run, sets: Sets = None, namespace: Namespace = "", workdir: Workdir = Path("work")) -> None:
+def resume(
+    context: typer.Context,
+    run: Run,
+    sets: Sets = None,
+    namespace: Namespace = "",
+    host: Host = "",
+    workdir: Workdir = Path("work"),
+) -> None:
     """Start a stopped or failed run again from its last checkpoint, in the background or as a job of the cluster.
 
     --set train.steps=N makes it longer, a finished run too: from its last checkpoint before the learning rate falls.
     """
-    from pipelines import background
-    from pipelines.runs import find as everywhere
-    from pipelines.runs import local as runs
-    from trainer.errors import LaunchError
-    from trainer.process.limits import LEASE
+    from pipelines.runs.find import Where, find
 
-    found, cluster = everywhere.find_or_ask(run, namespace, workdir)
-    if cluster is not None:
-        if sets:
-            raise LaunchError(
-                "--set: a cluster's job is made again as it was, without new data; change it by yaongi run or submit "
-                "JOB --set …, which go on with the run that is on the volume"
-            )
-        from pipelines.runs import cluster as remote
-
-        name = remote.resume(run, cluster, workdir, print, exactly=runs.named(run, workdir))
-        place = f"-n {cluster.namespace}"
-        print(f"job {name} goes on; follow it: yaongi logs {name} {place} --follow; how far: yaongi status {place}")
-        return
-    assert found is not None
-    spec = found.job()
-    if spec is None:
-        raise LaunchError(
-            f"run {found.name}: neither {found.directory} nor {workdir} holds its job; start that: "
-            f"yaongi local JOB{again(workdir)}"
-        )
-    if (found.directory / LEASE).exists():
-        from components.launch.lease import held
-
-        with held(found.directory):  # refuses while a launcher is alive
-            pass
-    if sets:
-        from components.plan.length import changed
-        from trainer.specbase import changes_from_sets
-
-        spec = changed(spec, changes_from_sets(sets), found.name)
-    if _is_finished(spec):
-        print(f"run {found.name} is finished: {spec.train.steps:,} steps, model in {found.directory / 'export'}")
-        return
-    process = background.read(workdir, found.name)
-    _say_started(background.start(spec, workdir, Path(process.cwd) if process else Path.cwd()), workdir)
+    _check_host(context, run)
+    print(find(run, Where(namespace, workdir, host), also_stopped=True).resume(sets or [], print))
 
 
-def _is_finished(job: JobSpec) -> bool:
-    """Whether nothing of a local run is left to do, by what lies in its directory."""
-    from typing import get_args
+def why(
+    context: typer.Context,
+    job: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOB", help="A PyTorchJob or TrainJob, ours or not; a run of this machine; or its beginning."
+        ),
+    ],
+    namespace: options.Namespace = "",
+    host: Host = "",
+    workdir: Workdir = Path("work"),
+) -> None:
+    """Say in one sentence why a job on the cluster does not run, or how it ended, and what to do about it.
 
-    from components.launch.artefacts import Task, finished
+    Without --namespace a run of this machine will do, where the cluster has no such job.
+    """
+    from pipelines.runs.find import Where, find_to_explain
 
-    return all(finished(job, task) for task in get_args(Task))
+    _check_host(context, job)
+    print(find_to_explain(job, Where(namespace, workdir, host)).why())
 
 
 def _check_host(context: typer.Context, run: str) -> None:
@@ -233,13 +168,4 @@ def _check_host(context: typer.Context, run: str) -> None:
     raise SpecError(
         f"--host: a run on Kubeflow Pipelines is named by its whole id, and {given}; give the id that its page's "
         "address ends in, or leave out --host"
-    )
-
-
-def _say_started(process: Process, workdir: Path) -> None:
-    print(f"run {process.run} runs in the background (process {process.pid})")
-    place = again(workdir)
-    print(
-        f"follow it: yaongi logs {process.run} --follow{place}; how far: yaongi status{place}; "
-        f"end it: yaongi stop {process.run}{place}"
     )

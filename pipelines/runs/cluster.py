@@ -9,13 +9,17 @@ pod would take the right to proxy to any port of any pod.
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from components.cluster import state
 from components.cluster.api import Cluster
@@ -27,24 +31,34 @@ from components.launch.lease import held
 from manifests.kinds import QUEUE_LABEL, Object, kind_of
 from manifests.names import PIPELINE_LABEL, RUN_LABEL, TASK_LABEL
 from manifests.spec import ClusterSpec
-from pipelines.runs.kept import keep, kept, run_dir_of
-from pipelines.runs.local import choose
+from pipelines.options import again
+from pipelines.runs.kept import Kept, keep, kept, run_dir_of
+from pipelines.runs.names import choose
 from pipelines.runs.standing import PUBLISHED, of_log
 from pipelines.runs.view import View
 from trainer.errors import LaunchError
 
+DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # nothing else can be a job's name
 TAIL_LINES = 2000  # enough to hold a checkpoint's line between those of steps
 ALL_LINES = 10_000_000
 POLL_SECONDS = 2.0
+_write = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
-class RemoteRun:
-    """A run with its jobs by task; of a job that is not ours the task is train."""
+class ClusterRun:
+    """A run with its jobs by task; of a job that is not ours the task is train.
+
+    Attributes:
+        workdir: where it is kept what stopped jobs are made of.
+        stopped: its training job as it was kept; there may be no job then.
+    """
 
     name: str
     cluster: Cluster
-    jobs: dict[str, Object]
+    workdir: Path
+    jobs: dict[str, Object] = field(default_factory=dict)
+    stopped: Kept | None = None
 
     def job(self, task: str = "") -> Object:
         """The job of a task, or the one that was made last.
@@ -58,154 +72,175 @@ class RemoteRun:
             self.jobs[task] if task else max(self.jobs.values(), key=lambda job: job["metadata"]["creationTimestamp"])
         )
 
+    def view(self) -> View:
+        return find(self.name, self.cluster, self.workdir).as_found()
 
-def remote_runs(cluster: Cluster) -> dict[str, RemoteRun]:
+    def as_found(self) -> View:
+        """How far it is, by the jobs that it was found with."""
+        job, cluster = self.job(), self.cluster
+        task, name = job["metadata"].get("labels", {}).get(TASK_LABEL, "train"), job["metadata"]["name"]
+        found = situation(cluster, name, job)
+        answer = why(found)
+        lines: list[str] = []
+        if task == "train":
+            for pod in _of_index(found.pods, kind_of(job).index_label, 0):
+                lines = cluster.log_tail(
+                    pod["metadata"]["name"], TAIL_LINES, timestamps=True, container=_container(pod)
+                )
+        plain = answer.state in ("running", "succeeded") and "restarted" not in answer.sentence
+        said = "" if plain else f"{answer.sentence}; {answer.fix}" if answer.fix else answer.sentence
+        rows = [("job", f"{job['kind']} {name}"), ("task", task)]
+        rows += [("pod", _where(pod)) for pod in found.pods]
+        numbers = replace(of_log(lines, datetime.now(UTC)), restarts=restarts(found))
+        return View(self.name, f"namespace {cluster.namespace}", answer.state, said, numbers, rows)
+
+    def show_logs(self, console: Console, *, follow: bool, rank: int | None, task: str) -> None:
+        """The log of the pod that a rank runs in; what a restarted container wrote before comes first."""
+        job, cluster = self.job(task), self.cluster
+        kind, name = kind_of(job), job["metadata"]["name"]
+        index = (rank or 0) // _ranks_per_pod(job)
+        follower = LogFollower(cluster, _write)
+        if follow:
+            follower.start()
+        told: set[str] = set()
+        while True:
+            current = cluster.get(kind.kind, name)
+            pods = _of_index(cluster.pods(kind, name), kind.index_label, index)
+            for pod in pods:
+                if state.container_status(pod).get("restartCount") and pod["metadata"]["uid"] not in told:
+                    told.add(pod["metadata"]["uid"])
+                    for line in _lines(cluster, pod, previous=True):
+                        _write(line)
+                if not follow:
+                    for line in _lines(cluster, pod):
+                        _write(line)
+                elif state.has_started(pod):
+                    follower.add(pod)
+                if state.is_over(pod):
+                    follower.ended(pod["metadata"]["uid"])
+            if not follow:
+                if not pods:
+                    raise LaunchError(f"job {name} has no pod for rank {rank or 0}; see: yaongi why {name}")
+                return
+            if current is None or not state.is_active(current):
+                follower.finish(15)
+                return
+            time.sleep(POLL_SECONDS)
+
+    def stop(self, write: Callable[[str], None]) -> str:
+        """Delete its jobs, whose workers save a checkpoint first, and wait until no pod is left.
+
+        A deleted job frees its GPUs also where a queue would resume a suspended one. What it was made of is kept in
+        the workdir, for `resume`.
+        """
+        cluster, place = self.cluster, f"-n {self.cluster.namespace}"
+        active = [job for job in self.jobs.values() if state.is_active(job)]
+        if not active:
+            raise LaunchError(f"run {self.name} is not running in namespace '{cluster.namespace}'")
+        saved = "nothing of it was running yet"
+        for job in active:
+            kind, name = kind_of(job), job["metadata"]["name"]
+            if RUN_LABEL not in job["metadata"].get("labels", {}):
+                raise LaunchError(
+                    f"job {name} was not made by yaongi; stop it with: kubectl delete {kind.plural} {name} {place}"
+                )
+            keep(self.workdir, cluster.namespace, _objects(cluster, job))
+            lines: list[str] = []
+            follower = LogFollower(cluster, lines.append)
+            follower.start()
+            pods = cluster.pods(kind, name)
+            for pod in _of_index(pods, kind.index_label, 0):
+                if state.has_started(pod):
+                    follower.add(pod)
+            grace = max((pod["spec"].get("terminationGracePeriodSeconds", 30) for pod in pods), default=30)
+            gone = kubernetes.stop(cluster, kind, name, grace, lambda line: write(line.removeprefix("launcher: ")))
+            follower.finish(5)
+            steps = [match[1] for match in map(PUBLISHED.match, lines) if match]
+            saved = f"the newest checkpoint is of step {steps[-1]}" if steps else "it had saved no checkpoint yet"
+            if not gone:
+                raise LaunchError(f"job {name} may still run; see: yaongi why {name} {place}")
+        return f"stopped {self.name}; {saved}; continue: yaongi resume {self.name} {place}{again(self.workdir)}"
+
+    def resume(self, sets: Sequence[str], write: Callable[[str], None]) -> str:
+        """Create its training job again, from what `stop` kept or from a failed job; a suspended one goes on."""
+        if sets:
+            raise LaunchError(
+                "--set: a cluster's job is made again as it was, without new data; change it by yaongi run or submit "
+                "JOB --set …, which go on with the run that is on the volume"
+            )
+        name, place = self._made_again(write), f"-n {self.cluster.namespace}"
+        return f"job {name} goes on; follow it: yaongi logs {name} {place} --follow; how far: yaongi status {place}"
+
+    def why(self) -> str:
+        name = self.job()["metadata"]["name"] if self.jobs else self.name
+        return f"{name} is {why(situation(self.cluster, name))}"
+
+    def _made_again(self, write: Callable[[str], None]) -> str:
+        """The job's name."""
+        cluster, stopped = self.cluster, self.stopped
+        if not self.jobs:
+            assert stopped is not None
+            objects = stopped.objects()
+        else:
+            job = self.job("train")
+            if state.has_succeeded(job):
+                raise LaunchError(f"run {self.name} has been trained to its end; there is nothing to resume")
+            if state.is_suspended(job) and QUEUE_LABEL not in job["metadata"].get("labels", {}):
+                cluster.unsuspend(job)
+                return self.name
+            objects = _objects(cluster, job)
+            if not state.is_active(job):  # deleted before the new one is made; should that fail, this is all there is
+                stopped = keep(self.workdir, cluster.namespace, objects)
+        with _lease_of(objects):
+            kubernetes.start(cluster, objects, ClusterSpec(), write)
+        if stopped:
+            stopped.file.unlink()
+        return objects[-1]["metadata"]["name"]
+
+
+def cluster_runs(cluster: Cluster, workdir: Path) -> dict[str, ClusterRun]:
     """All runs that have jobs in the namespace, by name."""
-    found: dict[str, RemoteRun] = {}
+    found: dict[str, ClusterRun] = {}
     for job in jobs(cluster):
         labels = job["metadata"].get("labels", {})
         name = labels.get(RUN_LABEL, job["metadata"]["name"])
-        found.setdefault(name, RemoteRun(name, cluster, {})).jobs[labels.get(TASK_LABEL, "train")] = job
+        found.setdefault(name, ClusterRun(name, cluster, workdir)).jobs[labels.get(TASK_LABEL, "train")] = job
     return dict(sorted(found.items()))
 
 
-def find(text: str, cluster: Cluster, exactly: str | None = None) -> RemoteRun:
+def find(text: str, cluster: Cluster, workdir: Path, exactly: str | None = None) -> ClusterRun:
     """The run that `text` names, or alone begins.
 
     Raises:
-        SpecError: none, or several.
+        UnknownRun, SpecError: none, or several.
     """
-    runs = remote_runs(cluster)
+    runs = cluster_runs(cluster, workdir)
     return runs[choose(text, runs, f"in namespace '{cluster.namespace}'", exactly)]
 
 
-def view(run: RemoteRun) -> View:
-    job = run.job()
-    task = job["metadata"].get("labels", {}).get(TASK_LABEL, "train")
-    name, cluster = job["metadata"]["name"], run.cluster
-    found = situation(cluster, name, job)
-    answer = why(found)
-    lines: list[str] = []
-    if task == "train":
-        for pod in _of_index(found.pods, kind_of(job).index_label, 0):
-            lines = cluster.log_tail(pod["metadata"]["name"], TAIL_LINES, timestamps=True, container=_container(pod))
-    plain = answer.state in ("running", "succeeded") and "restarted" not in answer.sentence
-    said = "" if plain else f"{answer.sentence}; {answer.fix}" if answer.fix else answer.sentence
-    rows = [("job", f"{job['kind']} {name}"), ("task", task)]
-    rows += [("pod", _where(pod)) for pod in found.pods]
-    numbers = replace(of_log(lines, datetime.now(UTC)), restarts=restarts(found))
-    return View(run.name, f"namespace {cluster.namespace}", answer.state, said, numbers, rows)
-
-
-def show_logs(run: RemoteRun, write: Callable[[str], None], *, follow: bool, rank: int | None, task: str) -> None:
-    """Print the log of the pod that a rank runs in; what a restarted container wrote before comes first.
-
-    Raises:
-        LaunchError: no such task, rank or pod.
-    """
-    job = run.job(task)
-    kind, name = kind_of(job), job["metadata"]["name"]
-    index = (rank or 0) // _ranks_per_pod(job)
-    follower = LogFollower(run.cluster, write)
-    if follow:
-        follower.start()
-    told: set[str] = set()
-    while True:
-        current = run.cluster.get(kind.kind, name)
-        pods = _of_index(run.cluster.pods(kind, name), kind.index_label, index)
-        for pod in pods:
-            if state.container_status(pod).get("restartCount") and pod["metadata"]["uid"] not in told:
-                told.add(pod["metadata"]["uid"])
-                for line in _lines(run.cluster, pod, previous=True):
-                    write(line)
-            if not follow:
-                for line in _lines(run.cluster, pod):
-                    write(line)
-            elif state.has_started(pod):
-                follower.add(pod)
-            if state.is_over(pod):
-                follower.ended(pod["metadata"]["uid"])
-        if not follow:
-            if not pods:
-                raise LaunchError(f"job {name} has no pod for rank {rank or 0}; see: yaongi why {name}")
-            return
-        if current is None or not state.is_active(current):
-            follower.finish(15)
-            return
-        time.sleep(POLL_SECONDS)
-
-
-def stop(run: RemoteRun, workdir: Path, write: Callable[[str], None]) -> str:
-    """Delete the run's jobs, whose workers save a checkpoint first, and wait until no pod is left.
-
-    A deleted job frees its GPUs also where a queue would resume a suspended one. What it was made of is kept in the
-    workdir, for `resume`.
-
-    Returns:
-        What was saved, in a few words.
-
-    Raises:
-        LaunchError: nothing of it runs, it is not ours, or pods are left.
-    """
-    active = [job for job in run.jobs.values() if state.is_active(job)]
-    if not active:
-        raise LaunchError(f"run {run.name} is not running in namespace '{run.cluster.namespace}'")
-    saved = "nothing of it was running yet"
-    for job in active:
-        kind, name = kind_of(job), job["metadata"]["name"]
-        if RUN_LABEL not in job["metadata"].get("labels", {}):
-            place = f"-n {run.cluster.namespace}"
-            raise LaunchError(
-                f"job {name} was not made by yaongi; stop it with: kubectl delete {kind.plural} {name} {place}"
-            )
-        keep(workdir, run.cluster.namespace, _objects(run.cluster, job))
-        lines: list[str] = []
-        follower = LogFollower(run.cluster, lines.append)
-        follower.start()
-        pods = run.cluster.pods(kind, name)
-        for pod in _of_index(pods, kind.index_label, 0):
-            if state.has_started(pod):
-                follower.add(pod)
-        grace = max((pod["spec"].get("terminationGracePeriodSeconds", 30) for pod in pods), default=30)
-        gone = kubernetes.stop(run.cluster, kind, name, grace, lambda line: write(line.removeprefix("launcher: ")))
-        follower.finish(5)
-        steps = [match[1] for match in map(PUBLISHED.match, lines) if match]
-        saved = f"the newest checkpoint is of step {steps[-1]}" if steps else "it had saved no checkpoint yet"
-        if not gone:
-            raise LaunchError(f"job {name} may still run; see: yaongi why {name} -n {run.cluster.namespace}")
-    return saved
-
-
-def resume(text: str, cluster: Cluster, workdir: Path, write: Callable[[str], None], exactly: str | None = None) -> str:
-    """Create the run's training job again, from what `stop` kept or from a failed job; a suspended one goes on.
-
-    Returns:
-        The job's name.
-
-    Raises:
-        SpecError: no such run.
-        LaunchError: it runs or has succeeded, a launcher follows it, or it cannot be created.
-    """
-    runs, stopped = remote_runs(cluster), {each.name: each for each in kept(workdir, cluster.namespace)}
+def find_also_stopped(text: str, cluster: Cluster, workdir: Path, exactly: str | None = None) -> ClusterRun:
+    """As `find`, also among those that were stopped from the workdir, of which the cluster knows nothing."""
+    runs, stopped = cluster_runs(cluster, workdir), {each.name: each for each in kept(workdir, cluster.namespace)}
     where = f"in namespace '{cluster.namespace}', nor stopped there from {workdir}"
     name = choose(text, {*runs, *stopped}, where, exactly)
-    if name not in runs:
-        objects = stopped[name].objects()
-    else:
-        job = runs[name].job("train")
-        if state.has_succeeded(job):
-            raise LaunchError(f"run {name} has been trained to its end; there is nothing to resume")
-        if state.is_suspended(job) and QUEUE_LABEL not in job["metadata"].get("labels", {}):
-            cluster.unsuspend(job)
-            return name
-        objects = _objects(cluster, job)
-        if not state.is_active(job):  # deleted before the new one is made; should that fail, this is all that is left
-            stopped[name] = keep(workdir, cluster.namespace, objects)
-    with _lease_of(objects):
-        kubernetes.start(cluster, objects, ClusterSpec(), write)
-    if name in stopped:
-        stopped[name].file.unlink()
-    return objects[-1]["metadata"]["name"]
+    return replace(runs.get(name, ClusterRun(name, cluster, workdir)), stopped=stopped.get(name))
+
+
+def find_job(text: str, cluster: Cluster, workdir: Path) -> ClusterRun:
+    """A single job, ours or not, by its name or its beginning; one that is gone, too, while pods or events tell of it.
+
+    Raises:
+        UnknownRun, SpecError: none, or several.
+    """
+    there = {job["metadata"]["name"]: job for job in jobs(cluster)}
+    if text not in there and any(name.startswith(text) for name in there):
+        text = choose(text, there, "")
+    if text in there:
+        return ClusterRun(text, cluster, workdir, {"train": there[text]})
+    found = situation(cluster, text) if DNS_LABEL.fullmatch(text) else None
+    if found is None or not (found.job or found.pods or found.events):
+        choose(text, there, f"among the jobs of namespace '{cluster.namespace}'")
+    return ClusterRun(text, cluster, workdir)
 
 
 def _lease_of(objects: list[Object]) -> AbstractContextManager[object]:

@@ -1,20 +1,23 @@
-"""Runs of this machine and of the cluster together: what is not known here is looked for there."""
+"""Which run is meant: the one place that chooses between this machine, a cluster and Kubeflow Pipelines.
+
+Only the id of a run there can mean one on Kubeflow Pipelines. Else a run of this machine is meant, and one of the
+cluster where this machine has none, or a namespace is given.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from components.cluster.kubeconfig import NoCluster, require_cluster
-from pipelines.runs import local as runs
-from pipelines.runs import view
-from pipelines.runs.kept import kept
-from pipelines.runs.kept import view as view_of_kept
-from pipelines.runs.local import Run, UnknownRun, named
+from pipelines.runs import kept, local
+from pipelines.runs.names import UnknownRun, named
+from pipelines.runs.protocol import Run
 from pipelines.runs.view import View
 from trainer.errors import LaunchError
 
@@ -22,7 +25,15 @@ KFP_RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 if TYPE_CHECKING:  # it takes a second, which nobody should wait for whose run is here
     from components.cluster.api import Cluster
-    from pipelines.runs.cluster import RemoteRun
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where to look, as the options say: "" for no namespace or host."""
+
+    namespace: str
+    workdir: Path
+    host: str = ""
 
 
 def is_kfp(text: str) -> bool:
@@ -38,61 +49,76 @@ def connect(namespace: str) -> Cluster:
     return Cluster.connect(namespace or None)
 
 
-def find_or_ask(text: str, namespace: str, workdir: Path) -> tuple[Run | None, Cluster | None]:
-    """The run of this machine, or the cluster to ask: for an unknown one, and where a namespace is given.
+def find(text: str, where: Where, also_stopped: bool = False) -> Run:
+    """The run that `text` means.
+
+    Args:
+        also_stopped: one of the cluster's that was stopped from here will do, of which the cluster knows nothing.
 
     Raises:
-        UnknownRun, SpecError: none here and no cluster to ask; or several.
+        UnknownRun, SpecError: none anywhere, or several.
         LaunchError: the namespace's cluster cannot be asked.
     """
-    if namespace:
-        return None, connect(namespace)
-    try:
-        return runs.find(text, workdir), None
-    except UnknownRun as unknown:
+    if is_kfp(text):
+        return _of_kfp(text, where)
+    if where.namespace:
+        there = connect(where.namespace)
+    else:
         try:
-            return None, connect("")
-        except LaunchError:
-            raise unknown from None
+            return local.find(text, where.workdir)
+        except UnknownRun as unknown:
+            try:
+                there = connect("")
+            except LaunchError:
+                raise unknown from None
+    from pipelines.runs import cluster
+
+    look = cluster.find_also_stopped if also_stopped else cluster.find
+    return look(text, there, where.workdir, named(text, where.workdir))
 
 
-def find(text: str, namespace: str, workdir: Path) -> Run | RemoteRun:
-    """A run of this machine or of the cluster.
+def find_to_explain(text: str, where: Where) -> Run:
+    """As `find`, but a job of the cluster before a run of this machine, whoever made it, and one that is gone, too.
 
     Raises:
-        as `find_or_ask`, or none there either.
+        as `find`.
     """
-    here, cluster = find_or_ask(text, namespace, workdir)
-    if cluster is None:
-        assert here is not None
-        return here
-    from pipelines.runs import cluster as remote
-
-    return remote.find(text, cluster, named(text, workdir))
-
-
-def looking_at(text: str, namespace: str, workdir: Path, host: str) -> Callable[[], View]:
-    """What gives a new view of a run each time."""
     if is_kfp(text):
-        from pipelines.runs import kfp as kfp_runs
-
-        return lambda: kfp_runs.view(host, text)
+        return _of_kfp(text, where)
     try:
-        found = find(text, namespace, workdir)
+        there = connect(where.namespace)
+        from pipelines.runs import cluster
+
+        return cluster.find_job(text, there, where.workdir)
+    except (LaunchError, UnknownRun) as on_cluster:
+        if where.namespace:
+            raise
+        try:
+            return local.find(text, where.workdir)
+        except UnknownRun as here:
+            if not isinstance(on_cluster, NoCluster):
+                raise on_cluster from None
+            hint = "set KUBECONFIG to a readable kubeconfig"
+            raise LaunchError(f"{here}, and there is no cluster to ask ({on_cluster.reason}); {hint}") from None
+
+
+def looking_at(text: str, where: Where) -> Callable[[], View]:
+    """What gives a new view of a run each time, also of one that was stopped from here.
+
+    Raises:
+        as `find`.
+    """
+    try:
+        return find(text, where).view
     except UnknownRun:
-        begins = named(text, workdir) or text
-        stopped = [each for each in kept(workdir, namespace) if each.name.startswith(begins)]
+        begins = named(text, where.workdir) or text
+        stopped = [each for each in kept.kept(where.workdir, where.namespace) if each.name.startswith(begins)]
         if len(stopped) != 1:
             raise
-        return lambda: view_of_kept(stopped[0])
-    if isinstance(found, Run):
-        return lambda: view.of_local(found)
-    from pipelines.runs import cluster as remote
-
-    return lambda: remote.view(remote.find(found.name, found.cluster))
+        return stopped[0].view
 
 
-def all_views(namespace: str, workdir: Path, console: Console) -> list[View]:
+def all_views(where: Where, console: Console) -> list[View]:
     """Those of the cluster only where a namespace is given; a cluster that cannot be asked costs a line.
 
     Also those that were stopped from here, of which the cluster knows nothing.
@@ -100,20 +126,26 @@ def all_views(namespace: str, workdir: Path, console: Console) -> list[View]:
     Raises:
         LaunchError: the namespace's cluster cannot be asked.
     """
-    views = [] if namespace else [view.of_local(each) for each in runs.local_runs(workdir).values()]
-    stopped = kept(workdir, namespace)
+    views = [] if where.namespace else [each.view() for each in local.local_runs(where.workdir).values()]
+    stopped = kept.kept(where.workdir, where.namespace)
     try:
-        cluster = connect(namespace)
-        from pipelines.runs import cluster as remote
+        there = connect(where.namespace)
+        from pipelines.runs import cluster
 
-        there = remote.remote_runs(cluster)
-        views += [remote.view(each) for each in there.values()]
-        again = {job["metadata"]["name"] for each in there.values() for job in each.jobs.values()}
-        places = ("", cluster.namespace)
+        runs = cluster.cluster_runs(there, where.workdir)
+        views += [each.as_found() for each in runs.values()]
+        again = {job["metadata"]["name"] for each in runs.values() for job in each.jobs.values()}
+        places = ("", there.namespace)
         stopped = [each for each in stopped if each.namespace not in places or each.name not in again]
     except LaunchError as error:
-        if namespace:
+        if where.namespace:
             raise
         if not isinstance(error, NoCluster):
             console.print(f"cluster: {error}", style="dim", soft_wrap=True, highlight=False)
-    return views + [view_of_kept(each) for each in stopped]
+    return views + [each.view() for each in stopped]
+
+
+def _of_kfp(run_id: str, where: Where) -> Run:
+    from pipelines.runs.kfp import KfpRun
+
+    return KfpRun(run_id, where.host)

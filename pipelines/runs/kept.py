@@ -29,6 +29,15 @@ class Kept:
         """What the job needs, then the job."""
         return list(yaml.safe_load_all(self.file.read_text(encoding="utf-8")))
 
+    def view(self) -> View:
+        """Its numbers are known only where the volume is mounted here."""
+        run_dir = run_dir_of(self.objects())
+        standing = of_directory(Path(run_dir)) if run_dir else Standing()
+        place = f" -n {self.namespace}" if self.namespace else ""
+        where = f"namespace {self.namespace}" if self.namespace else "cluster"
+        go_on = f"continue: yaongi resume {self.name}{place}{again(self.file.parent.parent)}"
+        return View(self.name, where, "stopped", go_on, standing, [("kept in", str(self.file))])
+
 
 def keep(workdir: Path, namespace: str, objects: list[Object]) -> Kept:
     """Write down what a job, the last of `objects`, is made of."""
@@ -49,16 +58,6 @@ def kept(workdir: Path, namespace: str = "") -> list[Kept]:
         if not namespace or place in ("", namespace):
             found.append(Kept(name, place, file))
     return found
-
-
-def view(stopped: Kept) -> View:
-    """Its numbers are known only where the volume is mounted here."""
-    run_dir = run_dir_of(stopped.objects())
-    standing = of_directory(Path(run_dir)) if run_dir else Standing()
-    place = f" -n {stopped.namespace}" if stopped.namespace else ""
-    where = f"namespace {stopped.namespace}" if stopped.namespace else "cluster"
-    go_on = f"continue: yaongi resume {stopped.name}{place}{again(stopped.file.parent.parent)}"
-    return View(stopped.name, where, "stopped", go_on, standing, [("kept in", str(stopped.file))])
 
 
 def run_dir_of(objects: Iterable[Object]) -> str:

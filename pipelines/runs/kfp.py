@@ -10,8 +10,9 @@ import time
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -70,7 +71,7 @@ def refusals(host: str, doing: str) -> Iterator[None]:
         raise LaunchError(f"{host} refused {doing}: {error.reason} ({error.status})") from None
 
 
-def follow(client: Any, run_id: str, console: Console) -> None:
+def follow_run(client: Any, run_id: str, console: Console) -> None:
     """Print each step's state as it changes, until the run has ended.
 
     Raises:
@@ -112,59 +113,64 @@ def _until_ended(client: Any, run_id: str) -> Iterator[Any]:
         time.sleep(POLL_SECONDS)
 
 
-def view(host: str, run_id: str) -> View:
-    """Raises: SpecError, LaunchError as `connect`; LaunchError for an unknown run."""
-    client = connect(host)
-    with refusals(host, f"run {run_id}"):
-        run = client.get_run(run_id)
-    failed = ", ".join(task.display_name for task in _steps(run) if task.state == "FAILED")
-    said = [run.error.message] if run.error and run.error.message else []
-    said += [f"failed: {failed}; see: yaongi logs {run_id} --task {failed.split(', ')[0]}"] if failed else []
-    rows = [("step", f"{task.display_name}: {task.state.lower()}") for task in _steps(run)]
-    rows = [("run", run_id), *rows, ("page", url(host, run_id))]
-    return View(run.display_name or run_id, host, run.state.lower(), "; ".join(said), rows=rows)
+@dataclass(frozen=True)
+class KfpRun:
+    """A run by its id. Every operation connects anew and raises what `connect` does; LaunchError for an unknown run."""
 
+    name: str
+    host: str
 
-def stop(host: str, run_id: str) -> str:
-    """Terminate a run and wait for its end; the state it ended in.
+    def view(self) -> View:
+        run = self._asked()
+        failed = ", ".join(task.display_name for task in _steps(run) if task.state == "FAILED")
+        said = [run.error.message] if run.error and run.error.message else []
+        said += [f"failed: {failed}; see: yaongi logs {self.name} --task {failed.split(', ')[0]}"] if failed else []
+        rows = [("step", f"{task.display_name}: {task.state.lower()}") for task in _steps(run)]
+        rows = [("run", self.name), *rows, ("page", url(self.host, self.name))]
+        return View(run.display_name or self.name, self.host, run.state.lower(), "; ".join(said), rows=rows)
 
-    Terminating kills the steps without a signal; the pipeline's exit handler then deletes the training job, whose
-    workers save a checkpoint.
+    def show_logs(self, console: Console, *, follow: bool, rank: int | None, task: str) -> None:
+        """What the pods of the steps have written so far, one step after another; `rank` says nothing here."""
+        if follow:
+            follow_run(connect(self.host), self.name, console)
+        run = self._asked()
+        steps = [step for step in _steps(run) if task in ("", step.display_name)]
+        if not steps:
+            known = ", ".join(step.display_name for step in _steps(run)) or "none yet"
+            raise LaunchError(f"run {self.name} has no step '{task}'; it has: {known}")
+        for step in steps:
+            print(f"▶ {step.display_name} ({step.state.lower()})")
+            for child in step.child_tasks or []:
+                if child.pod_name:
+                    print(_pod_log(self.host, child.pod_name, self.name).rstrip("\n"))
 
-    Raises:
-        SpecError, LaunchError: as `view`; the run has ended already.
-    """
-    client = connect(host)
-    with refusals(host, f"to stop run {run_id}"):
-        run = client.get_run(run_id)
-        if run.state in ENDED:
-            raise LaunchError(f"run {run_id} has ended already, as {run.state.lower()}")
-        client.terminate_run(run_id)
-    *_, run = _until_ended(client, run_id)
-    return run.state.lower()
+    def stop(self, write: Callable[[str], None]) -> str:
+        """Terminating kills the steps without a signal; the pipeline's exit handler then deletes the training job,
+        whose workers save a checkpoint."""
+        client = connect(self.host)
+        with refusals(self.host, f"to stop run {self.name}"):
+            run = client.get_run(self.name)
+            if run.state in ENDED:
+                raise LaunchError(f"run {self.name} has ended already, as {run.state.lower()}")
+            client.terminate_run(self.name)
+        *_, run = _until_ended(client, self.name)
+        return f"run {self.name} ended as {run.state.lower()}; submit its job again to continue"
 
+    def resume(self, sets: Sequence[str], write: Callable[[str], None]) -> str:
+        now = self.view()
+        raise LaunchError(
+            f"run {self.name} is {now.state}; Kubeflow Pipelines begins no run again: submit its job again to continue"
+        )
 
-def show_logs(host: str, run_id: str, write: Callable[[str], None], *, task: str) -> None:
-    """Print what the pods of a run's steps have written so far, one step after another.
+    def why(self) -> str:
+        now = self.view()
+        return f"{now.name}, on {now.where}, is {now.state}" + (f": {now.why}" if now.why else "")
 
-    Args:
-        task: only the step of this name; "" for all.
-
-    Raises:
-        SpecError, LaunchError: as `view`; no such step.
-    """
-    client = connect(host)
-    with refusals(host, f"run {run_id}"):
-        run = client.get_run(run_id)
-    steps = [step for step in _steps(run) if task in ("", step.display_name)]
-    if not steps:
-        known = ", ".join(step.display_name for step in _steps(run)) or "none yet"
-        raise LaunchError(f"run {run_id} has no step '{task}'; it has: {known}")
-    for step in steps:
-        write(f"▶ {step.display_name} ({step.state.lower()})")
-        for child in step.child_tasks or []:
-            if child.pod_name:
-                write(_pod_log(host, child.pod_name, run_id).rstrip("\n"))
+    def _asked(self) -> Any:
+        """The run as the backend tells it now."""
+        client = connect(self.host)
+        with refusals(self.host, f"run {self.name}"):
+            return client.get_run(self.name)
 
 
 def _pod_log(host: str, pod: str, run_id: str) -> str:

@@ -1,30 +1,35 @@
-"""Find the run that a person means: by name, beginning of a name, directory, preset or job file.
-
-Runs are known from the run directories, from the processes that this workdir has started, and from the jobs of a
-cluster; names of all three are the same (`JobSpec.run_name`).
-"""
+"""Runs of this machine: known from the run directories and from the processes that a workdir has started."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-from manifests.spec import JobSpec, job_from, preset_names
+from rich.console import Console
+
+from manifests.spec import JobSpec, job_from
 from pipelines import background
-from pipelines.options import command
-from trainer.specbase import SpecError, read_yaml
+from pipelines.background import Process
+from pipelines.options import again, command
+from pipelines.runs import locallogs
+from pipelines.runs.names import UnknownRun, choose, named
+from pipelines.runs.standing import of_directory
+from pipelines.runs.view import View
+from trainer.checkpoints.checkpoint import latest_step
+from trainer.errors import LaunchError
+from trainer.exitcodes import STOPS
+from trainer.process.limits import LEASE
+from trainer.recording.results import read_json
+from trainer.specbase import changes_from_sets, read_yaml
+from trainer.thismachine import PORTS_FILE
 
-CANDIDATES_SHOWN = 8
 RUN_FILES = ("job.yaml", "train.yaml", "checkpoints")  # of which a run directory has one at least
 
 
-class UnknownRun(SpecError):
-    """No run begins with what was given."""
-
-
 @dataclass(frozen=True)
-class Run:
+class LocalRun:
     """A run of this machine; it may not have a directory yet, when its data is still being prepared."""
 
     name: str
@@ -39,64 +44,100 @@ class Run:
                 return job_from({"storage": {"sources_dir": None}}, read_yaml(file), str(file))
         return None
 
+    def view(self) -> View:
+        alive = background.is_alive(self.workdir, self.name)  # first, else one that ends meanwhile would look killed
+        process, log = background.read(self.workdir, self.name), locallogs.newest(self.workdir, self.name)
+        state, why = _running(process, log) if alive else self._ended(process)
+        rows = [("directory", str(self.directory))]
+        if process:
+            rows.append(("process", f"{process.pid} on {process.host}, started in {process.cwd}"))
+        if log:
+            rows.append(("log", str(log)))
+        if alive and (served := _ports(self.directory, log, process)):
+            rows.append(("metrics", served))
+        return View(self.name, "here", state, why, of_directory(self.directory), rows)
 
-def local_runs(workdir: Path) -> dict[str, Run]:
+    def show_logs(self, console: Console, *, follow: bool, rank: int | None, task: str) -> None:
+        locallogs.show(self, self.directory, self.workdir, console, follow=follow, rank=rank, task=task)
+
+    def stop(self, write: Callable[[str], None]) -> str:
+        job, name, place = self.job(), self.name, again(self.workdir)
+        directory = Path(job.run_dir) if job else self.directory  # that of a cluster's volume for a training there
+        before = latest_step(directory)
+
+        def present() -> str:
+            log = locallogs.newest(self.workdir, name)
+            return locallogs.present_step(background.read(self.workdir, name), log)
+
+        ended = background.stop(self.workdir, name, present, write)
+        if ended.code == 0:
+            return f"run {name} finished before it could be stopped; see: yaongi status {name}{place}"
+        step = latest_step(directory)
+        new = "checkpoint saved" if step > before else "the newest checkpoint is"
+        saved = f"{new} at step {step}" if step else "it has no checkpoint yet"
+        return f"stopped {name}; {saved}; continue: yaongi resume {name}{place}"
+
+    def resume(self, sets: Sequence[str], write: Callable[[str], None]) -> str:
+        job, name = self.job(), self.name
+        if job is None:
+            raise LaunchError(
+                f"run {name}: neither {self.directory} nor {self.workdir} holds its job; start that: "
+                f"yaongi local JOB{again(self.workdir)}"
+            )
+        if (self.directory / LEASE).exists():
+            from components.launch.lease import held
+
+            with held(self.directory):  # refuses while a launcher is alive
+                pass
+        if sets:
+            from components.plan.length import changed
+
+            job = changed(job, changes_from_sets(sets), name)
+        if _is_finished(job):
+            return f"run {name} is finished: {job.train.steps:,} steps, model in {self.directory / 'export'}"
+        process = background.read(self.workdir, name)
+        cwd = Path(process.cwd) if process else Path.cwd()
+        return started(background.start(job, self.workdir, cwd), self.workdir)
+
+    def why(self) -> str:
+        now = self.view()
+        return f"{now.name}, on this machine, is {now.state}" + (f": {now.why}" if now.why else "")
+
+    def _ended(self, process: Process | None) -> tuple[str, str]:
+        go_on = f"continue: yaongi resume {self.name}{again(self.workdir)}"
+        if process is None:
+            result = read_json(self.directory / "result.json")
+            done = result is not None and (self.directory / "export" / "manifest.json").is_file()
+            return ("finished", "") if done else ("idle", f"nobody drives it from {self.workdir}; {go_on}")
+        if process.ended is None:
+            return (
+                "killed",
+                f"its process {process.pid} went without a word, as after kill -9 or for want of memory; {go_on}",
+            )
+        if process.code == 0:
+            return "finished", ""
+        if process.code in STOPS:
+            return "stopped", go_on
+        return "failed", process.error
+
+
+def local_runs(workdir: Path) -> dict[str, LocalRun]:
     """All runs that the workdir knows, by name."""
     root = workdir / "checkpoints" / "runs"
     names = {path.name for path in root.glob("*") if any((path / file).exists() for file in RUN_FILES)}
     names |= {name for path in background.folder(workdir).glob("*.json") if background.read(workdir, name := path.stem)}
-    return {name: Run(name, root / name, workdir) for name in sorted(names)}
+    return {name: LocalRun(name, root / name, workdir) for name in sorted(names)}
 
 
-def named(text: str, workdir: Path) -> str | None:
-    """The run's name where `text` is a run directory, a preset or a job file; None if it can only be a name.
-
-    Raises:
-        SpecError: a job file with a wrong field.
-    """
-    from pipelines.run import local_job
-
-    if text in preset_names() or Path(text).is_file():
-        return local_job(text, {}, target="local", workdir=workdir)[0].run_name
-    path = Path(text)
-    if path.is_dir() and (path / "job.yaml").is_file():
-        return path.resolve().name
-    return None
-
-
-def choose(text: str, names: Collection[str], where: str, exactly: str | None = None) -> str:
-    """The one of `names` that `text` is, or that alone begins with it.
-
-    Args:
-        where: where was looked, for the message.
-        exactly: the run of the preset or job file that `text` is. A preset's name may be the beginning of a run of
-            other settings, too.
-
-    Raises:
-        UnknownRun, SpecError: none, or several; lists candidates.
-    """
-    if exactly in names:
-        return exactly
-    if text in names:
-        return text
-    found = [name for name in sorted(names) if name.startswith(text)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise SpecError(f"'{text}' is the beginning of several runs: {_listed(found)}; give more of the name")
-    known = f"known: {_listed(sorted(names))}" if names else "none is known"
-    raise UnknownRun(f"no run '{text}' {where}; {known}")
-
-
-def find(text: str, workdir: Path) -> Run:
-    """The local run that `text` means.
+def find(text: str, workdir: Path) -> LocalRun:
+    """The run that `text` means.
 
     Raises:
         UnknownRun, SpecError: none, or several.
     """
     path = Path(text)
     if path.is_dir() and (path / "job.yaml").is_file():
-        return Run(path.resolve().name, path, workdir)
+        return LocalRun(path.resolve().name, path, workdir)
     runs, exactly = local_runs(workdir), named(text, workdir)
     try:
         return runs[choose(text, runs, f"in {workdir}", exactly)]
@@ -106,7 +147,33 @@ def find(text: str, workdir: Path) -> Run:
         raise UnknownRun(f"{unknown}; begin it: {command('run', text, workdir)}") from None
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - CANDIDATES_SHOWN} more" if len(names) > CANDIDATES_SHOWN else ""
-    return ", ".join(names[:CANDIDATES_SHOWN]) + more
+def started(process: Process, workdir: Path) -> str:
+    """What to tell of a run that was started in the background."""
+    place = again(workdir)
+    return (
+        f"run {process.run} runs in the background (process {process.pid})\n"
+        f"follow it: yaongi logs {process.run} --follow{place}; how far: yaongi status{place}; "
+        f"end it: yaongi stop {process.run}{place}"
+    )
+
+
+def _running(process: Process | None, log: Path | None) -> tuple[str, str]:
+    step = locallogs.present_step(process, log)
+    return "running", f"in step {step}" if step else "starting"
+
+
+def _ports(directory: Path, log: Path | None, process: Process | None) -> str:
+    """Where a living run can be scraped: its ranks, once they train, and its steps where their port is another."""
+    served, file = [], directory / PORTS_FILE
+    if file.is_file() and (process is None or file.stat().st_mtime >= process.started):
+        ports = (read_json(file) or {}).get("ports", [])
+        served += [f"rank {rank}: port {port}" for rank, port in enumerate(ports) if port]
+    moved = locallogs.moved_port(process, log)
+    return ", ".join([*served, *([f"steps: port {moved}"] if moved else [])])
+
+
+def _is_finished(job: JobSpec) -> bool:
+    """Whether nothing of a run is left to do, by what lies in its directory."""
+    from components.launch.artefacts import Task, finished
+
+    return all(finished(job, task) for task in get_args(Task))

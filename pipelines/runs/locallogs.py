@@ -1,25 +1,57 @@
-"""Show what a run of this machine has printed, as `yaongi run` shows it, or one rank's own file."""
+"""What a run of this machine has printed: what it says of its step, and shown as `yaongi run` shows it."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
 
-from components.marks import DONE, FAILED, STARTED
+from components.marks import DONE, FAILED, MOVED, STARTED
 from pipelines import background
+from pipelines.background import Process
 from pipelines.progress import Watcher
-from pipelines.runs.local import Run
-from pipelines.runs.view import newest_log, of_local
+from pipelines.runs.protocol import Run
 from trainer.errors import LaunchError
 
 POLL_SECONDS = 0.5
 
 
-def show(run: Run, console: Console, *, follow: bool, rank: int | None, task: str) -> None:
+def newest(workdir: Path, run: str) -> Path | None:
+    """The full log of the pipeline's last start."""
+    logs = (workdir / "logs").glob(f"{run}-*.log")
+    return max(logs, key=lambda file: file.stat().st_mtime, default=None)
+
+
+def present_step(process: Process | None, log: Path | None) -> str:
+    """The pipeline's step that started last and has not ended."""
+    running: list[str] = []
+    for text in _of_start(process, log):
+        if text.startswith(STARTED):
+            running.append(text.removeprefix(STARTED))
+        elif text.startswith(DONE) and (name := text.removeprefix(DONE).rpartition(" (")[0]) in running:
+            running.remove(name)
+    return running[-1] if running else ""
+
+
+def moved_port(process: Process | None, log: Path | None) -> str:
+    """Where the step that runs serves its metrics, if not at the usual port, and why; else ""."""
+    moved = [text.removeprefix(MOVED) for text in _of_start(process, log) if text.startswith(MOVED)]
+    return moved[-1] if moved else ""
+
+
+def _of_start(process: Process | None, log: Path | None) -> list[str]:
+    """Lines of the log of the present start; none where there is only that of an earlier one."""
+    if log is None or (process and log.stat().st_mtime < process.started):
+        return []
+    return [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+
+
+def show(
+    run: Run, directory: Path, workdir: Path, console: Console, *, follow: bool, rank: int | None, task: str
+) -> None:
     """Print the newest log.
 
     Args:
@@ -29,27 +61,27 @@ def show(run: Run, console: Console, *, follow: bool, rank: int | None, task: st
     Raises:
         LaunchError: there is no such log.
     """
-    log = newest_log(run)
+    log, still = newest(workdir, run.name), lambda: follow and background.is_alive(workdir, run.name)
     if rank is None and log is None and not task:
         rank = 0  # the trainer was started alone, without the pipeline
     if rank is not None:
         if task not in ("", "train"):
             raise LaunchError(f"{task} is one process; leave out --rank")
-        file = run.directory / "logs" / f"rank-{rank}.log"
+        file = directory / "logs" / f"rank-{rank}.log"
         if not file.is_file():
             ranks = sorted(path.stem for path in file.parent.glob("rank-*.log"))
             if ranks:
                 raise LaunchError(f"{file} does not exist; there are logs of: {', '.join(ranks)}")
-            now = of_local(run)
+            now = run.view()
             raise LaunchError(
                 f"no rank of {run.name} has written a log; its state is {now.state}: {now.why}".rstrip(": ")
             )
-        for line in _lines(file, run, follow):
+        for line in _lines(file, still):
             print(line, end="", flush=True)
         return
     if log is None:
-        raise LaunchError(f"{run.workdir / 'logs'} holds no log of {run.name}; it was not started from there")
-    lines = _lines(log, run, follow)
+        raise LaunchError(f"{workdir / 'logs'} holds no log of {run.name}; it was not started from there")
+    lines = _lines(log, still)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         watcher = Watcher(console, nowhere, verbose=bool(os.environ.get("YAONGI_VERBOSE")))
         watcher.follow(_of_step(lines, task) if task else lines)
@@ -57,12 +89,12 @@ def show(run: Run, console: Console, *, follow: bool, rank: int | None, task: st
         console.print(f"error: {watcher.failure}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _lines(file: Path, run: Run, follow: bool) -> Iterator[str]:
-    """Whole lines of a file; with `follow` also those to come, until the run's process has ended."""
+def _lines(file: Path, still: Callable[[], bool]) -> Iterator[str]:
+    """Whole lines of a file, also those to come while `still` holds."""
     with file.open(encoding="utf-8", errors="replace") as stream:
         part = ""
         while True:
-            alive = follow and background.is_alive(run.workdir, run.name)  # asked before reading: nothing is missed
+            alive = still()  # asked before reading: nothing is missed
             for text in stream:
                 part += text
                 if part.endswith("\n"):

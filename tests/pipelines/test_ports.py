@@ -10,8 +10,7 @@ from ports import free_port
 
 from manifests.spec import job_file_text, job_from
 from pipelines import background, ports
-from pipelines.runs import view
-from pipelines.runs.local import Run
+from pipelines.runs.local import LocalRun
 from trainer.specbase import SpecError
 from trainer.thismachine import PORTS_FILE
 
@@ -73,17 +72,17 @@ def test_a_run_with_a_taken_port_ends_before_its_first_step(busy, yaongi, monkey
 
 def test_status_says_where_a_living_run_is_scraped(tmp_path):
     spec = job_from({"preset": "tiny", "storage": {"checkpoints_dir": str(tmp_path / "checkpoints")}})
-    run = Run(spec.run_name, tmp_path / "checkpoints" / "runs" / spec.run_name, tmp_path)
+    run = LocalRun(spec.run_name, tmp_path / "checkpoints" / "runs" / spec.run_name, tmp_path)
     run.directory.mkdir(parents=True)
     (run.directory / PORTS_FILE).write_text(json.dumps({"ports": [9401, 9402]}))
     with background.driving(spec, tmp_path):
         (run.directory / PORTS_FILE).touch()
-        assert dict(view.of_local(run).rows)["metrics"] == "rank 0: port 9401, rank 1: port 9402"
+        assert dict(run.view().rows)["metrics"] == "rank 0: port 9401, rank 1: port 9402"
         (tmp_path / "logs").mkdir()
         log = tmp_path / "logs" / f"{run.name}-1.log"
         log.write_text("    ▶ plan\n    metrics of the steps: port 9391, as 9390 is taken\n")
-        assert dict(view.of_local(run).rows)["metrics"].endswith("steps: port 9391, as 9390 is taken")
+        assert dict(run.view().rows)["metrics"].endswith("steps: port 9391, as 9390 is taken")
         long_ago = time.time() - 100
         for file in (log, run.directory / PORTS_FILE):
             os.utime(file, (long_ago, long_ago))
-        assert "metrics" not in dict(view.of_local(run).rows), "they are of an earlier start"
+        assert "metrics" not in dict(run.view().rows), "they are of an earlier start"

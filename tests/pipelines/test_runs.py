@@ -1,6 +1,7 @@
 """Which run a person means, how far it is, and who drives it."""
 
 import fcntl
+import inspect
 import json
 import os
 import re
@@ -18,28 +19,36 @@ import yaml
 
 from manifests.spec import load_job
 from pipelines import background
-from pipelines.runs import local as runs
-from pipelines.runs import standing, view
+from pipelines.runs import cluster, kfp, local, names, protocol, standing
 from trainer.errors import LaunchError
 from trainer.files import atomic_write
 from trainer.specbase import SpecError, to_yaml
+
+
+@pytest.mark.parametrize("place", [local.LocalRun, cluster.ClusterRun, kfp.KfpRun])
+def test_every_place_has_every_operation_of_a_run(place):
+    operations = [name for name, each in vars(protocol.Run).items() if callable(each) and not name.startswith("_")]
+    assert {"view", "show_logs", "stop", "resume", "why"} <= {*operations}
+    for name in operations:
+        assert inspect.signature(getattr(place, name)) == inspect.signature(getattr(protocol.Run, name)), name
+
 
 NAMES = ["tiny-aaaa1111", "tiny-aaaa2222", "ko-33334444"]
 
 
 def test_a_run_is_found_by_name_and_by_the_beginning_that_only_it_has():
-    assert runs.choose("ko", NAMES, "here") == "ko-33334444"
-    assert runs.choose("tiny-aaaa2222", NAMES, "here") == "tiny-aaaa2222"
-    assert runs.choose("tiny", NAMES, "here", exactly="tiny-aaaa1111") == "tiny-aaaa1111"
+    assert names.choose("ko", NAMES, "here") == "ko-33334444"
+    assert names.choose("tiny-aaaa2222", NAMES, "here") == "tiny-aaaa2222"
+    assert names.choose("tiny", NAMES, "here", exactly="tiny-aaaa1111") == "tiny-aaaa1111"
 
 
 def test_what_could_be_several_runs_or_none_lists_candidates():
     with pytest.raises(SpecError, match=r"^'tiny-' is the beginning of several runs: tiny-aaaa1111, tiny-aaaa2222;"):
-        runs.choose("tiny-", NAMES, "here")
+        names.choose("tiny-", NAMES, "here")
     with pytest.raises(SpecError, match=r"^no run 'tyni' in work; known: ko-33334444, tiny-aaaa1111, tiny-aaaa2222$"):
-        runs.choose("tyni", NAMES, "in work")
+        names.choose("tyni", NAMES, "in work")
     with pytest.raises(SpecError, match=r"and 2 more$"):
-        runs.choose("z", [f"run-{number}" for number in range(10)], "in work")
+        names.choose("z", [f"run-{number}" for number in range(10)], "in work")
 
 
 @pytest.fixture
@@ -50,7 +59,7 @@ def job(tmp_path):
 @pytest.fixture
 def run(job, tmp_path):
     """A run whose directory is as the launcher leaves it before the trainer starts."""
-    found = runs.Run(job.run_name, tmp_path / "checkpoints/runs" / job.run_name, tmp_path)
+    found = local.LocalRun(job.run_name, tmp_path / "checkpoints/runs" / job.run_name, tmp_path)
     found.directory.mkdir(parents=True)
     atomic_write(found.directory / "job.yaml", to_yaml(job).encode())
     atomic_write(found.directory / "train.yaml", to_yaml(job.train_spec()).encode())
@@ -59,8 +68,8 @@ def run(job, tmp_path):
 
 def test_a_run_is_found_by_its_directory_preset_or_job_file_and_keeps_its_name(run, job, tmp_path):
     for text in (str(run.directory), job.run_name, str(run.directory / "job.yaml")):
-        assert runs.find(text, tmp_path).name == job.run_name
-    assert runs.find(job.run_name, tmp_path).job() == job
+        assert local.find(text, tmp_path).name == job.run_name
+    assert local.find(job.run_name, tmp_path).job() == job
 
 
 def test_what_lies_beside_the_runs_is_none_of_them(run, tmp_path):
@@ -71,7 +80,7 @@ def test_what_lies_beside_the_runs_is_none_of_them(run, tmp_path):
         (root / name).touch()
     background.folder(tmp_path).mkdir()
     (background.folder(tmp_path) / "._other.json").write_bytes(b"\0\5\x16\7")
-    assert list(runs.local_runs(tmp_path)) == [run.name]
+    assert list(local.local_runs(tmp_path)) == [run.name]
 
 
 def test_relative_paths_of_a_stored_job_start_where_it_was_started(run, job):
@@ -147,16 +156,16 @@ def test_only_one_process_drives_a_run_and_how_it_ended_is_kept(job, run, tmp_pa
     second = background.driving(job, tmp_path)
     with pytest.raises(LaunchError, match="no disk"), background.driving(job, tmp_path):
         assert background.is_alive(tmp_path, job.run_name)
-        assert view.of_local(run).state == "running"
+        assert run.view().state == "running"
         with pytest.raises(LaunchError, match=rf"already running as process {os.getpid()} on .*; follow it:"), second:
             pass
         raise LaunchError("no disk\nleft")
     assert not background.is_alive(tmp_path, job.run_name)
-    shown = view.of_local(run)
+    shown = run.view()
     assert (shown.state, shown.why) == ("failed", "no disk; left")
     with background.driving(job, tmp_path):
         pass
-    assert view.of_local(run).state == "finished"
+    assert run.view().state == "finished"
 
 
 def test_somebody_who_just_looks_keeps_nobody_from_driving_a_run(job, tmp_path, monkeypatch):
@@ -181,9 +190,9 @@ def test_a_run_that_ends_while_it_is_looked_at_does_not_look_killed(job, run, tm
             return found
 
         monkeypatch.setattr(background, "read", read_before_its_end)
-        assert view.of_local(run).state == "running"
+        assert run.view().state == "running"
     monkeypatch.undo()
-    assert view.of_local(run).state == "finished"
+    assert run.view().state == "finished"
 
 
 def test_a_process_that_was_killed_is_told_from_one_that_was_stopped(job, run, tmp_path):
@@ -197,7 +206,7 @@ def test_a_process_that_was_killed_is_told_from_one_that_was_stopped(job, run, t
         assert process.stdout.readline() == "up\n"
         assert background.read(tmp_path, job.run_name).pid == process.pid
         process.send_signal(signal.SIGKILL)
-    shown = view.of_local(run)
+    shown = run.view()
     assert shown.state == "killed" and f"continue: yaongi resume {job.run_name}" in shown.why
     with pytest.raises(LaunchError, match="is not running; see: yaongi status"):
         background.stop(tmp_path, job.run_name, str, print)

@@ -15,8 +15,7 @@ from waiting import wait_until
 from components import running
 from manifests.spec import job_from
 from pipelines import background, execute, pretrain, stopping
-from pipelines.runs import view
-from pipelines.runs.local import Run
+from pipelines.runs.local import LocalRun
 
 # Says which signals have come, and ends by none.
 STUBBORN = """
@@ -89,10 +88,10 @@ def test_a_stop_while_the_pipelines_process_imports_is_kept(tmp_path: Path, monk
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> LocalRun:
     storage = {"datasets_dir": str(tmp_path / "d"), "checkpoints_dir": str(tmp_path / "checkpoints")}
     job = job_from({"preset": "tiny"}, {"name": "stops", "storage": storage})
-    return Run(job.run_name, tmp_path / "checkpoints" / "runs" / job.run_name, tmp_path)
+    return LocalRun(job.run_name, tmp_path / "checkpoints" / "runs" / job.run_name, tmp_path)
 
 
 DRIVER = """
@@ -108,7 +107,7 @@ with background.driving(job, Path(sys.argv[1])):
 """
 
 
-def test_a_stop_before_the_pipeline_is_recorded_and_said(run: Run):
+def test_a_stop_before_the_pipeline_is_recorded_and_said(run: LocalRun):
     said: list[str] = []
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(run.workdir)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -116,7 +115,7 @@ def test_a_stop_before_the_pipeline_is_recorded_and_said(run: Run):
         assert process.stdout.readline() == "up\n"
         ended = background.stop(run.workdir, run.name, lambda: "train", said.append)
     wait_until(lambda: not background.is_alive(run.workdir, run.name))
-    assert ended.code == 143 and view.of_local(run).state == "stopped"
+    assert ended.code == 143 and run.view().state == "stopped"
     expected = (
         f"stopping {run.name} (process {process.pid}); waiting for step train to end, which saves a checkpoint first"
     )

@@ -14,7 +14,7 @@ from rich.console import Console
 from components.plan.step import resolve
 from manifests.spec import load_job
 from pipelines import submit
-from pipelines.runs import kfp as kfp_runs
+from pipelines.runs import kfp
 from trainer.errors import LaunchError
 from trainer.specbase import SpecError
 
@@ -86,7 +86,7 @@ def tasks(**states: str) -> dict:
 
 @pytest.fixture
 def backend(monkeypatch):
-    monkeypatch.setattr(kfp_runs, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(kfp, "POLL_SECONDS", 0.01)
     made = Backend(
         [
             {"state": "RUNNING", "run_details": tasks(plan="SUCCEEDED", train="RUNNING")},
@@ -187,6 +187,14 @@ def test_stop_terminates_a_run_and_waits_for_its_end_across_an_outage(asked, bac
     assert code == 69 and error == f"error: run {RUN} has ended already, as canceled\n"
 
 
+def test_why_says_what_failed_and_resume_what_to_do_instead(asked, backend):
+    backend.states[:] = [{"state": "FAILED", "run_details": tasks(plan="SUCCEEDED", train="FAILED")}]
+    said = f"tiny-1, on {backend.url}, is failed: failed: train; see: yaongi logs {RUN} --task train\n"
+    assert asked("why", RUN)[:2] == (0, said)
+    code, said, error = asked("resume", RUN)
+    assert (code, said, error.count("\n")) == (69, "", 1) and "submit its job again" in error
+
+
 def test_a_run_that_the_backend_does_not_know_or_no_host_is_one_line(asked, backend, monkeypatch):
     other = RUN.replace("0f6c", "ffff")
     code, _, error = asked("status", other)
@@ -196,7 +204,7 @@ def test_a_run_that_the_backend_does_not_know_or_no_host_is_one_line(asked, back
 
 
 def test_a_host_is_refused_where_the_run_is_none_of_its_runs(yaongi, backend, monkeypatch):
-    for verb in ("status", "logs", "stop"):
+    for verb in ("status", "logs", "stop", "resume", "why"):
         code, said, error = yaongi(verb, RUN[:8], "--host", backend.url)
         assert (code, said, error.count("\n")) == (2, "", 1)
         assert error.startswith(f"error: --host: a run on Kubeflow Pipelines is named by its whole id, and '{RUN[:8]}'")
