@@ -25,23 +25,13 @@ from manifests.paths import whole
 from trainer.data.vocabulary import SMALLEST_VOCABULARY
 from trainer.fields import stored
 from trainer.kinds.base import Count
-from trainer.modelspec import ModelSpec
 from trainer.parallel.layout import Layout
 from trainer.spec import (
-    BackendsSpec,
-    BatchSpec,
-    CheckpointSpec,
-    EvaluateSpec,
+    CutSpec,
     MixSpec,
     NonNegative,
-    OptimizerSpec,
-    Packing,
-    ParallelSpec,
     Positive,
-    PrecisionSpec,
-    RuntimeSpec,
-    ScheduleSpec,
-    StageSpec,
+    RecipeSpec,
     TokensSpec,
     TrainSpec,
 )
@@ -49,6 +39,7 @@ from trainer.specbase import (
     MISSING,
     Spec,
     SpecError,
+    begins_with,
     canonical_digest,
     deep_merge,
     is_stored,
@@ -97,30 +88,13 @@ class ShardsSpec(Spec):
     pods: Annotated[int, Field(ge=1, le=256)] = 1
 
 
-class JobTrainSpec(Spec):
+@begins_with("steps", "begun_with_steps")
+class JobTrainSpec(RecipeSpec, CutSpec):
     """What of TrainSpec a person chooses; run name, directories, mix and shards are derived by `JobSpec.train_spec`.
 
     `seq_len` to `skip`: see TokensSpec. A changed `skip` leaves the run's name as it is, to go on past a loss spike.
     `begun_with_steps` is written by what makes a run longer, which keeps its name, its data and its warm-up.
     """
-
-    steps: Count
-    begun_with_steps: Count | None = None
-    seq_len: Annotated[int, Field(ge=8)]
-    seed: int = 0
-    packing: Packing = "concat"
-    curriculum: tuple[StageSpec, ...] = ()
-    skip: tuple[tuple[int, int], ...] = ()
-    model: ModelSpec
-    batch: BatchSpec
-    optimizer: OptimizerSpec = OptimizerSpec()
-    schedule: ScheduleSpec = ScheduleSpec()
-    precision: PrecisionSpec = PrecisionSpec()
-    checkpoint: CheckpointSpec
-    backends: BackendsSpec = BackendsSpec()
-    parallel: ParallelSpec = ParallelSpec()
-    runtime: RuntimeSpec = RuntimeSpec()
-    evaluate: EvaluateSpec = EvaluateSpec()
 
 
 class StorageSpec(Spec):
@@ -353,17 +327,15 @@ class JobSpec(Spec):
 
     def train_spec(self) -> TrainSpec:
         """The trainer's spec: the person's choices plus what follows from data and storage."""
-        of_tokens = {"seq_len", "packing", "curriculum", "skip"}
-        chosen = {name: getattr(self.train, name) for name in set(JobTrainSpec.model_fields) - of_tokens}
         mix = {n: MixSpec(weight=s.weight, max_epochs=s.max_epochs) for n, s in self.data.sources.items()}
         tokens = TokensSpec(
             shards=self.stage_dir("shards"),
             tokenizer=self.stage_dir("tokenizers"),
             mix=mix,
-            seed=self.train.seed,
-            **{name: getattr(self.train, name) for name in of_tokens},
+            **{name: getattr(self.train, name) for name in CutSpec.model_fields},
         )
-        return TrainSpec(run=self.run_name, run_dir=self.run_dir, tokens=tokens, **chosen)
+        recipe = {name: getattr(self.train, name) for name in RecipeSpec.model_fields}
+        return TrainSpec(run=self.run_name, run_dir=self.run_dir, tokens=tokens, **recipe)
 
 
 def preset_names() -> list[str]:

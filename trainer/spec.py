@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from trainer.errors import SpecError
 from trainer.kinds.base import Count
 from trainer.modelspec import ModelSpec
-from trainer.specbase import Spec
+from trainer.specbase import Spec, begins_with
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
@@ -44,7 +44,18 @@ class StageSpec(Spec):
     seq_len: Annotated[int, Field(ge=8)] | None = None
 
 
-class TokensSpec(Spec):
+class CutSpec(Spec):
+    """How the stream of tokens is ordered and cut: what TokensSpec and a job's section `train` have in common."""
+
+    seq_len: Annotated[int, Field(ge=8)]
+    seed: int = 0
+    packing: Packing = "concat"
+    curriculum: tuple[StageSpec, ...] = ()
+    skip: tuple[tuple[int, int], ...] = ()
+
+
+@begins_with("shards", "tokenizer", "mix")
+class TokensSpec(CutSpec):
     """Which tokens, in which proportions, cut how. `shards` is a directory with a manifest.json.
 
     `packing`: `concat` cuts the stream every `seq_len` tokens; `best_fit` arranges the documents of a step so that few
@@ -55,11 +66,6 @@ class TokensSpec(Spec):
     shards: str
     tokenizer: str
     mix: dict[str, MixSpec]
-    seq_len: Annotated[int, Field(ge=8)]
-    seed: int = 0
-    packing: Packing = "concat"
-    curriculum: tuple[StageSpec, ...] = ()
-    skip: tuple[tuple[int, int], ...] = ()
 
     def seq_len_at(self, position: int) -> int:
         """Tokens of a row in a step that begins at `position` of the stream."""
@@ -346,21 +352,13 @@ class EvaluateSpec(Spec):
     temperature: NonNegative = 0.8
 
 
-class TrainSpec(Spec):
-    """One training run; `run_dir` holds its checkpoints, logs, metrics and results.
+class RecipeSpec(Spec):
+    """What a run computes and how, beside its tokens: what TrainSpec and a job's section `train` have in common."""
 
-    `begun_with_steps`: the length with which the run was begun, where it is another one now.
-    """
-
-    sections_without_numbers: ClassVar = frozenset({"parallel", "runtime", "evaluate"})
-
-    run: str
-    run_dir: str
     steps: Count
     begun_with_steps: Count | None = None
     seed: int = 0
     model: ModelSpec
-    tokens: TokensSpec
     batch: BatchSpec
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -370,6 +368,20 @@ class TrainSpec(Spec):
     parallel: ParallelSpec = ParallelSpec()
     runtime: RuntimeSpec = RuntimeSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
+
+
+@begins_with("run", "run_dir", "steps", "begun_with_steps", "seed", "model", "tokens")
+class TrainSpec(RecipeSpec):
+    """One training run; `run_dir` holds its checkpoints, logs, metrics and results.
+
+    `begun_with_steps`: the length with which the run was begun, where it is another one now.
+    """
+
+    sections_without_numbers: ClassVar = frozenset({"parallel", "runtime", "evaluate"})
+
+    run: str
+    run_dir: str
+    tokens: TokensSpec
 
     @model_validator(mode="after")
     def _rows_are_whole(self) -> Self:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
@@ -72,6 +72,19 @@ WANTED = {
     "model_attributes_type": "a mapping of fields",
 }
 SpecT = TypeVar("SpecT", bound=Spec)
+
+
+def begins_with(*names: str) -> Callable[[type[SpecT]], type[SpecT]]:
+    """In files and schemas these fields, inherited or own, stand before the others of the class."""
+
+    def ordered(spec_type: type[SpecT]) -> type[SpecT]:
+        fields = spec_type.model_fields
+        for name in [*names, *(name for name in fields if name not in names)]:
+            fields[name] = fields.pop(name)
+        spec_type.model_rebuild(force=True)
+        return spec_type
+
+    return ordered
 
 
 class _Loader(yaml.SafeLoader):

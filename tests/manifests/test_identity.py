@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
+import yaml
 from former import FIXTURES
 from pydantic import BaseModel, create_model
 
 from manifests import dataspec
 from manifests import spec as jobspec
-from manifests.spec import job_from, load_job, preset_names
+from manifests.spec import JobTrainSpec, job_from, load_job, preset_names
 from trainer import modelspec
 from trainer import spec as trainspec
 from trainer.fields import FIELDS_1, LATER, RAW_DEFAULTS_1, Later, stored, version_of
-from trainer.spec import MuonSpec
-from trainer.specbase import Spec
+from trainer.spec import MuonSpec, TokensSpec, TrainSpec
+from trainer.specbase import Spec, to_yaml
 
 JOBS = json.loads((FIXTURES / "v0.1" / "identities.json").read_text())
 MODULES = (modelspec, trainspec, dataspec, jobspec)
@@ -95,3 +97,15 @@ def test_every_field_is_of_a_version(name: str):
     unknown = SPECS[name].model_fields.keys() - of_1 - later
     assert not unknown, f"enter {unknown} in LATER of trainer/fields.py, with the value at which nothing changes"
     assert not (of_1 | later) - SPECS[name].model_fields.keys(), "a field of an earlier version is gone"
+
+
+def test_what_a_job_and_its_training_have_in_common_is_declared_once():
+    assert not inspect.get_annotations(JobTrainSpec), "all its fields are of the trainer's specs"
+    assert not inspect.get_annotations(TrainSpec).keys() & JobTrainSpec.model_fields.keys()
+    assert not inspect.get_annotations(TokensSpec).keys() & JobTrainSpec.model_fields.keys()
+
+
+def test_files_begin_with_the_fields_that_they_always_began_with():
+    job = job_from({"preset": "tiny"})
+    assert [*yaml.safe_load(to_yaml(job.train_spec()))][:6] == ["run", "run_dir", "steps", "seed", "model", "tokens"]
+    assert [*yaml.safe_load(to_yaml(job))["train"]][:3] == ["steps", "seq_len", "seed"]
