@@ -1,4 +1,4 @@
-"""Refuse a wheel that lacks a file of the packages: presets, sample texts, templates, notices.
+"""Refuse a wheel that lacks a file of the packages (presets, sample texts, templates, notices) or holds another one.
 
 python check_wheel.py dist/yaongi-0.1.0-py3-none-any.whl      (from the root of the sources)
 """
@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 PACKAGES = ("pipelines", "components", "manifests", "trainer")
-# Generated for people to apply, upload or point an editor at; no code reads them.
+# Generated for people to apply, upload or point an editor at, or what generates dashboards; nothing that runs reads it.
 NOT_PACKED = (
     "manifests/base/",
     "manifests/dashboards/",
@@ -27,6 +27,8 @@ def main(wheel: str) -> None:
     wanted = {str(path) for path in sources if path.suffix != ".pyc" and not str(path).startswith(NOT_PACKED)}
     if missing := sorted(wanted - packed):
         sys.exit(f"{wheel} lacks {', '.join(missing)}; add them to [tool.setuptools.package-data] in pyproject.toml")
+    if extra := sorted(name for name in packed - wanted if not name.partition("/")[0].endswith(".dist-info")):
+        sys.exit(f"{wheel} holds {', '.join(extra)}; leave them out in [tool.setuptools] of pyproject.toml")
     print(f"{wheel}: all {len(wanted)} files of {', '.join(PACKAGES)}")
 
 

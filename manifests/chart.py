@@ -9,7 +9,6 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from manifests import dashboards
 from manifests.alerts import prometheus_rule
 from manifests.chartvalues import defaults, schema, table, values_yaml
 from manifests.kinds import Object
@@ -72,6 +71,8 @@ def readme() -> str:
 
 def files() -> dict[str, str]:
     """Path below the chart's folder → content."""
+    from manifests import dashboards  # which is not installed, like the chart
+
     note = f"# {GENERATED}.\n"
     return {
         "Chart.yaml": note + to_yaml(about()),

@@ -19,7 +19,7 @@ from manifests.dashboards.query import View, annotations, dashboards, panels, se
 from trainer.recording.metrics import METRICS, PREFIX
 
 ROOT = Path(__file__).parents[2]
-FILE = ROOT / "benchmarks" / "dashboards.py"
+FILE = ROOT / "makers" / "dashboard_pictures.py"
 SAMPLE = ROOT / "components" / "download" / "sample" / "ko.jsonl.gz"
 STEPS, KILLED_AT, CHECKPOINT_EVERY = 28, 16, 7
 # Panel → why this run has nothing for it. They are tried in tests/e2e/test_dashboards_cluster.py, but for the first.
@@ -45,14 +45,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(1
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("dashboards_benchmark", FILE)
+def maker() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("dashboard_pictures", FILE)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["dashboards_benchmark"] = module
+    sys.modules["dashboard_pictures"] = module
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["dashboards_benchmark"]
+    del sys.modules["dashboard_pictures"]
 
 
 def write_corpus(path: Path) -> Path:
@@ -64,13 +64,13 @@ def write_corpus(path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def watched(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, View]]:
+def watched(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, View]]:
     """(how to ask Prometheus, the whole story)"""
     tool("prometheus")
     workdir = tmp_path_factory.mktemp("watched")
     corpus = write_corpus(workdir / "corpus.jsonl")
-    sets = [f"train.steps={STEPS}", *benchmark.SMALL_STEPS, f"train.checkpoint.every_steps={CHECKPOINT_EVERY}"]
-    run = benchmark.WatchedRun(workdir, "tiny", [*sets, f'data.sources.ko.origin.paths=["{corpus}"]'])
+    sets = [f"train.steps={STEPS}", *maker.SMALL_STEPS, f"train.checkpoint.every_steps={CHECKPOINT_EVERY}"]
+    run = maker.WatchedRun(workdir, "tiny", [*sets, f'data.sources.ko.origin.paths=["{corpus}"]'])
     with run.prometheus:
         started = time.time()
         run.tell(KILLED_AT)

@@ -95,7 +95,7 @@ def test_make_targets_programs_and_manifests_exist(page: Path) -> None:
             file = ROOT / module.replace(".", "/")
             assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), code
         for path in re.findall(
-            r"(?<![\w/.])(?:benchmarks|manifests|pipelines|components|charts|docs|tests)/[\w./-]+", code
+            r"(?<![\w/.])(?:benchmarks|makers|manifests|pipelines|components|charts|docs|tests)/[\w./-]+", code
         ):
             assert (ROOT / path).exists() or path.endswith("/"), code
 

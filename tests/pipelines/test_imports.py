@@ -42,7 +42,7 @@ def test_the_slim_image_needs_no_torch(package):
     names = [
         module.name
         for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}.")
-        if not module.ispkg and not module.name.endswith(".make") and module.name != "pipelines.execute"
+        if not module.ispkg and module.name != "pipelines.execute"
     ]
     assert names
     python(f"import sys; sys.modules['torch'] = None\nfor name in {names}: __import__(name)")

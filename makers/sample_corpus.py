@@ -2,10 +2,10 @@
 
     cd /tmp/packages && apt-get download apache2-doc libreoffice-help-ko python3.11-doc libpython3.11-{stdlib,minimal}
     for f in *.deb; do dpkg-deb -x "$f" tree; done
-    python components/download/sample/make.py /tmp/packages/tree
+    python makers/sample_corpus.py /tmp/packages/tree
 
-Equal package versions give equal files: order is sorted or seeded, gzip carries no time. README.md beside this file
-records the versions, licences and origins of what is committed.
+Equal package versions give equal files: order is sorted or seeded, gzip carries no time. The README.md beside the
+corpus, in components/download/sample, records versions, licences and origins of what is committed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
-from exercises import exercises
+from sample_exercises import exercises
 
-HERE = Path(__file__).parent
+SAMPLE = Path(__file__).parents[1] / "components" / "download" / "sample"
 MIN_CHARACTERS, MAX_CHARACTERS, COMFORTABLE_CHARACTERS = 200, 20_000, 6_000
 BLOCKS = {
     "p",
@@ -241,7 +241,7 @@ def write(name: str, corpora: Iterable[tuple[Iterable[dict], int]]) -> None:
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=9, mtime=0, filename="") as file:
         file.write(plain)
-    (HERE / f"{name}.jsonl.gz").write_bytes(packed.getvalue())
+    (SAMPLE / f"{name}.jsonl.gz").write_bytes(packed.getvalue())
     size = sum(len(text.encode()) for text in texts)
     print(f"{name}: {len(chosen)} documents, {size} bytes of text, {len(packed.getvalue())} compressed")
 

@@ -1,6 +1,6 @@
 """Draw each dashboard from a real run that a real Prometheus has watched: the pictures of docs/dashboards.
 
-    python benchmarks/dashboards.py --steps 120 --out docs/dashboards
+    python makers/dashboard_pictures.py --steps 120 --out docs/dashboards
 
 Needs the program `prometheus`. The run trains `tiny` in emulated FP8 with a jumpy spike guard; one of its two processes
 is killed half way and the run resumed, so that restarts, skipped steps and lost work are there to be seen.
