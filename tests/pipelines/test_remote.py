@@ -174,3 +174,27 @@ def test_a_run_that_is_resumed_is_not_bound_to_the_lease_of_its_former_launcher(
         (resumed,) = server.has(jobs_at(kind))
         assert environment(resumed, server, kind).count(UNWATCHED_VARIABLE) == 1
     assert resumed["metadata"]["annotations"] == made["metadata"]["annotations"], "a launcher takes it for its job"
+
+
+def test_why_tells_of_a_job_by_its_name_or_beginning_and_of_one_that_is_gone_by_its_events(server, kind, yaongi):
+    name = launched(kind, "mine").run_name
+    for text in (name, "mine"):
+        code, said, _ = yaongi("why", text, "-n", "team")
+        assert code == 0 and said.startswith(f"{name} is queued: ")
+    code, _, error = yaongi("why", "nothing")
+    assert code == 2 and error == f"error: no run 'nothing' among the jobs of namespace 'team'; known: {name}\n"
+    (made,) = server.has(jobs_at(kind))
+    del server.objects[f"{jobs_at(kind)}/{name}"]
+    about = {"kind": KINDS[kind].kind, "name": name, "uid": made["metadata"]["uid"]}
+    told = {"metadata": made["metadata"], "involvedObject": about, "message": "was here"}
+    server.objects["/api/v1/namespaces/team/events/one"] = told
+    code, said, _ = yaongi("why", name)
+    assert code == 0 and said.startswith(f"{name} is gone: ") and "was here" in said
+
+
+def test_a_job_of_the_cluster_is_not_changed_when_it_is_resumed(server, kind, yaongi):
+    name = launched(kind, "mine").run_name
+    assert yaongi("stop", name)[0] == 0
+    code, said, error = yaongi("resume", name, "-n", "team", "--set", "train.steps=9")
+    assert (code, said) == (69, "") and error.startswith("error: --set: ")
+    assert not server.has(jobs_at(kind))
