@@ -75,7 +75,7 @@ gen: setup ## write what is generated: compiled pipeline, manifests, JSON schema
 	$(BIN)/python -m manifests.generate
 	$(BIN)/python -m manifests.schema
 	$(BIN)/python -m manifests.metricsdoc
-	$(BIN)/python -m manifests.lint.podschema
+	$(BIN)/python -m manifests.lint.schemas
 	$(BIN)/python -m manifests.lint.page
 
 LOCK := pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url

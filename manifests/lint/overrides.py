@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from manifests.lint.fields import known
+from manifests.lint.fields import Type, fields
 from manifests.lint.place import Place
-from manifests.lint.podschema import NEWER_MARK, Table
 
 
 def overridden(template: Place, replicated_job: str, job: Place, version: str) -> Place:
@@ -16,10 +15,10 @@ def overridden(template: Place, replicated_job: str, job: Place, version: str) -
     Merged as the API merges a strategic patch: mappings by key, lists that have one by the key of their elements,
     anything else replaced.
     """
-    value, table = template.value, known(version)
+    value = template.value
     for patch in _patches(replicated_job, job):
         if isinstance(value, dict):
-            value = _merged(value, patch, "PodTemplateSpec", table)
+            value = _merged(value, patch, Type("object", "PodTemplateSpec"))
     return Place(value, template.path)
 
 
@@ -42,26 +41,25 @@ def _targets(override: Place) -> list[str]:
     return [target["name"].text for target in override["targetJobs"].each()]
 
 
-def _merged(base: Any, patch: Any, type_: str, table: Table) -> Any:
+def _merged(base: Any, patch: Any, type_: Type) -> Any:
     if patch is None:
         return base
-    if type_.startswith("[") and isinstance(base, list) and isinstance(patch, list) and " " in type_:
-        element, key, *_ = type_[1:-1].split()
-        return _merged_list(base, patch, element, key, table)
-    if isinstance(base, dict) and isinstance(patch, dict) and type_ != "Volume":  # a volume has one source
-        fields = table.get(type_, {})
-        types = {name: fields.get(name, "any").rstrip("!" + NEWER_MARK) for name in patch}
-        return {**base, **{name: _merged(base.get(name), value, types[name], table) for name, value in patch.items()}}
+    if type_.keys and isinstance(base, list) and isinstance(patch, list):
+        return _merged_list(base, patch, type_)
+    if isinstance(base, dict) and isinstance(patch, dict) and type_.name != "Volume":  # a volume has one source
+        known, other = fields(type_.name) if type_.name else {}, Type("any")
+        merged = {name: _merged(base.get(name), value, known.get(name, other)) for name, value in patch.items()}
+        return {**base, **merged}
     return patch
 
 
-def _merged_list(base: list[Any], patch: list[Any], element: str, key: str, table: Table) -> list[Any]:
-    found = list(base)
+def _merged_list(base: list[Any], patch: list[Any], type_: Type) -> list[Any]:
+    found, key = list(base), type_.keys[0]
     for entry in patch:
         name = entry.get(key) if isinstance(entry, dict) else None
         at = next((n for n, other in enumerate(found) if isinstance(other, dict) and other.get(key) == name), None)
         if name is None or at is None:
             found.append(entry)
         else:
-            found[at] = _merged(found[at], entry, element, table)
+            found[at] = _merged(found[at], entry, type_.of)
     return found

@@ -14,8 +14,8 @@ from typing import Any
 
 Path = tuple[str | int, ...]
 
-_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(m|k|[KMGTPE]i?|[eE][+-]?[0-9]+)?")
-_SUFFIXES = {"": Decimal(1), "m": Decimal("0.001"), "k": Decimal(1000)}
+_QUANTITY = re.compile(r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))([numk]|[KMGTPE]i|[MGTPE]|[eE][+-]?[0-9]+)?")
+_SUFFIXES = {suffix: Decimal(1000) ** power for power, suffix in enumerate(("n", "u", "m", "", "k"), -3)}
 _SUFFIXES |= {letter: Decimal(1000) ** power for power, letter in enumerate("KMGTPE", 1)}
 _SUFFIXES |= {f"{letter}i": Decimal(1024) ** power for power, letter in enumerate("KMGTPE", 1)}
 
@@ -61,7 +61,7 @@ class Place:
 
     @property
     def quantity(self) -> Decimal | None:
-        """A resource quantity ("1500m", "2Gi", 8) in base units; None if it is none."""
+        """A resource quantity ("1500m", "2Gi", 8) in base units; None if it is none. (apimachinery, api/resource)"""
         found = _QUANTITY.fullmatch(str(self.value)) if isinstance(self.value, str | int | float) else None
         if found is None or isinstance(self.value, bool):
             return None

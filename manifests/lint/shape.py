@@ -6,18 +6,14 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 
 from manifests.kinds import PYTORCHJOB, TRAINJOB
+from manifests.lint.fields import kinds, own_groups, versions
 from manifests.lint.place import Place
 from manifests.lint.registry import IGNORE_ANNOTATION, RULES, Hit, Severity, ignored, rule
 from manifests.lint.structure import Kind
 from manifests.lint.subjects import AnyObject
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
-VERSIONS = {
-    PYTORCHJOB.kind: PYTORCHJOB.api_version,
-    TRAINJOB.kind: TRAINJOB.api_version,
-    "TrainingRuntime": TRAINJOB.api_version,
-    "ClusterTrainingRuntime": TRAINJOB.api_version,
-}
+JOBS = (PYTORCHJOB.kind, TRAINJOB.kind, "TrainingRuntime", "ClusterTrainingRuntime")
 INVALID_POD = "The API server, or the validation of pods, refuses it: the job is denied, or has no pods and no status."
 
 
@@ -26,12 +22,28 @@ INVALID_POD = "The API server, or the validation of pods, refuses it: the job is
     ERROR,
     AnyObject,
     why="No release that is still used serves any other version of the kind: 'no matches for kind'.",
-    fix="Write apiVersion: kubeflow.org/v1 for a PyTorchJob, trainer.kubeflow.org/v1alpha1 for Trainer's kinds.",
+    fix="Write apiVersion: kubeflow.org/v1 for a PyTorchJob, trainer.kubeflow.org/v1alpha1 for Trainer's kinds, "
+    "otherwise the one that serves it; kinds are spelled with their capitals.",
 )
-def api_version(job: AnyObject) -> Iterator[Hit]:
-    place = job.place["apiVersion"]
-    if place.value != VERSIONS[job.kind]:
-        yield Hit(place, f"{job.kind} of {place.value}")
+def api_version(object: AnyObject) -> Iterator[Hit]:
+    place, kind = object.place["apiVersion"], object.kind
+    written = str(place.value)
+    group, serving = written.rpartition("/")[0], versions(kind)
+    if written in serving:
+        return
+    if not serving:
+        near = {other.lower(): other for other in kinds(written)}
+        cutoff = 0.8 if group in own_groups() else 1.0  # other groups have kinds that are not known here
+        found = get_close_matches(kind.lower(), near, 1, cutoff)
+        if found:
+            yield Hit(object.place["kind"], f"kind {kind} of {written}; did you mean {near[found[0]]}?")
+    elif kind in JOBS or group in {version.rpartition("/")[0] for version in serving} or _is_settled(group, serving):
+        yield Hit(place, f"{kind} of {written}; it is {', '.join(serving)}")
+
+
+def _is_settled(group: str, serving: list[str]) -> bool:
+    """Whether a kind of Kubernetes is out of beta, so that no later release serves another version."""
+    return group in own_groups() and any(version.rpartition("/")[2][1:].isdigit() for version in serving)
 
 
 @rule(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -9,120 +11,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
-from manifests.lint.fields import known
-from manifests.lint.place import Place
-from manifests.lint.podschema import NEWER_MARK, Table
+from manifests.lint import validation
+from manifests.lint.fields import TRAINER_VERSIONS, Type, at, fields, is_custom, of_kind, plain
+from manifests.lint.place import Place, path_text
 
 Kind = Literal[
     "unknown", "missing", "string", "number", "type", "quantity", "word", "range", "twice", "one-of", "name", "template"
 ]
 MESSAGE_CHARACTERS = 60
-
-# Texts of which only some are accepted; an empty one stands for the default.
-_WORDS = {
-    "Container.imagePullPolicy": "Always IfNotPresent Never",
-    "Container.restartPolicy": "Always OnFailure Never",
-    "Container.terminationMessagePolicy": "File FallbackToLogsOnError",
-    "ContainerPort.protocol": "TCP UDP SCTP",
-    "DependsOn.status": "Ready Complete",
-    "FailurePolicy.restartStrategy": "Recreate BlockingRecreate",
-    "FailurePolicyRule.action": "FailJobSet RestartJobSet RestartJobSetAndIgnoreMaxRestarts",
-    "HTTPGetAction.scheme": "HTTP HTTPS",
-    "JobSetSuccessPolicy.operator": "All Any",
-    "JobSpec.completionMode": "NonIndexed Indexed",
-    "JobSpec.podReplacementPolicy": "TerminatingOrFailed Failed",
-    "LabelSelectorRequirement.operator": "In NotIn Exists DoesNotExist",
-    "NodeSelectorRequirement.operator": "In NotIn Exists DoesNotExist Gt Lt",
-    "PodFailurePolicyRule.action": "FailJob FailIndex Ignore Count",
-    "PodFailurePolicyOnExitCodesRequirement.operator": "In NotIn",
-    "PodOS.name": "linux windows",
-    "PodSecurityContext.fsGroupChangePolicy": "OnRootMismatch Always",
-    "PodSpec.dnsPolicy": "ClusterFirst ClusterFirstWithHostNet Default None",
-    "PodSpec.preemptionPolicy": "PreemptLowerPriority Never",
-    "SeccompProfile.type": "RuntimeDefault Localhost Unconfined",
-    "StartupPolicy.startupPolicyOrder": "AnyOrder InOrder",
-    "Toleration.effect": "NoSchedule PreferNoSchedule NoExecute",
-    "Toleration.operator": "Exists Equal",
-    "TopologySpreadConstraint.whenUnsatisfiable": "DoNotSchedule ScheduleAnyway",
-    "VolumeMount.mountPropagation": "None HostToContainer Bidirectional",
-}
-_PORT, _ID, _MODE = (1, 65535), (0, 2**31 - 1), (0, 0o777)
-_RANGES = {
-    "ContainerPort.containerPort": _PORT,
-    "ContainerPort.hostPort": (0, 65535),
-    "ElasticPolicy.rdzvPort": _PORT,
-    "JobSpec.backoffLimit": _ID,
-    "JobSpec.parallelism": _ID,
-    "JobSpec.ttlSecondsAfterFinished": _ID,
-    "PodSecurityContext.fsGroup": _ID,
-    "PodSecurityContext.runAsGroup": _ID,
-    "PodSecurityContext.runAsUser": _ID,
-    "PodSpec.activeDeadlineSeconds": (1, 2**31 - 1),
-    "PodSpec.terminationGracePeriodSeconds": (0, 2**63 - 1),
-    "PreferredSchedulingTerm.weight": (1, 100),
-    "SecurityContext.runAsGroup": _ID,
-    "SecurityContext.runAsUser": _ID,
-    "TopologySpreadConstraint.maxSkew": (1, 2**31 - 1),
-    "TrainJobSpec.activeDeadlineSeconds": (1, 2**63 - 1),
-    "WeightedPodAffinityTerm.weight": (1, 100),
-    **{f"{kind}VolumeSource.defaultMode": _MODE for kind in ("ConfigMap", "DownwardAPI", "Projected", "Secret")},
-}
-# Objects that are one of several things; "?" where none is fine too.
-_HANDLERS = "exec grpc httpGet tcpSocket sleep"
-_ONE_OF = {
-    "EnvFromSource": "configMapRef secretRef",
-    "EnvVar": "value valueFrom ?",
-    "EnvVarSource": "configMapKeyRef fieldRef fileKeyRef resourceFieldRef secretKeyRef",
-    "LifecycleHandler": _HANDLERS,
-    "Probe": _HANDLERS,
-    "Volume": "*",
-    "VolumeProjection": "*",
-}
-_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
-_DOMAIN = rf"{_LABEL}(\.{_LABEL})*"
-_NAMES = {
-    "Container.name": (_LABEL, 63, "lower-case letters, digits and -"),
-    "ContainerPort.name": (r"(?=.*[a-z])[a-z0-9](-?[a-z0-9])*", 2**31, "lower-case letters, digits and -"),
-    "EmptyDirVolumeSource.medium": (r"Memory|HugePages(-.+)?|", 2**31, "Memory or HugePages"),
-    "EnvVar.name": (r"[ -<>-~]+", 2**31, "printable ASCII without ="),
-    "PersistentVolumeClaimVolumeSource.claimName": (
-        rf"{_LABEL}(\.{_LABEL})*",
-        253,
-        "lower-case letters, digits, - and .",
-    ),
-    "ReplicatedJob.name": (_LABEL, 63, "lower-case letters, digits and -"),
-    "Volume.name": (_LABEL, 63, "lower-case letters, digits and -"),
-}
-_LABEL_KEY = re.compile(rf"({_DOMAIN}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?")
-_LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
-_LABELS = ("ObjectMeta.labels", "PodSpec.nodeSelector", "LabelSelector.matchLabels")
-_RESOURCE = re.compile(rf"cpu|memory|ephemeral-storage|storage|hugepages-.+|{_DOMAIN}/{_LABEL_KEY.pattern}")
-_VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?|\{\{.*\}\}|<[A-Za-z][\w -]*>")  # of envsubst, Helm or a person
-_GPUS = ("nvidia.com/gpu", "amd.com/gpu")
-# Where a field belongs that stands elsewhere.
-_HOMES = {
-    "spec": "PyTorchJobSpec",
-    "spec.runPolicy": "RunPolicy",
-    "spec.elasticPolicy": "ElasticPolicy",
-    "the replica type": "ReplicaSpec",
-    "the container": "Container",
-    "the pod's spec": "PodSpec",
-    "the pod's securityContext": "PodSecurityContext",
-    "the container's securityContext": "SecurityContext",
-    "resources": "ResourceRequirements",
-}
-_RENAMED = {
-    "podTemplateOverrides": "2.2 replaced it by runtimePatches",
-    "podSpecOverrides": "2.1 replaced it by podTemplateOverrides, 2.2 by runtimePatches",
-    "runtimePatches": "from 2.2; before, podTemplateOverrides",
-    "activeDeadlineSeconds": "from 2.2; before, in the spec of the runtime's Job",
-    "labels": "2.2 removed it; write them in runtimePatches",
-    "annotations": "2.2 removed it; write them in runtimePatches",
-    "numProcPerNode": "2.2 removed it; write it in the TrainJob's trainer",
-    "elasticPolicy": "2.2 removed it",
-    "volumeClaimPolicies": "from 2.2",
-}
-_VERSIONED = ("TrainJobSpec", "TorchPolicy", "JobSetSpec")
+_WHOLE = {"int32": 2**31, "int64": 2**63}
 
 
 @dataclass(frozen=True)
@@ -132,176 +29,277 @@ class Problem:
     what: str
 
 
-def problems(place: Place, kind: str, version: str) -> list[Problem]:
-    """What is wrong with the structure of a PyTorchJob, a TrainJob or a runtime.
+def problems(place: Place, object: str, version: str) -> list[Problem]:
+    """What is wrong with the structure of a Kubernetes object.
 
     Args:
-        kind: of the object, `Runtime` for both kinds of runtime.
+        object: what it is, an entry of the tables of `fields`.
         version: of Kubeflow Trainer.
     """
-    return list(_Walk(known(version), kind == "PyTorchJob", version).object(place, kind))
+    walk = _Walk(object, place, version, is_custom(object))
+    return [*_name_of(place), *walk.object(place, object)]
 
 
 @dataclass(frozen=True)
 class _Walk:
-    table: Table
-    is_older: bool  # built with the older Kubernetes
+    root: str
+    top: Place
     version: str
+    is_custom: bool  # an operator's kind: its schema is all that the API server asks for
 
-    def object(self, place: Place, kind: str) -> Iterator[Problem]:
-        fields = self.table[kind]
-        known_names = [name for name, type_ in fields.items() if not (self.is_older and type_.endswith(NEWER_MARK))]
-        unknown = [(name, inside) for name, inside in place.fields() if name not in known_names]
+    def object(self, place: Place, object: str) -> Iterator[Problem]:
+        known, kind = fields(object), plain(object)
+        unknown = [(name, inside) for name, inside in place.fields() if name not in known]
         if unknown:
-            said = ", ".join(f"'{name}'{self._hint(name, kind, known_names)}" for name, _ in unknown)
+            said = ", ".join(f"'{_cut(name)}'{self._hint(name, place, object)}" for name, _ in unknown)
             yield Problem("unknown", unknown[0][1], f"unknown field{'s' if unknown[1:] else ''} {said}")
-        for name in known_names:
-            type_ = fields[name].removesuffix(NEWER_MARK)
-            if place[name]:
-                yield from self.value(place[name], type_.removesuffix("!"), f"{kind}.{name}")
-            elif type_.endswith("!") and not unknown:  # else it may only be misspelt
-                yield Problem("missing", place[name], f"no {name}")
-        if kind in ("PyTorchJob", "Runtime", "TrainJob"):
-            name = place["metadata"]["name"]
-            if not name and not place["metadata"]["generateName"]:
-                yield Problem("missing", name, "no metadata.name")
-            elif name.text and kind != "PyTorchJob" and not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name.text):
-                yield Problem("name", name, f"'{_cut(name.text)}' is not of lower-case letters, digits and -")
+        missing = [name for name, type_ in known.items() if self._is_missing(place[name], f"{kind}.{name}", type_)]
+        if missing and not unknown:  # else it may only be misspelt
+            yield Problem("missing", place[missing[0]], f"no {', '.join(missing)}")
+        for name, type_ in known.items():
+            if place[name] and name not in missing:
+                yield from self.value(place[name], type_, f"{kind}.{name}")
         if kind == "PodSpec":
-            used = {container["name"].text for container in place["containers"].each()}
-            for container in place["initContainers"].each():
-                if container["name"].text in used:
-                    what = f"name '{container['name'].text}' is there in initContainers and containers"
-                    yield Problem("name", container["name"], what)
-        if kind in _ONE_OF:
-            yield from _one_of(place, kind, fields)
+            yield from _named_twice(place)
+        if kind == "JobSpec" and not self.is_custom:
+            yield from _restarting(place)
+        if kind == "PersistentVolumeClaimSpec" and not self.is_custom:
+            yield from _sized(place["resources"])
+        if kind in validation.ONE_OF and not missing:
+            yield from _one_of(place, kind, known)
 
-    def value(self, place: Place, type_: str, where: str) -> Iterator[Problem]:
+    def _is_missing(self, place: Place, where: str, type_: Type) -> bool:
+        if self.is_custom:
+            return not place and type_.needed and where not in validation.TOLD
+        if where in validation.NEEDED:
+            return place.value in (None, "")
+        return not place and type_.needed and where not in validation.NOT_NEEDED
+
+    def value(self, place: Place, type_: Type, where: str) -> Iterator[Problem]:
         """Problems of what is there, for which a template that nobody has filled in is one reason."""
-        found = self._value(place, type_, where)
-        if isinstance(place.value, str) and _VARIABLE.search(place.value) and any(True for _ in found):
-            yield Problem("template", place, f"{_name(place)} is still '{_cut(place.value)}'")
-            return
-        yield from self._value(place, type_, where)
+        found = list(self._value(place, type_, where))
+        if isinstance(place.value, str) and validation.VARIABLE.search(place.value) and found:
+            found = [Problem("template", place, f"{_name(place)} is still '{_cut(place.value)}'")]
+        yield from found
 
-    def _value(self, place: Place, type_: str, where: str) -> Iterator[Problem]:
+    def _value(self, place: Place, type_: Type, where: str) -> Iterator[Problem]:
         value, name = place.value, _name(place)
-        if type_ == "any":
-            return
-        if type_ == "string":
-            if not isinstance(value, str):
-                yield Problem("string", place, f"{name} is {described(value)}")
-            else:
-                yield from _text(place, where)
-        elif type_ == "integer":
-            if not _is_whole(value):
-                yield Problem("number", place, f"{name} is {described(value)}")
-            elif where in _RANGES and not _RANGES[where][0] <= value <= _RANGES[where][1]:
-                low, high = _RANGES[where]
-                yield Problem("range", place, f"{name} {value} is outside of {low} to {high}")
-        elif type_ == "boolean":
-            if not isinstance(value, bool):
-                yield Problem("type", place, f"{name} is {described(value)}, not true or false")
-        elif type_ == "int-or-string":
-            if not (isinstance(value, str) or _is_whole(value)):
-                yield Problem("type", place, f"{name} is {described(value)}, not a number or text")
-        elif type_ == "quantity":
-            yield from _quantity(place)
-        elif type_.startswith("["):
-            yield from self._list(place, type_[1:-1].split(), where)
-        elif not isinstance(value, dict):
-            hint = "" if not isinstance(value, list) else "; remove the dash before its first field"
-            yield Problem("type", place, f"{name} is {described(value)}, not a mapping{hint}")
-        elif type_.startswith("{"):
-            yield from self._mapping(place, type_[1:-1], where)
-        else:
-            yield from self.object(place, type_)
+        match type_.kind:
+            case "string" | "time" | "bytes":
+                if not isinstance(value, str):
+                    yield Problem("string", place, f"{name} is {described(value)}")
+                else:
+                    yield from _text(place, type_, where)
+            case "int32" | "int64":
+                limits, bound = type_.limits, _WHOLE[type_.kind]
+                if not _is_whole(value):
+                    yield Problem("number", place, f"{name} is {described(value)}")
+                else:
+                    bounds = limits.get("minimum", -bound), limits.get("maximum", bound - 1)
+                    yield from _within(place, validation.RANGES.get(where, bounds))
+            case "number":
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    yield Problem("number", place, f"{name} is {described(value)}")
+            case "boolean":
+                if not isinstance(value, bool):
+                    yield Problem("type", place, f"{name} is {described(value)}, not true or false")
+            case "int-or-string":
+                if isinstance(value, str):
+                    yield from _text(place, type_, where)
+                elif not _is_whole(value):
+                    yield Problem("type", place, f"{name} is {described(value)}, not a number or text")
+                elif where in validation.RANGES or not self.is_custom:
+                    yield from _within(place, validation.RANGES.get(where, (-(2**31), 2**31 - 1)))
+            case "quantity":
+                yield from self._quantity(place)
+            case "list":
+                yield from self._list(place, type_, where)
+            case "mapping" | "object":
+                if not isinstance(value, dict):
+                    hint = "; remove the dash before its first field" if isinstance(value, list) else ""
+                    yield Problem("type", place, f"{name} is {described(value)}, not a mapping{hint}")
+                elif type_.kind == "mapping":
+                    yield from self._mapping(place, type_, where)
+                else:
+                    yield from self.object(place, type_.name)
 
-    def _list(self, place: Place, types: list[str], where: str) -> Iterator[Problem]:
-        element, *keys = types
+    def _list(self, place: Place, type_: Type, where: str) -> Iterator[Problem]:
         if not isinstance(place.value, list):
             hint = "; each entry begins with a dash" if isinstance(place.value, dict) else ""
             yield Problem("type", place, f"{_name(place)} is {described(place.value)}, not a list{hint}")
             return
+        fewest = 1 if where in validation.NOT_EMPTY else type_.limits.get("minItems", 0)
+        yield from _count(place, fewest, type_.limits.get("maxItems"))
         seen: Counter[tuple[str, ...]] = Counter()
+        name, elements = _name(place), fields(type_.of.name) if type_.of.name else {}
+        as_set = self.is_custom and type_.limits.get("set")
         for inside in place.each():
-            if not inside:
-                yield Problem("type", inside, f"an element of {_name(place)} is empty")
-                continue
-            yield from self.value(inside, element, where)
-            key = tuple(str(inside[name].value or ("TCP" if name == "protocol" else "")) for name in keys)
-            if keys and key[0] and element != "EnvVar":  # of which the rule duplicate-env speaks
+            if inside:
+                yield from self.value(inside, type_.of, where)
+            elif self.is_custom or any(field.needed for field in elements.values()):
+                yield Problem("type", inside, f"an element of {name} is empty")
+            key = tuple(str(inside[key].value or ("TCP" if key == "protocol" else "")) for key in type_.keys)
+            key = (str(inside.value),) if as_set else key
+            if any(key) and not (where in validation.TWICE and (name == "env" or not self.is_custom)):
                 seen[key] += 1
                 if seen[key] == 2:
-                    yield Problem("twice", inside[keys[0]], f"{keys[0]} '{key[0]}' is there twice in {_name(place)}")
+                    there, said = (inside[type_.keys[0]], f"{type_.keys[0]} ") if type_.keys else (inside, "")
+                    yield Problem("twice", there, f"{said}'{_cut(key[0])}' is there twice in {name}")
 
-    def _mapping(self, place: Place, values: str, where: str) -> Iterator[Problem]:
+    def _mapping(self, place: Place, type_: Type, where: str) -> Iterator[Problem]:
+        yield from _count(place, type_.limits.get("minProperties", 0), None)
         for name, inside in place.fields():
-            if inside:
-                yield from self.value(inside, values, "")
-            if where.startswith("ResourceRequirements."):
-                near = get_close_matches(name.lower(), _GPUS, 1, cutoff=0.85)
+            found = list(self.value(inside, type_.of, "")) if inside else []
+            yield from found
+            if found:
+                continue
+            if where.startswith(validation.RESOURCES):
+                near = get_close_matches(name.lower(), validation.GPUS, 1, cutoff=0.85)
                 if near and name != near[0] and not name.startswith((near[0] + ".", near[0] + "-")):
                     yield Problem("name", inside, f"resource '{name}'; did you mean '{near[0]}'?")
-                elif not _RESOURCE.fullmatch(name):
+                elif not validation.RESOURCE.fullmatch(name):
                     hint = "; GPUs are nvidia.com/gpu" if "gpu" in name.lower() else ""
                     yield Problem("name", inside, f"'{name}' is no resource{hint}")
-            elif where in _LABELS:
-                if isinstance(inside.value, str) and _VARIABLE.search(inside.value):
+            elif where in validation.DATA:
+                if not validation.DATA_KEY.fullmatch(name):
+                    yield Problem("name", inside, f"key '{_cut(name)}' is not of letters, digits, -, _ and .")
+            elif where in validation.LABELS:
+                if isinstance(inside.value, str) and validation.VARIABLE.search(inside.value):
                     yield Problem("template", inside, f"{name} is still '{_cut(inside.value)}'")
-                elif not _LABEL_KEY.fullmatch(name):
+                elif not validation.LABEL_KEY.fullmatch(name):
                     yield Problem("name", inside, f"'{_cut(name)}' is no key of a label")
-                elif isinstance(inside.value, str) and not _LABEL_VALUE.fullmatch(inside.value):
+                elif isinstance(inside.value, str) and not validation.LABEL_VALUE.fullmatch(inside.value):
                     yield Problem("name", inside, f"'{_cut(inside.value)}' is no value of a label")
 
-    def _hint(self, name: str, kind: str, names: list[str]) -> str:
-        if kind in _VERSIONED and name in _RENAMED:
-            return f" (in Trainer {self.version} it does not exist: {_RENAMED[name]})"
-        if kind == "ResourceRequirements" and _RESOURCE.fullmatch(name):
+    def _quantity(self, place: Place) -> Iterator[Problem]:
+        written, found = place.value, place.quantity
+        if found is not None and found < 0:
+            yield Problem("range", place, f"{_name(place)}: {written} is below 0")
+        elif found is None:
+            hint, digits = "", re.fullmatch(r"([0-9.]+)\s*([kmgtpe])i?b?", str(written).strip().lower())
+            if isinstance(written, str) and digits:
+                hint = f"; did you mean {digits[1]}{digits[2].upper()}i?"
+            yield Problem("quantity", place, f"{_name(place)}: {described(written)} is no quantity{hint}")
+        elif isinstance(written, float) and not _is_whole(written) and self.is_custom:
+            yield Problem("quantity", place, f'{_name(place)}: a fraction is a text here: "{written}"')
+
+    def _hint(self, name: str, place: Place, object: str) -> str:
+        """What was meant by a field that is not known, if that can be told."""
+        kind, api_version = self.top["kind"].text, self.top["apiVersion"].value
+        roots = {version: of_kind(api_version, kind, version) for version in TRAINER_VERSIONS}
+        having = [v for v, root in roots.items() if root and name in fields(at(root, place.path) or root)]
+        if having:
+            said = validation.RENAMED.get(name, f"in {', '.join(having)} it does")
+            return f" (in Trainer {self.version} it does not exist: {said})"
+        if plain(object) == "ResourceRequirements" and validation.RESOURCE.fullmatch(name):
             return " (it belongs to limits or requests)"
-        homes = list(_HOMES.items())[0 if self.is_older else 4 :] if kind != "Trainer" else []
-        home = next((where for where, of in homes if name in self.table[of] and of != kind), None)
-        if home:
-            return f" (it belongs to {home})"
-        by_lower = {known.lower(): known for known in names}
-        nearest = get_close_matches(name.lower(), by_lower, 1)
-        return f" (did you mean '{by_lower[nearest[0]]}'?)" if nearest else ""
+        near, way = self._nearest(name, object, 0.85), place.path
+        if near:
+            return f" (did you mean '{near}'?)"
+        homes = [(way, object)] + [(way[:n], at(self.root, way[:n])) for n in range(len(way) - 1, -1, -1)]
+        nearest = self._nearest(name, object, 0.6)
+        for depth, (way, home) in enumerate(homes[:6]):
+            if home and depth and name in fields(home):
+                return f" (it belongs to {path_text(way) or 'the top'})"
+            for field, type_ in fields(home).items() if home and not (depth and nearest) else ():
+                if type_.object and name in fields(type_.object) and type_.object != object:
+                    return f" (it belongs to {path_text((*way, field))})"
+        return f" (did you mean '{nearest}'?)" if nearest else ""
+
+    @staticmethod
+    def _nearest(name: str, object: str, cutoff: float) -> str:
+        by_lower = {known.lower(): known for known in fields(object)}
+        found = get_close_matches(name.lower(), by_lower, 1, cutoff)
+        return by_lower[found[0]] if found else ""
 
 
-def _text(place: Place, where: str) -> Iterator[Problem]:
-    words = _WORDS.get(where, "").split()
-    if words and place.text and place.text not in words:
-        yield Problem("word", place, f"{_name(place)} '{_cut(place.text)}' is none of {', '.join(words)}")
-    if where in _NAMES:
-        pattern, longest, allowed = _NAMES[where]
-        if not re.fullmatch(pattern, place.text) or len(place.text) > longest:
-            said = f" of at most {longest} characters" if longest < 2**31 else ""
-            yield Problem("name", place, f"{_name(place)} '{_cut(place.text)}' is not of {allowed}{said}")
+def _name_of(place: Place) -> Iterator[Problem]:
+    """Problems of an object's own name."""
+    kind, metadata = place["kind"].text, place["metadata"]
+    name, known = metadata["name"], fields("ObjectMeta")
+    if name.value in (None, "") and not metadata["generateName"]:
+        told = metadata and not (isinstance(metadata.value, dict) and known.keys() >= metadata.value.keys())
+        if not told and not kind.endswith(validation.WITHOUT_NAME):
+            yield Problem("missing", name, "no metadata.name")
+    elif name.text and kind not in validation.FREELY_NAMED:
+        yield from _named(name, *validation.OBJECT_NAMES.get(kind, validation.OTHER_NAMES))
 
 
-def _quantity(place: Place) -> Iterator[Problem]:
-    written = place.value
-    if place.quantity is not None:
-        return
-    text = str(written)
-    if text.startswith("-") and Place(text[1:]).quantity is not None:
-        yield Problem("range", place, f"{_name(place)}: {text} is below 0")
-        return
-    hint = ""
-    if isinstance(written, str) and (found := re.fullmatch(r"([0-9.]+)\s*([kmgtpe])i?b?", written.strip().lower())):
-        hint = f"; did you mean {found[1]}{found[2].upper()}i?"
-    yield Problem("quantity", place, f"{_name(place)}: {described(written)} is no quantity{hint}")
+def _named_twice(spec: Place) -> Iterator[Problem]:
+    used = {container["name"].text for container in spec["containers"].each()}
+    for container in spec["initContainers"].each():
+        if container["name"].text in used:
+            what = f"name '{container['name'].text}' is there in initContainers and containers"
+            yield Problem("name", container["name"], what)
 
 
-def _one_of(place: Place, kind: str, fields: dict[str, str]) -> Iterator[Problem]:
-    several = [name for name in fields if name != "name"] if _ONE_OF[kind] == "*" else _ONE_OF[kind].split()
-    there = [name for name in several if place[name] and place[name].value != ""]
+def _restarting(job: Place) -> Iterator[Problem]:
+    pod = job["template"]["spec"]
+    policy, written = pod["restartPolicy"], pod.value if isinstance(pod.value, dict) else {}
+    is_told = not pod["containers"] or written.keys() - fields("PodSpec").keys()
+    if policy.value == "Always" or (not policy and not is_told):
+        said = "Always" if policy else "left out, which is Always"
+        yield Problem("word", policy, f"restartPolicy of a Job is {said}, not Never or OnFailure")
+
+
+def _sized(resources: Place) -> Iterator[Problem]:
+    size = resources["requests"]["storage"]
+    written = [place.value for place in (resources, resources["requests"]) if place]
+    if not size and written and all(isinstance(value, dict) for value in written):
+        yield Problem("missing", size, "no storage in resources.requests")
+
+
+def _named(place: Place, pattern: str, longest: int, allowed: str) -> Iterator[Problem]:
+    if validation.VARIABLE.search(place.text):
+        yield Problem("template", place, f"{_name(place)} is still '{_cut(place.text)}'")
+    elif not re.fullmatch(pattern, place.text) or len(place.text) > longest:
+        said = f" of at most {longest} characters" if longest < 2**31 else ""
+        yield Problem("name", place, f"{_name(place)} '{_cut(place.text)}' is not of {allowed}{said}")
+
+
+def _text(place: Place, type_: Type, where: str) -> Iterator[Problem]:
+    text, name, limits = place.text, _name(place), type_.limits
+    words = limits.get("words") or validation.WORDS.get(where, "").split()
+    if type_.kind == "time" and not validation.TIME.fullmatch(text):
+        yield Problem("type", place, f"{name} is {described(text)}, not a time as 2026-01-31T12:00:00Z")
+    elif type_.kind == "bytes" and not _is_base64(text):
+        yield Problem("type", place, f"{name} is not base64")
+    elif text not in (limits.get("enum") or ([*words, ""] if words else [text])):
+        said = ", ".join(filter(None, limits.get("enum") or words))
+        yield Problem("word", place, f"{name} '{_cut(text)}' is none of {said}")
+    elif where in validation.NAMES:
+        yield from _named(place, *validation.NAMES[where])
+    elif len(text) < limits.get("minLength", 0) and where not in validation.TOLD:
+        yield Problem("name", place, f"{name} is empty")
+    elif len(text) > limits.get("maxLength", 2**31):
+        yield Problem("name", place, f"{name} has {len(text)} characters, more than {limits['maxLength']}")
+    elif "pattern" in limits and not re.search(limits["pattern"], text):
+        yield Problem("name", place, f"{name} '{_cut(text)}' is not of the pattern {limits['pattern']}")
+
+
+def _within(place: Place, bounds: tuple[int, int]) -> Iterator[Problem]:
+    low, high = bounds
+    if not low <= place.value <= high:
+        yield Problem("range", place, f"{_name(place)} {place.value} is outside of {low} to {high}")
+
+
+def _count(place: Place, fewest: int, most: int | None) -> Iterator[Problem]:
+    count = len(place.value)
+    if count < fewest or (most is not None and count > most):
+        bound = f"fewer than {fewest}" if count < fewest else f"more than {most}"
+        yield Problem("range", place, f"{_name(place)} has {count} entries, {bound}")
+
+
+def _one_of(place: Place, kind: str, known: dict[str, Type]) -> Iterator[Problem]:
+    said = validation.ONE_OF[kind]
+    several = [name for name in known if name != "name"] if said == "*" else said.split()
+    there = [name for name in several if place[name] and (name, place[name].value) != ("value", "")]
     if len(there) > 1:
         yield Problem("one-of", place[there[1]], f"{' and '.join(there)} exclude each other")
     elif not there and "?" not in several and isinstance(place.value, dict):
         empty = next((name for name in several if name in place), None)
         what = f"{empty} is empty; write {empty}: {{}}" if empty else f"none of {', '.join(several[:8])}"
-        if not any(name not in fields for name in place.value):  # then that is told, and this may follow from it
+        if not any(name not in known for name in place.value):  # then that is told, and this may follow from it
             yield Problem("one-of", place, f"{kind} of nothing: {what}")
 
 
@@ -330,3 +328,11 @@ def _cut(text: str) -> str:
 def _is_whole(value: object) -> bool:
     """Clients write 2.0 as 2."""
     return not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
+
+
+def _is_base64(text: str) -> bool:
+    try:
+        base64.b64decode(text.replace("\n", "").replace("\r", ""), validate=True)
+    except (binascii.Error, ValueError):
+        return False
+    return True

@@ -15,7 +15,7 @@ from typing import Any
 from manifests.kinds import ANCESTOR_LABEL, PYTORCHJOB, TRAINJOB, JobKind
 from manifests.lint.commandline import Launch, launches
 from manifests.lint.documents import Document
-from manifests.lint.fields import TRAINER_VERSIONS
+from manifests.lint.fields import TRAINER_VERSIONS, of_kind
 from manifests.lint.overrides import overridden
 from manifests.lint.place import Path, Place
 from manifests.lint.structure import Problem, problems
@@ -36,12 +36,12 @@ def whole(place: Place) -> int | None:
 def accelerators(resources: Place) -> int:
     """GPUs of a container's limits (whole ones by the API's rules), 0 for none."""
     amounts = [amount for name, amount in resources["limits"].fields() if ACCELERATOR.fullmatch(name)]
-    return sum(int(amount.quantity or 0) for amount in amounts)
+    return sum(max(0, int(amount.quantity or 0)) for amount in amounts)
 
 
 @dataclass(frozen=True)
 class AnyObject:
-    """A job or runtime, whichever it is."""
+    """Any object of a kind whose schema is known, or that is like one."""
 
     place: Place
     kind: str
@@ -51,7 +51,8 @@ class AnyObject:
     @cached_property
     def problems(self) -> list[Problem]:
         """Of its structure."""
-        return problems(self.place, "Runtime" if self.kind.endswith("Runtime") else self.kind, self.version)
+        object = of_kind(self.place["apiVersion"].value, self.kind, self.version)
+        return problems(self.place, object, self.version) if object else []
 
 
 @dataclass(frozen=True)
@@ -406,9 +407,9 @@ def subjects(documents: list[Document], trainer_version: str) -> Iterator[tuple[
             )
             if view.runtime:
                 view.runtime.users.append(view)
-    for document, view in zip(documents, views, strict=True):
+    for document, place, view in zip(documents, places, views, strict=True):
+        yield document, AnyObject(place, place["kind"].text, document.duplicates, trainer_version)
         if view is not None:
-            yield document, AnyObject(view.place, view.place["kind"].text, document.duplicates, trainer_version)
             yield document, view
             yield from ((document, part) for part in _parts(view, claims))
 

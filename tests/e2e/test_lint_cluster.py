@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
 
 import pytest
 from kube import Namespace, Object, wait_for
@@ -16,8 +14,8 @@ from lint_manifests import changed, good
 from components.cluster.api import RESOURCES, Cluster
 from manifests.kinds import PYTORCHJOB
 from manifests.lint.check import lint
-from manifests.lint.fields import known
-from manifests.lint.podschema import NEWER_MARK
+from manifests.lint.fields import KUBERNETES, OPERATORS, of_kind
+from manifests.lint.schemas import Operators
 
 pytestmark = pytest.mark.e2e
 
@@ -138,34 +136,16 @@ def test_what_the_linter_finds_wrong_beyond_is_accepted_in_silence(with_runtime)
 
 
 def test_the_known_fields_are_those_of_the_cluster(namespace):
-    crds = namespace.find("crds")
-    schemas = {crd["spec"]["names"]["kind"]: crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"] for crd in crds}
-    table = known("2.1")
-
-    def theirs(schema: Object, way: str = "") -> Iterator[str]:
-        for name, inside in schema.get("properties", {}).items():
-            yield way + name
-            yield from theirs(inside, f"{way}{name}.")
-        for inside in (schema.get("items"), schema.get("additionalProperties")):
-            if isinstance(inside, dict):
-                yield from theirs(inside, way)
-
-    def ours(type_: str, *, older: bool, way: str = "") -> Iterator[str]:
-        inner = re.sub(r"[\[\]{}!^]| .*", "", type_)
-        for name, inside in table.get(inner, {}).items() if inner != "ObjectMeta" else ():
-            if not (older and inside.endswith(NEWER_MARK)):
-                yield way + name
-                yield from ours(inside, older=older, way=f"{way}{name}.")
-
-    def told(names: Iterator[str]) -> set[str]:
-        """Without what the table leaves open."""
-        free = ("status", "metadata.", "metrics.", "coordinator.", "volcano.")
-        return {name for name in names if not any(part in name for part in free)}
-
-    for kind, type_ in ((PYTORCHJOB.kind, "PyTorchJob"), ("TrainJob", "TrainJob"), ("TrainingRuntime", "Runtime")):
-        found = told(theirs(schemas[kind]))
-        assert len(found) > 500
-        assert told(ours(type_, older=kind == PYTORCHJOB.kind)) == found, kind
+    tables = (json.loads(path.read_text(encoding="utf-8"))["types"] for path in (KUBERNETES, OPERATORS))
+    operators, checked = Operators(*tables), []
+    for definition in (crd["spec"] for crd in namespace.find("crds")):
+        kind = definition["names"]["kind"]
+        for version in definition["versions"]:
+            known = of_kind(f"{definition['group']}/{version['name']}", kind, "2.1")
+            if known:
+                assert operators.root(version["schema"]["openAPIV3Schema"], kind) == known
+                checked.append(kind)
+    assert {PYTORCHJOB.kind, "TrainJob", "TrainingRuntime"} <= set(checked)
 
 
 def test_a_runtime_with_a_ttl_trains_again(namespace):

@@ -14,7 +14,7 @@ from lint_manifests import ELASTIC, MASTER, NOT_ELASTIC, SIMPLE, changed, good, 
 
 from manifests import generate
 from manifests.kinds import KINDS
-from manifests.lint import podschema
+from manifests.lint import fields, schemas
 from manifests.lint.check import lint
 from manifests.lint.documents import Unreadable
 from manifests.lint.fields import TRAINER_VERSIONS
@@ -264,8 +264,9 @@ def test_volumes_that_jobset_makes_are_there_from_trainer_2_2_on():
     assert rules_of(lint({"x": text(*objects)}, "2.1")) == {"unknown-field"}
 
 
-def test_the_fields_of_pods_are_those_of_kubernetes_own_schemas():
-    assert podschema.FILE.read_text(encoding="utf-8") == podschema.text(), "run: python -m manifests.lint.podschema"
+def test_the_fields_of_kubernetes_are_those_of_its_own_schemas():
+    written = fields.KUBERNETES.read_text(encoding="utf-8")
+    assert written == schemas.text(schemas.kubernetes()), "run: python -m manifests.lint.schemas"
 
 
 def test_annotations_may_have_the_former_names_of_rules():

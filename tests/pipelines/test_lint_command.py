@@ -78,7 +78,7 @@ def test_json_has_what_the_text_says(lint):
 
 
 def test_other_kinds_alone_are_told(lint):
-    code, out, _ = lint("-", stdin="apiVersion: v1\nkind: ConfigMap\n")
+    code, out, _ = lint("-", stdin="apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\n")
     assert (code, out) == (0, "no PyTorchJob, TrainJob or training runtime among 1 objects\n")
 
 
