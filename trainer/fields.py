@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 log = logging.getLogger(__name__)
 
-SPEC_VERSION = 3  # of this code; version 1 wrote no number
+SPEC_VERSION = 4  # of this code; version 1 wrote no number
 
 
 class Later(NamedTuple):
@@ -85,6 +85,15 @@ LATER: dict[str, dict[str, Later]] = {
     "TrainSpec": {"begun_with_steps": Later(2, None)},
     "StorageSpec": {"sources_dir": Later(2, None)},
     "DataSpec": {"begun_with_max_bytes": Later(3, None)},
+    "AttentionSpec": {"rope_scaling": Later(4, None), "qk_norm": Later(4, False), "bias": Later(4, False)},
+    "MlpSpec": {"activation": Later(4, "relu2"), "bias": Later(4, False)},
+    "MoeSpec": {
+        "balance_loss_weight": Later(4, 0.0),
+        "scores": Later(4, "sigmoid"),
+        "renormalise": Later(4, True),
+        "activation": Later(4, "relu2"),
+    },
+    "ModelSpec": {"tied_embedding": Later(4, False)},
 }
 # The digest of raw text leaves out these fields of version 1 too, at these values.
 RAW_DEFAULTS_1: dict[str, dict[str, Any]] = {

@@ -56,6 +56,7 @@ class ModelSpec(Spec):
     mup: MupSpec | None = None
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     init_std: Annotated[float, Field(gt=0)] = 0.02
+    tied_embedding: bool = False  # the LM head's rows are the embedding's
 
     @model_validator(mode="after")
     def _layers_are_defined(self) -> Self:

@@ -16,19 +16,22 @@ from trainer.modelspec import ModelSpec
 
 def parameters(spec: ModelSpec) -> list[Parameter]:
     """Embedding, sublayers, final norm, head, and the modules of multi-token prediction."""
-    found = [table("embedding.weight", spec.vocab_size, spec.hidden)]
+    found = [head(spec) if spec.tied_embedding else table("embedding.weight", spec.vocab_size, spec.hidden)]
     for place, section in spec.trunk():
         found += sublayer_parameters(spec, section, f"layers.{place}.")
     found.append(vector("final_norm.weight", spec.hidden))
-    found.append(head(spec))
+    if not spec.tied_embedding:
+        found.append(head(spec))
     for number in range(spec.mtp.depth if spec.mtp else 0):
         found += mtp_parameters(spec, number)
     return found
 
 
 def head(spec: ModelSpec) -> Parameter:
-    """The LM head. Its rows are embeddings of the tokens to come, so AdamW trains it, as it does the embedding."""
-    shown = replace(table("head.weight", spec.vocab_size, spec.hidden), multiplies=True)
+    """The LM head. Its rows are embeddings of the tokens to come, so AdamW trains it, as it does the embedding; where
+    they are the same parameter it has that one's name."""
+    name = "embedding.weight" if spec.tied_embedding else "head.weight"
+    shown = replace(table(name, spec.vocab_size, spec.hidden), multiplies=True)
     return replace(shown, active=math.prod(shown.shape), high_precision="LM head: its logits are the loss")
 
 

@@ -18,6 +18,26 @@ MODEL = ModelSpec.model_validate(
     }
 )
 
+DECODER = ModelSpec.model_validate(
+    {
+        "vocab_size": 32,
+        "hidden": 16,
+        "layers": ["*-", "*E"],
+        "attention": {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 8,
+            "rope_theta": 1e4,
+            "qk_norm": True,
+            "bias": True,
+        },
+        "mlp": {"width": 24, "activation": "swiglu", "bias": True},
+        "moe": {"num_experts": 4, "top_k": 2, "expert_width": 12, "shared_width": 8, "activation": "swiglu"}
+        | {"scores": "softmax", "score_scale": 1.0, "balance_loss_weight": 0.01},
+        "tied_embedding": True,
+    }
+)
+
 # name → (shape, optimizer, number of Muon blocks, rate factor, decay), written down by hand.
 EXPECTED = {
     "embedding.weight": ((32, 16), "adamw", 0, 1, True),
@@ -52,6 +72,33 @@ EXPECTED = {
     "layers.2.0.mixer.query_norm.weight": ((16,), "adamw", 0, 1, False),
     "layers.2.0.mixer.conv_norm.weight": ((16,), "adamw", 0, 1, False),
     "layers.2.0.mixer.conv.weight": ((16, 4), "adamw", 0, 1, True),
+}
+
+OF_DECODER = {
+    "embedding.weight": ((32, 16), "adamw", 0, 1, True),
+    "final_norm.weight": ((16,), "adamw", 0, 1, False),
+    "layers.0.0.norm.weight": ((16,), "adamw", 0, 1, False),
+    "layers.0.0.mixer.q_proj.weight": ((32, 16), "muon", 4, 1, True),
+    "layers.0.0.mixer.q_proj.bias": ((32,), "adamw", 0, 1, False),
+    "layers.0.0.mixer.k_proj.weight": ((16, 16), "muon", 2, 1, True),
+    "layers.0.0.mixer.k_proj.bias": ((16,), "adamw", 0, 1, False),
+    "layers.0.0.mixer.v_proj.weight": ((16, 16), "muon", 2, 1, True),
+    "layers.0.0.mixer.v_proj.bias": ((16,), "adamw", 0, 1, False),
+    "layers.0.0.mixer.o_proj.weight": ((16, 32), "muon", 1, 1, True),
+    "layers.0.0.mixer.o_proj.bias": ((16,), "adamw", 0, 1, False),
+    "layers.0.0.mixer.q_norm.weight": ((8,), "adamw", 0, 1, False),
+    "layers.0.0.mixer.k_norm.weight": ((8,), "adamw", 0, 1, False),
+    "layers.0.1.norm.weight": ((16,), "adamw", 0, 1, False),
+    "layers.0.1.mixer.gate_up.weight": ((48, 16), "muon", 2, 1, True),
+    "layers.0.1.mixer.gate_up.bias": ((48,), "adamw", 0, 1, False),
+    "layers.0.1.mixer.down.weight": ((16, 24), "muon", 1, 1, True),
+    "layers.0.1.mixer.down.bias": ((16,), "adamw", 0, 1, False),
+    "layers.1.1.norm.weight": ((16,), "adamw", 0, 1, False),
+    "layers.1.1.mixer.router.weight": ((4, 16), "muon", 1, 1, True),
+    "layers.1.1.mixer.gate_up_EGD": ((4, 24, 16), "muon", 8, 1, True),
+    "layers.1.1.mixer.down_EDF": ((4, 16, 12), "muon", 4, 1, True),
+    "layers.1.1.mixer.shared_gate_up.weight": ((16, 16), "muon", 2, 1, True),
+    "layers.1.1.mixer.shared_down.weight": ((16, 8), "muon", 1, 1, True),
 }
 
 

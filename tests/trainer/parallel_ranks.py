@@ -61,7 +61,7 @@ def observe(run: Any) -> dict[str, Any]:
     return {
         "same_weights": run.first_step > 0 or all(same),
         "parameters": sum(local(p).numel() for p in parameters.values()),
-        "experts": sum(local(p).numel() for name, p in parameters.items() if name.endswith(("up_EFD", "down_EDF"))),
+        "experts": sum(local(p).numel() for p in parameters.values() if p.dim() == 3),
         "small": sum(p.numel() for n, p in parameters.items() if p.dim() < 2 or "router" in n or "conv" in n),
         "state": sum(local(tensor).numel() for tensor in state.values() if tensor.dim()),
         "refuses_broken_weights": refuses_broken_weights(run),
@@ -75,14 +75,15 @@ def refuses_broken_weights(run: Any) -> bool:
     from trainer.errors import DivergedError
     from trainer.model.rows import own_rows
 
-    own, _ = own_rows(run.model.head.weight.detach())
+    name = "embedding.weight" if run.spec.model.tied_embedding else "head.weight"
+    own, _ = own_rows(run.model.get_parameter(name).detach())
     before = own.clone()
     if run.world.rank == run.world.size - 1:
         own[-1, -1] = torch.nan
     try:
         run.checkpoints.save(0, {}, {})
     except DivergedError as error:
-        return "model.head.weight is not finite" in str(error)
+        return f"model.{name} is not finite" in str(error)
     finally:
         own.copy_(before)
     return False

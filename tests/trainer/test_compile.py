@@ -82,6 +82,17 @@ def one_layer(symbols: str, shared_width: int = 0) -> ModelSpec:
     return SPEC.updated({"layers": [symbols], "engram": engram, "moe": moe, "mtp": None})
 
 
+def decoder(symbols: str) -> ModelSpec:
+    """What the hybrid has not: norms and biases in attention, rotations, gates, a softmax router, one embedding."""
+    changes = {
+        "attention": {"rope_theta": 1e4, "qk_norm": True, "bias": True},
+        "mlp": {"activation": "swiglu", "bias": True},
+        "moe": {"activation": "swiglu", "scores": "softmax", "balance_loss_weight": 0.01},
+        "tied_embedding": True,
+    }
+    return one_layer(symbols, shared_width=32).updated(changes)
+
+
 def gradients(model: HybridModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         output = model(*next(batches(1)))
@@ -169,6 +180,12 @@ def rarely(*values) -> pytest.param:
 )
 def test_generated_code_has_the_gradients_of_every_kind_of_layer(symbols: str, shared_width: int):
     assert_same_gradients(one_layer(symbols, shared_width))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("symbols", ["*-E", rarely("*-"), rarely("*E")])
+def test_generated_code_has_the_gradients_of_a_decoder(symbols: str):
+    assert_same_gradients(decoder(symbols))
 
 
 @pytest.mark.slow

@@ -157,21 +157,22 @@ def test_overflow_of_activations_or_gradients_reaches_the_gradient_norm(scaling,
     assert state.scale_N.isfinite().all() and (scaling != "delayed" or torch.equal(state.scale_N[1:2], scale_N[1:2]))
 
 
+@pytest.mark.parametrize(("activation", "maps"), [("relu2", 1), ("swiglu", 2)])
 @pytest.mark.parametrize("scaling", RECIPES)
-def test_grouped_experts_equal_one_expert_after_the_other(scaling):
+def test_grouped_experts_equal_one_expert_after_the_other(scaling, activation, maps):
     """Against the reference in full precision. Expert 1 gets nobody, expert 2 more than a block of tokens."""
     torch.manual_seed(0)
     how = recipe(scaling, E4M3 if scaling == "block128" else E5M2)
     state, owner = Fp8State(2, how, 4, CPU), nn.Module()
     up, down = (Fp8Grouped(how, state.slots(place), owner) for place in (0, 1))
     x_SD = torch.randn(300, 128)
-    up_EFD, down_EDF = torch.randn(4, 256, 128) / 12, torch.randn(4, 128, 256) / 16
+    up_EGD, down_EDF = torch.randn(4, maps * 256, 128) / 12, torch.randn(4, 128, 256) / 16
     expert_SK = torch.tensor([[0, 2], [2, 3]]).repeat(150, 1)
     weight_SK = torch.rand(300, 2)
-    leaves = [t.clone().requires_grad_() for t in (x_SD, up_EFD, down_EDF)]
-    y_SD = experts_fp8(*leaves, expert_SK, weight_SK, up=up, down=down)
-    exact = [t.clone().requires_grad_() for t in (x_SD, up_EFD, down_EDF)]
-    want_SD = experts_reference(*exact, expert_SK, weight_SK)
+    leaves = [t.clone().requires_grad_() for t in (x_SD, up_EGD, down_EDF)]
+    y_SD = experts_fp8(*leaves, expert_SK, weight_SK, activation, up=up, down=down)
+    exact = [t.clone().requires_grad_() for t in (x_SD, up_EGD, down_EDF)]
+    want_SD = experts_reference(*exact, expert_SK, weight_SK, activation)
     g_SD = torch.randn(300, 128)
     y_SD.backward(g_SD)
     want_SD.backward(g_SD)

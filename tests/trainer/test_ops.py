@@ -140,35 +140,36 @@ def test_attention_equals_reference(backend, length, kv_heads):
     assert_all_close(found, expected, 1e-5)
 
 
-def expert_inputs(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
+def expert_inputs(dtype: torch.dtype = torch.float32, maps: int = 1) -> tuple[list[Tensor], Tensor]:
     torch.manual_seed(0)
     tokens, hidden, experts, width, top_k = 50, 16, 6, 24, 2
     choices = torch.stack([torch.randperm(experts - 1)[:top_k] for _ in range(tokens)])
     choices[choices >= 2] += 1  # expert 2 is chosen by nobody
     tensors = [
         torch.randn(tokens, hidden, dtype=dtype),
-        torch.randn(experts, width, hidden, dtype=dtype) / 4,
+        torch.randn(experts, maps * width, hidden, dtype=dtype) / 4,
         torch.randn(experts, hidden, width, dtype=dtype) / 4,
         torch.rand(tokens, top_k) + 0.1,
     ]
     return tensors, choices
 
 
-def as_on_a_gpu(x: Tensor, up: Tensor, down: Tensor, choices: Tensor, weight: Tensor) -> Tensor:
+def as_on_a_gpu(x: Tensor, up: Tensor, down: Tensor, choices: Tensor, weight: Tensor, activation: str) -> Tensor:
     """What `experts_grouped` does on a GPU; torch's grouped product runs on a CPU too."""
     routing = by_expert(choices, up.shape[0])
     ends = routing.count_E.cumsum(0).to(torch.int32)
-    return _Experts.apply(x, up, down, weight, routing.order_R, routing.place_R, ends)
+    return _Experts.apply(x, up, down, weight, routing.order_R, routing.place_R, ends, activation)
 
 
 @pytest.mark.parametrize("backend", [*backends_of("experts"), as_on_a_gpu])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_experts_equal_reference_with_an_empty_expert(backend, dtype, tolerance):
-    tensors, choices = expert_inputs(dtype)
+@pytest.mark.parametrize(("activation", "maps"), [("relu2", 1), ("swiglu", 2)])
+def test_experts_equal_reference_with_an_empty_expert(backend, dtype, tolerance, activation, maps):
+    tensors, choices = expert_inputs(dtype, maps)
     function = backend if callable(backend) else OPS["experts"].backends[backend].function
 
     def run(f):
-        return values_and_gradients(lambda x, up, down, weight: f(x, up, down, choices, weight), tensors)
+        return values_and_gradients(lambda x, up, down, weight: f(x, up, down, choices, weight, activation), tensors)
 
     found, expected = run(function), run(experts_reference)
     assert_all_close(found, expected, tolerance)
@@ -183,12 +184,16 @@ def test_choices_are_counted_as_bincount_does():
 
 def test_experts_reference_equals_a_loop_over_tokens():
     (x_SD, up_EFD, down_EDF, weight_SK), choices = expert_inputs()
+    (_, gate_up_EGD, *_), _ = expert_inputs(maps=2)
     y_SD = experts_reference(x_SD, up_EFD, down_EDF, choices, weight_SK)
-    for s in range(x_SD.shape[0]):
-        expected = sum(
-            weight_SK[s, k] * (down_EDF[e] @ torch.relu(up_EFD[e] @ x_SD[s]) ** 2) for k, e in enumerate(choices[s])
-        )
+    gated_SD = experts_reference(x_SD, gate_up_EGD, down_EDF, choices, weight_SK, "swiglu")
+    gate_EFD, gated_up_EFD = gate_up_EGD.chunk(2, dim=1)
+    for s, x in enumerate(x_SD):
+        of_token = [(weight_SK[s, k], e) for k, e in enumerate(choices[s])]
+        expected = sum(w * (down_EDF[e] @ torch.relu(up_EFD[e] @ x) ** 2) for w, e in of_token)
         torch.testing.assert_close(y_SD[s], expected, atol=1e-5, rtol=1e-5)
+        gated = sum(w * (down_EDF[e] @ (F.silu(gate_EFD[e] @ x) * (gated_up_EFD[e] @ x))) for w, e in of_token)
+        torch.testing.assert_close(gated_SD[s], gated, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 64, 1000])

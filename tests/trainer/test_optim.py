@@ -1,17 +1,19 @@
 """Which parameter gets which optimizer, the wrapper around both, and its state."""
 
 import copy
+import math
 
 import pytest
 import torch
 from bounds import below
-from named import EXPECTED, MODEL, Named
+from named import DECODER, EXPECTED, MODEL, OF_DECODER, Named
 from torch import nn
 
 from manifests.spec import load_job
 from trainer.model.hybrid import build_model
 from trainer.optim import adamw as adamw_module
 from trainer.optim import build_optimizers, clip_gradients
+from trainer.optim.muon import Muon
 from trainer.optim.rules import assign, render
 from trainer.spec import OptimizerSpec
 from trainer.specbase import SpecError, parse
@@ -23,17 +25,49 @@ def model():
     return Named({name: expected[0] for name, expected in EXPECTED.items()})
 
 
-def test_table_by_hand():
-    table = assign([(name, e[0]) for name, e in EXPECTED.items()], OptimizerSpec(), MODEL)
+@pytest.mark.parametrize(("expected", "spec"), [(EXPECTED, MODEL), (OF_DECODER, DECODER)], ids=["hybrid", "decoder"])
+def test_table_by_hand(expected, spec):
+    table = assign([(name, e[0]) for name, e in expected.items()], OptimizerSpec(), spec)
     for entry in table:
-        _, optimizer, blocks, rate, decay = EXPECTED[entry.name]
-        count = (
-            0 if optimizer == "adamw" else entry.shape[0] if len(entry.shape) == 3 else max(1, len(entry.block_rows))
-        )
+        _, optimizer, blocks, rate, decay = expected[entry.name]
+        count = math.prod(entry.shape[:-2]) * max(1, len(entry.block_rows)) if optimizer == "muon" else 0
         assert (entry.optimizer, count, entry.rate_factor, entry.decay) == (optimizer, blocks, rate, decay), entry.name
-    blocks = {entry.name: entry.block_rows for entry in table}
+
+
+def test_blocks_are_the_maps_that_are_stored_together():
+    blocks = {
+        entry.name: entry.block_rows
+        for expected, spec in ((EXPECTED, MODEL), (OF_DECODER, DECODER))
+        for entry in assign([(name, e[0]) for name, e in expected.items()], OptimizerSpec(), spec)
+    }
     assert blocks["layers.0.0.mixer.zxbc_proj.weight"] == (16, 16, 4, 4)
     assert blocks["layers.1.0.mixer.q_proj.weight"] == (4, 4, 4, 4)
+    assert blocks["layers.0.1.mixer.gate_up.weight"] == (24, 24)
+    assert blocks["layers.1.1.mixer.gate_up_EGD"] == (12, 12)
+
+
+def test_gate_and_up_of_every_expert_are_orthogonalised_alone():
+    """Stored one below the other they step as they would as parameters of their own."""
+    together, apart = {"w": (3, 24, 16)}, {f"w{e}{half}": (12, 16) for e in range(3) for half in "gu"}
+    joint, alone = Named(together), Named(apart)
+    with torch.no_grad():
+        for e in range(3):
+            for half, rows in (("g", slice(0, 12)), ("u", slice(12, 24))):
+                getattr(alone, f"w{e}{half}").copy_(joint.w[e, rows])
+    optimizers = (
+        Muon([{"params": [joint.w], "block_rows": [(12, 12)]}], lr=0.1),
+        Muon(list(alone.parameters()), lr=0.1),
+    )
+    for seed in range(3):
+        joint.fill_gradients(seed)
+        for e in range(3):
+            for half, rows in (("g", slice(0, 12)), ("u", slice(12, 24))):
+                getattr(alone, f"w{e}{half}").grad = joint.w.grad[e, rows].clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for e in range(3):
+        torch.testing.assert_close(joint.w[e, :12], getattr(alone, f"w{e}g"), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(joint.w[e, 12:], getattr(alone, f"w{e}u"), atol=1e-6, rtol=1e-5)
 
 
 ATTENTION = [f"{layer}.mixer.{leaf}_proj.weight" for layer in LAYERS for leaf in "qkvo"]

@@ -24,6 +24,15 @@ LAYERS = {  # every kind of layer, experts twice and beside a shared one, and a 
     "moe": {"num_experts": 4, "top_k": 2, "expert_width": 32, "shared_width": 16},
     "mtp": {"depth": 1, "layer": "*E"},
 }
+DECODER = {  # what the hybrid has not, all at once
+    "layers": ["*-", "*E"],
+    "engram": [],
+    "mtp": None,
+    "attention": {"rope_theta": 1e4, "qk_norm": True, "bias": True},
+    "mlp": {"activation": "swiglu", "bias": True},
+    "moe": {"shared_width": 16, "activation": "swiglu", "scores": "softmax", "balance_loss_weight": 0.01},
+    "tied_embedding": True,
+}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"data": "ddp"},
     "fsdp": {"data": "fsdp"},
@@ -118,6 +127,22 @@ def test_two_ranks_repeat_one_and_their_checkpoint_is_anybodys(micro_data: Path,
             torch.testing.assert_close(trained.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+def test_two_ranks_repeat_one_with_a_decoder(micro_data: Path, tmp_path: Path):
+    check_layouts(
+        micro_data, tmp_path, 2, ["experts and fsdp", "sharded optimizer and experts"], steps=3, model=DECODER
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.proof
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_four_ranks_repeat_one_with_a_decoder_under_every_layout(micro_data: Path, tmp_path: Path, dtype: str):
+    if dtype == "fp32":
+        check_layouts(micro_data, tmp_path, 4, list(LAYOUTS), steps=4, model=DECODER)
+    else:
+        check_narrow(micro_data, tmp_path, dtype, ["ddp", "fsdp", "experts and fsdp"], model=DECODER)
+
+
 @pytest.mark.slow
 def test_four_ranks_repeat_one_and_their_checkpoint_is_for_any_layout(micro_data: Path, tmp_path: Path):
     """The layouts that need four; the rest are trained on two ranks elsewhere, and on four with the proofs."""
@@ -160,7 +185,12 @@ def test_narrow_types_and_adamw_keep_their_meaning_when_cut(
     micro_data: Path, tmp_path: Path, dtype: str, layouts: list[str]
 ):
     """A weight is rounded alike before and after it is gathered; FP16's loss scale is the same on all ranks."""
-    changes = {"steps": 6, "precision": {"dtype": dtype}, "optimizer": {"name": "adamw"}}
+    check_narrow(micro_data, tmp_path, dtype, layouts)
+
+
+def check_narrow(micro_data: Path, tmp_path: Path, dtype: str, layouts: list[str], **more: Any) -> None:
+    """Two ranks under each layout against one."""
+    changes = {"steps": 6, "precision": {"dtype": dtype}, "optimizer": {"name": "adamw"}, **more}
     specs = [spec_of(micro_data, tmp_path, layout, **changes) for layout in layouts]
     alone = spec_of(micro_data, tmp_path, "alone", **changes)
     parallel_ranks.run([alone], 1, tmp_path)

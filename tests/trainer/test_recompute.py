@@ -27,6 +27,18 @@ SPEC = ModelSpec(
 )
 
 
+DECODER = ModelSpec(
+    vocab_size=64,
+    hidden=256,
+    layers=["*-", "*E"],
+    attention={"num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "rope_theta": 1e4, "qk_norm": True, "bias": True},
+    moe={"num_experts": 8, "top_k": 3, "expert_width": 64, "shared_width": 32, "activation": "swiglu"}
+    | {"scores": "softmax", "balance_loss_weight": 0.01},
+    mlp={"width": 128, "activation": "swiglu", "bias": True},
+    tied_embedding=True,
+)
+
+
 def step(model: HybridModel, rows: int, length: int) -> dict[str, torch.Tensor]:
     """Gradients of one pass over packed rows, and the counts of the experts."""
     generator = torch.Generator().manual_seed(1)
@@ -39,15 +51,16 @@ def step(model: HybridModel, rows: int, length: int) -> dict[str, torch.Tensor]:
     return {**found, "loads": output.expert_load_LE, "loss": output.ce_sum.detach()}
 
 
+@pytest.mark.parametrize("spec", [SPEC, DECODER], ids=["hybrid", "decoder"])
 @pytest.mark.parametrize("policy", ["selective", "full"])
-def test_gradients_and_loads_are_those_without_to_the_last_bit(policy):
-    model = build_model(SPEC, seed=0)
+def test_gradients_and_loads_are_those_without_to_the_last_bit(policy, spec):
+    model = build_model(spec, seed=0)
     expected = step(model, 2, 96)
     set_policy(model, policy)
     found = step(model, 2, 96)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
-    assert found["loads"].sum(1).eq(2 * 96 * SPEC.moe.top_k).all()
+    assert found["loads"].sum(1).eq(2 * 96 * spec.moe.top_k).all()
 
 
 def kept_bytes(model: HybridModel, rows: int, dtype: torch.dtype | None) -> int:
@@ -72,12 +85,18 @@ def kept_bytes(model: HybridModel, rows: int, dtype: torch.dtype | None) -> int:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", None), ("bf16", torch.bfloat16)])
-@pytest.mark.parametrize("layers", ["all", "M", "E", "*", "-", "N"])
-def test_bytes_are_those_that_autograd_keeps(policy, precision, dtype, layers, monkeypatch):
+@pytest.mark.parametrize(
+    ("layers", "spec"),
+    [
+        *((layers, SPEC) for layers in ("all", "M", "E", "*", "-", "N")),
+        *((layers, DECODER) for layers in ("all", "E", "*", "-")),
+    ],
+)
+def test_bytes_are_those_that_autograd_keeps(policy, precision, dtype, layers, spec, monkeypatch):
     """Within 3%. The difference of two sizes of batch, so that weights and their casts do not count."""
     monkeypatch.setattr(wide, "MULTIPLIES_BF16", True)  # as on a GPU, for which the bytes are foretold
     alone = {"layers": ["-", "N"]} if layers == "N" else {"layers": [layers] * 3, "engram": []}
-    spec = SPEC if layers == "all" else SPEC.updated({**alone, "mtp": None})
+    spec = spec if layers == "all" else spec.updated({**alone, "mtp": None})
     model = build_model(spec, seed=0)
     set_policy(model, policy)
     measured = (kept_bytes(model, 6, dtype) - kept_bytes(model, 2, dtype)) / (4 * 128)

@@ -19,14 +19,23 @@ SPEC = ModelSpec(
     moe={"num_experts": 4, "top_k": 2, "expert_width": 32},
     mlp={"width": 64},
 )
+DECODER = SPEC.updated(
+    {
+        "layers": ["*-", "*E"],
+        "attention": {"rope_theta": 1e4, "qk_norm": True, "bias": True},
+        "moe": {"activation": "swiglu", "scores": "softmax"},
+        "mlp": {"activation": "swiglu", "bias": True},
+        "tied_embedding": True,
+    }
+)
 
 
-def gradients(dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def gradients(spec: ModelSpec, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Loss and gradients of two rows of two documents."""
     torch.manual_seed(0)
     ids_BT = torch.randint(0, 128, (2, 64))
     seq_idx_BT = (torch.arange(64) > 30).int().expand(2, -1).contiguous()
-    model = build_model(SPEC, seed=0, dtype=dtype)
+    model = build_model(spec, seed=0, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not None):
         loss = model(ids_BT, seq_idx_BT, ids_BT).ce_sum
     loss.backward()
@@ -44,12 +53,13 @@ def _pairs(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> tu
     return [found[name] - exact[name] for name in names], [exact[name] for name in names]
 
 
-def test_it_rounds_as_bf16_does_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = gradients(None)
+@pytest.mark.parametrize("spec", [SPEC, DECODER], ids=["hybrid", "decoder"])
+def test_it_rounds_as_bf16_does_and_no_further(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = gradients(spec, None)
     monkeypatch.setattr(wide, "MULTIPLIES_BF16", True)
-    theirs = gradients(torch.bfloat16)
+    theirs = gradients(spec, torch.bfloat16)
     monkeypatch.setattr(wide, "MULTIPLIES_BF16", False)
-    ours = gradients(torch.bfloat16)
+    ours = gradients(spec, torch.bfloat16)
     assert ours["loss"] == pytest.approx(theirs["loss"].item(), rel=1e-3)
     error, usual = distance(ours, exact), distance(theirs, exact)
     below(1e-4, error, "BF16's rounding is there")

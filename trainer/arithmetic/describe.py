@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import get_args
 
@@ -73,7 +73,7 @@ def describe(spec: ModelSpec, seq_len: int, optimizer: OptimizerSpec | None = No
         seq_len=seq_len,
         total=total,
         active_a1=active,
-        active_a2=active + vocabulary,
+        active_a2=active if spec.tied_embedding else active + vocabulary,
         active_a3=active - vocabulary,
         flops_per_token=flops_per_token(spec, seq_len),
         memory=memory,
@@ -89,6 +89,8 @@ def _rows(spec: ModelSpec, seq_len: int, everything: list[Parameter]) -> list[Ro
     by_name = {parameter.name: parameter for parameter in everything}
     embedding, final_norm = by_name["embedding.weight"], by_name["final_norm.weight"]
     rows = [row(None, "embedding", f"{spec.vocab_size} × {spec.hidden}", [embedding])]
+    if spec.tied_embedding:  # looked up here, multiplied as the head
+        rows = [replace(rows[0], active=0, flops_per_token=0)]
     for index, layer in enumerate(spec.layers):
         for place, symbol in enumerate(layer):
             section = spec.section(symbol, index)
@@ -97,6 +99,8 @@ def _rows(spec: ModelSpec, seq_len: int, everything: list[Parameter]) -> list[Ro
             rows.append(row(index, section.label, section.widths(), found, core))
     rows.append(row(None, "final norm", str(spec.hidden), [final_norm]))
     rows.append(row(None, "LM head", f"{spec.hidden} × {spec.vocab_size}", [head(spec)]))
+    if spec.tied_embedding:
+        rows[-1] = replace(rows[-1], params=0, shapes="the embedding's")
     for number in range(spec.mtp.depth if spec.mtp else 0):
         core = mtp_core_flops_per_token(spec, seq_len)
         kind = f"MTP {number + 1} ({spec.mtp.layer})"

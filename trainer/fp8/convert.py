@@ -92,11 +92,11 @@ def put(model: HybridModel, rows: list[Conversion], fp8: Fp8Spec, device: torch.
         if len(row.shape) == 3:  # the experts'
             grouped.setdefault(place, {})[leaf] = Fp8Grouped(recipe, state.slots(index), module)
             continue
-        assert isinstance(module, nn.Linear) and module.bias is None, row.name
+        assert isinstance(module, nn.Linear), row.name
         module.__class__ = Fp8Linear
         module.recipe, module.slots = recipe, state.slots(index)
     for place, products in grouped.items():
         moe = model.get_submodule(place)
         assert isinstance(moe, Moe)
-        moe.run_experts = partial(experts_fp8, up=products["up_EFD"], down=products["down_EDF"])
+        moe.run_experts = partial(experts_fp8, up=products[moe.spec.first], down=products["down_EDF"])
     return state

@@ -21,23 +21,25 @@ from torch.autograd.function import FunctionCtx
 
 from trainer.fp8.linear import Recipe, Slots, cast, note
 from trainer.fp8.scaling import BLOCK, E4M3, Scaled, block_scale, by_rows, by_tiles, dequantised, to_fp8
+from trainer.ops.activation import ACTIVATIONS
 from trainer.ops.experts import by_expert, combine, compute_dtype, dispatch
 
 
 def experts_fp8(
     x_SD: Tensor,
-    up_EFD: Tensor,
+    up_EGD: Tensor,
     down_EDF: Tensor,
     expert_SK: Tensor,
     weight_SK: Tensor,
+    activation: str = "relu2",
     *,
     up: Fp8Grouped,
     down: Fp8Grouped,
 ) -> Tensor:
     """`trainer.ops.experts.experts_grouped` with FP8 in place of both grouped products."""
-    routing, dtype = by_expert(expert_SK, up_EFD.shape[0]), compute_dtype(x_SD)
+    routing, dtype = by_expert(expert_SK, up_EGD.shape[0]), compute_dtype(x_SD)
     ends_E = routing.count_E.cumsum(0).to(torch.int32)
-    hidden_RF = F.relu(up(dispatch(x_SD.to(dtype), routing), up_EFD, ends_E)).square()
+    hidden_RF = ACTIVATIONS[activation].value(up(dispatch(x_SD.to(dtype), routing), up_EGD, ends_E))
     hidden_RF = hidden_RF * weight_SK.flatten().index_select(0, routing.order_R)[:, None].to(dtype)
     return combine(down(hidden_RF, down_EDF, ends_E), routing).to(x_SD.dtype)
 

@@ -41,7 +41,7 @@ class Slots(NamedTuple):
 
 
 class Fp8Linear(nn.Linear):
-    """Replaces nn.Linear without bias in place: `convert` sets the class and these two attributes."""
+    """Replaces nn.Linear in place: `convert` sets the class and these two attributes."""
 
     recipe: Recipe
     slots: Slots
@@ -51,6 +51,8 @@ class Fp8Linear(nn.Linear):
         with torch.autocast(x.device.type, enabled=False):
             x_MK = x.to(dtype).flatten(0, -2)
             y_MN = Fp8Product.apply(x_MK, self.weight, self.slots.amax, self.slots.scale, self.recipe, self.training)
+            if self.bias is not None:
+                y_MN = y_MN + self.bias.to(dtype)
         return y_MN.unflatten(0, x.shape[:-1])
 
 

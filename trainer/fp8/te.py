@@ -105,11 +105,13 @@ def convert(model: nn.Module, weights: list[str], fp8: Fp8Spec) -> TeState:
     for name in weights:
         place = name.removesuffix(".weight")
         linear = model.get_submodule(place)
-        assert isinstance(linear, nn.Linear) and linear.bias is None, name
-        weight, shape = linear.weight, (linear.in_features, linear.out_features)
+        assert isinstance(linear, nn.Linear), name
+        weight, bias, shape = linear.weight, linear.bias, (linear.in_features, linear.out_features)
         linear.__class__ = te.Linear
-        te.Linear.__init__(linear, *shape, bias=False, params_dtype=weight.dtype, device="meta")
+        te.Linear.__init__(linear, *shape, bias=bias is not None, params_dtype=weight.dtype, device="meta")
         linear.weight = weight
+        if bias is not None:
+            linear.bias = bias
         # Its own state is a pickle, which our checkpoints do not take: TeState saves the tensors in it.
         linear.register_state_dict_post_hook(_without_extra_state)
         modules[place] = linear

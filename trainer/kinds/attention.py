@@ -7,11 +7,27 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from trainer.kinds.base import FP32_BYTES, RESIDUAL, Count, Kind, ModelShape, Parameter, Widths, matrix
+from trainer.kinds.base import (
+    FP32_BYTES,
+    RESIDUAL,
+    Count,
+    Kind,
+    ModelShape,
+    Parameter,
+    RopeScalingSpec,
+    Rotation,
+    Widths,
+    bias,
+    matrix,
+    vector,
+)
 
 
 class AttentionSpec(Kind):
-    """Grouped-query attention; no position embedding unless `rope_theta` is given."""
+    """Grouped-query attention; no position embedding unless `rope_theta` is given.
+
+    `qk_norm`: an RMSNorm of each query and key head, before they are turned (Qwen3). `bias`: of all four projections.
+    """
 
     symbol: ClassVar[str] = "*"
     label: ClassVar[str] = "attention"
@@ -23,6 +39,9 @@ class AttentionSpec(Kind):
     num_kv_heads: Count
     head_dim: Count = 64
     rope_theta: Annotated[float, Field(gt=0)] | None = None
+    rope_scaling: RopeScalingSpec | None = None
+    qk_norm: bool = False
+    bias: bool = False
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -30,30 +49,39 @@ class AttentionSpec(Kind):
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
         if self.rope_theta is not None and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even, as rope_theta turns pairs of channels")
+        if self.rope_scaling is not None and self.rope_theta is None:
+            raise ValueError("rope_scaling changes rotations, but rope_theta, their base, is missing; give it")
         return self
 
     @property
-    def positions(self) -> bool:
-        return self.rope_theta is not None
+    def rotation(self) -> Rotation | None:
+        return None if self.rope_theta is None else Rotation(self.rope_theta, self.head_dim, self.rope_scaling)
 
     def widths(self) -> str:
         return f"{self.num_heads} query, {self.num_kv_heads} key/value heads × {self.head_dim}"
 
     def parameters(self, model: ModelShape) -> Iterator[Parameter]:
         query, key = (self.head_dim,) * self.num_heads, (self.head_dim,) * self.num_kv_heads
-        yield matrix("q_proj.weight", sum(query), model.hidden, blocks=query, teon=True)
-        yield matrix("k_proj.weight", sum(key), model.hidden, blocks=key, teon=True)
-        yield matrix("v_proj.weight", sum(key), model.hidden, blocks=key, teon=True)
+        for name, heads in (("q", query), ("k", key), ("v", key)):
+            yield matrix(f"{name}_proj.weight", sum(heads), model.hidden, blocks=heads, teon=True)
+            if self.bias:
+                yield bias(f"{name}_proj.bias", sum(heads))
         yield matrix("o_proj.weight", model.hidden, sum(query), RESIDUAL)
+        if self.bias:
+            yield bias("o_proj.bias", model.hidden)
+        if self.qk_norm:
+            yield vector("q_norm.weight", self.head_dim)
+            yield vector("k_norm.weight", self.head_dim)
 
     def core_flops(self, seq_len: int) -> int:
         """q·kᵀ and the weighted sum over the (seq_len)/2 positions that a causal query sees on average."""
         return 2 * seq_len * self.num_heads * self.head_dim
 
     def kept(self, hidden: int, widths: Widths) -> int:
-        """Queries, keys, values, the result, and the logarithm of each query's sum."""
-        heads = 2 * self.num_heads + 2 * self.num_kv_heads
-        return heads * self.head_dim * widths.product + self.num_heads * FP32_BYTES
+        """Queries, keys, values, the result, and the logarithm of each query's sum; of norms their input and scale."""
+        heads, turned = 2 * self.num_heads + 2 * self.num_kv_heads, self.num_heads + self.num_kv_heads
+        normed = turned * (self.head_dim * widths.product + FP32_BYTES) if self.qk_norm else 0
+        return heads * self.head_dim * widths.product + self.num_heads * FP32_BYTES + normed
 
     def kept_selective(self, hidden: int, widths: Widths) -> int:
         return self.kept(hidden, widths)

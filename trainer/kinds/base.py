@@ -11,9 +11,9 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainer.specbase import Spec
 
@@ -52,8 +52,8 @@ class Parameter:
         active: how many of its elements take part in one token (convention A1 of trainer/arithmetic/flops.py).
         multiplies: whether those act as a matrix product (two operations for each element and token).
         optimizer: Muon treats a matrix as one linear map; what is looked up or acts on each channel gets AdamW.
-        blocks: row counts of the maps that a 2-D weight stacks; empty: it is one. A 3-D weight is one map for each
-            index of its first dimension.
+        blocks: row counts of the maps that a matrix stacks; empty: it is one. A 3-D weight has a matrix for each index
+            of its first dimension, with blocks of equal height.
         decay: whether weight decay applies.
         teon: successive layers may be orthogonalised jointly.
         engram_rate: its learning rate is multiplied by `adamw.engram_rate_factor`.
@@ -94,6 +94,7 @@ def matrix(
 ) -> Parameter:
     """A linear map from `columns` to `rows` numbers, or several of the same input."""
     assert not blocks or sum(blocks) == rows, name
+    blocks = blocks if len(blocks) > 1 else ()
     return Parameter(
         name,
         (rows, columns),
@@ -104,6 +105,11 @@ def matrix(
         high_precision=high_precision,
         whole=whole,
     )
+
+
+def bias(name: str, width: int) -> Parameter:
+    """What is added to the result of a matrix product."""
+    return vector(name, width, init=ZEROS)
 
 
 def vector(name: str, *shape: int, init: Init = ONES, decay: bool = False) -> Parameter:
@@ -143,6 +149,52 @@ class Widths:
     stream: int
     product: int
     keeps_copies: bool = False
+
+
+Activation = Literal["relu2", "swiglu"]  # trainer/ops/activation.py
+
+
+def first_rows(activation: Activation, width: int) -> Rows:
+    """Rows of the maps in the first matrix of an MLP or an expert: with a gate it has a second one."""
+    return (width, width) if activation == "swiglu" else (width,)
+
+
+class RopeScalingSpec(Spec):
+    """Slower rotations, for rows longer than a model was trained on.
+
+    linear: every rate divided by `factor` (arXiv 2306.15595). llama3: only the slow ones, with a passage between
+    `low_freq_factor` and `high_freq_factor` turns in `original_length` (Llama 3.1). yarn: the same between `beta_slow`
+    and `beta_fast` turns, and larger scores (arXiv 2309.00071).
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: Annotated[float, Field(ge=1)]
+    original_length: Count | None = None
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    beta_fast: Annotated[float, Field(gt=0)] = 32.0
+    beta_slow: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.kind != "linear" and self.original_length is None:
+            raise ValueError(f"{self.kind} needs original_length, the rows' length before; give it")
+        if self.low_freq_factor >= self.high_freq_factor or self.beta_slow >= self.beta_fast:
+            raise ValueError("low_freq_factor must be below high_freq_factor, and beta_slow below beta_fast")
+        return self
+
+    @property
+    def amplitude(self) -> float:
+        """On queries and keys."""
+        return 0.1 * math.log(self.factor) + 1 if self.kind == "yarn" else 1.0
+
+
+class Rotation(NamedTuple):
+    """Rotary position embedding of vectors of `width` channels (trainer/ops/rotary.py)."""
+
+    theta: float
+    width: int
+    scaling: RopeScalingSpec | None
 
 
 class Convolution(NamedTuple):
@@ -214,9 +266,9 @@ class Kind(Spec):
         return {k * c.dilation for c in self.convolutions(hidden) for k in range(1, c.taps)}
 
     @property
-    def positions(self) -> bool:
-        """Whether it asks for the place of a token in its document."""
-        return False
+    def rotation(self) -> Rotation | None:
+        """By which it turns vectors, by their positions in their document."""
+        return None
 
 
 class PlacedKind(Kind):

@@ -5,26 +5,52 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from trainer.kinds.base import RESIDUAL, Count, Kind, ModelShape, Parameter, Widths, matrix
+from trainer.kinds.base import (
+    RESIDUAL,
+    Activation,
+    Count,
+    Kind,
+    ModelShape,
+    Parameter,
+    Widths,
+    bias,
+    first_rows,
+    matrix,
+)
 
 
 class MlpSpec(Kind):
+    """down · act(up · x): squared ReLU (So et al. 2021), or SwiGLU (Shazeer 2020), silu(gate · x) · (up · x)."""
+
     symbol: ClassVar[str] = "-"
     label: ClassVar[str] = "MLP"
-    mixer: ClassVar[str] = "trainer.model.mlp:SquaredReluMlp"
-    recomputed: ClassVar[str] = "norm, squared ReLU"
+    mixer: ClassVar[str] = "trainer.model.mlp:Mlp"
+    recomputed: ClassVar[str] = "norm, activation"
 
     width: Count
+    activation: Activation = "relu2"
+    bias: bool = False
+
+    @property
+    def first(self) -> str:
+        """Name of the first matrix; with a gate, that and the other one below it."""
+        return "gate_up" if self.activation == "swiglu" else "up"
 
     def widths(self) -> str:
-        return f"{self.width}"
+        return f"{self.width}" if self.activation == "relu2" else f"{self.width}, SwiGLU"
 
     def parameters(self, model: ModelShape) -> Iterator[Parameter]:
-        yield matrix("up.weight", self.width, model.hidden)
+        rows = first_rows(self.activation, self.width)
+        yield matrix(f"{self.first}.weight", sum(rows), model.hidden, blocks=rows)
+        if self.bias:
+            yield bias(f"{self.first}.bias", sum(rows))
         yield matrix("down.weight", model.hidden, self.width, RESIDUAL)
+        if self.bias:
+            yield bias("down.bias", model.hidden)
 
     def kept(self, hidden: int, widths: Widths) -> int:
-        return 2 * self.width * widths.product  # after ReLU and after squaring
+        """After the first product (of squared ReLU: after ReLU), and after the activation."""
+        return (sum(first_rows(self.activation, self.width)) + self.width) * widths.product
 
     def kept_selective(self, hidden: int, widths: Widths) -> int:
-        return self.width * widths.product
+        return sum(first_rows(self.activation, self.width)) * widths.product

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,18 +12,28 @@ from trainer.kinds.base import (
     INDEX_BYTES,
     NORMAL,
     RESIDUAL,
+    Activation,
     Count,
     Init,
     Kind,
     ModelShape,
     Parameter,
+    Rows,
     Widths,
+    first_rows,
     matrix,
 )
 
 
 class MoeSpec(Kind):
-    """Routed experts with sigmoid scores; balanced by a bias on the choice and a small sequence loss."""
+    """Routed experts.
+
+    `scores` of all experts are sigmoids of the router's logits, or their softmax. The `top_k` of the highest score are
+    chosen; with `renormalise` their weights sum to `score_scale` (for softmax scores that is the softmax of the chosen
+    ones' logits alone), without it they are the scores times `score_scale`. Three ways to balance: a bias on the choice
+    (DeepSeek-V3), a loss on each sequence (the same), and a loss on the whole micro-batch (Switch Transformer,
+    arXiv 2101.03961, divided by `top_k` as in Megatron-LM), `balance_loss_weight` · E / top_k · Σ f_e P_e.
+    """
 
     symbol: ClassVar[str] = "E"
     label: ClassVar[str] = "experts"
@@ -37,38 +47,58 @@ class MoeSpec(Kind):
     score_scale: Annotated[float, Field(gt=0)] = 2.5
     bias_update_rate: Annotated[float, Field(ge=0)] = 1e-3
     sequence_loss_weight: Annotated[float, Field(ge=0)] = 1e-4
+    balance_loss_weight: Annotated[float, Field(ge=0)] = 0.0
+    scores: Literal["sigmoid", "softmax"] = "sigmoid"
+    renormalise: bool = True
+    activation: Activation = "relu2"
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> Self:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}; lower top_k")
-        if self.top_k == 1 and self.num_experts > 1:
-            raise ValueError("top_k 1 gives the router no gradient (one renormalised weight is always 1); raise it")
+        if self.top_k == 1 and self.num_experts > 1 and self.renormalise:
+            raise ValueError(
+                "top_k 1 gives the router no gradient (one renormalised weight is always 1); raise it, or write "
+                "renormalise: false"
+            )
         return self
 
     def widths(self) -> str:
         shared = f", shared {self.shared_width}" if self.shared_width else ""
-        return f"{self.num_experts} × {self.expert_width}, top {self.top_k}{shared}"
+        gated = ", SwiGLU" if self.activation == "swiglu" else ""
+        return f"{self.num_experts} × {self.expert_width}{gated}, top {self.top_k}{shared}"
+
+    @property
+    def first(self) -> str:
+        """Name of the experts' first matrices; with a gate, those and the others below them."""
+        return "gate_up_EGD" if self.activation == "swiglu" else "up_EFD"
+
+    @property
+    def shared_first(self) -> str:
+        return "shared_gate_up" if self.activation == "swiglu" else "shared_up"
 
     def parameters(self, model: ModelShape) -> Iterator[Parameter]:
-        hidden, width = model.hidden, self.expert_width
-        yield self._experts("up_EFD", width, hidden, NORMAL)
-        yield self._experts("down_EDF", hidden, width, RESIDUAL)
+        hidden, rows = model.hidden, first_rows(self.activation, self.expert_width)
+        yield self._experts(self.first, sum(rows), hidden, NORMAL, rows)
+        yield self._experts("down_EDF", hidden, self.expert_width, RESIDUAL)
         exact = "routing is FP32: a small error changes the choice"
         yield matrix("router.weight", self.num_experts, hidden, high_precision=exact, whole=True)
         if self.shared_width:
-            yield matrix("shared_up.weight", self.shared_width, hidden)
+            rows = first_rows(self.activation, self.shared_width)
+            yield matrix(f"{self.shared_first}.weight", sum(rows), hidden, blocks=rows)
             yield matrix("shared_down.weight", hidden, self.shared_width, RESIDUAL)
 
-    def _experts(self, name: str, rows: int, columns: int, init: Init) -> Parameter:
-        return Parameter(name, (self.num_experts, rows, columns), self.top_k * rows * columns, init, per_expert=True)
+    def _experts(self, name: str, rows: int, columns: int, init: Init, blocks: Rows = ()) -> Parameter:
+        shape, active = (self.num_experts, rows, columns), self.top_k * rows * columns
+        return Parameter(name, shape, active, init, blocks=blocks if len(blocks) > 1 else (), per_expert=True)
 
     def kept(self, hidden: int, widths: Widths) -> int:
         """Scores, choices and weights, two orders of the copies, and their hidden layer before its activation."""
-        by_copy = 3 * INDEX_BYTES + 2 * FP32_BYTES + self.expert_width * widths.product
+        before, shared_before = (sum(first_rows(self.activation, w)) for w in (self.expert_width, self.shared_width))
+        by_copy = 3 * INDEX_BYTES + 2 * FP32_BYTES + before * widths.product
         if widths.keeps_copies:
             by_copy += (hidden + 2 * self.expert_width) * widths.product
-        shared = 2 * self.shared_width * widths.product
+        shared = (shared_before + self.shared_width) * widths.product
         return self.num_experts * FP32_BYTES + self.top_k * by_copy + 2 * FP32_BYTES + shared
 
     def kept_selective(self, hidden: int, widths: Widths) -> int:

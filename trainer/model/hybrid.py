@@ -26,7 +26,7 @@ from trainer.errors import SpecError
 from trainer.kinds.base import Kind
 from trainer.kinds.ngrams import PAD_TOKEN
 from trainer.model.initial import draw
-from trainer.model.linear import Linear
+from trainer.model.linear import Linear, product
 from trainer.model.mixer import Functions, Mixed, Mixer
 from trainer.model.moe import Moe
 from trainer.model.mtp import MtpModule, ahead
@@ -100,7 +100,8 @@ class HybridModel(nn.Module):
             for index, layer in enumerate(spec.layers)
         )
         self.final_norm = RMSNorm(spec.hidden, spec.norm_eps)
-        self.head = Linear(spec.hidden, spec.vocab_size)
+        if not spec.tied_embedding:
+            self.head = Linear(spec.hidden, spec.vocab_size)
         self.mtp = nn.ModuleList()
         for _ in range(spec.mtp.depth if spec.mtp else 0):
             layer = Layer(*(Sublayer(spec, spec.section(symbol), functions) for symbol in spec.mtp.layer))
@@ -127,7 +128,7 @@ class HybridModel(nn.Module):
         ce_sum = logits_BTV = None
         mtp_ce_sums, mtp_labels = [], []
         if labels_BT is None:
-            logits_BTV = self.head(self._readout(self.final_norm, x_BTD))
+            logits_BTV = product(self._readout(self.final_norm, x_BTD), self._head_weight)
         else:
             ce_sum = self._cross_entropy(self._readout(self.final_norm, x_BTD), labels_BT)
             for places, module in enumerate(self.mtp if self.training else [], start=1):
@@ -160,13 +161,17 @@ class HybridModel(nn.Module):
         documents.prepare(
             sorted(shifts),
             mask=computed_in(dtype, seq_idx_BT.device) if attends and not by_document else None,
-            positions=any(section.positions for section in sections),
+            rotation=next((section.rotation for section in sections if section.rotation), None),
             starts=attends and by_document,
         )
         return documents
 
     def _cross_entropy(self, h_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        return cross_entropy_sum(h_BTD.flatten(0, 1), self.head.weight, labels_BT.flatten())
+        return cross_entropy_sum(h_BTD.flatten(0, 1), self._head_weight, labels_BT.flatten())
+
+    @property
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.spec.tied_embedding else self.head.weight
 
     def moe_sublayers(self) -> list[Moe]:
         """In the order of the rows of `expert_load_LE`."""

@@ -11,15 +11,21 @@ from trainer.ops.wide import computed_in
 
 
 class Linear(nn.Linear):
-    """y = x·wᵀ, rounded to the dtype of autocast where it is on; the models have no biases."""
+    """y = x·wᵀ, rounded to the dtype of autocast where it is on; most have no bias."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x)
-        wide = computed_in(dtype, x.device)
-        if wide == dtype:
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype).to(wide), self.weight.to(dtype).to(wide)).to(dtype)
+        return product(x, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x·wᵀ + b as `Linear` computes it."""
+    dtype = compute_dtype(x)
+    wide = computed_in(dtype, x.device)
+    if wide == dtype:
+        return F.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        added = None if bias is None else bias.to(dtype).to(wide)
+        return F.linear(x.to(dtype).to(wide), weight.to(dtype).to(wide), added).to(dtype)

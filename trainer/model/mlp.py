@@ -1,8 +1,7 @@
-"""Squared-ReLU MLP without gate (So et al. 2021): down · relu(up · x)²."""
+"""MLP: down · act(up · x), by squared ReLU without gate or by SwiGLU."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.kinds.mlp import MlpSpec
@@ -10,16 +9,20 @@ from trainer.model.linear import Linear
 from trainer.model.mixer import Functions, Mixed, Mixer
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
+from trainer.ops.activation import ACTIVATIONS
 
 
-class SquaredReluMlp(Mixer):
+class Mlp(Mixer):
     def __init__(self, model: ModelSpec, spec: MlpSpec, functions: Functions) -> None:
         super().__init__()
-        self.up = Linear(model.hidden, spec.width)
-        self.down = Linear(spec.width, model.hidden)
+        self.spec = spec
+        self.activate = ACTIVATIONS[spec.activation].value
+        rows = 2 * spec.width if spec.activation == "swiglu" else spec.width
+        setattr(self, spec.first, Linear(model.hidden, rows, bias=spec.bias))
+        self.down = Linear(spec.width, model.hidden, bias=spec.bias)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor]:
-        return (self.up(x_BTD),)
+        return (getattr(self, self.spec.first)(x_BTD),)
 
-    def mix(self, hidden_BTF: Tensor, documents: Documents) -> Mixed:
-        return Mixed(self.region("selective", lambda hidden_BTF: self.down(F.relu(hidden_BTF).square()), hidden_BTF))
+    def mix(self, before_BTG: Tensor, documents: Documents) -> Mixed:
+        return Mixed(self.region("selective", lambda before_BTG: self.down(self.activate(before_BTG)), before_BTG))

@@ -1,11 +1,11 @@
-"""Mixture of experts with sigmoid scores, balanced by a bias on the choice (DeepSeek-V3, arXiv 2412.19437, §2.1.2).
+"""Mixture of experts, balanced by a bias on the choice (DeepSeek-V3, arXiv 2412.19437, §2.1.2) or by a loss.
 
-The bias decides who is chosen and nothing else: the weights are the unbiased scores of the chosen, renormalised.
-Between steps `update_bias` raises the bias of experts that got less than the mean load and lowers the others; a small
-loss on each sequence keeps single rows from collapsing on few experts. No token is dropped. Router arithmetic is
-fp32.
+The bias decides who is chosen and nothing else: the weights are the unbiased scores of the chosen. Between steps
+`update_bias` raises the bias of experts that got less than the mean load and lowers the others; a small loss on each
+sequence keeps single rows from collapsing on few experts. No token is dropped. Router arithmetic is fp32.
 
-Legend: B rows, T positions, S = B·T tokens, D hidden, E experts, F expert width, K chosen experts.
+Legend: B rows, T positions, S = B·T tokens, D hidden, E experts, F expert width,
+G rows of an expert's first matrix (F, or 2·F with a gate), K chosen experts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -23,6 +22,7 @@ from trainer.model.linear import Linear
 from trainer.model.mixer import Functions, Mixed, Mixer
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
+from trainer.ops.activation import ACTIVATIONS
 from trainer.ops.experts import count_choices
 
 
@@ -36,26 +36,34 @@ class Moe(Mixer):
         self.exchange: Callable[..., Tensor] | None = None  # trainer.parallel.experts, where ranks share the experts
         self.router = Linear(hidden, spec.num_experts)
         self.register_buffer("bias_E", torch.empty(spec.num_experts, dtype=torch.float32))
-        self.up_EFD = nn.Parameter(torch.empty(spec.num_experts, spec.expert_width, hidden))
+        maps = 2 if spec.activation == "swiglu" else 1
+        first_EGD = nn.Parameter(torch.empty(spec.num_experts, maps * spec.expert_width, hidden))
+        self.register_parameter(spec.first, first_EGD)
         self.down_EDF = nn.Parameter(torch.empty(spec.num_experts, hidden, spec.expert_width))
         if spec.shared_width:
-            self.shared_up = Linear(hidden, spec.shared_width)
+            setattr(self, spec.shared_first, Linear(hidden, maps * spec.shared_width))
             self.shared_down = Linear(spec.shared_width, hidden)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """The input itself and the scores of all experts, [B, T, E] fp32."""
         with torch.autocast(x_BTD.device.type, enabled=False):
-            return x_BTD, torch.sigmoid(_WideLinear.apply(x_BTD, self.router.weight))
+            logits_BTE = _WideLinear.apply(x_BTD, self.router.weight)
+            return x_BTD, logits_BTE.softmax(-1) if self.spec.scores == "softmax" else torch.sigmoid(logits_BTE)
 
     def mix(self, x_BTD: Tensor, scores_BTE: Tensor, documents: Documents) -> Mixed:
         x_SD = x_BTD.flatten(0, 1)
         expert_SK, weight_SK = self.choose(scores_BTE.flatten(0, 1))
         run = self.run_experts if self.exchange is None else partial(self.exchange, run_own=self.run_experts)
-        y_BTD = run(x_SD, self.up_EFD, self.down_EDF, expert_SK, weight_SK).view_as(x_BTD)
-        if self.spec.shared_width:
-            y_BTD = y_BTD + self.shared_down(F.relu(self.shared_up(x_BTD)).square())
-        load_E = count_choices(expert_SK.flatten(), self.spec.num_experts)
-        return Mixed(y_BTD, self.sequence_loss(scores_BTE), load_E)
+        spec, first_EGD = self.spec, getattr(self, self.spec.first)
+        y_BTD = run(x_SD, first_EGD, self.down_EDF, expert_SK, weight_SK, spec.activation).view_as(x_BTD)
+        if spec.shared_width:
+            hidden_BTF = ACTIVATIONS[spec.activation].value(getattr(self, spec.shared_first)(x_BTD))
+            y_BTD = y_BTD + self.shared_down(hidden_BTF)
+        load_E = count_choices(expert_SK.flatten(), spec.num_experts)
+        aux_loss = self.sequence_loss(scores_BTE)
+        if spec.balance_loss_weight:
+            aux_loss = aux_loss + self.balance_loss(scores_BTE, load_E)
+        return Mixed(y_BTD, aux_loss, load_E)
 
     def reset_buffers(self, token_classes: list[int] | None) -> None:
         self.bias_E.zero_()
@@ -64,7 +72,9 @@ class Moe(Mixer):
         """The chosen experts [S, K] int64 and their weights [S, K] fp32."""
         expert_SK = (scores_SE.detach() + self.bias_E).topk(self.spec.top_k, dim=-1, sorted=False).indices
         chosen_SK = scores_SE.gather(-1, expert_SK)
-        return expert_SK, chosen_SK / (chosen_SK.sum(-1, keepdim=True) + 1e-20) * self.spec.score_scale
+        if self.spec.renormalise:
+            chosen_SK = chosen_SK / (chosen_SK.sum(-1, keepdim=True) + 1e-20)
+        return expert_SK, chosen_SK * self.spec.score_scale
 
     def sequence_loss(self, scores_BTE: Tensor) -> Tensor:
         """Σ over rows of weight · Σ_e f_e P_e (DeepSeek-V3 eq. 17-20); f counts what unbiased scores would choose."""
@@ -77,6 +87,16 @@ class Moe(Mixer):
         f_BE = count_BE * (num_experts / (self.spec.top_k * length))
         P_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
         return self.spec.sequence_loss_weight * (f_BE * P_BE).sum()
+
+    def balance_loss(self, scores_BTE: Tensor, load_E: Tensor) -> Tensor:
+        """B times weight · E / K · Σ_e f_e P_e, f_e the share of the micro-batch's tokens that chose expert e.
+
+        Times B, as the losses of rows are summed and divided by the rows of the whole step: a mean over micro-batches.
+        """
+        num_tokens = scores_BTE[..., 0].numel()
+        share_E = load_E * (self.spec.num_experts / (self.spec.top_k * num_tokens))
+        P_E = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean((0, 1))
+        return scores_BTE.shape[0] * self.spec.balance_loss_weight * (share_E * P_E).sum()
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor) -> None:

@@ -236,15 +236,21 @@ def _experts(setting: Setting) -> Iterator[Case]:
         ("one token", torch.tensor([[3, 6]])),
     ):
         weight_SK = torch.rand(choices.shape, generator=torch.Generator().manual_seed(4)).to(setting.device) + 0.1
-        inputs = [
-            _draw(setting, len(choices), hidden, seed=1),
-            _draw(setting, experts, width, hidden, seed=2) / 8,
-            _draw(setting, experts, hidden, width, seed=3) / 8,
-            weight_SK,
-        ]
+        for activation, maps in (("relu2", 1), ("swiglu", 2)):
+            inputs = [
+                _draw(setting, len(choices), hidden, seed=1),
+                _draw(setting, experts, maps * width, hidden, seed=2) / 8,
+                _draw(setting, experts, hidden, width, seed=3) / 8,
+                weight_SK,
+            ]
 
-        def call(function: Function, t: list[Tensor], choices: Tensor = choices.to(setting.device)) -> Tensor:
-            x, up, down, weight = t
-            return function(x, up, down, choices, weight)
+            def call(
+                function: Function,
+                t: list[Tensor],
+                choices: Tensor = choices.to(setting.device),
+                activation: str = activation,
+            ) -> Tensor:
+                x, up, down, weight = t
+                return function(x, up, down, choices, weight, activation)
 
-        yield Case(name, inputs, call)
+            yield Case(f"{name}, {activation}", inputs, call)

@@ -15,6 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from trainer.kinds.base import Rotation
+from trainer.ops.rotary import turns
+
 
 class Documents:
     """Document ids of a batch of packed rows, with the masks that operations derive from them (each built once).
@@ -27,6 +30,7 @@ class Documents:
         self.seq_idx_BT = seq_idx_BT
         self._same: dict[int, Tensor] = {}
         self._added: dict[torch.dtype, Tensor] = {}
+        self._turns: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def one_per_row(cls, batch: int, length: int, device: torch.device | str = "cpu") -> Documents:
@@ -42,18 +46,28 @@ class Documents:
             self._same[shift] = same_BT
         return self._same[shift]
 
-    def prepare(self, shifts: Iterable[int], *, mask: torch.dtype | None, positions: bool, starts: bool) -> None:
+    def prepare(
+        self, shifts: Iterable[int], *, mask: torch.dtype | None, rotation: Rotation | None, starts: bool
+    ) -> None:
         """Derive now what layers will ask for: a compiled layer may read these, new ones would compile it again.
 
         Args:
-            shifts: of `same_BT`; mask: dtype of `added_mask_B1TT`, None for none; positions, starts: whether
-            `position_BT` and `cu_seqlens` are wanted.
+            shifts: of `same_BT`; mask: dtype of `added_mask_B1TT`, None for none; rotation: of `turns_BT1W`; starts:
+            whether `cu_seqlens` is wanted.
         """
         for shift in shifts:
             self.same_BT(shift)
         if mask is not None:
             self.added_mask_B1TT(mask)
-        _ = positions and self.position_BT, starts and self.cu_seqlens
+        if rotation is not None:
+            self.turns_BT1W(rotation)
+        _ = starts and self.cu_seqlens
+
+    def turns_BT1W(self, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Cosine and sine by which queries and keys are turned; one for all layers, as a model has one rotation."""
+        if self._turns is None:
+            self._turns = turns(self.position_BT, rotation)
+        return self._turns
 
     @cached_property
     def causal_mask_BTT(self) -> Tensor:

@@ -1,7 +1,7 @@
-"""Routed squared-ReLU experts: y[s] = Σ_k weight[s, k] · down[e] · relu(up[e] · x[s])², e = expert[s, k]. Dropless.
+"""Routed experts: y[s] = Σ_k weight[s, k] · down[e] · act(up[e] · x[s]), e = expert[s, k]. Dropless.
 
-Legend: S tokens, D hidden, E experts, F expert width, K experts chosen for each token, R = S·K routed copies,
-N choices in any order.
+Legend: S tokens, D hidden, E experts, F expert width, G rows of the first product (F, or 2·F with a gate),
+K experts chosen for each token, R = S·K routed copies, N choices in any order.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from trainer.ops.activation import ACTIVATIONS
+
 
 def count_choices(expert_N: Tensor, num_experts: int) -> Tensor:
     """How often each expert occurs; int64 [E]. torch.bincount does the same, but on a GPU the host waits for it."""
@@ -20,12 +22,23 @@ def count_choices(expert_N: Tensor, num_experts: int) -> Tensor:
     return count_E.scatter_add_(0, expert_N, torch.ones_like(expert_N))
 
 
-def experts_reference(x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, expert_SK: Tensor, weight_SK: Tensor) -> Tensor:
-    """The definition, one expert after the other. Returns [S, D] in the dtype of x."""
+def experts_reference(
+    x_SD: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    expert_SK: Tensor,
+    weight_SK: Tensor,
+    activation: str = "relu2",
+) -> Tensor:
+    """The definition, one expert after the other. Returns [S, D] in the dtype of x.
+
+    Args:
+        activation: of `trainer.ops.activation`; swiglu takes gate and up one below the other in `up_EGD`.
+    """
     y_SD = torch.zeros_like(x_SD, dtype=torch.float32)
-    for e in range(up_EFD.shape[0]):
+    for e in range(up_EGD.shape[0]):
         token, slot = torch.where(expert_SK == e)
-        hidden = F.linear(x_SD[token], up_EFD[e]).relu().square()
+        hidden = ACTIVATIONS[activation].value(F.linear(x_SD[token], up_EGD[e]))
         y_SD = y_SD.index_add(0, token, F.linear(hidden, down_EDF[e]).float() * weight_SK[token, slot, None])
     return y_SD.to(x_SD.dtype)
 

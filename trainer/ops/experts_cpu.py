@@ -10,85 +10,97 @@ Legend as in `trainer.ops.experts`; r the copies of one expert.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from trainer.ops.activation import ACTIVATIONS
 from trainer.ops.wide import computed_in
 
 
 @torch.library.custom_op("yaongi::experts", mutates_args=())
 def experts(
-    x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, weight_SK: Tensor, order_R: Tensor, ends_E: Tensor
+    x_SD: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    weight_SK: Tensor,
+    order_R: Tensor,
+    ends_E: Tensor,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """y [S, D] in the dtype of x, and the hidden layer before its activation, [R, F], for the backward pass.
+    """y [S, D] in the dtype of x, and the hidden layer before its activation, [R, G], for the backward pass.
 
     Args:
         order_R: the copies (token · K + slot) sorted by expert; ends_E: where each expert's copies end.
     """
     wide = computed_in(x_SD.dtype, x_SD.device)
     y_SD = torch.zeros_like(x_SD, dtype=torch.float32)
-    before_RF = x_SD.new_empty(order_R.numel(), up_EFD.shape[1])
+    before_RG = x_SD.new_empty(order_R.numel(), up_EGD.shape[1])
     for e, rows, copies_r, token_r in _by_expert(order_R, ends_E, weight_SK.shape[1]):
-        _product(x_SD[token_r].to(wide), up_EFD[e].to(x_SD.dtype).to(wide).T, before_RF[rows])
-        hidden_rF = _activated(before_RF[rows], weight_SK.flatten()[copies_r]).to(wide)
+        _product(x_SD[token_r].to(wide), up_EGD[e].to(x_SD.dtype).to(wide).T, before_RG[rows])
+        weight_r1 = weight_SK.flatten()[copies_r][:, None].to(x_SD.dtype)
+        hidden_rF = ACTIVATIONS[activation].weighted(before_RG[rows], weight_r1).to(wide)
         y_SD.index_add_(0, token_r, (hidden_rF @ down_EDF[e].to(x_SD.dtype).to(wide).T).float())
-    return y_SD.to(x_SD.dtype), before_RF
+    return y_SD.to(x_SD.dtype), before_RG
 
 
 @experts.register_fake
 def _(
-    x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, weight_SK: Tensor, order_R: Tensor, ends_E: Tensor
+    x_SD: Tensor, up_EGD: Tensor, down_EDF: Tensor, weight_SK: Tensor, order_R: Tensor, *_: object
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_SD), x_SD.new_empty(order_R.numel(), up_EFD.shape[1])
+    return torch.empty_like(x_SD), x_SD.new_empty(order_R.numel(), up_EGD.shape[1])
 
 
 @torch.library.custom_op("yaongi::experts_backward", mutates_args=())
 def _gradients(
     grad_SD: Tensor,
     x_SD: Tensor,
-    up_EFD: Tensor,
+    up_EGD: Tensor,
     down_EDF: Tensor,
     weight_SK: Tensor,
     order_R: Tensor,
     ends_E: Tensor,
-    before_RF: Tensor,
+    before_RG: Tensor,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, up, down and weight, in their dtypes."""
     wide = computed_in(x_SD.dtype, x_SD.device)
+    act = ACTIVATIONS[activation]
     grad_x_SD = torch.zeros_like(x_SD, dtype=torch.float32)
-    grad_up_EFD, grad_down_EDF = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
+    grad_up_EGD, grad_down_EDF = torch.empty_like(up_EGD), torch.empty_like(down_EDF)
     grad_weight_R = torch.empty(weight_SK.numel(), dtype=weight_SK.dtype)
     for e, rows, copies_r, token_r in _by_expert(order_R, ends_E, weight_SK.shape[1]):
-        weight_r = weight_SK.flatten()[copies_r]
-        grad_rD, positive_rF = grad_SD[token_r].to(wide), F.relu(before_RF[rows]).to(wide)
-        slope_rF = (grad_rD @ down_EDF[e].to(x_SD.dtype).to(wide)).mul_(positive_rF)  # less the factors 2 and weight
-        grad_weight_R[copies_r] = (slope_rF.float() * positive_rF.float()).sum(1).to(weight_SK.dtype)
-        _product(grad_rD.T, _activated(before_RF[rows], weight_r).to(wide), grad_down_EDF[e])
-        grad_before_rF = slope_rF.mul_((2 * weight_r)[:, None].to(wide))
-        _product(grad_before_rF.T, x_SD[token_r].to(wide), grad_up_EFD[e])
-        grad_x_SD.index_add_(0, token_r, (grad_before_rF @ up_EFD[e].to(x_SD.dtype).to(wide)).float())
-    return grad_x_SD.to(x_SD.dtype), grad_up_EFD, grad_down_EDF, grad_weight_R.view_as(weight_SK)
+        weight_r1, before_rG = weight_SK.flatten()[copies_r][:, None], before_RG[rows]
+        grad_rD = grad_SD[token_r].to(wide)
+        hidden_rF = act.weighted(before_rG, weight_r1.to(before_rG.dtype)).to(wide)
+        _product(grad_rD.T, hidden_rF, grad_down_EDF[e])
+        grad_hidden_rF = grad_rD @ down_EDF[e].to(x_SD.dtype).to(wide)
+        grad_before_rG, grad_weight_r = act.gradients(before_rG.to(wide), grad_hidden_rF, weight_r1.to(wide))
+        grad_weight_R[copies_r] = grad_weight_r.to(weight_SK.dtype)
+        _product(grad_before_rG.T, x_SD[token_r].to(wide), grad_up_EGD[e])
+        grad_x_SD.index_add_(0, token_r, (grad_before_rG @ up_EGD[e].to(x_SD.dtype).to(wide)).float())
+    return grad_x_SD.to(x_SD.dtype), grad_up_EGD, grad_down_EDF, grad_weight_R.view_as(weight_SK)
 
 
 @_gradients.register_fake
 def _(
-    grad_SD: Tensor, x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, weight_SK: Tensor, *_: Tensor
+    grad_SD: Tensor, x_SD: Tensor, up_EGD: Tensor, down_EDF: Tensor, weight_SK: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x_SD), torch.empty_like(up_EFD), torch.empty_like(down_EDF), torch.empty_like(weight_SK)
+    return torch.empty_like(x_SD), torch.empty_like(up_EGD), torch.empty_like(down_EDF), torch.empty_like(weight_SK)
 
 
-def _keep(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+def _keep(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)  # nobody differentiates the hidden layer; zeros of its size would be made
 
 
-def _backward(ctx: FunctionCtx, grad_SD: Tensor, _grad_before_RF: Tensor | None) -> tuple[Tensor | None, ...]:
-    x_SD, up_EFD, down_EDF, weight_SK, order_R, ends_E, before_RF = ctx.saved_tensors
-    found = _gradients(grad_SD.contiguous(), x_SD, up_EFD, down_EDF, weight_SK, order_R, ends_E, before_RF)
-    return *found, None, None
+def _backward(ctx: FunctionCtx, grad_SD: Tensor, _grad_before_RG: Tensor | None) -> tuple[Tensor | None, ...]:
+    x_SD, up_EGD, down_EDF, weight_SK, order_R, ends_E, before_RG = ctx.saved_tensors
+    given = (x_SD, up_EGD, down_EDF, weight_SK, order_R, ends_E, before_RG)
+    return *_gradients(grad_SD.contiguous(), *given, ctx.activation), None, None, None
 
 
 experts.register_autograd(_backward, setup_context=_keep)
@@ -101,10 +113,6 @@ def _by_expert(order_R: Tensor, ends_E: Tensor, top_k: int) -> Iterator[tuple[in
         copies_r = order_R[start:end]
         yield e, slice(start, end), copies_r, copies_r // top_k
         start = end
-
-
-def _activated(before_rF: Tensor, weight_r: Tensor) -> Tensor:
-    return F.relu(before_rF).square_().mul_(weight_r[:, None].to(before_rF.dtype))
 
 
 def _product(left: Tensor, right: Tensor, result: Tensor) -> None:

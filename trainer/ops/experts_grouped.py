@@ -18,19 +18,28 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trainer.ops import experts_cpu
+from trainer.ops.activation import ACTIVATIONS
 from trainer.ops.experts import by_expert, compute_dtype, copies, sums
 from trainer.ops.setting import Setting
 
 
-def experts_grouped(x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, expert_SK: Tensor, weight_SK: Tensor) -> Tensor:
+def experts_grouped(
+    x_SD: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    expert_SK: Tensor,
+    weight_SK: Tensor,
+    activation: str = "relu2",
+) -> Tensor:
     """See `experts_reference`."""
-    routing = by_expert(expert_SK, up_EFD.shape[0])
+    routing = by_expert(expert_SK, up_EGD.shape[0])
     ends_E = routing.count_E.cumsum(0).to(torch.int32)
     tokens_SD = x_SD.to(compute_dtype(x_SD))
     if x_SD.device.type == "cpu":
-        y_SD, _ = experts_cpu.experts(tokens_SD, up_EFD, down_EDF, weight_SK, routing.order_R, ends_E)
+        y_SD, _ = experts_cpu.experts(tokens_SD, up_EGD, down_EDF, weight_SK, routing.order_R, ends_E, activation)
     else:
-        y_SD = _Experts.apply(tokens_SD, up_EFD, down_EDF, weight_SK, routing.order_R, routing.place_R, ends_E)
+        order_R, place_R = routing.order_R, routing.place_R
+        y_SD = _Experts.apply(tokens_SD, up_EGD, down_EDF, weight_SK, order_R, place_R, ends_E, activation)
     return y_SD.to(x_SD.dtype)
 
 
@@ -41,42 +50,43 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx,
         x_SD: Tensor,
-        up_EFD: Tensor,
+        up_EGD: Tensor,
         down_EDF: Tensor,
         weight_SK: Tensor,
         order_R: Tensor,
         place_R: Tensor,
         ends_E: Tensor,
+        activation: str,
     ) -> Tensor:
         top_k, dtype = weight_SK.shape[1], x_SD.dtype
         with torch.autocast(x_SD.device.type, enabled=False):
-            before_RF = _by_expert(copies(x_SD, order_R, top_k), up_EFD, ends_E)
-            hidden_RF = _activate(before_RF, _in_order(weight_SK, order_R, dtype))
+            before_RG = _by_expert(copies(x_SD, order_R, top_k), up_EGD, ends_E)
+            hidden_RF = ACTIVATIONS[activation].weighted(before_RG, _in_order(weight_SK, order_R, dtype))
             y_RD = _by_expert(hidden_RF, down_EDF, ends_E)
-        ctx.save_for_backward(x_SD, up_EFD, down_EDF, weight_SK, order_R, place_R, ends_E, before_RF)
+        ctx.activation = activation
+        ctx.save_for_backward(x_SD, up_EGD, down_EDF, weight_SK, order_R, place_R, ends_E, before_RG)
         return sums(y_RD, place_R, top_k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
-        x_SD, up_EFD, down_EDF, weight_SK, order_R, place_R, ends_E, before_RF = ctx.saved_tensors
+        x_SD, up_EGD, down_EDF, weight_SK, order_R, place_R, ends_E, before_RG = ctx.saved_tensors
         top_k, dtype = weight_SK.shape[1], x_SD.dtype
         with torch.autocast(x_SD.device.type, enabled=False):
             grad_RD = copies(grad_SD.to(dtype), order_R, top_k)
             weight_R1 = _in_order(weight_SK, order_R, dtype)
+            activation = ACTIVATIONS[ctx.activation]
+            grad_down_EDF = _outer(grad_RD, activation.weighted(before_RG, weight_R1), ends_E)
             grad_hidden_RF = _by_expert(grad_RD, down_EDF, ends_E, transposed=True)
-            grad_down_EDF = _outer(grad_RD, _activate(before_RF, weight_R1), ends_E)
-            positive_RF = F.relu(before_RF)
-            slope_RF = grad_hidden_RF * positive_RF  # of the hidden layer, less the factors 2 and weight
-            grad_weight_R = (slope_RF.float() * positive_RF).sum(1)
-            grad_before_RF = slope_RF.mul_(2 * weight_R1)
-            grad_x_RD = _by_expert(grad_before_RF, up_EFD, ends_E, transposed=True)
-            grad_up_EFD = _outer(grad_before_RF, copies(x_SD, order_R, top_k), ends_E)
+            grad_before_RG, grad_weight_R = activation.gradients(before_RG, grad_hidden_RF, weight_R1)
+            grad_x_RD = _by_expert(grad_before_RG, up_EGD, ends_E, transposed=True)
+            grad_up_EGD = _outer(grad_before_RG, copies(x_SD, order_R, top_k), ends_E)
         return (
             sums(grad_x_RD, place_R, top_k),
-            grad_up_EFD.to(up_EFD.dtype),
+            grad_up_EGD.to(up_EGD.dtype),
             grad_down_EDF.to(down_EDF.dtype),
             grad_weight_R.index_select(0, place_R).view_as(weight_SK).to(weight_SK.dtype),
+            None,
             None,
             None,
             None,
@@ -97,10 +107,6 @@ def _outer(a_RO: Tensor, b_RI: Tensor, ends_E: Tensor) -> Tensor:
 def _in_order(weight_SK: Tensor, order_R: Tensor, dtype: torch.dtype) -> Tensor:
     """[R, 1] weights of the copies in expert order."""
     return weight_SK.flatten().index_select(0, order_R)[:, None].to(dtype)
-
-
-def _activate(before_RF: Tensor, weight_R1: Tensor) -> Tensor:
-    return F.relu(before_RF).square_().mul_(weight_R1)
 
 
 def unsupported(setting: Setting) -> str | None:

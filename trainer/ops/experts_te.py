@@ -14,26 +14,33 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.ops import packages
+from trainer.ops.activation import ACTIVATIONS
 from trainer.ops.experts import by_expert, combine, compute_dtype, dispatch
 from trainer.ops.setting import Setting
 
 MODULE, STATE = "transformer_engine.pytorch", "transformer_engine.pytorch.quantization"
 
 
-def experts_te(x_SD: Tensor, up_EFD: Tensor, down_EDF: Tensor, expert_SK: Tensor, weight_SK: Tensor) -> Tensor:
+def experts_te(
+    x_SD: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    expert_SK: Tensor,
+    weight_SK: Tensor,
+    activation: str = "relu2",
+) -> Tensor:
     """See `experts_reference`."""
     te = packages.load(MODULE)
-    routing, dtype = by_expert(expert_SK, up_EFD.shape[0]), compute_dtype(x_SD)
+    routing, dtype = by_expert(expert_SK, up_EGD.shape[0]), compute_dtype(x_SD)
     counts = rows = routing.count_E.tolist()
     x_RD = dispatch(x_SD.to(dtype), routing)
     if in_fp8 := _stateless_fp8():
         x_RD, rows = te.Fp8Padding(len(counts))(x_RD, counts)
     with torch.autocast(x_SD.device.type, enabled=False), te.autocast(enabled=in_fp8, recipe=_recipe()):
-        hidden_RF = F.relu(_product(x_RD, up_EFD.to(dtype), rows)).square()
+        hidden_RF = ACTIVATIONS[activation].value(_product(x_RD, up_EGD.to(dtype), rows))
         y_RD = _product(hidden_RF, down_EDF.to(dtype), rows)
     if in_fp8:
         y_RD = te.Fp8Unpadding(len(counts))(y_RD, counts)

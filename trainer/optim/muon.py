@@ -49,9 +49,10 @@ class Muon(torch.optim.Optimizer):
     (trainer/mup.py; the b of a stack holds K² for the same reason).
 
     Args:
-        params: groups; a group may carry "block_rows", for each of its parameters the row counts of its blocks (empty:
-            one block, or a 3-D tensor, in which each index of the first dimension is one); "stacks", tuples of the
-            indices of parameters whose blocks are orthogonalised together, each parameter in one of them; "shares".
+        params: groups; a group may carry "block_rows", for each of its parameters the row counts of the blocks of a
+            matrix (empty: it is one block); a 3-D tensor has a matrix for each index of its first dimension; "stacks",
+            tuples of the indices of parameters whose blocks are orthogonalised together, each parameter in one of
+            them; "shares".
         iteration_dtype: bfloat16 or float32; None follows the device.
         state_dtype: of the momentum.
     """
@@ -159,9 +160,10 @@ class _Work:
             ranks[share.group] = share.rank
             group_load = load.setdefault(share.group, [0] * share.ranks)
             if len(shape) == 3:  # whole matrices lie on one rank, however the first dimension is cut
-                count = share.weight.shape[0]
-                runs.append(Run(members, 0, count, shape[1], shape[2]))
-                matrix = division.work(shape[1], shape[2] * len(members))
+                heights = block_rows[members[0]] or (shape[1],)
+                assert len(set(heights)) == 1 and sum(heights) == shape[1], f"blocks {heights} of {shape[1]} rows"
+                runs.append(Run(members, 0, share.weight.shape[0] * len(heights), heights[0], shape[2]))
+                matrix = division.work(heights[0], shape[2] * len(members)) * len(heights)
                 for rank, part in enumerate(share.part_sizes()):
                     group_load[rank] += part * matrix
                 continue

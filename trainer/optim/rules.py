@@ -10,6 +10,7 @@ Imports no torch: the table can be printed and tested without it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ class Assignment:
 
     Attributes:
         rate_factor, decay_factor: on the optimizer's learning rate and weight decay.
-        block_rows: rows of its blocks (empty: not cut, or 3-D).
+        block_rows: rows of the blocks of a matrix (empty: not cut).
         stack: names of the parameters whose blocks are orthogonalised side by side, its own among them, in the order
             of the layers; its own alone without TEON; empty for AdamW.
     """
@@ -94,7 +95,7 @@ def _assign_one(known: Parameter, shape: tuple[int, ...], spec: OptimizerSpec, m
         return Assignment(name, shape, "adamw", (), (), rate * width, decay, 1 / width)
     if len(shape) not in (2, 3):
         raise ValueError(f"{name} has shape {shape}; Muon takes matrices [m, n] or stacks of them [N, m, n]")
-    if known.blocks and (len(shape) != 2 or sum(known.blocks) != shape[0]):
+    if known.blocks and sum(known.blocks) != shape[-2]:
         raise ValueError(f"{name} has shape {shape}, but its blocks have {'+'.join(map(str, known.blocks))} rows")
     return Assignment(name, shape, "muon", known.blocks, (name,), rate, decay)
 
@@ -103,7 +104,7 @@ def render(assignments: Iterable[Assignment]) -> str:
     """The applied table as aligned text, one line for each parameter."""
     lines = [("parameter", "shape", "optimizer", "blocks", "rate", "decay", "stacked with")]
     for a in assignments:
-        count = a.shape[0] if len(a.shape) == 3 else max(1, len(a.block_rows))
+        count = math.prod(a.shape[:-2]) * max(1, len(a.block_rows))
         blocks = str(count) if a.optimizer == "muon" else "-"
         shape = "×".join(map(str, a.shape)) or "scalar"
         others = " ".join(name for name in a.stack if name != a.name) or "-"

@@ -23,15 +23,16 @@ from trainer.ops.experts import by_expert, compute_dtype, dispatch, in_token_ord
 
 def run_everywhere(
     x_SD: Tensor,
-    up_EFD: Tensor,
+    up_EGD: Tensor,
     down_EDF: Tensor,
     expert_SK: Tensor,
     weight_SK: Tensor,
+    activation: str,
     *,
     group: dist.ProcessGroup,
     run_own: Callable[..., Tensor],
 ) -> Tensor:
-    """The experts' function, with `up_EFD` and `down_EDF` cut along E over `group`; every rank of it calls this.
+    """The experts' function, with `up_EGD` and `down_EDF` cut along E over `group`; every rank of it calls this.
 
     Args:
         run_own: backend that computes the experts of this rank.
@@ -40,9 +41,9 @@ def run_everywhere(
         [S, D] in the dtype of x.
     """
     # Gradients are declared as cut and equal among replicas; `gradients.average` makes that true.
-    up_eFD, down_eDF = up_EFD.to_local(), down_EDF.to_local()
-    num_own = up_eFD.shape[0]
-    routing = by_expert(expert_SK, up_EFD.shape[0])
+    up_eGD, down_eDF = up_EGD.to_local(), down_EDF.to_local()
+    num_own = up_eGD.shape[0]
+    routing = by_expert(expert_SK, up_EGD.shape[0])
     sent_Pe = routing.count_E.view(-1, num_own)
     received_Pe = torch.empty_like(sent_Pe)
     dist.all_to_all_single(received_Pe, sent_Pe, group=group)
@@ -54,7 +55,7 @@ def run_everywhere(
     if nothing := not sum(received):  # a token of zeros keeps every backend, and the gradients, in their ways
         x_QD, expert_Q1 = F.pad(x_QD, (0, 0, 0, 1)), expert_Q1.new_zeros(1, 1)
     weight_Q1 = torch.ones_like(expert_Q1, dtype=torch.float32)
-    y_QD = run_own(x_QD, up_eFD, down_eDF, expert_Q1, weight_Q1)
+    y_QD = run_own(x_QD, up_eGD, down_eDF, expert_Q1, weight_Q1, activation)
     y_RD = _AllToAll.apply(y_QD[:0] if nothing else y_QD, received, sent, group)
     y_SKD = in_token_order(y_RD, routing).unflatten(0, expert_SK.shape)
     return torch.bmm(weight_SK.to(y_SKD.dtype)[:, None], y_SKD)[:, 0].to(x_SD.dtype)
