@@ -20,7 +20,8 @@ from manifests.lint import (
 from manifests.lint.documents import Document, read
 from manifests.lint.place import Path, Place, path_text
 from manifests.lint.registry import RULES, Severity, ignored
-from manifests.lint.subjects import PyTorchJob, Runtime, TrainJob, subjects
+from manifests.lint.structure import Problem
+from manifests.lint.subjects import AnyObject, PyTorchJob, Runtime, TrainJob, subjects
 
 RULE_MODULES = (topology, launching, lifecycle, trainjob, resources, scheduling, pods, environment, security, shape)
 NEWEST_MEASURED_TRAINER = "2.1"
@@ -66,12 +67,17 @@ def lint(texts: dict[str, str], trainer_version: str = NEWEST_MEASURED_TRAINER) 
     documents = [document for source, text in texts.items() for document in read(text, source)]
     found: list[Finding] = []
     jobs = 0
+    problems: list[Problem] = []
     for document, subject in subjects(documents, trainer_version):
         jobs += isinstance(subject, PyTorchJob | TrainJob | Runtime)
+        if isinstance(subject, AnyObject):  # the first of its document
+            problems = subject.problems
         switched_off = ignored(Place(document.value)["metadata"]["annotations"])
         for rule in RULES.values():
             if isinstance(subject, rule.subject) and rule.id not in switched_off:
                 for hit in rule.check(subject):
+                    if rule.subject is not AnyObject and any(problem.explains(hit.place.path) for problem in problems):
+                        continue
                     finding = _finding(rule.id, document, hit.place.path, hit.what)
                     if finding not in found:  # of a runtime's pods, for each of its TrainJobs
                         found.append(finding)

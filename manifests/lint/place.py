@@ -61,15 +61,16 @@ class Place:
 
     @property
     def quantity(self) -> Decimal | None:
-        """A resource quantity ("1500m", "2Gi", 8) in base units; None if it is none. (apimachinery, api/resource)"""
+        """A resource quantity ("1500m", "2Gi", 8) of apimachinery in base units; None if it is none, or below 0."""
         found = _QUANTITY.fullmatch(str(self.value)) if isinstance(self.value, str | int | float) else None
         if found is None or isinstance(self.value, bool):
             return None
         number, suffix = found[1], found[2] or ""
         try:
-            return Decimal(number) * _SUFFIXES[suffix] if suffix in _SUFFIXES else Decimal(number + suffix)
+            amount = Decimal(number) * _SUFFIXES[suffix] if suffix in _SUFFIXES else Decimal(number + suffix)
         except InvalidOperation:
             return None
+        return amount if amount >= 0 else None
 
     def __str__(self) -> str:
         return path_text(self.path)

@@ -119,7 +119,8 @@ def metrics_ports(pod: Pod) -> Iterator[Hit]:
 )
 def mount_unknown(pod: Pod) -> Iterator[Hit]:
     names = [volume["name"].text for volume in pod.spec["volumes"].each()] + [*pod.claimed]
-    if isinstance(pod.spec["volumes"].value, dict):  # of which wrong-type speaks
+    volumes = pod.spec["volumes"]
+    if "" in names or (volumes and not isinstance(volumes.value, list)):  # of which rules of structure speak
         return
     for container in pod.containers:
         for mount in container.place["volumeMounts"].each():

@@ -13,7 +13,7 @@ from typing import Literal
 
 from manifests.lint import validation
 from manifests.lint.fields import TRAINER_VERSIONS, Type, at, fields, is_custom, of_kind, plain
-from manifests.lint.place import Place, path_text
+from manifests.lint.place import Path, Place, path_text
 
 Kind = Literal[
     "unknown", "missing", "string", "number", "type", "quantity", "word", "range", "twice", "one-of", "name", "template"
@@ -24,9 +24,19 @@ _WHOLE = {"int32": 2**31, "int64": 2**63}
 
 @dataclass(frozen=True)
 class Problem:
+    """`meant`: where what stands under unknown names belongs, if that can be told."""
+
     kind: Kind
     place: Place
     what: str
+    meant: tuple[Path, ...] = ()
+
+    def explains(self, path: Path) -> bool:
+        """Whether what is amiss at a path may only come of this: it is in the same place, or looked for by its name."""
+        ways = [self.place.path, *self.meant]
+        around = [way[:-1] for way in ways if way and isinstance(way[-1], int)]
+        around += [way[:n] for way in ways if way[-1:] in (("name",), ("mountPath",)) for n in (-1, -2)]
+        return any(path[: len(way)] == way for way in ways) or path in around
 
 
 def problems(place: Place, object: str, version: str) -> list[Problem]:
@@ -52,7 +62,8 @@ class _Walk:
         unknown = [(name, inside) for name, inside in place.fields() if name not in known]
         if unknown:
             said = ", ".join(f"'{_cut(name)}'{self._hint(name, place, object)}" for name, _ in unknown)
-            yield Problem("unknown", unknown[0][1], f"unknown field{'s' if unknown[1:] else ''} {said}")
+            meant = tuple((*place.path, _nearest(name, object, 0.6)) for name, _ in unknown)
+            yield Problem("unknown", unknown[0][1], f"unknown field{'s' if unknown[1:] else ''} {said}", meant)
         missing = [name for name, type_ in known.items() if self._is_missing(place[name], f"{kind}.{name}", type_)]
         if missing and not unknown:  # else it may only be misspelt
             yield Problem("missing", place[missing[0]], f"no {', '.join(missing)}")
@@ -172,16 +183,20 @@ class _Walk:
                     yield Problem("name", inside, f"'{_cut(inside.value)}' is no value of a label")
 
     def _quantity(self, place: Place) -> Iterator[Problem]:
-        written, found = place.value, place.quantity
-        if found is not None and found < 0:
-            yield Problem("range", place, f"{_name(place)}: {written} is below 0")
-        elif found is None:
-            hint, digits = "", re.fullmatch(r"([0-9.]+)\s*([kmgtpe])i?b?", str(written).strip().lower())
-            if isinstance(written, str) and digits:
-                hint = f"; did you mean {digits[1]}{digits[2].upper()}i?"
-            yield Problem("quantity", place, f"{_name(place)}: {described(written)} is no quantity{hint}")
-        elif isinstance(written, float) and not _is_whole(written) and self.is_custom:
-            yield Problem("quantity", place, f'{_name(place)}: a fraction is a text here: "{written}"')
+        written, name = place.value, _name(place)
+        if place.quantity is not None:
+            is_fraction = isinstance(written, float) and not _is_whole(written)
+            if is_fraction and self.is_custom and "/" not in name:  # of GPUs the rule gpu-limit speaks
+                yield Problem("quantity", place, f'{name}: a fraction is a text here: "{written}"')
+            return
+        text = str(written)
+        if text.startswith("-") and Place(text[1:]).quantity is not None:
+            yield Problem("range", place, f"{name}: {text} is below 0")
+            return
+        hint, digits = "", re.fullmatch(r"([0-9.]+)\s*([kmgtpe])i?b?", text.strip().lower())
+        if isinstance(written, str) and digits:
+            hint = f"; did you mean {digits[1]}{digits[2].upper()}i?"
+        yield Problem("quantity", place, f"{name}: {described(written)} is no quantity{hint}")
 
     def _hint(self, name: str, place: Place, object: str) -> str:
         """What was meant by a field that is not known, if that can be told."""
@@ -193,11 +208,11 @@ class _Walk:
             return f" (in Trainer {self.version} it does not exist: {said})"
         if plain(object) == "ResourceRequirements" and validation.RESOURCE.fullmatch(name):
             return " (it belongs to limits or requests)"
-        near, way = self._nearest(name, object, 0.85), place.path
+        near, way = _nearest(name, object, 0.85), place.path
         if near:
             return f" (did you mean '{near}'?)"
         homes = [(way, object)] + [(way[:n], at(self.root, way[:n])) for n in range(len(way) - 1, -1, -1)]
-        nearest = self._nearest(name, object, 0.6)
+        nearest = _nearest(name, object, 0.6)
         for depth, (way, home) in enumerate(homes[:6]):
             if home and depth and name in fields(home):
                 return f" (it belongs to {path_text(way) or 'the top'})"
@@ -206,11 +221,11 @@ class _Walk:
                     return f" (it belongs to {path_text((*way, field))})"
         return f" (did you mean '{nearest}'?)" if nearest else ""
 
-    @staticmethod
-    def _nearest(name: str, object: str, cutoff: float) -> str:
-        by_lower = {known.lower(): known for known in fields(object)}
-        found = get_close_matches(name.lower(), by_lower, 1, cutoff)
-        return by_lower[found[0]] if found else ""
+
+def _nearest(name: str, object: str, cutoff: float) -> str:
+    by_lower = {known.lower(): known for known in fields(object)}
+    found = get_close_matches(name.lower(), by_lower, 1, cutoff)
+    return by_lower[found[0]] if found else ""
 
 
 def _name_of(place: Place) -> Iterator[Problem]:

@@ -36,7 +36,7 @@ def whole(place: Place) -> int | None:
 def accelerators(resources: Place) -> int:
     """GPUs of a container's limits (whole ones by the API's rules), 0 for none."""
     amounts = [amount for name, amount in resources["limits"].fields() if ACCELERATOR.fullmatch(name)]
-    return sum(max(0, int(amount.quantity or 0)) for amount in amounts)
+    return sum(int(amount.quantity or 0) for amount in amounts)
 
 
 @dataclass(frozen=True)

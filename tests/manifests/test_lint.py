@@ -221,6 +221,35 @@ def test_tokens_of_a_tokenizer_are_no_secrets(name, value):
     assert lint({"x": text(*changed(("MAIN/env/0", {"name": name, "value": value})))}).findings == []
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "rule"),
+    [
+        ("RUN/cleanPodPolicy", 5, "not-a-string"),
+        ("RUN", "Running", "wrong-type"),
+        ("WORKER/restartPolicy", ["ExitCode"], "not-a-string"),
+        ("MAIN/name", ..., "missing-field"),
+        ("MAIN/name", "My_Container", "bad-name"),
+        ("POD/containers", [], "out-of-range"),
+        ("POD/containers/0", "pytorch", "wrong-type"),
+        ("POD/volumes/0/name", ..., "missing-field"),
+        ("POD/volumes/0/persistentVolumeClaims", {"claimName": "a"}, "unknown-field"),
+        ("MAIN/volumeMounts", "shm", "wrong-type"),
+        ("MAIN/volumeMounts/1/mountPath", ..., "missing-field"),
+        ("trainjob/spec/runtimeRef/name", 5, "not-a-string"),
+    ],
+)
+def test_what_only_follows_from_a_mistake_of_structure_is_not_told_too(path, value, rule):
+    objects = changed((path, ...), (path, value)) if path == "POD/containers/0" else changed((path, value))
+    assert [finding.rule for finding in lint({"x": text(*objects)}).findings if finding.severity == "error"] == [rule]
+
+
+def test_a_misspelt_field_is_not_missed_too_but_what_else_is_wrong_is_told():
+    misspelt = (("RUN/cleanPodPolicy", ...), ("RUN/cleanPodPolcy", "Running"))
+    assert rules_of(lint({"x": text(*changed(*misspelt))})) == {"unknown-field"}
+    both = changed(*misspelt, ("RUN/ttlSecondsAfterFinished", -1), ("POD/hostNetwork", True))
+    assert rules_of(lint({"x": text(*both)})) == {"unknown-field", "negative-number", "host-namespace"}
+
+
 NODE = "runtime/spec/template/spec/replicatedJobs/0/template/spec/template/spec"
 SHM = {
     "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}}],
