@@ -7,7 +7,7 @@ import binascii
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Literal
 
@@ -161,6 +161,11 @@ class _Walk:
         yield from _count(place, type_.limits.get("minProperties", 0), None)
         for name, inside in place.fields():
             found = list(self.value(inside, type_.of, "")) if inside else []
+            if where.startswith("Secret."):  # whose values nobody shows
+                found = [
+                    replace(problem, what=f"{name} is no {'base64' if type_.of.kind == 'bytes' else 'text'}")
+                    for problem in found
+                ]
             yield from found
             if found:
                 continue
@@ -278,7 +283,7 @@ def _text(place: Place, type_: Type, where: str) -> Iterator[Problem]:
     if type_.kind == "time" and not validation.TIME.fullmatch(text):
         yield Problem("type", place, f"{name} is {described(text)}, not a time as 2026-01-31T12:00:00Z")
     elif type_.kind == "bytes" and not _is_base64(text):
-        yield Problem("type", place, f"{name} is not base64")
+        yield Problem("type", place, f"{name} is no base64")
     elif text not in (limits.get("enum") or ([*words, ""] if words else [text])):
         said = ", ".join(filter(None, limits.get("enum") or words))
         yield Problem("word", place, f"{name} '{_cut(text)}' is none of {said}")

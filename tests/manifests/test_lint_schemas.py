@@ -283,6 +283,12 @@ def test_kinds_of_others_are_passed_over_and_misspelt_ones_told(api_version, kin
     assert [finding.rule for finding in errors(object)] == rules
 
 
+@pytest.mark.parametrize(("path", "value"), [("stringData.password", 12345678), ("data.token", "hf_$secret")])
+def test_no_value_of_a_secret_is_shown(path, value):
+    (finding,) = errors(changed(FULL["Secret"], steps(path), value))
+    assert str(value) not in finding.what and path.rpartition(".")[2] in finding.what
+
+
 @pytest.mark.parametrize(
     ("kind", "path", "hint"),
     [
