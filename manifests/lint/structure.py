@@ -77,7 +77,7 @@ class _Walk:
         if kind == "PersistentVolumeClaimSpec" and not self.is_custom:
             yield from _sized(place["resources"])
         if kind in validation.ONE_OF and not missing:
-            yield from _one_of(place, kind, known)
+            yield from _one_of(place, kind, known, self.is_custom)
 
     def _is_missing(self, place: Place, where: str, type_: Type) -> bool:
         if self.is_custom:
@@ -270,9 +270,11 @@ def _sized(resources: Place) -> Iterator[Problem]:
 
 
 def _named(place: Place, pattern: str, longest: int, allowed: str) -> Iterator[Problem]:
-    if validation.VARIABLE.search(place.text):
+    if re.fullmatch(pattern, place.text) and len(place.text) <= longest:
+        return
+    if validation.VARIABLE.search(place.text) or "$(" in place.text:
         yield Problem("template", place, f"{_name(place)} is still '{_cut(place.text)}'")
-    elif not re.fullmatch(pattern, place.text) or len(place.text) > longest:
+    else:
         said = f" of at most {longest} characters" if longest < 2**31 else ""
         yield Problem("name", place, f"{_name(place)} '{_cut(place.text)}' is not of {allowed}{said}")
 
@@ -310,9 +312,11 @@ def _count(place: Place, fewest: int, most: int | None) -> Iterator[Problem]:
         yield Problem("range", place, f"{_name(place)} has {count} entries, {bound}")
 
 
-def _one_of(place: Place, kind: str, known: dict[str, Type]) -> Iterator[Problem]:
+def _one_of(place: Place, kind: str, known: dict[str, Type], is_custom: bool) -> Iterator[Problem]:
     said = validation.ONE_OF[kind]
     several = [name for name in known if name != "name"] if said == "*" else said.split()
+    if said == "*" and not is_custom:  # a volume of nothing becomes an emptyDir, which a job does not tell
+        several.append("?")
     there = [name for name in several if place[name] and (name, place[name].value) != ("value", "")]
     if len(there) > 1:
         yield Problem("one-of", place[there[1]], f"{' and '.join(there)} exclude each other")

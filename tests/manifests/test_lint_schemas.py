@@ -124,6 +124,8 @@ JOB_POD = "spec.template.spec.replicatedJobs.1.template.spec.template.spec"
         ("ConfigMap", "dta", {}, "unknown-field", ""),
         ("ConfigMap", "binaryData.blob", "no base64!", "wrong-type", ""),
         ("ConfigMap", "data.a b", "x", "bad-name", ""),
+        ("ConfigMap", "metadata.name", "My_Config", "bad-name", ""),
+        ("ConfigMap", "metadata.name", "$(name)", "not-filled-in", ""),
         ("Secret", "stringData.password", 8, "not-a-string", ""),
         ("Secret", "data.token", "hf_plain", "wrong-type", ""),
         ("PersistentVolumeClaim", "spec.accessMode", ["ReadWriteMany"], "unknown-field", ""),
