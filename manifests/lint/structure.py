@@ -263,10 +263,10 @@ def _restarting(job: Place) -> Iterator[Problem]:
 
 
 def _sized(resources: Place) -> Iterator[Problem]:
-    size = resources["requests"]["storage"]
-    written = [place.value for place in (resources, resources["requests"]) if place]
-    if not size and written and all(isinstance(value, dict) for value in written):
-        yield Problem("missing", size, "no storage in resources.requests")
+    requests = resources["requests"]
+    is_told = not isinstance(resources.value, dict) or resources.value.keys() - {"limits", "requests"}
+    if not is_told and requests.value in (None, {}):
+        yield Problem("missing", requests["storage"], "no storage in resources.requests")
 
 
 def _named(place: Place, pattern: str, longest: int, allowed: str) -> Iterator[Problem]:

@@ -133,6 +133,8 @@ JOB_POD = "spec.template.spec.replicatedJobs.1.template.spec.template.spec"
         ("PersistentVolumeClaim", "spec.accessModes", "ReadWriteMany", "wrong-type", ""),
         ("PersistentVolumeClaim", "spec.resources.requests.storage", "1TB", "not-a-quantity", ""),
         ("PersistentVolumeClaim", "spec.resources.requests", ..., "missing-field", ".storage"),
+        ("PersistentVolumeClaim", "spec.resources", {"request": {"storage": "1Gi"}}, "unknown-field", ".request"),
+        ("PersistentVolumeClaim", "spec.resources.requests", {"storrage": "1Gi"}, "bad-name", ".storrage"),
         ("PersistentVolumeClaim", "spec.accessModes", ..., "missing-field", ""),
         ("Service", "spec.ports.0.port", "http", "not-a-number", ""),
         ("Service", "spec.ports.0.targetPort", "8080", "bad-name", ""),
