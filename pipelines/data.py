@@ -62,7 +62,8 @@ def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> 
     """Read every file and compare it with its manifest; damaged files are named."""
     from components.progress import ByteProgress
     from trainer.data.inspection import damage
-    from trainer.data.manifest import MANIFEST_NAME, DataError, read_manifest
+    from trainer.data.manifest import MANIFEST_NAME, read_manifest
+    from trainer.errors import DataError
     from trainer.files import UnreadableError
 
     if Path(where).is_dir():

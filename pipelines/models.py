@@ -7,7 +7,7 @@ from pathlib import Path
 from pipelines.options import command
 from pipelines.runs import local
 from pipelines.runs.names import named
-from trainer.specbase import SpecError
+from trainer.errors import SpecError
 
 
 def find(source: str, workdir: Path) -> Path:

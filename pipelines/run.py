@@ -20,10 +20,10 @@ from manifests.paths import whole
 from manifests.spec import JobSpec, changes_of, job_from
 from pipelines.progress import Watcher
 from pipelines.stopping import Stop, Stopped
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, SpecError
 from trainer.exitcodes import of_process
 from trainer.process import launcher
-from trainer.specbase import SpecError, deep_merge
+from trainer.specbase import deep_merge
 
 
 def local_job(

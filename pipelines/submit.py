@@ -14,7 +14,8 @@ from components.plan.step import arguments_for
 from manifests.spec import changes_of, job_from
 from pipelines.compile import write
 from pipelines.runs import kfp
-from trainer.specbase import SpecError, deep_merge
+from trainer.errors import SpecError
+from trainer.specbase import deep_merge
 
 EXPERIMENT = "yaongi"
 

@@ -159,7 +159,7 @@ def _check_host(context: typer.Context, run: str) -> None:
         SpecError
     """
     from pipelines.runs.find import is_kfp
-    from trainer.specbase import SpecError
+    from trainer.errors import SpecError
 
     source = context.get_parameter_source("host")
     if source is None or source.name != "COMMANDLINE" or is_kfp(run):

@@ -15,6 +15,7 @@ import torch
 from trainer import ops, precision
 from trainer.arithmetic.memory import choose_layout, refuse_too_large
 from trainer.distributed import World, device_bytes
+from trainer.errors import SpecError
 from trainer.ops import Choice, Setting, Verdict
 from trainer.parallel.layout import Layout
 from trainer.precision import Precision
@@ -22,7 +23,6 @@ from trainer.preflight.ranks import Place
 from trainer.process import hostmemory
 from trainer.process.failures import node_name
 from trainer.spec import TrainSpec
-from trainer.specbase import SpecError
 
 T = TypeVar("T")
 GIB = 2**30

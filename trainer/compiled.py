@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer import agreement
 from trainer.distributed import World
+from trainer.errors import SpecError
 from trainer.fp8 import te
 from trainer.fp8.convert import put, why_not_experts
 from trainer.fp8.table import conversion_table
@@ -36,7 +37,6 @@ from trainer.parallel.mesh import Mesh
 from trainer.parameters import parameters
 from trainer.precision import Precision
 from trainer.spec import BatchSpec, TokensSpec, TrainSpec
-from trainer.specbase import SpecError
 
 log = logging.getLogger(__name__)
 

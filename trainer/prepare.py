@@ -19,6 +19,7 @@ from trainer.data.manifest import Manifest, read_manifest
 from trainer.data.plan import Cursor
 from trainer.data.tokenizer import Tokenizer
 from trainer.distributed import World
+from trainer.errors import SpecError
 from trainer.files import atomic_write
 from trainer.fp8 import te
 from trainer.fp8.convert import convert
@@ -35,7 +36,7 @@ from trainer.precision import Precision
 from trainer.preflight import ranks as preflight
 from trainer.recording.recorder import Recorder
 from trainer.spec import TrainSpec
-from trainer.specbase import SpecError, to_stored_yaml
+from trainer.specbase import to_stored_yaml
 from trainer.spikes import SpikeGuard
 
 log = logging.getLogger(__name__)

@@ -23,8 +23,7 @@ from components.download.readers import split_suffix
 from components.download.retry import retried, status_of
 from components.download.writer import Input
 from manifests.dataspec import FilesSource
-from trainer.data.manifest import DataError
-from trainer.errors import FULL, ForeseenError, LaunchError, VolumeError, in_words
+from trainer.errors import FULL, DataError, ForeseenError, LaunchError, VolumeError, in_words
 from trainer.files import checksum
 
 SAMPLE = "sample://"

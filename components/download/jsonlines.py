@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import Any
 
 from components.download.streams import BOM, not_utf8
-from trainer.data.manifest import DataError
+from trainer.errors import DataError
 
 LONGEST_LINE = 2**30
 AHEAD = 100  # rows looked at to tell a row that lacks a column from a file that does

@@ -9,7 +9,7 @@ from typing import Any
 from components.download.jsonlines import json_rows, no_column
 from components.download.streams import COMPRESSIONS, blocks, not_utf8
 from components.download.tables import DELIMITERS, csv_rows, parquet_rows
-from trainer.data.manifest import DataError
+from trainer.errors import DataError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 KNOWN = (

@@ -30,8 +30,8 @@ from components.download.writer import (
 from components.measuring import verified, written
 from components.progress import ByteProgress
 from manifests.dataspec import FilesSource, TextSpec
-from trainer.data.manifest import MANIFEST_NAME, DataError
-from trainer.errors import VolumeError
+from trainer.data.manifest import MANIFEST_NAME
+from trainer.errors import DataError, VolumeError
 from trainer.preflight.measured import gibibytes
 
 UNIT_BYTES = 64 * 2**20  # plain text files are small: this much of them goes into one part

@@ -17,7 +17,6 @@ from manifests.dataspec import SourceSpec
 from manifests.spec import JobSpec
 from trainer.data.manifest import (
     MANIFEST_NAME,
-    DataError,
     FileEntry,
     Manifest,
     SourceEntry,
@@ -25,7 +24,7 @@ from trainer.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from trainer.errors import VolumeError, in_words, of_the_machine
+from trainer.errors import DataError, VolumeError, in_words, of_the_machine
 
 
 def run(job: JobSpec) -> StageResult:

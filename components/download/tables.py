@@ -9,7 +9,7 @@ from typing import Any
 
 from components.download.jsonlines import check_nul, lines, listed, no_column, twice
 from components.download.streams import BLOCK_BYTES, HEAD_BYTES, check_head, first_line, not_utf8
-from trainer.data.manifest import DataError
+from trainer.errors import DataError
 
 LONGEST_FIELD = 2**28  # bytes; a quote that is not closed would take the rest of a file for one
 BATCH_ROWS = 512

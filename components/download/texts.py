@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from manifests.dataspec import CHAT, TextSpec, template_fields
-from trainer.data.manifest import DataError
+from trainer.errors import DataError
 
 START, END = "<|im_start|>", "<|im_end|>\n"
 THINKING = {"<think>": "<|think_start|>", "</think>": "<|think_end|>"}

@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 
 from manifests.spec import JobSpec
-from trainer.data.manifest import DataError, Manifest, read_manifest, verify
+from trainer.data.manifest import Manifest, read_manifest, verify
+from trainer.errors import DataError
 
 
 def decisions(job: JobSpec, raw: Manifest) -> Manifest | None:

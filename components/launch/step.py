@@ -16,10 +16,10 @@ from trainer.checkpoints.checkpoint import candidates, latest, read_manifest
 from trainer.checkpoints.length import continuable
 from trainer.data.manifest import StageResult
 from trainer.data.manifest import read_manifest as read_data_manifest
-from trainer.errors import LaunchError, VolumeError
+from trainer.errors import LaunchError, SpecError, VolumeError
 from trainer.files import atomic_write
 from trainer.spec import TrainSpec
-from trainer.specbase import SpecError, parse, read_yaml, to_stored_yaml
+from trainer.specbase import parse, read_yaml, to_stored_yaml
 
 LENGTH = {"steps": True, "begun_with_steps": True}
 

@@ -11,8 +11,8 @@ from typing import Literal
 from manifests.spec import BYTES_PER_TOKEN, DOWNLOAD_MARGIN, JobSpec
 from trainer.arithmetic.flops import flops_per_token
 from trainer.arithmetic.memory import refuse_too_large
-from trainer.data.manifest import DataError, read_manifest
-from trainer.errors import SpecError, VolumeError
+from trainer.data.manifest import read_manifest
+from trainer.errors import DataError, SpecError, VolumeError
 from trainer.preflight.measured import gibibytes
 from trainer.preflight.storage import checkpoints_to_come
 from trainer.process.hostmemory import limit_bytes

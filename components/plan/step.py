@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from manifests.spec import ClusterSpec, JobSpec, job_from, preset
-from trainer.specbase import SpecError, deep_merge, parse
+from trainer.errors import SpecError
+from trainer.specbase import deep_merge, parse
 
 # Plain field → its place in the JobSpec. A value in AS_PRESET leaves the preset's own.
 PLAIN = {

@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
-from trainer.data.tokenizer import EOD, SPECIAL_TOKENS, Tokenizer
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.vocabulary import EOD, SPECIAL_TOKENS
 
 EngineName = Literal["tiktoken", "tokenizers"]
 Encode = Callable[[Sequence[str]], list[list[int]]]

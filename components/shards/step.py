@@ -27,19 +27,11 @@ from components.volume import volume_explained
 from components.workers import Workers
 from manifests.spec import JobSpec
 from trainer.data.format import token_dtype
-from trainer.data.manifest import (
-    SPLITS,
-    DataError,
-    FileEntry,
-    Manifest,
-    StageResult,
-    read_manifest,
-    verify,
-    write_manifest,
-)
+from trainer.data.manifest import SPLITS, FileEntry, Manifest, StageResult, read_manifest, verify, write_manifest
 from trainer.data.provenance import SUFFIX
 from trainer.data.stages import open_stage, reusable, whole_part, withdraw
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import DataError
 
 UNITS_DIR = "units"
 ENCODING_VERSION = 2  # raise it with every change that alters the bytes; shards of another version are made again

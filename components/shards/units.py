@@ -27,8 +27,9 @@ from components.shards.engine import Encode, EngineName, open_engine, with_marku
 from components.workers import Workers
 from trainer.data.format import token_dtype
 from trainer.data.jsonl import documents, where
-from trainer.data.manifest import SPLITS, DataError, Manifest, Split
+from trainer.data.manifest import SPLITS, Manifest, Split
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import DataError
 from trainer.files import atomic_write, checksum, sync_directory
 
 BATCH_CHARACTERS = 2**19  # text encoded at once; keeps a worker's memory flat

@@ -19,8 +19,7 @@ from rich.console import Console
 
 from components.quick import quick_imports
 from pipelines.runs.view import View
-from trainer.errors import LaunchError, in_words
-from trainer.specbase import SpecError
+from trainer.errors import LaunchError, SpecError, in_words
 
 POLL_SECONDS = 5.0
 TIMEOUT_SECONDS = 10

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from manifests.spec import preset_names
-from trainer.specbase import SpecError
+from trainer.errors import SpecError
 
 CANDIDATES_SHOWN = 8
 

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.format import Shard
-from trainer.data.manifest import DataError, Manifest, Split, read_manifest, verify
+from trainer.data.manifest import Manifest, Split, read_manifest, verify
 from trainer.data.plan import Cursor, TokenStream
 from trainer.data.provenance import SUFFIX, Origin, Origins
+from trainer.errors import DataError
 from trainer.spec import TokensSpec
 
 

@@ -28,7 +28,7 @@ from typing import BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.manifest import DataError
+from trainer.errors import DataError
 from trainer.files import sync_directory
 
 HEADER = struct.Struct("<9sQBQQ")

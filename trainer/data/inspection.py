@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.documents import SourceDocuments, open_shards, open_stream
-from trainer.data.manifest import SPLITS, DataError, FileEntry, Manifest, Split, verify
+from trainer.data.manifest import SPLITS, FileEntry, Manifest, Split, verify
 from trainer.data.packing import lay_out
 from trainer.data.plan import Cursor
 from trainer.data.provenance import Origin
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import DataError
 from trainer.spec import TokensSpec
 
 

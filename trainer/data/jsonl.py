@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.data.manifest import DataError
+from trainer.errors import DataError
 
 
 def documents(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, str]]:

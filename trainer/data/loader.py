@@ -23,9 +23,10 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.data.documents import SourceDocuments, open_shards, open_stream
-from trainer.data.manifest import DataError, Manifest, verify
+from trainer.data.manifest import Manifest, verify
 from trainer.data.packing import lay_out
 from trainer.data.plan import Cursor, Segment
+from trainer.errors import DataError
 from trainer.spec import BatchSpec, TokensSpec
 
 IGNORED = -100  # label of positions without a next token; cross_entropy's default ignore_index

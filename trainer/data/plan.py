@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.enough import Amount, end_of, no_tokens, refuse_too_little, stages_of
-from trainer.data.manifest import DataError
 from trainer.data.mixture import Mixture
 from trainer.data.order import DEBTS_PAID_VERSION, ORDER_VERSION, SourceOrder
+from trainer.errors import DataError
 from trainer.spec import MixSpec, StageSpec
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.manifest import DataError
+from trainer.errors import DataError
 from trainer.files import sync_directory, unreadable
 
 MAGIC = b"YAODOCS1"

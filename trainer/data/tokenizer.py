@@ -26,8 +26,8 @@ from typing import Self
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
-from trainer.data.manifest import DataError
 from trainer.data.vocabulary import EOD, SMALLEST_VOCABULARY, SPECIAL_TOKENS
+from trainer.errors import DataError
 from trainer.files import atomic_write, unreadable
 
 PATTERN = "|".join(

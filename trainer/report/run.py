@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoints.checkpoint import CheckpointManifest, latest_step, read_manifest, step_dir
-from trainer.data.manifest import DataError, SourceEntry
+from trainer.data.manifest import SourceEntry
 from trainer.data.manifest import read_manifest as read_data_manifest
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, DataError
 from trainer.recording.results import read_json
 from trainer.spec import TrainSpec
 from trainer.specbase import parse, read_yaml
