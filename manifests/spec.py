@@ -350,7 +350,9 @@ def preset(name: str) -> dict[str, Any]:
     """
     if name not in preset_names():
         raise SpecError(f"preset '{name}' does not exist; presets are {', '.join(preset_names())}")
-    return read_yaml(Path(str(PRESETS / f"{name}.yaml")))
+    fields = read_yaml(Path(str(PRESETS / f"{name}.yaml")))
+    base = fields.pop("preset", None)  # one preset may be another with differences
+    return deep_merge(preset(base), fields) if base else fields
 
 
 def job_from(value: dict[str, Any], changes: dict[str, Any] | None = None, where: str = "") -> JobSpec:

@@ -18,7 +18,7 @@ def nemotron_for(spec: ModelSpec) -> NemotronHForCausalLM:
         num_attention_heads=spec.attention.num_heads,
         num_key_value_heads=spec.attention.num_kv_heads,
         head_dim=spec.attention.head_dim,
-        intermediate_size=spec.mlp.width,
+        intermediate_size=spec.mlp.width if spec.mlp else 8,
         ssm_state_size=spec.mamba.d_state,
         mamba_num_heads=spec.mamba.num_heads,
         mamba_head_dim=spec.mamba.head_dim,

@@ -8,10 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nemotron_oracle import nemotron_for
+from qwen_oracle import qwen_for
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from manifests.spec import load_job
+from manifests.spec import load_job, preset_names
 from trainer import parity
 from trainer.arithmetic.describe import describe, render, render_memory
 from trainer.arithmetic.flops import core_flops_per_token, matrix_flops_per_token
@@ -21,7 +23,7 @@ from trainer.optim import build_optimizers
 from trainer.parameters import parameters
 from trainer.spec import BackendsSpec, OptimizerSpec
 
-PRESETS = ["tiny", "small", "h100-4b", "h100-4b-interleaved"]
+PRESETS = preset_names()
 
 
 def preset_model(name: str) -> ModelSpec:
@@ -107,6 +109,25 @@ def test_counts_reproduce_nemotron_3_nano():
     assert billions == [31.6, 3.2, 3.6]
 
 
+@pytest.mark.parametrize(
+    ("preset", "published", "theirs"),
+    [
+        ("qwen3-30b-a3b", {"total": 30.5, "without embeddings": 29.9}, qwen_for),
+        ("nemotron-3-nano", {"total": 31.6}, nemotron_for),
+        ("dual-h100-dense", {}, qwen_for),
+    ],
+)
+def test_presets_have_the_published_sizes_and_those_of_transformers(preset, published, theirs):
+    """Billions as their reports give them, and to the last parameter the model that transformers builds."""
+    spec = preset_model(preset)
+    figures = describe(spec, 4096)
+    with torch.device("meta"):
+        assert figures.total == sum(p.numel() for p in theirs(spec).parameters())
+    found = {"total": figures.total, "without embeddings": figures.total - 2 * spec.vocab_size * spec.hidden}
+    for name, billions in published.items():
+        assert found[name] / 1e9 == pytest.approx(billions, rel=0.005), name
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_rows_add_up(preset):
     figures = describe(preset_model(preset), 1024)
@@ -115,11 +136,14 @@ def test_rows_add_up(preset):
     assert sum(row.flops_per_token for row in figures.rows) == figures.flops_per_token
 
 
-@pytest.mark.parametrize("layer", ["M", "*", "-"])
-def test_flops_are_those_that_torch_counts(layer):
+DECODER = {"attention": {"qk_norm": True, "rope_theta": 1e4}, "mlp": {"activation": "swiglu"}, "tied_embedding": True}
+
+
+@pytest.mark.parametrize(("layer", "changes"), [("M", {}), ("*", {}), ("-", {}), ("*", DECODER), ("-", DECODER)])
+def test_flops_are_those_that_torch_counts(layer, changes):
     """torch counts the matrix products of a real forward and backward pass."""
     tiny = preset_model("tiny")
-    spec = tiny.updated({"layers": [layer], "engram": [], "mamba": {"num_heads": 8, "num_groups": 2}})
+    spec = tiny.updated({"layers": [layer], "engram": [], "mamba": {"num_heads": 8, "num_groups": 2}, **changes})
     length = 256
     model = build_model(spec, BackendsSpec(attention="reference"), seed=0)
     ids_BT = torch.randint(0, spec.vocab_size, (2, length))

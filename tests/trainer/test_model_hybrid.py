@@ -151,3 +151,34 @@ def test_one_training_step_at_the_widths_of_h100_4b(layers):
     (output.ce_sum + output.aux_sum).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all() and (parameter.grad.ne(0).any() or "conv_norm" in name), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "layer"),
+    [
+        ("dual-h100-dense", "*-"),
+        ("qwen3-30b-a3b", "*E"),
+        ("nemotron-3-nano", "M*"),
+        ("nemotron-3-nano", "E"),
+    ],
+)
+def test_one_layer_of_the_other_presets_learns_at_its_true_width(preset: str, layer: str):
+    """With at most 32 experts: all 128 of Nemotron's, with their gradients, would take 10 GB."""
+    spec = load_job(preset).train.model.updated({"vocab_size": 2048, "layers": [layer]})
+    if spec.moe:
+        spec = spec.updated({"moe": {"num_experts": 32}})
+    model = build_model(spec, seed=0)
+    arguments = batch(spec, 1, 128)
+
+    def loss() -> torch.Tensor:
+        output = model(*arguments)
+        return output.ce_sum / 127 + output.aux_sum
+
+    before = loss()
+    before.backward()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assert parameter.grad.isfinite().all() and parameter.grad.ne(0).any(), name
+            parameter.sub_(parameter.grad, alpha=0.1)
+        assert loss() < before - 0.01
