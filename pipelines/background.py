@@ -1,7 +1,7 @@
-"""The processes of runs on this machine: which one drives a run, starting one that outlives the terminal, stopping it.
+"""The processes of runs on this machine: find the one that drives a run, start one in the background, stop it.
 
-Each `yaongi run` keeps `workdir/processes/<run>.json` with what a person may want to know, beside the job itself, and
-holds a lock as long as it lives. The lock says whether it is alive, since a number of a process is soon another's.
+Each `yaongi run` writes `workdir/processes/<run>.json`, beside the job itself, for people to read, and holds a lock
+file while it lives. The lock says whether it is alive; its pid does not, because the kernel reuses pids.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trainer.files import atomic_write
 from trainer.specbase import to_stored_yaml
 
 START_PATIENCE_SECONDS = 60
-LOOK_PATIENCE_SECONDS = 0.5  # who asks whether a run is alive holds its lock for a moment
+LOOK_PATIENCE_SECONDS = 0.5  # a check whether a run is alive holds its lock for a moment
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Process:
 
     Attributes:
         cwd: relative paths in the job start here.
-        started, ended: Unix seconds; `ended` is None while it runs, and for ever if it was killed.
-        code, error: exit code and the one line of an error.
+        started, ended: Unix seconds; `ended` is None while it runs, and stays None if it was killed.
+        code, error: exit code and the one-line error.
     """
 
     run: str
@@ -61,12 +61,12 @@ def folder(workdir: Path) -> Path:
 
 
 def job_file(workdir: Path, run: str) -> Path:
-    """The job as it was started, known before the run directory exists."""
+    """The job as it was started; written before the run directory exists."""
     return folder(workdir) / f"{run}.yaml"
 
 
 def console_file(workdir: Path, run: str) -> Path:
-    """What a background process has printed last time."""
+    """The output of the last background process."""
     return folder(workdir) / f"{run}.out"
 
 
@@ -91,10 +91,10 @@ def is_alive(workdir: Path, run: str) -> bool:
 
 @contextmanager
 def driving(job: JobSpec, workdir: Path) -> Iterator[None]:
-    """Be the one process that drives the run during the block.
+    """Make this process the only one that drives the run during the block.
 
     Raises:
-        LaunchError: another one does.
+        LaunchError: another process drives it.
     """
     run = job.run_name
     made(folder(workdir))
@@ -145,12 +145,12 @@ def _write(workdir: Path, process: Process) -> None:
 
 
 def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Process:
-    """Start `yaongi run` for a job in the background; returns once it drives the run and its log has begun.
+    """Start `yaongi run` for a job in the background; returns once it drives the run and its log exists.
 
-    It has a session of its own, so that neither the terminal's end nor its Ctrl-C reaches it.
+    It gets its own session, so that closing the terminal or pressing Ctrl-C there does not reach it.
 
     Raises:
-        LaunchError: the run is driven already, or the process ended before its log began; says why, with its code.
+        LaunchError: the run already has a process, or the new one ended before its log existed; with reason and code.
     """
     run = job.run_name
     if is_alive(workdir, run):
@@ -175,15 +175,15 @@ def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Proc
         ended = child.poll() is not None
         found = read(workdir, run)
         process = found if found is not None and found.pid == child.pid else None
-        # Who looks at the log next shall find this one, not that of the start before.
+        # Wait for this start's log: whoever looks next must not find the one of an earlier start.
         if ended or (process and _logs(workdir, run) - former):
             break
         time.sleep(0.1)
     if process and (process.ended is None or process.code == 0 or _logs(workdir, run) - former):
         return process
     if process:
-        raise LaunchError(process.error or f"run {run} was ended before it began", process.code)
-    last = (console.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        raise LaunchError(process.error or f"run {run} ended before it began", process.code)
+    last = (console.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
     code = None if child.returncode is None else of_process(child.returncode)
     raise LaunchError(f"run {run} did not start: {last.removeprefix('error: ')} (output: {console})", code)
 
@@ -193,17 +193,17 @@ def _logs(workdir: Path, run: str) -> set[Path]:
 
 
 def stop(workdir: Path, run: str, step: Callable[[], str], write: Callable[[str], None]) -> Process:
-    """Ask the process of a run to end, which lets the trainer save a checkpoint, and wait until it has ended.
+    """Send SIGTERM to the process of a run, so that the trainer saves a checkpoint, and wait until it has ended.
 
     Args:
-        step: names the step of the pipeline that runs, "" for none.
-        write: is told what is waited for.
+        step: returns the name of the running pipeline step, "" for none.
+        write: receives progress messages while this waits.
 
     Returns:
         How it ended.
 
     Raises:
-        LaunchError: nobody drives the run, or it is on another host.
+        LaunchError: no process drives the run, or it is on another host.
     """
     process = read(workdir, run)
     if process is None or not is_alive(workdir, run):

@@ -1,4 +1,4 @@
-"""The command `yaongi`. Heavy packages are imported where a command needs them, so that `--help` answers at once."""
+"""The command `yaongi`. Each command imports the heavy packages it needs itself, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ Train a language model from raw text to a verified export: on this machine, or o
 
     yaongi run mine.yaml
 
-Exit codes: 0 done, 2 bad spec or option, 3 a fault of this program, 65 bad data, 66 corrupt checkpoint, 69 something is
-missing or in the way, 74 file or volume, 130 and 143 stopped; all of them in docs/exit-codes.md.
+Exit codes: 0 done, 2 bad spec or option, 3 a bug in this program, 65 bad data, 66 corrupt checkpoint, 69 something is
+missing or in the way, 74 file or volume, 130 and 143 stopped; docs/exit-codes.md lists all.
 """
 
-# What people do first stands first.
+# In the order in which people need them.
 VERBS = (
     *("run", "prepare", "train", "evaluate", "export", "generate", "local", "status", "logs", "stop", "resume"),
     *("describe", "presets", "data", "doctor", "submit", "compile", "render", "lint", "why"),
@@ -80,7 +80,7 @@ def _be_verbose(on: bool) -> None:
 
 
 class Task(StrEnum):
-    """What the trainer can be asked to do."""
+    """The trainer's tasks."""
 
     TRAIN = "train"
     EVALUATE = "evaluate"
@@ -149,7 +149,7 @@ def train(job: Job, sets: Sets = None, workdir: Workdir = Path("work"), verbose:
 
 @app.command()
 def evaluate(job: Job, sets: Sets = None, workdir: Workdir = Path("work"), verbose: Verbose = False) -> None:
-    """Measure a run's last checkpoint on held-out text, and let it write samples."""
+    """Measure a run's last checkpoint on held-out text and generate samples."""
     _stage("evaluate", job, sets, workdir)
 
 
@@ -168,12 +168,12 @@ def _stage(task: Any, job: str, sets: list[str] | None, workdir: Path) -> None:
     from trainer.specbase import read_yaml
 
     if Path(job).is_file() and "run_dir" in read_yaml(job):
-        # torchrun's own variable says how many processes; a job's spec does so by itself.
+        # The number of processes is in torchrun's own variable; a job's spec states it itself.
         local.run_entrypoint(task, job, int(os.environ.get("PET_NPROC_PER_NODE", "1")), sets or [])
         return
     changes = _changes(sets)
     spec, _ = local_job(job, changes, target="local", workdir=workdir)
-    if task == "train":  # before it counts as a run
+    if task == "train":  # a missing input must not leave a run behind
         made.stage("shards", spec, job, sets, workdir)
         made.stage("tokenizers", spec, job, sets, workdir)
     with driving(spec, workdir) if task == "train" else nullcontext():
@@ -223,14 +223,16 @@ def presets() -> None:
 def describe(
     job: Job,
     sets: Sets = None,
-    optimizers: Annotated[bool, typer.Option("--optimizers", help="Only what trains each parameter.")] = False,
-    fp8: Annotated[bool, typer.Option("--fp8", help="Only which weights would multiply in FP8, and why.")] = False,
+    optimizers: Annotated[
+        bool, typer.Option("--optimizers", help="Only which optimizer trains each parameter.")
+    ] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Only which weights would use FP8, and why.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show a model layer by layer: shapes, parameters, FLOPs per token, memory of a GPU, checkpoint size."""
+    """Show a model layer by layer: shapes, parameters, FLOPs per token, GPU memory, checkpoint size."""
     from manifests.spec import load_job
 
-    spec = load_job(job, _changes(sets))  # a wrong field is told before PyTorch is loaded
+    spec = load_job(job, _changes(sets))  # report a wrong field before PyTorch is loaded
     from trainer.arithmetic.describe import describe as describe_model
     from trainer.arithmetic.describe import render as render_description
     from trainer.arithmetic.describe import render_memory
@@ -269,7 +271,7 @@ def render(
 
 @app.command(name="compile")
 def compile_pipeline(
-    output: Annotated[Path, typer.Argument(help="File to write; its folder is made.", dir_okay=False)] = Path(
+    output: Annotated[Path, typer.Argument(help="File to write; its folder is created.", dir_okay=False)] = Path(
         "pretrain.yaml"
     ),
     verbose: Verbose = False,
@@ -305,7 +307,7 @@ def _verbose() -> bool:
 
 
 def main() -> None:
-    """Run the command line; an error is one line on stderr and its exit code, a fault shows its traceback too."""
+    """Run the command line. An error prints one line on stderr and sets the exit code; a bug adds a traceback."""
     try:
         app()
     except Exception as error:

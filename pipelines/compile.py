@@ -1,4 +1,4 @@
-"""Compile the pipeline; `python -m pipelines.compile` writes the committed `pretrain.yaml` (a test compares)."""
+"""Compile the pipeline; `python -m pipelines.compile` writes the committed `pretrain.yaml` (a test compares them)."""
 
 from __future__ import annotations
 

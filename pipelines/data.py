@@ -1,4 +1,4 @@
-"""`yaongi data …`: verify, stats, cat and peek at what the data steps made."""
+"""`yaongi data …`: verify, stats, cat and peek for the output of the data steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trainer.data.plan import Cursor
 
 HELP = """
-Look at the data of a job: is it whole, how much is there of what, what does the model read.
+Inspect the data of a job: is it intact, how much of each source is there, what does the model read.
 
     yaongi data verify tiny
     yaongi data stats tiny --plot tokens.png
@@ -34,7 +34,7 @@ Where = Annotated[
     str,
     typer.Argument(metavar="JOB|DIRECTORY", help="A preset or job file, or a directory with a manifest.json."),
 ]
-WIDE = 200  # characters of a table's lines where nothing is on a terminal
+WIDE = 200  # characters in a table line when stdout is not a terminal
 STAGES: tuple[StageName, ...] = ("raw", "hygiene", "tokenizers", "shards")
 
 
@@ -71,7 +71,7 @@ def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> 
     else:
         job = _job(where, sets, workdir)
         stages = [stage for stage in STAGES if stage != "hygiene" or job.hygiene.enabled]
-        directories = (_made(stage, job, where, sets, workdir) for stage in stages)  # each in its turn
+        directories = (_made(stage, job, where, sets, workdir) for stage in stages)  # lazily, one after another
     problems: list[DataError] = []
     for directory in directories:
         manifest = read_manifest(directory)
@@ -84,10 +84,10 @@ def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> 
             f"{manifest.kind}: {counts.files} files, {counts.documents:,} documents, {counts.tokens:,} tokens, "
             f"digest {manifest.digest[:12]}: {state} ({directory / MANIFEST_NAME})"
         )
-        for line in found:  # now: a later stage may not be made yet, which ends the command
+        for line in found:  # print now: a later stage may be missing, which ends the command
             print(f"damaged: {line}")
     if problems:
-        first = min(problems, key=lambda error: isinstance(error, UnreadableError))  # damage says more
+        first = min(problems, key=lambda error: isinstance(error, UnreadableError))  # damage is more specific
         raise type(first)(f"{len(problems)} damaged: {first}")
 
 
@@ -98,7 +98,7 @@ def stats(
     plot: Annotated[Path | None, typer.Option(help="Also draw shares and document lengths: .png, .svg, .pdf.")] = None,
     workdir: Workdir = Path("work"),
 ) -> None:
-    """Documents, bytes and tokens of each source."""
+    """Show documents, bytes and tokens of each source."""
     rows = print_tokens(_shards(where, sets, workdir))
     if plot:
         from pipelines.data_plot import draw
@@ -108,7 +108,7 @@ def stats(
 
 
 def print_amounts(job: JobSpec, stage: str) -> None:
-    """What a job's data steps up to `stage` have made: documents, bytes and, of shards, tokens of each source."""
+    """Print what a job's data steps up to `stage` made: documents, bytes and, for shards, tokens of each source."""
     from trainer.data.manifest import read_manifest
 
     if stage == "shards":
@@ -126,12 +126,12 @@ def print_amounts(job: JobSpec, stage: str) -> None:
     _whole_lines().print(table, crop=False)
     if stage != "download" and job.hygiene.enabled:
         hygiene = Path(job.stage_dir("hygiene"))
-        newest = read_manifest(hygiene, "hygiene").files[-1].path  # the report that people read
-        print(f"what training leaves out of it, and why: {hygiene / newest}")
+        newest = read_manifest(hygiene, "hygiene").files[-1].path  # the report for people
+        print(f"what training leaves out, and why: {hygiene / newest}")
 
 
 def print_tokens(shards: Path) -> list[SourceTotals]:
-    """Print the table of a shards directory; its rows."""
+    """Print the table of a shards directory; returns its rows."""
     from trainer.data.inspection import totals
     from trainer.data.manifest import read_manifest
 
@@ -141,7 +141,7 @@ def print_tokens(shards: Path) -> list[SourceTotals]:
 
 
 def _whole_lines() -> Console:
-    """A file or a pipe has room for whole lines."""
+    """A console that does not wrap lines written to a file or pipe."""
     return Console(width=None if sys.stdout.isatty() else WIDE)
 
 
@@ -180,14 +180,14 @@ def cat(
     source: Annotated[str, typer.Option(help="Name of the source.")],
     first: Annotated[int, typer.Option(min=0, help="Number of the first document, from 0.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="How many documents.")] = 1,
-    heldout: Annotated[bool, typer.Option("--heldout", help="Of the held-out split.")] = False,
+    heldout: Annotated[bool, typer.Option("--heldout", help="Read the held-out split.")] = False,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer directory, when a shards directory is given.")
     ] = None,
     sets: Sets = None,
     workdir: Workdir = Path("work"),
 ) -> None:
-    """Print documents of the shards as text, and the raw line that each was."""
+    """Print documents of the shards as text, each with the place of its raw line."""
     from trainer.data.inspection import documents
     from trainer.data.manifest import read_manifest, verify
     from trainer.data.tokenizer import Tokenizer
@@ -218,7 +218,7 @@ def peek(
     sets: Sets = None,
     workdir: Workdir = Path("work"),
 ) -> None:
-    """Print one training sequence with its document boundaries and where each document came from."""
+    """Print one training sequence with its document boundaries and the origin of each document."""
     from trainer.data.inspection import training_row
 
     spec = _job(job, sets, workdir)
@@ -236,7 +236,7 @@ def peek(
 
 
 def _reached(run_dir: str, step: int) -> tuple[int, Cursor] | None:
-    """Steps done and cursor of the run's last checkpoint at or before `step`, if any; saves walking there."""
+    """Step and cursor of the run's last checkpoint at or before `step`, if any, so that the walk starts there."""
     from trainer.checkpoints import checkpoint
     from trainer.data.plan import Cursor
 

@@ -1,4 +1,4 @@
-"""The picture of `yaongi data stats`: share of each source, and how long its documents are."""
+"""The plot of `yaongi data stats`: the share of each source and the lengths of its documents."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from trainer.data.inspection import SourceTotals
 
 
 def draw(rows: Sequence[SourceTotals], path: Path) -> None:
-    """Write the picture in the format that the name ends in.
+    """Write the plot; the file suffix sets the format.
 
     Raises:
-        ValueError: a format that matplotlib does not write.
+        ValueError: matplotlib cannot write that format.
     """
     colours = colormaps["tab10"](np.arange(len(rows)) % 10)
     figure = Figure(figsize=(11, 1.6 + 0.45 * max(4, len(rows))), layout="constrained")
@@ -31,7 +31,7 @@ def draw(rows: Sequence[SourceTotals], path: Path) -> None:
     longest = max((int(row.lengths.max(initial=1)) for row in rows), default=1)
     edges = np.geomspace(1, max(2, longest), 50)
     for row, colour in zip(rows, colours, strict=True):
-        weight, _ = np.histogram(row.lengths, edges, weights=row.lengths)  # tokens, not documents: what is trained on
+        weight, _ = np.histogram(row.lengths, edges, weights=row.lengths)  # by tokens, as in training
         lengths.stairs(weight / max(1, weight.sum()), edges, color=colour, label=row.name, linewidth=1.6)
     lengths.set_xscale("log")
     lengths.set_xlabel("tokens of a document")

@@ -1,8 +1,8 @@
-"""Run the pipeline object under kfp.local: the process behind `yaongi run`, which watches and shows what it prints.
+"""Run the pipeline object under kfp.local: the child process of `yaongi run`, which shows its output.
 
     python -m pipelines.execute ARGUMENTS.json PIPELINE_ROOT [STAGE]
 
-A process of its own, because kfp.local writes to stdout, replaces print and knows no way to be stopped.
+It is a separate process because kfp.local writes to stdout, replaces print and cannot be stopped.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from trainer.process.launcher import Launcher, named
 
 def main() -> int:
     arguments = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    # A signal goes to every process of this session. The steps obey it, and none begins any more; this one stays to see
-    # how they end.
+    # A signal goes to every process of this session. The steps obey it and no further step begins; this process stays
+    # until they have ended.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     launcher = Launcher()
-    os.environ |= named()  # the steps in turn end with this process
+    os.environ |= named()  # so that the steps end with this process
     if stage := "".join(sys.argv[3:4]):
         os.environ[DATA_ALONE_VARIABLE] = stage
     warnings.filterwarnings("ignore", message="You may be attemping to run a task that uses custom or non-Python")
@@ -51,7 +51,7 @@ def main() -> int:
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=sys.argv[2])
     try:
         pretrain(**arguments)
-    except RuntimeError as error:  # how kfp.local says that a step failed; the step has said why
+    except RuntimeError as error:  # kfp.local raises it when a step failed; the step has printed why
         print(error)
         return 1
     finally:
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def cut_after(stage: str, pipeline: Any) -> None:
-    """Take out of a compiled pipeline (kfp's PipelineSpec) what `stage` does not need."""
+    """Remove the tasks that `stage` does not need from a compiled pipeline (kfp's PipelineSpec)."""
     (dag,) = (each.dag for each in pipeline.components.values() if stage in each.dag.tasks)
     needed, found = set[str](), [stage]
     while found:
@@ -71,9 +71,9 @@ def cut_after(stage: str, pipeline: Any) -> None:
 
 
 def _end_with(launcher: Launcher) -> None:
-    """If `yaongi run` was killed, stop what it started: nobody watches it any more."""
+    """If `yaongi run` was killed, stop the processes it started."""
     launcher.wait()
-    # Nobody reads either: what is printed must not end this process before the steps have.
+    # Nobody reads the output either: a broken pipe must not end this process before the steps.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

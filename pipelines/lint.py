@@ -1,4 +1,4 @@
-"""`yaongi lint`: the traps in any PyTorchJob or TrainJob manifest, each with what really happens and how to mend it."""
+"""`yaongi lint`: the traps in any PyTorchJob or TrainJob manifest, each with its effect and its fix."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def lint(
         list[str] | None, typer.Argument(metavar="FILE…", help="YAML or JSON manifests; - for stdin.")
     ] = None,
     format: Annotated[Format, typer.Option(help="human, or one JSON object.")] = Format.HUMAN,
-    trainer_version: Annotated[str, typer.Option(help="Kubeflow Trainer that TrainJobs are for: 2.0 to 2.3.")] = "2.1",
+    trainer_version: Annotated[str, typer.Option(help="Kubeflow Trainer to check TrainJobs for: 2.0 to 2.3.")] = "2.1",
     rules: Annotated[bool, typer.Option("--rules", help="List all rules with their reasons.")] = False,
     explain: Annotated[str, typer.Option(metavar="RULE", help="Explain one rule.")] = "",
 ) -> None:
@@ -51,7 +51,7 @@ def lint(
     if not files:
         raise SpecError("no FILE to check; name manifests, or - for stdin")
     if trainer_version not in TRAINER_VERSIONS:
-        raise SpecError(f"--trainer-version {trainer_version} is none of {', '.join(TRAINER_VERSIONS)}")
+        raise SpecError(f"--trainer-version {trainer_version} is not one of {', '.join(TRAINER_VERSIONS)}")
     result = check({name: _read(name) for name in files}, trainer_version)
     if format is Format.JSON:
         counts = {"objects": result.objects, "jobs": result.jobs, "errors": result.errors}
@@ -66,7 +66,7 @@ def _read(name: str) -> str:
     try:
         return sys.stdin.read() if name == STDIN else Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise SpecError(f"{name}: is no text in UTF-8; give YAML or JSON manifests") from None
+        raise SpecError(f"{name}: is not UTF-8 text; give YAML or JSON manifests") from None
     except IsADirectoryError:
         raise SpecError(f"{name}: is a folder; name the files in it, {name}/*.yaml") from None
     except OSError as error:

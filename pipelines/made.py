@@ -1,4 +1,4 @@
-"""What a command needs and another one makes: where it is not there, that command is named in full."""
+"""Inputs of a command that another command makes; if one is missing, the error names that command in full."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipelines.options import command
 from trainer.data.manifest import MANIFEST_NAME
 from trainer.errors import DataError
 
-# What `prepare` ends with to make a stage; it ends with the shards by itself.
+# The option of `prepare` that stops after a stage; by default it stops after the shards.
 UNTIL: dict[StageName, tuple[str, ...]] = {
     "raw": ("--until", "download"),
     "hygiene": ("--until", "hygiene"),
@@ -19,13 +19,13 @@ UNTIL: dict[StageName, tuple[str, ...]] = {
 
 
 def stage(name: StageName, spec: JobSpec, job: str, sets: list[str] | None, workdir: Path) -> Path:
-    """The directory of a stage that is made.
+    """The directory of a finished stage.
 
     Args:
-        job, sets, workdir: as the person gave them, who has to repeat them.
+        job, sets, workdir: as the user gave them, for the command in the message.
 
     Raises:
-        DataError: it is not there.
+        DataError: the stage does not exist.
     """
     directory = Path(spec.stage_dir(name))
     if not (directory / MANIFEST_NAME).is_file():

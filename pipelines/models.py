@@ -1,4 +1,4 @@
-"""Find the exported model that a person means."""
+"""Find the exported model that the user names."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from trainer.errors import SpecError
 
 
 def find(source: str, workdir: Path) -> Path:
-    """The export directory that `source` names: itself, or what a run (as `local.find` knows it) has exported.
+    """The export directory that `source` names: itself, or that of a run (found by `local.find`).
 
     Raises:
-        SpecError: nothing of that name, or its model has not been exported.
+        SpecError: no such run, or its model has not been exported.
     """
     for directory in (Path(source), Path(source) / "export"):
         if (directory / "model.safetensors").is_file():

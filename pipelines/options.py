@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take, each with one meaning."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Sets = Annotated[
 WORKDIR = Path("work")
 Workdir = Annotated[Path, typer.Option(help="Folder for data, checkpoints and logs of local runs.")]
 Namespace = Annotated[
-    str, typer.Option("--namespace", "-n", help="Kubernetes namespace; without it the kubeconfig context's.")
+    str, typer.Option("--namespace", "-n", help="Kubernetes namespace; default: that of the kubeconfig context.")
 ]
 
 
 def command(verb: str, what: str, workdir: Path, sets: list[str] | None = None, *options: str) -> str:
-    """A whole command for a message to name, which does what it says when it is copied."""
+    """A complete command for a message, ready to copy and run."""
     return f"yaongi {shlex.join([verb, what, *options])}{again(workdir, sets)}"
 
 
 def again(workdir: Path, sets: list[str] | None = None) -> str:
-    """The options that were given, for a command that a message names."""
+    """The options that the user gave, to be repeated in a command that a message names."""
     words = [word for each in sets or [] for word in ("--set", each)]
     words += ["--workdir", str(workdir)] if workdir != WORKDIR else []
     return "".join(f" {shlex.quote(word)}" for word in words)

@@ -1,4 +1,4 @@
-"""The metrics ports of a run on this machine: a named one that is taken is refused before anything long is done."""
+"""The metrics ports of a run on this machine: refuse a port that the user chose and that is taken, before long work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.thismachine import DEFAULT_PORT
 
 
 def problem(port: int) -> str | None:
-    """Why nothing can be served on a port now, None where it can."""
+    """Why a port cannot be bound now; None if it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -25,20 +25,20 @@ def problem(port: int) -> str | None:
 
 
 def written(preset_or_file: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """The fields that a person has written, in a job file or by --set; a preset and a stored job are no person's."""
+    """The fields that the user wrote, in a job file or by --set; not those of a preset or a stored job."""
     preset = preset_or_file in preset_names()
     fields = {} if preset or is_stored(preset_or_file) else changes_of(preset_or_file)[1]
     return deep_merge(fields, changes)
 
 
 def refuse_taken(job: JobSpec, changes: dict[str, Any]) -> None:
-    """Return if every port that a person has named is free. The default ones give way when their time comes.
+    """Return if every port that the user chose is free. A default port that is taken is replaced later.
 
     Args:
-        changes: what is `written`, where even the default port is a named one.
+        changes: the fields from `written`; if they hold the default port, it counts as chosen.
 
     Raises:
-        SpecError
+        SpecError: a chosen port is taken.
     """
     first, ranks = job.train.runtime.metrics_port, job.cluster.world_size
     runtime = (changes.get("train") or {}).get("runtime") or {}

@@ -1,4 +1,4 @@
-"""`yaongi prepare`: the pipeline's data steps alone, then what they made, for a person to decide about."""
+"""`yaongi prepare`: run only the pipeline's data steps, then show their output for the user to judge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.options import Job, Sets, Workdir, command
 
 
 class Stage(StrEnum):
-    """A data step, after which it can end."""
+    """The data steps after which `prepare` can stop."""
 
     DOWNLOAD = "download"
     HYGIENE = "hygiene"
@@ -25,10 +25,10 @@ class Stage(StrEnum):
 def prepare(
     job: Job,
     sets: Sets = None,
-    until: Annotated[Stage, typer.Option(help="The last step to take.")] = Stage.SHARDS,
+    until: Annotated[Stage, typer.Option(help="The last step to run.")] = Stage.SHARDS,
     workdir: Workdir = Path("work"),
 ) -> None:
-    """Prepare a job's data alone and show how much there is of what; `run` goes on from there."""
+    """Prepare only a job's data and show how much of each source there is; `run` continues from there."""
     from components.plan.feasible import refuse_hopeless
     from pipelines.data import print_amounts
     from pipelines.run import local_job, run_pipeline

@@ -1,8 +1,8 @@
-"""The pipeline: from raw text to a trained, measured and exported model.
+"""The pipeline: from raw text to a trained, evaluated and exported model.
 
-`yaongi run` executes this object on one machine, `yaongi compile` writes it as YAML for Kubeflow Pipelines. Steps hand
-on small JSON strings; the bytes lie on two volumes, found by digest. Nothing is cached by the backend: every step
-checks what lies on its volume and does no work that is done.
+`yaongi run` executes this object on one machine, `yaongi compile` writes it as YAML for Kubeflow Pipelines. Steps pass
+small JSON strings; the data is on two volumes, found by digest. The backend caches nothing: every step checks what is
+on its volume and skips work that is done.
 """
 
 from kfp import dsl, kubernetes
@@ -22,8 +22,8 @@ from manifests.spec import StorageSpec
 STORAGE = StorageSpec()
 UID = 1000  # of both images
 RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER  # marks the jobs of this run of the pipeline
-# Of a step's pod, pulling its image included. A launcher watches cluster.{queue,start,run}_timeout_seconds instead: its
-# pod's end at a time that does not know of those would look like a person's.
+# Time limits of a step's pod, including the image pull. A launcher enforces cluster.{queue,start,run}_timeout_seconds
+# itself: a second limit that ends its pod would look as if a person had stopped it.
 SHORT_SECONDS, DATA_SECONDS, OWN_CLOCKS = 1800, 7 * 86_400, 0
 
 
@@ -55,7 +55,7 @@ def pretrain(
     """
 
     def based(task: dsl.PipelineTask, limit: int) -> dsl.PipelineTask:
-        """Image, identity and longest time of every step; Prometheus finds it by its label."""
+        """Image, user, time limit and the label for Prometheus of every step."""
         task.set_container_image(image).set_caching_options(False)
         kubernetes.set_image_pull_policy(task, "IfNotPresent")
         kubernetes.set_timeout(task, limit)
@@ -69,16 +69,16 @@ def pretrain(
         return task
 
     def from_hub(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """A placed step that reaches the web, and reads gated datasets where the namespace holds the secret."""
+        """As `placed`, with access to the web and, if the namespace has the secret, to gated datasets."""
         kubernetes.add_pod_label(task, EGRESS_LABEL, HUB)
         return kubernetes.use_secret_as_env(placed(task), HUB_SECRET, {"token": "HF_TOKEN"}, optional=True)
 
     def launched(name: str, job: str, after: str) -> dsl.PipelineTask:
-        """A task of the trainer; the job it creates belongs to the launcher's pod."""
+        """A task of the trainer; the launcher's pod owns the job it creates."""
         task = placed(launch(job=job, task=name, after=after, pipeline_run=RUN_ID), OWN_CLOCKS).set_display_name(name)
         return kubernetes.use_field_path_as_env(task, "POD_NAME", "metadata.name")
 
-    # Runs however the other steps end, also when the run is terminated, which stops a launcher without a signal.
+    # Runs however the other steps end, even when the run is terminated, which kills a launcher without a signal.
     last = based(cleanup(pipeline_run=RUN_ID, preset=preset, overrides=overrides), SHORT_SECONDS)
     with dsl.ExitHandler(last, name="pretrain"):
         job = placed(

@@ -1,7 +1,7 @@
-"""What a person sees of a pipeline that runs here: each step's name, its own lines, its time; nothing of KFP's log.
+"""The console output of a local pipeline: each step's name, its lines and its time, without KFP's own log.
 
-The steps announce themselves (`components.running`); whatever is printed outside a step is the machinery's and goes to
-the log file only.
+The steps print marks (`components.running`); anything printed outside a step comes from KFP and goes to the log file
+only.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from components.marks import DONE, FAILED, STARTED
 from trainer.exitcodes import ExitCode
 
-# What kfp.local says of a step that has died, also of one that could not say so itself.
+# What kfp.local prints for a step that died, even if the step itself printed nothing.
 TASK_FAILED = re.compile(r"Task \S+ finished with status \S*FAILURE")
-ONCE = re.compile(r"operation |metrics ")  # what each step or task says for itself, mostly word by word the same
-INDENT = " " * 4  # kfp.local puts it before every line of a step, several times where steps lie in one another
+ONCE = re.compile(r"operation |metrics ")  # printed by every step or task, mostly with the same words
+INDENT = " " * 4  # kfp.local puts it before every line of a step, once per level of nesting
 
 
 class Watcher:
-    """Follows the output of `pipelines.execute`; then `failure` says which step failed and why ("" if none
-    said), `code` with which exit code."""
+    """Follows the output of `pipelines.execute`; then `failure` says which step failed and why ("" if none said so),
+    `code` its exit code."""
 
     def __init__(self, console: Console, log: TextIO, *, verbose: bool = False) -> None:
         self.console, self.log, self.verbose = console, log, verbose
-        self.running: dict[str, float] = {}  # steps and when they started; several where a loop runs them side by side
+        self.running: dict[str, float] = {}  # step → start time; several if a loop runs steps in parallel
         self.indent = INDENT
         self.failure = ""
         self.code: int = ExitCode.UNEXPECTED
@@ -40,7 +40,7 @@ class Watcher:
 
     @property
     def step(self) -> str:
-        """The step that started last of those that run, else ""."""
+        """The running step that started last, else ""."""
         return next(reversed(self.running), "")
 
     def follow(self, lines: Iterable[str]) -> None:
@@ -75,18 +75,18 @@ class Watcher:
         elif self.step and line.startswith(INDENT) and text and not self._for_the_log(text):
             self._print(f"  {text}")
         if line.startswith(INDENT) and text:
-            # What a step that dies of something unforeseen said last, which is the end of its traceback.
+            # The last line of a step that dies unexpectedly is the end of its traceback.
             self.last_line = f"{self.step}: {text.strip()}" if self.step else text.strip()
 
     def _failed(self, failure: str, code: int) -> None:
-        """The first one counts: what comes after it is the cleaning up."""
+        """Keep the first failure only: later ones come from the cleanup."""
         if not self.failure:
             self.failure, self.code = failure, code
         if self.running.pop(failure.partition(": ")[0], None) is None:
             self.running.clear()
 
     def _for_the_log(self, text: str) -> bool:
-        """Whether `text` is JSON, was said before, or belongs to a traceback; the last line of one is not indented."""
+        """Whether `text` is JSON, a repetition, or part of a traceback, whose last line is not indented."""
         if text.startswith("{") and text.endswith("}"):
             return True
         if ONCE.match(text):

@@ -1,5 +1,5 @@
-"""What `yaongi run` refuses a job for on this machine before it does anything: asked by all who start a job here, and
-told by `doctor` beforehand."""
+"""The checks for which `yaongi run` refuses a job on this machine before it does anything. All commands that start a
+job here make them, and `doctor` reports them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pipelines.ports import refuse_taken
 
 
 def checks(job: JobSpec, changes: dict[str, Any]) -> dict[str, Callable[[], None]]:
-    """What is looked at, by name; each raises a ForeseenError that says why the job cannot run here.
+    """The checks by name; each raises a ForeseenError that says why the job cannot run here.
 
     Args:
-        changes: the fields that a person has written (`pipelines.ports.written`).
+        changes: the fields that the user wrote (`pipelines.ports.written`).
     """
     return {"ports": lambda: refuse_taken(job, changes), **feasible.checks(job, train=True)}
 
 
 def refuse(job: JobSpec, changes: dict[str, Any]) -> None:
-    """Raise what the first of `checks` raises that refuses the job; return if none does."""
+    """Raise the error of the first failing check; return if none fails."""
     for check in checks(job, changes).values():
         check()

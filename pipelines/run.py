@@ -1,4 +1,4 @@
-"""Run the pipeline on this machine: the same object that Kubeflow Pipelines executes, under kfp.local."""
+"""Run the pipeline on this machine under kfp.local: the same object that Kubeflow Pipelines executes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from trainer.specbase import deep_merge
 def local_job(
     preset_or_file: str, changes: dict[str, Any], *, target: str, workdir: Path
 ) -> tuple[JobSpec, dict[str, Any]]:
-    """The job and the pipeline's arguments for a run that this machine drives.
+    """The job and the pipeline's arguments for a run driven by this machine.
 
     Args:
         preset_or_file: a preset's name or a job file.
-        changes: what `--set` says.
+        changes: the fields of `--set`.
         target: where the trainer runs, "local" or "kubernetes".
-        workdir: folder for both trees of a local run. A run on Kubernetes needs the volumes mounted here as they are
-            there, so it keeps the spec's own directories.
+        workdir: folder for both directory trees of a local run. A run on Kubernetes needs the volumes mounted here at
+            the same paths as in its pods, so it keeps the spec's own directories.
 
     Raises:
         SpecError: the spec is wrong, or its directories cannot be written here.
@@ -59,20 +59,20 @@ def local_job(
 def _require_writable(field: str, directory: Path, target: str) -> None:
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        mend = "give another --workdir" if target == "local" else "the volume must be writable for this user"
-        raise SpecError(f"{field}: {directory} cannot be written here; {mend}")
+        fix = "give another --workdir" if target == "local" else "the volume must be writable for this user"
+        raise SpecError(f"{field}: {directory} cannot be written here; {fix}")
 
 
 def run_pipeline(
     job: JobSpec, arguments: dict[str, Any], *, logs: Path, console: Console, verbose: bool = False, until: str = ""
 ) -> Path:
-    """Execute the pipeline with `arguments`, showing its steps; returns the file in `logs` with all that was printed.
+    """Execute the pipeline with `arguments` and show its steps; returns the log file in `logs` with the full output.
 
     Args:
-        until: the data stage after which it ends; "" for none.
+        until: the data stage after which it stops; "" for none.
 
     Raises:
-        LaunchError: a step failed; the message names it and says why.
+        LaunchError: a step failed; the message names it and the reason.
         Stopped: SIGINT or SIGTERM ended it before its last step was done.
     """
     log_path = made(logs) / f"{job.run_name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
@@ -92,7 +92,7 @@ def run_pipeline(
         environment = os.environ | {"TMPDIR": scratch} | launcher.named() | stop.environment
         environment |= {"YAONGI_VERBOSE": "1"} if verbose else {}
         watcher = Watcher(console, log, verbose=verbose)
-        # A session of its own makes one group of all that we start, so that a signal reaches that and nothing else.
+        # A new session puts all child processes in one group, so that a signal reaches them and nothing else.
         with (
             stop.handled(),
             subprocess.Popen(

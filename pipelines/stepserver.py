@@ -1,8 +1,8 @@
-"""Steps of the pipeline as copies of one process that has imported what they all import.
+"""Run the pipeline's steps as forks of one process that has already imported their packages.
 
-kfp.local starts a Python for each of a dozen steps, which spends half a second of a processor on imports, nearly the
-same ones in all. Here they are imported once, and each step is a fork of a process that has them. It has no threads, so
-that a fork of it is whole, and it outlives signals, which are meant for the steps.
+kfp.local starts a Python process for each of a dozen steps; each spends half a CPU second on nearly the same imports.
+Here a server process imports them once and forks each step. It has no threads, so that forking is safe, and it ignores
+signals, which are meant for the steps.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from typing import IO
 
 from kfp.dsl import executor_main
 
-import components.measuring  # noqa: F401  as the next, imported by all steps
+import components.measuring  # noqa: F401  like the next line: all steps import it
 import manifests.spec  # noqa: F401
 
-IN_KFP = "ephemeral_component.py"  # what kfp's command writes a component's source to
+IN_KFP = "ephemeral_component.py"  # kfp's command writes a component's source to it
 MARK = b"step"
 
 
 class StepServer:
-    """Starts steps, until it is closed."""
+    """Starts steps until it is closed."""
 
     def __init__(self) -> None:
-        """Forks this process, which must not have threads yet; the steps get its environment."""
+        """Fork this process, which must not have threads yet; the steps inherit its environment."""
         self._connection, theirs = socket.socketpair()
         self._server = os.fork()
         if not self._server:
             self._connection.close()
-            gc.freeze()  # else the collector of each step would copy the memory that it shares with this process
+            gc.freeze()  # else each step's garbage collector would copy the pages it shares with this process
             request = serve(theirs)
             if request is not None:
                 execute(request)
@@ -45,7 +45,7 @@ class StepServer:
         theirs.close()
 
     def run(self, full_command: Sequence[str], env_vars: dict[str, str] | None = None) -> int:
-        """In place of kfp's run_local_subprocess: print what a step prints; its exit code, -N if signal N ended it.
+        """Replace kfp's run_local_subprocess: print the step's output; returns its exit code, -N for signal N.
 
         Raises:
             ValueError: the command is not one that executes a component.
@@ -58,16 +58,16 @@ class StepServer:
         with tempfile.TemporaryFile("w+") as request:
             json.dump({"source": source, "arguments": arguments, "environment": env_vars or {}}, request)
             request.flush()
-            with suppress(BrokenPipeError):  # the server was killed; nothing will be printed or told
+            with suppress(BrokenPipeError):  # the server was killed; no output and no exit code will come
                 socket.send_fds(self._connection, [MARK], [request.fileno(), step_output, step_code])
         os.close(step_output)
         os.close(step_code)
         with open(output, encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 print(line, end="")
-        with open(code, "rb") as told:  # nothing, if the server was killed
+        with open(code, "rb") as told:  # empty if the server was killed
             ended = int(told.read() or -signal.SIGKILL)
-        if ended == -signal.SIGKILL:  # which nothing in the step could say
+        if ended == -signal.SIGKILL:  # the step itself could not report it
             print("killed (signal 9); if nobody did that, the machine has run out of memory")
         return ended
 
@@ -77,8 +77,8 @@ class StepServer:
 
 
 def serve(connection: socket.socket) -> IO[str] | None:
-    """Fork a step for each request; returns in each step, with the request, and None when there are no more."""
-    told: dict[int, int] = {}  # step → where its exit code is awaited
+    """Fork a step for each request. Returns the request in each step, and None in the server when there are no more."""
+    told: dict[int, int] = {}  # pid of a step → file descriptor for its exit code
 
     def reap(*_: object) -> None:
         for step in list(told):
@@ -117,11 +117,11 @@ def serve(connection: socket.socket) -> IO[str] | None:
 
 
 def _ignore(*_: object) -> None:
-    """A handler, and not SIG_IGN, which what a step starts would inherit."""
+    """A handler instead of SIG_IGN, which the child processes of a step would inherit."""
 
 
 def execute(request: IO[str]) -> None:
-    """What kfp's command does in a shell: write the component to a file and execute it with the arguments."""
+    """Do what kfp's shell command does: write the component to a file and execute it with the arguments."""
     with request:
         request.seek(0)
         wanted = json.load(request)

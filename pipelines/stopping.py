@@ -1,7 +1,7 @@
-"""How a run that this machine drives is stopped: a file says so to what starts later, signals to what runs already.
+"""Stop a run driven by this machine: signals for running processes, a stop file for those that start later.
 
-A signal alone is lost between two steps and while a process imports its packages. So the stop is written down first,
-and each step looks for it before it begins (`components.running.step`).
+A signal alone is lost between two steps and while a process imports its packages. So the stop file is written first,
+and each step checks for it before it begins (`components.running.step`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from components.running import STOP_FILE_VARIABLE
 from trainer.errors import ForeseenError
 
 SAID = (
-    "stopping: the step that runs ends first, the trainer after a checkpoint; once more: without one\n",
+    "stopping: the running step ends first, the trainer after a checkpoint; once more: without one\n",
     "stopping without a checkpoint; once more: at once\n",
     "killed\n",
 )
@@ -34,7 +34,7 @@ class Stopped(ForeseenError):
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """A signal during the block, when no other process has anything to save, ends it with `Stopped`."""
+    """End the block with `Stopped` at a signal; for times when no other process has anything to save."""
 
     def end(number: int, _frame: FrameType | None) -> None:
         raise Stopped(128 + number)
@@ -44,11 +44,11 @@ def ends_at_once() -> Iterator[None]:
 
 
 class Stop:
-    """Passes SIGINT and SIGTERM on to the group of a child process during `handled`: each time with more force.
+    """During `handled`, forwards SIGINT and SIGTERM to the process group of a child, with more force each time.
 
     Attributes:
-        received: the signals that came.
-        environment: what the child and all that it starts must have.
+        received: the signals received.
+        environment: variables that the child and its children need.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,7 +63,7 @@ class Stop:
             yield
 
     def reaches(self, child: subprocess.Popen[str]) -> None:
-        """From now on `child`, the leader of its group; also what came before it was there."""
+        """Forward signals to `child`, the leader of its group, from now on; also those already received."""
         self._child = child
         if self.received:
             self._pass_on()
@@ -72,7 +72,7 @@ class Stop:
         self.received.append(number)
         if len(self.received) == 1:
             self._file.write_text(str(number), encoding="ascii")
-        # Not print: the signal may have met one.
+        # Not print: the signal may have interrupted one.
         with suppress(OSError):
             os.write(1, SAID[min(len(self.received), len(SAID)) - 1].encode())
         self._pass_on()

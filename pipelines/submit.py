@@ -33,12 +33,12 @@ def submit(
     """Create a run of the pipeline on `host`; returns its id.
 
     Args:
-        image: what the pipeline's steps run in; "" for the compiled pipeline's own. The trainer's is `cluster.image`.
+        image: image of the pipeline's steps; "" for that of the compiled pipeline. The trainer's is `cluster.image`.
         browse: open the run's page in a browser.
 
     Raises:
         SpecError: the job is wrong, or no host was given.
-        LaunchError: the host cannot be reached or refuses; with `follow`, also a run that does not succeed.
+        LaunchError: the host cannot be reached or refuses; with `follow`, also if the run does not succeed.
     """
     preset, wanted = changes_of(preset_or_file)
     wanted = deep_merge(wanted, changes)

@@ -1,4 +1,4 @@
-"""The last thing that `yaongi run` prints."""
+"""The summary that `yaongi run` prints at its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.options import again
 
 
 def show(run: RunSummary, log: Path, console: Console, workdir: Path) -> None:
-    """Print the run's numbers, places and one sample; a line is never wrapped, so that paths can be copied."""
+    """Print the run's numbers, paths and one sample; lines are never wrapped, so that paths can be copied."""
     console.print(Text(f"\n{run.name}", style="bold green"))
     for label, value in [*run.rows(), ("log", str(log))]:
         console.print(Text.assemble((f"{label:<16}", "bold"), value), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`yaongi local`, `status`, `logs`, `stop`, `resume` and `why`: what people do with runs once they exist."""
+"""`yaongi local`, `status`, `logs`, `stop`, `resume` and `why`: the commands for runs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ Run = Annotated[
 ]
 Namespace = Annotated[
     str,
-    typer.Option("--namespace", "-n", help="Look on the cluster, in this namespace; else there for unknown runs only."),
+    typer.Option(
+        "--namespace", "-n", help="Look in this namespace of the cluster; default: only for runs unknown here."
+    ),
 ]
 Host = Annotated[
-    str, typer.Option(envvar="KFP_HOST", help="Kubeflow Pipelines, http://…, where RUN is the id of a run there.")
+    str, typer.Option(envvar="KFP_HOST", help="Kubeflow Pipelines, http://…, if RUN is the id of a run there.")
 ]
-WIDE = 200  # characters of a table's lines where nothing is on a terminal
+WIDE = 200  # characters in a table line when stdout is not a terminal
 
 
 def register(app: typer.Typer) -> None:
@@ -39,7 +41,7 @@ def local(job: Job, sets: Sets = None, workdir: Workdir = Path("work")) -> None:
 
     changes = changes_from_sets(sets or [])
     spec, _ = local_job(job, changes, target="local", workdir=workdir)
-    if not background.is_alive(workdir, spec.run_name):  # else it is the run's own ports that are taken
+    if not background.is_alive(workdir, spec.run_name):  # a live run holds its ports itself
         from pipelines.ports import written
         from pipelines.refusals import refuse
 
@@ -49,13 +51,13 @@ def local(job: Job, sets: Sets = None, workdir: Workdir = Path("work")) -> None:
 
 def status(
     context: typer.Context,
-    run: Annotated[str, typer.Argument(metavar="[RUN]", help="As for `logs`; without it all runs.")] = "",
-    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every two seconds until the run ends.")] = False,
+    run: Annotated[str, typer.Argument(metavar="[RUN]", help="As for `logs`; default: all runs.")] = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every two seconds until the run ends.")] = False,
     namespace: Namespace = "",
     host: Host = "",
     workdir: Workdir = Path("work"),
 ) -> None:
-    """How far runs are, how fast, when they end, and why one does not run."""
+    """Show the progress, speed and remaining time of runs, and why one does not run."""
     from rich.live import Live
 
     from pipelines.runs import find, view
@@ -88,14 +90,16 @@ def status(
 def logs(
     context: typer.Context,
     run: Run,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
-    rank: Annotated[int | None, typer.Option(min=0, help="A rank's own log of the training.")] = None,
-    task: Annotated[str, typer.Option(help="Only one step: train, evaluate, export, or here a data step.")] = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until the run ends.")] = False,
+    rank: Annotated[int | None, typer.Option(min=0, help="Only the training log of this rank.")] = None,
+    task: Annotated[
+        str, typer.Option(help="Only one step: train, evaluate, export or, on this machine, a data step.")
+    ] = "",
     namespace: Namespace = "",
     host: Host = "",
     workdir: Workdir = Path("work"),
 ) -> None:
-    """What a run has printed: here its pipeline, on the cluster the trainer."""
+    """Print a run's log: of its pipeline on this machine, of the trainer on the cluster."""
     from pipelines.runs.find import Where, find
 
     _check_host(context, run)
@@ -105,7 +109,7 @@ def logs(
 def stop(
     context: typer.Context, run: Run, namespace: Namespace = "", host: Host = "", workdir: Workdir = Path("work")
 ) -> None:
-    """Stop a run; a training saves a checkpoint first, from which `resume` goes on."""
+    """Stop a run. Training saves a checkpoint first; `resume` continues from it."""
     from pipelines.runs.find import Where, find
 
     _check_host(context, run)
@@ -122,7 +126,7 @@ def resume(
 ) -> None:
     """Start a stopped or failed run again from its last checkpoint, in the background or as a job of the cluster.
 
-    --set train.steps=N makes it longer, a finished run too: from its last checkpoint before the learning rate falls.
+    --set train.steps=N lengthens a run, even a finished one: from its last checkpoint before the learning rate falls.
     """
     from pipelines.runs.find import Where, find
 
@@ -144,7 +148,7 @@ def why(
 ) -> None:
     """Say in one sentence why a job on the cluster does not run, or how it ended, and what to do about it.
 
-    Without --namespace a run of this machine will do, where the cluster has no such job.
+    Without --namespace, a run of this machine is explained if the cluster has no such job.
     """
     from pipelines.runs.find import Where, find_to_explain
 
@@ -153,10 +157,10 @@ def why(
 
 
 def _check_host(context: typer.Context, run: str) -> None:
-    """Refuse --host for what is no run of that host. KFP_HOST in the environment may be meant for other runs.
+    """Refuse --host if `run` is not the id of a run there. KFP_HOST in the environment may be meant for other runs.
 
     Raises:
-        SpecError
+        SpecError: as above.
     """
     from pipelines.runs.find import is_kfp
     from trainer.errors import SpecError

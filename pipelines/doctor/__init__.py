@@ -1,1 +1,1 @@
-"""`yaongi doctor`: what this machine and a cluster have and lack for a run, found out by trying, and what to do."""
+"""`yaongi doctor`: test what this machine and a cluster have and lack for a run, and say what to do."""

@@ -1,4 +1,4 @@
-"""GPUs of the nodes, and whether a job's pods fit on nodes that it may use."""
+"""The nodes' GPUs, and whether a job's pods fit on the nodes that it may use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEEPS_AWAY = ("NoSchedule", "NoExecute")
 
 
 def gpus(nodes: list[Object]) -> Iterator[Finding]:
-    """How many of which kind, with which driver."""
+    """The number of GPUs of each kind and driver."""
     found: Counter[str] = Counter()
     for node in nodes:
         labels = node["metadata"].get("labels", {})
@@ -33,12 +33,12 @@ def gpus(nodes: list[Object]) -> Iterator[Finding]:
     if found:
         yield Finding("GPUs", "ok", "; ".join(f"{count} × {kind}" for kind, count in found.items()))
         return
-    remedy = "install NVIDIA's GPU operator or device plugin on GPU nodes; without, only cluster.gpus_per_node 0 runs"
+    remedy = "install NVIDIA's GPU operator or device plugin on GPU nodes; without it only cluster.gpus_per_node 0 runs"
     yield Finding("GPUs", "missing", f"none allocatable (nodes: {len(nodes)})", remedy)
 
 
 def fits(nodes: list[Object], cluster: ClusterSpec) -> Iterator[Finding]:
-    """Whether all pods of the job would fit if nothing else ran on the nodes that it may use."""
+    """Whether all pods of the job would fit on the nodes that it may use if nothing else ran there."""
     each = {"cpu": Decimal(str(cluster.cpus_per_node)), "memory": Decimal(str(cluster.memory_gib_per_node)) * GIB}
     if cluster.gpus_per_node:
         each["nvidia.com/gpu"] = Decimal(cluster.gpus_per_node)

@@ -1,4 +1,4 @@
-"""What a cluster has and lacks for a run, as far as this account may see it."""
+"""What a cluster has and lacks for a run, as far as this account may read it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pipelines.doctor.findings import Finding, told
 from pipelines.doctor.look import Look
 from trainer.errors import LaunchError
 
-OLDEST_KUBERNETES = (1, 28)  # sidecars, and the oldest that the operator's own tests ran on
+OLDEST_KUBERNETES = (1, 28)  # has sidecars, and is the oldest version in the operator's own tests
 MOST_SKEW_SECONDS = 10.0
 ENFORCE = "pod-security.kubernetes.io/enforce"
 
 
 def findings(namespace: str | None, job: JobSpec | None, *, is_asked: bool) -> Iterator[Finding]:
-    """Everything about the cluster of KUBECONFIG.
+    """All findings about the cluster of KUBECONFIG.
 
     Args:
-        is_asked: whether the cluster is what the person wants to use; if not, what it lacks stops nothing.
+        is_asked: whether the user wants to run on the cluster; if not, a "no" becomes "missing".
     """
     for finding in _connected(namespace, job):
         lenient = finding.state == "no" and not is_asked
@@ -42,7 +42,7 @@ def _connected(namespace: str | None, job: JobSpec | None) -> Iterator[Finding]:
 
 
 def examine(cluster: Cluster, job: JobSpec | None) -> Iterator[Finding]:
-    """Everything about one namespace of a cluster; of the job's needs, if one is given.
+    """All findings about one namespace of a cluster, and about the needs of `job` if one is given.
 
     Raises:
         LaunchError: the API server cannot be reached.
@@ -76,7 +76,7 @@ def examine(cluster: Cluster, job: JobSpec | None) -> Iterator[Finding]:
 def _version(look: Look, version: Object) -> Finding:
     number = re.match(r"v(\d+)\.(\d+)", version.get("gitVersion", ""))
     known = number is not None and (int(number[1]), int(number[2])) >= OLDEST_KUBERNETES
-    remedy = "" if known else "1.28 or newer is known to do; older ones lack what the operators rely on"
+    remedy = "" if known else "use 1.28 or newer; older versions lack what the operators rely on"
     detail = f"{look.cluster.server}, Kubernetes {version.get('gitVersion', 'unknown')}"
     return Finding("cluster", "ok" if known else "missing", detail, remedy)
 
@@ -88,12 +88,12 @@ def _clock(look: Look) -> Iterator[Finding]:
         return
     good = abs(skew) <= MOST_SKEW_SECONDS
     detail = f"this machine is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the API server"
-    remedy = "" if good else "set both by NTP: a launcher's lease is a time that pods compare with their own clock"
+    remedy = "" if good else "set both by NTP: pods compare the time in a launcher's lease with their own clock"
     yield Finding("clock", "ok" if good else "no", detail if abs(skew) >= 1 else "agrees with the API server's", remedy)
 
 
 def _exists(look: Look) -> bool:
-    """Whether the namespace is there; believed where the account may not see it."""
+    """Whether the namespace exists; assumed where the account may not read it."""
     try:
         return look.get(f"/api/v1/namespaces/{look.namespace}") is not None
     except Refused:
@@ -115,7 +115,7 @@ def _nodes(look: Look, job: JobSpec | None) -> Iterator[Finding]:
 
 def _network(look: Look) -> Iterator[Finding]:
     policies = look.items(f"/apis/networking.k8s.io/v1/namespaces/{look.namespace}/networkpolicies")
-    detail = f"{len(policies)} in the namespace; whether the cluster's network enforces them, its API does not tell"
+    detail = f"{len(policies)} in the namespace; the API does not say whether the cluster's network enforces them"
     yield Finding("network policies", "unknown", detail)
 
 

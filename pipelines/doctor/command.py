@@ -14,16 +14,16 @@ from trainer.errors import SpecError
 
 def doctor(
     job: Annotated[
-        str, typer.Argument(metavar="JOB", help="Check for a preset or job file, too.", show_default=False)
+        str, typer.Argument(metavar="JOB", help="Also check a preset or job file.", show_default=False)
     ] = "",
     namespace: Namespace = "",
     sets: Sets = None,
     workdir: Workdir = Path("work"),
 ) -> None:
-    """Check what this machine and the cluster of KUBECONFIG have and lack, and what to do.
+    """Check what this machine and the cluster of KUBECONFIG have and lack, and say what to do.
 
-    With JOB this machine has to be fit for it by what `run` looks at; with --namespace or --set
-    cluster.target=kubernetes the cluster has to be instead. Exit code 1 if it is not.
+    With JOB, this machine must pass the checks that `run` makes; with --namespace or --set
+    cluster.target=kubernetes, the cluster must instead. Exit code 1 if it does not.
     """
     from manifests.spec import load_job
     from pipelines.doctor import machine
@@ -42,7 +42,7 @@ def doctor(
         console.print(f"{job} on this machine", style="bold", markup=False)
         good &= show(machine.of_job(job, changes, workdir), console)
     console.print("cluster", style="bold")
-    from pipelines.doctor import cluster  # with a client that takes its time
+    from pipelines.doctor import cluster  # its client is slow to import
 
     good &= show(cluster.findings(namespace or None, spec, is_asked=on_cluster), console)
     if not good:

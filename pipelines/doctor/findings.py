@@ -1,4 +1,4 @@
-"""One thing that was looked at, and the table of them."""
+"""The result of one check, and the table of all results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLOURS = {"ok": "green", "missing": "yellow", "no": "red", "unknown": "dim"}
 
 @dataclass(frozen=True)
 class Finding:
-    """`state`: "no" stops every run there, "missing" only what needs it; "unknown" could not be looked at."""
+    """`state`: "no" stops every run there, "missing" only runs that need it; "unknown" could not be checked."""
 
     what: str
     state: Literal["ok", "missing", "no", "unknown"]
@@ -26,7 +26,7 @@ class Finding:
 
 
 def told(what: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """The findings of a check; where the cluster refuses to answer, that is the finding."""
+    """The findings of a check; a refusal by the cluster becomes a finding itself."""
     try:
         yield from check()
     except LaunchError as error:
@@ -34,7 +34,7 @@ def told(what: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]
 
 
 def show(found: Iterable[Finding], console: Console) -> bool:
-    """Print findings; False when one of them is a "no"."""
+    """Print findings; returns False if one of them is a "no"."""
     table = Table(show_header=False, box=None)
     all_good = True
     for finding in found:

@@ -1,4 +1,4 @@
-"""Reading a cluster: any path of its API, without a typed client for what may not be installed."""
+"""Read any path of a cluster's API, without typed clients for kinds that may not be installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.errors import in_words
 
 
 class Look:
-    """One namespace of one cluster, read only."""
+    """Reads one namespace of one cluster."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -24,7 +24,7 @@ class Look:
         self._client: ApiClient = cluster.core.api_client
 
     def get(self, path: str) -> Object | None:
-        """What the API has at a path; None if there is nothing.
+        """The object at a path of the API; None if there is none.
 
         Raises:
             LaunchError: the account may not read it, or the server does not answer.
@@ -32,7 +32,7 @@ class Look:
         return self._ask("GET", path)[0]
 
     def items(self, path: str) -> list[Object]:
-        """Objects of a list; none where the cluster does not know their kind."""
+        """The objects of a list; [] where the cluster does not know their kind."""
         return (self.get(path) or {}).get("items", [])
 
     def in_namespace(self, resource: str, name: str) -> Object | None:
@@ -43,7 +43,7 @@ class Look:
         return self._ask("POST", path, body)[0] or {}
 
     def clock_skew_seconds(self) -> float | None:
-        """How far this machine's clock is ahead of the API server's, to a second; None if the server sends no date."""
+        """Seconds by which this machine's clock is ahead of the API server's, ±1 s; None if it sends no date."""
         before = datetime.now(UTC)
         headers = self._ask("GET", "/version")[1]
         now = before + (datetime.now(UTC) - before) / 2

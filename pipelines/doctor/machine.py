@@ -1,4 +1,4 @@
-"""What this machine can do, found out by trying."""
+"""Test what this machine can do."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def findings(workdir: Path) -> Iterator[Finding]:
 
 
 def of_job(job: str, changes: dict[str, Any], workdir: Path) -> Iterator[Finding]:
-    """What `yaongi run` looks at before it begins, by the same checks; a run that is going on has its own ports.
+    """The checks that `yaongi run` makes before it begins. Ports are skipped for a run that is alive: it holds them.
 
     Args:
         job: a preset's name or a job file.
-        changes: what `--set` says.
+        changes: the fields of `--set`.
     """
     from pipelines import background, ports, refusals
     from pipelines.run import local_job
@@ -115,7 +115,7 @@ def _shared_memory(workdir: Path) -> Iterator[Finding]:
 
 def _metrics_port(workdir: Path) -> Iterator[Finding]:
     if what := problem(METRICS_PORT):
-        detail = f"{METRICS_PORT} {what}, by another run or a GPU exporter perhaps; a run here takes the next free one"
+        detail = f"{METRICS_PORT} {what}, perhaps by another run or a GPU exporter; a run here takes the next free one"
         yield Finding("metrics port", "ok", detail)
     else:
         yield Finding("metrics port", "ok", f"{METRICS_PORT} is free")

@@ -1,4 +1,4 @@
-"""Which operators the cluster has, whether they run, and of which version."""
+"""Which operators the cluster has, their versions, and whether they run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Version = tuple[int, int]
 
 @dataclass(frozen=True)
 class Operator:
-    """`image`: last part of its image's name. Versions from `least` up to, not including, `below` are known to do."""
+    """`image`: last part of its image's name. Versions from `least` up to, not including, `below` are known to work."""
 
     kind: JobKind
     image: str
@@ -43,7 +43,7 @@ OPERATORS = (TRAINING_OPERATOR, TRAINER)
 
 
 def job_kinds(look: Look, wanted: JobKind | None) -> Iterator[Finding]:
-    """The kinds of training job; one of them is needed, `wanted` if a job says which."""
+    """The kinds of training job. One of them is needed: `wanted`, if a job says which."""
     served = {operator.kind for operator in OPERATORS if _serves(look, operator.kind)}
     for operator in OPERATORS:
         kind = operator.kind
@@ -57,7 +57,7 @@ def job_kinds(look: Look, wanted: JobKind | None) -> Iterator[Finding]:
 
 
 def extras(look: Look, queue: str | None) -> Iterator[Finding]:
-    """What a run can use but does not need: queues, monitoring."""
+    """Optional services of a run: queues, monitoring."""
     if look.get("/apis/kueue.x-k8s.io") is None:
         detail, state = (
             ("cluster.queue names a queue, but the cluster has no Kueue", "no") if queue else ("none", "missing")
@@ -65,20 +65,20 @@ def extras(look: Look, queue: str | None) -> Iterator[Finding]:
         yield Finding("Kueue", state, detail, "install Kueue to share GPUs fairly, or leave cluster.queue out")
     elif queue and not _local_queue(look, queue):
         detail = f"namespace '{look.namespace}' has no LocalQueue '{queue}'"
-        yield Finding("Kueue", "no", detail, "kubectl get localqueues; set cluster.queue to one, or have it made")
+        yield Finding("Kueue", "no", detail, "kubectl get localqueues; set cluster.queue to one, or have it created")
     else:
         yield Finding(
             "Kueue", "ok", f"queue '{queue}' is there" if queue else "installed; cluster.queue names no queue"
         )
     if look.get("/apis/monitoring.coreos.com/v1") is None:
         remedy = "install the Prometheus operator (kube-prometheus-stack), or scrape ports 9400 and up by annotations"
-        yield Finding("monitoring", "missing", "no PodMonitor: nothing scrapes the metrics by itself", remedy)
+        yield Finding("monitoring", "missing", "no PodMonitor: nothing scrapes the metrics automatically", remedy)
     else:
         yield Finding("monitoring", "ok", "the Prometheus operator's kinds are there")
 
 
 def pipelines(host: str) -> Iterator[Finding]:
-    """Kubeflow Pipelines, which only `yaongi submit` needs."""
+    """Kubeflow Pipelines; only `yaongi submit` needs it."""
     import urllib3
 
     if not host:
@@ -125,9 +125,7 @@ def _running(look: Look, operator: Operator) -> Iterator[Finding]:
         version = re.search(r":v?(\d+)\.(\d+)", image)
         known = version is not None and operator.least <= (int(version[1]), int(version[2])) < operator.below
         span = f"{_text(operator.least)} up to {_text(operator.below)}"
-        remedy = (
-            "" if known else f"a version from {span} (not included) is known to do; jobs may be refused by this one"
-        )
+        remedy = "" if known else f"use a version from {span} (not included); this one may refuse jobs"
         yield Finding(what, "ok" if known else "missing", f"{place} runs {image}", remedy)
         return
     yield Finding(

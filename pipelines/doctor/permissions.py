@@ -1,4 +1,4 @@
-"""May whoever asks do what the launcher does, and are there the accounts that do it in pods."""
+"""Whether this account has the launcher's rights, and whether the launcher pods' service accounts exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REVIEW = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 
 
 def permissions(look: Look) -> Iterator[Finding]:
-    """Each right of the launcher's role, asked of the API server for the account of this kubeconfig or pod."""
+    """Ask the API server for each right of the launcher's role, as the account of this kubeconfig or pod."""
     asked, refused = 0, []
     for rule in RULES:
         for resource in rule["resources"]:
@@ -28,7 +28,7 @@ def permissions(look: Look) -> Iterator[Finding]:
 
 
 def accounts(look: Look) -> Iterator[Finding]:
-    """Accounts of the launcher's pods; one is enough."""
+    """Service accounts for the launcher's pods; one is enough."""
     there = [name for name in ACCOUNTS if look.in_namespace("serviceaccounts", name)]
     if there:
         yield Finding("service account", "ok", ", ".join(there))

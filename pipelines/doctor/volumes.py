@@ -1,4 +1,4 @@
-"""The claims that the pods of a run share, and the secret for gated data."""
+"""The volume claims that the pods of a run share, and the secret for gated data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 
 
 def claims(look: Look, storage: StorageSpec, nodes: int) -> Iterator[Finding]:
-    """Existence, binding and access mode of both claims; where one is absent, what would make it."""
+    """Existence, binding and access mode of both claims; the command that creates one that is absent."""
     for name in (storage.datasets_pvc, storage.checkpoints_pvc):
         claim = look.in_namespace("persistentvolumeclaims", name)
         if claim is None:

@@ -1,1 +1,1 @@
-"""Runs, wherever they are: on this machine, on a cluster, on Kubeflow Pipelines. find.py says which one is meant."""
+"""Runs on this machine, on a cluster and on Kubeflow Pipelines; find.py finds the one that a name means."""

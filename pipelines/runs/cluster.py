@@ -1,10 +1,10 @@
 """Runs on a cluster: find their jobs, show them, print their logs, stop and resume them.
 
-A run has a job for each task of the trainer, labelled with the run's name. A job that somebody else has made counts as
-a run of its own name; it can be looked at, and is stopped by its owner.
+A run has one job per task of the trainer, labelled with the run's name. A job that yaongi did not create counts as a
+run named after the job; it can be inspected, but only its owner stops it.
 
-Numbers come from the log of rank 0: reading it takes no right that the launcher does not have, while the metrics of a
-pod would take the right to proxy to any port of any pod.
+Numbers come from the log of rank 0: the launcher's rights suffice to read it, while a pod's metrics would need the
+right to proxy to any port of any pod.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from pipelines.runs.standing import PUBLISHED, of_log
 from pipelines.runs.view import View
 from trainer.errors import LaunchError
 
-DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # nothing else can be a job's name
-TAIL_LINES = 2000  # enough to hold a checkpoint's line between those of steps
+DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # the form of every job name
+TAIL_LINES = 2000  # enough to include the line of a checkpoint
 ALL_LINES = 10_000_000
 POLL_SECONDS = 2.0
 _write = partial(print, flush=True)
@@ -47,11 +47,11 @@ _write = partial(print, flush=True)
 
 @dataclass(frozen=True)
 class ClusterRun:
-    """A run with its jobs by task; of a job that is not ours the task is train.
+    """A run with its jobs by task; a job that is not ours has the task train.
 
     Attributes:
-        workdir: where it is kept what stopped jobs are made of.
-        stopped: its training job as it was kept; there may be no job then.
+        workdir: where the objects of stopped jobs are kept.
+        stopped: its training job as kept there; the cluster may then have no job.
     """
 
     name: str
@@ -61,10 +61,10 @@ class ClusterRun:
     stopped: Kept | None = None
 
     def job(self, task: str = "") -> Object:
-        """The job of a task, or the one that was made last.
+        """The job of a task, or the newest job.
 
         Raises:
-            LaunchError: there is none for the task.
+            LaunchError: the task has no job.
         """
         if task and task not in self.jobs:
             raise LaunchError(f"run {self.name} has no job for '{task}'; it has: {', '.join(self.jobs)}")
@@ -76,7 +76,7 @@ class ClusterRun:
         return find(self.name, self.cluster, self.workdir).as_found()
 
     def as_found(self) -> View:
-        """How far it is, by the jobs that it was found with."""
+        """Its progress, from the jobs it was found with."""
         job, cluster = self.job(), self.cluster
         task, name = job["metadata"].get("labels", {}).get(TASK_LABEL, "train"), job["metadata"]["name"]
         found = situation(cluster, name, job)
@@ -95,7 +95,7 @@ class ClusterRun:
         return View(self.name, f"namespace {cluster.namespace}", answer.state, said, numbers, rows)
 
     def show_logs(self, console: Console, *, follow: bool, rank: int | None, task: str) -> None:
-        """The log of the pod that a rank runs in; what a restarted container wrote before comes first."""
+        """The log of the pod that a rank runs in, preceded by that of the container before a restart."""
         job, cluster = self.job(task), self.cluster
         kind, name = kind_of(job), job["metadata"]["name"]
         index = (rank or 0) // _ranks_per_pod(job)
@@ -130,14 +130,14 @@ class ClusterRun:
     def stop(self, write: Callable[[str], None]) -> str:
         """Delete its jobs, whose workers save a checkpoint first, and wait until no pod is left.
 
-        A deleted job frees its GPUs also where a queue would resume a suspended one. What it was made of is kept in
-        the workdir, for `resume`.
+        Jobs are deleted, not suspended, because a queue would resume a suspended job and keep its GPUs. Their objects
+        are kept in the workdir for `resume`.
         """
         cluster, place = self.cluster, f"-n {self.cluster.namespace}"
         active = [job for job in self.jobs.values() if state.is_active(job)]
         if not active:
             raise LaunchError(f"run {self.name} is not running in namespace '{cluster.namespace}'")
-        saved = "nothing of it was running yet"
+        saved = "none of its pods was running yet"
         for job in active:
             kind, name = kind_of(job), job["metadata"]["name"]
             if RUN_LABEL not in job["metadata"].get("labels", {}):
@@ -162,21 +162,21 @@ class ClusterRun:
         return f"stopped {self.name}; {saved}; continue: yaongi resume {self.name} {place}{again(self.workdir)}"
 
     def resume(self, sets: Sequence[str], write: Callable[[str], None]) -> str:
-        """Create its training job again, from what `stop` kept or from a failed job; a suspended one goes on."""
+        """Create its training job again, from what `stop` kept or from a failed job; unsuspend a suspended one."""
         if sets:
             raise LaunchError(
-                "--set: a cluster's job is made again as it was, without new data; change it by yaongi run or submit "
-                "JOB --set …, which go on with the run that is on the volume"
+                "--set: a cluster's job is created again unchanged, without new data; to change it, use yaongi run or "
+                "submit JOB --set …, which continue the run on the volume"
             )
         name, place = self._made_again(write), f"-n {self.cluster.namespace}"
-        return f"job {name} goes on; follow it: yaongi logs {name} {place} --follow; how far: yaongi status {place}"
+        return f"job {name} continues; follow it: yaongi logs {name} {place} --follow; how far: yaongi status {place}"
 
     def why(self) -> str:
         name = self.job()["metadata"]["name"] if self.jobs else self.name
         return f"{name} is {why(situation(self.cluster, name))}"
 
     def _made_again(self, write: Callable[[str], None]) -> str:
-        """The job's name."""
+        """Returns the job's name."""
         cluster, stopped = self.cluster, self.stopped
         if not self.jobs:
             assert stopped is not None
@@ -184,12 +184,12 @@ class ClusterRun:
         else:
             job = self.job("train")
             if state.has_succeeded(job):
-                raise LaunchError(f"run {self.name} has been trained to its end; there is nothing to resume")
+                raise LaunchError(f"run {self.name} has finished training; there is nothing to resume")
             if state.is_suspended(job) and QUEUE_LABEL not in job["metadata"].get("labels", {}):
                 cluster.unsuspend(job)
                 return self.name
             objects = _objects(cluster, job)
-            if not state.is_active(job):  # deleted before the new one is made; should that fail, this is all there is
+            if not state.is_active(job):  # the old job is deleted first; if the new one fails, only this is left
                 stopped = keep(self.workdir, cluster.namespace, objects)
         with _lease_of(objects):
             kubernetes.start(cluster, objects, ClusterSpec(), write)
@@ -209,7 +209,7 @@ def cluster_runs(cluster: Cluster, workdir: Path) -> dict[str, ClusterRun]:
 
 
 def find(text: str, cluster: Cluster, workdir: Path, exactly: str | None = None) -> ClusterRun:
-    """The run that `text` names, or alone begins.
+    """The run that `text` names, or the only one whose name begins with it.
 
     Raises:
         UnknownRun, SpecError: none, or several.
@@ -219,7 +219,7 @@ def find(text: str, cluster: Cluster, workdir: Path, exactly: str | None = None)
 
 
 def find_also_stopped(text: str, cluster: Cluster, workdir: Path, exactly: str | None = None) -> ClusterRun:
-    """As `find`, also among those that were stopped from the workdir, of which the cluster knows nothing."""
+    """As `find`, but includes runs that were stopped from the workdir; the cluster no longer knows them."""
     runs, stopped = cluster_runs(cluster, workdir), {each.name: each for each in kept(workdir, cluster.namespace)}
     where = f"in namespace '{cluster.namespace}', nor stopped there from {workdir}"
     name = choose(text, {*runs, *stopped}, where, exactly)
@@ -227,7 +227,7 @@ def find_also_stopped(text: str, cluster: Cluster, workdir: Path, exactly: str |
 
 
 def find_job(text: str, cluster: Cluster, workdir: Path) -> ClusterRun:
-    """A single job, ours or not, by its name or its beginning; one that is gone, too, while pods or events tell of it.
+    """A single job, ours or not, by its name or its beginning; also a deleted one that still has pods or events.
 
     Raises:
         UnknownRun, SpecError: none, or several.
@@ -244,7 +244,7 @@ def find_job(text: str, cluster: Cluster, workdir: Path) -> ClusterRun:
 
 
 def _lease_of(objects: list[Object]) -> AbstractContextManager[object]:
-    """Refuses while a launcher is alive, and removes the lease of a dead one, which would end the new job at once.
+    """Refuse while a launcher is alive; remove the lease of a dead one, which would end the new job at once.
 
     Only where the volume is mounted here.
     """
@@ -253,9 +253,9 @@ def _lease_of(objects: list[Object]) -> AbstractContextManager[object]:
 
 
 def _objects(cluster: Cluster, job: Object) -> list[Object]:
-    """The job with what it needs, as they were made: without what the cluster and a launcher have added."""
+    """The job and the objects it needs as they were created, without what the cluster and a launcher added."""
     name = job["metadata"]["name"]
-    plain = cluster.core.api_client.sanitize_for_serialization  # the client has classes for what is no custom resource
+    plain = cluster.core.api_client.sanitize_for_serialization  # core resources come as the client's classes
     needs = [plain(need) | {"kind": kind} for kind in kind_of(job).needs if (need := cluster.get(kind, name))]
     return [_as_made(item) for item in (*needs, job)]
 

@@ -1,7 +1,7 @@
-"""Which run is meant: the one place that chooses between this machine, a cluster and Kubeflow Pipelines.
+"""Find the run that a name means: the one place that chooses between this machine, a cluster and Kubeflow Pipelines.
 
-Only the id of a run there can mean one on Kubeflow Pipelines. Else a run of this machine is meant, and one of the
-cluster where this machine has none, or a namespace is given.
+A run on Kubeflow Pipelines is named only by its id there. Any other name means a run of this machine; a run of the
+cluster if this machine has none of that name or a namespace is given.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from trainer.errors import LaunchError
 
 KFP_RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-if TYPE_CHECKING:  # it takes a second, which nobody should wait for whose run is here
+if TYPE_CHECKING:  # the import takes a second, which a local run does not need
     from components.cluster.api import Cluster
 
 
 @dataclass(frozen=True)
 class Where:
-    """Where to look, as the options say: "" for no namespace or host."""
+    """Where to look, from the options; "" for no namespace or host."""
 
     namespace: str
     workdir: Path
@@ -42,7 +42,7 @@ def is_kfp(text: str) -> bool:
 
 
 def connect(namespace: str) -> Cluster:
-    """The cluster's namespace; "" for that of the kubeconfig's context."""
+    """Connect to a namespace; "" for that of the kubeconfig's context."""
     require_cluster()
     from components.cluster.api import Cluster
 
@@ -53,11 +53,11 @@ def find(text: str, where: Where, also_stopped: bool = False) -> Run:
     """The run that `text` means.
 
     Args:
-        also_stopped: one of the cluster's that was stopped from here will do, of which the cluster knows nothing.
+        also_stopped: include cluster runs that were stopped from here; the cluster no longer knows them.
 
     Raises:
         UnknownRun, SpecError: none anywhere, or several.
-        LaunchError: the namespace's cluster cannot be asked.
+        LaunchError: the namespace's cluster cannot be reached.
     """
     if is_kfp(text):
         return _of_kfp(text, where)
@@ -78,10 +78,10 @@ def find(text: str, where: Where, also_stopped: bool = False) -> Run:
 
 
 def find_to_explain(text: str, where: Where) -> Run:
-    """As `find`, but a job of the cluster before a run of this machine, whoever made it, and one that is gone, too.
+    """As `find`, but prefers any job of the cluster, even a deleted one, to a run of this machine.
 
     Raises:
-        as `find`.
+        As `find`.
     """
     if is_kfp(text):
         return _of_kfp(text, where)
@@ -99,14 +99,14 @@ def find_to_explain(text: str, where: Where) -> Run:
             if not isinstance(on_cluster, NoCluster):
                 raise on_cluster from None
             hint = "set KUBECONFIG to a readable kubeconfig"
-            raise LaunchError(f"{here}, and there is no cluster to ask ({on_cluster.reason}); {hint}") from None
+            raise LaunchError(f"{here}, and no cluster is configured ({on_cluster.reason}); {hint}") from None
 
 
 def looking_at(text: str, where: Where) -> Callable[[], View]:
-    """What gives a new view of a run each time, also of one that was stopped from here.
+    """A function that returns the current view of a run at each call; includes runs that were stopped from here.
 
     Raises:
-        as `find`.
+        As `find`.
     """
     try:
         return find(text, where).view
@@ -119,12 +119,12 @@ def looking_at(text: str, where: Where) -> Callable[[], View]:
 
 
 def all_views(where: Where, console: Console) -> list[View]:
-    """Those of the cluster only where a namespace is given; a cluster that cannot be asked costs a line.
+    """Views of all runs: local ones (unless a namespace is given), the cluster's, and those stopped from here.
 
-    Also those that were stopped from here, of which the cluster knows nothing.
+    Without a namespace, a cluster that cannot be reached only prints a line.
 
     Raises:
-        LaunchError: the namespace's cluster cannot be asked.
+        LaunchError: the namespace's cluster cannot be reached.
     """
     views = [] if where.namespace else [each.view() for each in local.local_runs(where.workdir).values()]
     stopped = kept.kept(where.workdir, where.namespace)

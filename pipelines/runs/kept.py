@@ -1,4 +1,4 @@
-"""What stopped jobs of a cluster were made of: a file each in the workdir, until `yaongi resume` makes them again."""
+"""The objects of stopped cluster jobs: one file per job in the workdir, until `yaongi resume` creates it again."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from trainer.files import atomic_write
 
 @dataclass(frozen=True)
 class Kept:
-    """A stopped job; `namespace` is "" where its file does not name it."""
+    """A stopped job; `namespace` is "" if its file does not name it."""
 
     name: str
     namespace: str
     file: Path
 
     def objects(self) -> list[Object]:
-        """What the job needs, then the job."""
+        """The objects that the job needs, then the job."""
         return list(yaml.safe_load_all(self.file.read_text(encoding="utf-8")))
 
     def view(self) -> View:
-        """Its numbers are known only where the volume is mounted here."""
+        """Has numbers only if the volume is mounted here."""
         run_dir = run_dir_of(self.objects())
         standing = of_directory(Path(run_dir)) if run_dir else Standing()
         place = f" -n {self.namespace}" if self.namespace else ""
@@ -40,7 +40,7 @@ class Kept:
 
 
 def keep(workdir: Path, namespace: str, objects: list[Object]) -> Kept:
-    """Write down what a job, the last of `objects`, is made of."""
+    """Store the objects of a job, which is the last of them."""
     name = objects[-1]["metadata"]["name"]
     file = _folder(workdir) / f"{namespace}.{name}.yaml"  # neither name has a dot
     made(file.parent)
@@ -49,10 +49,10 @@ def keep(workdir: Path, namespace: str, objects: list[Object]) -> Kept:
 
 
 def kept(workdir: Path, namespace: str = "") -> list[Kept]:
-    """The stopped jobs, only those of a namespace if one is given."""
+    """The stopped jobs, of one namespace if given."""
     found = []
     for file in sorted(_folder(workdir).glob("*.yaml")):
-        if file.name.startswith("._"):  # what macOS leaves beside a file
+        if file.name.startswith("._"):  # macOS metadata
             continue
         place, _, name = file.stem.rpartition(".")
         if not namespace or place in ("", namespace):
@@ -61,7 +61,7 @@ def kept(workdir: Path, namespace: str = "") -> list[Kept]:
 
 
 def run_dir_of(objects: Iterable[Object]) -> str:
-    """The run directory of the job that some objects make, as its pods see it; "" if it mounts no spec."""
+    """The run directory, as the pods of the job in `objects` see it; "" if it mounts no spec."""
     specs = [item["data"][SPEC_FILE] for item in objects if SPEC_FILE in item.get("data", {})]
     return yaml.safe_load(specs[0])["run_dir"] if specs else ""
 

@@ -1,6 +1,6 @@
 """Runs on Kubeflow Pipelines: connect, follow, show, print logs, stop.
 
-All through the v2beta1 API of the kfp client, but for logs: those the web interface serves, at the same address.
+Everything uses the v2beta1 API of the kfp client except logs, which the web interface serves at the same address.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.errors import LaunchError, SpecError, in_words
 POLL_SECONDS = 5.0
 TIMEOUT_SECONDS = 10
 ENDED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
-MACHINERY = re.compile(r"executor|.*-driver|root")  # pods that KFP puts beside each step
+MACHINERY = re.compile(r"executor|.*-driver|root")  # pods that KFP adds to each step
 
 
 def connect(host: str) -> Any:
@@ -36,7 +36,7 @@ def connect(host: str) -> Any:
     """
     if not host:
         raise SpecError("--host is missing; give the address of Kubeflow Pipelines, or set KFP_HOST")
-    # The client retries for half a minute without a word before it gives up; ask once, quickly, instead.
+    # The client retries silently for half a minute before it gives up; one quick request tells sooner.
     try:
         with urllib.request.urlopen(f"{host.rstrip('/')}/apis/v2beta1/healthz", timeout=TIMEOUT_SECONDS):
             pass
@@ -57,10 +57,10 @@ def url(host: str, run_id: str) -> str:
 
 @contextmanager
 def refusals(host: str, doing: str) -> Iterator[None]:
-    """Turn the backend's refusal of what the block asks into one line.
+    """Turn an API error inside the block into one line.
 
     Raises:
-        LaunchError
+        LaunchError: the backend refused the request.
     """
     import kfp_server_api
 
@@ -90,10 +90,10 @@ def follow_run(client: Any, run_id: str, console: Console) -> None:
 
 
 def _until_ended(client: Any, run_id: str) -> Iterator[Any]:
-    """The run, asked for every few seconds, its end last; a backend that is being replaced is waited for.
+    """Yield the run every few seconds until it has ended; server errors (a backend that restarts) are retried.
 
     Raises:
-        LaunchError: the backend refuses to tell.
+        LaunchError: the backend refuses the request.
     """
     import kfp_server_api
     import urllib3
@@ -114,7 +114,7 @@ def _until_ended(client: Any, run_id: str) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class KfpRun:
-    """A run by its id. Every operation connects anew and raises what `connect` does; LaunchError for an unknown run."""
+    """A run by its id. Each operation connects anew and raises as `connect`; LaunchError for an unknown run."""
 
     name: str
     host: str
@@ -129,7 +129,7 @@ class KfpRun:
         return View(run.display_name or self.name, self.host, run.state.lower(), "; ".join(said), rows=rows)
 
     def show_logs(self, console: Console, *, follow: bool, rank: int | None, task: str) -> None:
-        """What the pods of the steps have written so far, one step after another; `rank` says nothing here."""
+        """Print the logs of the steps' pods so far, one step after another; `rank` is ignored."""
         if follow:
             follow_run(connect(self.host), self.name, console)
         run = self._asked()
@@ -144,8 +144,8 @@ class KfpRun:
                     print(_pod_log(self.host, child.pod_name, self.name).rstrip("\n"))
 
     def stop(self, write: Callable[[str], None]) -> str:
-        """Terminating kills the steps without a signal; the pipeline's exit handler then deletes the training job,
-        whose workers save a checkpoint."""
+        """Terminate the run. That kills the steps without a signal; the pipeline's exit handler then deletes the
+        training job, whose workers save a checkpoint."""
         client = connect(self.host)
         with refusals(self.host, f"to stop run {self.name}"):
             run = client.get_run(self.name)
@@ -158,7 +158,7 @@ class KfpRun:
     def resume(self, sets: Sequence[str], write: Callable[[str], None]) -> str:
         now = self.view()
         raise LaunchError(
-            f"run {self.name} is {now.state}; Kubeflow Pipelines begins no run again: submit its job again to continue"
+            f"run {self.name} is {now.state}; Kubeflow Pipelines cannot restart a run: submit its job again to continue"
         )
 
     def why(self) -> str:
@@ -166,24 +166,24 @@ class KfpRun:
         return f"{now.name}, on {now.where}, is {now.state}" + (f": {now.why}" if now.why else "")
 
     def _asked(self) -> Any:
-        """The run as the backend tells it now."""
+        """The run's current state on the backend."""
         client = connect(self.host)
         with refusals(self.host, f"run {self.name}"):
             return client.get_run(self.name)
 
 
 def _pod_log(host: str, pod: str, run_id: str) -> str:
-    """The log as the web interface serves it, or why it does not."""
+    """The log from the web interface, or the reason why it is missing."""
     query = urllib.parse.urlencode({"podname": pod, "runid": run_id})
     try:
         with urllib.request.urlopen(f"{host.rstrip('/')}/k8s/pod/logs?{query}", timeout=TIMEOUT_SECONDS) as answer:
             return answer.read().decode(errors="replace")
     except OSError as error:
-        return f"no log of pod {pod}: {getattr(error, 'reason', error)}; it is served by the web interface only"
+        return f"no log of pod {pod}: {getattr(error, 'reason', error)}; only the web interface serves it"
 
 
 def _steps(run: Any) -> list[Any]:
-    """The steps of the pipeline that have begun."""
+    """The pipeline's steps that have begun."""
     details = run.run_details.task_details if run.run_details else None
     named = [task for task in details or [] if task.display_name and task.state]
     return [task for task in named if not MACHINERY.fullmatch(task.display_name)]

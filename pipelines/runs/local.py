@@ -1,4 +1,4 @@
-"""Runs of this machine: known from the run directories and from the processes that a workdir has started."""
+"""Runs of this machine, found by their run directories and by the process records of a workdir."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from trainer.recording.results import read_json
 from trainer.specbase import changes_from_sets, read_yaml
 from trainer.thismachine import PORTS_FILE
 
-RUN_FILES = ("job.yaml", "train.yaml", "checkpoints")  # of which a run directory has one at least
+RUN_FILES = ("job.yaml", "train.yaml", "checkpoints")  # a run directory has at least one of them
 
 
 @dataclass(frozen=True)
 class LocalRun:
-    """A run of this machine; it may not have a directory yet, when its data is still being prepared."""
+    """A run of this machine; it has no directory while its data is still being prepared."""
 
     name: str
     directory: Path
     workdir: Path
 
     def job(self) -> JobSpec | None:
-        """The job as it was started last; None when neither the run directory nor the workdir holds it."""
+        """The job of the last start; None if neither the run directory nor the workdir has it."""
         for file in (self.directory / "job.yaml", background.job_file(self.workdir, self.name)):
             if file.is_file():
-                # Relative paths in it start where it was started, not here, unless it says otherwise.
+                # Unless it says otherwise, relative paths in it start where the job was started, not here.
                 return job_from({"storage": {"sources_dir": None}}, read_yaml(file), str(file))
         return None
 
     def view(self) -> View:
-        alive = background.is_alive(self.workdir, self.name)  # first, else one that ends meanwhile would look killed
+        alive = background.is_alive(self.workdir, self.name)  # first: a run that ends in between would look killed
         process, log = background.read(self.workdir, self.name), locallogs.newest(self.workdir, self.name)
         state, why = _running(process, log) if alive else self._ended(process)
         rows = [("directory", str(self.directory))]
@@ -62,7 +62,7 @@ class LocalRun:
 
     def stop(self, write: Callable[[str], None]) -> str:
         job, name, place = self.job(), self.name, again(self.workdir)
-        directory = Path(job.run_dir) if job else self.directory  # that of a cluster's volume for a training there
+        directory = Path(job.run_dir) if job else self.directory  # on the cluster's volume if it trains there
         before = latest_step(directory)
 
         def present() -> str:
@@ -81,7 +81,7 @@ class LocalRun:
         job, name = self.job(), self.name
         if job is None:
             raise LaunchError(
-                f"run {name}: neither {self.directory} nor {self.workdir} holds its job; start that: "
+                f"run {name}: neither {self.directory} nor {self.workdir} holds its job; start it: "
                 f"yaongi local JOB{again(self.workdir)}"
             )
         if (self.directory / LEASE).exists():
@@ -108,11 +108,11 @@ class LocalRun:
         if process is None:
             result = read_json(self.directory / "result.json")
             done = result is not None and (self.directory / "export" / "manifest.json").is_file()
-            return ("finished", "") if done else ("idle", f"nobody drives it from {self.workdir}; {go_on}")
+            return ("finished", "") if done else ("idle", f"no process drives it from {self.workdir}; {go_on}")
         if process.ended is None:
             return (
                 "killed",
-                f"its process {process.pid} went without a word, as after kill -9 or for want of memory; {go_on}",
+                f"its process {process.pid} ended without a report, as after kill -9 or out of memory; {go_on}",
             )
         if process.code == 0:
             return "finished", ""
@@ -148,7 +148,7 @@ def find(text: str, workdir: Path) -> LocalRun:
 
 
 def started(process: Process, workdir: Path) -> str:
-    """What to tell of a run that was started in the background."""
+    """The message for a run that was started in the background."""
     place = again(workdir)
     return (
         f"run {process.run} runs in the background (process {process.pid})\n"
@@ -163,7 +163,7 @@ def _running(process: Process | None, log: Path | None) -> tuple[str, str]:
 
 
 def _ports(directory: Path, log: Path | None, process: Process | None) -> str:
-    """Where a living run can be scraped: its ranks, once they train, and its steps where their port is another."""
+    """Where to scrape a running run: its ranks once they train, and its steps if they moved to another port."""
     served, file = [], directory / PORTS_FILE
     if file.is_file() and (process is None or file.stat().st_mtime >= process.started):
         ports = (read_json(file) or {}).get("ports", [])
@@ -173,7 +173,7 @@ def _ports(directory: Path, log: Path | None, process: Process | None) -> str:
 
 
 def _is_finished(job: JobSpec) -> bool:
-    """Whether nothing of a run is left to do, by what lies in its directory."""
+    """Whether all tasks of a run are done, judged by the files in its directory."""
     from components.launch.artefacts import Task, finished
 
     return all(finished(job, task) for task in get_args(Task))

@@ -1,4 +1,4 @@
-"""What a run of this machine has printed: what it says of its step, and shown as `yaongi run` shows it."""
+"""The log of a run of this machine: read its current step from it, and show it as `yaongi run` does."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ POLL_SECONDS = 0.5
 
 
 def newest(workdir: Path, run: str) -> Path | None:
-    """The full log of the pipeline's last start."""
+    """The full log of the run's last start."""
     logs = (workdir / "logs").glob(f"{run}-*.log")
     return max(logs, key=lambda file: file.stat().st_mtime, default=None)
 
 
 def present_step(process: Process | None, log: Path | None) -> str:
-    """The pipeline's step that started last and has not ended."""
+    """The running step that started last."""
     running: list[str] = []
     for text in _of_start(process, log):
         if text.startswith(STARTED):
@@ -37,13 +37,13 @@ def present_step(process: Process | None, log: Path | None) -> str:
 
 
 def moved_port(process: Process | None, log: Path | None) -> str:
-    """Where the step that runs serves its metrics, if not at the usual port, and why; else ""."""
+    """The port where the running step serves its metrics, and why, if it is not the usual one; else ""."""
     moved = [text.removeprefix(MOVED) for text in _of_start(process, log) if text.startswith(MOVED)]
     return moved[-1] if moved else ""
 
 
 def _of_start(process: Process | None, log: Path | None) -> list[str]:
-    """Lines of the log of the present start; none where there is only that of an earlier one."""
+    """Lines of the current start's log; [] if the log is of an earlier start."""
     if log is None or (process and log.stat().st_mtime < process.started):
         return []
     return [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
@@ -55,7 +55,7 @@ def show(
     """Print the newest log.
 
     Args:
-        rank: that rank's file of the training instead of the pipeline's log.
+        rank: show the trainer log of this rank instead of the pipeline's log.
         task: only this step of the pipeline; "" for all.
 
     Raises:
@@ -90,11 +90,11 @@ def show(
 
 
 def _lines(file: Path, still: Callable[[], bool]) -> Iterator[str]:
-    """Whole lines of a file, also those to come while `still` holds."""
+    """Whole lines of a file, waiting for more while `still` returns True."""
     with file.open(encoding="utf-8", errors="replace") as stream:
         part = ""
         while True:
-            alive = still()  # asked before reading: nothing is missed
+            alive = still()  # asked before reading, so that no line is missed
             for text in stream:
                 part += text
                 if part.endswith("\n"):

@@ -1,6 +1,6 @@
-"""Which run a person means: by name, beginning of a name, directory, preset or job file.
+"""Find the run that the user means: by name, beginning of a name, directory, preset or job file.
 
-Names of runs are the same wherever they are (`JobSpec.run_name`).
+A run has the same name everywhere (`JobSpec.run_name`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ CANDIDATES_SHOWN = 8
 
 
 class UnknownRun(SpecError):
-    """No run begins with what was given."""
+    """No run has a name that begins with the given text."""
 
 
 def named(text: str, workdir: Path) -> str | None:
-    """The run's name where `text` is a run directory, a preset or a job file; None if it can only be a name.
+    """The run's name if `text` is a run directory, a preset or a job file; None if it can only be a name.
 
     Raises:
         SpecError: a job file with a wrong field.
@@ -35,12 +35,12 @@ def named(text: str, workdir: Path) -> str | None:
 
 
 def choose(text: str, names: Collection[str], where: str, exactly: str | None = None) -> str:
-    """The one of `names` that `text` is, or that alone begins with it.
+    """The one of `names` that equals `text`, or the only one that begins with it.
 
     Args:
-        where: where was looked, for the message.
-        exactly: the run of the preset or job file that `text` is. A preset's name may be the beginning of a run of
-            other settings, too.
+        where: the place that was searched, for the message.
+        exactly: the run of the preset or job file `text`; needed because runs with other settings may also begin with
+            a preset's name.
 
     Raises:
         UnknownRun, SpecError: none, or several; lists candidates.

@@ -1,4 +1,4 @@
-"""What people do with a run, wherever it is. A further place is a class with these operations and a line in find.py."""
+"""The operations on a run, wherever it is. A new kind of place is a class with these and a line in find.py."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from pipelines.runs.view import View
 
 
 class Run(Protocol):
-    """Every operation raises a LaunchError or SpecError of one line where it cannot be done."""
+    """Every operation raises a one-line LaunchError or SpecError if it cannot be done."""
 
     @property
     def name(self) -> str: ...
 
     def view(self) -> View:
-        """How far it is now; each call looks anew."""
+        """Its progress now; each call reads anew."""
 
     def show_logs(self, console: Console, *, follow: bool, rank: int | None, task: str) -> None:
-        """Print what it has printed.
+        """Print its log.
 
         Args:
-            follow: go on until it ends.
-            rank: of the training, that rank's log; None for the whole.
+            follow: continue until it ends.
+            rank: only the training log of this rank; None for everything.
             task: only this step; "" for all.
         """
 
     def stop(self, write: Callable[[str], None]) -> str:
-        """End it, a training after a checkpoint, and wait until it has ended; returns what to tell of it.
+        """Stop it and wait until it has ended; training saves a checkpoint first. Returns a message for the user.
 
         Args:
-            write: is told what is waited for.
+            write: receives progress messages while this waits.
         """
 
     def resume(self, sets: Sequence[str], write: Callable[[str], None]) -> str:
-        """Start it again from its last checkpoint; returns what to tell of it.
+        """Start it again from its last checkpoint; returns a message for the user.
 
         Args:
-            sets: FIELD=VALUE of what is to change.
-            write: is told what is made.
+            sets: FIELD=VALUE for each field to change.
+            write: receives the names of created objects.
         """
 
     def why(self) -> str:

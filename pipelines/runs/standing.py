@@ -1,7 +1,7 @@
-"""How far a run is: from the files of its run directory, or from the lines that its rank 0 has logged.
+"""The progress of a run, from the files of its run directory or from the log lines of rank 0.
 
-Both sources are what the trainer writes anyway (`trainer.recording.recorder`): metrics.jsonl has a line for each step;
-the log has one for each `log_every_steps` and is all that a machine without the volume can see.
+The trainer writes both anyway (`trainer.recording.recorder`): metrics.jsonl has a line per step; the log has a line
+every `log_every_steps` steps and is all that a machine without the volume can read.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Standing:
     """Numbers of a run; None where nothing is known yet.
 
     Attributes:
-        loss, loss_steps: mean of the last steps, in nats per token, and of how many.
-        left: until the last step at the present speed.
-        checkpoint_step, checkpoint_age: of the newest checkpoint; the age in seconds.
+        loss, loss_steps: mean loss in nats per token, and the number of last steps it is over.
+        left: time until the last step at the current speed.
+        checkpoint_step, checkpoint_age: step and age in seconds of the newest checkpoint.
     """
 
     step: int = 0
@@ -62,7 +62,7 @@ class Standing:
 
 
 def of_directory(run_dir: Path) -> Standing:
-    """From the run directory's files; all zero before the training has begun."""
+    """Read the run directory's files; all zero before training has begun."""
     spec_file = run_dir / "train.yaml"
     if not spec_file.is_file():
         return Standing()
@@ -70,7 +70,7 @@ def of_directory(run_dir: Path) -> Standing:
     records = _last_records(run_dir / "logs" / "metrics.jsonl")
     saved, marker = latest_step(run_dir), run_dir / "checkpoints" / LATEST
     if records and saved > records[-1]["step"]:
-        # Of a course that was given up for a greater length, until the first checkpoint of the new one.
+        # The run was made longer and went back: this checkpoint is of the abandoned part, and no new one exists yet.
         before = newest_until(run_dir, records[-1]["step"])
         saved, marker = (step_of(before), before) if before else (0, marker)
     common = {
@@ -95,7 +95,7 @@ def of_directory(run_dir: Path) -> Standing:
 
 
 def of_log(lines: Iterable[str], now: datetime) -> Standing:
-    """From the lines of rank 0's log, each with its time in front, as the kubelet gives them."""
+    """Read the lines of rank 0's log, each with the kubelet's timestamp in front."""
     found: dict[str, Any] = {}
     for line in lines:
         stamp, _, text = line.partition(" ")
@@ -109,14 +109,14 @@ def of_log(lines: Iterable[str], now: datetime) -> Standing:
 
 
 def _duration(text: str) -> timedelta:
-    """What `str(timedelta)` wrote: [N day[s], ]H:MM:SS."""
+    """Parse the format of `str(timedelta)`: [N day[s], ]H:MM:SS."""
     days, _, clock = text.rpartition(", ")
     hours, minutes, seconds = map(int, clock.split(":"))
     return timedelta(days=int(days.split()[0]) if days else 0, hours=hours, minutes=minutes, seconds=seconds)
 
 
 def _last_records(file: Path) -> list[dict[str, Any]]:
-    """The last whole lines of metrics.jsonl; a process may be writing the very last."""
+    """The last whole lines of metrics.jsonl; a process may be writing the very last one."""
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - TAIL_BYTES))

@@ -1,4 +1,4 @@
-"""What `yaongi status` shows of a run, and how."""
+"""The data and the layout of `yaongi status`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLOURS = {"running": "green", "finished": "green", "succeeded": "green", "faile
 
 @dataclass(frozen=True)
 class View:
-    """One run. `why` says what the state does not: what it waits for, how it failed, what to do."""
+    """One run. `why` adds to the state: what it waits for, how it failed, what to do."""
 
     name: str
     where: str
@@ -53,7 +53,7 @@ def table(views: Sequence[View]) -> Table:
 
 
 def details(view: View) -> RenderableType:
-    """Everything about one run, a line each; never wrapped, so that it can be copied."""
+    """Everything about one run, one item per line; never wrapped, so that it can be copied."""
     numbers = view.standing
     rows = [
         ("where", view.where),

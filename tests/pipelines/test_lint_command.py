@@ -89,7 +89,7 @@ def test_other_kinds_alone_are_told(lint):
         (["."], ".: is a folder; name the files in it, ./*.yaml"),
         ([], "no FILE to check; name manifests, or - for stdin"),
         (["-"], "-:1: no Kubernetes object (apiVersion and kind are missing)"),
-        (["-", "--trainer-version", "3"], "--trainer-version 3 is none of 2.0, 2.1, 2.2, 2.3"),
+        (["-", "--trainer-version", "3"], "--trainer-version 3 is not one of 2.0, 2.1, 2.2, 2.3"),
         (["--explain", "no-rendezvouz"], "there is no rule 'no-rendezvouz'; did you mean 'no-rendezvous'?"),
     ],
 )
@@ -100,7 +100,7 @@ def test_what_cannot_be_checked_ends_with_2_and_one_line(lint, arguments, said):
 def test_bytes_are_no_manifest(lint, tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n")
     code, _, error = lint("image.png")
-    assert code == 2 and "is no text in UTF-8" in error
+    assert code == 2 and "is not UTF-8 text" in error
 
 
 def test_rules_are_listed_and_explained(lint):

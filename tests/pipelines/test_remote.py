@@ -142,7 +142,7 @@ def test_a_stopped_run_is_shown_until_it_is_resumed(server, kind, yaongi):
 
     assert yaongi("resume", "mine")[:2] == (
         0,
-        f"created job {name} in namespace team\njob {name} goes on; follow it: yaongi logs {name} -n team --follow; "
+        f"created job {name} in namespace team\njob {name} continues; follow it: yaongi logs {name} -n team --follow; "
         "how far: yaongi status -n team\n",
     )
     code, said, _ = yaongi("status")

@@ -52,7 +52,7 @@ def test_a_job_that_cannot_work_here_is_refused_in_the_foreground_and_its_logs_s
     assert yaongi("why", "h100-4b") == (0, f"{name}, on this machine, is failed: {error.removeprefix('error: ')}", "")
     assert yaongi("why", "h100-4b", "--namespace", "mine")[0] == 69
     code, _, error = yaongi("why", "nothing", "--workdir", "w")
-    assert code == 69 and error.startswith("error: no run 'nothing' in w") and "no cluster to ask" in error
+    assert code == 69 and error.startswith("error: no run 'nothing' in w") and "no cluster is configured" in error
 
 
 def test_a_background_process_that_refuses_its_job_is_no_start(yaongi, monkeypatch, tmp_path):
