@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from manifests.dashboards.query import Series, View, annotations, dashboards, series, substituted, targets
+from manifests.dashboards.query import Series, View, dashboards, event_queries, series, substituted, targets
 
 GRID_COLUMNS, COLUMN_INCHES, ROW_INCHES = 24, 0.75, 0.36
 BACKGROUND, PANEL, INK, FAINT = "#111217", "#181b1f", "#d8d9da", "#5a5d63"
@@ -164,7 +164,7 @@ def _limits(axes: Axes, defaults: Mapping[str, Any]) -> None:
 def _marks(content: Mapping[str, Any], ask: Any, view: View) -> list[tuple[str, float]]:
     """(colour, time) of each event that the dashboard marks; what goes on for several points is one event."""
     found = []
-    for annotation, expression in zip(content["annotations"]["list"], annotations(content).values(), strict=True):
+    for annotation, expression in zip(content["annotations"]["list"], event_queries(content).values(), strict=True):
         query = substituted(expression, view)
         for one in ask("query_range", query=query, start=view.start, end=view.end, step=view.step)["result"]:
             if annotation.get("useValueForTime"):

@@ -104,9 +104,8 @@ def kind_of(job: Object) -> JobKind:
 
 def workers(job: Object) -> int:
     """How many workers a job has."""
-    if kind_of(job) is TRAINJOB:
-        return job["spec"]["trainer"]["numNodes"]
-    return job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"]
+    spec, is_trainjob = job["spec"], kind_of(job) is TRAINJOB
+    return int(spec["trainer"]["numNodes"] if is_trainjob else spec["pytorchReplicaSpecs"]["Worker"]["replicas"])
 
 
 def pod_template(objects: Iterable[Object]) -> Object:
@@ -114,5 +113,8 @@ def pod_template(objects: Iterable[Object]) -> Object:
     by_kind = {item["kind"]: item for item in objects}
     if "TrainingRuntime" in by_kind:
         (replicated_job,) = by_kind["TrainingRuntime"]["spec"]["template"]["spec"]["replicatedJobs"]
-        return replicated_job["template"]["spec"]["template"]
-    return by_kind["PyTorchJob"]["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+        owner = replicated_job["template"]["spec"]
+    else:
+        owner = by_kind["PyTorchJob"]["spec"]["pytorchReplicaSpecs"]["Worker"]
+    template: Object = owner["template"]
+    return template

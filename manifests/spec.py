@@ -23,6 +23,7 @@ from manifests.dataspec import DataSpec, FilesSource, HygieneSpec, Name
 from manifests.kinds import JobKindName
 from manifests.paths import whole
 from trainer.data.vocabulary import SMALLEST_VOCABULARY
+from trainer.errors import SpecError
 from trainer.fields import stored
 from trainer.kinds.base import Count
 from trainer.parallel.layout import Layout
@@ -38,7 +39,6 @@ from trainer.spec import (
 from trainer.specbase import (
     MISSING,
     Spec,
-    SpecError,
     begins_with,
     canonical_digest,
     deep_merge,

@@ -45,7 +45,7 @@ class LaunchError(ForeseenError):
     A launched task that ends by itself gives its own exit code as `code`.
     """
 
-    code = ExitCode.UNAVAILABLE
+    code: int = ExitCode.UNAVAILABLE
 
     def __init__(self, message: str, code: int | None = None) -> None:
         super().__init__(message)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
@@ -162,9 +162,9 @@ def _of_later_version(
     ):
         raise SpecError(f"{said}: {fields} may change what is computed; use that version or a newer one")
     log.warning("%s: %s unknown here and left out; no number depends on it", said, fields)
-    known = json.loads(json.dumps(value))
+    known: dict[str, Any] = json.loads(json.dumps(value))
     for _, path in problems:
-        inner = known
+        inner: Any = known
         for part in path[:-1]:
             inner = inner[int(part)] if isinstance(inner, list) else inner[part]
         del inner[path[-1]]
@@ -286,7 +286,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def changes_from_sets(assignments: list[str]) -> dict[str, Any]:
+def changes_from_sets(assignments: Iterable[str]) -> dict[str, Any]:
     """`["train.steps=20", "a.b=c"]` → nested dict; values are read as YAML, so numbers, lists and null work.
 
     Raises:
@@ -334,4 +334,5 @@ def to_json(spec: Spec) -> str:
 def _versioned(spec: Spec) -> dict[str, Any]:
     """Version 1 has no field for its number, and refuses it."""
     version = version_of(spec)
-    return ({VERSION_FIELD: version} if version > 1 else {}) | stored(spec)
+    fields: dict[str, Any] = stored(spec)
+    return ({VERSION_FIELD: version} if version > 1 else {}) | fields

@@ -41,7 +41,7 @@ def build(uid: str, title: str, description: str, rows: Sequence[Row], *, steps:
         made.with_row(dashboard.Row(row.title).id(number := number + 1))
         for panel in row.panels:
             made.with_panel(panel.id(number := number + 1))
-    content = json.loads(json.dumps(made.build(), cls=JSONEncoder))
+    content: dict[str, Any] = json.loads(json.dumps(made.build(), cls=JSONEncoder))
     for annotation, more in zip(content["annotations"]["list"], _ANNOTATION_TEXTS, strict=True):
         annotation.update(more)
     return content

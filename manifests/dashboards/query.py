@@ -50,7 +50,7 @@ def targets(panel: Mapping[str, Any]) -> Iterator[Target]:
         yield Target(panel["title"], target["expr"], target["legendFormat"], target.get("instant", False))
 
 
-def annotations(content: Mapping[str, Any]) -> dict[str, str]:
+def event_queries(content: Mapping[str, Any]) -> dict[str, str]:
     """Name → expression."""
     return {annotation["name"]: annotation["expr"] for annotation in content["annotations"]["list"]}
 

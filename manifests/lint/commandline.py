@@ -261,8 +261,8 @@ def _launch(words: list[str], known: Mapping[str, str], exported: Mapping[str, s
         return None
     if name in ("accelerate", "colossalai", "tune", "axolotl"):
         verbs = ("launch", "run", "train")
-        at = next((n for n, word in enumerate(rest) if word in verbs), None)
-        rest = rest if at is None else rest[at + 1 :]
+        verb = next((n for n, word in enumerate(rest) if word in verbs), None)
+        rest = rest if verb is None else rest[verb + 1 :]
     options, written = _options(name, rest, known)
     for key, value in exported.items():  # torchrun reads what its command line leaves out
         if name == "torchrun" and key.startswith("PET_") and key[4:].lower() not in options:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from yaml.composer import Composer
@@ -47,7 +47,9 @@ class Document:
         return line + 1
 
 
-if yaml.__with_libyaml__:  # as in every wheel of PyYAML; it scans many times as fast
+if TYPE_CHECKING or not yaml.__with_libyaml__:
+    _SafeLoader = yaml.SafeLoader
+else:  # as in every wheel of PyYAML; it scans many times as fast
 
     class _SafeLoader(Composer, yaml.cyaml.CParser, SafeConstructor, Resolver):
         """Events of libyaml, nodes of Python: libyaml's own composer calls itself for each level and ends the process
@@ -57,8 +59,6 @@ if yaml.__with_libyaml__:  # as in every wheel of PyYAML; it scans many times as
             yaml.cyaml.CParser.__init__(self, text)
             for part in (Composer, SafeConstructor, Resolver):
                 part.__init__(self)
-else:
-    _SafeLoader = yaml.SafeLoader
 
 
 class _Loader(_SafeLoader):
@@ -113,8 +113,7 @@ def read(text: str, source: str) -> Iterator[Document]:
 def _objects(text: str, source: str) -> Iterator[Document]:
     loader = _Loader(text)
     try:
-        while loader.check_node():
-            node = loader.get_node()
+        while loader.check_node() and (node := loader.get_node()) is not None:
             duplicates = tuple(_duplicates(node))  # now: constructing mixes in what `<<` merges
             value = loader.construct_document(node)
             if value is None:  # a comment between two ---

@@ -39,6 +39,12 @@ class Type:
     limits: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def element(self) -> Type:
+        """Of a list or mapping."""
+        assert self.of is not None, f"{self.kind} has no elements"
+        return self.of
+
+    @property
     def object(self) -> str:
         """Of the object that it is, or a list or mapping has; "" for none."""
         return self.of.object if self.of else self.name
@@ -71,8 +77,10 @@ def _parsed(text: str, limits: dict[str, Any]) -> Type:
     needed, text = text.endswith("!"), text.removesuffix("!")
     inner = limits.get("items", {})
     if text.startswith("["):
-        element, keys = re.fullmatch(r"(\[.*\]|\{.*\}|\S*)(.*)", text[1:-1]).groups()
-        return Type("list", of=_parsed(element, inner), keys=tuple(keys.split()), needed=needed, limits=limits)
+        found = re.fullmatch(r"(\[.*\]|\{.*\}|\S*)(.*)", text[1:-1])
+        assert found is not None, f"the table has {text}"
+        of, keys = _parsed(found[1], inner), tuple(found[2].split())
+        return Type("list", of=of, keys=keys, needed=needed, limits=limits)
     if text.startswith("{"):
         return Type("mapping", of=_parsed(text[1:-1], inner), needed=needed, limits=limits)
     kind, name = (text, "") if text in _PLAIN else ("object", text)

@@ -61,5 +61,5 @@ def _merged_list(base: list[Any], patch: list[Any], type_: Type) -> list[Any]:
         if name is None or at is None:
             found.append(entry)
         else:
-            found[at] = _merged(found[at], entry, type_.of)
+            found[at] = _merged(found[at], entry, type_.element)
     return found

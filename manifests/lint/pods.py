@@ -105,7 +105,7 @@ def metrics_ports(pod: Pod) -> Iterator[Hit]:
     ports = pod.main.place["ports"] if pod.main else None
     named = [port for port in ports.each() if "metrics" in port["name"].text] if ports else []
     several = min(pod.processes or pod.accelerators, pod.accelerators or pod.processes or 0)
-    if named and len(named) < several:
+    if ports and named and len(named) < several:
         yield Hit(ports, f"{len(named)} metrics ports for {several} processes")
 
 

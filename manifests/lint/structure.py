@@ -142,11 +142,11 @@ class _Walk:
         fewest = 1 if where in validation.NOT_EMPTY else type_.limits.get("minItems", 0)
         yield from _count(place, fewest, type_.limits.get("maxItems"))
         seen: Counter[tuple[str, ...]] = Counter()
-        name, elements = _name(place), fields(type_.of.name) if type_.of.name else {}
+        name, elements = _name(place), fields(type_.element.name) if type_.element.name else {}
         as_set = self.is_custom and type_.limits.get("set")
         for inside in place.each():
             if inside:
-                yield from self.value(inside, type_.of, where)
+                yield from self.value(inside, type_.element, where)
             elif self.is_custom or any(field.needed for field in elements.values()):
                 yield Problem("type", inside, f"an element of {name} is empty")
             key = tuple(str(inside[key].value or ("TCP" if key == "protocol" else "")) for key in type_.keys)
@@ -160,10 +160,10 @@ class _Walk:
     def _mapping(self, place: Place, type_: Type, where: str) -> Iterator[Problem]:
         yield from _count(place, type_.limits.get("minProperties", 0), None)
         for name, inside in place.fields():
-            found = list(self.value(inside, type_.of, "")) if inside else []
+            found = list(self.value(inside, type_.element, "")) if inside else []
             if where.startswith("Secret."):  # whose values nobody shows
                 found = [
-                    replace(problem, what=f"{name} is no {'base64' if type_.of.kind == 'bytes' else 'text'}")
+                    replace(problem, what=f"{name} is no {'base64' if type_.element.kind == 'bytes' else 'text'}")
                     for problem in found
                 ]
             yield from found

@@ -7,7 +7,7 @@ that the pod's GPUs are known; where not, rules about what only the runtime says
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -296,7 +296,8 @@ class Runtime:
     @cached_property
     def pods(self) -> list[Pod]:
         """Those of each TrainJob in the input."""
-        return [pod for user in self.users or [None] for pod in self.pods_of(user)]
+        users: Sequence[TrainJob | None] = self.users or [None]
+        return [pod for user in users for pod in self.pods_of(user)]
 
     @property
     def claimed(self) -> tuple[str, ...]:

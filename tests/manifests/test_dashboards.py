@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from manifests.alerts import ALERTS, RUNBOOKS
-from manifests.dashboards.query import View, annotations, dashboards, panels, substituted, targets
+from manifests.dashboards.query import View, dashboards, event_queries, panels, substituted, targets
 from trainer.recording.metrics import METRICS, PREFIX
 
 DASHBOARDS = dashboards()
@@ -21,7 +21,7 @@ each = pytest.mark.parametrize("content", DASHBOARDS.values(), ids=DASHBOARDS)
 
 def expressions(content: dict[str, Any]) -> list[str]:
     found = [target.expression for panel in panels(content) for target in targets(panel)]
-    return found + list(annotations(content).values())
+    return found + list(event_queries(content).values())
 
 
 def test_there_are_three_and_they_are_the_generated_ones() -> None:
@@ -101,7 +101,7 @@ def test_every_variable_is_used_and_every_use_is_a_variable(content: dict[str, A
 
 @each
 def test_events_are_marked_and_dashboards_lead_to_each_other(content: dict[str, Any]) -> None:
-    assert set(annotations(content)) == {"Restarts", "Checkpoints", "Alerts"}
+    assert set(event_queries(content)) == {"Restarts", "Checkpoints", "Alerts"}
     (link,) = [link for link in content["links"] if link["type"] == "dashboards"]
     assert link["includeVars"] and link["keepTime"]
     for other in DASHBOARDS.values():

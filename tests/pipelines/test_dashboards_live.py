@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tools import tool
 
-from manifests.dashboards.query import View, annotations, dashboards, panels, series, substituted, targets
+from manifests.dashboards.query import View, dashboards, event_queries, panels, series, substituted, targets
 from trainer.recording.metrics import METRICS, PREFIX
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,7 @@ def test_counters_count(watched: tuple[Any, View]) -> None:
 
 def test_the_restart_and_every_checkpoint_are_marked(watched: tuple[Any, View]) -> None:
     ask, view = watched
-    marks = annotations(dashboards()["training"])
+    marks = event_queries(dashboards()["training"])
 
     def asked(name: str) -> list[dict[str, Any]]:
         query = substituted(marks[name], view)

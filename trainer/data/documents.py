@@ -107,5 +107,14 @@ def open_stream(
         (generation.digest, {name: part.counts(name, "train").documents for name in tokens.mix})
         for generation, part in zip(manifest.earlier, manifest.parts, strict=False)  # without the newest
     ]
-    order = {"earlier": earlier, "curriculum": tokens.curriculum, "skip": tokens.skip, "cursor": cursor}
-    return sources, TokenStream(lengths, tokens.mix, tokens.seed, manifest.digest, **order)
+    stream = TokenStream(
+        lengths,
+        tokens.mix,
+        tokens.seed,
+        manifest.digest,
+        earlier=earlier,
+        curriculum=tokens.curriculum,
+        skip=tokens.skip,
+        cursor=cursor,
+    )
+    return sources, stream

@@ -56,7 +56,7 @@ class StepBatch:
     @property
     def seq_len(self) -> int:
         """Tokens of a row."""
-        return self.micro_batches[0].ids_BT.shape[1]
+        return int(self.micro_batches[0].ids_BT.shape[1])
 
 
 class TokenLoader:

@@ -74,8 +74,8 @@ def best_fit(segments: Sequence[Segment], seq_len: int) -> list[list[Segment]]:
             rows[row].append((place, head))
             if room > head.stop - head.start:
                 insort(open_rows, (room - (head.stop - head.start), row))
-    for row in rows:
-        row.sort(key=lambda placed: placed[0])
+    for pieces_of_row in rows:
+        pieces_of_row.sort(key=lambda placed: placed[0])
     rows.sort(key=lambda row: row[0][0])  # stable; else the longest documents would all be on the first rank
     return [[segment for _, segment in row] for row in rows]
 

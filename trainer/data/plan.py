@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -88,7 +88,7 @@ class TokenStream:
 
     def __init__(
         self,
-        lengths: dict[str, NDArray[np.integer]],
+        lengths: Mapping[str, NDArray[np.integer]],
         mix: dict[str, MixSpec],
         seed: int,
         data_digest: str,
@@ -132,7 +132,7 @@ class TokenStream:
                 assert self._open is None, "two documents are open"
                 self._open = (source, document, int(order.lengths[document]), offset)
 
-    def _ordered(self, lengths: dict[str, NDArray[np.integer]]) -> list[SourceOrder]:
+    def _ordered(self, lengths: Mapping[str, NDArray[np.integer]]) -> list[SourceOrder]:
         ends = {name: [0, *(documents[name] for _, documents in self._data)] for name in self.names}
         return [SourceOrder(name, lengths[name], self._seed, np.diff(ends[name]).tolist()) for name in self.names]
 

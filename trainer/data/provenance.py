@@ -82,7 +82,7 @@ class Origins:
             if bytes(data[: len(MAGIC)]) != MAGIC:
                 raise ValueError("no list of origins")
             at = len(MAGIC) + TABLE_BYTES.size
-            records = at + TABLE_BYTES.unpack(data[len(MAGIC) : at])[0]
+            records = at + TABLE_BYTES.unpack(bytes(data[len(MAGIC) : at]))[0]
             self.files: list[str] = json.loads(bytes(data[at:records]))
             if len(data) != (expected := records + documents * RECORD.itemsize):
                 raise ValueError(f"has {len(data)} bytes, {documents} documents need {expected}")

@@ -148,12 +148,14 @@ class Tokenizer:
     def _bytes(self) -> list[bytes]:
         """What each id stands for."""
         special = self._raw.get_added_tokens_decoder()
-        tokens = [self._raw.id_to_token(n) for n in range(self.vocab_size)]
+        texts = {n: text for text, n in self._raw.get_vocab().items()}
+        tokens = [texts[n] for n in range(self.vocab_size)]
         return [t.encode() if n in special else bytes(map(BYTE_OF.__getitem__, t)) for n, t in enumerate(tokens)]
 
     @cached_property
     def _byte_ids(self) -> list[int]:
-        return [self._raw.token_to_id(character) for _, character in sorted((b, c) for c, b in BYTE_OF.items())]
+        ids = self._raw.get_vocab()
+        return [ids[character] for _, character in sorted((b, c) for c, b in BYTE_OF.items())]
 
 
 def train(texts: Iterable[str], vocab_size: int) -> RawTokenizer:

@@ -277,5 +277,5 @@ class PlacedKind(Kind):
     layer: Annotated[int, Field(ge=0)]
 
     @abstractmethod
-    def stand_in(self, table_rows: int) -> Kind:
+    def stand_in(self, table_rows: int) -> PlacedKind:
         """One for layer 0 of a small model that runs through the same code, with no table larger than that."""

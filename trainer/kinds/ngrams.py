@@ -59,7 +59,8 @@ def token_classes(tokenizer_json: str | Path) -> list[int]:
     classes = []
     for token in range(tokenizer.get_vocab_size(with_added_tokens=True)):
         text = tokenizer.decode([token], skip_special_tokens=False)
-        key = tokenizer.id_to_token(token) if "�" in text else normalise.normalize_str(text) or text
+        key = tokenizer.id_to_token(token) if "�" in text else None
+        key = key or normalise.normalize_str(text) or text
         classes.append(numbers.setdefault(key, len(numbers)))
     return classes
 
