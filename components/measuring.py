@@ -17,6 +17,7 @@ from components.marks import MOVED
 from manifests.names import STEP_METRICS_PORT, Task
 from trainer.errors import SpecError
 from trainer.recording.exporter import Metrics
+from trainer.recording.metrics import Process
 
 PORT_VARIABLE = "YAONGI_METRICS_PORT"  # 0 serves nothing
 
@@ -35,7 +36,7 @@ def served(stage: str) -> Iterator[None]:
         SpecError: YAONGI_METRICS_PORT is no port.
     """
     global _metrics, _stage
-    process = "launcher" if stage in get_args(Task) else "data"
+    process: Process = "launcher" if stage in get_args(Task) else "data"
     before, port = (_metrics, _stage), named_port()
     first = STEP_METRICS_PORT if port is None else port
     try:

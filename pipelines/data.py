@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.options import Job, Sets, Workdir
-from trainer.errors import SpecError
+from trainer.errors import DataError, SpecError
 
 if TYPE_CHECKING:
     from manifests.spec import JobSpec, StageName
     from trainer.data.inspection import Passage, SourceTotals
+    from trainer.data.manifest import Manifest
     from trainer.data.plan import Cursor
 
 HELP = """
@@ -60,10 +61,7 @@ def _shards(where: str, sets: list[str] | None, workdir: Path) -> Path:
 @app.command()
 def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> None:
     """Read every file and compare it with its manifest; damaged files are named."""
-    from components.progress import ByteProgress
-    from trainer.data.inspection import damage
     from trainer.data.manifest import MANIFEST_NAME, read_manifest
-    from trainer.errors import DataError
     from trainer.files import UnreadableError
 
     if Path(where).is_dir():
@@ -75,8 +73,7 @@ def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> 
     problems: list[DataError] = []
     for directory in directories:
         manifest = read_manifest(directory)
-        with ByteProgress(f"verify {manifest.kind}", sum(entry.bytes for entry in manifest.files)) as progress:
-            found = damage(directory, manifest, lambda entry, bar=progress: bar.advance(entry.bytes))
+        found = _damage(directory, manifest)
         problems += found
         counts = manifest.counts()
         state = f"{len(found)} damaged" if found else "whole"
@@ -89,6 +86,14 @@ def verify(where: Where, sets: Sets = None, workdir: Workdir = Path("work")) -> 
     if problems:
         first = min(problems, key=lambda error: isinstance(error, UnreadableError))  # damage is more specific
         raise type(first)(f"{len(problems)} damaged: {first}")
+
+
+def _damage(directory: Path, manifest: Manifest) -> list[DataError]:
+    from components.progress import ByteProgress
+    from trainer.data.inspection import damage
+
+    with ByteProgress(f"verify {manifest.kind}", sum(entry.bytes for entry in manifest.files)) as progress:
+        return damage(directory, manifest, lambda entry: progress.advance(entry.bytes))
 
 
 @app.command()
@@ -189,7 +194,7 @@ def cat(
 ) -> None:
     """Print documents of the shards as text, each with the place of its raw line."""
     from trainer.data.inspection import documents
-    from trainer.data.manifest import read_manifest, verify
+    from trainer.data.manifest import Split, read_manifest, verify
     from trainer.data.tokenizer import Tokenizer
 
     if Path(where).is_dir():
@@ -205,7 +210,7 @@ def cat(
     if made_with.digest != manifest.inputs.get("tokenizer"):
         raise SpecError(f"{tokenizer}: not the tokenizer that {directory} was made with; name that one")
     verify(tokenizer, made_with)
-    split = "heldout" if heldout else "train"
+    split: Split = "heldout" if heldout else "train"
     for passage in documents(directory, manifest, Tokenizer.load(tokenizer), source, split, first, count):
         _show(passage)
 

@@ -41,8 +41,8 @@ def main() -> int:
         from pipelines.pretrain import pretrain
         from pipelines.stepserver import StepServer
 
-    if number := told_to_stop():
-        return 128 + number
+    if told := told_to_stop():
+        return 128 + told
     steps = StepServer()
     threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
     if stage:

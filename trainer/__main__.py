@@ -11,7 +11,8 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from trainer.exitcodes import ExitCode
 from trainer.process import failures
@@ -80,15 +81,23 @@ def end_with_parent() -> None:
 
 def run(task: str, spec: TrainSpec) -> int:
     """Do one task in this process; its exit code."""
+    result = _imported(task)(spec)
+    return result if task == "train" else int(ExitCode.OK)
+
+
+def _imported(task: str) -> Callable[[TrainSpec], Any]:
     with uncollected():
         if task == "train":
-            from trainer.loop import train as task_run
-        elif task == "evaluate":
-            from trainer.evaluate import run as task_run
-        else:
-            from trainer.export import run as task_run
-    result = task_run(spec)
-    return result if task == "train" else int(ExitCode.OK)
+            from trainer.loop import train
+
+            return train
+        if task == "evaluate":
+            from trainer.evaluate import run as evaluate
+
+            return evaluate
+        from trainer.export import run as export
+
+        return export
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -98,7 +99,7 @@ def backends(spec: TrainSpec, world: World, dtype: torch.dtype | None) -> dict[s
             agreed[op] = next((choice for choice in choices if not choice.proven), choices[0])
             continue
         surveys = _told(world, ops.survey(op, setting))
-        agreed[op] = ops.best(op, setting.device, lambda name, surveys=surveys: _weakest(name, surveys))
+        agreed[op] = ops.best(op, setting.device, partial(_weakest, surveys=surveys))
     return agreed
 
 

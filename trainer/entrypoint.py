@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from trainer import preflight, thismachine
 from trainer.__main__ import load_spec, parser
@@ -293,7 +294,8 @@ def write_termination_message(code: int, reason: str) -> None:
     file = Path(os.environ.get(TERMINATION_LOG_VARIABLE, TERMINATION_LOG))
     if not file.exists():
         return
-    message = {"code": int(code), "meaning": failures.meaning(code), "retryable": retryable(code), "reason": reason}
+    meaning = failures.meaning(code)
+    message: dict[str, Any] = {"code": int(code), "meaning": meaning, "retryable": retryable(code), "reason": reason}
     while len(text := json.dumps(message, ensure_ascii=False).encode()) > _TERMINATION_BYTES:
         message["reason"] = message["reason"][: len(message["reason"]) * 3 // 4]
     try:

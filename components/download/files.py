@@ -303,9 +303,10 @@ def _identified(item: Input, known: Input | None) -> Input:
         return item
     status = _status(item)
     stamp = f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
-    same = known is not None and known.checksum and known.stamp == stamp and known.location == item.location
+    same = known is not None and known.stamp == stamp and known.location == item.location
+    content = known.checksum if known is not None and same else None
     try:
-        content = known.checksum if same else checksum(item.location, "sha256")
+        content = content or checksum(item.location, "sha256")
     except OSError as error:
         raise _unreadable(item, error) from None
     return item.model_copy(update={"checksum": content, "stamp": stamp})

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import (
@@ -68,6 +68,7 @@ def resolve(source: HubSource) -> tuple[str, list[Input]]:
                 for info in _retried(
                     name, partial(api.get_paths_info, name, some, revision=commit, repo_type="dataset")
                 )
+                if isinstance(info, RepoFile)
             ]
     except HTTP_ERRORS as error:
         raise _refused(name, error) from None
@@ -136,7 +137,8 @@ def _continue(url: str, headers: dict[str, str], target: Path, size: int, advanc
         if file.tell() > size:
             file.seek(0)
             file.truncate()
-        http_get(url, _Told(file, advance), resume_size=file.tell(), headers=headers, expected_size=size)
+        told = cast(BinaryIO, _Told(file, advance))
+        http_get(url, told, resume_size=file.tell(), headers=headers, expected_size=size)
         file.flush()
         os.fsync(file.fileno())
 

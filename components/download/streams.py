@@ -8,6 +8,7 @@ first bytes tell them apart.
 from __future__ import annotations
 
 import gzip
+import io
 import re
 import shlex
 import zlib
@@ -128,7 +129,7 @@ def _decompressed(raw: BinaryIO, name: str, compression: str, head: bytes) -> It
         raise DataError(f"{name}: damaged or cut-off {kind} ({said}); fetch or compress the file again") from None
 
 
-def _opened(raw: BinaryIO, compression: str) -> BinaryIO:
+def _opened(raw: BinaryIO, compression: str) -> io.BufferedIOBase:
     if compression == ".gz":
         return gzip.GzipFile(fileobj=raw, mode="rb")
     if compression == ".zst":

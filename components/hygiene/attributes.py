@@ -25,9 +25,9 @@ def decisions(job: JobSpec, raw: Manifest) -> Manifest | None:
     if not job.hygiene.enabled:
         return None
     directory = job.stage_dir("hygiene")
-    manifest = read_manifest(directory, "hygiene")
-    made_for = [generation for generation in manifest.generations if generation.inputs.get("raw") == raw.digest]
-    if not made_for or (manifest := manifest.at(made_for[-1].digest)) is None:
+    newest = read_manifest(directory, "hygiene")
+    made_for = [generation for generation in newest.generations if generation.inputs.get("raw") == raw.digest]
+    if not made_for or (manifest := newest.at(made_for[-1].digest)) is None:
         raise DataError(f"{directory}: made for other raw text; run the hygiene step again")
     verify(directory, manifest, sizes_only=True)
     return manifest

@@ -35,8 +35,11 @@ def checks(job: JobSpec, *, train: bool) -> dict[str, Callable[[], None]]:
     Args:
         train: also what comes after the data.
     """
-    of_training = {"memory": partial(_refuse_too_little_memory, job), "time": partial(_refuse_months, job)}
-    return (of_training if train else {}) | {"disk": partial(_refuse_too_little_disk, job, train)}
+    found: dict[str, Callable[[], None]] = {}
+    if train:
+        found["memory"], found["time"] = partial(_refuse_too_little_memory, job), partial(_refuse_months, job)
+    found["disk"] = partial(_refuse_too_little_disk, job, train)
+    return found
 
 
 def refuse_hopeless(job: JobSpec, *, train: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -93,8 +94,8 @@ class ShardMaker:
                 origins.append(files.index(piece.unit.path), documents.offsets[chosen])
                 text_bytes += int(documents.text_bytes[chosen].sum())
         origins.close()
-        of = {"source": plan.source, "split": plan.split}
-        counts = {"documents": writer.sequences, "tokens": writer.tokens, "text_bytes": text_bytes}
+        of: dict[str, Any] = {"source": plan.source, "split": plan.split}
+        counts: dict[str, Any] = {"documents": writer.sequences, "tokens": writer.tokens, "text_bytes": text_bytes}
         return [
             file_entry(directory, f"{plan.name}.bin", **of, **counts),
             file_entry(directory, f"{plan.name}.idx", **of),

@@ -206,7 +206,8 @@ def _assembled(
     """Shards of these units, numbered on from those of `before`."""
     units_dir = work.directory / UNITS_DIR
     vocab_size = work.settings["vocab_size"]
-    numbers = Counter((entry.source or "", entry.split) for entry in before.files if entry.tokens) if before else {}
+    present = [entry for entry in before.files if entry.tokens] if before else []
+    numbers = Counter((entry.source or "", entry.split) for entry in present if entry.split)
     most = job.shards.max_shard_bytes // token_dtype(vocab_size).itemsize
     plans = list(plan_shards(units_dir, units, most, numbers))
     maker = ShardMaker(str(work.directory), str(units_dir), vocab_size)
@@ -240,7 +241,7 @@ def _check_counts(raw: Manifest, hygiene: Manifest | None, shards: Manifest) -> 
 
 
 def _summary(manifest: Manifest) -> dict[str, int | float | str]:
-    counts = {"files": manifest.counts().files}
+    counts: dict[str, int | float | str] = {"files": manifest.counts().files}
     for split in SPLITS:
         total = manifest.counts(split=split)
         counts |= {f"{split}_tokens": total.tokens, f"{split}_documents": total.documents}

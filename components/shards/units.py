@@ -100,8 +100,8 @@ class UnitEncoder:
             heldout = [is_heldout(one, self.heldout_fraction) for one in data]
             for split in SPLITS:
                 chosen = [n for n, held in enumerate(heldout) if held == (split == "heldout")]
-                columns = [[len(data[n]) for n in chosen], [offsets[n] for n in chosen]]
-                parts[split].append(_pack([ids[n] for n in chosen], *columns, dtype))
+                sizes, places = [len(data[n]) for n in chosen], [offsets[n] for n in chosen]
+                parts[split].append(_pack([ids[n] for n in chosen], sizes, places, dtype))
         target = unit_file(self.out_dir, unit.number)
         _save(target, {split: _joined(parts[split], dtype) for split in SPLITS})
         return checksum(target, "xxh3_128")
@@ -173,7 +173,7 @@ class Journal:
         for journal in sorted(directory.glob("journal*.jsonl")):
             lines = list(_lines(journal))
             for line in lines[1:] if lines[:1] == [identity] else []:
-                number, digest = line.get("unit"), line.get("checksum")
+                number, digest = line.get("unit"), line.get("checksum", "")
                 if number in numbers and number not in self.checksums and _is(unit_file(directory, number), digest):
                     self.checksums[number] = digest
         for number in numbers - self.checksums.keys():

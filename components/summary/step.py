@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from components.launch.artefacts import NUMBERS
 from manifests.spec import JobSpec
@@ -70,11 +71,12 @@ def read_run(run_dir: str | Path) -> RunSummary:
     if result is None or evaluation is None or checkpoint is None:
         missing = "result.json" if result is None else "eval.json" if evaluation is None else "a checkpoint"
         raise LaunchError(f"{run_dir}: {missing} is missing; run the pipeline to its end first")
+    # A loss is null where the step was skipped for gradients that were not finite.
+    numbers: dict[str, Any] = {name: math.nan if result[name] is None else result[name] for name in NUMBERS}
     loss = result.get("loss", result["loss_last"])  # version 0.1 wrote that of the last step alone
     return RunSummary(
         name=run_dir.name,
-        # A loss is null where the step was skipped for gradients that were not finite.
-        **{name: math.nan if result[name] is None else result[name] for name in NUMBERS},
+        **numbers,
         loss=math.nan if loss is None else loss,
         loss_steps=result.get("loss_steps", 1),
         bits_per_byte={domain: value["bits_per_byte"] for domain, value in evaluation["domains"].items()},

@@ -22,6 +22,7 @@ from manifests.spec import JobSpec
 from trainer.data import tokenizer as bpe
 from trainer.data.manifest import FileEntry, Manifest, StageResult, file_entry, write_manifest
 from trainer.data.stages import open_stage, reusable
+from trainer.data.vocabulary import SPECIAL_TOKENS
 from trainer.files import atomic_write
 
 REPORT = "report.json"
@@ -42,7 +43,7 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
         "sample_bytes": job.tokenizer.sample_bytes,
         "weights": {name: source.weight for name, source in job.data.sources.items()},
         "pattern": bpe.PATTERN,
-        "special_tokens": list(bpe.SPECIAL_TOKENS),
+        "special_tokens": list(SPECIAL_TOKENS),
     }
     before, why = _there(directory, raw_manifest, settings)
     if before is None:

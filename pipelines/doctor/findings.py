@@ -12,7 +12,8 @@ from rich.text import Text
 
 from trainer.errors import LaunchError
 
-COLOURS = {"ok": "green", "missing": "yellow", "no": "red", "unknown": "dim"}
+State = Literal["ok", "missing", "no", "unknown"]
+COLOURS: dict[State, str] = {"ok": "green", "missing": "yellow", "no": "red", "unknown": "dim"}
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Finding:
     """`state`: "no" stops every run there, "missing" only runs that need it; "unknown" could not be checked."""
 
     what: str
-    state: Literal["ok", "missing", "no", "unknown"]
+    state: State
     detail: str
     remedy: str = ""
 

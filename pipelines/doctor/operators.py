@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from manifests.kinds import PYTORCHJOB, TRAINJOB, JobKind, Object
-from pipelines.doctor.findings import Finding, told
+from pipelines.doctor.findings import Finding, State, told
 from pipelines.doctor.look import Look
 from trainer.errors import in_words
 
@@ -53,15 +54,14 @@ def job_kinds(look: Look, wanted: JobKind | None) -> Iterator[Finding]:
             yield Finding(kind.kind, "no" if needed else "missing", detail, operator.install)
             continue
         yield Finding(kind.kind, "ok", f"served as {kind.api_version}")
-        yield from told(f"{kind.kind} operator", lambda operator=operator: _running(look, operator))
+        yield from told(f"{kind.kind} operator", partial(_running, look, operator))
 
 
 def extras(look: Look, queue: str | None) -> Iterator[Finding]:
     """Optional services of a run: queues, monitoring."""
     if look.get("/apis/kueue.x-k8s.io") is None:
-        detail, state = (
-            ("cluster.queue names a queue, but the cluster has no Kueue", "no") if queue else ("none", "missing")
-        )
+        detail = "cluster.queue names a queue, but the cluster has no Kueue" if queue else "none"
+        state: State = "no" if queue else "missing"
         yield Finding("Kueue", state, detail, "install Kueue to share GPUs fairly, or leave cluster.queue out")
     elif queue and not _local_queue(look, queue):
         detail = f"namespace '{look.namespace}' has no LocalQueue '{queue}'"

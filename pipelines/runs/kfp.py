@@ -104,7 +104,8 @@ def _until_ended(client: Any, run_id: str) -> Iterator[Any]:
         except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
             status = getattr(error, "status", None) or 500
             if status < 500:
-                raise LaunchError(f"run {run_id} cannot be followed: {error.reason} ({status})") from None
+                reason = getattr(error, "reason", error)
+                raise LaunchError(f"run {run_id} cannot be followed: {reason} ({status})") from None
         else:
             yield run
             if run.state in ENDED:

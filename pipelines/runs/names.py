@@ -45,7 +45,7 @@ def choose(text: str, names: Collection[str], where: str, exactly: str | None = 
     Raises:
         UnknownRun, SpecError: none, or several; lists candidates.
     """
-    if exactly in names:
+    if exactly is not None and exactly in names:
         return exactly
     if text in names:
         return text

@@ -73,7 +73,7 @@ def of_directory(run_dir: Path) -> Standing:
         # The run was made longer and went back: this checkpoint is of the abandoned part, and no new one exists yet.
         before = newest_until(run_dir, records[-1]["step"])
         saved, marker = (step_of(before), before) if before else (0, marker)
-    common = {
+    common: dict[str, Any] = {
         "steps": spec.steps,
         "checkpoint_step": saved or None,
         "checkpoint_age": time.time() - marker.stat().st_mtime if saved else None,

@@ -41,7 +41,8 @@ def activations(spec: ModelSpec, seq_len: int, policy: Policy = "none", precisio
     if spec.mtp:
         layers += [[spec.section(symbol) for symbol in spec.mtp.layer]] * spec.mtp.depth
     everything = [sum(_kept(section, spec, widths) for section in layer) for layer in layers]
-    kept, again, lines = sum(everything), 0, ()
+    kept, again = sum(everything), 0
+    lines: tuple[str, ...] = ()
     if policy == "selective":
         kept = sum(_kept_selective(section, spec, widths) for layer in layers for section in layer)
         again = max(_kept(s, spec, widths) - _kept_selective(s, spec, widths) for layer in layers for s in layer)

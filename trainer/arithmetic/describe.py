@@ -101,9 +101,9 @@ def _rows(spec: ModelSpec, seq_len: int, everything: list[Parameter]) -> list[Ro
     rows.append(row(None, "LM head", f"{spec.hidden} × {spec.vocab_size}", [head(spec)]))
     if spec.tied_embedding:
         rows[-1] = replace(rows[-1], params=0, shapes="the embedding's")
-    for number in range(spec.mtp.depth if spec.mtp else 0):
+    for number, layer in enumerate([spec.mtp.layer] * spec.mtp.depth if spec.mtp else []):
         core = mtp_core_flops_per_token(spec, seq_len)
-        kind = f"MTP {number + 1} ({spec.mtp.layer})"
+        kind = f"MTP {number + 1} ({layer})"
         rows.append(row(None, kind, "projection, layer, the head again", list(mtp_parameters(spec, number)), core))
     return rows
 

@@ -92,6 +92,7 @@ def _linear(fp8: Fp8Spec, shape: tuple[int, int, int], device: torch.device) -> 
     holder.layer = nn.Linear(inputs, outputs, bias=False, device=device)
     with torch.no_grad():
         holder.layer.weight.copy_(_draw(device, outputs, inputs, seed=1) * inputs**-0.5)
+    state: te.TeState | Fp8State
     if fp8.implementation == "te":
         state = te.convert(holder, ["layer.weight"], fp8)
     else:

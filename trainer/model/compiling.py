@@ -30,7 +30,8 @@ def compile_layers(model: HybridModel, *, whole: bool = False, backend: str = "i
         _keep_mutations_in_order()
     for layer in layers_of(model):
         # Not layer.compile(), which would take hooks of the layer, such as FSDP's, into the graph.
-        layer.forward = torch.compile(layer.forward, fullgraph=whole, backend=backend)
+        compiled = torch.compile(layer.forward, fullgraph=whole, backend=backend)
+        layer.forward = compiled  # type: ignore[method-assign]  # of this layer alone
 
 
 def layers_of(model: nn.Module) -> list[Layer]:

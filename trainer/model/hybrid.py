@@ -103,8 +103,8 @@ class HybridModel(nn.Module):
         if not spec.tied_embedding:
             self.head = Linear(spec.hidden, spec.vocab_size)
         self.mtp = nn.ModuleList()
-        for _ in range(spec.mtp.depth if spec.mtp else 0):
-            layer = Layer(*(Sublayer(spec, spec.section(symbol), functions) for symbol in spec.mtp.layer))
+        for symbols in [spec.mtp.layer] * spec.mtp.depth if spec.mtp else []:
+            layer = Layer(*(Sublayer(spec, spec.section(symbol), functions) for symbol in symbols))
             self.mtp.append(MtpModule(spec.hidden, spec.norm_eps, layer))
 
     def forward(self, ids_BT: Tensor, seq_idx_BT: Tensor, labels_BT: Tensor | None = None) -> ModelOutput:

@@ -48,7 +48,7 @@ class Mamba2(Mixer):
         return self.zxbc_proj(x_BTD), self.dt_proj(x_BTD)
 
     def mix(self, zxBC: Tensor, dt_BTH: Tensor, documents: Documents) -> Mixed:
-        return Mixed(self.region("selective", lambda *tensors: self._scan(*tensors, documents), zxBC, dt_BTH))
+        return Mixed(self.region("selective", lambda zxBC, dt_BTH: self._scan(zxBC, dt_BTH, documents), zxBC, dt_BTH))
 
     def _scan(self, zxBC: Tensor, dt_BTH: Tensor, documents: Documents) -> Tensor:
         spec = self.spec

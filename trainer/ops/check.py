@@ -67,7 +67,7 @@ def compare(op: str, backend: str, setting: Setting) -> Record:
             errors = [difference(mine, theirs) for mine, theirs in zip(found, expected, strict=True)]
             forward, backward = worst(forward, errors[0]), worst(backward, *errors[1:])
             if case.start is not None:
-                leak = worst(leak, _leak(chosen.function, case))
+                leak = worst(leak, _leak(chosen.function, case, case.start))
     tf32 = setting.variant == "fp32" and setting.device.type == "cuda" and not chosen.portable
     tolerance = TF32_TOLERANCE if tf32 else TOLERANCE[setting.variant]
     return Record(
@@ -134,8 +134,8 @@ def worst(*errors: float) -> float:
     return max(math.inf if math.isnan(error) else error for error in errors)
 
 
-def _leak(function: Function, case: Case) -> float:
-    start, generator = case.start, torch.Generator().manual_seed(11)
+def _leak(function: Function, case: Case, start: int) -> float:
+    generator = torch.Generator().manual_seed(11)
     other = [tensor.clone() for tensor in case.inputs]
     for tensor in other[: case.by_position]:
         noise = torch.rand(tensor[:, :start].shape, generator=generator) * 3 + 0.5

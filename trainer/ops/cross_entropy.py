@@ -62,9 +62,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     1, labels_n.clamp(min=0)[:, None], -torch.ones_like(counted_n1, dtype=torch.float32)
                 )
                 grad_nV = grad_nV.mul_(counted_n1).to(dtype).to(wide)
-                if needs_h:
+                if grad_h_ND is not None:
                     grad_h_ND[chunk] = grad_nV @ w_VD
-                if needs_weight:
+                if grad_weight_VD is not None:
                     grad_weight_VD += grad_nV.T @ h_nD
         ctx.save_for_backward(*(grad for grad in (grad_h_ND, grad_weight_VD) if grad is not None))
         ctx.needs, ctx.weight_dtype = (needs_h, needs_weight), weight_VD.dtype

@@ -113,8 +113,8 @@ def unsupported(setting: Setting) -> str | None:
     """None where torch has a grouped matrix product for these widths, else the reason."""
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
-    moe = setting.model.moe if setting.model else None
-    row_bytes = setting.dtype.itemsize
-    if moe and any(width * row_bytes % 16 for width in (setting.model.hidden, moe.expert_width)):
-        return f"rows must be multiples of 16 bytes, the model is {setting.model.hidden} and {moe.expert_width} wide"
+    model, row_bytes = setting.model, setting.dtype.itemsize
+    if model and model.moe and any(n * row_bytes % 16 for n in (model.hidden, model.moe.expert_width)):
+        widths = f"{model.hidden} and {model.moe.expert_width} wide"
+        return f"rows must be multiples of 16 bytes, the model is {widths}"
     return setting.below(8, 0) if setting.device.type == "cuda" else None

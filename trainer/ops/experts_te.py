@@ -33,7 +33,7 @@ def experts_te(
     activation: str = "relu2",
 ) -> Tensor:
     """See `experts_reference`."""
-    te = packages.load(MODULE)
+    te: Any = packages.load(MODULE)
     routing, dtype = by_expert(expert_SK, up_EGD.shape[0]), compute_dtype(x_SD)
     counts = rows = routing.count_E.tolist()
     x_RD = dispatch(x_SD.to(dtype), routing)
@@ -59,7 +59,8 @@ def unsupported(setting: Setting) -> str | None:
 
 def _recipe() -> Any:
     """The recipe of the surrounding `te.autocast`; None where FP8 is off."""
-    state = packages.load(STATE).FP8GlobalStateManager
+    module: Any = packages.load(STATE)
+    state = module.FP8GlobalStateManager
     return state.get_fp8_recipe() if state.is_fp8_enabled() else None
 
 
@@ -83,7 +84,7 @@ def _product(x_RD: Tensor, weight_EFD: Tensor, rows: list[int]) -> Tensor:
 @cache
 def _carrier(experts: int, width_out: int, width_in: int, dtype: torch.dtype, device: torch.device) -> Any:
     """A GroupedLinear of these shapes whose weights are plain attributes, to be set before each call."""
-    te = packages.load(MODULE)
+    te: Any = packages.load(MODULE)
     carrier = te.GroupedLinear(experts, width_in, width_out, bias=False, params_dtype=dtype, device="meta")
     for e in range(experts):
         delattr(carrier, f"weight{e}")

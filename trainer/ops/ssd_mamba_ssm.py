@@ -9,6 +9,8 @@ Legend as in `trainer.ops.ssd`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -50,7 +52,7 @@ def unsupported(setting: Setting) -> str | None:
 def _scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_idx: Tensor, chunk_size: int
 ) -> Tensor:
-    kernels = packages.load_without_init(MODULE)
+    kernels: Any = packages.load_without_init(MODULE)
     return kernels._mamba_chunk_scan_combined_fwd(x, dt, A, B, C, chunk_size, D=D, seq_idx=seq_idx)[0]
 
 
@@ -67,7 +69,7 @@ def _scan_backward(
     seq_idx: Tensor,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernels = packages.load_without_init(MODULE)
+    kernels: Any = packages.load_without_init(MODULE)
     found = kernels._mamba_chunk_scan_combined_bwd(grad, x, dt, A, B, C, out, chunk_size, D=D, seq_idx=seq_idx)
     return tuple(found[:6])
 

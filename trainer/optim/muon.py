@@ -179,8 +179,8 @@ class _Work:
             owned = list(zip(found, division.owners(found, load[group]), strict=True))
             runs += division.join([b for b, owner in owned if not b.is_cut and owner == ranks[group]], ranks[group])
             cut = [(block, owner) for block, owner in owned if block.is_cut]
-            for part in division.portions([block for block, _ in cut], MAX_BATCH_ELEMENTS):
-                self.exchanges.append(Exchange([cut[number] for number in part], ranks[group], group))
+            for numbers in division.portions([block for block, _ in cut], MAX_BATCH_ELEMENTS):
+                self.exchanges.append(Exchange([cut[number] for number in numbers], ranks[group], group))
         on_gpu = any(share.weight.device.type == "cuda" for share in shares)
         most = MAX_BATCH_ELEMENTS if on_gpu else min(MAX_BATCH_ELEMENTS, CACHED_ELEMENTS * torch.get_num_threads())
         self.batches = list(division.batches(runs, most))

@@ -29,7 +29,7 @@ def learning_rate_factor(
     warmup, decay = spec.phases(steps, begun_with_steps)
     if step < warmup:
         return 1 - _remaining((step + 1) / warmup, spec.warmup_shape)
-    if not decay:
+    if not decay or spec.name == "constant":
         return 1.0
     shape = spec.decay_shape if spec.name == "wsd" else spec.name
     done = step + 1 - (steps - decay)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 # Below this many elements for each rank a collective of its own costs more than packing the rows with others.
 PACKED_ELEMENTS = 2**16
@@ -40,7 +40,8 @@ class Share:
 
     def __init__(self, parameter: Tensor, share_over: DeviceMesh | None = None) -> None:
         self.parameter = parameter
-        self.mesh, self.placements = None, ()
+        self.mesh: DeviceMesh | None = None
+        self.placements: tuple[Placement, ...] = ()
         self.gathers = False
         if isinstance(parameter, DTensor):
             self.mesh, self.placements = parameter.device_mesh, parameter.placements
@@ -58,7 +59,7 @@ class Share:
         self.group: dist.ProcessGroup | None = None
         self.rank = 0
         self.bounds: tuple[int, ...] | None = (0, rows)
-        if len(cuts) == 1:
+        if self.mesh is not None and len(cuts) == 1:
             ranks = self.mesh.size(cuts[0])
             self.group, self.rank = self.mesh.get_group(cuts[0]), self.mesh.get_local_rank(cuts[0])
             part = -(-rows // ranks)  # as torch.chunk and FSDP2 cut: the last parts may be smaller, or empty
@@ -74,9 +75,14 @@ class Share:
         """Rows of each rank; none where `bounds` are not known."""
         return [last - first for first, last in pairwise(self.bounds or ())]
 
+    def rows_of(self, rank: int) -> slice:
+        """Those of one rank; only where `bounds` are known."""
+        assert self.bounds is not None
+        return slice(self.bounds[rank], self.bounds[rank + 1])
+
     def _own(self, tensor: Tensor) -> Tensor:
         if self.gathers:
-            return tensor[self.bounds[self.rank] : self.bounds[self.rank + 1]]
+            return tensor[self.rows_of(self.rank)]
         return local(tensor)
 
     @property
@@ -124,7 +130,7 @@ def gather_weights(shares: Iterable[Share]) -> None:
 def _gather_packed(shares: list[Share]) -> None:
     """Rows of many small parameters in one collective; parts of unequal size are padded to the first, the largest."""
     first = shares[0]
-    sizes = [share.bounds[1] * share.parameter[0].numel() for share in shares]
+    sizes = [share.part_sizes()[0] * share.parameter[0].numel() for share in shares]
     mine = first.parameter.new_empty(sum(sizes))
     _copy_all(
         [slot[: share.weight.numel()] for share, slot in zip(shares, mine.split(sizes), strict=True)],
@@ -133,7 +139,7 @@ def _gather_packed(shares: list[Share]) -> None:
     everything = mine.new_empty(first.ranks * mine.numel())
     _all_gather(everything, mine, group=first.group)
     for rank, part in enumerate(everything.split(mine.numel())):
-        rows = [share.parameter.detach()[share.bounds[rank] : share.bounds[rank + 1]] for share in shares]
+        rows = [share.parameter.detach()[share.rows_of(rank)] for share in shares]
         slots = [slot[: row.numel()].view_as(row) for row, slot in zip(rows, part.split(sizes), strict=True)]
         _copy_all(rows, slots)
 

@@ -39,12 +39,13 @@ class Mesh:
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self._device = layout, device
-        self._dense = self._experts = self.optimizer = None
+        self._dense = self._experts = None
+        self.optimizer: DeviceMesh | None = None
         # Parameters that neither FSDP2 nor DDP looks after: cut experts, and what FSDP2 is not to cut.
         self._cut: list[nn.Parameter] = []
         self._whole: list[nn.Parameter] = []
         if layout.shard_optimizer and layout.world > 1:
-            self.optimizer: DeviceMesh | None = init_device_mesh(device.type, (layout.world,), mesh_dim_names=("rank",))
+            self.optimizer = init_device_mesh(device.type, (layout.world,), mesh_dim_names=("rank",))
         if layout.data == "fsdp":
             dims = {"replicate": layout.replicate, "shard": layout.shard}
             if layout.replicate == 1:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
+from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,6 +23,7 @@ from trainer.recording.metrics import BY_NAME, METRICS, PREFIX, STEP_BUCKETS, Me
 
 disable_created_metrics()  # a second series for each counter that nobody reads
 MOST_TRIES, LAST_PORT = 64, 65535
+Collector = TypeVar("Collector", Gauge, Counter, Histogram)
 LONGEST_INTERVAL = 60.0  # seconds between scrapes; Prometheus's own default
 
 
@@ -50,7 +52,7 @@ class Metrics:
             # Those with labels have no value before a label is given; made now, no two threads can make one at once.
             if (metric.kind != "gauge" or metric.labels) and not self._is_ignored(metric):
                 self._collector(metric)
-        self._server = None
+        self._server: WSGIServer | None = None
         self._scrapes = _Scrapes(make_wsgi_app(self.registry))
         self.port = 0
         if port:
@@ -59,8 +61,9 @@ class Metrics:
     def _serve(self, ports: Sequence[int]) -> None:
         for port in ports:
             try:
-                self._server, self._thread = start_http_server(port, registry=self.registry)
-                self._server.set_app(self._scrapes)
+                server, self._thread = start_http_server(port, registry=self.registry)
+                server.set_app(self._scrapes)
+                self._server = server
                 self.port = port
                 return
             except OSError as error:
@@ -74,17 +77,17 @@ class Metrics:
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
-        if child := self._child(name, "gauge", labels):
+        if child := self._child(name, Gauge, labels):
             child.set(value)
 
     def add(self, name: str, amount: float = 1, **labels: str) -> None:
         """Raise a counter by `amount` ≥ 0."""
-        if child := self._child(name, "counter", labels):
+        if child := self._child(name, Counter, labels):
             child.inc(amount)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Count a value into a histogram."""
-        if child := self._child(name, "histogram", labels):
+        if child := self._child(name, Histogram, labels):
             child.observe(value)
 
     def await_scrape(self) -> None:
@@ -108,18 +111,19 @@ class Metrics:
     def _is_ignored(self, metric: Metric) -> bool:
         return self._process not in metric.processes or (self._rank != 0 and not metric.per_rank)
 
-    def _child(self, name: str, kind: str, labels: dict[str, str]) -> Gauge | Counter | Histogram | None:
+    def _child(self, name: str, kind: type[Collector], labels: dict[str, str]) -> Collector | None:
         metric = BY_NAME.get(name)
         if metric is None:
             raise ValueError(f"metric {name} is not in the table METRICS of trainer/recording/metrics.py; add it there")
-        assert metric.kind == kind, f"{name} is a {metric.kind}, used as a {kind}"
         assert set(labels) == set(metric.labels), f"{name} has the labels {metric.labels}, got {tuple(labels)}"
         if self._is_ignored(metric):
             return None
         if metric.per_rank:
             labels = {**labels, "rank": str(self._rank)}
         collector = self._collector(metric)
-        return collector.labels(**labels) if labels else collector
+        child = collector.labels(**labels) if labels else collector
+        assert isinstance(child, kind), f"{name} is a {metric.kind}, used as a {kind.__name__}"
+        return child
 
     def _collector(self, metric: Metric) -> Gauge | Counter | Histogram:
         if metric.name not in self._collectors:

@@ -122,8 +122,8 @@ class Recorder:
         self._file = MetricsFile(self._spec.run_dir, step)
         self.metrics.add("goodput_seconds_total", self._file.lost_seconds, **{"class": "lost"})
         self._board = Board(self._spec.run_dir, step)
-        for reason, count in (dict.fromkeys(restarts.REASONS, 0) | restarts.summary(self._spec.run_dir)).items():
-            self.metrics.add("restarts_total", count, reason=reason)
+        for cause, count in (dict.fromkeys(restarts.REASONS, 0) | restarts.summary(self._spec.run_dir)).items():
+            self.metrics.add("restarts_total", count, reason=cause)
 
     def preflight(self, findings: list[Finding]) -> None:
         """Export what was measured before the start; the node's own checks by its first rank."""
