@@ -21,10 +21,11 @@ setup: $(READY) ## build .venv from requirements.lock (needs Python 3.11 or newe
 run: setup ## train the tiny preset on this machine, start to end; WORKDIR=work ARGS="--set train.steps=20"
 	$(BIN)/yaongi run tiny --workdir $(WORKDIR) $(ARGS)
 
-lint: setup ## style and import direction
+lint: setup ## style, import direction and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 test: lint ## everything that needs neither a cluster nor a GPU, nor more than a minute each
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not proof and $(HERE)"

@@ -168,7 +168,7 @@ def _make(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Workers) ->
     for number in range(len(manifest.generations) if manifest else 0, len(work.made_from)):
         inputs = work.made_from[number]
         files = _assembled(job, work, work.units(number), manifest, workers)
-        fields = {"inputs": inputs, "settings": work.settings, "sources": work.raw.sources}
+        fields: dict[str, Any] = {"inputs": inputs, "settings": work.settings, "sources": work.raw.sources}
         manifest = manifest.grown(inputs, files) if manifest else Manifest(kind="shards", files=files, **fields)
     assert manifest is not None
     _check_counts(work.raw, work.hygiene, manifest)

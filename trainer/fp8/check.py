@@ -8,6 +8,7 @@ casts by kernels of its own, and grouped gradients of weights are BF16 on one si
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def comparisons(op: str) -> Iterator[tuple[str, Fp8Spec]]:
     """Implementation and options of every combination that could exist."""
     for implementation in ("torch", "te") if op == "linear" else ("torch",):
         for recipe in ("delayed", "current", "block128"):
-            form = "auto" if op == "linear" else "e4m3"
+            form: Literal["auto", "e4m3"] = "auto" if op == "linear" else "e4m3"
             yield implementation, Fp8Spec(recipe=recipe, format=form, implementation=implementation)
 
 
