@@ -31,7 +31,7 @@ from trainer.model import recompute
 from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.model.rows import own_rows
-from trainer.modelspec import KINDS, SECTIONS, ModelSpec
+from trainer.modelspec import ModelSpec
 from trainer.ops import Choice
 from trainer.parallel.mesh import Mesh
 from trainer.parameters import parameters
@@ -68,8 +68,9 @@ class Kind:
         """A model with one layer of this kind."""
         changes: dict[str, Any] = {"layers": [self.symbols], "mtp": None}
         changes["vocab_size"] = min(spec.vocab_size, VOCABULARY)
-        changes |= {SECTIONS[symbol]: [] for symbol, kind in KINDS.items() if issubclass(kind, PlacedKind)}
-        changes |= {SECTIONS[section.symbol]: [section.model_dump(mode="json")] for section in self.placed}
+        names = spec.section_names
+        changes |= {names[symbol]: [] for symbol, kind in spec.kinds.items() if issubclass(kind, PlacedKind)}
+        changes |= {names[section.symbol]: [section.model_dump(mode="json")] for section in self.placed}
         return spec.updated(changes)
 
 

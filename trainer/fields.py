@@ -176,8 +176,11 @@ def _fields(spec: BaseModel) -> list[tuple[str, Any, Later | None]]:
     later = LATER.get(kind.__name__, {})
     found = []
     for name, field in kind.model_fields.items():
-        since = later.get(name) or Later(SPEC_VERSION, field.get_default(call_default_factory=True))
-        found.append((name, getattr(spec, name), None if name in known else since))
+        value = getattr(spec, name)
+        # A section may say itself which version brought it, as kinds of layers do.
+        version = getattr(value[0] if isinstance(value, list) and value else value, "since", SPEC_VERSION)
+        since = later.get(name) or Later(version, field.get_default(call_default_factory=True))
+        found.append((name, value, None if name in known else since))
     return found
 
 

@@ -9,7 +9,7 @@ its file in trainer/kinds; the fields of `ModelSpec` that are kinds are the regi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Self, get_args
+from typing import Annotated, Any, ClassVar, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -44,6 +44,11 @@ class MupSpec(Spec):
 
 
 class ModelSpec(Spec):
+    """The registry of kinds: a field `KindSpec | None`, or a list of a `PlacedKind`, is all that makes a kind known."""
+
+    kinds: ClassVar[dict[str, type[Kind]]]  # by symbol
+    section_names: ClassVar[dict[str, str]]  # symbol → field
+
     vocab_size: Annotated[int, Field(gt=0, le=2**31)]  # ids are stored in at most 32 bits, with sign
     hidden: Count
     layers: list[str]
@@ -66,18 +71,20 @@ class ModelSpec(Spec):
         if self.mtp:
             named["mtp.layer"] = self.mtp.layer
         for name, layer in named.items():
-            if not layer or set(layer) - set(KINDS):
-                known = ", ".join(f"{symbol} ({SECTIONS[symbol]})" for symbol in KINDS)
+            if not layer or set(layer) - set(self.kinds):
+                known = ", ".join(f"{symbol} ({name})" for symbol, name in self.section_names.items())
                 raise ValueError(f"{name} is '{layer}'; sublayers are {known}")
-        for symbol, kind in KINDS.items():
+        for symbol, kind in self.kinds.items():
             if issubclass(kind, PlacedKind):
                 self._check_places(symbol, kind)
             elif any(symbol in layer for layer in named.values()) and not self.sections(kind):
-                raise ValueError(f"layers use '{symbol}' but the section '{SECTIONS[symbol]}' is missing; add it")
+                raise ValueError(
+                    f"layers use '{symbol}' but the section '{self.section_names[symbol]}' is missing; add it"
+                )
         return self
 
     def _check_places(self, symbol: str, kind: type[PlacedKind]) -> None:
-        name = SECTIONS[symbol]
+        name = self.section_names[symbol]
         if self.mtp and symbol in self.mtp.layer:
             raise ValueError(
                 f"mtp.layer is '{self.mtp.layer}', but {kind.label} belongs to a place in layers; drop {symbol}"
@@ -92,12 +99,12 @@ class ModelSpec(Spec):
 
     def sections(self, kind: type[K]) -> list[K]:
         """All sections of a kind; of one that is not placed, one or none."""
-        given = getattr(self, SECTIONS[kind.symbol])
+        given = getattr(self, self.section_names[kind.symbol])
         return given if isinstance(given, list) else [] if given is None else [given]
 
     def section(self, symbol: str, layer: int | None = None) -> Kind:
         """What describes a sublayer; `layer` is the layer's number, None in one of multi-token prediction."""
-        return next(s for s in self.sections(KINDS[symbol]) if not isinstance(s, PlacedKind) or s.layer == layer)
+        return next(s for s in self.sections(self.kinds[symbol]) if not isinstance(s, PlacedKind) or s.layer == layer)
 
     def trunk(self) -> Iterator[tuple[str, Kind]]:
         """Place `layer.number in it` and section of every sublayer, in order."""
@@ -119,13 +126,21 @@ class ModelSpec(Spec):
     def num_sublayers(self) -> int:
         return sum(len(layer) for layer in self.layers)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        cls.register()
 
-def _sections() -> Iterator[tuple[str, type[Kind]]]:
-    for name, field in ModelSpec.model_fields.items():
-        for inner in get_args(field.annotation):
-            if isinstance(inner, type) and issubclass(inner, Kind):
-                yield name, inner
+    @classmethod
+    def register(cls) -> None:
+        """Note the kinds among the fields."""
+        found = [
+            (name, inner)
+            for name, field in cls.model_fields.items()
+            for inner in get_args(field.annotation)
+            if isinstance(inner, type) and issubclass(inner, Kind)
+        ]
+        cls.section_names = {kind.symbol: name for name, kind in found}
+        cls.kinds = {kind.symbol: kind for _, kind in found}
 
 
-SECTIONS: dict[str, str] = {kind.symbol: name for name, kind in _sections()}  # symbol → field of ModelSpec
-KINDS: dict[str, type[Kind]] = {kind.symbol: kind for _, kind in _sections()}
+ModelSpec.register()

@@ -27,6 +27,11 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
     return found
 
 
+def unknown_parameter(name: str) -> str:
+    """What to say of a parameter that no kind names."""
+    return f"no kind of layer has the parameter {name}; describe it in its file in trainer/kinds"
+
+
 def head(spec: ModelSpec) -> Parameter:
     """The LM head. Its rows are embeddings of the tokens to come, so AdamW trains it, as it does the embedding; where
     they are the same parameter it has that one's name."""

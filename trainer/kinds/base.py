@@ -228,6 +228,7 @@ class Kind(Spec):
         pre_norm: whether an RMSNorm of the residual stream stands in front.
         recomputed: what selective activation checkpointing computes again.
         attends: whether positions of a document see each other, by a mask or by where documents begin.
+        since: the version of specs that brought it (trainer/fields.py).
     """
 
     symbol: ClassVar[str]
@@ -236,6 +237,7 @@ class Kind(Spec):
     pre_norm: ClassVar[bool] = True
     recomputed: ClassVar[str]
     attends: ClassVar[bool] = False
+    since: ClassVar[int] = 1
 
     @abstractmethod
     def parameters(self, model: ModelShape) -> Iterator[Parameter]:

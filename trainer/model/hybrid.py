@@ -38,7 +38,7 @@ from trainer.ops import Documents
 from trainer.ops.cross_entropy import IGNORE, cross_entropy_sum
 from trainer.ops.experts import compute_dtype
 from trainer.ops.wide import computed_in
-from trainer.parameters import parameters
+from trainer.parameters import parameters, unknown_parameter
 from trainer.spec import BackendsSpec
 
 INIT_BLOCK_ELEMENTS = 2**20  # drawn at once; bounds what initialisation needs beyond what a rank keeps (4 MiB)
@@ -191,6 +191,8 @@ class HybridModel(nn.Module):
         """
         known = {parameter.name: parameter for parameter in parameters(self.spec)}
         for name, parameter in self.named_parameters():
+            if name not in known:
+                raise ValueError(unknown_parameter(name))
             own, first = own_rows(parameter)
             rows = max(1, INIT_BLOCK_ELEMENTS // max(1, math.prod(parameter.shape[1:])))
             for number, start in enumerate(range(0, parameter.shape[0], rows)):

@@ -21,6 +21,7 @@ from trainer.kinds.base import Parameter, Rows
 from trainer.modelspec import ModelSpec
 from trainer.mup import adamw_factor
 from trainer.parameters import parameters as parameters_of
+from trainer.parameters import unknown_parameter
 from trainer.spec import OptimizerSpec
 
 OptimizerName = Literal["muon", "adamw"]
@@ -68,7 +69,7 @@ def assign(
     table, alike = [], defaultdict(list)
     for name, shape in parameters:
         if name not in known:
-            raise ValueError(f"no kind of layer has the parameter {name}; describe it in its file in trainer/kinds")
+            raise ValueError(unknown_parameter(name))
         table.append(_assign_one(known[name], tuple(shape), spec, model))
         if known[name].teon and table[-1].optimizer == "muon":
             alike[re.sub(_TRUNK, "", name)].append(name)
