@@ -40,7 +40,8 @@ def test_several_problems_of_a_job_file_are_named_with_the_file(yaongi, tmp_path
 def test_a_job_that_is_neither_preset_nor_file_lists_the_presets(yaongi):
     code, _, error = yaongi("run", "tinny")
     assert code == 2
-    assert error.startswith("error: 'tinny' is neither a preset (h100-4b, ") and error.count("\n") == 1
+    listed = ", ".join(preset_names())
+    assert error.startswith(f"error: 'tinny' is neither a preset ({listed}) nor a file") and error.count("\n") == 1
     assert error.endswith("; did you mean 'tiny'?\n")
     assert error == yaongi("run", "tinny", "--target", "kubernetes")[2]
 
