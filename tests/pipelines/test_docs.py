@@ -64,6 +64,28 @@ def test_linked_files_exist(page: Path) -> None:
     assert [file for file in files if not (page.parent / file).exists()] == []
 
 
+def anchors(page: Path) -> list[str]:
+    """GitHub's anchor of each heading: lower case, without punctuation, - for a space."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@every_page
+def test_linked_headings_exist(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s#:]*)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    there = {file: anchors(page.parent / file if file else page) for file, _ in targets}
+    assert [anchor for file, anchor in targets if anchor not in there[file]] == []
+
+
+def test_the_index_of_decisions_has_each_once_with_a_status() -> None:
+    page = ROOT / "docs" / "decisions.md"
+    text = page.read_text(encoding="utf-8")
+    entries = re.findall(r"^- \[(.+?)\]\(#(\S+)\): (in force|superseded by|negative result|measurement)", text, re.M)
+    titles = [title for title in re.findall(r"^## (.+)$", text, re.M) if title != "Index"]
+    assert sorted(title for title, *_ in entries) == sorted(titles)
+    assert sorted(anchor for _, anchor, _ in entries) == sorted(set(anchors(page)) - {"decisions", "index"})
+
+
 @every_page
 def test_verbs_and_their_options_exist(page: Path) -> None:
     for words in commands(page):
