@@ -1,4 +1,4 @@
-"""One process at a time in a directory of data, or on a part of the work there."""
+"""Lock files: one process at a time in a data directory, or on a part of the work there."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from trainer.errors import LaunchError, VolumeError, of_the_machine
 
 @contextmanager
 def alone(directory: Path, doing: str) -> Iterator[None]:
-    """Make `directory` and hold its lock; the kernel drops it when the process dies, however it dies.
+    """Create `directory` and hold its lock; the kernel releases it however the process dies.
 
     Args:
-        doing: what another process would be doing there, for the message.
+        doing: what another process does there, for the message.
 
     Raises:
         LaunchError: another process holds the lock.
-        VolumeError: the directory cannot be made.
+        VolumeError: the directory cannot be created.
     """
     with _opened(directory) as lock:
         try:
@@ -32,15 +32,15 @@ def alone(directory: Path, doing: str) -> Iterator[None]:
 
 @contextmanager
 def alone_on(directory: Path, doing: str, first: int, count: int) -> Iterator[None]:
-    """As `alone`, but only pieces of work [first, first + count) are held: a byte of the lock file stands for each.
+    """As `alone`, but locks only pieces of work [first, first + count): one byte of the lock file for each.
 
-    Two holders in one process do not see each other. A directory is locked either this way or by `alone`.
+    Two holders in one process do not exclude each other. A directory is locked either this way or by `alone`.
     """
     with _opened(directory) as lock:
         try:
             if count:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
-        except (BlockingIOError, PermissionError):  # which of the two depends on the file system
+        except (BlockingIOError, PermissionError):  # the errno depends on the file system
             raise _taken(directory, doing) from None
         yield
 
@@ -48,7 +48,7 @@ def alone_on(directory: Path, doing: str, first: int, count: int) -> Iterator[No
 def _opened(directory: Path) -> IO[str]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        return open(directory / ".lock", "a")  # "a" leaves the file's time alone
+        return open(directory / ".lock", "a")  # "a" keeps the file's mtime
     except OSError as error:
         known = of_the_machine(error) or VolumeError(f"{error.filename}: {error.strerror}; check storage.datasets_dir")
         raise known from None

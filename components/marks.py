@@ -1,4 +1,4 @@
-"""What the lines of a step's log begin with that others read: `yaongi logs`, `status`, the progress of a run."""
+"""Prefixes of the lines in a step's log that are parsed by `yaongi logs`, `status` and the progress display."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a step of the pipeline exports while it runs: one registry for the process, served from a thread.
+"""The metrics of a running pipeline step: one registry per process, served from a thread.
 
-Ranks have the ports from 9400 up; steps have one below them, so that under kfp.local, where all run on one machine, a
-step leaves the ranks' ports alone. A step that finds it taken, by another step or program, has the next free one; a
-port that was named is the only one, and of several steps that run at once the first has it.
+Ranks use the ports from 9400 up; steps use one below, so that under kfp.local, where everything runs on one machine, a
+step does not take a rank's port. If the port is taken, a step uses the next free one. A port that the user chose is
+never replaced: of several concurrent steps, only the first has it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from trainer.recording.metrics import Process
 
 PORT_VARIABLE = "YAONGI_METRICS_PORT"  # 0 serves nothing
 
-_metrics = Metrics(rank=0, port=0, process="data")  # of library calls outside a step: counted, never served
+_metrics = Metrics(rank=0, port=0, process="data")  # for library calls outside a step: counted, never served
 _stage = ""
 
 
 @contextmanager
 def served(stage: str) -> Iterator[None]:
-    """Serve what this process counts during the block, which is the step `stage` of the pipeline.
+    """Serve this process's metrics during the block, as step `stage` of the pipeline.
 
-    At its end it waits for the next scrape if there were some, so that Prometheus has the last counts. A named port
-    that is taken only costs the metrics; a run here has refused it at its start.
+    At its end it waits for the next scrape if there have been some, so that Prometheus gets the last values. If a
+    chosen
+    port is taken, the step only runs without metrics; a local run has already checked it at its start.
 
     Raises:
-        SpecError: YAONGI_METRICS_PORT is no port.
+        SpecError: YAONGI_METRICS_PORT is not a port.
     """
     global _metrics, _stage
     process: Process = "launcher" if stage in get_args(Task) else "data"
@@ -66,13 +67,13 @@ def set_gauge(name: str, value: float, **labels: str) -> None:
 
 
 def beat() -> None:
-    """The step got further."""
+    """Update the heartbeat: the step has made progress."""
     if _stage:
         _metrics.set("stage_heartbeat_timestamp_seconds", time.time(), stage=_stage)
 
 
 def worked_through(num_bytes: int, source: str | None = None) -> None:
-    """The step got further by so many bytes, which were taken in of `source` if one is named."""
+    """Count processed bytes as progress, also as input of `source` if given."""
     if _stage:
         _metrics.add("stage_bytes_total", num_bytes, stage=_stage)
     if source:
@@ -81,23 +82,23 @@ def worked_through(num_bytes: int, source: str | None = None) -> None:
 
 
 def verified(num_files: int = 1) -> None:
-    """Files of an earlier run were found right."""
+    """Count files of an earlier run that verified."""
     if _stage:
         _metrics.add("files_verified_total", num_files, stage=_stage)
 
 
 def written(source: str, documents: int, text_bytes: int) -> None:
-    """The step wrote documents of a source."""
+    """Count documents written for a source."""
     if _stage:
         _metrics.add("documents_total", documents, stage=_stage, source=source)
         _metrics.add("text_bytes_total", text_bytes, stage=_stage, source=source)
 
 
 def named_port() -> int | None:
-    """The port that the environment names; None where it names none.
+    """The port set in the environment; None if not set.
 
     Raises:
-        SpecError: it is no port.
+        SpecError: it is not a port.
     """
     text = os.environ.get(PORT_VARIABLE)
     if text is None:

@@ -1,4 +1,4 @@
-"""Progress of a step's bytes: a bar with rate and time left on a terminal, a plain line every few seconds elsewhere."""
+"""Progress of a step in bytes: a bar with rate and time left on a terminal, else a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINE_SECONDS = 5.0
 class ByteProgress:
     """`with ByteProgress("shards", total_bytes) as progress: progress.advance(n)`; `total_bytes` None when unknown.
 
-    The bytes are counted in the step's metrics too, also as taken in of `source` if one is given.
+    The bytes also count in the step's metrics, and as input of `source` if given.
     """
 
     def __init__(self, label: str, total_bytes: int | None, done_bytes: int = 0, source: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Import the Kubernetes client, or kfp, which brings it, without what they import beside it and nobody needs."""
+"""Import the Kubernetes client, or kfp, which imports it, without slow packages that we do not use."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-# The dynamic client, which `import kubernetes` loads and nothing here uses, imports this one where it is installed, to
-# validate by; its grammars take two seconds.
+# If installed, it is imported for validation by the dynamic client, which `import kubernetes` loads and we do not use;
+# its grammars take two seconds.
 UNUSED = "kubernetes_validate"
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """During the block the unused package looks as if it were not installed."""
+    """During the block the unused package appears not to be installed."""
     if UNUSED in sys.modules:
         yield
         return
@@ -27,7 +27,7 @@ def quick_imports() -> Iterator[None]:
 
 
 class _Cluster(ModuleType):
-    """In place of a part of kfp that says what holds on a cluster: every function gives back the task."""
+    """Replaces a part of kfp that only matters on a cluster: every function returns the task."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -37,9 +37,9 @@ class _Cluster(ModuleType):
 
 @contextmanager
 def local_kfp() -> Iterator[None]:
-    """During the block kfp comes without its clients, and the pipeline without what only a cluster's pods obey.
+    """During the block kfp is imported without its clients, and the pipeline without settings for a cluster's pods.
 
-    Both bring the Kubernetes client, which takes half of the time that the import takes.
+    Both import the Kubernetes client, which takes half of the import time.
     """
     absent = ("kfp.client", "kfp.registry", "kfp.kubernetes")
     sys.modules.update({name: _Cluster(name) for name in absent})

@@ -1,7 +1,7 @@
-"""How a step of the pipeline speaks: a line when it starts, a line when it is done, and one line when it fails.
+"""The output lines of a pipeline step: one when it starts, one when it is done, and one when it fails.
 
-The failure line gives the exit code (trainer/exitcodes.py), what, where and how to mend; it ends the step's log on
-Kubeflow Pipelines and is what `yaongi run` prints. An error that nobody foresaw keeps its traceback.
+The failure line has the exit code (trainer/exitcodes.py), what, where and the fix; it ends the step's log on Kubeflow
+Pipelines, and `yaongi run` prints it. An unforeseen error keeps its traceback.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ from trainer.errors import foreseen
 from trainer.exitcodes import ExitCode
 from trainer.process.launcher import Launcher
 
-FAULT_HINT = "a fault of this program, not of what you wrote; please report it with its traceback"
+FAULT_HINT = "a bug in this program, not in what you wrote; please report it with its traceback"
 STOP_FILE_VARIABLE = (
-    "YAONGI_STOP_FILE"  # there once the run is to stop: the number of the signal (pipelines/stopping.py)
+    "YAONGI_STOP_FILE"  # exists once the run must stop; holds the signal number (pipelines/stopping.py)
 )
-CLEANUP = "cleanup"  # the step that runs however the others end
+CLEANUP = "cleanup"  # the step that always runs, however the others end
 
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Announce the step `name` and serve its metrics. If what executes the pipeline is killed, so is the step.
+    """Announce the step `name` and serve its metrics. If the process that executes the pipeline is killed, so is the
+    step.
 
-    An error of its body becomes one line `error <exit code>: <name>: …` and that exit; a fault's traceback goes before.
+    An error in the block becomes one line `error <exit code>: <name>: …` and that exit code; a bug's traceback comes
+    first.
     """
-    from components.measuring import served  # the command line wants only the words
+    from components.measuring import served  # the command line needs only the message
 
     Launcher().end_with()
     if (number := told_to_stop()) and name != CLEANUP:
@@ -48,13 +50,13 @@ def step(name: str) -> Iterator[None]:
             print(f"{DONE}{name} ({time.monotonic() - start:.1f} s)", flush=True)
     except Exception as error:
         code, message = told(error, traceback_to=sys.stdout)
-        # stdout, as the steps' own lines: the two streams must not overtake each other in a pod's log.
+        # To stdout, like the steps' own lines: in a pod's log, two streams can be out of order.
         print(f"error {code}: {name}: {message}", flush=True)
         sys.exit(code)
 
 
 def told_to_stop() -> int:
-    """Number of the signal by which a person has stopped the run that this process is part of; 0 for none."""
+    """Number of the signal that stopped the run of this process; 0 for none."""
     try:
         return int(Path(os.environ[STOP_FILE_VARIABLE]).read_text(encoding="ascii") or signal.SIGTERM)
     except (KeyError, FileNotFoundError):
@@ -62,7 +64,8 @@ def told_to_stop() -> int:
 
 
 def told(error: Exception, traceback_to: TextIO) -> tuple[int, str]:
-    """Exit code and one line of an error; the traceback of a fault, or with YAONGI_VERBOSE of any, is printed."""
+    """Exit code and one-line message of an error; prints the traceback of a bug, or of any error with
+    YAONGI_VERBOSE."""
     known = foreseen(error)
     if known is None or os.environ.get("YAONGI_VERBOSE"):
         traceback.print_exception(error, file=traceback_to)
@@ -72,5 +75,5 @@ def told(error: Exception, traceback_to: TextIO) -> tuple[int, str]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error; the lines of one that reports several problems are joined."""
+    """The message of an error on one line; several problems are joined."""
     return "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__

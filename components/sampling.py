@@ -1,4 +1,4 @@
-"""A sample of the raw text, spread evenly over a source: what the tokenizer is trained and encoders are compared on."""
+"""An evenly spread sample of a source's raw text, to train the tokenizer and compare encoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WINDOW_BYTES = 2**20
 
 
 def sample(directory: str | Path, manifest: Manifest, source: str, budget_bytes: int) -> Iterator[str]:
-    """Texts of one source from evenly spaced windows, until they hold `budget_bytes` or the source is through."""
+    """Texts of one source from evenly spaced windows, until they have `budget_bytes` or the source ends."""
     windows = [
         (entry.path, start) for entry in manifest.select(source) for start in range(0, entry.bytes, WINDOW_BYTES)
     ]
@@ -26,7 +26,7 @@ def sample(directory: str | Path, manifest: Manifest, source: str, budget_bytes:
 
 
 def _spread(windows: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-    """All windows, in the order of bit-reversed positions: any first part of it is spread evenly over the whole."""
+    """All windows in bit-reversed order: any prefix is spread evenly over the whole."""
     bits = max(len(windows) - 1, 1).bit_length()
     for number in range(2**bits):
         position = int(f"{number:0{bits}b}"[::-1], 2)

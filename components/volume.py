@@ -1,4 +1,4 @@
-"""What a step says when the machine fails it, its volume full or read-only, and of which part of its work."""
+"""Error messages of a step for machine faults such as a full or read-only volume."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from trainer.errors import ForeseenError, VolumeError, in_words, of_the_machine
 
 
 def made(directory: Path) -> Path:
-    """The directory, after it has been made with all above it.
+    """Create the directory and its parents; returns it.
 
     Raises:
-        VolumeError: that cannot be done there.
+        VolumeError: it cannot be created there.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -27,15 +27,15 @@ def made(directory: Path) -> Path:
 
 @contextmanager
 def volume_explained(directory: Path) -> Iterator[None]:
-    """Turn an OSError that the machine is the cause of into a line that names the file or directory and the remedy.
+    """Turn an OSError caused by the machine into one line with the file or directory and the remedy.
 
     Raises:
-        VolumeError: with that line; any other error is raised as it is.
+        VolumeError: with that line; other errors are raised unchanged.
     """
     try:
         yield
     except FileNotFoundError as error:
-        raise VolumeError(f"{error.filename}: is gone; put it back, or run again to make it anew") from None
+        raise VolumeError(f"{error.filename}: is gone; restore it, or run again to make it again") from None
     except OSError as error:
         known = of_the_machine(error, directory)
         if known is None:
@@ -45,7 +45,7 @@ def volume_explained(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """Put `what` in front of every foreseen error, which stays of its class: data, volume, network."""
+    """Put `what` in front of every foreseen error and keep its class (data, volume, network)."""
     try:
         yield
     except ForeseenError as error:

@@ -1,4 +1,4 @@
-"""A pool of processes, one a core, that lose nothing when one dies and do not outlive their parent."""
+"""A process pool, one process per core, that loses no finished work if one dies and does not outlive its parent."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ R = TypeVar("R")
 
 
 class Workers:
-    """`with Workers(count) as workers:`; processes start when there is work for several, and stay until the end."""
+    """`with Workers(count) as workers:`; processes start once there is work for several, and stay until the end."""
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._pool: ProcessPoolExecutor | None = None
 
     def run(self, call: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[T, R]]:
-        """Each item with `call(item)`, in the order of completion.
+        """Yield each item with `call(item)`, in order of completion.
 
         Raises:
             ChildProcessError: a worker died.
-            Exception: what `call` raises; items not begun by then are left undone.
+            Exception: raised by `call`; items not yet begun are not processed.
         """
         if self._pool is None and min(self._count, len(items)) <= 1:
             for item in items:
@@ -43,7 +43,7 @@ class Workers:
                 yield futures[future], future.result()
         except BrokenProcessPool:
             raise ChildProcessError(
-                "a worker process died; when no line above says why, it was killed, most often for want of memory: "
+                "a worker process died; if no line above says why, it was killed, most often because memory ran out: "
                 "lower shards.workers or shards.unit_bytes and run again"
             ) from None
         finally:
@@ -61,7 +61,7 @@ class Workers:
 
 
 def _start_worker() -> None:
-    """One process a core: no threads of the tokenizer's own, and no life after the parent's death."""
+    """Start a worker for one core: the tokenizer uses no threads, and the worker dies with its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,8 +1,9 @@
-"""Alerts and the recorded series that they use, as Prometheus rules. Pure; `manifests.generate` writes them.
+"""Alerts and recording rules for Prometheus. Pure; `manifests.generate` writes them.
 
-Series have the labels `namespace`, `pod`, `job` and `run` of whoever scrapes them (manifests/monitors.py). A pod that
-is made anew begins new series, so what compares a run with its past uses series recorded by run. Those end with the
-run's last process: an alert that looks back asks by `alive` whether the run still goes on.
+Series have the labels `namespace`, `pod`, `job` and `run`, added by the scraper (manifests/monitors.py). A recreated
+pod
+begins new series, so comparisons with a run's past use series recorded by run. These end with the run's last process:
+an alert that looks back checks with `alive` whether the run still has a process.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ _STEP_POD = "namespace, run, pod"
 _TARGETS = f'up{{job=~"{APP}|{STEP_APP}"}}'
 _LAUNCHED = "|".join(get_args(Task))
 
-# Shares from which on an alert fires; the dashboards draw the same lines.
+# Shares above which an alert fires; the dashboards draw the same lines.
 MOST_DATA_WAIT = 0.25  # of a rank's time in its steps
 MOST_STARVED_EXPERTS = 0.25  # of a layer's experts
 MOST_FP8_OVERFLOWS = 0.01  # of the tensors cast
-MOST_MEMORY = 0.95  # of what there is for a rank
+MOST_MEMORY = 0.95  # of the rank's limit
 
 PROGRESS = "run:yaongi_progress:ratio"
 LOSS = "run:yaongi_loss:max"
@@ -36,7 +37,7 @@ RECORDED: dict[str, str] = {
     PROGRESS: f"max by ({_RUN}) (yaongi_step) / max by ({_RUN}) (yaongi_planned_steps)",
     LOSS: f"max by ({_RUN}) (yaongi_loss)",
     RESTARTS: f"sum by ({_RUN}) (max by ({_RUN}, reason) (yaongi_restarts_total))",
-    # Since the process started, so that it stays defined while no step is made.
+    # Since the process started, so that it stays defined while no step is done.
     STEP_SECONDS: f"sum by ({_RANK}) (yaongi_step_seconds_sum) / sum by ({_RANK}) (yaongi_step_seconds_count)",
     OWN_SECONDS: f"sum by ({_RANK}) (rate(yaongi_own_seconds_total[10m]))"
     f" / sum by ({_RANK}) (rate(yaongi_step_seconds_count[10m]))",
@@ -45,7 +46,7 @@ RECORDED: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Alert:
-    """One alert; `name` in CamelCase without prefix, `lasting` is how long it must be true before it fires.
+    """One alert; `name` in CamelCase without prefix; `lasting`: how long it must be true before it fires.
 
     `description` may hold Prometheus templates.
     """
@@ -65,7 +66,7 @@ class Alert:
 
 
 def alive(expression: str) -> str:
-    """The expression, of runs that have a process at present."""
+    """The expression, limited to runs that have a process now."""
     return f"({expression}) and on ({_RUN}) {PROGRESS}"
 
 
@@ -230,7 +231,7 @@ def rule_groups(runbooks: str = RUNBOOKS) -> Object:
     """A Prometheus rules file.
 
     Args:
-        runbooks: folder or URL of docs/runbooks, which the alerts' `runbook_url` begins with.
+        runbooks: folder or URL of docs/runbooks, the prefix of the alerts' `runbook_url`.
     """
     recorded = [{"record": name, "expr": expression} for name, expression in RECORDED.items()]
     alerts = [
@@ -251,7 +252,7 @@ def rule_groups(runbooks: str = RUNBOOKS) -> Object:
 
 
 def prometheus_rule(labels: dict[str, str], runbooks: str = RUNBOOKS) -> Object:
-    """The rules as an object of the Prometheus operator, which selects it by `labels`."""
+    """The rules as an object for the Prometheus operator, which selects it by `labels`."""
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",

@@ -1,6 +1,6 @@
-"""What a person may set in the Helm chart: the model behind its values.yaml, values.schema.json and README table.
+"""The Helm chart's values: the model behind its values.yaml, values.schema.json and README table.
 
-Field names are Helm's camelCase in those files. Nothing may be null: Helm drops null values while it merges.
+In these files field names are in Helm's camelCase. No value may be null: Helm drops nulls when it merges.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What of a JobSpec says where documents come from, how they are mixed and what is thrown out."""
+"""The part of a JobSpec about data: the sources of documents, their mix, and what is dropped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME, NAME_LENGTH = r"^[a-z]([-a-z0-9]*[a-z0-9])?$", 40
 
 
 def _named(value: object) -> object:
-    """Says the rule in words; pattern and length of `Name` say it to the schema."""
+    """State the rule in words; pattern and length of `Name` are for the schema."""
     if isinstance(value, str) and (not re.search(NAME, value) or len(value) > NAME_LENGTH):
         raise ValueError(
             f"'{value}' cannot be a name here; write at most {NAME_LENGTH} small letters a-z, digits and hyphens, the "
@@ -28,21 +28,22 @@ def _named(value: object) -> object:
 
 Name = Annotated[str, Field(pattern=NAME, max_length=NAME_LENGTH), BeforeValidator(_named)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-CHAT = "chat"  # the format of a template's field that turns a list of messages into chat markup
+CHAT = "chat"  # the format of a template field that turns a list of messages into chat markup
 
 
 class FilesSource(Spec):
-    """Files by path or URL (local, http, s3, gs), globs allowed; `sample://NAME` is of the corpus shipped here."""
+    """Files by path or URL (local, http, s3, gs), globs allowed; `sample://NAME` is in the corpus shipped with
+    yaongi."""
 
     kind: Literal["files"] = "files"
     paths: list[str] = Field(min_length=1)
 
 
 class HubSource(Spec):
-    """A dataset on the Hugging Face Hub; `revision` is a commit id, or a branch, resolved and recorded at download.
+    """A dataset on the Hugging Face Hub; `revision` is a commit id, or a branch that download resolves and records.
 
-    `files` are globs of paths in the dataset's repository, `!` in front excludes; without them config and split say
-    which files are read.
+    `files` are globs of paths in the dataset's repository; a leading `!` excludes. Without them, config and split
+    select the files.
     """
 
     kind: Literal["hub"] = "hub"
@@ -60,9 +61,10 @@ class HubSource(Spec):
 
 
 class BlobsSpec(Spec):
-    """Texts that a dataset only names: `text_column` holds ids, the gzipped contents lie at `url` (Software Heritage).
+    """Texts that a dataset only references: `text_column` holds ids, the gzipped contents are at `url` (Software
+    Heritage).
 
-    A content whose SHA-1 (or git blob id) is not its id is refused; those that are not there are counted and left out.
+    Contents that are missing, or whose SHA-1 (or git blob id) does not match the id, are counted and left out.
     """
 
     url: str = "https://softwareheritage.s3.amazonaws.com/content/{id}"
@@ -77,10 +79,10 @@ class BlobsSpec(Spec):
 
 
 class TextSpec(Spec):
-    """Documents: where they come from and how a row becomes a text: a column, a template, or a content fetched by id.
+    """Documents: their origin, and how a row becomes a text: a column, a template, or a content fetched by id.
 
-    A template names columns, `{title}\\n\\n{text}`; `{messages:chat}` writes a list of messages with the tokenizer's
-    chat markup.
+    A template names columns, as in `{title}\\n\\n{text}`; `{messages:chat}` formats a list of messages with the
+    tokenizer's chat markup.
     """
 
     origin: Annotated[FilesSource | HubSource, Field(discriminator="kind")]
@@ -100,7 +102,7 @@ class TextSpec(Spec):
 
     @property
     def columns(self) -> list[str]:
-        """The columns that a row's text is made of."""
+        """The columns from which a row's text is made."""
         if self.template is not None:
             return list(dict.fromkeys(name for _, name, _ in template_fields(self.template) if name is not None))
         encoding = self.blobs.encoding_column if self.blobs else None
@@ -108,15 +110,15 @@ class TextSpec(Spec):
 
     @property
     def has_markup(self) -> bool:
-        """Whether special tokens in the texts are meant as such (chat markup written by the template)."""
+        """Whether special tokens in the texts are encoded as such (chat markup written by the template)."""
         return self.template is not None and any(form == CHAT for _, _, form in template_fields(self.template))
 
 
 class SourceSpec(TextSpec):
-    """One named source: its licence, its share of the training tokens, how much of it a model wrote.
+    """One named source: its licence, its share of the training tokens, and the share written by a model.
 
-    `available_tokens` is about how many tokens the source holds; with it, a share that the cap of epochs cannot fill is
-    refused before anything is downloaded.
+    `available_tokens` is the approximate size of the source; with it, a weight that exceeds the epoch cap is refused
+    before anything is downloaded.
     """
 
     domain: Literal["ko", "en", "code", "math"]
@@ -130,8 +132,8 @@ class SourceSpec(TextSpec):
 class DataSpec(Spec):
     """Sources by name; their weights sum to 1. `max_bytes_per_source` stops a download early.
 
-    `begun_with_max_bytes` is written where that limit changes for a run that has begun. It keeps its name and data.
-    `max_synthetic_share`: of the training tokens, at most so many may have been written by a model.
+    `begun_with_max_bytes` is written when that limit changes for a run that has begun; the run keeps its name and data.
+    `max_synthetic_share`: maximum share of training tokens written by a model.
     """
 
     sources: dict[Name, SourceSpec] = Field(min_length=1)
@@ -153,11 +155,11 @@ class DataSpec(Spec):
 
     @property
     def first_max_bytes(self) -> int | None:
-        """The limit that the run was begun with."""
+        """The limit with which the run began."""
         return self.begun_with_max_bytes or self.max_bytes_per_source
 
     def wanted_tokens(self, tokens: int, curriculum: Sequence[StageSpec] = ()) -> dict[str, float]:
-        """What each source has to give of the first `tokens`, weights changing as the curriculum says."""
+        """Tokens of each source among the first `tokens`, with the curriculum's changes of weights."""
         stages = [(stage.from_tokens, stage.weights) for stage in curriculum if stage.weights is not None]
         wanted = dict.fromkeys(self.sources, 0.0)
         weights = {name: source.weight for name, source in self.sources.items()}
@@ -170,7 +172,7 @@ class DataSpec(Spec):
         return wanted
 
     def check_caps(self, tokens: int, curriculum: Sequence[StageSpec] = ()) -> None:
-        """Refuse shares of `tokens` that the sources cannot give within their caps, as far as is declared.
+        """Refuse shares of `tokens` that exceed the declared size of a source times its epoch cap.
 
         Raises:
             ValueError: names the source, how much is missing and what to change.
@@ -194,16 +196,16 @@ class DataSpec(Spec):
             )
 
     def synthetic_share(self, tokens: int, curriculum: Sequence[StageSpec] = ()) -> float:
-        """Share of the training tokens that a model wrote, as the sources declare it."""
+        """Share of the training tokens written by a model, as declared by the sources."""
         wanted = self.wanted_tokens(tokens, curriculum)
         return sum(wanted[name] * source.synthetic for name, source in self.sources.items()) / tokens
 
 
 class HygieneSpec(Spec):
-    """What is thrown out between download and tokenization; nothing unless asked for.
+    """The filters between download and tokenization; all are off by default.
 
-    `evaluation` are texts that training must not have seen: a document that shares `ngram` words in a row with one of
-    them is dropped.
+    `evaluation`: texts that training must not see; a document that shares `ngram` consecutive words with one of them is
+    dropped.
     """
 
     exact_duplicates: bool = False

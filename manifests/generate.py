@@ -1,7 +1,7 @@
 """Write the committed manifests, or print some of them: `python -m manifests.generate [rbac NAMESPACE | rules]`.
 
-Without arguments `base/` and `examples/` beside this file and what the Helm chart has from here are written anew; tests
-compare them with the committed.
+Without arguments it rewrites `base/` and `examples/` beside this file and the generated files of the Helm chart; tests
+compare them with the committed ones.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def examples() -> dict[str, JobSpec]:
     """The jobs shown as examples, by file name."""
     two_gpus = {"gpus_per_node": 2, "cpus_per_node": 24, "memory_gib_per_node": 240}
     two_nodes = {"nodes": 2, "gpus_per_node": 8, "cpus_per_node": 96, "memory_gib_per_node": 960}
-    # How GKE marks machines that may be taken away. They give a pod 15 s whatever it asks for, less than a checkpoint
-    # of this size takes, so the run goes on from the last periodic one.
+    # GKE's label for spot machines. They give a pod 15 s whatever it requests, too short for a checkpoint of this size,
+    # so the run continues from the last periodic one.
     spot = {"key": "cloud.google.com/gke-spot", "value": "true"}
     preemptible = {
         "node_selector": {spot["key"]: spot["value"]},
@@ -76,7 +76,7 @@ def main() -> None:
     if arguments.command == "rules":
         print(to_manifest([rule_groups(arguments.runbooks)]), end="")
         return
-    from manifests import chart  # needs the Grafana SDK, as no other command here
+    from manifests import chart  # only this command needs the Grafana SDK
 
     for folder, content in ((HERE, files()), (chart.CHART, chart.files())):
         for path, text in content.items():

@@ -1,7 +1,7 @@
 """The two kinds of job that run a task, and how their operators name the job's pods.
 
-`pytorchjob` is the training operator's (v1): each worker is a pod of its own that is recreated alone. `trainjob` is
-Kubeflow Trainer's (v2): a JobSet of one indexed Job, whose pods are recreated together.
+`pytorchjob` belongs to the training operator (v1): each worker is a pod that is recreated alone. `trainjob` belongs to
+Kubeflow Trainer (v2): a JobSet of one indexed Job, whose pods are recreated together.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ JobKindName = Literal["pytorchjob", "trainjob"]
 
 @dataclass(frozen=True)
 class JobKind:
-    """What launchers, tests and tools have to know of a kind of job.
+    """The properties of a kind of job for launchers, tests and tools.
 
     Attributes:
-        operator: what a cluster without this kind lacks.
+        operator: the software that provides this kind.
         container: name of the training container, prescribed by the operator.
-        worker: stands between the job's name and the worker's index in the worker's host name.
+        worker: the part between the job's name and the worker's index in the worker's host name.
         job_label, index_label: pod labels with the job's name and the worker's index.
-        succeeded: condition of a job that has finished well; that of a failed one is `Failed` in both.
+        succeeded: condition of a successful job; that of a failed job is `Failed` in both kinds.
         attempt_label: pod label that counts restarts of all workers together; None where each restarts alone.
-        needs: kinds of the objects of the job's name that it needs, in the order of their creation.
-        children: kinds and names of what the operator makes between job and pods, for events about them.
+        needs: kinds of the objects that it needs, which have the job's name, in order of creation.
+        children: kinds and names of the operator's objects between job and pods, to find events about them.
     """
 
     kind: str
@@ -91,25 +91,25 @@ TRAINJOB = JobKind(
     needs=("ConfigMap", "NetworkPolicy", "TrainingRuntime"),
     children=(("JobSet", "{job}"), ("Job", "{job}-node-0")),
 )
-ANCESTOR_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"  # says which of a runtime's jobs the trainer is
+ANCESTOR_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"  # marks the trainer among a runtime's jobs
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 KINDS: Mapping[JobKindName, JobKind] = {"pytorchjob": PYTORCHJOB, "trainjob": TRAINJOB}
 CONTAINERS = frozenset(kind.container for kind in KINDS.values())
 
 
 def kind_of(job: Object) -> JobKind:
-    """The kind of a job as it was rendered or as the API server has it."""
+    """The kind of a job object, rendered or from the API server."""
     return next(kind for kind in KINDS.values() if kind.kind == job["kind"])
 
 
 def workers(job: Object) -> int:
-    """How many workers a job has."""
+    """The number of a job's workers."""
     spec, is_trainjob = job["spec"], kind_of(job) is TRAINJOB
     return int(spec["trainer"]["numNodes"] if is_trainjob else spec["pytorchReplicaSpecs"]["Worker"]["replicas"])
 
 
 def pod_template(objects: Iterable[Object]) -> Object:
-    """The workers' pod template among the objects of one rendered job; changing it changes them."""
+    """The workers' pod template in the objects of one rendered job; not a copy, so changes affect the objects."""
     by_kind = {item["kind"]: item for item in objects}
     if "TrainingRuntime" in by_kind:
         (replicated_job,) = by_kind["TrainingRuntime"]["spec"]["template"]["spec"]["replicatedJobs"]

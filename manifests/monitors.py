@@ -1,6 +1,6 @@
-"""What Prometheus scrapes, for clusters with the Prometheus operator.
+"""Scrape configuration for clusters with the Prometheus operator.
 
-Series carry the run beside the namespace and pod that the operator adds: alerts and dashboards select by it.
+Series have the label `run` besides the operator's namespace and pod; alerts and dashboards select by it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from manifests.kinds import Object
 from manifests.names import APP, APP_LABEL, RUN_LABEL, STEP_APP, STEP_METRICS_PORT
 from manifests.spec import JobSpec
 
-KFP_RUN_LABEL = "pipeline/runid"  # Kubeflow Pipelines puts it on every pod of a run
+KFP_RUN_LABEL = "pipeline/runid"  # set by Kubeflow Pipelines on every pod of a run
 
 
 def pod_monitor(job: JobSpec) -> Object:
@@ -20,10 +20,11 @@ def pod_monitor(job: JobSpec) -> Object:
 
 
 def step_monitor(job: JobSpec) -> Object:
-    """Scrapes the pipeline's steps while they work.
+    """Scrapes the pipeline's steps while they run.
 
-    Kubeflow Pipelines lets nobody declare container ports, and the operator's `portNumber` only selects among declared
-    ones; so the address is made here, for the one container that is the step's. A step's run is the pipeline run's id.
+    Kubeflow Pipelines does not allow container ports to be declared, and the operator's `portNumber` only selects
+    declared
+    ones; so the address is built here, for the step's container only. A step's `run` is the pipeline run's id.
     """
     relabelings = [
         {"sourceLabels": ["__meta_kubernetes_pod_container_name"], "regex": "main", "action": "keep"},
@@ -52,7 +53,7 @@ def _pod_monitor(job: JobSpec, app: str, endpoints: list[Object]) -> Object:
 
 
 def _run_from(label: str) -> Object:
-    # Prometheus writes a label's name with _ for what its own names cannot hold.
+    # Prometheus replaces characters that its label names do not allow by _.
     return {"sourceLabels": [f"__meta_kubernetes_pod_label_{label.replace('/', '_')}"], "targetLabel": "run"}
 
 

@@ -1,4 +1,4 @@
-"""Names and labels of what a run owns in the cluster; all modules ask here, so that they find the same objects."""
+"""Names and labels of a run's objects in the cluster; all modules use these, so that they find the same objects."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Task = Literal["train", "evaluate", "export"]
 
 APP = "yaongi-trainer"
 APP_LABEL = "app.kubernetes.io/name"
-EGRESS_LABEL, HUB = "yaongi/egress", "hub"  # of steps that fetch data from the web
+EGRESS_LABEL, HUB = "yaongi/egress", "hub"  # on steps that fetch data from the web
 RUN_LABEL = "yaongi/run"
 TASK_LABEL = "yaongi/task"
 PIPELINE_LABEL = "yaongi/pipeline-run"  # on launched jobs: the run of the pipeline whose launcher follows it
 DIGEST_ANNOTATION = "yaongi/digest"
 
-STEP_APP = "yaongi-step"  # pods of the pipeline's steps
+STEP_APP = "yaongi-step"  # on pods of the pipeline's steps
 STEP_METRICS_PORT = 9390  # below those of the ranks, which may run on the same machine
 
 HUB_SECRET = "huggingface"  # optional; its key `token` is an access token of the Hugging Face Hub
@@ -27,7 +27,7 @@ HUB_SECRET = "huggingface"  # optional; its key `token` is an access token of th
 SPEC_DIR = "/etc/yaongi"
 SPEC_FILE = "train.yaml"
 
-# A worker's name is a DNS label, since others find it by that name; an indexed Job adds six characters for its pod's.
+# A worker's name is a DNS label, because others find it by that name; an indexed Job adds six characters for its pod.
 DNS_LABEL_CHARACTERS = 63
 POD_SUFFIX_CHARACTERS = len("-abcde")
 
@@ -46,9 +46,9 @@ def ranks_per_pod(job: JobSpec, task: Task) -> int:
 
 
 def job_name(job: JobSpec, task: Task = "train") -> str:
-    """Name of the job and of what it mounts: the run's name for training, else `<run>-evaluate`, `<run>-export`.
+    """Name of the job and its mounted objects: the run's name for training, else `<run>-evaluate`, `<run>-export`.
 
-    A name too long for its pods loses the end of its readable part, never its hash.
+    If it is too long for its pods, the end of its readable part is cut, never its hash.
     """
     suffix = "" if task == "train" else f"-{task}"
     last_worker = kind(job).worker_name("", replicas(job, task) - 1)

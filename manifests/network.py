@@ -1,7 +1,7 @@
-"""Who may talk to whom. Policies add up: a pod that any of them selects may do what they allow together, and no more.
+"""Network policies. They are additive: a selected pod may do what all policies together allow, and nothing else.
 
-`network_policies` is for a namespace, `worker_policy` belongs to one job, since a policy cannot say "pods with my own
-label". Pods without our labels, those of Kubeflow Pipelines itself for instance, are not touched.
+`network_policies` is for a namespace; `worker_policy` is per job, because a policy cannot select "pods with the same
+label value". Pods without our labels, such as those of Kubeflow Pipelines itself, are not affected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from manifests.names import (
 from manifests.objects import metrics_ports
 from manifests.spec import JobSpec
 
-# Where a cluster's API server and services are, unless they have public addresses (RFC 1918, 6598, 4193).
+# Addresses of a cluster's API server and services, unless they are public (RFC 1918, 6598, 4193).
 PRIVATE = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
 EVERYWHERE = ("0.0.0.0/0", "::/0")
 NODE_LOCAL_DNS = "169.254.20.10/32"
@@ -32,10 +32,10 @@ ANY_POD: Object = {"namespaceSelector": {}}
 
 
 def network_policies(private: Sequence[str] = PRIVATE) -> list[Object]:
-    """Workers reach each other and DNS only; the pipeline's steps the cluster, and those that fetch data the web too.
+    """Workers may reach only each other and DNS; pipeline steps the cluster; download steps also the web.
 
     Args:
-        private: address ranges of the API server and of whatever else steps need, an object store for instance.
+        private: address ranges of the API server and other services that steps need, such as an object store.
     """
     workers, steps, hub = {APP_LABEL: APP}, {APP_LABEL: STEP_APP}, {EGRESS_LABEL: HUB}
     dns = {
@@ -44,7 +44,7 @@ def network_policies(private: Sequence[str] = PRIVATE) -> list[Object]:
     }
     scrape = {"from": [ANY_POD], "ports": [_port(STEP_METRICS_PORT)]}
     return [
-        # Each job's own policy lets its workers in; from here nobody is.
+        # Each job's own policy allows its workers; this one allows nobody.
         _policy(APP, workers, ingress=[], egress=[{"to": [{"podSelector": {"matchLabels": workers}}]}, dns]),
         _policy(STEP_APP, steps, ingress=[scrape], egress=[{"to": [ANY_POD, *map(_block, private)]}, dns]),
         _policy(
@@ -56,14 +56,14 @@ def network_policies(private: Sequence[str] = PRIVATE) -> list[Object]:
 
 
 def default_deny() -> Object:
-    """Closes every pod of a namespace, ours or not, but for what other policies allow it."""
+    """Denies all traffic of every pod in a namespace, ours or not, except what other policies allow."""
     return _policy("yaongi-default-deny", {}, ingress=[], egress=[])
 
 
 def worker_policy(job: JobSpec, task: Task) -> Object:
-    """The spec of a job's own policy: its workers are reached by each other, and at their metrics ports by scrapers.
+    """The spec of a job's own policy: its workers can reach each other, and scrapers their metrics ports.
 
-    It says nothing about egress, so that it does no harm where nothing else of this is installed.
+    It does not restrict egress, so that it is harmless where the other policies are not installed.
     """
     own = {"matchLabels": {"app.kubernetes.io/instance": job_name(job, task)}}
     ingress: list[Object] = [{"from": [{"podSelector": own}]}]

@@ -1,4 +1,4 @@
-"""The worker's pod: everything in it satisfies the restricted Pod Security Standard and survives a read-only root.
+"""The worker's pod: it satisfies the restricted Pod Security Standard and works with a read-only root.
 
 Pure functions from the spec to plain dicts; `render` puts them into a job.
 """
@@ -27,7 +27,7 @@ def pod_template(job: JobSpec, task: Task) -> Object:
             "runAsUser": USER_ID,
             "runAsGroup": USER_ID,
             "fsGroup": USER_ID,
-            # Walking millions of files at every start would take longer than the start itself.
+            # Changing the owner of millions of files at every start would take longer than the start itself.
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
@@ -42,7 +42,8 @@ def pod_template(job: JobSpec, task: Task) -> Object:
         spec["tolerations"] = [toleration.model_dump(exclude_none=True) for toleration in cluster.tolerations]
     metadata = {
         "labels": labels(job, task),
-        # A mesh's sidecar outlives the training process and encrypts NCCL's traffic: the pod would never finish.
+        # A service mesh's sidecar outlives the training process and encrypts NCCL's traffic: the pod would never
+        # finish.
         "annotations": {"sidecar.istio.io/inject": "false"},
     }
     return {"metadata": metadata, "spec": spec}
@@ -54,7 +55,7 @@ def container(job: JobSpec, task: Task) -> Object:
         "name": kind(job).container,
         "image": job.cluster.image,
         "imagePullPolicy": job.cluster.image_pull_policy,
-        # args, not command: the image's entry sets the umask and reaps zombies as PID 1.
+        # args, not command: the image's entrypoint sets the umask and reaps zombies as PID 1.
         "args": ["python", "-m", "trainer.entrypoint", task, "--spec", f"{SPEC_DIR}/{SPEC_FILE}"],
         "env": [
             *({"name": name, "value": value} for name, value in environment(job, task).items()),
@@ -80,14 +81,14 @@ def container(job: JobSpec, task: Task) -> Object:
 
 
 def environment(job: JobSpec, task: Task) -> dict[str, str]:
-    """What the image cannot know: its share of the CPUs, and that only /tmp is writable."""
+    """Variables that depend on the pod: its share of the CPUs, and that only /tmp is writable."""
     threads = max(1, math.floor(job.cluster.cpus_per_node / ranks_per_pod(job, task)))
     return {
         "OMP_NUM_THREADS": str(threads),
         "HOME": "/tmp",
         "TMPDIR": "/tmp",
         "XDG_CACHE_HOME": "/tmp/cache",
-        # Inductor names its cache after the user, and no user of this id need exist in the image.
+        # Inductor names its cache after the user, but the image may have no user with this id.
         "TORCHINDUCTOR_CACHE_DIR": "/tmp/cache/inductor",
         "TRITON_CACHE_DIR": "/tmp/cache/triton",
     }
@@ -105,7 +106,7 @@ def metrics_ports(job: JobSpec, task: Task) -> list[Object]:
 
 
 def resources(job: JobSpec, task: Task) -> Object:
-    """Memory is a hard limit. CPUs are only requested: a CPU limit would stall the exchange of gradients in bursts."""
+    """Memory is a hard limit. CPUs are only requested: CPU throttling would stall the gradient reduction."""
     cluster = job.cluster
     memory = gibibytes(cluster.memory_gib_per_node)
     limits = {"memory": memory}
@@ -120,7 +121,7 @@ def volumes(job: JobSpec, task: Task) -> list[Object]:
         {"name": "datasets", "persistentVolumeClaim": {"claimName": job.storage.datasets_pvc}},
         {"name": "checkpoints", "persistentVolumeClaim": {"claimName": job.storage.checkpoints_pvc}},
         {"name": "tmp", "emptyDir": {"sizeLimit": gibibytes(SCRATCH_GIB)}},
-        # The runtime's own /dev/shm has 64 MiB, too small for NCCL between the GPUs of a node.
+        # The container runtime's /dev/shm has 64 MiB, too small for NCCL between the GPUs of a node.
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": gibibytes(job.cluster.shared_memory_gib)}},
     ]
 

@@ -1,4 +1,4 @@
-"""How a path that a person has given is written down and shown."""
+"""How a path given by the user is stored and shown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pathlib import Path
 
 
 def whole(path: str | Path) -> Path:
-    """The absolute path without `..`, each of which is the folder above what is really there. Links elsewhere stay."""
+    """The absolute path without `..`; each `..` is the parent of the resolved folder. Other symlinks are kept."""
     absolute = Path(path).absolute()
     return absolute.resolve() if ".." in absolute.parts else absolute

@@ -1,7 +1,7 @@
 """The spec of a PyTorchJob (training operator 1.9).
 
-It is worker-only and always elastic, also with a fixed number of workers: without an elastic policy the operator gives
-workers no rendezvous address, and with a master it injects an init container that the restricted Pod Security
+It has only workers and is always elastic, even with a fixed number of workers: without an elastic policy the operator
+gives workers no rendezvous address, and with a master it injects an init container that the restricted Pod Security
 Standard rejects.
 """
 
@@ -23,17 +23,17 @@ def job_spec(job: JobSpec, task: Task) -> Object:
             "maxReplicas": workers,
             "rdzvBackend": "c10d",
             "rdzvId": job_name(job, task),
-            # A worker may wait for the others' images and nodes as long as the launcher waits for them.
+            # A worker may wait for the others' images and nodes as long as the launcher does.
             "rdzvConf": [{"key": "join_timeout", "value": str(cluster.start_timeout_seconds)}],
             # The entrypoint translates exit codes and keeps the restart budget; torchrun's restarts would hide both.
             "maxRestarts": 0,
         },
         "runPolicy": {
-            # The default None would leave the other workers, and their GPUs, running after one has failed.
+            # The default None would keep the other workers, and their GPUs, running after one has failed.
             "cleanPodPolicy": "Running",
             "ttlSecondsAfterFinished": cluster.ttl_seconds_after_finished,
             "activeDeadlineSeconds": cluster.deadline_seconds,
-            # Read where the operator was given a gang scheduler: no worker holds GPUs while others wait for theirs.
+            # Used if the operator has a gang scheduler: no worker holds GPUs while others wait for theirs.
             "schedulingPolicy": {"minAvailable": workers},
         },
         "pytorchReplicaSpecs": {

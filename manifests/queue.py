@@ -1,14 +1,14 @@
-"""Kueue's side of a queue: what admits a job that names it in `cluster.queue`."""
+"""Kueue's objects for a queue that a job names in `cluster.queue`."""
 
 from __future__ import annotations
 
 from manifests.kinds import Object
 
-API = "kueue.x-k8s.io/v1beta2"  # what is used of it is the same in v1beta1, which older Kueues serve
+API = "kueue.x-k8s.io/v1beta2"  # the fields we use are the same in v1beta1, which older Kueues serve
 
 
 def local_queue(name: str, cluster_queue: str) -> Object:
-    """The namespace's own queue; jobs name it, the ClusterQueue behind it holds the quota."""
+    """The namespace's queue; jobs name it, its ClusterQueue has the quota."""
     return {
         "apiVersion": API,
         "kind": "LocalQueue",
@@ -18,7 +18,7 @@ def local_queue(name: str, cluster_queue: str) -> Object:
 
 
 def resource_flavor(name: str) -> Object:
-    """The nodes that a quota stands for; without labels every node."""
+    """The nodes of a quota; without labels all nodes."""
     return {"apiVersion": API, "kind": "ResourceFlavor", "metadata": {"name": name}, "spec": {}}
 
 

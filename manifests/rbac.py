@@ -1,11 +1,11 @@
-"""What the launcher may do, in its own namespace and nowhere else."""
+"""The launcher's rights, only in its own namespace."""
 
 from __future__ import annotations
 
 from manifests.kinds import KINDS, TRAINJOB, Object
 
 ROLE = "yaongi-launcher"
-# The account of KFP's steps, and one of our own for a launcher that runs without KFP.
+# The account of KFP's steps, and our own for a launcher without KFP.
 ACCOUNTS = ("pipeline-runner", ROLE)
 RULES: list[Object] = [
     *(
@@ -31,7 +31,7 @@ RULES: list[Object] = [
 
 
 def rbac(namespace: str) -> list[Object]:
-    """Service account, role and binding. A binding names its subjects' namespace, so this is made for one namespace."""
+    """Service account, role and binding. A binding names its subjects' namespace, so this is per namespace."""
     labels = {"app.kubernetes.io/part-of": "yaongi"}
     metadata = {"name": ROLE, "namespace": namespace, "labels": labels}
     group = "rbac.authorization.k8s.io"

@@ -16,10 +16,10 @@ DATASETS_GIB, CHECKPOINTS_GIB = 200, 500
 
 
 def job_objects(job: JobSpec, task: Task = "train") -> list[Object]:
-    """What runs one task, in the order in which it has to be created: what the job needs, then the job.
+    """The objects of one task in the order of creation: those that the job needs, then the job.
 
     Raises:
-        SpecError: a storage directory that cannot be a mount path.
+        SpecError: a storage directory is not a valid mount path.
     """
     for field in ("datasets_dir", "checkpoints_dir"):
         if not getattr(job.storage, field).startswith("/"):
@@ -44,7 +44,7 @@ def job_objects(job: JobSpec, task: Task = "train") -> list[Object]:
     metadata = _metadata(job, task)
     if job.cluster.queue:
         metadata["labels"][QUEUE_LABEL] = job.cluster.queue
-    # Tells a job made of this very spec from one of the same name that asks for other resources.
+    # Distinguishes a job made from exactly this spec from one of the same name with other resources.
     contents = [item.get("spec", item.get("data")) for item in needs]
     metadata["annotations"] = {DIGEST_ANNOTATION: canonical_digest([spec, *contents])}
     return [*needs, {"apiVersion": kind(job).api_version, "kind": kind(job).kind, "metadata": metadata, "spec": spec}]
@@ -57,10 +57,11 @@ def config_map(job: JobSpec, task: Task = "train") -> Object:
 
 
 def worker_spec(job: JobSpec) -> TrainSpec:
-    """The run's TrainSpec with what the trainer has to hold the cluster to: deadline, GPUs, size of /dev/shm.
+    """The run's TrainSpec with the limits that the trainer must check itself: deadline, GPUs, size of /dev/shm.
 
-    The operator looks at its own deadline only when a pod changes. Where GPUs are asked for, `auto` would train on the
-    CPU of a node that has lost them.
+    The operator checks its deadline only when a pod changes. If GPUs are requested, device `auto` would train on the
+    CPU of
+    a node that has lost them.
     """
     spec, cluster = job.train_spec(), job.cluster
     runtime: Object = {}

@@ -13,7 +13,7 @@ COMMITTED = Path(__file__).with_name("job.schema.json")
 
 
 def job_schema() -> str:
-    """JSON schema (draft 2020-12) of a job file: JobSpec with everything optional beside the preset it starts from."""
+    """JSON schema (draft 2020-12) of a job file: JobSpec with every field optional, plus the preset."""
     schema = _all_optional(JobSpec.model_json_schema())
     named = schema["$defs"]["DataSpec"]["properties"]["sources"]["patternProperties"]
     for pattern, source in named.items():
@@ -26,7 +26,7 @@ def job_schema() -> str:
 
 
 def _all_optional(schema: Any) -> Any:
-    """A job file says only what differs from its preset, so nothing in it is required."""
+    """A job file has only the differences from its preset, so nothing in it is required."""
     if isinstance(schema, dict):
         return {
             name: _all_optional(value)

@@ -1,8 +1,8 @@
 """JobSpec: data + tokenizer + shards + train + cluster + observability.
 
-One file that a person writes; everything else is derived from it.
+The user writes this one file; everything else is derived from it.
 
-A job file names a preset and what differs from it:
+A job file names a preset and the differences from it:
 
     preset: tiny
     train: {steps: 500}
@@ -49,7 +49,7 @@ from trainer.specbase import (
 )
 
 PRESETS = files("manifests") / "presets"
-BYTES_PER_TOKEN = 6  # UTF-8 bytes of text that one token stands for: 3 (math) to 6.5 (Korean) were measured
+BYTES_PER_TOKEN = 6  # UTF-8 bytes of text per token: 3 (math) to 6.5 (Korean) were measured
 DOWNLOAD_MARGIN = 1.2
 VOCAB_MULTIPLE = 128
 StageName = Literal["raw", "hygiene", "tokenizers", "shards"]
@@ -77,9 +77,9 @@ class TokenizerSpec(Spec):
 
 
 class ShardsSpec(Spec):
-    """How text becomes token files; `unit_bytes` is the unit of work that a crash can cost.
+    """How text becomes token files; `unit_bytes` is the unit of work, and so the most a crash can lose per worker.
 
-    `pods` of the pipeline encode side by side, each with `workers` processes; neither changes a byte.
+    `pods` of the pipeline encode in parallel, each with `workers` processes; neither changes the output.
     """
 
     unit_bytes: Count = 64 * 2**20
@@ -90,17 +90,18 @@ class ShardsSpec(Spec):
 
 @begins_with("steps", "begun_with_steps")
 class JobTrainSpec(RecipeSpec, CutSpec):
-    """What of TrainSpec a person chooses; run name, directories, mix and shards are derived by `JobSpec.train_spec`.
+    """The fields of TrainSpec that the user sets; `JobSpec.train_spec` derives run name, directories, mix and shards.
 
-    `seq_len` to `skip`: see TokensSpec. A changed `skip` leaves the run's name as it is, to go on past a loss spike.
-    `begun_with_steps` is written by what makes a run longer, which keeps its name, its data and its warm-up.
+    `seq_len` to `skip`: see TokensSpec. Changing `skip` keeps the run's name, so that a run can continue past a loss
+    spike.
+    `begun_with_steps` is written when a run is lengthened; it keeps its name, data and warm-up.
     """
 
 
 class StorageSpec(Spec):
-    """Where the two trees live: mount paths (or local folders) and the claims behind them.
+    """The places of the two directory trees: mount paths (or local folders) and their claims.
 
-    Relative paths of sources start in `sources_dir`: the job file's folder, or without one where the run starts.
+    Relative paths of sources start in `sources_dir`: the job file's folder, or without a file the working directory.
     """
 
     sources_dir: str | None = None
@@ -111,7 +112,7 @@ class StorageSpec(Spec):
 
 
 class TolerationSpec(Spec):
-    """A toleration of the training pods, named as Kubernetes names its fields."""
+    """A toleration of the training pods, with Kubernetes' field names."""
 
     key: str | None = None
     operator: Literal["Exists", "Equal"] | None = None
@@ -121,11 +122,12 @@ class TolerationSpec(Spec):
 
 
 class ClusterSpec(Spec):
-    """What the training job asks of the cluster, or of this machine when `target` is local.
+    """The training job's resources on the cluster, or on this machine if `target` is local.
 
-    Ranks = nodes × max(gpus_per_node, 1). `gpu_memory_gib` is what each GPU has: a model that cannot fit is refused
-    before any work. `job` is the kind of job that the cluster's operator knows: PyTorchJob (training operator v1) or
-    TrainJob (Kubeflow Trainer v2). Of a finished TrainJob nothing is deleted after `ttl_seconds_after_finished`.
+    Ranks = nodes × max(gpus_per_node, 1). `gpu_memory_gib` is the memory of each GPU: a model that cannot fit is
+    refused
+    before any work. `job` is the kind that the cluster's operator serves: PyTorchJob (training operator v1) or TrainJob
+    (Kubeflow Trainer v2). `ttl_seconds_after_finished` has no effect on TrainJobs.
     """
 
     target: Literal["kubernetes", "local"] = "kubernetes"
@@ -151,7 +153,9 @@ class ClusterSpec(Spec):
 
     @property
     def deadline_seconds(self) -> int:
-        """For the operators, who count from a job's creation, so with the waiting; the entrypoint bounds the run."""
+        """The deadline for the operators, which count from the job's creation and so include waiting; the entrypoint
+        limits
+        the run itself."""
         return self.queue_timeout_seconds + self.start_timeout_seconds + self.run_timeout_seconds
 
     @property
@@ -164,7 +168,7 @@ class ClusterSpec(Spec):
 
 
 class ObservabilitySpec(Spec):
-    """Labels that the cluster's Prometheus selects monitors by."""
+    """Labels by which the cluster's Prometheus selects monitors."""
 
     monitor_labels: dict[str, str] = {"release": "kube-prometheus-stack"}
     scrape_interval_seconds: NonNegative = 15
@@ -198,7 +202,7 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _ranks_can_share_the_model(self) -> Self:
-        from trainer.arithmetic.memory import step_memory  # reads what most users of a spec never need
+        from trainer.arithmetic.memory import step_memory  # imports what most users of a spec never need
 
         train, cluster = self.train, self.cluster
         layout = self.layout()
@@ -222,7 +226,7 @@ class JobSpec(Spec):
         return self
 
     def layout(self) -> Layout:
-        """How the job's ranks share the model.
+        """The mesh of the job's ranks.
 
         Raises:
             ValueError: no such mesh exists.
@@ -235,9 +239,10 @@ class JobSpec(Spec):
         return choose_layout(train.parallel, train.model, train.optimizer, *ranks, gpu_bytes)
 
     def byte_budget(self, name: str) -> int | None:
-        """UTF-8 bytes after which a source is enough: what the job says, on the Hub else what its tokens need.
+        """UTF-8 bytes to read of each source: the job's limit, else for Hub sources what the run's tokens need.
 
-        The tokenizer's sample needs as much of a short run as of a long one: a later, longer run keeps the tokenizer.
+        The tokenizer's sample needs as much for a short run as for a long one, so that a later, longer run keeps the
+        tokenizer.
         """
         if not self._is_as_long_as_the_run(name):
             return self.data.max_bytes_per_source
@@ -245,7 +250,7 @@ class JobSpec(Spec):
         return max(self._bytes_of_steps(name, self.train.steps), int(sample))
 
     def _is_as_long_as_the_run(self, name: str) -> bool:
-        """Whether the number of steps decides how much of a source is read."""
+        """Whether the number of steps determines how much of a source is read."""
         return self.data.max_bytes_per_source is None and not isinstance(self.data.sources[name].origin, FilesSource)
 
     def _bytes_of_steps(self, name: str, steps: int) -> int:
@@ -255,12 +260,12 @@ class JobSpec(Spec):
     # Keys of the stages: a pure function of the spec, so that a manifest can be rendered before any data exists.
     @property
     def keys(self) -> dict[StageName, str]:
-        """The keys of all stages. The length of the run is no part of them: a longer one appends to what is there."""
+        """The keys of all stages. They do not depend on the run's length: a longer run appends to existing data."""
         return self._keys(dict.fromkeys(self.data.sources, self.data.first_max_bytes))
 
     @property
     def former_keys(self) -> dict[StageName, str]:
-        """The keys that version 0.1 gave, which the length of the run was part of; names of runs hold them still."""
+        """The keys of version 0.1, which included the run's length; run names still contain them."""
         amounts = {
             name: self._bytes_of_steps(name, self.begun_with_steps)
             if self._is_as_long_as_the_run(name)
@@ -300,13 +305,14 @@ class JobSpec(Spec):
 
     @property
     def begun_with_steps(self) -> int:
-        """The length that the run was begun with."""
+        """The length with which the run began."""
         return self.train.begun_with_steps or self.train.steps
 
     @property
     def run_name(self) -> str:
-        """`<name>-<hash>`, also the cluster's job's. Where it runs and how it is watched do not change the run, nor
-        does a length that is changed on the way."""
+        """`<name>-<hash>`, also the name of the cluster's job. It does not depend on where the run is, how it is
+        monitored, or
+        later changes of its length."""
         how = {"begun_with_steps", "skip", "parallel", "runtime", "evaluate"}
         identity = {
             "shards": self.former_keys["shards"],
@@ -320,13 +326,13 @@ class JobSpec(Spec):
         return f"{self.storage.checkpoints_dir}/runs/{self.run_name}"
 
     def stage_dir(self, stage: StageName) -> str:
-        """Where a stage's output is: under the former key if version 0.1 began this very job's data here."""
+        """The directory of a stage's output: under the former key if version 0.1 began exactly this job's data here."""
         datasets, former = self.storage.datasets_dir, self.former_keys
         keys = former if Path(datasets, "raw", former["raw"]).is_dir() else self.keys
         return f"{datasets}/{stage}/{keys[stage]}"
 
     def train_spec(self) -> TrainSpec:
-        """The trainer's spec: the person's choices plus what follows from data and storage."""
+        """The trainer's spec: the user's fields plus those derived from data and storage."""
         mix = {n: MixSpec(weight=s.weight, max_epochs=s.max_epochs) for n, s in self.data.sources.items()}
         tokens = TokensSpec(
             shards=self.stage_dir("shards"),
@@ -356,9 +362,9 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def job_from(value: dict[str, Any], changes: dict[str, Any] | None = None, where: str = "") -> JobSpec:
-    """A JobSpec from a job file's mapping (`preset:` plus differences) and further changes on top.
+    """A JobSpec from a job file's mapping (`preset:` plus differences) and further changes.
 
-    A source of `data.sources` set to null is removed, so that a preset's model can be trained on other data alone.
+    A source of `data.sources` set to null is removed, so that a preset's model can be trained on other data only.
 
     Raises:
         SpecError: as `parse`.
@@ -381,16 +387,16 @@ def job_from(value: dict[str, Any], changes: dict[str, Any] | None = None, where
 def _without_removed(job: dict[str, Any]) -> dict[str, Any]:
     data = job.get("data")
     if not (isinstance(data, dict) and isinstance(data.get("sources"), dict)):
-        return job  # `parse` says what is wrong with it
+        return job  # `parse` reports the error
     left = {name: source for name, source in data["sources"].items() if source is not None}
     return job | {"data": data | {"sources": left}}
 
 
 def changes_of(preset_or_file: str) -> tuple[str, dict[str, Any]]:
-    """A preset's name (or "") and the fields that a job file changes in it (none for a preset itself).
+    """A preset's name (or "") and the fields that a job file changes in it (none for the preset itself).
 
-    To the fields of a person's file comes its folder, where relative paths in it start; not to those of a stored job,
-    whose paths start where it was started.
+    For a user's file, the fields include its folder, where its relative paths start; not for a stored job, whose paths
+    start where it was started.
 
     Raises:
         SpecError: neither a preset nor a readable file.
@@ -411,7 +417,7 @@ def load_job(preset_or_file: str, changes: dict[str, Any] | None = None) -> JobS
     """A JobSpec from a preset's name or a job file.
 
     Raises:
-        SpecError: as `parse`; also a name that is neither a preset nor a file.
+        SpecError: as `parse`; also if the name is neither a preset nor a file.
     """
     base, differences = changes_of(preset_or_file)
     value = {"preset": base} if base else {}
@@ -419,13 +425,14 @@ def load_job(preset_or_file: str, changes: dict[str, Any] | None = None) -> JobS
 
 
 def job_file_text(job: JobSpec) -> bytes:
-    """The job for a file that stays. Paths that start in the current folder, where it is started, need no
-    `sources_dir`, which version 0.1 does not know."""
+    """The job as text for a stored file. If its paths start in the current folder, where it is started, `sources_dir`
+    is
+    omitted, because version 0.1 does not know it."""
     if job.storage.sources_dir == str(Path.cwd()):
         job = job.updated({"storage": {"sources_dir": None}})
     return to_stored_yaml(job)
 
 
 def job_from_json(text: str) -> JobSpec:
-    """A resolved JobSpec as the `plan` step hands it on."""
+    """A resolved JobSpec from the output of the `plan` step."""
     return parse(JobSpec, json.loads(text), "job")

@@ -1,8 +1,8 @@
 """The specs of a TrainJob and of the TrainingRuntime that it refers to (Kubeflow Trainer 2.1, JobSet 0.10).
 
-The pods are described in the runtime, since a TrainJob itself can say nothing about volumes, ports or security. All
-workers are one indexed Job: its pod failure policy tells permanent exit codes from others, and the JobSet around it
-restarts all workers together, from the last checkpoint.
+The pods are described in the runtime, because a TrainJob has no fields for volumes, ports or security. All workers are
+one indexed Job: its pod failure policy separates permanent exit codes from others, and its JobSet restarts all workers
+together, from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from manifests.objects import pod_template
 from manifests.spec import JobSpec
 from trainer.exitcodes import retryable
 
-# A run that restarts without getting further is ended by its entrypoint, whose count is on the volume. This bounds
-# only what dies before the entrypoint can count, without ending a run that is preempted every few minutes.
+# The entrypoint, which counts on the volume, ends a run that restarts without progress. This limit is only for pods
+# that die before the entrypoint can count; it must not end a run that is preempted every few minutes.
 MOST_RESTARTS = 1000
 
 
@@ -27,8 +27,9 @@ def job_spec(job: JobSpec, task: Task) -> Object:
 
 
 def runtime_spec(job: JobSpec, task: Task) -> Object:
-    """Of a job that has finished, nothing is deleted: Trainer 2.1 has no time to live of its own, and runs the job
-    again when its JobSet's ends."""
+    """A finished job is not deleted: Trainer 2.1 has no TTL of its own, and runs the job again when the TTL of its
+    JobSet
+    ends."""
     replicated_job = {
         "name": TRAINJOB.container,
         "replicas": 1,
@@ -64,15 +65,15 @@ def runtime_spec(job: JobSpec, task: Task) -> Object:
 
 def _workers(job: JobSpec, task: Task) -> Object:
     template = pod_template(job, task)
-    template["spec"]["restartPolicy"] = "Never"  # what the failure policy asks for
+    template["spec"]["restartPolicy"] = "Never"  # required by the failure policy
     (container,) = template["spec"]["containers"]
-    # torchrun's own default would give up on workers whose image or node takes longer than ten minutes.
+    # torchrun's default would give up on workers whose image or node takes longer than ten minutes.
     timeout = {"name": "PET_RDZV_CONF", "value": f"timeout={job.cluster.start_timeout_seconds}"}
     container["env"].append(timeout)
     permanent = [code for code in range(1, 256) if not retryable(code)]
     return {
         "completionMode": "Indexed",
-        "backoffLimit": 0,  # one lost worker costs all of them their process group
+        "backoffLimit": 0,  # one lost worker breaks the process group of all
         "activeDeadlineSeconds": job.cluster.deadline_seconds,
         "podFailurePolicy": {
             "rules": [

@@ -1,7 +1,7 @@
-"""Objects as YAML that people read: texts of several lines as blocks, numbers side by side, no aliases for equal parts.
+"""Objects as readable YAML: multi-line strings as blocks, lists of numbers on one line, no aliases.
 
-What Go's YAML, that of kubectl and Helm, takes for a number or boolean is quoted; PyYAML by itself leaves a text like
-`0123456789` or a digest like `12e456789012` bare, and the API server denies it where it wants a text.
+Strings that Go's YAML (in kubectl and Helm) would read as a number or boolean are quoted. PyYAML alone would not quote
+`0123456789` or a digest such as `12e456789012`, and the API server rejects them where it expects a string.
 """
 
 from __future__ import annotations
@@ -44,5 +44,5 @@ def to_yaml(value: Any) -> str:
 
 
 def to_manifest(objects: list[Any]) -> str:
-    """A document for each object."""
+    """One document per object."""
     return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,8 +1,9 @@
-"""Stop what a run of the pipeline left running on the cluster.
+"""Stop the jobs that a pipeline run left running on the cluster.
 
-The exit handler's step: it runs after the others however they ended. A launcher that could say goodbye has taken its
-job along; one that was killed has not, and its pod object, which owns the job, stays. Jobs that have ended are left for
-inspection, and so is a job that a launcher of another run has adopted meanwhile, since adoption changes its label.
+This is the exit handler's step: it runs after the others however they ended. A launcher that ended normally has deleted
+its job; one that was killed has not, and its pod object, which owns the job, still exists. Jobs that have ended are
+kept
+for inspection. So is a job that the launcher of another run has adopted, because adoption changes its label.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from manifests.names import PIPELINE_LABEL
 from manifests.spec import ClusterSpec
 from trainer.errors import LaunchError
 
-EXTRA_SECONDS = 60  # beside the grace period, until a node has removed a pod
+EXTRA_SECONDS = 60  # time that a node needs to remove a pod, on top of the grace period
 
 
 def run(pipeline_run: str, where: ClusterSpec, write: Callable[[str], None] = show) -> None:
-    """Delete the running jobs of a run of the pipeline and wait until none of its pods runs any more.
+    """Delete the running jobs of a pipeline run and wait until none of its pods runs.
 
     Args:
-        pipeline_run: the id that its launchers marked their jobs with.
+        pipeline_run: the run id with which its launchers labelled their jobs.
         where: kind and namespace of the jobs, and how long their workers have to save a checkpoint.
 
     Raises:

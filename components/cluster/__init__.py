@@ -1,1 +1,1 @@
-"""A cluster as the API server shows it: its client, what is watched, and what the state of its objects says."""
+"""A cluster as its API server shows it: the client, the watchers and the state of its objects."""

@@ -1,6 +1,6 @@
-"""The few calls that are made to a cluster, with every refusal turned into one line that says how to mend it.
+"""The few API calls that we make to a cluster; every error becomes one line that says how to fix it.
 
-Objects are plain dicts, as `manifests` renders them, so that what was sent and what came back can be compared.
+Objects are plain dicts, as rendered by `manifests`, so that a request and its response can be compared.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ with quick_imports():
 
 POD_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0)  # between attempts
-PASSING = (429, 500, 502, 503, 504)  # states of the API server that pass: overload, a new leader, a restart
+PASSING = (429, 500, 502, 503, 504)  # temporary states of the API server: overload, a new leader, a restart
 REQUEST_TIMEOUT_SECONDS = (5, 30)  # connect, read
-# What the client lets through for a kubeconfig that is no YAML, no text, or of another shape, beside its own error.
+# Besides its own error, the client raises these for a kubeconfig that is not YAML, not text or has another structure.
 UNUSABLE = (config.ConfigException, OSError, yaml.YAMLError, ValueError, TypeError)
 Unreachable = (urllib3.exceptions.HTTPError, OSError)
-# Kind → group, version, plural of what the client's calls for custom resources serve.
+# Kind → group, version and plural, for the client's custom resource calls.
 RESOURCES = {kind.kind: (kind.group, kind.version, kind.plural) for kind in KINDS.values()}
 RESOURCES["NetworkPolicy"] = ("networking.k8s.io", "v1", "networkpolicies")
 RESOURCES["TrainingRuntime"] = (TRAINJOB.group, TRAINJOB.version, "trainingruntimes")
@@ -57,7 +57,7 @@ class ApiUnreachable(LaunchError):
 
 
 class _Resource(NamedTuple):
-    """The calls for one kind of object in one namespace; all take their arguments by name."""
+    """The calls for one kind of object in one namespace; all take keyword arguments."""
 
     plural: str
     get: Callable[..., Any]
@@ -78,20 +78,20 @@ class Cluster:
 
     @classmethod
     def connect(cls, namespace: str | None = None) -> Self:
-        """With $KUBECONFIG if set, else as the pod this runs in, else with ~/.kube/config.
+        """Use $KUBECONFIG if set, else the service account of the pod this runs in, else ~/.kube/config.
 
         Args:
             namespace: None for the pod's own or the kubeconfig context's.
         Raises:
-            NoCluster: there is no usable configuration.
+            NoCluster: no configuration is usable.
         """
         settings, default = _settings()
         return cls(client.ApiClient(settings), namespace or default)
 
     def renew(self) -> None:
-        """Read the credentials anew: what the API server refuses with 401 may have run out and been replaced on disk.
+        """Read the credentials again: those refused with 401 may have expired and been replaced on disk.
 
-        Without a usable configuration, or with one of another server, nothing changes.
+        Does nothing if the configuration is not usable or names another server.
         """
         with suppress(LaunchError):
             settings, _ = _settings()
@@ -101,9 +101,9 @@ class Cluster:
                     self._client.rest_client = RESTClientObject(settings)  # it holds the client certificate
 
     def call(self, doing: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """One request; `doing` is the verb and resource for error messages ("create pytorchjobs").
+        """Make one request; `doing` is the verb and resource for error messages ("create pytorchjobs").
 
-        What may be asked twice is asked again when the server does not answer or has trouble of its own.
+        Idempotent requests are retried if the server does not answer or has an internal error.
 
         Raises:
             Refused, ApiUnreachable
@@ -115,7 +115,7 @@ class Cluster:
                 if error.status not in PASSING:
                     raise
             except ApiUnreachable:
-                pass  # asked again below, at last without another chance
+                pass  # retried below; the last attempt raises
             time.sleep(pause)
         return self._request(doing, function, *args, **kwargs)
 
@@ -163,10 +163,10 @@ class Cluster:
             text = f"cannot {doing} in namespace '{self.namespace}': {message} ({status})"
         return Refused(status, text)
 
-    # objects of the kinds that a task is made of
+    # objects of the kinds that make up a task
 
     def get(self, kind: str, name: str) -> Object | None:
-        """None if it is absent."""
+        """The object; None if it is absent."""
         resource = self._resource(kind)
         try:
             return self.call(f"get {resource.plural}", resource.get, name=name)
@@ -180,7 +180,7 @@ class Cluster:
         return self.call(f"create {resource.plural}", resource.create, body=body)
 
     def jobs(self, kind: JobKind, selector: str = "") -> list[Object]:
-        """Those whose labels `selector` selects; all without one."""
+        """The jobs whose labels match `selector`; all jobs without one."""
         place = (kind.group, kind.version, self.namespace, kind.plural)
         found = self.call(
             f"list {kind.plural}", self.custom.list_namespaced_custom_object, *place, label_selector=selector
@@ -188,7 +188,7 @@ class Cluster:
         return found["items"]
 
     def own(self, kind: str, name: str, owner: Object | None, labels: dict[str, str | None] | None = None) -> None:
-        """Make `owner` the object's only owner, with which it is collected, and set labels (None removes either)."""
+        """Make `owner` the object's only owner, for garbage collection, and set labels (None removes either)."""
         resource = self._resource(kind)
         patch = {"metadata": {"ownerReferences": [owner] if owner else [], "labels": labels or {}}}
         self.call(f"patch {resource.plural}", resource.patch, name=name, body=patch)
@@ -200,7 +200,7 @@ class Cluster:
         self.call(f"patch {resource.plural}", resource.patch, name=job["metadata"]["name"], body=body)
 
     def delete(self, kind: str, name: str) -> None:
-        """With all that it owns; a job's pods get their grace period. Absent is fine."""
+        """Delete an object and all that it owns; a job's pods get their grace period. It may be absent."""
         resource = self._resource(kind)
         try:
             self.call(f"delete {resource.plural}", resource.delete, name=name, propagation_policy="Background")
@@ -209,7 +209,7 @@ class Cluster:
                 raise
 
     def delete_unchanged(self, job: Object) -> bool:
-        """As `delete`, unless somebody has changed the job since it was read; whether it is deleted."""
+        """As `delete`, unless the job has changed since it was read; returns whether it is deleted."""
         metadata, resource = job["metadata"], self._resource(job["kind"])
         same = client.V1Preconditions(uid=metadata["uid"], resource_version=metadata["resourceVersion"])
         options = client.V1DeleteOptions(preconditions=same, propagation_policy="Background")
@@ -265,10 +265,10 @@ class Cluster:
         return json.loads(response.data)["items"]
 
     def log_tail(self, pod: str, lines: int, **options: Any) -> list[str]:
-        """The last lines a pod has written; none if they cannot be had any more.
+        """The last lines of a pod's log; [] if it is no longer available.
 
         Args:
-            options: the API's own: container, timestamps, previous.
+            options: those of the API: container, timestamps, previous.
         """
         read = self.core.read_namespaced_pod_log
         try:
@@ -278,9 +278,9 @@ class Cluster:
         return text.splitlines()
 
     def own_pod(self) -> Object | None:
-        """An ownerReference to the pod this process runs in, if it runs in one of this namespace.
+        """An ownerReference to the pod this process runs in; None outside a pod of this namespace.
 
-        The UID is asked of the API: the garbage collector deletes at once what names an owner that does not exist.
+        The UID comes from the API: the garbage collector deletes an object at once if its owner does not exist.
         """
         if not POD_NAMESPACE_FILE.exists() or POD_NAMESPACE_FILE.read_text().strip() != self.namespace:
             return None
@@ -295,7 +295,7 @@ class Cluster:
 
 
 def _settings() -> tuple[client.Configuration, str]:
-    """What leads to the cluster, read anew, and the namespace that it names."""
+    """The client configuration, read again, and the namespace that it names."""
     require_cluster()
     settings = client.Configuration()
     try:
@@ -303,18 +303,18 @@ def _settings() -> tuple[client.Configuration, str]:
             config.load_incluster_config(settings)
             namespace = POD_NAMESPACE_FILE.read_text().strip()
         else:
-            file = os.environ.get("KUBECONFIG") or None  # the client looked at it when it was imported
+            file = os.environ.get("KUBECONFIG") or None  # the client read the variable at import
             config.load_kube_config(file, client_configuration=settings)
             context = config.list_kube_config_contexts(file)[1]
             namespace = context["context"].get("namespace", "default")
     except UNUSABLE as error:
         raise NoCluster(_one_line(error)) from None
-    settings.retries = 0  # callers decide what is worth another try
+    settings.retries = 0  # callers decide about retries
     return settings, namespace
 
 
 def status_message(error: ApiException) -> str:
-    """The message of the API server's Status object, or what there is instead of one."""
+    """The message of the API server's Status object, or the raw body or reason without one."""
     try:
         return _one_line(json.loads(error.body)["message"])
     except (TypeError, ValueError, KeyError):

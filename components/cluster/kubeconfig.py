@@ -1,5 +1,4 @@
-"""Is a cluster named to this process? Asked before the Kubernetes client is imported, for which nobody should wait who
-has none."""
+"""Check whether a cluster is configured, before the slow import of the Kubernetes client."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ POD_VARIABLE = "KUBERNETES_SERVICE_HOST"
 
 
 class NoCluster(LaunchError):
-    """No cluster is named, or by a configuration that cannot be used; `reason` says which."""
+    """No cluster is configured, or the configuration is not usable; `reason` says which."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -23,7 +22,7 @@ class NoCluster(LaunchError):
 
 
 def require_cluster() -> None:
-    """Return where this is a pod, or a kubeconfig is there; whether it can be used, the client finds out.
+    """Return if this is a pod or a kubeconfig exists. Whether it is usable is left to the client.
 
     Raises:
         NoCluster

@@ -1,4 +1,4 @@
-"""What the objects of a cluster say of themselves: jobs, pods, events. Pure functions over the API's objects."""
+"""The state of jobs, pods and events of a cluster. Pure functions over the API's objects."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def has_succeeded(job: Object) -> bool:
 
 
 def is_suspended(job: Object) -> bool:
-    """Whether somebody, or a queue, wants it so; the condition follows later."""
+    """Whether a person or a queue has set spec.suspend; the condition follows later."""
     return bool(job["spec"].get("suspend") or job["spec"].get("runPolicy", {}).get("suspend"))
 
 
 def is_running(job: Object) -> bool:
-    """Whether its workers have started; a TrainJob says so by their number only."""
+    """Whether its workers have started; a TrainJob shows only their number."""
     if kind_of(job) is TRAINJOB:
         return any(child.get("ready") for child in job.get("status", {}).get("jobsStatus", []))
     return has_condition(job, "Running")
@@ -71,13 +71,13 @@ def container_state(pod: Object) -> Object:
 
 
 def container(pod: Object) -> Object:
-    """The training container, also where a mesh has put another beside it."""
+    """The training container, even if a service mesh has injected a sidecar."""
     containers = pod["spec"]["containers"]
     return next((each for each in containers if each["name"] in CONTAINERS), containers[0])
 
 
 def is_about(event: Object, job: Object) -> bool:
-    """Whether an event concerns the job, a pod of it or what stands between, and not a former job of the same name."""
+    """Whether an event concerns the job, one of its pods or an object in between, not a former job of that name."""
     kind, metadata, about = kind_of(job), job["metadata"], event.get("involvedObject", {})
     if about.get("kind") == kind.kind:
         return about.get("uid") == metadata["uid"]
@@ -90,12 +90,12 @@ def is_about(event: Object, job: Object) -> bool:
 
 
 def event_time(event: Object) -> str:
-    """Its last time, UTC, sortable as text to the second; events of the newer API have it in eventTime only."""
+    """Its last time in UTC, sortable as text to the second; events of the newer API have only eventTime."""
     return event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
 
 
 def is_news(event: Object) -> bool:
-    """Whether an event says what the state of job and pods does not say already."""
+    """Whether an event adds to what the state of job and pods says."""
     reason = event.get("reason") or ""
     about = event.get("involvedObject", {}).get("kind")
     if about in (TRAINJOB.kind, *(child for child, _ in TRAINJOB.children)):
@@ -106,7 +106,7 @@ def is_news(event: Object) -> bool:
 
 
 def running_seconds(job: Object) -> float:
-    """Seconds since its workers run, by its condition; a TrainJob has none, and its age counts."""
+    """Seconds since its workers started, by its condition; for a TrainJob, which has none, its age."""
     for condition in job.get("status", {}).get("conditions", []):
         if condition["type"] == "Running" and condition["status"] == "True" and condition.get("lastTransitionTime"):
             began = datetime.fromisoformat(condition["lastTransitionTime"])
@@ -115,7 +115,7 @@ def running_seconds(job: Object) -> float:
 
 
 def age_seconds(job: Object) -> float:
-    """Seconds since the job started by the cluster's own account (a resumed job starts anew)."""
+    """Seconds since the job started, according to the cluster (a resumed job starts anew)."""
     status = job.get("status", {})
     resumed = [c["lastTransitionTime"] for c in status.get("conditions", []) if c["type"] == "Suspended"]
     stamp = status.get("startTime") or (resumed and resumed[-1]) or job["metadata"]["creationTimestamp"]
@@ -123,6 +123,6 @@ def age_seconds(job: Object) -> float:
 
 
 def one_line(text: str) -> str:
-    """Lines joined by ` | `; of a long text the end, where logs say what went wrong."""
+    """Lines joined by ` | `; a long text is cut to its end, where logs report the error."""
     joined = " | ".join(line.strip() for line in (text or "").splitlines() if line.strip())
     return joined if len(joined) <= LONGEST_MESSAGE_CHARACTERS else "…" + joined[-LONGEST_MESSAGE_CHARACTERS:]

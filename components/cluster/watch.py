@@ -1,6 +1,6 @@
-"""Threads that keep the launcher informed: one for each kind of object it watches, one for the log of worker 0.
+"""Watch threads of the launcher: one for each kind of object, one for the log of worker 0.
 
-All outlive API outages: they resume from the last resource version or line seen, and list anew if that is too old.
+They survive API outages: they resume from the last resource version or line, and list again if that is too old.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from components.cluster.api import Cluster, Unreachable
 from manifests.kinds import Object
 from trainer.errors import LaunchError
 
-# Short watches notice a connection that died silently; the server ends them and the next one resumes.
+# A dead connection goes unnoticed, so watches are short: the server ends them and the next one resumes.
 WATCH_SECONDS = 40
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 15.0
-# A log that is asked for again begins this long before the last line came: lines come late, and seconds are whole.
+# A new log request starts this long before the last line arrived: lines are delayed and the API takes whole seconds.
 OVERLAP_SECONDS = WATCH_SECONDS + 10
 LINES_KEPT = 2000
 
 
 @dataclass(frozen=True)
 class Change:
-    """`objects` is everything there is for type LISTED, else the one object that was ADDED, MODIFIED or DELETED."""
+    """`objects`: all objects for type LISTED, else the one object that was ADDED, MODIFIED or DELETED."""
 
     kind: str
     type: str
@@ -41,7 +41,7 @@ class Change:
 
 
 class Watcher(threading.Thread):
-    """Puts every change of one kind of object into `changes`, and a LaunchError if the API server forbids looking.
+    """Puts every change of one kind of object into `changes`, and a LaunchError if the API server forbids watching.
 
     Args:
         list_call: a list method of the kubernetes client, bound to its namespace and selectors.
@@ -84,7 +84,7 @@ class Watcher(threading.Thread):
                 pause = self._wait(pause)
             except Unreachable:
                 pause = self._wait(pause)
-            except (ValueError, KeyError, TypeError):  # no answer of an API server, but of a proxy perhaps; begin anew
+            except (ValueError, KeyError, TypeError):  # not from an API server, perhaps from a proxy; start over
                 self._version = None
                 pause = self._wait(pause)
 
@@ -116,20 +116,20 @@ class Watcher(threading.Thread):
 
 
 class _Printed:
-    """Which lines of a log were printed, so that what a new connection repeats can be told from what is new.
+    """Remembers printed log lines, to tell repeated lines of a new connection from new ones.
 
-    Time stamps alone cannot tell: some container runtimes stamp all lines of a buffer at once, and those of standard
-    output and error come out of order. So the latest lines are kept, each with its stamp.
+    Timestamps alone are not enough: some container runtimes stamp all lines of a buffer at once, and stdout and stderr
+    arrive out of order. So the latest lines are kept, each with its timestamp.
     """
 
     def __init__(self) -> None:
         self.newest = ""  # stamp; stamps sort as text
         self._latest: deque[str] = deque()
-        self._floor = ""  # no line from here back is kept
+        self._floor = ""  # no line up to this time is kept
         self._repeated: Counter[str] | None = None
 
     def reconnected(self) -> None:
-        """What comes next may be a repetition, until a line is newer than all before."""
+        """The next lines may be repetitions, until one is newer than all before."""
         self._repeated = Counter(self._latest) if self.newest else None
 
     def is_new(self, line: str) -> bool:
@@ -148,7 +148,7 @@ class _Printed:
 
 
 class LogFollower(threading.Thread):
-    """Prints the log of one pod after another, each line once; a restarted worker is a new pod."""
+    """Prints the logs of pods one after another, each line once; a restarted worker is a new pod."""
 
     def __init__(self, cluster: Cluster, write: Callable[[str], None]) -> None:
         super().__init__(name="follow-log", daemon=True)
@@ -183,7 +183,7 @@ class LogFollower(threading.Thread):
     def _follow(self, name: str, uid: str, container: str) -> None:
         printed = _Printed()
         since = time.monotonic()
-        whole = True  # ask for the log from its beginning
+        whole = True  # request the log from its beginning
         pause, renewed = FIRST_PAUSE_SECONDS, False
         while not self._stopped.is_set():
             ended = uid in self._ended
@@ -197,7 +197,7 @@ class LogFollower(threading.Thread):
                 first, whole = True, not printed.newest
                 for line in self._lines(name, container, ended, **asked_since):
                     if first and asked_since and line.partition(" ")[0] > printed.newest:
-                        whole, ended, pause = True, False, 0  # does not reach back to the last line: ask for more
+                        whole, ended, pause = True, False, 0  # does not reach back to the last line: request more
                         break
                     first, renewed = False, False
                     if printed.is_new(line):
@@ -213,16 +213,16 @@ class LogFollower(threading.Thread):
                 elif error.status == HTTPStatus.NOT_FOUND:
                     return
             except Unreachable:
-                ended = False  # the rest of the log is still to be had
+                ended = False  # the rest of the log is still available
             if ended:
                 return
             self._stopped.wait(pause)
             pause = min(max(pause, FIRST_PAUSE_SECONDS) * 2, LONGEST_PAUSE_SECONDS)
 
     def _lines(self, name: str, container: str, ended: bool, **options: Any) -> Iterator[str]:
-        """The pod's log as it is written, each line with its time stamp.
+        """The pod's log as it is written, each line with its timestamp.
 
-        A line that the connection broke off is left to the next one, unless the pod has ended and nothing is to follow.
+        A line cut off with the connection is left to the next connection, unless the pod has ended.
         """
         response = self._cluster.core.read_namespaced_pod_log(
             name,

@@ -1,7 +1,7 @@
-"""What Kubernetes' own messages mean and how to mend it: one table for each place where a pod can get stuck.
+"""What Kubernetes' messages mean and how to fix the cause: one table for each place where a pod can get stuck.
 
-The launcher, `yaongi status` and `yaongi why` all speak through these tables, so that they say the same. The messages
-are those of Kubernetes 1.34: scheduler, admission, kubelet, containerd. One that no rule knows is shown as it is.
+The launcher, `yaongi status` and `yaongi why` all use these tables. The messages are those of Kubernetes 1.34:
+scheduler, admission, kubelet, containerd. A message that matches no rule is shown as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trainer.exitcodes import MEANING, ExitCode
 
 @dataclass(frozen=True)
 class Rule:
-    """`fix` may use the groups of `pattern`; `hopeless`: waiting cannot help."""
+    """`fix` may use the groups of `pattern`; `hopeless`: waiting does not help."""
 
     pattern: str
     fix: str
@@ -24,9 +24,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why a pod does not run: what the cluster says, and what to do about it ("" when no rule knows).
+    """Why a pod does not run: the cluster's message, and what to do about it ("" if no rule matches).
 
-    `hopeless` if waiting cannot help, `pulling` if its image is the reason.
+    `hopeless`: waiting does not help; `pulling`: its image is the reason.
     """
 
     text: str
@@ -38,7 +38,7 @@ class Obstacle:
         return f"{self.text}; {self.fix}" if self.fix else self.text
 
 
-# First what no node can help with, then what each node lacks; the scheduler counts the nodes by reason.
+# First the causes that no node can solve, then what nodes lack; the scheduler counts the nodes by reason.
 SCHEDULING = (
     Rule(
         r'persistentvolumeclaim "([^"]+)" not found',
@@ -75,9 +75,9 @@ SCHEDULING = (
     Rule(r"Too many pods", "the nodes run as many pods as their kubelets allow: wait or add nodes"),
     Rule(
         r"pod anti-affinity rules|pod topology spread",
-        "the pods ask to be apart from others and there are too few nodes for that: add nodes or relax the rule",
+        "the pods must not share nodes with others and there are too few nodes for that: add nodes or relax the rule",
     ),
-    Rule(r"pod affinity rules", "no node runs the pods that these ask to be beside: relax the affinity"),
+    Rule(r"pod affinity rules", "no node runs the pods that these must be next to: relax the affinity"),
     Rule(
         r"node affinity/selector",
         "label a node as the pods ask, or change what they ask (cluster.node_selector)",
@@ -130,10 +130,10 @@ CREATION = (
         hopeless=True,
     ),
     Rule(r"no PriorityClass with name (\S+)", r"create the priority class \1 or name another", hopeless=True),
-    Rule(r"Invalid value|is invalid", "the pod template is not valid: mend the field that is named", hopeless=True),
+    Rule(r"Invalid value|is invalid", "the pod template is not valid: fix the field that is named", hopeless=True),
 )
 
-# An image that is absent does not appear by waiting; other pull errors (a registry that is down) may pass.
+# Waiting does not help if the image is absent; other pull errors (a registry that is down) may pass.
 IMAGE = (
     Rule(r"[Cc]ouldn't parse image name|invalid reference format", "correct cluster.image", hopeless=True),
     Rule(
@@ -182,7 +182,7 @@ CONFIG = (
     ),
     Rule(
         r"exec: |no such file or directory|executable file not found",
-        "the image lacks the command, or another image is meant: check cluster.image and the command",
+        "the image lacks the command, or is the wrong image: check cluster.image and the command",
         hopeless=True,
     ),
     Rule(r"timed out|deadline exceeded|mount failed", "check the storage behind the volume: kubectl describe pod"),
@@ -190,7 +190,7 @@ CONFIG = (
 
 KUEUE = (
     Rule(r"LocalQueue (\S+) doesn't exist", r"create the LocalQueue \1 or name one that exists (cluster.queue)"),
-    Rule(r"ClusterQueue (\S+) (?:doesn't exist|is inactive)", r"have the owner of ClusterQueue \1 mend it"),
+    Rule(r"ClusterQueue (\S+) (?:doesn't exist|is inactive)", r"have the owner of ClusterQueue \1 fix it"),
     Rule(
         r"insufficient unused quota|insufficient quota|couldn't assign flavors",
         "wait for jobs before it in the queue to end, have the queue's quota raised, or ask for less",
@@ -200,13 +200,13 @@ KUEUE = (
 
 
 def fix_for(rules: Sequence[Rule], message: str, *, several: bool = False) -> tuple[str, bool]:
-    """How to mend what `message` says, and whether waiting is hopeless; ("", False) when no rule matches.
+    """The fix for `message`, and whether waiting is hopeless; ("", False) if no rule matches.
 
     Args:
-        several: join the fixes of the first two rules that match; the scheduler names all reasons at once.
+        several: join the fixes of the first two matching rules; the scheduler names all reasons at once.
     """
     found = [(rule, match) for rule in rules if (match := re.search(rule.pattern, f"{message} "))]
-    # A resource has a rule of its own and the one for any resource.
+    # A resource may match its own rule and the rule for any resource.
     unique = {match.start(): (rule, match) for rule, match in reversed(found)}
     ordered = [pair for pair in found if pair in unique.values()][: 2 if several else 1]
     fixes = [match.expand(rule.fix) for rule, match in ordered]
@@ -214,7 +214,7 @@ def fix_for(rules: Sequence[Rule], message: str, *, several: bool = False) -> tu
 
 
 def exit_meaning(code: int | None, reason: str) -> str:
-    """What a container's exit code says, the kubelet's own reason first where it knows more."""
+    """The meaning of a container's exit code; the kubelet's reason first if it is more specific."""
     if reason == "OOMKilled":
         return "out of memory; raise cluster.memory_gib_per_node or lower train.batch.micro_batch_rows"
     if reason in ("StartError", "ContainerCannotRun"):

@@ -1,4 +1,4 @@
-"""What hinders a pod and how a worker ended, in words. Pure functions over the API's objects."""
+"""Describe what blocks a pod and how a worker ended. Pure functions over the API's objects."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ HOPELESS_WAITING = {"InvalidImageName", "ErrImageNeverPull", "CreateContainerCon
 IMAGE_WAITING = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
 CONFIG_WAITING = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 CREATION_FAILURES = {"FailedCreatePod", "FailedCreateService", "FailedCreate", "TrainJobResourcesCreationFailed"}
-# Of a pod that a Job tries to make again and again; without it the same refusal has the same words.
+# The random name of a pod that a Job creates again and again; without it, repeated refusals are the same text.
 RANDOM_SUFFIX = re.compile(rf'(?<=-{TRAINJOB.worker}-)(?P<index>\d+)-[a-z0-9]{{5}}(?=")')
 
 
 def obstacle(pod: Object) -> Obstacle | None:
-    """Why the container of a pod does not start; None while nothing hinders it."""
+    """Why the container of a pod does not start; None if nothing blocks it."""
     waiting = container_state(pod).get("waiting", {})
     reason, message = waiting.get("reason", ""), one_line(waiting.get("message", ""))
     if reason in IMAGE_WAITING:
@@ -34,7 +34,7 @@ def obstacle(pod: Object) -> Obstacle | None:
         return Obstacle(f"container cannot be made ({reason}: {message})", fix, reason in HOPELESS_WAITING)
     for condition in pod.get("status", {}).get("conditions", []):
         if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
-            # What follows is about preemption, and long.
+            # The rest is about preemption, and long.
             message = re.split(r" preemption: | no new claims to deallocate", one_line(condition.get("message", "")))[0]
             return Obstacle(f"cannot be scheduled: {message}", fix_for(SCHEDULING, message, several=True)[0])
     return None
@@ -43,7 +43,7 @@ def obstacle(pod: Object) -> Obstacle | None:
 def creation_obstacle(event: Object) -> Obstacle | None:
     """A controller could not create a pod or service: quota, Pod Security, an admission webhook."""
     message = RANDOM_SUFFIX.sub(r"\g<index>", one_line(event.get("message", "")))
-    # Of a service that is there already the operator only had not heard yet.
+    # A service that already exists: the operator's cache was only out of date.
     if event.get("reason") not in CREATION_FAILURES or "already exists" in message:
         return None
     fix, hopeless = fix_for(CREATION, message)
@@ -59,7 +59,7 @@ def mount_obstacle(event: Object) -> Obstacle | None:
 
 
 def tolerates(toleration: Object, taint: Object) -> bool:
-    """Kubernetes' rule: without a key it is for all taints, without an effect for all effects."""
+    """Kubernetes' rule: a toleration without a key is for all taints, without an effect for all effects."""
     same_key = not toleration.get("key") or toleration["key"] == taint["key"]
     same_effect = not toleration.get("effect") or toleration["effect"] == taint["effect"]
     same_value = toleration.get("operator") == "Exists" or toleration.get("value", "") == taint.get("value", "")
@@ -72,7 +72,7 @@ class Exit:
 
     pod: str
     node: str
-    code: int | None  # None: the pod went without its container having ended (eviction, node loss)
+    code: int | None  # None: the pod is gone but its container never ended (eviction, node loss)
     reason: str
     message: str
     finished: str
@@ -85,7 +85,7 @@ class Exit:
 
     @property
     def final(self) -> bool:
-        """Whether the operator ends the job for it instead of recreating the pod."""
+        """Whether the operator fails the job for it instead of recreating the pod."""
         return self.code is not None and self.code != 0 and not retryable(self.code)
 
     @property
@@ -109,7 +109,7 @@ def exit_of(pod: Object) -> Exit | None:
 
 
 def own_reason(termination_message: str) -> str:
-    """The reason in what the trainer's entrypoint writes, a JSON object; any other text as one line."""
+    """The reason in the JSON object that the trainer's entrypoint writes; any other text as one line."""
     try:
         return one_line(json.loads(termination_message)["reason"])
     except (TypeError, ValueError, KeyError):
@@ -117,7 +117,7 @@ def own_reason(termination_message: str) -> str:
 
 
 def culprit(exits: Iterable[Exit]) -> Exit | None:
-    """The exit that ended the job: the first that is final; the others' are mostly its consequences."""
+    """The exit that ended the job: the first final one; the others are mostly consequences."""
     failed = [found for found in exits if found.code != 0]
     final = [found for found in failed if found.final]
     return min(final or failed, key=lambda found: found.finished, default=None)

@@ -1,4 +1,4 @@
-"""Read from a cluster what explains one job: itself, pods, events, claims, Kueue's account, nodes."""
+"""Read from a cluster what explains one job: the job, pods, events, claims, Kueue's workload, nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORKLOADS = ("kueue.x-k8s.io", "v1beta1")
 
 
 def jobs(cluster: Cluster) -> list[Object]:
-    """All PyTorchJobs and TrainJobs of the namespace; a kind that the cluster lacks has none."""
+    """All PyTorchJobs and TrainJobs of the namespace; none for a kind that the cluster lacks."""
     found: list[Object] = []
     for kind in KINDS.values():
         found += [job | {"kind": kind.kind} for job in _items(cluster, kind)]
@@ -33,14 +33,14 @@ def _items(cluster: Cluster, kind: JobKind) -> list[Object]:
 
 
 def situation(cluster: Cluster, name: str, job: Object | None = None) -> Situation:
-    """What the cluster holds about the job `name`; its `job` is None if it is not, or no longer, there.
+    """All objects about the job `name`; `job` is None if it does not exist (any more).
 
     Args:
-        job: as it was listed just now; None to list all jobs and look for it.
+        job: the job as just listed; None to list all jobs and find it.
 
     Raises:
-        LaunchError: the API server cannot be reached, or jobs and pods may not be read. Anything else that may not be
-            read is left out.
+        LaunchError: the API server cannot be reached, or jobs and pods may not be read. Other objects that may not be
+            read are left out.
     """
     job = job or next((each for each in jobs(cluster) if each["metadata"]["name"] == name), None)
     kinds = [kind_of(job)] if job else list(KINDS.values())
@@ -96,7 +96,7 @@ def _workload(cluster: Cluster, job: Object) -> Object | None:
 
 
 def _listed(cluster: Cluster, doing: str, call: Callable[..., Any], *args: Any) -> list[Object]:
-    """Items of a core resource; [] where looking is forbidden."""
+    """Items of a core resource; [] where reading is forbidden."""
     try:
         return json.loads(cluster.call(doing, call, *args, _preload_content=False).data)["items"]
     except Refused:

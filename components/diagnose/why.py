@@ -1,7 +1,7 @@
 """Why a job does not run, or how it ended, in one sentence with a remedy. Pure functions over the API's objects.
 
-Works for PyTorchJobs and TrainJobs whoever made them. The first look that has an answer wins: what concerns the whole
-job (gone, ended, suspended) before what hinders single pods, and a reason from the cluster before a guess.
+Works for all PyTorchJobs and TrainJobs, ours or not. The first check with an answer wins: the whole job (gone, ended,
+suspended) before single pods, and a reason from the cluster before a guess.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from components.diagnose.causes import KUEUE, Obstacle, exit_meaning, fix_for
 from manifests.kinds import QUEUE_LABEL, Object, kind_of
 
 State = Literal["gone", "ending", "succeeded", "failed", "suspended", "queued", "starting", "restarting", "running"]
-PATIENCE_SECONDS = 15  # that a controller or a kubelet may take before its silence means something
-# How the training operator tells a worker's exit; the pod itself is replaced at once.
+PATIENCE_SECONDS = 15  # how long a controller or a kubelet may take before its silence is a symptom
+# The training operator's event for a worker's exit; the pod itself is replaced at once.
 EXIT_EVENT = re.compile(r"Error pod (\S+) container \S+ exitCode: (\d+) terminated message: (.*)", re.S)
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What the cluster holds about one job. Lists are empty where there is nothing, or where looking is forbidden.
+    """All objects about one job. Lists are empty if there are none or reading is forbidden.
 
     Attributes:
         job: None when it is gone.
-        events: about the job, what its controller made of it, its pods and their claims; any order.
-        claims: those that its pods name.
-        workload: Kueue's account of the job.
+        events: about the job, the objects its controller created, its pods and their claims; in any order.
+        claims: the claims that its pods name.
+        workload: Kueue's Workload object of the job.
         nodes: all nodes.
     """
 
@@ -50,21 +50,21 @@ class Situation:
 
     @property
     def workers(self) -> int:
-        """Of any job: also with a master, or with the number of nodes left to the runtime."""
+        """The number of workers of any job, also with a master, or if the runtime sets the number of nodes."""
         spec = (self.job or {}).get("spec", {})
         if "pytorchReplicaSpecs" in spec:
             return sum(replica.get("replicas", 1) for replica in spec["pytorchReplicaSpecs"].values())
         return spec.get("trainer", {}).get("numNodes") or max(len(self.pods), 1)
 
     def about(self, uid: str) -> list[Object]:
-        """The events about one object, the newest last."""
+        """The events about one object, newest last."""
         mine = [event for event in self.events if event["involvedObject"].get("uid") == uid]
         return sorted(mine, key=state.event_time)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`sentence` says what is, `fix` what to do about it ("" if nothing)."""
+    """`sentence` describes the state, `fix` what to do about it ("" if nothing)."""
 
     state: State
     sentence: str
@@ -75,7 +75,7 @@ class Answer:
 
 
 def why(found: Situation, now: datetime | None = None) -> Answer:
-    """The answer for a job that is, or was, there."""
+    """The answer for a job that exists or existed."""
     now = now or datetime.now(UTC)
     looks: tuple[Callable[[Situation, datetime], Answer | None], ...] = (
         *(_gone, _ended, _suspended, _without_pods, _terminating, _crashing, _hindered, _restarting, _starting),
@@ -144,7 +144,7 @@ def _suspended(found: Situation, now: datetime) -> Answer | None:
 
 
 def _without_pods(found: Situation, now: datetime) -> Answer | None:
-    """Fewer pods than workers: they cannot be created, or nobody tries."""
+    """Fewer pods than workers: they cannot be created, or no controller tries."""
     if len(found.pods) >= found.workers:
         return None
     for event in sorted(found.events, key=state.event_time, reverse=True):
@@ -167,10 +167,10 @@ def _without_pods(found: Situation, now: datetime) -> Answer | None:
 
 
 def _terminating(found: Situation, now: datetime) -> Answer | None:
-    """Pods that should be gone already; their names are taken until they are."""
+    """Pods that should be gone; until then their names are taken."""
     stuck = []
     for pod in found.pods:
-        if stamp := pod["metadata"].get("deletionTimestamp"):  # the time by which it should have ended
+        if stamp := pod["metadata"].get("deletionTimestamp"):  # the deadline for its end
             late = (now - datetime.fromisoformat(stamp)).total_seconds()
             if late > PATIENCE_SECONDS:
                 stuck.append(pod)
@@ -204,7 +204,7 @@ def _crashing(found: Situation, now: datetime) -> Answer | None:
 
 
 def _hindered(found: Situation, now: datetime) -> Answer | None:
-    """Pods that are there and cannot start."""
+    """Pods that exist but cannot start."""
     hindered = [(pod, obstacle) for pod in found.pods if (obstacle := _obstacle(pod, found))]
     if not hindered:
         return None
@@ -232,7 +232,7 @@ def _obstacle(pod: Object, found: Situation) -> Obstacle | None:
 
 
 def _unbound(found: Situation) -> str:
-    """Claims without a volume, and what was last said about them."""
+    """Claims without a volume, with the last event about them."""
     told = []
     for claim in found.claims:
         if claim.get("status", {}).get("phase") != "Bound":
@@ -243,7 +243,7 @@ def _unbound(found: Situation) -> str:
 
 
 def _untolerated(pod: Object, nodes: list[Object]) -> list[str]:
-    """Taints that keep the pod away, as `node: key=value:effect`."""
+    """Taints that the pod does not tolerate, as `node: key=value:effect`."""
     tolerations = pod["spec"].get("tolerations", [])
     return [
         f"{node['metadata']['name']}: {taint['key']}={taint.get('value', '')}:{taint['effect']}"
@@ -254,7 +254,7 @@ def _untolerated(pod: Object, nodes: list[Object]) -> list[str]:
 
 
 def _restarting(found: Situation, now: datetime) -> Answer | None:
-    """Workers that failed and are made anew, as under restartPolicy ExitCode."""
+    """Workers that failed and are recreated, as under restartPolicy ExitCode."""
     if all(state.has_started(pod) for pod in found.pods) and len(found.pods) == found.workers:
         return None
     last = _last_exit(found)
@@ -300,7 +300,7 @@ def _running(found: Situation, now: datetime) -> Answer:
 
 
 def _managed_by(job: Object) -> str:
-    """Another controller that the operator leaves the job to; "" for its own name or none."""
+    """Another controller to which the operator leaves the job; "" for its own name or none."""
     spec = job.get("spec", {})
     manager = spec.get("managedBy") or spec.get("runPolicy", {}).get("managedBy") or ""
     return "" if manager in ("kubeflow.org/training-operator", "trainer.kubeflow.org/trainjob-controller") else manager
@@ -321,7 +321,7 @@ def _last_exit(found: Situation) -> explain.Exit | None:
 
 
 def restarts(found: Situation) -> int:
-    """How often workers were made anew, as far as the cluster remembers; events go after an hour."""
+    """How often workers were recreated, as far as the cluster remembers; events expire after an hour."""
     attempts = kind_of(found.job).attempt_label if found.job else None
     if attempts:
         return max((int(pod["metadata"]["labels"].get(attempts, 0)) for pod in found.pods), default=0)
@@ -333,7 +333,7 @@ def _times(count: int) -> str:
 
 
 def _is_ready(found: Situation, node: str) -> bool:
-    """Also when nothing is known about the node."""
+    """Whether a node is ready; True if nothing is known about it."""
     for each in found.nodes:
         if each["metadata"]["name"] == node:
             ready = [c for c in each.get("status", {}).get("conditions", []) if c["type"] == "Ready"]

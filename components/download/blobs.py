@@ -1,7 +1,7 @@
-"""Contents that a dataset names by id only: fetched in parallel from a public bucket, proved by their SHA-1.
+"""Contents that a dataset names only by id: fetched in parallel from a public bucket and verified by SHA-1.
 
-Stack-Edu and The Stack v2 publish ids of Software Heritage, whose bucket holds one gzipped object for each content,
-named by its SHA-1 (https://docs.softwareheritage.org, objects on S3). No account is needed.
+Stack-Edu and The Stack v2 publish ids of Software Heritage, whose bucket has one gzipped object per content, named by
+its SHA-1 (https://docs.softwareheritage.org, objects on S3). No account is needed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from trainer.errors import DataError, LaunchError, in_words
 
 ATTEMPTS, BACKOFF_SECONDS, MAX_WAIT_SECONDS = 9, 1.0, 60.0
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
-MISSING_STATUS = (403, 404, 410)  # a bucket that may not be listed answers 403 for what it does not hold
+MISSING_STATUS = (403, 404, 410)  # a bucket without list permission answers 403 for a missing object
 ONCE = urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5, raise_on_status=False)
-LOOKAHEAD = 4  # requests in waiting for each worker
+LOOKAHEAD = 4  # queued requests per worker
 
 
 class _BusyError(Exception):
-    """An answer that says to ask again."""
+    """A response that asks for a retry."""
 
     def __init__(self, status: int, headers: Mapping[str, str]) -> None:
         super().__init__(f"it answered {status}")
@@ -37,15 +37,15 @@ class _BusyError(Exception):
 
 
 def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str | None]:
-    """The text of each row, in order, None where the content is not there or is not what its id says.
+    """The text of each row, in order; None if the content is missing or does not match its id.
 
     At most `spec.workers` requests run at a time; a few more rows are read ahead, so memory does not grow.
 
     Raises:
-        DataError: an id that is none.
-        LaunchError: a server that does not answer, also after retries.
+        DataError: a value is not an id.
+        LaunchError: a server does not answer, even after retries.
     """
-    # The object itself is gzip; decoding as the transport's encoding is left off so that bytes are what the bucket has.
+    # The object itself is gzip; HTTP content decoding is off, so that the bytes are those of the bucket.
     pool = urllib3.PoolManager(maxsize=spec.workers, block=True, retries=ONCE, timeout=urllib3.Timeout(30, read=60))
     bucket = f"contents of {spec.url.partition('{id}')[0]}"
 
@@ -53,7 +53,7 @@ def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str |
         try:
             answer = pool.request("GET", url, decode_content=False)
         except urllib3.exceptions.MaxRetryError as error:
-            raise error.reason or error from None  # without the id: requests that fail alike are told once
+            raise error.reason or error from None  # without the id, so that identical failures are reported once
         if answer.status in TRANSIENT_STATUS:
             raise _BusyError(answer.status, answer.headers)
         return answer
@@ -61,7 +61,7 @@ def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str |
     def fetch(where: str, row: Row) -> str | None:
         name = row[0]
         if not isinstance(name, str) or not name.isalnum():
-            raise DataError(f"{where}: '{name}' is no id of a content; set text_column to the column of ids")
+            raise DataError(f"{where}: '{name}' is not a content id; set text_column to the column of ids")
         url = spec.url.replace("{id}", name)
         try:
             answer = retried(bucket, partial(ask, url), _is_transient, ATTEMPTS, BACKOFF_SECONDS, MAX_WAIT_SECONDS)
@@ -84,13 +84,13 @@ def contents(rows: Iterator[tuple[str, Row]], spec: BlobsSpec) -> Iterator[str |
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        finally:  # also when the reader has enough: no request is left to run on
+        finally:  # also if the reader stops early: no request keeps running
             for future in waiting:
                 future.cancel()
 
 
 def _text(name: str, data: bytes, encoding: object) -> str | None:
-    """The content's text; None when it is not what its id says, so that nothing damaged is kept."""
+    """The content's text; None if it does not match its id, so that no damaged text is kept."""
     try:
         content = gzip.decompress(data)
     except (OSError, EOFError, zlib.error):
@@ -105,7 +105,7 @@ def _text(name: str, data: bytes, encoding: object) -> str | None:
 def _decoded(content: bytes, encoding: object) -> str:
     try:
         return unicode_text(content.decode(str(encoding or "utf-8")))  # UTF-7 can spell lone surrogates
-    except (LookupError, ValueError):  # no such encoding, or other bytes than it has
+    except (LookupError, ValueError):  # unknown encoding, or bytes that are invalid in it
         return content.decode("utf-8", errors="replace")
 
 

@@ -35,17 +35,17 @@ T = TypeVar("T")
 
 
 def list_inputs(source: FilesSource, known: list[Input], folder: str | None = None) -> list[Input]:
-    """The files of a source in a fixed order, local ones with their checksum.
+    """The files of a source in a fixed order, local ones with their checksums.
 
     `known` are the inputs of an earlier run: a file with the same stamp is not hashed again. Relative paths start in
-    `folder`, by default where this process does.
+    `folder`, by default the working directory.
 
     Raises:
-        DataError: a pattern that matches nothing, a folder, an unknown suffix, an address that refuses.
-        LaunchError: an address that does not answer.
-        VolumeError: a local file that cannot be read.
+        DataError: a pattern matches nothing, a path is a folder, a suffix is unknown, or an address refuses.
+        LaunchError: an address does not answer.
+        VolumeError: a local file cannot be read.
     """
-    inputs: dict[str, Input] = {}  # by location: a path and a glob may name the same file, which is read once
+    inputs: dict[str, Input] = {}  # by location: a path and a glob may name the same file, which must be read once
     before = {one.name: one for one in known}
     for pattern in source.paths:
         for item in _matches(pattern, folder):
@@ -56,13 +56,13 @@ def list_inputs(source: FilesSource, known: list[Input], folder: str | None = No
 
 
 def revision(inputs: list[Input]) -> str:
-    """A digest of the contents of local files, wherever they lie, and of the addresses and sizes of remote ones."""
+    """A digest of the contents (not the paths) of local files, and of the addresses and sizes of remote ones."""
     text = "\n".join(identity(one) for one in inputs)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def identity(one: Input) -> str:
-    """What tells the file's content from another, as far as it is known before it is read."""
+    """Identifies the file's content as far as possible before it is read."""
     return one.checksum or f"{one.name} {one.bytes} {one.stamp or ''}".rstrip()
 
 
@@ -71,13 +71,13 @@ def is_local(one: Input) -> bool:
 
 
 def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
-    """A copy of a remote file in `folder`; what an earlier call left there is continued where the server gives ranges.
+    """Copy a remote file to `folder`; continues the partial copy of an earlier call if the server supports ranges.
 
-    `advance` is told the bytes that come.
+    `advance` receives the number of new bytes.
 
     Raises:
-        DataError: the address refuses, or holds another version than was listed.
-        LaunchError: it does not answer, also after retries.
+        DataError: the address refuses, or has another version than was listed.
+        LaunchError: it does not answer, even after retries.
         OSError: the copy cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,13 +86,13 @@ def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
         system, path = fsspec.core.url_to_fs(one.location)
         _check_unchanged(system, path, one)
         if one.stamp is None:
-            copy.unlink(missing_ok=True)  # nothing tells whether it is of the same version
+            copy.unlink(missing_ok=True)  # nothing shows that it is of the same version
         if not one.bytes or not _get_ranges(system, path, copy, one.bytes, advance):
             _retried(one.name, lambda: _get_whole(system, path, copy, one.bytes, advance))
         try:
             _check_unchanged(system, path, one)
         except DataError:
-            copy.unlink()  # of two versions
+            copy.unlink()  # it mixes two versions
             raise
     except ForeseenError:
         raise
@@ -104,7 +104,7 @@ def fetch(one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
 
 
 def check_local(one: Input) -> None:
-    """Refuse a local file whose content is not the one that was listed.
+    """Refuse a local file whose content changed after it was listed.
 
     Raises:
         DataError: it changed.
@@ -115,7 +115,7 @@ def check_local(one: Input) -> None:
 
 
 def _changed(one: Input) -> DataError:
-    return DataError(f"{one.name}: changed since this download began; what is read must not change, copy it")
+    return DataError(f"{one.name}: changed since this download began; inputs must not change, copy it")
 
 
 def _check_unchanged(system: AbstractFileSystem, path: str, one: Input) -> None:
@@ -126,7 +126,7 @@ def _check_unchanged(system: AbstractFileSystem, path: str, one: Input) -> None:
 
 
 def _get_ranges(system: AbstractFileSystem, path: str, copy: Path, size: int, advance: Callable[[int], None]) -> bool:
-    """Append what `copy` lacks, range by range; False where the server gives no ranges."""
+    """Append what `copy` lacks, range by range; False if the server does not support ranges."""
     with open(copy, "ab") as file:
         if file.tell() > size:
             file.seek(0)
@@ -148,7 +148,7 @@ def read_range(system: AbstractFileSystem, path: str, size: int, start: int, sto
 
     Raises:
         ValueError: the server ignores ranges.
-        OSError: other bytes came than were asked for.
+        OSError: the response is not the requested range.
     """
     with system.open(path, "rb", cache_type="none", **({"size": size} if path.startswith("http") else {})) as file:
         if not file.seekable():
@@ -171,7 +171,7 @@ def _get_whole(system: AbstractFileSystem, path: str, copy: Path, size: int, adv
 
 
 def _stamp(info: dict[str, Any]) -> str | None:
-    """What the server calls this version of the file, as far as it says."""
+    """The server's identifier of this file version, if it sends one."""
     found = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("Last-Modified")
     return str(found).strip('"') if found else None
 
@@ -193,7 +193,7 @@ def _is_full(error: BaseException) -> bool:
 
 
 def _of_the_volume(error: Exception, folder: Path) -> bool:
-    """Whether writing into `folder` failed; servers' errors come as OSErrors, too, but name no file of it."""
+    """Whether writing to `folder` failed; server errors are OSErrors too, but name no file in it."""
     named = getattr(error, "filename", None)
     return _is_full(error) or (isinstance(named, str | Path) and Path(named).is_relative_to(folder))
 
@@ -236,7 +236,7 @@ def _local_matches(pattern: str, folder: str | None) -> list[Input]:
     paths, named, wanted = find_local(plain, folder)
     if (
         not paths and folder is not None and find_local(plain, None)[0]
-    ):  # as all were before they started at the job file
+    ):  # earlier versions resolved relative paths here, not at the job file
         paths, named, _ = find_local(plain, None)
         print(f"download: {pattern}: {wanted} is not there; taken from {os.getcwd()}", flush=True)
     if not paths:
@@ -246,7 +246,7 @@ def _local_matches(pattern: str, folder: str | None) -> list[Input]:
     found = []
     for path in paths:
         if not os.path.isdir(path):
-            # A single path is called what the person called it, so that moving the working directory changes nothing.
+            # A single path keeps the name the user gave, so that moving the working directory changes nothing.
             item = Input(name=pattern if named else path, location=path, bytes=0)
             found.append(item.model_copy(update={"bytes": _status(item).st_size}))
     return found
@@ -259,15 +259,15 @@ def _check_files(pattern: str, are_folders: list[bool]) -> None:
 
 
 def _remote_paths(system: AbstractFileSystem, path: str) -> tuple[list[str], bool]:
-    """The paths that are meant, and whether that is one which was named itself; as `find_local` for local ones."""
+    """The matching paths, and whether it is one path that was named itself; like `find_local` for local ones."""
     web = path.startswith("http")
-    pattern = re.search(r"[*[]" if web else r"[*?[]", path)  # in a web address ? begins the query
+    pattern = re.search(r"[*[]" if web else r"[*?[]", path)  # in a URL, ? begins the query
     for spelt in dict.fromkeys((path, composed(path), unicodedata.normalize("NFD", path))):
         try:
             _retried(spelt, partial(_info, system, spelt))
         except FileNotFoundError:
             continue
-        except Exception:  # of a pattern, which servers may take for no address at all; listing says what is wrong
+        except Exception:  # servers may reject a pattern as an address; listing reports what is wrong
             if not pattern:
                 raise
             break
@@ -284,10 +284,10 @@ def _remote_paths(system: AbstractFileSystem, path: str) -> tuple[list[str], boo
 
 
 def _info(system: AbstractFileSystem, path: str) -> dict[str, Any]:
-    """What the file system knows of a file.
+    """The metadata of a file from its file system.
 
-    Of a web address fsspec says "not found" however its requests ended; here that is only said of one that is not
-    there, so that a busy server is asked again and one that refuses is called so.
+    For a URL, fsspec reports "not found" for every failed request. Here only a missing file is "not found", so
+    that a busy server is retried and a refusal is reported as such.
     """
     try:
         return system.info(path)
@@ -318,10 +318,10 @@ def _status(item: Input) -> os.stat_result:
     except OSError as error:
         if os.path.islink(item.location):
             target = os.readlink(item.location)
-            raise DataError(f"{item.name}: a link to {target} ({error.strerror}); mend or remove it") from None
+            raise DataError(f"{item.name}: a link to {target} ({error.strerror}); fix or remove it") from None
         raise _unreadable(item, error) from None
     if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{item.name}: no ordinary file, so it cannot be read twice; copy its content to one")
+        raise DataError(f"{item.name}: not a regular file, so it cannot be read twice; copy its content to one")
     return status
 
 
@@ -330,12 +330,12 @@ def _unreadable(item: Input, error: OSError) -> VolumeError:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    no_credentials = type(error).__name__.endswith("CredentialsError")  # of the libraries of S3 and Google
+    no_credentials = type(error).__name__.endswith("CredentialsError")  # from the S3 and Google libraries
     return no_credentials or isinstance(error, PermissionError) or status_of(error) in (401, 403)
 
 
 def _unanswered(name: str, what: str, error: Exception) -> ForeseenError:
-    """Of a server that refuses it is data that cannot be had; of one that does not answer, the way there."""
+    """A DataError if the server refuses, a LaunchError if it does not answer."""
     remedy = "check the address and the network"
     if _is_refusal(error):
         remedy = "check its permissions and the credentials in the environment"

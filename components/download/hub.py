@@ -1,10 +1,9 @@
-"""Sources on the Hugging Face Hub: resolve a dataset to a commit and its files, fetch them with resume, prove them.
+"""Sources on the Hugging Face Hub: resolve a dataset to a commit and its files, download with resume, verify.
 
-Which files a config and split consist of is what the `datasets` library says, so that it is what the dataset's page
-shows. They are read in an order drawn by their names' hashes: repositories are sorted by topic or date, and most runs
-read only a part of them. The bytes come over plain HTTP into a partial file that a later run continues; what is
-complete is compared with the checksum that the Hub keeps. The access token is taken from the environment variable
-HF_TOKEN only.
+The `datasets` library says which files a config and split have, so that they match the dataset's page. They are read in
+the order of their names' hashes: repositories are sorted by topic or date, and most runs read only a part of them. The
+bytes come over plain HTTP into a partial file that a later run continues; a complete file is compared with the Hub's
+checksum. The access token comes only from the environment variable HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from manifests.dataspec import HubSource
 from trainer.errors import DataError, ForeseenError, LaunchError, in_words, of_the_machine
 
 ATTEMPTS = 6
-PATHS_ASKED = 500  # paths in one question to the Hub
+PATHS_ASKED = 500  # paths per request to the Hub
 RETRY_SECONDS, MAX_WAIT_SECONDS = 2.0, 60.0
 TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 # The base of the HTTP client's errors, which differs between versions of huggingface_hub.
@@ -47,12 +46,12 @@ T = TypeVar("T")
 
 
 def resolve(source: HubSource) -> tuple[str, list[Input]]:
-    """(commit, files of the config and split at that commit, with size and checksum).
+    """Returns (commit, files of the config and split at that commit, with size and checksum).
 
     Raises:
         DataError: dataset, revision, config or split does not exist, or access is refused.
         LaunchError: the Hub does not answer.
-        VolumeError: a file of the libraries' caches cannot be used.
+        VolumeError: a cache file of the libraries is not usable.
     """
     disable_progress_bars()
     api, name = HfApi(token=_token()), source.dataset
@@ -81,16 +80,16 @@ def resolve(source: HubSource) -> tuple[str, list[Input]]:
 
 
 def current_commit(source: HubSource) -> str:
-    """The commit that the source's revision is at now.
+    """The current commit of the source's revision.
 
     Raises:
-        DataError: as `resolve`; a revision that is gone is one that does not exist.
+        DataError: as `resolve`; a deleted revision counts as one that does not exist.
     """
     name = source.dataset
     try:
         commit = _retried(name, lambda: HfApi(token=_token()).dataset_info(name, revision=source.revision).sha)
     except HFValidationError:
-        raise DataError(f"{name}: no dataset name; it is written owner/name") from None
+        raise DataError(f"{name}: not a dataset name; write owner/name") from None
     except RevisionNotFoundError:
         raise DataError(f"{name}: has no revision '{source.revision}'; give a branch, tag or commit of it") from None
     except HTTP_ERRORS as error:
@@ -102,10 +101,10 @@ def current_commit(source: HubSource) -> str:
 
 
 def fetch(dataset: str, commit: str, one: Input, folder: Path, advance: Callable[[int], None]) -> Path:
-    """The file's content in `folder`, proved by its checksum; what an earlier call left there is continued.
+    """Download a file to `folder` and verify its checksum; continues the partial file of an earlier call.
 
     Raises:
-        DataError: it is not there any more, or what comes is not what the Hub's checksum says.
+        DataError: it no longer exists, or its content does not match the Hub's checksum.
         LaunchError: the Hub does not answer.
         OSError: it cannot be written.
     """
@@ -114,7 +113,7 @@ def fetch(dataset: str, commit: str, one: Input, folder: Path, advance: Callable
     target = folder / hashlib.sha256(f"{commit}/{one.location}".encode()).hexdigest()[:16]
     url = hf_hub_url(dataset, one.location, repo_type="dataset", revision=commit)
     headers = build_hf_headers(token=_token())
-    for _ in range(2):  # a partial file of an earlier run may be damaged: start once more from nothing
+    for _ in range(2):  # the partial file of an earlier run may be damaged: start over once
         try:
             _retried(one.name, lambda: _continue(url, headers, target, one.bytes, advance))
         except HTTP_ERRORS as error:
@@ -129,7 +128,7 @@ def fetch(dataset: str, commit: str, one: Input, folder: Path, advance: Callable
         if target.stat().st_size == one.bytes and _proof(target, one.checksum or "") == one.checksum:
             return target
         target.unlink()
-    raise DataError(f"{one.name}: what came differs from the Hub's checksum, twice; try later or report it to the Hub")
+    raise DataError(f"{one.name}: differed from the Hub's checksum, twice; try later or report it to the Hub")
 
 
 def _continue(url: str, headers: dict[str, str], target: Path, size: int, advance: Callable[[int], None]) -> None:
@@ -144,7 +143,7 @@ def _continue(url: str, headers: dict[str, str], target: Path, size: int, advanc
 
 
 class _Told:
-    """A file that tells what is written to it: http_get draws bars of its own or is silent."""
+    """A file that reports its writes, because http_get only draws its own bars or is silent."""
 
     def __init__(self, file: BinaryIO, advance: Callable[[int], None]) -> None:
         self._file, self._advance = file, advance
@@ -173,7 +172,7 @@ def _groups(items: list[str], size: int) -> list[list[str]]:
 
 
 def _chosen_files(api: HfApi, source: HubSource, commit: str) -> list[RepoFile]:
-    """The files of the repository that the globs of the source choose."""
+    """The files of the repository that match the source's globs."""
     listing = _retried(
         source.dataset,
         lambda: list(api.list_repo_tree(source.dataset, recursive=True, revision=commit, repo_type="dataset")),
@@ -194,7 +193,7 @@ def _chosen_files(api: HfApi, source: HubSource, commit: str) -> list[RepoFile]:
 
 
 def _matching(glob: str, paths: Iterable[str]) -> list[str]:
-    """The path that is called so, else those that match; however Unicode composes them, as in files.py."""
+    """The path with this name, else the paths that match it, in any Unicode composition, as in files.py."""
     named = [path for path in paths if composed(path) == composed(glob)]
     return named or [path for path in paths if fnmatchcase(composed(path), composed(glob))]
 
@@ -203,7 +202,7 @@ def _split_files(source: HubSource, commit: str) -> list[str]:
     import datasets  # slow to import, and only sources on the Hub need it
 
     if os.path.exists(source.dataset):
-        raise DataError(f"{source.dataset}: a folder of that name is here and would be taken instead; run elsewhere")
+        raise DataError(f"{source.dataset}: a folder of that name is here and would be used instead; run elsewhere")
     datasets.disable_progress_bars()
     try:
         builder = _retried(
@@ -211,7 +210,7 @@ def _split_files(source: HubSource, commit: str) -> list[str]:
             lambda: datasets.load_dataset_builder(source.dataset, source.config, revision=commit, token=_token()),
         )
     except (datasets.exceptions.DatasetsError, datasets.data_files.EmptyDatasetError) as error:
-        if "gated" in str(error):  # the library keeps nothing else of the Hub's answer
+        if "gated" in str(error):  # the library keeps nothing else of the Hub's response
             raise _no_access(source.dataset) from None
         raise DataError(f"{source.dataset}: holds no data files that can be read; name files of it by URL") from None
     except (ValueError, RuntimeError) as error:
@@ -235,13 +234,13 @@ def _is_transient(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response is not None and error.response.status_code in TRANSIENT_STATUS
     if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
-        # Sizes that disagree after a cut connection come as a bare OSError; a full disk has a number.
+        # A size mismatch after a cut connection is an OSError without errno; a full disk has one.
         return error.errno is None and not isinstance(error, FileNotFoundError)
     return isinstance(error, HTTP_ERRORS)
 
 
 def _token() -> str | bool:
-    # Secrets made from files end in a line break, which no header may hold; an error would print the token.
+    # Secrets made from files end in a newline, which is invalid in a header; the error would print the token.
     return os.environ.get("HF_TOKEN", "").strip() or False
 
 

@@ -1,4 +1,4 @@
-"""Rows out of JSON lines, and what is said of files that are nearly that."""
+"""Read rows from JSON lines, with messages for files that are nearly that."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from components.download.streams import BOM, not_utf8
 from trainer.errors import DataError
 
 LONGEST_LINE = 2**30
-AHEAD = 100  # rows looked at to tell a row that lacks a column from a file that does
+AHEAD = 100  # rows read to tell whether one row or the whole file lacks a column
 EACH = "each line must be one JSON object"
 
 
 def json_rows(blocks: Iterator[bytes], name: str, columns: list[str]) -> Iterator[tuple[str, list[Any]]]:
-    """(where it stands, values of `columns`) of each object.
+    """Yield (location, values of `columns`) of each object.
 
     Raises:
-        DataError: a line that is no JSON object or lacks a column.
+        DataError: a line is not a JSON object or lacks a column.
     """
     quoted = [json.dumps(column, ensure_ascii=False).encode() for column in columns]
     numbered = ((n, line) for n, line in enumerate(lines(blocks, name), start=1) if line.strip())
@@ -35,7 +35,7 @@ def json_rows(blocks: Iterator[bytes], name: str, columns: list[str]) -> Iterato
             column = error.args[0]
             if not first or _any_has(column, islice(numbered, AHEAD)):
                 raise DataError(
-                    f"{where}: no column '{column}', which other rows have; this one has {listed(row)}; mend or remove "
+                    f"{where}: no column '{column}', which other rows have; this one has {listed(row)}; fix or remove "
                     "the row"
                 ) from None
             raise no_column(where, column, row) from None
@@ -44,10 +44,10 @@ def json_rows(blocks: Iterator[bytes], name: str, columns: list[str]) -> Iterato
 
 
 def lines(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """Lines without their ends: line feeds, or carriage returns where the first block has no line feed.
+    """Lines without their line ends: LF, or CR if the first block has no LF.
 
     Raises:
-        DataError: a line longer than LONGEST_LINE.
+        DataError: a line is longer than LONGEST_LINE.
     """
     first = next(blocks, b"")
     end = b"\r" if b"\r" in first[:-1] and b"\n" not in first else b"\n"
@@ -67,7 +67,7 @@ def lines(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def check_nul(where: str, line: bytes) -> None:
-    """Refuse what a file system leaves of a line that it had not written when it went down."""
+    """Refuse NUL bytes, which a file system leaves after a crash in place of unwritten data."""
     if b"\0" in line and not line.strip(b"\0 \t\r"):
         raise DataError(f"{where}: a line of NUL bytes; fetch the file again")
 
@@ -75,13 +75,13 @@ def check_nul(where: str, line: bytes) -> None:
 def _object(where: str, line: bytes, first: bool) -> dict[str, Any]:
     check_nul(where, line)
     try:
-        text = line.removeprefix(BOM).decode()  # files with marks may have been put together
+        text = line.removeprefix(BOM).decode()  # files that each begin with a BOM may have been concatenated
     except UnicodeDecodeError as error:
         raise not_utf8(where, line, error.start) from None
     try:
         row = None if first and text.lstrip().startswith("[") else _parsed(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: no JSON ({_problem(text, error, first)}); {EACH}") from None
+        raise DataError(f"{where}: not JSON ({_problem(text, error, first)}); {EACH}") from None
     except RecursionError:
         raise DataError(f"{where}: JSON nested too deeply; remove the line") from None
     if isinstance(row, dict):
@@ -96,14 +96,14 @@ def _parsed(text: str, **how: Any) -> Any:
         return json.loads(text, **how)
     except json.JSONDecodeError:
         raise
-    except ValueError:  # Python makes no integers of thousands of digits; nobody asks for one as a text
+    except ValueError:  # Python refuses integers of thousands of digits; nobody uses one as a text
         return json.loads(text, parse_int=float, **how)
 
 
 def _problem(text: str, error: json.JSONDecodeError, first: bool) -> str:
     if "\0" in text:
         return "NUL bytes in it; fetch the file again"
-    in_a_string = error.msg.startswith("Unterminated string")  # where nobody breaks a line
+    in_a_string = error.msg.startswith("Unterminated string")  # a place where no tool breaks a line
     if in_a_string or error.pos >= len(text.rstrip()):
         several = first and not in_a_string
         return "an object over several lines, jq -c . writes it on one" if several else "the line ends too early"
@@ -111,7 +111,7 @@ def _problem(text: str, error: json.JSONDecodeError, first: bool) -> str:
 
 
 def _check_twice(where: str, line: bytes, columns: Sequence[str]) -> None:
-    """Refuse an object that gives a column twice, with two values."""
+    """Refuse an object that has a column twice with different values."""
     pairs = _parsed(line.removeprefix(BOM).decode(), object_pairs_hook=list)
     for column in columns:
         values = [value for key, value in pairs if key == column]
@@ -132,7 +132,7 @@ def _any_has(column: str, numbered: Iterator[tuple[int, bytes]]) -> bool:
 def twice(where: str, column: str, count: int) -> DataError:
     times = "twice" if count == 2 else f"{count} times"
     return DataError(
-        f"{where}: has the column '{column}' {times}; write it with one, or give a text_column that is there once"
+        f"{where}: has the column '{column}' {times}; keep one of them, or set text_column to one that occurs once"
     )
 
 
@@ -141,6 +141,6 @@ def no_column(where: str, column: str, columns: Iterable[str]) -> DataError:
 
 
 def listed(columns: Iterable[str]) -> str:
-    """The first names, each on one line and not longer than is read at a glance."""
+    """The first names, each on one line and shortened."""
     names = [" ".join(column.split())[:40] for column in columns]
     return (", ".join(names[:20]) or "none") + (", …" if len(names) > 20 else "")

@@ -1,9 +1,8 @@
-"""Which files of this machine a path or pattern means.
+"""Find the local files that a path or pattern means.
 
-A name that is there is meant literally, brackets and all; only one that is not is taken for a pattern of `*`, `?`,
-`[…]` and `**` (any folders); what begins with a dot (.DS_Store, ._a.jsonl) only where the pattern's part does, as in a
-shell. Names are compared as characters, however Unicode composes them: macOS and some archives
-write 한글 in other bytes than people type.
+An existing name is used literally, including brackets; otherwise it is a pattern of `*`, `?`, `[…]` and `**` (any
+folders). As in a shell, names that begin with a dot (.DS_Store, ._a.jsonl) match only if the pattern's part does too.
+Names are compared after Unicode composition: macOS and some archives write 한글 in other bytes than people type.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ MAGIC = re.compile(r"[*?[]")
 
 
 def find_local(pattern: str, folder: str | None) -> tuple[list[str], bool, str]:
-    """(absolute paths in order, whether they are one that was named itself, the absolute path that was looked for).
+    """Returns (absolute paths in order, whether it is one path named literally, the absolute path that was searched).
 
-    Relative paths start in `folder`, by default where this process does; `~` is a home unless such a name is there.
+    Relative paths start in `folder`, by default the working directory; `~` is the home directory unless such a name
+    exists.
 
     Raises:
-        VolumeError: a folder on the way cannot be read.
+        VolumeError: a folder on the path cannot be read.
     """
     wanted = os.path.abspath(os.path.join(folder or "", pattern))
     if pattern.startswith("~") and not os.path.lexists(os.path.join(folder or "", pattern.split("/")[0])):
@@ -46,12 +46,12 @@ def composed(name: str) -> str:
 
 
 def compare(pattern: str) -> re.Pattern[str]:
-    """A pattern of one name, to be matched with a `composed` name."""
+    """A pattern for one name, to be matched with a `composed` name."""
     return re.compile(fnmatch.translate(composed(pattern)))
 
 
 def shown(path: str, pattern: str) -> bool:
-    """Whether no part of a path that matches is hidden, unless a part of the pattern asks for it by its own dot."""
+    """Whether no part of a matching path is hidden, except where the pattern's part begins with a dot too."""
     asked = [compare(part) for part in pattern.split("/") if part.startswith(".")]
     hidden = (part for part in composed(path).split("/") if part.startswith("."))
     return all(any(one.match(part) for one in asked) for part in hidden)
@@ -73,7 +73,7 @@ def _below(folder: str, parts: list[str]) -> Iterator[str]:
     elif part == "**":
         yield from _below(folder, rest or ["*"])
         for name in names:
-            # A link may lead back here.
+            # A symlink may lead back here.
             if shown(name, "") and os.path.isdir(into(name)) and not os.path.islink(into(name)):
                 yield from _below(into(name), parts)
         return

@@ -1,4 +1,4 @@
-"""Rows out of one file: JSON lines, a table or plain text, told apart by suffix; all but Parquet also compressed."""
+"""Read rows from one file: JSON lines, a table or plain text, by suffix; all but Parquet also compressed."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def split_suffix(name: str) -> tuple[str, str]:
     """(format suffix, compression suffix or "") of a file name.
 
     Raises:
-        DataError: the suffix says no format that is read here.
+        DataError: the suffix is not one of a known format.
     """
     path = Path((name.split("?")[0] if name.startswith(("http://", "https://")) else name).lower())
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     form = Path(path.name.removesuffix(compression)).suffix
     if form not in (*JSON_LINES, *DELIMITERS, ".txt", ".parquet") or (form == ".parquet" and compression):
-        raise DataError(f"{name}: its suffix says no known format; name the file one of {KNOWN}")
+        raise DataError(f"{name}: its suffix is not a known format; name the file one of {KNOWN}")
     return form, compression
 
 
 def rows(path: Path, name: str, columns: list[str], advance: Callable[[int], None]) -> Iterator[tuple[str, list[Any]]]:
-    """(where it stands, values of `columns`) of each row of a file, in order.
+    """Yield (location, values of `columns`) of each row of a file, in order.
 
-    A plain text file is one row with the column "text". `name` is what messages call the file, `advance` is told the
-    bytes read.
+    A plain text file is one row with the column "text". `name` is used in messages; `advance`
+    receives the number of bytes read.
 
     Raises:
-        DataError: the file is damaged, is something else than its name says, or lacks a column.
+        DataError: the file is damaged, does not match its suffix, or lacks a column.
         OSError: the file cannot be read.
     """
     form, compression = split_suffix(name)

@@ -1,4 +1,4 @@
-"""Retries with growing pauses; a server that says how long to wait (Retry-After) is waited for."""
+"""Retries with exponential backoff; honours a server's Retry-After."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ def retried(
     seconds: float,
     longest: float,
 ) -> T:
-    """What `call` gives; repeated while `again(error)`, at most `attempts` times, then its last error is raised.
+    """The result of `call`, retried while `again(error)` is true, at most `attempts` times; then its last error is
+    raised.
 
     Args:
-        what: what is asked for; each pause is told with it.
-        seconds, longest: the first pause and the longest, about; LONGEST_PAUSE_SECONDS where a server asks for one.
+        what: name of the request, for the message at each pause.
+        seconds, longest: approximate first and longest pause; LONGEST_PAUSE_SECONDS if a server asks for one.
     """
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
@@ -55,7 +56,7 @@ def retried(
 
 
 def _tell(what: str, state: RetryCallState, attempts: int) -> None:
-    """Say what is waited for and how long; a minute without a word looks like a hang."""
+    """Print the reason and length of a pause; a silent minute looks like a hang."""
     add("download_retries_total")
     error = state.outcome.exception() if state.outcome else None
     said = in_words(error)[:LONGEST_REASON_CHARACTERS]
@@ -67,7 +68,7 @@ def _tell(what: str, state: RetryCallState, attempts: int) -> None:
 
 
 def _told_just_now(line: tuple[str, str, int]) -> bool:
-    """Whether another thread has said the same within TOLD_ONCE_SECONDS: of one fault many requests fail at once."""
+    """Whether another thread printed this within TOLD_ONCE_SECONDS: one fault makes many requests fail at once."""
     now = time.monotonic()
     with _telling:
         before = _told.get(line, -TOLD_ONCE_SECONDS)
@@ -76,13 +77,13 @@ def _told_just_now(line: tuple[str, str, int]) -> bool:
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status that an error of an HTTP client stands for, whichever client it is of."""
+    """The HTTP status of an error of any HTTP client."""
     found = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     return found if isinstance(found, int) else None
 
 
 def asked_pause(error: BaseException | None) -> float:
-    """Seconds that the server's Retry-After asks for (a number or a date); 0 when it does not."""
+    """Seconds in the server's Retry-After (a number or a date); 0 without one."""
     headers = getattr(error, "headers", None) or getattr(getattr(error, "response", None), "headers", None) or {}
     asked = headers.get("Retry-After")
     if not asked:

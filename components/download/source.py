@@ -1,9 +1,8 @@
-"""One source on its way from files or the Hub to finished parts.
+"""Download one source from files or the Hub into finished parts.
 
-A source is read file by file; each file becomes one part, a large one several, entered in the source's journal
-(writer.py), and finished parts are kept. What a Hub branch or a remote address held is recorded with the first run: the
-data of a job does not change under it. Local files are compared by content each time; from the first that changed on
-they are read again.
+A source is read file by file; each file becomes one part, a large file several. Finished parts are entered in the
+source's journal (writer.py) and kept. The first run records the version of a Hub branch or remote address, so that the
+data of a job does not change. Local files are compared by content in each run and read again from the first change on.
 """
 
 from __future__ import annotations
@@ -34,17 +33,18 @@ from trainer.data.manifest import MANIFEST_NAME
 from trainer.errors import DataError, VolumeError
 from trainer.preflight.measured import gibibytes
 
-UNIT_BYTES = 64 * 2**20  # plain text files are small: this much of them goes into one part
-PART_BYTES = 256 * 2**20  # text bytes of a part: what a crash can cost
-EXPANSION = 3.0  # text bytes out of one compressed byte, to estimate space
+UNIT_BYTES = 64 * 2**20  # plain text files are small: this much text of them goes into one part
+PART_BYTES = 256 * 2**20  # text bytes of a part: the work that a crash can lose
+EXPANSION = 3.0  # text bytes per compressed byte, to estimate space
 MOST_MISSING = 0.5  # share of contents that may be missing
-JUDGED_FROM = 1000  # contents after which that is looked at, instead of only when a part is done
-BLOB_EXPANSION = 40.0  # text bytes of contents out of one compressed byte of their ids
+JUDGED_FROM = 1000  # contents after which the share is checked, besides at the end of each part
+BLOB_EXPANSION = 40.0  # text bytes of contents per compressed byte of their ids
 
 
 @dataclass(frozen=True)
 class Task:
-    """One source on its way: `budget` in UTF-8 bytes of text, None for everything; `folder` of its relative paths."""
+    """The download of one source: `budget` in UTF-8 bytes of text, None for everything; `folder`: start of its relative
+    paths."""
 
     name: str
     spec: TextSpec
@@ -58,22 +58,22 @@ class Task:
 
 
 def prepare(task: Task) -> Journal:
-    """The source's journal after everything that the budget asks for is in verified parts."""
+    """Fill verified parts up to the budget; returns the source's journal."""
     before = read_journal(task.directory)
     if before and task.budget is not None and not isinstance(task.spec.origin, FilesSource):
-        # What a longer run took stays, also of a shorter one.
+        # A shorter run keeps the parts of a longer one.
         task = replace(task, budget=max(task.budget, before.text_bytes))
     now = _listing(task, before)
     journal = now.model_copy(update={"parts": _kept(task, before, now)})
     enough = _enough(task, journal)
     if enough and before is not None and journal.parts == before.parts:
         if journal != before:
-            journal.write(task.directory)  # a file was touched, its content is the same
-        _clean(task, journal)  # what a run left that was killed after its last part
+            journal.write(task.directory)  # a file was touched, but its content is the same
+        _clean(task, journal)  # left by a run that was killed after its last part
         return journal
     task.directory.mkdir(parents=True, exist_ok=True)
     if before is None or before.revision != journal.revision:
-        (task.directory.parent / MANIFEST_NAME).unlink(missing_ok=True)  # what it lists is about to be something else
+        (task.directory.parent / MANIFEST_NAME).unlink(missing_ok=True)  # its list is about to change
     journal.write(task.directory)
     if journal.parts:
         print(f"download {task.name}: continues after {len(journal.parts)} finished parts", flush=True)
@@ -84,17 +84,17 @@ def prepare(task: Task) -> Journal:
             written(task.name, part.entry.documents, part.entry.text_bytes)
             _check_missing(
                 task, journal.missing, sum(part.rows for part in journal.parts)
-            )  # first, so that the part is asked for again
+            )  # first, so that the part is fetched again
             journal.write(task.directory)
     if not any(part.entry.documents for part in journal.parts):
-        (task.directory / JOURNAL_NAME).unlink()  # or the next run would find nothing left to do
+        (task.directory / JOURNAL_NAME).unlink()  # else the next run would find nothing left to do
         raise DataError("holds no text; check its files and text_column")
     _clean(task, journal)
     return journal
 
 
 def origin(spec: TextSpec) -> str:
-    """What the manifest says about where a source comes from."""
+    """The origin of a source for the manifest."""
     if isinstance(spec.origin, FilesSource):
         return "files: " + ", ".join(spec.origin.paths)
     config = f", config {spec.origin.config}" if spec.origin.config else ""
@@ -102,7 +102,7 @@ def origin(spec: TextSpec) -> str:
 
 
 def _listing(task: Task, before: Journal | None) -> Journal:
-    """The source's files as they are to be read: as recorded for remote origins, as they are now for local ones."""
+    """The source's files to read: as recorded for remote origins, as they are now for local ones."""
     origin = task.spec.origin
     if isinstance(origin, FilesSource):
         remote = before is not None and not any(files.is_local(one) for one in before.inputs)
@@ -118,7 +118,7 @@ def _listing(task: Task, before: Journal | None) -> Journal:
         now = hub.current_commit(origin)
         if now != before.revision:
             print(
-                f"download {task.name}: {origin.dataset} moved: {origin.revision} is at {now}; this download goes on "
+                f"download {task.name}: {origin.dataset} moved: {origin.revision} is at {now}; this download continues "
                 f"with {before.revision}, with which it began",
                 flush=True,
             )
@@ -133,7 +133,7 @@ def _enough(task: Task, journal: Journal) -> bool:
 
 
 def _kept(task: Task, before: Journal | None, now: Journal) -> list[Part]:
-    """The finished parts that still hold: the longest run from the first on with the same inputs and an intact file."""
+    """The finished parts that are still valid: the longest prefix with the same inputs and intact files."""
     kept, row = list[Part](), 0
     units = iter(_units(now.inputs))
     unit = next(units, None)
@@ -150,7 +150,7 @@ def _kept(task: Task, before: Journal | None, now: Journal) -> list[Part]:
 
 
 def _units(inputs: list[Input]) -> list[list[Input]]:
-    """What becomes one part each: a file, or neighbouring plain text files up to UNIT_BYTES."""
+    """The inputs of each part: one file, or adjacent plain text files up to UNIT_BYTES."""
     units = list[list[Input]]()
     room = 0
     for one in inputs:
@@ -165,10 +165,10 @@ def _units(inputs: list[Input]) -> list[list[Input]]:
 
 
 def _new_parts(task: Task, journal: Journal, former: list[Part]) -> Iterator[Part]:
-    """The parts that follow those of the journal, until the budget is reached or the source ends.
+    """Write the parts after those of the journal, until the budget is reached or the source ends.
 
     Args:
-        former: all parts that were there; one that is made again ends where it did, wherever the budget was then.
+        former: all former parts; one that is written again ends where it did, whatever the budget was then.
     """
     number, text_bytes = len(journal.parts), journal.text_bytes
     row = 0
@@ -192,7 +192,7 @@ def _new_parts(task: Task, journal: Journal, former: list[Part]) -> Iterator[Par
                 limit = min(limit, _end_of(former[number : number + 1], identities, row) or limit)
                 part = write_part(task.directory, number, texts, limit, identities, row)
                 for one in unit:
-                    if _is_here(task, one):  # else the part would hold other text than its entry says
+                    if _is_here(task, one):  # else the part's text would not match its entry
                         files.check_local(one)
                 yield part
                 number, row, whole = number + 1, row + part.rows, part.whole
@@ -207,13 +207,13 @@ def _new_parts(task: Task, journal: Journal, former: list[Part]) -> Iterator[Par
 
 
 def _end_of(former: list[Part], identities: list[str], row: int) -> int | None:
-    """The bytes of text after which a part of the same rows ended before the end of its files."""
+    """The bytes of text after which a former part of the same rows ended before the end of its files."""
     same = [part for part in former if (part.inputs, part.first_row) == (identities, row) and not part.whole]
     return same[0].entry.text_bytes if same else None
 
 
 def _texts(task: Task, unit: Iterable[tuple[Path, Input]], skip: int, progress: ByteProgress) -> Iterator[str | None]:
-    """The text of each row of the unit's files from row `skip` on, None where a content is missing."""
+    """The text of each row of the unit's files from row `skip` on; None for a missing content."""
     blobs, columns = task.spec.blobs, task.spec.columns
     advance = progress.advance if blobs is None else lambda _: None
     every = chain.from_iterable(rows(path, one.name, columns, advance) for path, one in unit)
@@ -235,25 +235,25 @@ def _texts(task: Task, unit: Iterable[tuple[Path, Input]], skip: int, progress: 
 
 
 def _progress(task: Task, what: str, unit: list[Input], left: int | None) -> ByteProgress:
-    """Progress by the bytes of the files read; of contents fetched by id, by the bytes that come."""
+    """Progress by bytes of files read; for contents fetched by id, by bytes received."""
     total = sum(one.bytes for one in unit) if task.spec.blobs is None else left
-    # What was fetched as files has been counted then.
+    # Fetched files were counted during the fetch.
     source = task.name if task.spec.blobs is not None or all(_is_here(task, one) for one in unit) else None
     return ByteProgress(f"download {task.name}, {what}", total, source=source)
 
 
 def _check_missing(task: Task, missing: int, asked: int) -> None:
-    """Refuse a bucket that lacks most of what is asked for: that is no data set with a few gaps."""
+    """Refuse a bucket that lacks most requested contents: that is more than a few gaps."""
     if missing > asked * MOST_MISSING:
         assert task.spec.blobs is not None
         raise DataError(
-            f"{missing} of {asked} contents are not at {task.spec.blobs.url}, or are not what their ids say; "
+            f"{missing} of {asked} contents are not at {task.spec.blobs.url}, or do not match their ids; "
             "check blobs.url and text_column"
         )
 
 
 def _fetched(task: Task, revision: str, one: Input) -> Path:
-    """Where the file's content is on this machine."""
+    """The local path of the file's content."""
     if _is_here(task, one):
         return Path(one.location)
     origin = task.spec.origin
@@ -275,7 +275,7 @@ def _expected_bytes(task: Task, left: list[Input], done: int) -> int:
 
 
 def _check_space(task: Task, journal: Journal) -> None:
-    """Refuse to start what cannot end: the text still to come and the largest file on its way must fit."""
+    """Refuse if the disk is too small for the remaining text and the largest file being fetched."""
     left = journal.inputs[journal.files_read :]
     remote = [one.bytes for one in left if not _is_here(task, one)]
     need = _expected_bytes(task, left, journal.text_bytes) + max(remote, default=0)
@@ -292,7 +292,8 @@ def _is_here(task: Task, one: Input) -> bool:
 
 
 def _clean(task: Task, journal: Journal) -> None:
-    """Remove what no part of the journal is: parts of an earlier, longer list, temporary files, fetched copies."""
+    """Remove files that are not parts of the journal: parts of an earlier, longer list, temporary files, fetched
+    copies."""
     names = {Path(part.entry.path).name for part in journal.parts}
     for path in task.directory.glob("part-*"):
         if path.name not in names:

@@ -1,7 +1,7 @@
-"""The download step: every source's documents as JSON lines on the datasets volume, described by one manifest.
+"""The download step: write every source's documents as JSON lines on the datasets volume, with one manifest.
 
-A run that finds everything unchanged writes nothing; one that finds finished parts continues after them (source.py).
-A longer run finds too little: more parts are appended, and the manifest's next generation lists them last.
+If everything is unchanged, a run writes nothing; if there are finished parts, it continues after them (source.py). A
+longer run needs more text: parts are appended, and the manifest's next generation lists them last.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def run(job: JobSpec) -> StageResult:
     """Bring the raw text of all sources to `job.stage_dir("raw")`.
 
     Raises:
-        DataError, LaunchError, VolumeError: a source cannot be read, had or stored; one line: source, file, remedy.
-            Finished parts stay.
+        DataError, LaunchError, VolumeError: a source cannot be read, fetched or stored; one line: source, file, remedy.
+            Finished parts are kept.
     """
     root = Path(job.stage_dir("raw"))
     with alone(root, "downloading"):
@@ -57,7 +57,7 @@ def run(job: JobSpec) -> StageResult:
 
 
 def describe(job: JobSpec, journals: dict[str, Journal], before: Manifest | None) -> Manifest:
-    """The manifest of what the journals hold: the one of before, the next generation of it, or a new one."""
+    """The manifest for the journals: the previous one, its next generation, or a new one."""
     sources, entries = dict[str, SourceEntry](), list[FileEntry]()
     for name, journal in journals.items():
         spec = job.data.sources[name]
@@ -93,10 +93,10 @@ def _before(root: Path) -> Manifest | None:
 
 
 def _found_by_later_versions(job: JobSpec) -> None:
-    """Let what version 0.1 began be found under the keys of today as well: by a longer job, by a rendered manifest."""
+    """Make data that version 0.1 began available under today's keys too, for longer jobs and rendered manifests."""
     for stage, key in job.keys.items():
         former, link = Path(job.stage_dir(stage)), Path(job.storage.datasets_dir) / stage / key
         if former != link and not link.exists() and not link.is_symlink():
             former.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError):  # a volume that knows no links: only this job finds it then
+            with suppress(OSError):  # the volume has no symlinks: then only this job finds the data
                 link.symlink_to(former.name)

@@ -1,8 +1,7 @@
-"""The bytes of one file, decompressed; one that is not what its name says is refused by what it is instead.
+"""Decompress one file; a file that does not match its suffix is refused with the format it really has.
 
-The name is all that says how a file is read, and what people have under a wrong one is much the same everywhere: a
-pointer of Git LFS, the page of a login, a file that was packed or unpacked on its way, text in another encoding. Its
-first bytes tell them apart.
+Only the name says how to read a file. Files with a wrong name are mostly of a few kinds: a Git LFS pointer, a login
+page, a file that was compressed or decompressed in transfer, text in another encoding. The first bytes tell which.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from trainer.errors import DataError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 BLOCK_BYTES, HEAD_BYTES = 2**20, 4096
-TAKEN_WINDOW = 2**27  # of zstd; a longer one is read only by who says so, which Arrow cannot
+TAKEN_WINDOW = 2**27  # of zstd; a longer one needs an option that Arrow does not have
 BOM = b"\xef\xbb\xbf"
 MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 MAGIC = {
     "gzip": rb"\x1f\x8b\x08",
-    "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",  # the second: a frame to skip
+    "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",  # the second is a skippable frame
     "bzip2": rb"BZh[1-9](1AY&SY|\x17\x72\x45\x38\x50\x90)",
     "xz": rb"\xfd7zXZ\0",
     "a zip archive": rb"PK\x03\x04",
@@ -36,12 +35,12 @@ LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def blocks(path: Path, name: str, form: str, compression: str, advance: Callable[[int], None]) -> Iterator[bytes]:
-    """Decompressed blocks of a text file, the mark of UTF-8 in front taken off; `name` is what messages call it.
+    """Yield decompressed blocks of a text file, without a UTF-8 BOM; `name` is its name in messages.
 
-    `advance` is told the bytes read.
+    `advance` receives the number of bytes read.
 
     Raises:
-        DataError: it is cut off or damaged, or something else than its suffixes `form` and `compression` say.
+        DataError: it is truncated or damaged, or does not match its suffixes `form` and `compression`.
         OSError: it cannot be read.
     """
     with open(path, "rb") as raw:
@@ -60,7 +59,7 @@ def blocks(path: Path, name: str, form: str, compression: str, advance: Callable
 
 
 def check_head(name: str, head: bytes, form: str, compression: str = "") -> None:
-    """Refuse a file whose first bytes say that it is something else than its suffixes do.
+    """Refuse a file whose first bytes do not match its suffixes.
 
     Raises:
         DataError
@@ -77,7 +76,7 @@ def check_head(name: str, head: bytes, form: str, compression: str = "") -> None
         raise DataError(f"{name}: {kind}, which its name does not say; {remedy}")
     if form != ".txt" and PAGE.match(head):
         raise DataError(
-            f"{name}: a web page (HTML or XML), no data; open its address in a browser, then fetch the file"
+            f"{name}: a web page (HTML or XML), not data; open its address in a browser, then fetch the file"
         )
     if head and not head.strip(b"\0"):
         raise DataError(f"{name}:1: a line of NUL bytes; fetch the file again")
@@ -94,9 +93,9 @@ def check_head(name: str, head: bytes, form: str, compression: str = "") -> None
 
 
 def _wide(head: bytes) -> str:
-    """UTF-16 without a mark: every other byte of ASCII in it is NUL."""
+    """Detect UTF-16 without a BOM: every other byte of its ASCII characters is NUL."""
     some = head[: len(head) // 2 * 2]
-    for start, encoding in ((1, "UTF-16LE without a mark"), (0, "UTF-16BE without a mark")):
+    for start, encoding in ((1, "UTF-16LE without a BOM"), (0, "UTF-16BE without a BOM")):
         zeros, others = some[start::2].count(0), some[1 - start :: 2].count(0)
         if len(some) >= 4 and zeros > len(some) / 4 and not others:
             return encoding
@@ -108,11 +107,11 @@ def _decompressed(raw: BinaryIO, name: str, compression: str, head: bytes) -> It
         while block := raw.read(BLOCK_BYTES):
             yield block
         return
-    import pyarrow as pa  # as in what follows: a run that finds all its parts opens no file
+    import pyarrow as pa  # imported late, as below: a run that finds all its parts opens no file
 
     try:
         if not head:
-            raise EOFError("0 bytes")  # even nothing, compressed, is some bytes: the file was not written to its end
+            raise EOFError("0 bytes")  # even empty input compresses to some bytes: the file is truncated
         file = _opened(raw, compression)
         while block := file.read(BLOCK_BYTES):
             yield block
@@ -122,9 +121,9 @@ def _decompressed(raw: BinaryIO, name: str, compression: str, head: bytes) -> It
         kind, said = COMPRESSIONS[compression], first_line(error)
         if "too much memory" in said:
             window = window_bytes(head) or 0
-            known = window > TAKEN_WINDOW  # else it is a later frame's
+            known = window > TAKEN_WINDOW  # else a later frame needs it
             size, power = (f"{window / 2**30:g} GiB", (window - 1).bit_length()) if known else ("over 128 MiB", 31)
-            remedy = f"run zstd -d --long={power} and compress it anew"
+            remedy = f"run zstd -d --long={power} and compress it again"
             raise DataError(f"{name}: compressed with a window of {size}; {remedy}") from None
         raise DataError(f"{name}: damaged or cut-off {kind} ({said}); fetch or compress the file again") from None
 
@@ -148,13 +147,13 @@ def _opened(raw: BinaryIO, compression: str) -> io.BufferedIOBase:
 def _of_xz() -> tuple[type[Exception], ...]:
     try:
         from lzma import LZMAError
-    except ImportError:  # a Python that was built without it
+    except ImportError:  # Python was built without it
         return ()
     return (LZMAError,)
 
 
 def window_bytes(head: bytes) -> int | None:
-    """What a zstd file's first frame needs to be read (RFC 8878, 3.1.1.1); None where the head does not reach it."""
+    """Window size of a zstd file's first frame (RFC 8878, 3.1.1.1); None if the head is too short."""
     while re.match(rb"[\x50-\x5f]\x2a\x4d\x18", head):
         head = head[8 + int.from_bytes(head[4:8], "little") :]
     if len(head) < 18:
@@ -163,12 +162,12 @@ def window_bytes(head: bytes) -> int | None:
     if not descriptor & 0x20:
         base = 1 << (10 + (body[0] >> 3))
         return base + base // 8 * (body[0] & 7)
-    body = body[(0, 1, 2, 4)[descriptor & 3] :]  # a dictionary's number
+    body = body[(0, 1, 2, 4)[descriptor & 3] :]  # dictionary id
     return int.from_bytes(body[: (1, 2, 4, 8)[descriptor >> 6]], "little")
 
 
 def not_utf8(where: str, data: bytes, at: int) -> DataError:
-    """What is said of text that is no UTF-8 at byte `at`, with the encoding that it looks like.
+    """The message for text that is not UTF-8 at byte `at`, with its likely encoding.
 
     Args:
         where: the file, or file:line.
@@ -177,7 +176,7 @@ def not_utf8(where: str, data: bytes, at: int) -> DataError:
     foreign = [character for character in text if character > "\x7f"]
     if foreign.count("\ufffd") * 10 < len(foreign):
         return DataError(
-            f"{where}: not UTF-8 at byte {at}, though else it is; it is damaged, fetch it again or mend it"
+            f"{where}: not UTF-8 at byte {at}, though the rest is; it is damaged, fetch it again or fix it"
         )
     encoding = _guessed(data[at : at + 2**15])
     convert = _convert(re.sub(r":\d+$", "", where), encoding or "ENCODING")
@@ -185,7 +184,7 @@ def not_utf8(where: str, data: bytes, at: int) -> DataError:
 
 
 def _convert(name: str, encoding: str) -> str:
-    """The remedy: a command that writes a second file, not compressed, beside the first."""
+    """The remedy: a command that writes an uncompressed second file beside the first."""
     compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
     plain = name.removesuffix(compression)
     suffix = Path(plain).suffix
@@ -195,7 +194,7 @@ def _convert(name: str, encoding: str) -> str:
 
 
 def _guessed(data: bytes) -> str:
-    """cp949 where most of what is not ASCII would be common Hangul, two high bytes each; else what Windows wrote."""
+    """cp949 if most non-ASCII bytes would be common Hangul, two high bytes each; else a Windows code page."""
     foreign = sum(byte > 0x7F for byte in data)
     common = re.findall(rb"[\xb0-\xc8][\xa1-\xfe]", data)
     if len(common) * 4 > foreign and data.decode("cp949", "replace").count("\ufffd") * 10 <= len(common):

@@ -1,4 +1,4 @@
-"""Rows out of tables: CSV and TSV, whose first line names the columns, and Parquet."""
+"""Read rows from tables: CSV and TSV, whose first line names the columns, and Parquet."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from components.download.jsonlines import check_nul, lines, listed, no_column, t
 from components.download.streams import BLOCK_BYTES, HEAD_BYTES, check_head, first_line, not_utf8
 from trainer.errors import DataError
 
-LONGEST_FIELD = 2**28  # bytes; a quote that is not closed would take the rest of a file for one
+LONGEST_FIELD = 2**28  # bytes; an unclosed quote would make one field of the rest of a file
 BATCH_ROWS = 512
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def csv_rows(blocks: Iterator[bytes], name: str, form: str, columns: list[str]) -> Iterator[tuple[str, list[Any]]]:
-    """(where it stands, values of `columns`) of each row after the header, as RFC 4180 has them.
+    """Yield (location, values of `columns`) of each row after the header, by RFC 4180.
 
     Raises:
-        DataError: a column that the header lacks, a row of another length, a quote that is not closed.
+        DataError: the header lacks a column, a row has another length, a quote is not closed.
     """
     csv.field_size_limit(LONGEST_FIELD)
     delimiter, at = DELIMITERS[form], 1
@@ -78,10 +78,10 @@ def _named(delimiter: str) -> str:
 def parquet_rows(
     path: Path, name: str, columns: list[str], advance: Callable[[int], None]
 ) -> Iterator[tuple[str, list[Any]]]:
-    """(where it stands, values of `columns`) of each row; `advance` is told the bytes read, about.
+    """Yield (location, values of `columns`) of each row; `advance` receives the approximate number of bytes read.
 
     Raises:
-        DataError: it is no whole Parquet file, is encrypted, or lacks a column or has it more than once.
+        DataError: it is not a complete Parquet file, is encrypted, or lacks a column or has it more than once.
         OSError: it cannot be read.
     """
     import pyarrow as pa  # slow to import, and only tables need it
@@ -90,10 +90,10 @@ def parquet_rows(
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     if not head:
-        raise DataError(f"{name}: 0 bytes, so no Parquet; fetch or make the file again")
+        raise DataError(f"{name}: 0 bytes, so not Parquet; fetch or make the file again")
     check_head(name, head, ".parquet")
     try:
-        # Read in pieces instead of whole row groups: those of 500 MB exist.
+        # Read in pieces, not in whole row groups, which can have 500 MB.
         with pq.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False, page_checksum_verification=True) as file:
             there = file.schema_arrow.names
             for column in columns:
@@ -123,4 +123,4 @@ def parquet_rows(
             raise DataError(f"{name}: column {which} has a field twice in it; write it with one") from None
         if head.startswith(b"PARE") or "crypt" in said.lower():
             raise DataError(f"{name}: encrypted Parquet; decrypt it and write it without encryption") from None
-        raise DataError(f"{name}: damaged or no Parquet ({said}); fetch or make the file again") from None
+        raise DataError(f"{name}: damaged or not Parquet ({said}); fetch or make the file again") from None

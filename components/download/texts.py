@@ -16,13 +16,13 @@ THINK = re.compile("(</?think>)")
 TEXT_PARTS = ("text", "input_text", "output_text")
 MARKUP = re.compile(r"<\|(\w+)\|>")
 
-Row = list[Any]  # the values of `TextSpec.columns`, in that order
+Row = list[Any]  # the values of `TextSpec.columns`, in order
 
 
 def maker(spec: TextSpec) -> Callable[[str, Row], str]:
-    """A function of (where, row) that gives the row's text, "" for one without.
+    """A function of (where, row) that returns the row's text, "" if it has none.
 
-    Its errors are DataErrors: a value that is no text, or no list of messages where the template says chat.
+    It raises DataError if a value is not text, or not a list of messages where the template says chat.
     """
     if spec.template is None:
         return lambda where, row: _string(where, spec.columns[0], row[0])
@@ -45,9 +45,9 @@ def maker(spec: TextSpec) -> Callable[[str, Row], str]:
 
 
 def joined(pieces: Iterable[tuple[str, bool]]) -> str:
-    """The text of pieces; only special tokens that lie whole in one whose second value is True stay such.
+    """Join pieces (text, markup); special tokens stay special only inside one piece with markup True.
 
-    So neither a piece nor two side by side can pass for the markup around them.
+    So neither one piece nor two adjacent ones can imitate the markup around them.
     """
     text, bounds = "", list[tuple[int, int]]()
     for piece, is_markup in pieces:
@@ -67,7 +67,7 @@ def joined(pieces: Iterable[tuple[str, bool]]) -> str:
 
 
 def chat(where: str, column: str, messages: Any) -> list[tuple[str, bool]]:
-    """A conversation in pieces for `joined`; `<think>` of an assistant becomes the tokenizer's token too."""
+    """A conversation as pieces for `joined`; an assistant's `<think>` becomes the tokenizer's token too."""
     if messages is None:
         return []
     if not isinstance(messages, list):
@@ -88,7 +88,7 @@ def chat(where: str, column: str, messages: Any) -> list[tuple[str, bool]]:
 
 
 def _content(where: str, column: str, content: Any) -> str | None:
-    """The text of a message, which may come in parts as OpenAI's interface has them; None for what is none."""
+    """The text of a message, which may have parts as in OpenAI's API; None if it is not text."""
     if not isinstance(content, list):
         return content or "" if isinstance(content, str | None) else None
     texts = []
@@ -113,7 +113,7 @@ def _string(where: str, column: str, value: Any) -> str:
 
 
 def unicode_text(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, which JSON escapes can spell and UTF-8 cannot."""
+    """The text with lone surrogates, possible in JSON escapes but not in UTF-8, replaced by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,8 +1,8 @@
-"""What a source has become so far: parts of JSON lines and a journal, so that a killed download keeps what is finished.
+"""The output of a source: parts of JSON lines and a journal, so that a killed download keeps its finished parts.
 
-One part holds texts of one input file (of several small ones for plain text); a large file becomes several parts. A
-part is written under a temporary name, synced and renamed, then entered in the journal; a part that the journal does
-not know is written again.
+A part holds texts of one input file (of several small ones for plain text); a large file becomes several parts. A part
+is written under a temporary name, fsynced and renamed, then entered in the journal; parts not in the journal are
+written again.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ JOURNAL_NAME = "journal.json"
 
 
 class Input(Record):
-    """One file of a source, which messages call `name`.
+    """One file of a source; `name` is its name in messages.
 
-    `checksum` proves its content (None for a remote address, whose content is not known before it is read); `stamp`
-    tells a version from another: size and times of a local file, which spare hashing it again, ETag of a remote one.
+    `checksum` identifies its content (None for a remote address, whose content is unknown before it is read). `stamp`
+    identifies its version: size and times of a local file, which save hashing it again, or the ETag of a remote one.
     """
 
     name: str
@@ -40,8 +40,8 @@ class Input(Record):
 class Part(Record):
     """A finished part: `rows` rows of its inputs from `first_row` on.
 
-    `inputs` are the checksums of the files in it, `whole` says whether they end with it, `missing` counts the rows
-    whose content was not to be had.
+    `inputs`: checksums of its files; `whole`: whether it reaches their end; `missing`: number of rows whose content was
+    not available.
     """
 
     entry: FileEntry
@@ -67,7 +67,7 @@ class Journal(Record):
 
     @property
     def exhausted(self) -> bool:
-        """Whether everything that the source holds is in the parts."""
+        """Whether the parts hold the whole source."""
         return self.files_read == len(self.inputs)
 
     @property
@@ -79,9 +79,9 @@ class Journal(Record):
 
 
 def read_journal(directory: Path) -> Journal | None:
-    """The journal of a source's directory; None where there is none that can be used, byte by byte as it was written.
+    """The journal of a source's directory; None without one that is usable and byte-identical to what was written.
 
-    Counts, rows and revisions in it are what manifests and later runs go by; no checksum of a part would prove them.
+    Manifests and later runs rely on its counts, rows and revisions, which the parts' checksums do not cover.
     """
     try:
         data = (directory / JOURNAL_NAME).read_bytes()
@@ -101,12 +101,12 @@ def read_journal(directory: Path) -> Journal | None:
 
 
 def _sealed(content: bytes) -> bytes:
-    """A JSON object with the digest of its bytes in front. Of bytes, for it is written anew with every part."""
+    """A JSON object with the digest of its bytes in front. Bytes are hashed because it is rewritten with every part."""
     return b'{"digest": "' + hashlib.sha256(content).hexdigest().encode() + b'",' + content[1:]
 
 
 def intact(directory: Path, part: Part) -> bool:
-    """Whether the part's file is there with the content that the journal says."""
+    """Whether the part's file exists with the content recorded in the journal."""
     path = directory.parent / part.entry.path
     if not path.is_file() or path.stat().st_size != part.entry.bytes:
         return False
@@ -114,7 +114,7 @@ def intact(directory: Path, part: Part) -> bool:
 
 
 class Texts:
-    """An iterator over texts that can say whether it has ended."""
+    """An iterator over texts that knows whether it has ended."""
 
     def __init__(self, texts: Iterator[str | None]) -> None:
         self._texts, self._next = texts, list[str | None]()
@@ -131,10 +131,10 @@ class Texts:
 
 
 def write_part(directory: Path, number: int, texts: Texts, limit: int, inputs: list[str], first_row: int) -> Part:
-    """Write texts to `part-<number>.jsonl` until they end or reach `limit` UTF-8 bytes; blank ones are left out.
+    """Write texts to `part-<number>.jsonl` until they end or reach `limit` UTF-8 bytes; blank texts are skipped.
 
     Raises:
-        OSError: the file cannot be written; nothing is left of it.
+        OSError: the file cannot be written; no partial file is left.
     """
     path = directory / f"part-{number:05d}.jsonl"
     temporary = path.with_name(path.name + ".tmp")
@@ -156,12 +156,12 @@ def write_part(directory: Path, number: int, texts: Texts, limit: int, inputs: l
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # also on Ctrl-C: no half-written file stays
+    except BaseException:  # even on Ctrl-C no partial file stays
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(directory)
     entry = FileEntry(
-        path=f"{directory.name}/{path.name}",  # relative to the directory above, as the manifest wants it
+        path=f"{directory.name}/{path.name}",  # relative to the parent directory, as in the manifest
         bytes=size,
         algorithm="xxh3_128",
         checksum=digest.hexdigest(),

@@ -1,1 +1,1 @@
-"""Hygiene step: which documents training leaves out, written beside the raw text, which stays as it is."""
+"""Hygiene step: list the documents that training leaves out, beside the raw text, which does not change."""

@@ -1,9 +1,9 @@
-"""What hygiene found, a file beside each raw file: JSON lines, one for each document and filter that drops it.
+"""The result of hygiene, one file per raw file: a JSON line for each document and filter that drops it.
 
     hygiene/<key>/<source>/part-00000.jsonl   {"document": 12, "offset": 3456, "filter": "exact_duplicates", …evidence}
 
-`document` counts the lines of the raw file from 0, `offset` is the byte at which the line starts. The entries of the
-stage's manifest count the documents that are left out and the bytes of their texts.
+`document` is the line number in the raw file from 0, `offset` the byte at which the line starts. The entries of the
+stage's manifest count the dropped documents and the bytes of their texts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trainer.errors import DataError
 
 
 def decisions(job: JobSpec, raw: Manifest) -> Manifest | None:
-    """The manifest of what hygiene decided on this raw text; None where the job asks for none.
+    """The hygiene manifest for this raw text; None if the job has hygiene off.
 
     Raises:
         DataError: hygiene was not finished for this raw text.
@@ -34,14 +34,14 @@ def decisions(job: JobSpec, raw: Manifest) -> Manifest | None:
 
 
 def dropped(directory: str | Path | None, path: str) -> frozenset[int]:
-    """Byte offsets of the lines of a raw file whose documents are left out; none where `directory` is None.
+    """Byte offsets of the dropped lines of a raw file; none if `directory` is None.
 
     Args:
         directory: of the hygiene stage, `job.stage_dir("hygiene")`.
         path: of the raw file, relative to the raw stage.
 
     Raises:
-        DataError: hygiene has not looked at this file.
+        DataError: hygiene has not scanned this file.
     """
     if directory is None:
         return frozenset()

@@ -1,4 +1,4 @@
-"""Hygiene step: what training leaves out of the raw text, written beside it."""
+"""Hygiene step: list the documents that training leaves out, beside the raw text."""
 
 from kfp import dsl
 

@@ -1,9 +1,9 @@
-"""Contamination: documents that share n words in a row with an evaluation text.
+"""Contamination: documents that share n consecutive words with an evaluation text.
 
-Overlap of 13-grams is what GPT-3 was cleaned by (Brown et al. 2020, arXiv:2005.14165, appendix C). Words are runs of
+GPT-3's data was cleaned by 13-gram overlap (Brown et al. 2020, arXiv:2005.14165, appendix C). Words are runs of
 letters, digits and underscores, without invisible characters, case folded after Unicode compatibility composition
-(NFKC): neither punctuation and layout nor soft hyphens hide a copy. An evaluation text of fewer than n words cannot be
-looked for; the report counts those.
+(NFKC), so that punctuation, layout and soft hyphens do not hide a copy. Evaluation texts of fewer than n words cannot
+be searched for; the report counts them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from components.hygiene.filters import DOCUMENT, INVISIBLE, Drop, visible
 
 DTYPE = np.dtype([*DOCUMENT, ("gram", "<u4")])
 WORD = re.compile(r"\w+")
-MULTIPLIER = 0x9E3779B97F4A7C15  # odd, with scattered bits: the base of the rolling hash of word hashes, modulo 2^64
-SPARSENESS = 64  # entries for each n-gram in the table that rules out nearly all others at once
-KNOWN_WORDS = 2**20  # word hashes kept
+MULTIPLIER = 0x9E3779B97F4A7C15  # base of the rolling hash of word hashes modulo 2^64: odd, with scattered bits
+SPARSENESS = 64  # table entries per n-gram; the table rejects nearly all other n-grams at once
+KNOWN_WORDS = 2**20  # cached word hashes
 
 
 class Contamination:
     name = "contamination"
 
     def __init__(self, evaluation: dict[str, list[str]], ngram: int) -> None:
-        """`evaluation` are the texts of each evaluation set."""
+        """`evaluation`: the texts of each evaluation set."""
         self._ngram = ngram
         self._origins = [(name, number) for name, texts in evaluation.items() for number in range(len(texts))]
         self._words = [words(text) for texts in evaluation.values() for text in texts]

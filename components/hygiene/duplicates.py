@@ -1,9 +1,9 @@
-"""Exact duplicates: of documents with the same text, the first one in the manifest's order stays.
+"""Exact duplicates: of documents with the same text, the first in the manifest's order is kept.
 
 Texts are compared by their 128-bit hash, without invisible characters, after Unicode composition (NFC), with every run
-of white space as one space.
-Memory does not grow with the corpus: each file's hashes are sorted, and equal ranges of hashes are read from all files
-one after the other.
+of white space replaced by one space.
+Memory does not grow with the corpus: each file's hashes are sorted, and one range of hashes after another is read from
+all files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from components.hygiene.filters import DOCUMENT, INVISIBLE, Drop, visible
 
 DTYPE = np.dtype([*DOCUMENT, ("high", "<u8"), ("low", "<u8")])
-RECORDS = 2**21  # documents compared at once: some 200 MB
+RECORDS = 2**21  # documents compared at once: about 200 MB
 
 
 class ExactDuplicates:
@@ -46,7 +46,7 @@ class ExactDuplicates:
 
 class _Scanner:
     def __init__(self) -> None:
-        self._fields = array("Q")  # five of each document: 40 bytes, where a list of tuples takes 250
+        self._fields = array("Q")  # five per document: 40 bytes; a list of tuples takes 250
 
     def see(self, document: int, offset: int, text: str) -> None:
         key = xxhash.xxh3_128_intdigest(normalised(text).encode())
@@ -72,7 +72,8 @@ def _within(array: NDArray[Any], low: int, high: int) -> NDArray[Any]:
 
 
 def _repeated(records: NDArray[Any], numbers: NDArray[np.int64]) -> Iterator[tuple[int, Any, tuple[int, int]]]:
-    """(file, record, (file, document) of the first of its group) of all but the first of each group of equal hashes."""
+    """Yield (file, record, (file, document) of the group's first) for all but the first of each group of equal
+    hashes."""
     order = np.lexsort((records["document"], numbers, records["low"], records["high"]))
     records, numbers = records[order], numbers[order]
     same = (records["high"][1:] == records["high"][:-1]) & (records["low"][1:] == records["low"][:-1])

@@ -1,4 +1,4 @@
-"""Which filters there are. A further one is a file with such a class and a line in `chosen`."""
+"""The filters. A new one is a file with such a class and a line in `chosen`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from manifests.dataspec import HygieneSpec
 
 
 def chosen(spec: HygieneSpec, evaluation: dict[str, list[str]]) -> list[Filter]:
-    """The filters that the spec asks for, in the order in which the report names them.
+    """The filters that the spec enables, in the order of the report.
 
     Args:
         evaluation: the texts of each evaluation set of the spec.

@@ -1,4 +1,4 @@
-"""The report of the hygiene step: what each filter left out of each source, with samples and their evidence."""
+"""The report of the hygiene step: what each filter dropped from each source, with samples and evidence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.data.jsonl import documents
 from trainer.data.manifest import FileEntry, Manifest, file_entry
 from trainer.files import atomic_write
 
-SAMPLES = 3  # of each filter and source
+SAMPLES = 3  # per filter and source
 SAMPLE_CHARACTERS = 300
 FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # two of them are one flag
 NAMES = ("report.json", "report.md")
@@ -25,7 +25,7 @@ class Report:
         self._samples: dict[str, dict[str, list[dict[str, Any]]]] = {name: defaultdict(list) for name in settings}
 
     def add(self, entry: FileEntry, rows: list[dict[str, Any]]) -> None:
-        """Count what is left out of one raw file; `rows` as the step writes them, still with the texts' bytes."""
+        """Count the dropped documents of one raw file; `rows` as the step writes them, plus the texts' bytes."""
         source, seen = entry.source or "", set[int]()
         for row in rows:
             names = [row["filter"]] if row["document"] in seen else [row["filter"], "all"]
@@ -38,7 +38,7 @@ class Report:
                 samples.append({"file": entry.path} | row | {"start": self._start(entry.path, row["offset"])})
 
     def write(self, directory: Path, generation: int = 0) -> list[FileEntry]:
-        """`report.json` and `report.md` in `directory`; after text was appended `report-1.json`, and so on."""
+        """Write `report.json` and `report.md` to `directory`; after text was appended, `report-1.json` and so on."""
         names = [name.replace(".", f"-{generation}.") if generation else name for name in NAMES]
         found = {
             name: {
@@ -89,7 +89,7 @@ class Report:
 
 
 def beginning(text: str, length: int) -> str:
-    """At most `length` characters of a text, not cut within what a reader takes for one (about UAX #29)."""
+    """At most `length` characters of a text, not cut within a grapheme cluster (roughly UAX #29)."""
     end = min(length, len(text))
     while 0 < end < len(text) and _is_within(text, end):
         end -= 1
@@ -107,7 +107,7 @@ def _is_within(text: str, at: int) -> bool:
 
 
 def _jamo(character: str) -> str:
-    """What a Hangul character is made of, as UAX #29 calls it: leading, vowel, trailing; "" for another one."""
+    """The jamo type of a Hangul character in UAX #29: leading, vowel, trailing; "" for other characters."""
     if "가" <= character <= "힣":
         return "LVT" if (ord(character) - ord("가")) % 28 else "LV"
     kinds = {"L": ("\u1100", "\u115f"), "V": ("\u1160", "\u11a7"), "T": ("\u11a8", "\u11ff")}

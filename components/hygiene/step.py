@@ -1,4 +1,4 @@
-"""The hygiene step: says which documents of the raw text training leaves out. The raw text stays as it is.
+"""The hygiene step: list the documents of the raw text that training leaves out. The raw text does not change.
 
     hygiene/<key>/manifest.json              counts of what is left out, by raw file
     hygiene/<key>/<source>/part-00000.jsonl  one line for each document and filter (attributes.py)
@@ -6,8 +6,8 @@
                                              so on after raw text was appended
     hygiene/<key>/evaluation/<name>/         the evaluation texts that were looked for
 
-A raw file is the unit of work: what its scan gave is kept under its checksum until all is decided, so a run that was
-killed goes on where it stopped and gives the same bytes.
+A raw file is the unit of work: the result of its scan is kept under its checksum until the end, so that a killed run
+continues where it stopped and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ SCANS, EVALUATION, SPILL = "scans", "evaluation", ".spill"
 
 
 def run(job: JobSpec, raw: StageResult) -> StageResult:
-    """Decide which documents are left out; returns `raw`, with their number by filter in the summary.
+    """Decide which documents to drop; returns `raw`, with their number by filter in the summary.
 
     Raises:
-        DataError: raw text or evaluation texts that are missing, changed or malformed.
+        DataError: raw text or evaluation texts are missing, changed or malformed.
         OSError: the volume is full or a worker was killed.
     """
     if not job.hygiene.enabled:
-        print("hygiene: the job asks for none, nothing is left out", flush=True)
+        print("hygiene: off in this job, nothing is left out", flush=True)
         return raw
     from components.hygiene.registry import chosen  # NumPy comes with it
 
@@ -58,8 +58,8 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
         settings = {each.name: each.settings for each in filters}
         manifest, why = reusable(directory, "hygiene", inputs, settings)
         if manifest is None and (former := _decided_before(directory, inputs, settings)):
-            # Runs were begun on it: what is decided does not change under them.
-            print(f"hygiene: decided before invisible characters were left out; to decide anew remove {directory}")
+            # Runs have begun with it, so the decision must not change.
+            print(f"hygiene: decided before invisible characters were left out; to decide again, remove {directory}")
             manifest, why = former
         if manifest is None:
             made_from = [{"raw": generation.digest} for generation in raw_manifest.generations]
@@ -67,11 +67,11 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
             decided = raw_manifest.generations[len(manifest.earlier)].files if manifest else 0
             number = len(raw_manifest.files) - decided
             print(f"hygiene: {', '.join(settings)} in {number} files ({'appended' if manifest else why})", flush=True)
-            for each in filters:  # from 0, else the first would not show as an increase
+            for each in filters:  # start at 0, else the first one would not show as an increase
                 measuring.add("left_out_documents_total", 0, filter=each.name)
             _clear(directory, raw_manifest, manifest)
             scans = _scan(directory, raw.path, raw_manifest, filters, job.shards.workers)
-            # Of equal documents the first stays, so what was decided before more text was appended holds.
+            # The first of equal documents is kept, so earlier decisions hold after text is appended.
             made = len(manifest.parts) if manifest else 0
             for inputs, text in list(zip(made_from, raw_manifest.parts, strict=True))[made:]:
                 report = Report(raw.path, text, settings)
@@ -84,7 +84,7 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
         else:
             measuring.verified(len(manifest.files))
             print(f"hygiene: {why}: {directory}", flush=True)
-        shutil.rmtree(directory / SCANS, ignore_errors=True)  # also after a run killed between manifest and here
+        shutil.rmtree(directory / SCANS, ignore_errors=True)  # also after a kill between manifest and here
     counts = manifest.counts()
     print(f"hygiene: leaves out {counts.documents} documents, {counts.text_bytes} bytes of text", flush=True)
     left_out = {"left_out_documents": counts.documents, "left_out_text_bytes": counts.text_bytes}
@@ -94,7 +94,7 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
 def _decided_before(
     directory: Path, inputs: dict[str, str], settings: dict[str, dict[str, Any]]
 ) -> tuple[Manifest, str] | None:
-    """A whole result of a version that compared texts with invisible characters, and why it holds."""
+    """A complete result of a version that compared texts with invisible characters, and why it is still used."""
     before = {name: {k: v for k, v in of.items() if k not in INVISIBLE} for name, of in settings.items()}
     manifest, why = reusable(directory, "hygiene", inputs, before)
     return (manifest, why) if manifest else None
@@ -115,7 +115,7 @@ def _evaluation_texts(job: JobSpec, directory: Path) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class _ScanFile:
-    """Scans one raw file with all filters in one reading; sent to the worker processes."""
+    """Scans one raw file with all filters in one pass; sent to the worker processes."""
 
     raw_dir: str
     filters: list[Filter]
@@ -133,7 +133,7 @@ class _ScanFile:
         temporary.mkdir(parents=True)
         for name, scanner in scanners.items():
             with open(temporary / f"{name}.npy", "wb") as file:
-                # Not to the file itself, which NumPy would write to by itself: its error does not say why.
+                # Through a stream: if NumPy opens the file itself, its error does not say why a write failed.
                 np.save(SimpleNamespace(write=file.write), scanner.result())
                 file.flush()
                 os.fsync(file.fileno())
@@ -142,7 +142,7 @@ class _ScanFile:
 
 
 def _scan(directory: Path, raw_dir: str, raw: Manifest, filters: list[Filter], workers: int) -> list[Path]:
-    """The folder with each raw file's scans, in the manifest's order; only those that are not there are made."""
+    """The folder with each raw file's scans, in the manifest's order; only missing scans are made."""
     settings = Manifest(kind="hygiene", settings={each.name: each.settings for each in filters}, files=[]).digest[:16]
     folders = [directory / SCANS / f"{entry.checksum}-{settings}" for entry in raw.files]
     pending = dict[Path, FileEntry]()  # files of the same content are scanned once
@@ -167,10 +167,10 @@ def _decide(
     scans: Sequence[Path],
     report: Report,
 ) -> Iterator[FileEntry]:
-    """Write what the filters decide beside each raw file; decisions go through files, for they may be many.
+    """Write the filters' decisions for each raw file; they pass through files because there may be many.
 
     Args:
-        before: what was decided of the files that were there before others were appended; it stays.
+        before: the decisions about the files from before others were appended; they are kept.
     """
     decided = {entry.path for entry in before.files} if before else set()
     paths = [entry.path for entry in raw.files]
@@ -188,7 +188,7 @@ def _decide(
                     file.writelines(json.dumps(_row(each.name, drop), ensure_ascii=False) + "\n" for drop in some)
     for entry, spill in zip(raw.files, spills, strict=True):
         rows = [json.loads(line) for line in spill.read_bytes().splitlines()]
-        rows.sort(key=lambda row: row["document"])  # stable: a document's filters stay in their order
+        rows.sort(key=lambda row: row["document"])  # a stable sort keeps the order of a document's filters
         report.add(entry, rows)
         if entry.path in decided:
             spill.unlink()
@@ -208,7 +208,7 @@ def _row(name: str, drop: Drop) -> dict[str, Any]:
 
 
 def _clear(directory: Path, raw: Manifest, stays: Manifest | None) -> None:
-    """Take back the declaration that the directory is finished, and what an earlier run decided about its files."""
+    """Remove the manifest, which declares the directory finished, and the decisions of an earlier run."""
     withdraw(directory, stays)
     for name in {Path(entry.path).parts[0] for entry in raw.files} if stays is None else ():
         shutil.rmtree(directory / name, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Has a task finished, and is what it left behind whole? Answered from JSON and digests, without torch.
+"""Check from JSON and digests, without torch, whether a task has finished and its artefact is intact.
 
-Each task writes its JSON file last, so a missing one means unfinished; one that belongs to another checkpoint or other
-settings means "do it again".
+Each task writes its JSON file last, so a missing file means unfinished; a file of another checkpoint or other settings
+means that the task must run again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ NUMBERS = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_second", "s
 
 
 def finished(job: JobSpec, task: Task) -> StageResult | None:
-    """The verified result of `task` in the run directory; None when it has to run (again).
+    """The verified result of `task` in the run directory; None if it must run (again).
 
     Raises:
-        CheckpointError: what is there is damaged.
+        CheckpointError: the artefact is damaged.
     """
     return {"train": _trained, "evaluate": _evaluated, "export": _exported}[task](job)
 

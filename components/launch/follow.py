@@ -1,6 +1,6 @@
-"""Follow one job from wherever it is to its end, telling what happens and how it ended.
+"""Follow one job from its current state to its end and report what happens and how it ended.
 
-Threads watch and put what they see into one queue; all state changes happen in the calling thread.
+Watch threads put changes into one queue; all state is updated in the calling thread.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from manifests.names import TASK_LABEL
 from manifests.spec import ClusterSpec
 from trainer.errors import LaunchError
 
-# A registry that is down may come back; GPUs reserved for pods that pull in vain are not worth a longer wait.
+# A registry that is down may come back, but GPUs must not stay reserved for long by pods that cannot pull.
 PULL_PATIENCE_SECONDS = 60
 LOG_TAIL_LINES = 20
-# What is left of the log after success; after anything else worker 0 may go on writing until it is stopped.
+# Time for the rest of the log after success; otherwise worker 0 may write until it is stopped.
 LOG_DRAIN_SECONDS, LOG_DRAIN_AFTER_FAILURE_SECONDS = 15, 3
 
 
 class JobFailed(LaunchError):
-    """The workers ran and failed; the job stays for inspection, since none of its pods runs any more."""
+    """The workers ran and failed; the job is kept for inspection, since none of its pods runs."""
 
 
 @dataclass
 class _Clock:
-    """Time spent in the present phase."""
+    """Time spent in the current phase."""
 
     phase: state.Phase
     since: float
 
 
 class Follower:
-    """One use: make it, call `follow`.
+    """For one use: create it and call `follow`.
 
     Args:
-        job: the job as the API server has it, with its UID.
-        limits: the time limits are read, nothing else.
+        job: the job object from the API server, with its UID.
+        limits: only the time limits are read.
     """
 
     def __init__(self, cluster: Cluster, job: Object, limits: ClusterSpec, write: Callable[[str], None]) -> None:
@@ -57,15 +57,15 @@ class Follower:
         self.workers = workers(job)
         self.pods: dict[str, Object] = {}  # by worker
         self.uids: dict[str, str] = {}  # of each worker's latest pod
-        self.ended: dict[str, explain.Exit] = {}  # by UID; a restarted worker's pod is soon gone
+        self.ended: dict[str, explain.Exit] = {}  # by UID; a restarted worker's old pod is soon gone
         self.obstacles: dict[str, explain.Obstacle] = {}  # by worker, or "" for the job
         self.pulling_since: dict[str, float] = {}
         self.told: set[str] = set()
         self.shown: set[str] = set()  # pods whose log is printed as it is written
         self.restarts = 0
         self.metrics = PhaseMetrics(job["metadata"]["labels"][TASK_LABEL])
-        # Of a job found running, the time it has run already counts, and a worker that is just then replaced has not
-        # waited that long; of any other job, the time it has waited counts.
+        # For a job found running, the time it has run counts, and a worker being replaced has not waited that long; for
+        # any other job, the time it has waited counts.
         begun = time.monotonic() - state.age_seconds(job)
         is_running = state.is_running(job)
         self.clock = _Clock("queued", time.monotonic() if is_running else begun)
@@ -108,7 +108,7 @@ class Follower:
             self.log.finish(drain_seconds)
 
     def _step(self) -> bool:
-        """Take in one change; True when the job has succeeded."""
+        """Process one change; True if the job has succeeded."""
         try:
             change = self.changes.get(timeout=1)
         except queue.Empty:
@@ -132,7 +132,7 @@ class Follower:
         for job in mine:
             self.job = job
             if state.has_succeeded(job):
-                with suppress(LaunchError):  # whatever a pod is told to lack, the job has succeeded
+                with suppress(LaunchError):  # whatever a pod reports as missing, the job has succeeded
                     self._see_latest_pods()
                 self.write(f"launcher: job {self.name} succeeded ({self.restarts} restarts)")
                 return True
@@ -155,7 +155,8 @@ class Follower:
                 self.running_since = time.monotonic()
 
     def _see_latest_pods(self) -> None:
-        """The job's end may be told before that of its pods, or even before a short one's beginning."""
+        """Read the pods again: the job's end may be reported before its pods' end, or even before a short pod's
+        start."""
         for pod in self.cluster.pods(self.kind, self.name):
             self._see_pod(pod, gone=False)
 
@@ -218,7 +219,7 @@ class Follower:
         self._tell(worker, str(found))
 
     def _tell(self, what: str, text: str) -> None:
-        """Say it once, for the first pod or worker that it is true of."""
+        """Print a message once, for the first pod or worker it applies to."""
         if text not in self.told:
             self.told.add(text)
             self.write(f"launcher: {self._named(what, text)}")
@@ -231,7 +232,7 @@ class Follower:
         self._see_latest_pods()
         cause = explain.culprit(self.ended.values())
         if cause is None or not cause.final:
-            # Not for a worker's exit then: the operator's own deadline, or an eviction under another restart policy.
+            # So not because of a worker's exit: the operator's deadline, or an eviction under another restart policy.
             before = f"; before that {cause.describe()}" if cause else ""
             raise JobFailed(f"job {self.name} failed: {state.condition_message(job, 'Failed')}{before}")
         tail = self.cluster.log_tail(cause.pod, LOG_TAIL_LINES)
@@ -244,11 +245,11 @@ class Follower:
         raise JobFailed(f"job {self.name} failed: {cause.describe()}{said}", cause.code)
 
     def _check_clocks(self) -> bool:
-        """Give up what takes too long; True when a last look shows that the job has succeeded.
+        """Raise if a time limit has passed; True if a last read shows that the job has succeeded.
 
-        The limits hold whatever fails. Where a watcher does, what is known may be out of date: it is asked again.
+        The limits hold whatever fails. If a watcher fails, the known state may be out of date, so it is read again.
         """
-        silence = f"the API server {self.cluster.server} does not answer; trying again, the job runs on"
+        silence = f"the API server {self.cluster.server} does not answer; trying again, the job keeps running"
         silent = any(watcher.unreachable_since is not None for watcher in self.watchers)
         if silent:
             self._tell("", silence)
@@ -264,11 +265,11 @@ class Follower:
         return False
 
     def _look_again(self) -> bool:
-        """Ask for job and pods, as far as there is an answer; True when the job has succeeded."""
+        """Read job and pods, as far as the API answers; True if the job has succeeded."""
         try:
             job = self.cluster.get(self.kind.kind, self.name)
             pods = self.cluster.pods(self.kind, self.name)
-        except (LaunchError, ValueError, KeyError, TypeError):  # of a proxy perhaps
+        except (LaunchError, ValueError, KeyError, TypeError):  # perhaps from a proxy
             return False
         if self._see_job(Change(self.kind.plural, "LISTED", [job] if job else [])):
             return True
@@ -276,7 +277,7 @@ class Follower:
         return False
 
     def _passed(self) -> str:
-        """Which time limit is passed, "" for none."""
+        """The time limit that has passed, "" for none."""
         now, limits = time.monotonic(), self.limits
         spent = now - self.clock.since
         if self.clock.phase == "queued" and spent > limits.queue_timeout_seconds:
@@ -288,7 +289,7 @@ class Follower:
         if self.running_since is not None and now - self.running_since > limits.run_timeout_seconds:
             return (
                 f"job {self.name} ran longer than cluster.run_timeout_seconds = {limits.run_timeout_seconds}; "
-                "start it again to go on from its last checkpoint"
+                "start it again to continue from its last checkpoint"
             )
         return ""
 

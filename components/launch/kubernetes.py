@@ -1,7 +1,7 @@
-"""Run one task as a job of the cluster: create or adopt it, have it followed to its end, and leave nothing running.
+"""Run one task as a job of the cluster: create or adopt it, follow it to its end, and leave nothing running.
 
 The job's name is a function of the spec, so a launcher that died is replaced by starting it again. A launcher that is
-stopped, or gives up, takes its job along: nothing keeps GPUs without somebody watching.
+stopped or gives up deletes its job: no job holds GPUs unwatched.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def show(line: str) -> None:
 
 
 def run(job: JobSpec, task: Task = "train", pipeline_run: str = "") -> None:
-    """Run `task` of `job` on the cluster; returns when it has succeeded.
+    """Run `task` of `job` on the cluster; returns after it has succeeded.
 
     Args:
-        pipeline_run: id of the pipeline's run that the job is marked with, "" without a pipeline.
+        pipeline_run: id of the pipeline run for the job's label, "" without a pipeline.
 
     Raises:
-        LaunchError: it could not start or did not succeed; one line: what, where, how to mend.
+        LaunchError: it could not start or did not succeed; one line: what, where, fix.
     """
     cluster = Cluster.connect(job.cluster.namespace)
-    # A launcher outside the cluster may not have the volume; then there is no lease, as for a job applied by hand.
+    # A launcher outside the cluster may not have the volume; then there is no lease, as with kubectl apply.
     mounted = Path(job.storage.checkpoints_dir).is_dir()
     with held(job.run_dir) if mounted else nullcontext(_nothing) as let_lease_lapse:
         objects = job_objects(job, task)
@@ -69,10 +69,10 @@ def launch(
     """Create or adopt a job and follow it to its end.
 
     Args:
-        objects: what the job needs, then the job, as `job_objects` renders them.
-        limits: the time limits and the grace period are read, nothing else.
-        write: takes each line of worker 0's log, and the launcher's own, marked `launcher:`.
-        on_leftover: called when the job may still run although it was to be stopped.
+        objects: the objects that the job needs, then the job, as rendered by `job_objects`.
+        limits: only the time limits and the grace period are read.
+        write: receives each line of worker 0's log, and the launcher's own lines, which begin with `launcher:`.
+        on_leftover: called if the job may still run although it should have been stopped.
 
     Raises:
         LaunchError: as `run`. Nothing is left running then, unless `on_leftover` was called.
@@ -81,11 +81,11 @@ def launch(
     kind, name = kind_of(job), job["metadata"]["name"]
     _require_claims(cluster, pod_template(objects))
     current = _make_room(cluster, job, limits, write)
-    ours = current is not None  # to be stopped if this launcher gives up
+    ours = current is not None  # must be stopped if this launcher gives up
     with _stop_on_sigterm():
         try:
             if current is None:
-                ours = True  # from here on: a creation whose answer is lost may have taken place
+                ours = True  # from here on: if the response is lost, the job may have been created
                 try:
                     current = _create(cluster, job, needs, cluster.own_pod())
                 except Refused:
@@ -99,7 +99,7 @@ def launch(
             Follower(cluster, current, limits, write).follow()
         except JobFailed:
             raise
-        except BaseException as error:  # also a signal; it may have come while the job was being created
+        except BaseException as error:  # also a signal, perhaps during the job's creation
             to_stop = ours or not isinstance(error, LaunchError)
             if to_stop:
                 with _undisturbed():
@@ -119,9 +119,9 @@ def _require_claims(cluster: Cluster, template: Object) -> None:
 
 
 def _make_room(cluster: Cluster, job: Object, limits: ClusterSpec, write: Callable[[str], None]) -> Object | None:
-    """The running job of this name; None when there is none and its pods are gone.
+    """The running job of this name; None if there is none and its pods are gone.
 
-    A finished one is deleted also if it succeeded: it would not be run again if what it made were still there.
+    A finished job is deleted even if it succeeded: it would not run again if its artefact still existed.
     """
     kind, name = kind_of(job), job["metadata"]["name"]
     current = cluster.get(kind.kind, name)
@@ -144,12 +144,12 @@ def _make_room(cluster: Cluster, job: Object, limits: ClusterSpec, write: Callab
 def start(
     cluster: Cluster, objects: Sequence[Object], limits: ClusterSpec, write: Callable[[str], None] = show
 ) -> None:
-    """Create a job that nobody follows, as one applied by hand; a finished one of its name is deleted first.
+    """Create a job that no launcher follows, as with kubectl apply; a finished job of its name is deleted first.
 
-    A former launcher's lease may lie on the volume still. Its pods are told that nobody renews it.
+    A former launcher's lease may still be on the volume, so the pods are told that nobody renews it.
 
     Raises:
-        LaunchError: it runs already, or cannot be created.
+        LaunchError: it is already running, or cannot be created.
     """
     objects = copy.deepcopy(list(objects))
     environment = state.container(pod_template(objects)).setdefault("env", [])
@@ -159,34 +159,34 @@ def start(
     name = job["metadata"]["name"]
     _require_claims(cluster, pod_template(objects))
     if _make_room(cluster, job, limits, write) is not None:
-        raise LaunchError(f"job {name} runs already in namespace '{cluster.namespace}'")
+        raise LaunchError(f"job {name} is already running in namespace '{cluster.namespace}'")
     _hand_over(cluster, needs, _create(cluster, job, needs, owner=None))
     write(f"created job {name} in namespace {cluster.namespace}")
 
 
 def _create(cluster: Cluster, job: Object, needs: Sequence[Object], owner: Object | None) -> Object:
     body = {**job, "metadata": {**job["metadata"], **({"ownerReferences": [owner]} if owner else {})}}
-    # Before the job, whose pods would otherwise fail to mount it at first.
+    # Before the job: otherwise its pods would first fail to mount it.
     for need in needs:
         _replace(cluster, need)
     try:
-        # The operator answers from a copy of the cluster's state that may lag behind what was created just now.
+        # The operator's cache may not yet have the object just created.
         return _patiently(lambda: _create_once(cluster, body), lambda error: "must be created before" in str(error))
     except Refused as error:
-        if error.status != HTTPStatus.CONFLICT:  # then another launcher was faster, and it is that one's
+        if error.status != HTTPStatus.CONFLICT:  # another launcher was faster and owns it
             for need in needs:
                 cluster.delete(need["kind"], need["metadata"]["name"])
         raise
 
 
 def _hand_over(cluster: Cluster, needs: Sequence[Object], job: Object) -> None:
-    """What the job needs is collected with it."""
+    """Make the job the owner of the objects it needs, so that they are garbage collected with it."""
     for need in needs:
         cluster.own(need["kind"], need["metadata"]["name"], _reference(job))
 
 
 def _create_once(cluster: Cluster, body: Object) -> Object:
-    """The object, made by the first or a second request: the answer to the first one may be all that was lost."""
+    """Create the object; on a retry it may exist already, because only the first response was lost."""
     try:
         return cluster.create(body)
     except ApiUnreachable:
@@ -194,14 +194,14 @@ def _create_once(cluster: Cluster, body: Object) -> Object:
 
 
 def _replace(cluster: Cluster, need: Object) -> None:
-    """Deleted and created anew: a patched one could still belong to a deleted job and vanish with it."""
+    """Delete and recreate: a patched object could still belong to a deleted job and be collected with it."""
     for is_last in (False, True):
         cluster.delete(need["kind"], need["metadata"]["name"])
         try:
-            # A runtime is gone only when its operator has noticed that no job refers to it any more.
+            # A runtime is gone only after its operator has noticed that no job refers to it.
             _patiently(lambda: cluster.create(need), lambda error: error.status == HTTPStatus.CONFLICT)
             return
-        except ApiUnreachable:  # the answer may be all that was lost
+        except ApiUnreachable:  # perhaps only the response was lost
             if is_last:
                 raise
 
@@ -218,7 +218,8 @@ def _patiently(create: Callable[[], Object], may_pass: Callable[[Refused], bool]
 
 
 def _adopt(cluster: Cluster, current: Object, job: Object) -> None:
-    """The launcher that made the job may be gone; from now on it lives and dies with this one and its pipeline."""
+    """Take ownership: the launcher that created the job may be gone; it now belongs to this launcher and pipeline
+    run."""
     labels, name = {PIPELINE_LABEL: job["metadata"]["labels"].get(PIPELINE_LABEL)}, current["metadata"]["name"]
     try:
         cluster.own(current["kind"], name, cluster.own_pod(), labels)
@@ -226,7 +227,7 @@ def _adopt(cluster: Cluster, current: Object, job: Object) -> None:
         if error.status != HTTPStatus.NOT_FOUND:
             raise
         raise LaunchError(
-            f"job {name} in namespace '{cluster.namespace}' was just being deleted by somebody else; start again"
+            f"job {name} in namespace '{cluster.namespace}' is being deleted by somebody else; start again"
         ) from None
 
 
@@ -238,7 +239,7 @@ def _reference(job: Object) -> Object:
 def _wait_until_gone(
     cluster: Cluster, kind: JobKind, name: str, grace_seconds: int, write: Callable[[str], None]
 ) -> None:
-    """A job created while pods of its predecessor still end would wait for them without saying so."""
+    """Wait for the predecessor's pods: a new job would wait for them without reporting it."""
     patience = grace_seconds + 60
     deadline = time.monotonic() + patience
     told = False
@@ -256,9 +257,9 @@ def _wait_until_gone(
 
 
 def stop(cluster: Cluster, kind: JobKind, name: str, grace_seconds: int, write: Callable[[str], None]) -> bool:
-    """Delete the job and wait for its pods, which save a checkpoint; whether all are gone.
+    """Delete the job and wait for its pods, which save a checkpoint; returns whether all are gone.
 
-    Raises nothing of its own: the error that led here is what gets raised.
+    Raises nothing: the caller raises the error that led here.
     """
     write(f"launcher: deleting job {name}; its workers have {grace_seconds} s to save a checkpoint")
     try:
@@ -280,7 +281,7 @@ def stop(cluster: Cluster, kind: JobKind, name: str, grace_seconds: int, write: 
 
 @contextmanager
 def _stop_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block like Ctrl-C does, so that it can clean up; the process then exits with 143."""
+    """Make SIGTERM end the block like Ctrl-C, so that it can clean up; the process then exits with 143."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -297,7 +298,7 @@ def _stop_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """A further signal does not cut the block short: the job would run on, and nobody would watch it or know."""
+    """Ignore further signals during the block: cut short, it would leave the job running unwatched."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

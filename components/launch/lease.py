@@ -1,13 +1,13 @@
-"""The lease of a run: a file in its directory that a living launcher renews, so that a run nobody watches ends itself.
+"""The lease of a run: a file in its directory that a live launcher renews, so that an unwatched run ends itself.
 
-The trainer looks at it (`trainer.process.limits`) and stops with a checkpoint when it has lapsed; a second launcher
-looks at it to find out that there is a first.
+The trainer reads it (`trainer.process.limits`) and stops with a checkpoint when it has expired; a second launcher reads
+it to detect the first.
 
-A launcher that is killed without a signal shall leave no worker running a minute later. That minute is shared out: 36 s
-of silence, a second to notice, and what is left for the step in progress and its checkpoint. Four renewals may be lost
-on the way, so a volume that blocks the launcher's writes for more than half a minute, but not the workers' reads, ends
-a healthy run with a checkpoint, from which the next launch goes on. Workers that have not started read no lease: an
-owner reference and the pipeline's exit handler remove those, and one that does start later ends itself.
+After a launcher is killed without a signal, no worker may run for more than a minute. Of that minute, 36 s are for
+missing renewals, one second to notice, and the rest for the current step and its checkpoint. Four renewals in a row may
+be lost. If the volume blocks the launcher's writes, but not the workers' reads, for more than half a minute, a healthy
+run ends with a checkpoint, from which the next launch continues. Workers that have not started do not read the lease:
+an owner reference and the pipeline's exit handler remove them, and one that starts later ends itself.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ RENEWAL_SECONDS = 8.0
 def held(
     run_dir: str | Path, lease_seconds: float = LEASE_SECONDS, renewal_seconds: float = RENEWAL_SECONDS
 ) -> Iterator[Callable[[], None]]:
-    """Hold the run's lease during the block; given back afterwards.
+    """Hold the run's lease during the block and release it afterwards.
 
-    A dead launcher's lease is taken over before it lapses, if this one begins in time, so that the run goes on.
+    A dead launcher's lease is taken over, if possible before it expires, so that the run continues.
 
     Yields:
-        A function that says: do not give it back, let it lapse. For a launcher that cannot tell whether its job still
-        runs; without a lease such a job would run on unwatched.
+        A function that makes the lease expire instead of being released. For a launcher that does not know whether its
+        job still runs: without a lease file that job would run unwatched.
 
     Raises:
         LaunchError: another launcher renews it.
@@ -62,7 +62,7 @@ def held(
 
     def keep() -> None:
         while not ended.wait(renewal_seconds):
-            if taken_over():  # this process stood still for so long that it was taken for dead
+            if taken_over():  # this process was suspended for so long that it was considered dead
                 print("launcher: another launcher has taken this run over; leaving its lease alone", flush=True)
                 abandoned.set()
                 return
@@ -71,10 +71,10 @@ def held(
                 measuring.add("lease_renewals_total", outcome="renewed")
             except OSError as error:
                 measuring.add("lease_renewals_total", outcome="failed")
-                # A volume may be away for a while; the lease outlives several renewals.
+                # A volume may be unavailable for a while; the lease survives several missed renewals.
                 print(f"launcher: the lease {path} cannot be renewed ({error.strerror}); trying again", flush=True)
 
-    for outcome in ("renewed", "failed"):  # from 0, else the first would not show as an increase
+    for outcome in ("renewed", "failed"):  # start at 0, else the first one would not show as an increase
         measuring.add("lease_renewals_total", 0, outcome=outcome)
     path.parent.mkdir(parents=True, exist_ok=True)
     renew()
@@ -88,12 +88,12 @@ def held(
         if not abandoned.is_set():
             try:
                 path.unlink(missing_ok=True)
-            except OSError as error:  # must not hide how the run ended
-                print(f"launcher: the lease {path} could not be given back ({error.strerror}); it lapses", flush=True)
+            except OSError as error:  # must not hide the run's result
+                print(f"launcher: the lease {path} could not be removed ({error.strerror}); it expires", flush=True)
 
 
 def _wait_for(run_dir: Path) -> None:
-    """Return once nobody holds the lease: there is none, or its holder has missed enough renewals to be dead."""
+    """Wait until there is no lease, or its holder has missed so many renewals that it must be dead."""
     watch = LeaseWatch(run_dir)
     told = False
     while not watch.lapsed() and watch.lease is not None:

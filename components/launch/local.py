@@ -1,4 +1,4 @@
-"""Run one task of the trainer on this machine: the same entrypoint as in a pod, under its own session."""
+"""Run one task of the trainer on this machine: the same entrypoint as in a pod, in its own session."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from trainer.process import exclusive, launcher
 from trainer.process.failures import meaning
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
-# The trainer's last words, which the launcher's own error repeats.
+# The trainer's last line, which the launcher's error repeats.
 LAST_WORDS = re.compile(r"(error|exit) \d+ \(")
 
 
 def run(job: JobSpec, task: str) -> None:
     """Start `python -m trainer.entrypoint TASK` on `run_dir/train.yaml`, show its output, wait.
 
-    SIGINT and SIGTERM are passed on to it, so that it saves a checkpoint before it ends.
+    SIGINT and SIGTERM are forwarded to it, so that it saves a checkpoint before it ends.
 
     Raises:
-        LaunchError: it ended with anything but 0, with that code; says its meaning and the trainer's own reason.
+        LaunchError: its exit code was not 0; has that code, its meaning and the trainer's reason.
         LaunchError: another process trains the run.
     """
     if task == "train":
@@ -41,10 +41,10 @@ def run(job: JobSpec, task: str) -> None:
 
 
 def run_entrypoint(task: str, spec_file: str, ranks: int, sets: Sequence[str] = ()) -> None:
-    """As `run`, for a TrainSpec file, a number of processes and changes `a.b=c`."""
+    """As `run`, for a TrainSpec file, a number of processes and changes of the form `a.b=c`."""
     changes = [argument for change in sets for argument in ("--set", change)]
     command = [sys.executable, "-m", "trainer.entrypoint", task, "--spec", spec_file, *changes]
-    # Its own session: a Ctrl-C in the terminal reaches it once, through us, and not every rank a second time.
+    # In its own session a Ctrl-C in the terminal reaches it once, through us, and not every rank a second time.
     with (
         tempfile.NamedTemporaryFile("r", prefix="yaongi-reason-") as told,
         subprocess.Popen(
@@ -64,7 +64,7 @@ def run_entrypoint(task: str, spec_file: str, ranks: int, sets: Sequence[str] = 
                 if not LAST_WORDS.match(line):
                     print(line, end="", flush=True)
         except BaseException:
-            # Nobody reads our output any more, most likely: whoever started us was killed. The trainer goes with us.
+            # Nobody reads our output, most likely because our parent was killed. So stop the trainer.
             if not passed_on:
                 child.terminate()
             raise
@@ -75,7 +75,7 @@ def run_entrypoint(task: str, spec_file: str, ranks: int, sets: Sequence[str] = 
 
 
 def environment(ranks: int) -> dict[str, str]:
-    """Variables that torchrun reads; threads are shared out so that ranks do not fight for cores."""
+    """Variables for torchrun; threads are divided so that ranks do not compete for cores."""
     cores = len(os.sched_getaffinity(0))
     return {
         "OMP_NUM_THREADS": str(max(cores // ranks, 1)),
@@ -89,10 +89,11 @@ def environment(ranks: int) -> dict[str, str]:
 
 @contextmanager
 def _forwarding_to(child: subprocess.Popen[str]) -> Iterator[list[int]]:
-    """Pass stop signals on; gives those that were.
+    """Forward stop signals; yields the list of those received.
 
-    The second one makes the trainer go without a checkpoint. Once what started this process is gone, nobody is there to
-    be so impatient: then one is enough, from however many that see that end it comes.
+    A second signal makes the trainer stop without a checkpoint. After the death of our parent only one is forwarded:
+    several
+    processes notice that death and each sends one, but nobody asks to skip the checkpoint.
     """
     started_by, passed_on = launcher.Launcher(), list[int]()
 
@@ -110,7 +111,7 @@ def _forwarding_to(child: subprocess.Popen[str]) -> Iterator[list[int]]:
 
 
 def _reason(termination_message: str) -> str:
-    """What the entrypoint wrote for the person who looks; "" when it died before it could."""
+    """The reason that the entrypoint wrote; "" if it died before that."""
     try:
         return str(json.loads(termination_message)["reason"])
     except (ValueError, KeyError):

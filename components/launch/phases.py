@@ -1,4 +1,4 @@
-"""The phases of a launched job as metrics: which one it is in, and how long it has been in each."""
+"""The phases of a launched job as metrics: the current one, and the time spent in each."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from manifests.names import Task
 
 
 class PhaseMetrics:
-    """One for each job that is followed; `tick` is called about every second."""
+    """One per followed job; `tick` is called about every second."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
         self._phase: Phase | None = None
         self._last = time.monotonic()
-        measuring.add("job_pod_restarts_total", 0, task=task)  # from 0, else the first would not show as an increase
+        measuring.add("job_pod_restarts_total", 0, task=task)  # else the first one would not show as an increase
 
     def tick(self, phase: Phase) -> None:
         """The job is in `phase` now."""
@@ -30,5 +30,5 @@ class PhaseMetrics:
             measuring.set_gauge("job_phase", each == phase, task=self._task, phase=each)
 
     def restarted(self) -> None:
-        """A pod took another one's place."""
+        """A pod has replaced another."""
         measuring.add("job_pod_restarts_total", task=self._task)

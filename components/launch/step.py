@@ -1,8 +1,8 @@
-"""Launch one task of a run (train, evaluate, export) where the spec says, and prove what it left behind.
+"""Launch one task of a run (train, evaluate, export) where the spec says, and verify its artefact.
 
 The run directory is the contract between launcher and trainer: the launcher writes `job.yaml` and `train.yaml` into it,
-the trainer adds its artefact, and only an artefact that verifies counts as success. A task whose verified artefact is
-there already does no work.
+the trainer adds its artefact, and only a verified artefact counts as success. A task whose verified artefact exists
+does no work.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def run(
     """Run `task` of `job`.
 
     Args:
-        after: the result of the step before it.
-        pipeline_run: id of the pipeline's run, by which its exit handler finds the job; "" without a pipeline.
-        train_with: the command to name where nothing has been trained yet.
+        after: the result of the previous step.
+        pipeline_run: id of the pipeline run, by which its exit handler finds the job; "" without a pipeline.
+        train_with: the command to suggest if nothing has been trained yet.
 
     Raises:
         SpecError: there is nothing to evaluate or export.
-        LaunchError: the run directory holds another run, the task failed or left no whole artefact, or what it
-            starts from changed.
+        LaunchError: the run directory holds another run, the task failed or left no complete artefact, or its input
+            changed.
         DataError, CheckpointError: shards or checkpoint cannot be read.
     """
     if after is not None:
         _check_input(job, after)
-    if task != "train" and latest(job.run_dir) is None:  # before a run directory is made that nothing was run in
+    if task != "train" and latest(job.run_dir) is None:  # checked before an empty run directory is created
         raise SpecError(f"{job.run_dir}: there is no checkpoint to {task}; train the job first: {train_with}")
     write_specs(job)
     done = finished(job, task)
@@ -61,17 +61,17 @@ def run(
         kubernetes.run(job, task, pipeline_run)
     done = finished(job, task)
     if done is None:
-        raise LaunchError(f"{task} ended without an error, yet left no finished result in {job.run_dir}; see its logs")
+        raise LaunchError(f"{task} ended without an error but left no finished result in {job.run_dir}; see its logs")
     return done
 
 
 def write_specs(job: JobSpec) -> None:
-    """Write job.yaml and train.yaml into the run directory, whole or not at all.
+    """Write job.yaml and train.yaml to the run directory, atomically.
 
     Raises:
         LaunchError: the directory holds a run that computes something else.
         VolumeError: it cannot be written.
-        SpecError: its run cannot take on this length.
+        SpecError: the run cannot be continued with this length.
         CheckpointError: its checkpoints are damaged.
     """
     run_dir, spec = Path(job.run_dir), job.train_spec()
@@ -96,8 +96,9 @@ def write_specs(job: JobSpec) -> None:
 
 
 def _identity(spec: TrainSpec) -> dict[str, object]:
-    """What a run computes. Where its files lie, how its processes share the work and what it skips from here on may
-    change between two launches, as `JobSpec.run_name` has it."""
+    """The fields that define what a run computes. Paths, the layout of its processes and future skips may change
+    between
+    two launches, as for `JobSpec.run_name`."""
     free = {"run_dir": True, "parallel": True, "runtime": True, "evaluate": True} | LENGTH
     return spec.model_dump(mode="json", exclude=free | {"tokens": {"shards", "tokenizer", "skip"}})
 

@@ -1,6 +1,6 @@
-"""Say as soon as it is known that the sources cannot give a run's tokens within their caps of epochs.
+"""Report as early as possible that the sources are too small for a run's tokens within their epoch caps.
 
-The trainer refuses such a run too, once it has built its model on every node.
+The trainer refuses such a run too, but only after it has built its model on every node.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from trainer.data.manifest import Manifest, StageResult, read_manifest
 from trainer.data.mixture import Mixture
 from trainer.errors import DataError
 
-DATA_ALONE_VARIABLE = "YAONGI_DATA_ALONE"  # there when no training follows: what is too little for one is told only
+DATA_ALONE_VARIABLE = "YAONGI_DATA_ALONE"  # set if no training follows: then too little text is only reported
 
 
 def text_suffices(job: JobSpec, raw: StageResult) -> None:
-    """Refuse text that is too little however it is encoded: a byte is at most one token, a document ends with one.
+    """Refuse too little text for any tokenizer: at most one token per byte, plus one at the end of each document.
 
     Raises:
         DataError: as `refuse_too_little`.
@@ -32,7 +32,7 @@ def text_suffices(job: JobSpec, raw: StageResult) -> None:
 
 
 def tokens_suffice(job: JobSpec, shards: StageResult) -> None:
-    """Refuse shards that hold too few tokens: what the trainer finds before its first step.
+    """Refuse shards with too few tokens; the trainer makes the same check before its first step.
 
     Raises:
         DataError: as `refuse_too_little`.

@@ -1,4 +1,4 @@
-"""Refuse what cannot work on this machine before anything is downloaded: disk, memory, time. Imports no torch."""
+"""Refuse jobs that exceed this machine's disk, memory or time before anything is downloaded. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from trainer.preflight.measured import gibibytes
 from trainer.preflight.storage import checkpoints_to_come
 from trainer.process.hostmemory import limit_bytes
 
-TOKEN_BYTES = 2  # of vocabularies below 65,536
-FLOPS_PER_CORE = 2e10  # of a core of a server, FP32, in this trainer: `tiny` on two cores
+TOKEN_BYTES = 2  # for vocabularies below 65,536
+FLOPS_PER_CORE = 2e10  # per server core, FP32, measured in this trainer: `tiny` on two cores
 MOST_DAYS = 60
 DEVICES = Path("/dev")
-GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # CUDA, ROCm, a GPU under Windows
+GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # CUDA, ROCm, a GPU under WSL
 
 
 def checks(job: JobSpec, *, train: bool) -> dict[str, Callable[[], None]]:
-    """What is looked at on this machine, by name; what can only be guessed is judged in the job's favour.
+    """The checks of this machine, by name; estimates are made in the job's favour.
 
-    Each raises, where the job cannot work here:
-        SpecError: the model's state exceeds the memory, or the processors would take months; write
-            train.runtime.device cpu to insist.
-        VolumeError: a volume has not the room for the data and checkpoints to come.
+    Each raises if the job cannot work here:
+        SpecError: the model's state exceeds the memory, or the CPUs would take months; train.runtime.device cpu
+            overrides.
+        VolumeError: a volume has too little space for the remaining data and checkpoints.
 
     Args:
-        train: also what comes after the data.
+        train: also check what follows the data steps.
     """
     found: dict[str, Callable[[], None]] = {}
     if train:
@@ -43,7 +43,7 @@ def checks(job: JobSpec, *, train: bool) -> dict[str, Callable[[], None]]:
 
 
 def refuse_hopeless(job: JobSpec, *, train: bool) -> None:
-    """Refuse a job for this machine by the first of `checks` that does; raises as they do."""
+    """Raise the error of the first failing check of `checks`."""
     for check in checks(job, train=train).values():
         check()
 
@@ -86,7 +86,7 @@ def _refuse_too_little_disk(job: JobSpec, train: bool) -> None:
     for directory, needed in wanted.items():
         place = next(path for path in (directory, *directory.parents) if path.exists())
         status = os.statvfs(place)
-        free = status.f_bavail * status.f_frsize if status.f_blocks else float("inf")  # some do not tell
+        free = status.f_bavail * status.f_frsize if status.f_blocks else float("inf")  # unknown on some machines
         first, before, _ = volumes.get(place.stat().st_dev, (directory, 0.0, free))
         volumes[place.stat().st_dev] = (first, before + needed, free)
     for directory, needed, free in volumes.values():
@@ -98,13 +98,13 @@ def _refuse_too_little_disk(job: JobSpec, train: bool) -> None:
 
 
 def _data_to_come(job: JobSpec) -> float:
-    """Bytes of text and of token files that are still to be written."""
+    """Bytes of text and token files still to be written."""
     factors: dict[Literal["raw", "shards"], float] = {"raw": 1.0, "shards": TOKEN_BYTES / BYTES_PER_TOKEN}
     return sum(factor * _text_to_come(job, stage) for stage, factor in factors.items())
 
 
 def _text_to_come(job: JobSpec, stage: Literal["raw", "shards"]) -> float:
-    """Bytes of text that a stage has not got yet."""
+    """Bytes of text that a stage still lacks."""
     try:
         there = read_manifest(job.stage_dir(stage), stage)
     except DataError:

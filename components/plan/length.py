@@ -1,4 +1,4 @@
-"""A run whose length is changed: which run that is, and from which of its checkpoints it goes on."""
+"""Change the length of a run: find the run and the checkpoint from which it continues."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from trainer.errors import SpecError
 
 
 def as_begun_with(job: JobSpec, steps: int) -> JobSpec:
-    """The job as a run that was begun with another number of steps."""
+    """The job as a run that began with another number of steps."""
     return job.updated({"train": {"begun_with_steps": None if steps == job.train.steps else steps}})
 
 
 def continued(job: JobSpec) -> JobSpec:
-    """The job as the run that it makes longer, where there is one that differs in nothing but its length.
+    """The job as a continuation of an existing run that differs only in length, if there is one.
 
-    Of several, the one that has come furthest. A run whose rate has begun to fall, with no checkpoint from before,
-    cannot be made longer: one line says so, and the job begins a run of its own.
+    Of several such runs, the one with the most steps done. A run whose learning rate has begun to fall and that has no
+    checkpoint from before cannot be lengthened: one line says so, and the job begins a new run.
 
     Raises:
         CheckpointError: a run's checkpoints are damaged.
@@ -45,22 +45,22 @@ def continued(job: JobSpec) -> JobSpec:
 
 
 def _shorter(job: JobSpec) -> Iterator[tuple[JobSpec, int]]:
-    """The job as each run of the same directory that differs from it in its length alone, and that run's length."""
+    """Yield the job as each existing run that differs only in length, and that run's length."""
     for file in sorted(Path(job.run_dir).parent.glob(f"{job.name}-*/job.yaml")):
         try:
             there = load_job(str(file))
         except SpecError:
-            continue  # of another version, or damaged: no run to go on with
+            continue  # of another version, or damaged: cannot be continued
         longer = as_begun_with(job, there.begun_with_steps)
         if longer.run_name == file.parent.name and there.train.steps <= job.train.steps:
             yield longer, there.train.steps
 
 
 def changed(job: JobSpec, changes: dict[str, Any], run: str) -> JobSpec:
-    """The job of `run` with changes of what may change on the way, its length above all.
+    """The job of `run` with changes to fields that may change during a run, mainly its length.
 
     Raises:
-        SpecError: as `parse`; another run is what they make; there is no checkpoint to go on from with this length.
+        SpecError: as `parse`; the changes make another run; no checkpoint allows this length.
     """
     now = as_begun_with(job.updated(changes), job.begun_with_steps)
     limit = job.data.first_max_bytes

@@ -1,7 +1,8 @@
-"""Turn the fields of the form (or the command line) into one validated JobSpec: the first step of every run.
+"""Turn the fields of the form (or command line) into one validated JobSpec: the first step of every run.
 
-A person fills a few plain fields; `overrides` can change anything else. Each fact has one place, so overrides may not
-repeat a plain field: `arguments_for` moves what a job file says about those into them, `resolve` puts them back.
+A person fills in a few plain fields; `overrides` can change anything else. Each fact has one place, so overrides may
+not repeat a plain field: `arguments_for` moves such fields of a job file into the plain ones, `resolve` moves them
+back.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ _EXAMPLE = '{"train": {"seed": 1}}'
 
 
 def resolve(preset: str, overrides: str = "{}", **plain: str | int | float) -> JobSpec:
-    """The JobSpec that preset, plain fields and overrides (JSON) describe.
+    """The JobSpec from preset, plain fields and overrides (JSON).
 
     Args:
         preset: a preset's name, or "" when `overrides` holds a whole job.
         overrides: a JSON object of JobSpec fields.
-        plain: fields of PLAIN; whole numbers may arrive as floats, as Kubeflow Pipelines hands them over.
+        plain: fields of PLAIN; Kubeflow Pipelines may pass whole numbers as floats.
 
     Raises:
         SpecError: one line per problem.
@@ -53,11 +54,11 @@ def resolve(preset: str, overrides: str = "{}", **plain: str | int | float) -> J
 
 
 def runnable_here(job: JobSpec) -> JobSpec:
-    """The job itself, if the steps that run where this runs can do their part of it.
+    """Returns the job if the steps can do their part of it on this machine or in this pod.
 
     Raises:
-        SpecError: the trainer is to run here without PyTorch; or it is to run in pods, and what these mount is not
-            mounted here, so that the steps would write where nobody reads, or find nothing.
+        SpecError: the trainer should run here but PyTorch is missing; or it should run in pods, but their volumes are
+            not mounted here, so that they would not see the steps' files.
     """
     if job.cluster.target == "local":
         if find_spec("torch") is None:
@@ -69,16 +70,16 @@ def runnable_here(job: JobSpec) -> JobSpec:
     for name, (directory, claim) in places.items():
         if not Path(directory).is_dir():
             raise SpecError(
-                f"storage.{name}_dir: {directory} is no folder here; the trainer's pods find the volume of claim "
+                f"storage.{name}_dir: {directory} is not a folder here; the trainer's pods find the volume of claim "
                 f"'{claim}' there, so it must be mounted there where the other steps run too"
             )
     return job
 
 
 def placement(preset_name: str, overrides: str) -> ClusterSpec | None:
-    """Where the training jobs are, for a step that can have no result of `plan`; None for a form that `plan` refuses.
+    """Where the training jobs are, for a step without the result of `plan`; None for a form that `plan` refuses.
 
-    Of the plain fields, none says where.
+    The plain fields do not affect this.
     """
     try:
         found = deep_merge(preset(preset_name) if preset_name else {}, _overrides(overrides))
@@ -88,7 +89,7 @@ def placement(preset_name: str, overrides: str) -> ClusterSpec | None:
 
 
 def arguments_for(preset: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """The pipeline's arguments that `resolve` turns into preset + `changes`; unchanged plain fields are left out."""
+    """The pipeline's arguments from which `resolve` makes preset + `changes`; unchanged plain fields are left out."""
     plain: dict[str, Any] = {}
     rest = json.loads(json.dumps(changes))
     for name, path in PLAIN.items():

@@ -26,7 +26,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What goes into one shard. Plans know nothing of each other, so that shards can be written side by side."""
+    """The content of one shard. Plans are independent, so that shards can be written in parallel."""
 
     name: str
     source: str
@@ -37,10 +37,10 @@ class ShardPlan:
 def plan_shards(
     units_dir: Path, units: Sequence[Unit], max_tokens: int, numbers: Mapping[tuple[str, Split], int]
 ) -> Iterator[ShardPlan]:
-    """Fill each shard with whole documents up to `max_tokens`; sources follow each other as the units have them.
+    """Fill each shard with whole documents up to `max_tokens`; sources follow each other in the order of the units.
 
     Args:
-        numbers: of each source's and split's first shard; 0 where there is none.
+        numbers: the number of each source's and split's first shard; default 0.
     """
     for source in dict.fromkeys(unit.source for unit in units):
         for split in SPLITS:
@@ -57,7 +57,7 @@ def plan_shards(
                         shard.pieces.append(Piece(unit, first, last))
                         room -= int(ends[last - 1]) - before
                     if last < len(ends):
-                        assert shard.pieces, "a document larger than a shard; the encoder refuses those"
+                        assert shard.pieces, "a document larger than a shard; the encoder refuses these"
                         yield shard
                         number, room = number + 1, max_tokens
                         shard = ShardPlan(f"{source}-{split}-{number:05d}", source, split)

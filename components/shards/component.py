@@ -5,7 +5,7 @@ from components.images import PIPELINE_IMAGE
 
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
 def encode(part: str) -> str:
-    """Encode one range (JSON) of the units of raw text; returns its name."""
+    """Encode one range (JSON) of the raw text's units; returns its name."""
     from components.running import step
     from components.shards.ranges import Range
     from components.shards.step import encode_range
@@ -18,7 +18,7 @@ def encode(part: str) -> str:
 
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
 def shards(job: str, raw: str, tokenizer: str, after: list) -> str:
-    """Make token files of what the ranges after which it runs encoded; returns a StageResult (JSON)."""
+    """Make token files from the encoded ranges; returns a StageResult (JSON)."""
     from components.plan.enough import tokens_suffice
     from components.running import step
     from components.shards.step import run

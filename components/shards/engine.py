@@ -1,8 +1,8 @@
-"""Which engine encodes for the shards: tiktoken, several times faster, where it gives the ids of `tokenizers`.
+"""Choose the engine that encodes the shards: tiktoken, several times faster, if it gives the ids of `tokenizers`.
 
 `tokenizers` defines the ids: it merges by its list of merges. tiktoken merges the pair whose union has the lowest id.
-The two agree where ids were given in the order of the merges and both read the pattern alike; whether they do is tried
-on hard texts, on the vocabulary itself and on a sample of the data before anything is encoded.
+The two agree if ids are in the order of the merges and both interpret the pattern alike. This is tested on hard texts,
+on the vocabulary itself and on a sample of the data before anything is encoded.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _PIECES = (
 
 
 def open_engine(name: EngineName, tokenizer: Tokenizer) -> Encode:
-    """The function from texts to their ids, special tokens in the texts as ordinary characters.
+    """A function from texts to ids that treats special tokens in the texts as ordinary characters.
 
     Raises:
         ImportError: tiktoken is not installed.
-        ValueError: tiktoken cannot do what this tokenizer does.
+        ValueError: tiktoken does not support this tokenizer.
     """
     if name == "tokenizers":
         return tokenizer.encode_batch
@@ -46,7 +46,7 @@ def open_engine(name: EngineName, tokenizer: Tokenizer) -> Encode:
 
 
 def with_markup(encode: Encode, tokenizer: Tokenizer) -> Encode:
-    """The same function, but with special tokens in the texts as such, all but the one that ends a document."""
+    """The same function, but it encodes special tokens in the texts as such, except the end-of-document token."""
     specials = {token: tokenizer.encode(token, specials=True) for token in SPECIAL_TOKENS if token != EOD}
     markup = re.compile(f"({'|'.join(map(re.escape, specials))})")
 
@@ -59,7 +59,7 @@ def with_markup(encode: Encode, tokenizer: Tokenizer) -> Encode:
 
 
 def choose_engine(tokenizer: Tokenizer, sample: Iterable[str]) -> tuple[EngineName, str]:
-    """The fastest engine whose ids are right, and why it is that one."""
+    """The fastest engine with correct ids, and the reason for the choice."""
     try:
         encode = open_engine("tiktoken", tokenizer)
     except (ImportError, ValueError) as error:
@@ -74,7 +74,7 @@ def choose_engine(tokenizer: Tokenizer, sample: Iterable[str]) -> tuple[EngineNa
 
 
 def hard_texts(count: int = 400) -> Iterator[str]:
-    """All bytes, and random successions of pieces and code points that tokenizers stumble over."""
+    """All bytes, and random sequences of pieces and code points that are hard for tokenizers."""
     rng = random.Random(0)
     yield bytes(range(256)).decode("latin-1")
     yield from _PIECES
@@ -85,7 +85,7 @@ def hard_texts(count: int = 400) -> Iterator[str]:
 
 
 def vocabulary_texts(tokenizer: Tokenizer, at_once: int = 200) -> Iterator[str]:
-    """Every token on a line of its own, then every token against another one."""
+    """Every token on its own line, then every token next to another one."""
     tokens = [tokenizer.decode([n]) for n in range(tokenizer.vocab_size)]
     others = random.Random(0).sample(tokens, len(tokens))
     for first in range(0, len(tokens), at_once):
@@ -96,7 +96,7 @@ def vocabulary_texts(tokenizer: Tokenizer, at_once: int = 200) -> Iterator[str]:
 
 def _any_character(rng: random.Random) -> str:
     number = rng.randrange(0x110000 - 0x800)
-    return chr(number if number < 0xD800 else number + 0x800)  # without surrogates, which are no text
+    return chr(number if number < 0xD800 else number + 0x800)  # without surrogates, which are not text
 
 
 def _excerpt(text: str, length: int = 40) -> str:

@@ -1,4 +1,4 @@
-"""How the encoding is shared out: a step before it says the ranges, and needs nothing of what encodes."""
+"""The ranges into which encoding is divided; the step that makes them does not import the encoder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from trainer.data.manifest import Record, StageResult
 
 
 class Range(Record):
-    """A part of the units to encode: number `index` of `count`. It says all, as a loop hands on nothing else."""
+    """Part `index` of `count` of the units to encode. It is self-contained, because a loop passes nothing else."""
 
     job: JobSpec
     raw: StageResult
@@ -21,6 +21,6 @@ class Range(Record):
 
 
 def ranges(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> list[Range]:
-    """The ranges for as many pods as the job says."""
+    """The ranges, one for each encoder pod of the job."""
     pods = job.shards.pods
     return [Range(job=job, raw=raw, tokenizer=tokenizer, index=index, count=pods) for index in range(pods)]

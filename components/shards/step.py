@@ -1,7 +1,7 @@
-"""Shards step: raw text → Megatron shards, a set for each source and split, byte-identical however the work went.
+"""Shards step: raw text → Megatron shards, one set per source and split, byte-identical however the work was divided.
 
-The work may be spread: `encode_range` encodes a part of the units, on any number of machines; `run` encodes what is
-left of them (all, where nothing was spread) and makes the shards and their manifest.
+The work can be distributed: `encode_range` encodes a part of the units, on any number of machines; `run` encodes the
+remaining units (all, if none were distributed) and makes the shards and their manifest.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 
 UNITS_DIR = "units"
-ENCODING_VERSION = 2  # raise it with every change that alters the bytes; shards of another version are made again
+ENCODING_VERSION = 2  # increase it with every change of the bytes; shards of another version are made again
 PARITY_BYTES = 2**19  # text of the data on which the engines are compared
 
 
 def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
-    """Make the shards, go on where a killed run stopped, or say that unchanged ones are there.
+    """Make the shards, continue after a killed run, or report that they are unchanged.
 
     Raises:
-        DataError: raw text or tokenizer missing, changed or malformed; names file and line.
+        DataError: raw text or tokenizer is missing, changed or malformed; names file and line.
         OSError: the volume is full or a worker was killed.
     """
     work = _Work.of(job, raw, tokenizer)
@@ -51,7 +51,7 @@ def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
         work = work.begun()
         units = work.units()
         with _ready(job, work, units) as workers:
-            before, why = work.reusable()  # again: another process may have finished before this one had the lock
+            before, why = work.reusable()  # check again: another process may have finished before this one got the lock
             if before is None:
                 files = len({unit.path for unit in units})
                 reason = "appended" if work.whole else why
@@ -61,13 +61,13 @@ def run(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> StageResult:
         manifest = before
         measuring.verified(len(manifest.files))
         print(f"shards: {why}: {work.directory}", flush=True)
-    # Also after a run that was killed between its manifest and this line.
+    # Also after a run that was killed between the manifest and this line.
     shutil.rmtree(work.directory / UNITS_DIR, ignore_errors=True)
     return StageResult(kind="shards", path=str(work.directory), digest=manifest.digest, summary=_summary(manifest))
 
 
 def encode_range(one: Range) -> None:
-    """Encode the units of a range, for `run` to make shards of, unless the shards are there.
+    """Encode the units of a range, from which `run` makes shards, unless the shards exist.
 
     Raises:
         DataError, OSError: as `run`.
@@ -80,15 +80,15 @@ def encode_range(one: Range) -> None:
     units = range_of(work.units(), one.index, one.count)
     if units:
         with _ready(one.job, work, units) as workers:
-            if not work.finished():  # by another process, before this one had the lock
+            if not work.finished():  # by another process, before this one got the lock
                 _encode(one.job, work, units, workers)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What shards are made from, and how.
+    """The inputs and settings of shards.
 
-    Each generation of the raw text gives one of the shards. `whole`: what is there of them, up to one of these.
+    Each generation of the raw text gives one generation of the shards. `whole`: the newest intact one that exists.
     """
 
     directory: Path
@@ -107,7 +107,7 @@ class _Work:
     @classmethod
     def of(cls, job: JobSpec, raw: StageResult, tokenizer: StageResult) -> _Work:
         raw_manifest, tokenizer_manifest = open_stage(raw), open_stage(tokenizer)
-        verify(tokenizer.path, tokenizer_manifest)  # one changed byte of it would change every token
+        verify(tokenizer.path, tokenizer_manifest)  # one changed byte would change every token
         hygiene = decisions(job, raw_manifest)
         made_from = [{"raw": each.digest, "tokenizer": tokenizer_manifest.digest} for each in raw_manifest.generations]
         if hygiene:
@@ -134,12 +134,12 @@ class _Work:
         )
 
     def begun(self, *, sizes_only: bool = False) -> _Work:
-        """The same with what is whole of the shards, which takes reading them."""
+        """The same with `whole` set, which requires reading the shards."""
         whole = whole_part(self.directory, "shards", self.made_from, self.settings, sizes_only=sizes_only)
         return replace(self, whole=whole)
 
     def units(self, generation: int | None = None) -> list[Unit]:
-        """The units of the raw files that a generation brought; by default of all that no whole shards are there of."""
+        """The units of the raw files that a generation added; by default of all files without intact shards."""
         made = len(self.whole.generations) if self.whole else 0
         first, last = (made, len(self.made_from)) if generation is None else (generation, generation + 1)
         ends = [0, *(each.files for each in self.raw.generations)]
@@ -147,11 +147,11 @@ class _Work:
         return [unit for unit in plan_units(self.raw, self.settings["unit_bytes"]) if unit.path in chosen]
 
     def reusable(self) -> tuple[Manifest | None, str]:
-        """The manifest of whole shards that are as these would be, else None; and why."""
+        """The manifest of existing intact shards with the same inputs and settings, else None; and the reason."""
         return reusable(self.directory, "shards", self.inputs, self.settings)
 
     def finished(self) -> bool:
-        """Whether the shards are there, by their manifest and sizes alone."""
+        """Whether the shards exist, judged only by manifest and file sizes."""
         try:
             manifest = read_manifest(self.directory, "shards")
             verify(self.directory, manifest, sizes_only=True)
@@ -203,7 +203,7 @@ def _encode(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Workers) 
 def _assembled(
     job: JobSpec, work: _Work, units: Sequence[Unit], before: Manifest | None, workers: Workers
 ) -> list[FileEntry]:
-    """Shards of these units, numbered on from those of `before`."""
+    """Make shards of these units, numbered after those of `before`."""
     units_dir = work.directory / UNITS_DIR
     vocab_size = work.settings["vocab_size"]
     present = [entry for entry in before.files if entry.tokens] if before else []
@@ -251,7 +251,7 @@ def _summary(manifest: Manifest) -> dict[str, int | float | str]:
 
 
 def _clear(work: _Work) -> None:
-    """Take back the declaration that the directory is finished, then remove what is neither unit nor whole shard."""
+    """Remove the manifest, which declares the directory finished, then all files except units and intact shards."""
     withdraw(work.directory, work.whole)
     stays = {entry.path for entry in work.whole.files} if work.whole else set()
     for path in work.directory.iterdir():
@@ -261,7 +261,7 @@ def _clear(work: _Work) -> None:
 
 @contextmanager
 def _ready(job: JobSpec, work: _Work, units: Sequence[Unit]) -> Iterator[Workers]:
-    """The worker processes, while the units are this process's alone."""
+    """The worker processes, while this process holds the lock on the units."""
     first = units[0].number if units else 0
     with (
         alone_on(work.directory / UNITS_DIR, "making shards", first, len(units)),

@@ -1,9 +1,9 @@
-"""Units of tokenization: byte ranges of raw files, encoded by a pool of processes, each kept across crashes once done.
+"""Units of tokenization: byte ranges of raw files, encoded by a process pool; finished units survive crashes.
 
-A unit's bounds follow from the raw files and `unit_bytes` alone. A worker writes a unit's tokens to a temporary file,
-syncs and renames it; then the parent appends its checksum to a journal. After a crash every journalled unit is taken
-as it is and the others are done again, so the outcome depends neither on crashes nor on the number of workers. Several
-processes, on as many machines, may encode ranges of units that do not overlap: each keeps a journal of its own.
+A unit's bounds depend only on the raw files and `unit_bytes`. A worker writes a unit's tokens to a temporary file,
+fsyncs and renames it; then the parent appends its checksum to a journal. After a crash, units in the journal are kept
+and the others are encoded again, so the result depends neither on crashes nor on the number of workers. Several
+processes, also on different machines, may encode disjoint ranges of units: each has its own journal.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 from trainer.files import atomic_write, checksum, sync_directory
 
-BATCH_CHARACTERS = 2**19  # text encoded at once; keeps a worker's memory flat
+BATCH_CHARACTERS = 2**19  # text encoded at once; bounds a worker's memory
 _HASH_RANGE = 2**64
 
 
@@ -49,7 +49,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents of a unit and split: tokens back to back; of each its tokens, text bytes and its line's byte offset."""
+    """Documents of a unit and split: concatenated tokens; for each document, its tokens, text bytes and line offset."""
 
     tokens: NDArray[np.integer]
     lengths: NDArray[np.int64]
@@ -59,9 +59,9 @@ class EncodedDocuments:
 
 @dataclass(frozen=True)
 class UnitEncoder:
-    """Encodes one unit; sent to the worker processes. All that a unit's bytes depend on is in here and in the unit.
+    """Encodes one unit; sent to the worker processes. A unit's bytes depend only on this object and the unit.
 
-    Documents that `hygiene_dir` drops are left out; in the texts of the sources in `markup` special tokens are such.
+    Documents dropped by `hygiene_dir` are left out; special tokens are encoded as such only in sources in `markup`.
     """
 
     raw_dir: str
@@ -77,7 +77,7 @@ class UnitEncoder:
         """Write the unit's file and return its checksum.
 
         Raises:
-            DataError: a malformed line, or a document too large for a shard; names file and line.
+            DataError: a line is malformed or a document too large for a shard; names file and line.
         """
         tokenizer, encode = _opened(self.tokenizer_dir, self.engine)
         if unit.source in self.markup:
@@ -108,7 +108,7 @@ class UnitEncoder:
 
 
 def is_heldout(text: bytes, fraction: float) -> bool:
-    """By the text's own hash: equal texts go to the same side, wherever they stand."""
+    """Decide by the text's hash: equal texts get the same split, wherever they are."""
     return xxhash.xxh3_64_intdigest(text) < fraction * _HASH_RANGE
 
 
@@ -123,7 +123,8 @@ def plan_units(manifest: Manifest, unit_bytes: int) -> list[Unit]:
 
 
 def range_of(units: Sequence[Unit], index: int, count: int) -> Sequence[Unit]:
-    """The units of range `index` of `count`: together all of them, none twice, as equal in bytes as units allow."""
+    """The units of range `index` of `count`; the ranges partition all units, with byte counts as equal as units
+    allow."""
     total = sum(unit.stop - unit.start for unit in units)
     ends = np.cumsum([unit.stop - unit.start for unit in units])
     first, last = (int(np.searchsorted(ends, total * n / count, side="right")) for n in (index, index + 1))
@@ -131,7 +132,7 @@ def range_of(units: Sequence[Unit], index: int, count: int) -> Sequence[Unit]:
 
 
 def encode_units(units: Sequence[Unit], encoder: UnitEncoder, workers: Workers, journal: Journal) -> None:
-    """Encode the units that are not in the journal yet, and enter them there.
+    """Encode the units that are not in the journal, and enter them there.
 
     Raises:
         DataError: as UnitEncoder.
@@ -161,10 +162,11 @@ def unit_file(directory: str | Path, number: int) -> Path:
 
 
 class Journal:
-    """Checksums of finished units: a line that says what they are made from, then a line each, synced as it is written.
+    """Checksums of finished units: a line with their inputs, then one line per unit, fsynced as it is written.
 
-    It answers for `units`, and takes over what other journals in the directory say about them. A line cut short by a
-    crash is dropped; its unit is done again.
+    It covers `units`, and adopts the entries of other journals in the directory about them. A line truncated by a crash
+    is
+    dropped; its unit is encoded again.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any], units: Sequence[Unit]) -> None:
@@ -218,7 +220,7 @@ def _opened(directory: str, engine: EngineName) -> tuple[Tokenizer, Encode]:
 
 
 def _batches(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[list[int], list[str]]]:
-    """(byte offsets, texts) of successive documents."""
+    """Yield (byte offsets, texts) of consecutive documents."""
     offsets: list[int] = []
     texts: list[str] = []
     characters = 0

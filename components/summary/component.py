@@ -12,7 +12,7 @@ def summary(
     metrics: dsl.Output[dsl.Metrics],
     model: dsl.Output[dsl.Model],
 ):
-    """Show the run's report, overview, numbers and model beside the pipeline; the files stay on the volume."""
+    """Show the run's report, overview, numbers and model in the pipeline's UI; the files stay on the volume."""
     from components.running import step
     from components.summary.step import markdown, model_artefact, publish_report, read_run
     from manifests.spec import job_from_json

@@ -1,4 +1,4 @@
-"""Read a finished run's numbers from its directory, for the summary on the terminal and beside the pipeline."""
+"""Read a finished run's numbers from its directory, for the summary on the terminal and in the pipeline's UI."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.recording.results import loss_of, read_json
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Losses in nats per token, quality in bits per byte of held-out text by domain.
+    """Losses in nats per token; quality in bits per byte of held-out text by domain.
 
     Attributes:
         loss: the mean of the last `loss_steps` steps.
@@ -39,7 +39,7 @@ class RunSummary:
     samples: list[tuple[str, str]]
 
     def metrics(self) -> dict[str, float]:
-        """The numbers to compare runs by; only finite ones, since JSON and so Kubeflow Pipelines know no others."""
+        """The numbers for comparing runs; only finite ones, because JSON, and so Kubeflow Pipelines, has no others."""
         quality = {f"bits_per_byte_{domain}": value for domain, value in self.bits_per_byte.items()}
         numbers = {name: float(getattr(self, name)) for name in (*NUMBERS, "loss")} | quality
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
@@ -62,7 +62,7 @@ def read_run(run_dir: str | Path) -> RunSummary:
     """The summary of a run that has been trained, evaluated and exported.
 
     Raises:
-        LaunchError: one of those has not finished.
+        LaunchError: one of these has not finished.
     """
     run_dir = Path(run_dir)
     result = read_json(run_dir / "result.json", NUMBERS)
@@ -71,9 +71,9 @@ def read_run(run_dir: str | Path) -> RunSummary:
     if result is None or evaluation is None or checkpoint is None:
         missing = "result.json" if result is None else "eval.json" if evaluation is None else "a checkpoint"
         raise LaunchError(f"{run_dir}: {missing} is missing; run the pipeline to its end first")
-    # A loss is null where the step was skipped for gradients that were not finite.
+    # The loss is null if the step was skipped because of non-finite gradients.
     numbers: dict[str, Any] = {name: math.nan if result[name] is None else result[name] for name in NUMBERS}
-    loss = result.get("loss", result["loss_last"])  # version 0.1 wrote that of the last step alone
+    loss = result.get("loss", result["loss_last"])  # version 0.1 wrote only the loss of the last step
     return RunSummary(
         name=run_dir.name,
         **numbers,
@@ -88,16 +88,16 @@ def read_run(run_dir: str | Path) -> RunSummary:
 
 
 def markdown(run: RunSummary) -> str:
-    """The summary as a Markdown page with the samples at its end."""
+    """The summary as a Markdown page that ends with the samples."""
     table = "".join(f"| {label} | {value} |\n" for label, value in run.rows())
     samples = "".join(f"\n**{prompt}**{text}\n".replace("\n\n", "\n") for prompt, text in run.samples)
     return f"# {run.name}\n\n| | |\n|---|---|\n{table}\n## Samples\n{samples}"
 
 
 def model_artefact(job: JobSpec, run: RunSummary) -> tuple[str, dict[str, str | float]]:
-    """Address and metadata of the exported model; its bytes stay where they are.
+    """Address and metadata of the exported model; the files are not copied.
 
-    The address of a model on a volume is one that KServe serves from: pvc://<claim>/<path>.
+    A model on a volume has an address that KServe can serve: pvc://<claim>/<path>.
 
     Raises:
         LaunchError: there is no export.
@@ -125,7 +125,7 @@ def model_artefact(job: JobSpec, run: RunSummary) -> tuple[str, dict[str, str | 
 
 
 def publish_report(run: RunSummary, target: str | Path) -> None:
-    """Copy the HTML report, which stands alone, to `target`.
+    """Copy the self-contained HTML report to `target`.
 
     Raises:
         LaunchError: the run has none.

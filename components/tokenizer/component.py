@@ -7,9 +7,9 @@ from components.images import PIPELINE_IMAGE
 
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
 def tokenizer(job: str, raw: str) -> NamedTuple("Trained", [("tokenizer", str), ("Output", list[str])]):
-    """Train the tokenizer on a sample of the raw text; returns a StageResult (JSON), and what `encode` may share out.
+    """Train the tokenizer on a sample of the raw text; returns a StageResult (JSON), and the ranges for `encode`.
 
-    The latter is called Output because kfp.local can loop over an output of no other name.
+    The ranges are called Output because kfp.local can loop only over an output of that name.
     """
     from components.running import step
     from components.shards.ranges import ranges

@@ -1,8 +1,8 @@
 """Tokenizer step: train on a sample of the raw text that follows the mix.
 
-The sample is a pure function of the raw manifest and the spec: each source gives its weight's share of `sample_bytes`,
-read from evenly spaced windows of its files, or all of it when it is smaller than that share. It is taken of the first
-generation of the raw text that has enough, so that the tokenizer stays when more is appended.
+The sample is a pure function of the raw manifest and the spec: each source gives its weight's share of `sample_bytes`
+from evenly spaced windows of its files, or all of its text if it has less. It is taken from the first generation of the
+raw text that has enough, so that the tokenizer stays the same when text is appended.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from trainer.data.vocabulary import SPECIAL_TOKENS
 from trainer.files import atomic_write
 
 REPORT = "report.json"
-REPORT_BYTES = 2**20  # text of each source on which the compression is reported
+REPORT_BYTES = 2**20  # text of each source for the compression report
 
 
 def run(job: JobSpec, raw: StageResult) -> StageResult:
-    """Train the tokenizer, or say that an unchanged one is there.
+    """Train the tokenizer, or report that it is unchanged.
 
     Raises:
-        DataError: raw text that is missing, changed or malformed; another process trains the same tokenizer.
+        DataError: raw text is missing, changed or malformed; another process trains the same tokenizer.
         VolumeError: the volume is full or cannot be written.
     """
     directory = Path(job.stage_dir("tokenizers"))
@@ -48,7 +48,7 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
     before, why = _there(directory, raw_manifest, settings)
     if before is None:
         with alone(directory, "training a tokenizer"), volume_explained(directory):
-            # Again: another process may have finished before this one had the lock.
+            # Check again: another process may have finished before this one got the lock.
             before, why = _there(directory, raw_manifest, settings)
             if before is None:
                 print(f"tokenizer: training {job.tokenizer.vocab_size} tokens ({why})", flush=True)
@@ -65,13 +65,13 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
 
 
 def _there(directory: Path, raw: Manifest, settings: dict[str, Any]) -> tuple[Manifest | None, str]:
-    """As `reusable`: a tokenizer stays when text is appended to what it was trained on."""
+    """As `reusable`: a tokenizer remains valid when text is appended to its training text."""
     found = [reusable(directory, "tokenizer", {"raw": each.digest}, settings) for each in raw.generations]
     return next((one for one in found if one[0] is not None), found[-1])
 
 
 def sampled(job: JobSpec, raw: Manifest) -> Manifest:
-    """The first generation of the raw text that has all that the sample takes, whatever was appended to it later."""
+    """The first generation of the raw text that has enough for the sample; later generations are ignored."""
     wanted = {name: min(_share(job, name), raw.counts(name).text_bytes) for name in job.data.sources}
     return next(
         part for part in raw.parts if all(part.counts(name).text_bytes >= least for name, least in wanted.items())
@@ -100,7 +100,7 @@ def _with_progress(job: JobSpec, directory: str, manifest: Manifest, progress: B
 
 
 def _compression(directory: Path, raw_dir: str, manifest: Manifest) -> dict[str, float]:
-    """UTF-8 bytes of text for each token, by domain."""
+    """UTF-8 bytes of text per token, by domain."""
     tokenizer = bpe.Tokenizer.load(directory)
     text_bytes: dict[str, int] = defaultdict(int)
     tokens: dict[str, int] = defaultdict(int)

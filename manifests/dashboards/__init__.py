@@ -1,6 +1,6 @@
 """Grafana dashboards as code; `python -m manifests.generate` writes their JSON into the chart.
 
-The JSON is what is installed. The code needs grafana-foundation-sdk, which only development has; `query` needs nothing.
+The JSON is what gets installed. The code needs grafana-foundation-sdk, a development dependency; `query` does not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is prepared, what is trained on, and how safe it lies in checkpoints."""
+"""Data preparation, training sources and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def data() -> dict[str, Any]:
 
 
 def _in_time_shown(name: str, by: str, legend: str) -> Query:
-    """What steps of the pipeline have counted; they may be over before a rate could be told."""
+    """Counts of pipeline steps in the time shown; a step may be too short for a rate."""
     return Query(f"sum by ({by}) (max_over_time({metric(name)}[$__range]))", legend)
 
 
@@ -156,7 +156,7 @@ def _documents() -> list[Any]:
 
 
 def _so_far(name: str, *by: str) -> Query:
-    """What a step has counted; it may begin and end between two points of a curve."""
+    """Counts of a step so far; it may begin and end between two points of a curve."""
     newest = f"max_over_time({metric(name)}[$__rate_interval])"
     return Query(f"sum by ({', '.join(by)}) ({newest})", " ".join(f"{{{{{label}}}}}" for label in by))
 

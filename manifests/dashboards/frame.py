@@ -1,4 +1,4 @@
-"""What the dashboards have in common: variables, links between them, annotations, and rows of panels as JSON."""
+"""The common parts of the dashboards: variables, links, annotations, and rows of panels as JSON."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Row:
 
 
 def build(uid: str, title: str, description: str, rows: Sequence[Row], *, steps: bool = True) -> dict[str, Any]:
-    """The JSON model of a dashboard that Grafana loads or a ConfigMap carries.
+    """The JSON model of a dashboard, for Grafana or a ConfigMap.
 
     Args:
-        uid: under which it can be linked to; never changes.
-        steps: whether it shows steps of the pipeline too, beside training.
+        uid: permanent id, used in links.
+        steps: whether it also shows pipeline steps, not only training.
     """
     made = dashboard.Dashboard(title).uid(uid).description(description).tags([TAG]).time("now-6h", "now").refresh("30s")
     made.tooltip(model.DashboardCursorSync.CROSSHAIR).timezone("browser").editable()
@@ -48,7 +48,7 @@ def build(uid: str, title: str, description: str, rows: Sequence[Row], *, steps:
 
 
 def _variables(steps: bool) -> list[dashboard.DatasourceVariable | dashboard.QueryVariable]:
-    """Anything is chosen at first, also series that lack the label, as those of a Prometheus on one's own machine."""
+    """By default all are selected, even series without the label, such as those of a Prometheus on a workstation."""
     source = dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus")
     queries = {
         "namespace": f'label_values({{__name__=~"{PREFIX}.+"}}, namespace)',
@@ -75,11 +75,11 @@ def _variables(steps: bool) -> list[dashboard.DatasourceVariable | dashboard.Que
 
 
 def _annotations() -> list[dashboard.AnnotationQuery]:
-    # A restarted process may be another instance after a pause: what counts is the number now against the one before.
+    # A restarted process may be another instance after a pause, so compare the current number with the one before.
     restarts = metric("restarts_total")
     before = f"last_over_time({restarts}[1h] offset $__rate_interval)"
     restarted = f"max by (run, reason) ({restarts}) > max by (run, reason) ({before})"
-    # Until a process has saved one, the time is that of its start, and there is no duration.
+    # Until a process has saved one, the time is its start time and there is no duration.
     saved_at, duration = metric("checkpoint_last_success_timestamp_seconds"), metric("checkpoint_seconds")
     saved = f"1000 * max by (run) ({saved_at} and {duration})"
     firing = f'ALERTS{{alertname=~"Yaongi.+", alertstate="firing", {OF_RUN}}}'
@@ -90,7 +90,7 @@ def _annotations() -> list[dashboard.AnnotationQuery]:
     ]
 
 
-# Of the Prometheus data source, which the SDK's model of an annotation does not know.
+# A field of the Prometheus data source that the SDK's annotation model lacks.
 _ANNOTATION_TEXTS = (
     {"titleFormat": "restart", "textFormat": "{{run}} restarted: {{reason}}", "tagKeys": "run,reason"},
     {"titleFormat": "checkpoint", "textFormat": "{{run}} saved", "tagKeys": "run", "useValueForTime": True},

@@ -1,8 +1,8 @@
-"""The look of a panel, and how it names a metric.
+"""The style of panels, and how they select metrics.
 
-`metric("loss")` knows only the table of trainer/recording/metrics.py and adds what the template variables select;
-expressions are written with it alone, so no dashboard can ask for a metric that nobody exports. Charts sum over pods
-and instances, since a pod that is made anew continues the curve of the one before it.
+`metric("loss")` accepts only metrics of trainer/recording/metrics.py and adds the selectors of the template variables.
+All expressions use it, so no dashboard can query a metric that is not exported. Charts sum over pods and instances, so
+that a recreated pod continues the curve of its predecessor.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from trainer.recording.metrics import BY_NAME, PREFIX
 
 DATASOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 OF_RUN = 'namespace=~"$namespace", run=~"$run"'
-OF_STEPS = 'namespace=~"$namespace", run=~"$pipeline"'  # a step knows only the run of the pipeline that it is part of
+OF_STEPS = 'namespace=~"$namespace", run=~"$pipeline"'  # a step only has the run id of its pipeline
 
 Panel = timeseries.Panel | stat.Panel | table.Panel
 Limit = tuple[str, float]
-"""A colour and the value from which on it holds."""
+"""A colour and the value from which it applies."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """A PromQL expression and what its series are called, with labels as `{{label}}`."""
+    """A PromQL expression and the name of its series, with labels as `{{label}}`."""
 
     expression: str
     legend: str = "{{run}}"
@@ -74,7 +74,7 @@ def chart(
     Args:
         limits: drawn as dashed lines.
         least, most: ends of the axis.
-        alerts: that watch what is shown; the panel links to their runbooks.
+        alerts: the related alerts; the panel links to their runbooks.
     """
     panel = timeseries.Panel().title(title).description(description).unit(unit).span(width).height(8)
     panel.datasource(DATASOURCE).targets(_targets(queries)).thresholds(_thresholds(limits)).links(_runbooks(alerts))
@@ -106,7 +106,7 @@ def number(
     decimals: int | None = None,
     words: Sequence[str] = (),
 ) -> stat.Panel:
-    """The newest value of each series, large, on the colour of the limit that it has passed.
+    """The newest value of each series in large type, on the colour of the limit it has passed.
 
     Args:
         words: shown for the values 0, 1, …
@@ -123,7 +123,7 @@ def number(
 
 
 def facts(title: str, description: str, expression: str, *, hidden: Sequence[str], width: int = 24) -> table.Panel:
-    """The labels of series whose value says nothing, a row for each, without those that are `hidden`."""
+    """A table of series labels (for series whose value means nothing), one row each, without the `hidden` labels."""
     panel = table.Panel().title(title).description(description).unit("none").span(width).height(5)
     target = prometheus.Dataquery().expr(expression).instant().format(PromQueryFormat.TABLE).legend_format("{{run}}")
     panel.datasource(DATASOURCE).with_target(target.ref_id("A").datasource(DATASOURCE)).show_header(True)
@@ -146,7 +146,7 @@ def _targets(queries: Sequence[Query]) -> list[prometheus.Dataquery]:
 
 
 def _runbooks(alerts: Sequence[str]) -> list[dashboard.DashboardLink]:
-    """The chart puts the place of the runbooks in front, as it does for the alerts."""
+    """The chart adds the URL prefix of the runbooks, as for the alerts."""
     known = {alert.name: alert for alert in ALERTS}
     return [
         dashboard.DashboardLink(f"Runbook: {name}")

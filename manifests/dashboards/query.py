@@ -1,8 +1,8 @@
-"""What Grafana would ask Prometheus for a dashboard: variables replaced, then one query for each target.
+"""The queries that Grafana would send to Prometheus for a dashboard: variables replaced, one query per target.
 
     for target in targets(content): print(target.panel, target.expression)
 
-Reads the JSON alone, so that the committed dashboards are what is tried out and drawn.
+Reads only the JSON, so that the committed dashboards are tested and drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VARIABLES = ("namespace", "run", "pipeline", "rank")
 
 @dataclass(frozen=True)
 class Target:
-    """One query of a panel, as the dashboard has it."""
+    """One query of a panel, as in the dashboard."""
 
     panel: str
     expression: str
@@ -37,7 +37,7 @@ def dashboards() -> dict[str, dict[str, Any]]:
 
 
 def panels(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every panel but rows, also those of collapsed rows."""
+    """Every panel except rows, including those in collapsed rows."""
     for panel in content["panels"]:
         if panel["type"] == "row":
             yield from panel["panels"]
@@ -57,13 +57,13 @@ def event_queries(content: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class View:
-    """What a person looks at: a time range, values of template variables, and how often Prometheus scrapes.
+    """The state of a dashboard page: time range, template variables, and Prometheus' scrape interval.
 
     Attributes:
         start, end: Unix seconds.
-        scrape_interval: seconds, as the data source of Grafana says it.
-        chosen: value of each template variable, a list where several are chosen; one that is not there stands at All.
-        points: at most so many for each curve.
+        scrape_interval: seconds, as set in Grafana's data source.
+        chosen: value of each template variable, a list for several; a missing variable is All.
+        points: maximum number of points of a curve.
     """
 
     start: float
@@ -80,7 +80,7 @@ class View:
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: its labels, name, and points as (Unix seconds, value), not a number where Prometheus says so."""
+    """A curve: its labels, name, and points (Unix seconds, value); the value may be NaN, as in Prometheus."""
 
     labels: dict[str, str]
     name: str
@@ -92,7 +92,7 @@ class Series:
 
 
 def series(ask: Ask, target: Target, view: View) -> list[Series]:
-    """What `target` shows.
+    """The curves of `target`.
 
     Args:
         ask: (path below /api/v1, parameters) → `data` of Prometheus's answer.
@@ -115,7 +115,7 @@ def _name(legend: str, labels: Mapping[str, str]) -> str:
 
 
 def substituted(expression: str, view: View) -> str:
-    """`expression` as Grafana sends it.
+    """`expression` as Grafana would send it.
 
     Raises:
         ValueError: the expression names a variable that Grafana would not replace.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Importing the modules of rules registers them.
+# Importing these modules registers their rules.
 from manifests.lint import (
     environment,
     launching,
@@ -29,7 +29,7 @@ NEWEST_MEASURED_TRAINER = "2.1"
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule that one place breaks. `line` counts from 1."""
+    """One violation of a rule. `line` counts from 1."""
 
     rule: str
     severity: Severity
@@ -44,7 +44,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Result:
-    """`jobs`: how many jobs and runtimes were found among `objects`."""
+    """`jobs`: number of jobs and runtimes among `objects`."""
 
     findings: list[Finding]
     objects: int
@@ -59,10 +59,10 @@ def lint(texts: dict[str, str], trainer_version: str = NEWEST_MEASURED_TRAINER) 
     """Check every PyTorchJob, TrainJob and training runtime; all texts are one input and may refer to each other.
 
     Args:
-        texts: manifests by the name that findings give them.
-        trainer_version: of Kubeflow Trainer that TrainJobs are for, one of `TRAINER_VERSIONS`.
+        texts: manifests by the name used in findings.
+        trainer_version: the Kubeflow Trainer version to check TrainJobs for, one of `TRAINER_VERSIONS`.
     Raises:
-        Unreadable: a text that is no YAML of Kubernetes objects.
+        Unreadable: a text is not YAML of Kubernetes objects.
     """
     documents = [document for source, text in texts.items() for document in read(text, source)]
     found: list[Finding] = []
@@ -70,7 +70,7 @@ def lint(texts: dict[str, str], trainer_version: str = NEWEST_MEASURED_TRAINER) 
     problems: list[Problem] = []
     for document, subject in subjects(documents, trainer_version):
         jobs += isinstance(subject, PyTorchJob | TrainJob | Runtime)
-        if isinstance(subject, AnyObject):  # the first of its document
+        if isinstance(subject, AnyObject):  # the document's first object
             problems = subject.problems
         switched_off = ignored(Place(document.value)["metadata"]["annotations"])
         for rule in RULES.values():
@@ -79,7 +79,7 @@ def lint(texts: dict[str, str], trainer_version: str = NEWEST_MEASURED_TRAINER) 
                     if rule.subject is not AnyObject and any(problem.explains(hit.place.path) for problem in problems):
                         continue
                     finding = _finding(rule.id, document, hit.place.path, hit.what)
-                    if finding not in found:  # of a runtime's pods, for each of its TrainJobs
+                    if finding not in found:  # a runtime's pods, once for each of its TrainJobs
                         found.append(finding)
     order = list(texts)
     found.sort(key=lambda f: (order.index(f.source), f.line, f.severity, f.rule, f.path))

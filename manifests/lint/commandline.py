@@ -1,4 +1,4 @@
-"""What a container's command line starts: which launcher, with which options, or a script without one."""
+"""Parse a container's command line: the launcher and its options, or a script started without one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _names(text: str) -> frozenset[str]:
 
 SHELL = re.compile(r"(.*/)?(ba|da|a|z|k|c)?sh")
 PYTHON = re.compile(r"(.*/)?python[0-9.]*")
-# Programs that only start another one, with those of their options that take a value.
+# Programs that only start another program, with their options that take a value.
 WRAPPERS = {
     "env": "-u -C -S --unset --chdir",
     "exec": "-a",
@@ -32,7 +32,7 @@ WRAPPERS = {
     "timeout": "-k -s",
     "catchsegv": "",
 }
-# Programs that run another of their words: `uv run torchrun`.
+# Programs whose subcommand starts another program: `uv run torchrun`.
 RUNNERS = {
     ("uv", "run"): "--with --python -p --project --directory --extra --group --env-file",
     ("poetry", "run"): "",
@@ -49,7 +49,7 @@ MODULES = {
     "colossalai.cli": "colossalai",
 }
 LAUNCHERS = ("torchrun", "accelerate", "deepspeed", "mpirun", "mpiexec", "horovodrun", "colossalai", "tune", "axolotl")
-# Options of torchrun (torch 2.13, and use_env, which torch.distributed.launch had).
+# Options of torchrun (torch 2.13, plus use_env of torch.distributed.launch).
 TORCHRUN = _names(
     "duplicate_stderr_filters duplicate_stdout_filters event_log_handler help local_addr local_rank "
     "local_ranks_filter log_dir logs_specs master_addr master_port max_restarts module monitor_interval nnodes "
@@ -64,7 +64,7 @@ FLAGS = {
     ),
     "deepspeed": _names("module no_python no_local_rank force_multi save_pid enable_each_rank_log no_ssh"),
 }
-# The same thing by another launcher's name → torchrun's; each with what it counts.
+# Another launcher's option → torchrun's option of the same meaning; each with the thing it counts.
 SYNONYMS = {
     "accelerate": {
         "num_machines": "nnodes",
@@ -93,11 +93,11 @@ class Launch:
     """One start of training.
 
     Attributes:
-        launcher: torchrun (by any of its names), accelerate, deepspeed, mpirun, …, or python for a script alone.
-        options: the launcher's own, in torchrun's spelling where there is one, with _ for -; "" for a flag. What no
-            manifest says (variables of the image, of the operator) is left as `$NAME`.
-        written: names of options as they stand there.
-        place: of the element of command or args.
+        launcher: torchrun (under any name), accelerate, deepspeed, mpirun, …, or python for a bare script.
+        options: the launcher's options, in torchrun's spelling if it has them, with _ for -; "" for a flag. Variables
+            that no manifest defines (of the image or the operator) are left as `$NAME`.
+        written: names of the options as written.
+        place: the element of command or args.
     """
 
     launcher: str
@@ -110,7 +110,7 @@ class Launch:
         return int(value) if value.isascii() and value.isdigit() else None
 
     def text(self, option: str) -> str:
-        """Empty also for what is not known here."""
+        """Empty also for a value that is unknown."""
         value = self.options.get(option, "")
         return "" if "$" in value or "`" in value else value
 
@@ -122,21 +122,21 @@ class Launch:
 
 
 def launches(command: Place, args: Place, env: Place) -> list[Launch]:
-    """How training is started; empty where the image, a script or a program of one's own decides.
+    """How training is started; empty if the image, a script or an unknown program decides.
 
     Args:
-        env: of the container; references to its literal values are followed.
+        env: the container's variables; references to literal values are resolved.
     """
     places = [place for part in (command, args) for place in part.each()]
     if not places or (not list(command.each()) and not _is_program(places[0].text)):
         return []
     known = {entry["name"].text: entry["value"].text for entry in env.each() if entry["value"].text}
-    exported: dict[str, str] = {}  # by the script itself; the operators' own beat those of env
+    exported: dict[str, str] = {}  # by the script itself; the operators' variables override those of env
     found: list[tuple[Launch, Command]] = []
     ends_opaque = False
     for start, place in _starts(places):
         words = _unwrapped(start.words, start.assignments)
-        # An export is seen by what follows.
+        # An export affects the following commands.
         if start.words[:1] == ["export"] or not words:
             exported |= dict(word.split("=", 1) for word in start.words if "=" in word) | start.assignments
             continue
@@ -154,7 +154,7 @@ def launches(command: Place, args: Place, env: Place) -> list[Launch]:
 
 
 def unexpanded(command: Place, args: Place, env: Place) -> Iterator[tuple[Place, str]]:
-    """References in a command line without a shell that stay there letter by letter, with their elements.
+    """References in a command line without a shell that stay literal, with their elements.
 
     Only $(NAME) is replaced, and only if the container has that variable.
     """
@@ -164,7 +164,7 @@ def unexpanded(command: Place, args: Place, env: Place) -> Iterator[tuple[Place,
         return
     names = {entry["name"].text for entry in env.each()}
     for place in places:
-        if "-c" in words[1:2]:  # python's own text
+        if "-c" in words[1:2]:  # Python code as an argument
             return
         for found in re.finditer(r"(?<!\$)\$(?:\((\w+)\)|\{?[A-Za-z_]\w*\}?)", place.text):
             if found[1] is None or found[1] not in names:
@@ -172,7 +172,7 @@ def unexpanded(command: Place, args: Place, env: Place) -> Iterator[tuple[Place,
 
 
 def _starts(places: list[Place]) -> Iterator[tuple[Command, Place]]:
-    """The simple commands of a container, through any `sh -c`."""
+    """The simple commands of a container, including those in `sh -c`."""
     words = [place.text for place in places]
     unwrapped = _unwrapped(words, {})
     at = len(words) - len(unwrapped)
@@ -212,7 +212,7 @@ def _is_program(word: str) -> bool:
 
 
 def _unwrapped(words: list[str], assignments: dict[str, str]) -> list[str]:
-    """Without what only starts the next program; assignments of `env` are added to the given ones."""
+    """Remove wrappers that only start the next program; assignments of `env` are added to the given ones."""
     rest = list(words)
     while rest:
         name = rest[0].rpartition("/")[2]
@@ -264,7 +264,7 @@ def _launch(words: list[str], known: Mapping[str, str], exported: Mapping[str, s
         verb = next((n for n, word in enumerate(rest) if word in verbs), None)
         rest = rest if verb is None else rest[verb + 1 :]
     options, written = _options(name, rest, known)
-    for key, value in exported.items():  # torchrun reads what its command line leaves out
+    for key, value in exported.items():  # torchrun reads options missing on its command line from here
         if name == "torchrun" and key.startswith("PET_") and key[4:].lower() not in options:
             options[key[4:].lower()] = _resolved(value, known)
             written[key[4:].lower()] = key
@@ -282,7 +282,7 @@ def _options(name: str, words: list[str], known: Mapping[str, str]) -> tuple[dic
         at += 1
         if name == "torchrun" and said.startswith("--") and option not in TORCHRUN:
             whole = [known for known in TORCHRUN if known.startswith(option)]
-            option = whole[0] if len(whole) == 1 else option  # argparse takes any beginning that is unique
+            option = whole[0] if len(whole) == 1 else option  # argparse accepts any unique prefix
         if not has_value and option not in FLAGS.get(name, ()) and at < len(words):
             takes = name in FLAGS or not words[at].startswith("-")
             value, at = (words[at], at + 1) if takes else ("", at)

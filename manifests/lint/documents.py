@@ -1,7 +1,7 @@
-"""YAML as Kubernetes reads it, with the line of every value.
+"""Read YAML as Kubernetes does, with the line of every value.
 
-PyYAML's safe loader, but with numbers and booleans as Go's YAML has them: dates and 1:20 are texts, y and 0123456789
-are not. Mappings with the same key twice, of which the API server silently takes the last, are noted.
+PyYAML's safe loader with the numbers and booleans of Go's YAML: dates and 1:20 are strings, y and 0123456789 are not.
+Duplicate keys in a mapping, of which the API server silently takes the last, are recorded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.errors import SpecError
 
 
 class Unreadable(SpecError):
-    """The input is no YAML; the message says where and how to mend."""
+    """The input is not YAML; the message has the place and the fix."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Document:
     duplicates: tuple[Path, ...] = ()
 
     def line(self, path: Path) -> int:
-        """Line, from 1, of the value at `path` in the object, or of the nearest that is written around it."""
+        """Line, from 1, of the value at `path` in the object, or of the nearest enclosing value."""
         node, line = self.node, self.node.start_mark.line
         for step in (*self.path, *path):
             found = _child(node, step)
@@ -49,11 +49,12 @@ class Document:
 
 if TYPE_CHECKING or not yaml.__with_libyaml__:
     _SafeLoader = yaml.SafeLoader
-else:  # as in every wheel of PyYAML; it scans many times as fast
+else:  # in every wheel of PyYAML; scans many times faster
 
     class _SafeLoader(Composer, yaml.cyaml.CParser, SafeConstructor, Resolver):
-        """Events of libyaml, nodes of Python: libyaml's own composer calls itself for each level and ends the process
-        when there are too many, Python's raises RecursionError."""
+        """Events from libyaml, nodes composed in Python: libyaml's composer is recursive and crashes the process at too
+        many
+        levels; Python's raises RecursionError."""
 
         def __init__(self, text: str) -> None:
             yaml.cyaml.CParser.__init__(self, text)
@@ -62,7 +63,7 @@ else:  # as in every wheel of PyYAML; it scans many times as fast
 
 
 class _Loader(_SafeLoader):
-    """The safe loader with the numbers that Go's YAML knows."""
+    """The safe loader with the number formats of Go's YAML."""
 
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -96,10 +97,10 @@ for _tag, _pattern, _convert, _first in (
 
 
 def read(text: str, source: str) -> Iterator[Document]:
-    """Every Kubernetes object of a YAML or JSON text of one or more documents; a List counts as its items.
+    """Every Kubernetes object in a YAML or JSON text of one or more documents; a List counts as its items.
 
     Raises:
-        Unreadable: no YAML, or a document that is no mapping with apiVersion and kind.
+        Unreadable: not YAML, or a document is not a mapping with apiVersion and kind.
     """
     try:
         yield from _objects(text, source)
@@ -114,13 +115,13 @@ def _objects(text: str, source: str) -> Iterator[Document]:
     loader = _Loader(text)
     try:
         while loader.check_node() and (node := loader.get_node()) is not None:
-            duplicates = tuple(_duplicates(node))  # now: constructing mixes in what `<<` merges
+            duplicates = tuple(_duplicates(node))  # before construction, which adds the keys merged by `<<`
             value = loader.construct_document(node)
             if value is None:  # a comment between two ---
                 continue
             if not (isinstance(value, dict) and isinstance(value.get("kind"), str) and "apiVersion" in value):
                 where = f"{source}:{node.start_mark.line + 1}"
-                raise Unreadable(f"{where}: no Kubernetes object (apiVersion and kind are missing)")
+                raise Unreadable(f"{where}: not a Kubernetes object (apiVersion and kind are missing)")
             if value["kind"].endswith("List") and isinstance(value.get("items"), list):
                 for index, item in enumerate(value["items"]):
                     if isinstance(item, dict):
@@ -138,9 +139,9 @@ def _item(document: Document) -> Document:
 
 
 def _duplicates(top: yaml.Node) -> Iterator[Path]:
-    """Paths of keys that a mapping has twice."""
+    """Paths of duplicate keys."""
     todo: list[tuple[yaml.Node, Path]] = [(top, ())]
-    done: set[int] = set()  # an alias leads to the same node again
+    done: set[int] = set()  # an alias points to the same node
     while todo:
         node, path = todo.pop()
         if id(node) in done:

@@ -1,4 +1,4 @@
-"""Environment variables: what the operators set themselves, what refers to what, what must not stand there."""
+"""Environment variables: those set by the operators, references between them, secrets in plain text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from manifests.lint.registry import Hit, Severity, rule
 from manifests.lint.subjects import Container, Pod, PyTorchJob
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
-# The training operator 1.9 appends these after the user's own, or leaves them to torchrun, which sets them by rank.
+# The training operator 1.9 appends these after the user's, or leaves them to torchrun, which sets them per rank.
 OPERATORS = re.compile(
     r"PET_(MASTER_ADDR|MASTER_PORT|NODE_RANK|NPROC_PER_NODE|NNODES|RDZV_BACKEND|RDZV_ENDPOINT|RDZV_ID|RDZV_CONF|"
     r"MAX_RESTARTS|STANDALONE)|MASTER_ADDR|MASTER_PORT|WORLD_SIZE|RANK"
@@ -18,7 +18,7 @@ OPERATORS = re.compile(
 _SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|PASSWORD|PASSWD|PASSPHRASE|SECRET|SECRETS|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS?)$"
 )
-# Tokens of a tokenizer, and numbers of them.
+# Names about tokenizer tokens and token counts, which are not secrets.
 _NO_SECRET = re.compile(
     r"(^|_)(BOS|EOS|PAD|UNK|SEP|CLS|MASK|MAX|MIN|NUM|NEW|PER|SPECIAL|START|END|STOP|BEGIN|IMAGE|AUDIO|VIDEO|PREFIX|SUFFIX|"
     r"MIDDLE|EOD|EOT|EOM|SYSTEM|USER|ASSISTANT|INPUT|OUTPUT|ADD|USE|NO)_TOKEN$"
@@ -35,9 +35,9 @@ _REFERENCE = re.compile(r"(?<!\$)\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
     "reserved-env",
     ERROR,
     PyTorchJob,
-    why="The operator appends its own values after yours, and the last one counts: yours is silently replaced. "
-    "One that it does not set in this topology takes effect, and is the same in every pod: every pod says it "
-    "is that rank.",
+    why="The operator appends its own values after yours, and the last one wins: yours is silently replaced. A "
+    "variable that it does not set in this topology takes effect with the same value in every pod: all claim "
+    "the same rank.",
     fix="Remove it; the spec says the same (replicas, nprocPerNode, elasticPolicy.rdzvHost, rdzvPort, rdzvId, "
     "maxRestarts).",
 )

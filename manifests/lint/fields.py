@@ -1,6 +1,6 @@
-"""The fields that the APIs know: of Kubernetes' own kinds, the training operators', Kueue's and Prometheus' operator's.
+"""The fields of the APIs: Kubernetes, the training operators, Kueue and the Prometheus operator.
 
-`schemas` writes the tables from their schemas. They are read at the first question: most runs never ask.
+`schemas` writes the tables from their schemas. They are loaded lazily: most runs never need them.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ KUBERNETES, OPERATORS = (Path(__file__).with_name(f"{name}.json") for name in ("
 
 @dataclass(frozen=True)
 class Type:
-    """What may stand somewhere.
+    """The type of a value.
 
     Attributes:
         kind: string, time, bytes, boolean, int32, int64, number, quantity, int-or-string, any, list, mapping or object.
-        name: of an object's entry in the tables.
-        of: the elements of a list or mapping.
-        keys: of which no two elements of a list may have the same.
-        needed: whether it must be there.
-        limits: of JSON schema, such as enum and maxLength; `words` of Kubernetes, of which "" is the default.
+        name: an object's entry in the tables.
+        of: type of the elements of a list or mapping.
+        keys: fields that must be unique among the elements of a list.
+        needed: whether it is required.
+        limits: JSON schema limits such as enum and maxLength; `words`: values that Kubernetes accepts, "" meaning the
+            default.
     """
 
     kind: str
@@ -46,7 +47,7 @@ class Type:
 
     @property
     def object(self) -> str:
-        """Of the object that it is, or a list or mapping has; "" for none."""
+        """The name of its object, or of the objects in its list or mapping; "" for none."""
         return self.of.object if self.of else self.name
 
 
@@ -61,7 +62,7 @@ def _tables() -> tuple[dict[str, Any], dict[str, Any]]:
 
 @cache
 def fields(name: str) -> dict[str, Type]:
-    """Of an object. Those of Kubernetes know their words."""
+    """The fields of an object; those of Kubernetes have their `words`."""
     kubernetes, operators = _tables()
     found = {}
     for key, said in (kubernetes["types"].get(name) or operators["types"][name]).items():
@@ -88,13 +89,13 @@ def _parsed(text: str, limits: dict[str, Any]) -> Type:
 
 
 def plain(name: str) -> str:
-    """PodSpec of PodSpec~2, which another release has, or an operator cut."""
+    """PodSpec for PodSpec~2, a variant of another release or one that an operator reduced."""
     return name.partition("~")[0]
 
 
 @cache
 def _kinds() -> dict[str, dict[str, str | dict[str, str]]]:
-    """Kind → API version → object, by release of Trainer where that matters."""
+    """Kind → API version → object, by Trainer release where it matters."""
     found: dict[str, dict[str, str | dict[str, str]]] = {}
     for table in _tables():
         for key, name in table["kinds"].items():
@@ -109,18 +110,18 @@ def versions(kind: str) -> list[str]:
 
 
 def kinds(api_version: str) -> list[str]:
-    """Kinds that an API version serves, of those known."""
+    """The known kinds that an API version serves."""
     return [kind for kind, of in _kinds().items() if api_version in of]
 
 
 @cache
 def own_groups() -> frozenset[str]:
-    """API groups of Kubernetes itself, and the one in which deployments once were."""
+    """API groups of Kubernetes itself, and the former group of Deployments."""
     return frozenset(key.rpartition("/")[0] for key in _tables()[0]["kinds"]) | {"extensions"}
 
 
 def of_kind(api_version: Any, kind: str, trainer: str) -> str:
-    """The object that a kind is; "" for one that is not known.
+    """The object of a kind; "" for an unknown kind.
 
     Args:
         trainer: release of Kubeflow Trainer.
@@ -131,13 +132,13 @@ def of_kind(api_version: Any, kind: str, trainer: str) -> str:
 
 
 def is_custom(name: str) -> bool:
-    """Whether an operator's kind, for which the API server knows only the schema."""
+    """Whether it is an operator's kind, of which the API server has only the schema."""
     return name in _tables()[1]["types"]
 
 
 @cache
 def at(name: str, way: Way) -> str:
-    """The object that stands at a way into another; "" for none."""
+    """The object at a path inside another; "" for none."""
     type_ = Type("object", name)
     for step in way:
         inner = type_.of or (fields(type_.name).get(str(step)) if type_.name else None)

@@ -1,4 +1,4 @@
-"""The launcher's command line: what it says beside, or against, the job."""
+"""The launcher's command line: options that repeat or contradict the job."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ MEETING = ("nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "rdzv_id
     "nproc-option",
     ERROR,
     Start,
-    why="The number of processes on the launcher's command line beats PET_NPROC_PER_NODE, which comes of the job. Two "
-    "processes on one GPU end in NCCL's 'Duplicate GPU detected'; fewer than GPUs leave the rest idle, but allocated.",
+    why="The number of processes on the launcher's command line overrides PET_NPROC_PER_NODE, set by the job. "
+    "Two processes on one GPU end in NCCL's 'Duplicate GPU detected'; fewer than GPUs leave the rest idle, but "
+    "allocated.",
     fix="Leave the option out and write the number in the job, or make it equal to the GPUs of the pod's limits.",
 )
 def nproc_option(start: Start) -> Iterator[Hit]:
@@ -49,8 +50,8 @@ def nproc_option(start: Start) -> Iterator[Hit]:
     "torchrun-nnodes",
     ERROR,
     Start,
-    why="An --nnodes on torchrun's command line beats PET_NNODES, which the operator sets. A number that is not "
-    "that of the pods waits for ever or runs split.",
+    why="An --nnodes on torchrun's command line overrides PET_NNODES, which the operator sets. If it differs "
+    "from the number of pods, the job waits for ever or runs split.",
     fix="Leave --nnodes out; torchrun reads PET_NNODES.",
 )
 def torchrun_nnodes(start: Start) -> Iterator[Hit]:
@@ -61,7 +62,7 @@ def torchrun_nnodes(start: Start) -> Iterator[Hit]:
             continue
         least, most = int(low_written), int(high_written or low_written)
         if low != pods and least == most == start.present:
-            continue  # of which nnodes-fixed speaks
+            continue  # covered by nnodes-fixed
         if low != pods and (least, most) != (low, pods):
             yield Hit(launch.place, f"{launch.says('nnodes')} in a job of {low} to {pods} workers")
         elif low == pods and not least <= pods <= most:
@@ -113,7 +114,7 @@ def standalone_option(start: Start) -> Iterator[Hit]:
 def node_rank_option(start: Start) -> Iterator[Hit]:
     for launch in start.launches:
         rank, pods = launch.number("node_rank"), start.pods or 1
-        if rank is None or launch.text("rdzv_backend") in ("c10d", "etcd", "etcd-v2"):  # which give the ranks
+        if rank is None or launch.text("rdzv_backend") in ("c10d", "etcd", "etcd-v2"):  # which assign the ranks
             continue
         right = 1 if start.role == "Worker" and start.first.endswith("-master-0") else 0
         if (start.alike or 1) > 1:
@@ -163,7 +164,7 @@ def endpoint_of_nobody(start: Start) -> Iterator[Hit]:
     "max-restarts-option",
     WARNING,
     Start,
-    why="--max_restarts on torchrun's command line beats elasticPolicy.maxRestarts.",
+    why="--max_restarts on torchrun's command line overrides elasticPolicy.maxRestarts.",
     fix="Write one of them.",
 )
 def max_restarts_option(start: Start) -> Iterator[Hit]:
@@ -179,7 +180,7 @@ def max_restarts_option(start: Start) -> Iterator[Hit]:
     Start,
     why="torchrun ends with 'unrecognized arguments' and exit code 2 for an option before the script that it does not "
     "know.",
-    fix="Correct it; what the script is to read stands behind the script.",
+    fix="Correct it; the script's own options come after the script.",
 )
 def launcher_option(start: Start) -> Iterator[Hit]:
     for launch in start.launches:
@@ -223,7 +224,7 @@ def no_launcher(start: Start) -> Iterator[Hit]:
 
 
 def fixes_processes(launch: Launch) -> bool:
-    """Whether the command line says how many processes a pod has, be it by a variable."""
+    """Whether the command line sets the number of processes of a pod, even by a variable."""
     return any(option in launch.options for option in ("nproc_per_node", "num_processes", "np", "n"))
 
 

@@ -1,4 +1,4 @@
-"""How a job ends: restarts, exit codes, deadlines, what is cleaned up and what is saved."""
+"""The end of a job: restarts, exit codes, deadlines, cleanup and checkpoints."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def restart_policy_unknown(job: PyTorchJob) -> Iterator[Hit]:
     PyTorchJob,
     why="Always restarts a container that has exited 0 too: the finished training starts again, and the job never "
     "succeeds.",
-    fix="Use ExitCode with exit codes that say what is worth a restart, or OnFailure with backoffLimit.",
+    fix="Use ExitCode with exit codes that distinguish retryable failures, or OnFailure with backoffLimit.",
 )
 def restart_always(job: PyTorchJob) -> Iterator[Hit]:
     for role in job.roles:
@@ -63,8 +63,8 @@ def restart_unbounded(job: PyTorchJob) -> Iterator[Hit]:
     "exitcode-backoff-limit",
     WARNING,
     PyTorchJob,
-    why="Under ExitCode the pod is deleted and created anew, with no restarts to count: backoffLimit is ignored. "
-    "A limit of 2 gave 32 restarts in 4.7 minutes; exit 137, out of memory, counts as worth one.",
+    why="Under ExitCode the pod is deleted and recreated, so no restarts are counted and backoffLimit is ignored. "
+    "A limit of 2 gave 32 restarts in 4.7 minutes; exit 137, out of memory, counts as retryable.",
     fix="Keep the count in the training process, on its volume, and exit below 128 when it is spent; remove "
     "backoffLimit.",
 )
@@ -78,10 +78,9 @@ def exitcode_backoff_limit(job: PyTorchJob) -> Iterator[Hit]:
     "exitcode-torchrun",
     WARNING,
     Pod,
-    why="torchrun turns every failure of a process into its own exit code 1, and ExitCode takes 1 to 127 for "
-    "permanent: a lost connection or a preempted rank ends the job as a bug would.",
-    fix="Start torchrun from an entrypoint that turns the ranks' exit codes into its own (128 and above: worth a "
-    "restart).",
+    why="torchrun turns every failure of a process into its own exit code 1, and ExitCode treats 1 to 127 as "
+    "permanent: a lost connection or a preempted rank ends the job like a bug.",
+    fix="Start torchrun from an entrypoint that turns the ranks' exit codes into its own (128 and above: retryable).",
 )
 def exitcode_torchrun(pod: Pod) -> Iterator[Hit]:
     if pod.restart_policy == "ExitCode" and _by_torchrun(pod):
@@ -92,7 +91,7 @@ def exitcode_torchrun(pod: Pod) -> Iterator[Hit]:
     "spot-never",
     WARNING,
     Pod,
-    why="Nodes that may be taken away at any time are chosen, and Never ends the job with the first pod that goes.",
+    why="The job runs on spot nodes, which may be taken away at any time, and Never ends it with the first lost pod.",
     fix="Use restartPolicy: ExitCode and exit 143 on SIGTERM once the checkpoint is saved.",
 )
 def spot_never(pod: Pod) -> Iterator[Hit]:
@@ -143,10 +142,10 @@ def clean_pod_policy_all(job: PyTorchJob) -> Iterator[Hit]:
     "no-deadline",
     WARNING,
     PyTorchJob,
-    why="Nothing ends a job that hangs. activeDeadlineSeconds is a beginning: the operator looks at it only when "
-    "a pod or the job changes (a deadline of 15 s was still not kept at 276 s), so the process needs one of "
+    why="Nothing ends a job that hangs. activeDeadlineSeconds is not enough: the operator checks it only when a "
+    "pod or the job changes (a deadline of 15 s was still not kept at 276 s), so the process needs one of "
     "its own.",
-    fix="Write runPolicy.activeDeadlineSeconds, and let the entrypoint watch the clock itself.",
+    fix="Write runPolicy.activeDeadlineSeconds, and let the entrypoint enforce a deadline itself.",
 )
 def no_deadline(job: PyTorchJob) -> Iterator[Hit]:
     if not job.run_policy["activeDeadlineSeconds"]:
@@ -262,7 +261,7 @@ def pod_restart_policy(job: PyTorchJob) -> Iterator[Hit]:
 def grace_period(pod: Pod) -> Iterator[Hit]:
     place = pod.spec["terminationGracePeriodSeconds"]
     seconds = 30 if place.number is None else place.number
-    # Spot nodes go 15 to 120 s after their notice, whatever is asked for.
+    # Spot nodes stop 15 to 120 s after their notice, whatever grace period is requested.
     if pod.main and pod.accelerators and 0 <= seconds < SHORTEST_GRACE_SECONDS and not _spot(pod):
         yield Hit(place, f"{seconds} s of grace{'' if place else ' by default'} for a pod with GPUs")
 
@@ -287,7 +286,7 @@ def _by_torchrun(pod: Pod) -> bool:
 
 
 def _spot(pod: Pod) -> str | None:
-    """The node selector or toleration by which a pod asks for nodes that may be taken away."""
+    """The node selector or toleration by which a pod selects spot nodes."""
     words = [f"{key} {value.value}" for key, value in pod.spec["nodeSelector"].fields()]
     words += [f"{entry['key'].text} {entry['value'].text}".strip() for entry in pod.spec["tolerations"].each()]
     return next((word for word in words if any(name in word.lower() for name in ("spot", "preemptible"))), None)

@@ -1,4 +1,4 @@
-"""What a TrainJob changes in its runtime's pods: podSpecOverrides (2.0), podTemplateOverrides (2.1), runtimePatches."""
+"""A TrainJob's changes to its runtime's pods: podSpecOverrides (2.0), podTemplateOverrides (2.1), runtimePatches."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from manifests.lint.place import Place
 
 
 def overridden(template: Place, replicated_job: str, job: Place, version: str) -> Place:
-    """The pod template of a replicated job, with what the TrainJob says of it merged in, at the template's place.
+    """The pod template of a replicated job with the TrainJob's changes merged in, at the template's place.
 
-    Merged as the API merges a strategic patch: mappings by key, lists that have one by the key of their elements,
-    anything else replaced.
+    Merged like a strategic merge patch of the API: mappings by key, lists with a merge key by that key, anything else
+        replaced.
     """
     value = template.value
     for patch in _patches(replicated_job, job):

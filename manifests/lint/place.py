@@ -1,7 +1,7 @@
-"""A value somewhere in a manifest that knows its path, and never fails to answer.
+"""A value in a manifest with its path; lookups never fail.
 
-Manifests that people bring have the wrong shape anywhere; a rule that looks for a field finds an empty place there
-instead of an exception. Wrong shapes themselves are what the API server rejects by its schema.
+Users' manifests can have a wrong structure anywhere; a rule that reads a field then gets an empty place instead of an
+exception. The structure itself is checked by the rules about the API server's schema.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SUFFIXES |= {f"{letter}i": Decimal(1024) ** power for power, letter in enumerat
 
 @dataclass(frozen=True)
 class Place:
-    """`value` is None where there is nothing."""
+    """`value` is None for a missing value."""
 
     value: Any
     path: Path = ()
@@ -32,7 +32,7 @@ class Place:
         return Place(inside, (*self.path, key))
 
     def __bool__(self) -> bool:
-        """Whether anything is written here, be it 0 or false."""
+        """Whether anything is written here, even 0 or false."""
         return self.value is not None
 
     def __contains__(self, key: str) -> bool:
@@ -56,12 +56,12 @@ class Place:
 
     @property
     def number(self) -> int | None:
-        """A whole number; None for anything else, also a text with digits."""
+        """An integer; None for anything else, even a string of digits."""
         return self.value if isinstance(self.value, int) and not isinstance(self.value, bool) else None
 
     @property
     def quantity(self) -> Decimal | None:
-        """A resource quantity ("1500m", "2Gi", 8) of apimachinery in base units; None if it is none, or below 0."""
+        """A resource quantity of apimachinery ("1500m", "2Gi", 8) in base units; None if it is invalid or below 0."""
         found = _QUANTITY.fullmatch(str(self.value)) if isinstance(self.value, str | int | float) else None
         if found is None or isinstance(self.value, bool):
             return None
@@ -77,7 +77,7 @@ class Place:
 
 
 def path_text(path: Path) -> str:
-    """spec.template.containers[0].env[2].value; a key with dots of its own is put in brackets."""
+    """spec.template.containers[0].env[2].value; a key that contains dots is put in brackets."""
     parts = []
     for step in path:
         if isinstance(step, int):

@@ -1,4 +1,4 @@
-"""What a training pod is made of beside its process: containers, probes, ports, mounts, images."""
+"""The parts of a training pod besides its process: containers, probes, ports, mounts, images."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ISTIO = "sidecar.istio.io/inject"
     "extra-container",
     WARNING,
     Pod,
-    why="A pod has ended when all its containers have. One beside the training container that runs on keeps the "
-    "pod, and with it the job, Running for ever after the training has finished.",
+    why="A pod ends when all its containers have ended. A container beside the training container that keeps "
+    "running leaves the pod, and so the job, Running for ever after training has finished.",
     fix="Make it an init container with restartPolicy: Always, which ends with the others.",
 )
 def extra_container(pod: Pod) -> Iterator[Hit]:
@@ -120,7 +120,7 @@ def metrics_ports(pod: Pod) -> Iterator[Hit]:
 def mount_unknown(pod: Pod) -> Iterator[Hit]:
     names = [volume["name"].text for volume in pod.spec["volumes"].each()] + [*pod.claimed]
     volumes = pod.spec["volumes"]
-    if "" in names or (volumes and not isinstance(volumes.value, list)):  # of which rules of structure speak
+    if "" in names or (volumes and not isinstance(volumes.value, list)):  # covered by the rules of structure
         return
     for container in pod.containers:
         for mount in container.place["volumeMounts"].each():
@@ -132,7 +132,7 @@ def mount_unknown(pod: Pod) -> Iterator[Hit]:
     "image-tag",
     WARNING,
     Container,
-    why="A tag that moves, latest or none, is pulled anew at every start: a worker that is recreated next week "
+    why="A moving tag, latest or none, is pulled again at every start: a worker that is recreated next week "
     "runs other code than its peers, and with pullPolicy IfNotPresent each node keeps its own version.",
     fix="Name a version, or better a digest (image@sha256:…).",
 )
@@ -147,7 +147,7 @@ def image_tag(container: Container) -> Iterator[Hit]:
     "image-pull-never",
     WARNING,
     Container,
-    why="Never fails on every node that does not happen to have the image: a recreated pod may land on one "
+    why="Never fails on every node that does not have the image: a recreated pod may land on one "
     "(ErrImageNeverPull), and the operator does not end the job for it.",
     fix="Use IfNotPresent.",
 )

@@ -1,4 +1,4 @@
-"""What a rule is, and the table of all of them; each module of rules beside this one adds its own."""
+"""The class of a rule and the table of all rules; each module of rules registers its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True)
 class Hit:
-    """Where a rule strikes, and what is there."""
+    """The place of a violation, and what it is."""
 
     place: Place
     what: str
@@ -30,7 +30,7 @@ Check = Callable[[Any], Iterator[Hit]]
 
 @dataclass(frozen=True)
 class Rule:
-    """`why` is what really happens, measured or read in the operator's source; `fix` is what to write instead."""
+    """`why`: the real effect, measured or read in the operator's source; `fix`: what to write instead."""
 
     id: str
     severity: Severity
@@ -42,7 +42,7 @@ class Rule:
 
 IGNORE_ANNOTATION = "yaongi/lint-ignore"
 RULES: dict[str, Rule] = {}
-# Names that rules had; annotations may still have them.
+# Former names of rules, which annotations may still use.
 FORMER = {
     "unknown-pod-field": "unknown-field",
     "trainjob-unknown-field": "unknown-field",
@@ -53,7 +53,7 @@ FORMER = {
 
 
 def rule(id: str, severity: Severity, subject: type, *, why: str, fix: str) -> Callable[[Check], Check]:
-    """Register a generator of hits; it is called once for each `subject` (see `subjects`) in the input."""
+    """Register a generator of hits; it is called once per `subject` (see `subjects`) in the input."""
 
     def register(check: Check) -> Check:
         assert id not in RULES, f"two rules are called {id}"
@@ -64,6 +64,6 @@ def rule(id: str, severity: Severity, subject: type, *, why: str, fix: str) -> C
 
 
 def ignored(annotations: Place) -> list[str]:
-    """Names of rules that an object's annotations switch off for it, as written there."""
+    """Names of the rules that an object's annotations switch off, as written there."""
     words = [word.strip() for word in annotations[IGNORE_ANNOTATION].text.split(",") if word.strip()]
     return [FORMER.get(word, word) for word in words]

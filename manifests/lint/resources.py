@@ -16,7 +16,7 @@ LEAST_MEMORY_BYTES = 2**20
     "gpu-limit",
     ERROR,
     Container,
-    why="GPUs cannot be overcommitted or cut: a request without an equal limit, or a fraction, makes the pod "
+    why="GPUs cannot be overcommitted or split: a request without an equal limit, or a fraction, makes the pod "
     "invalid. The job is accepted, has no pods and no status; only an event tells.",
     fix="Write whole GPUs in resources.limits; requests follow from it.",
 )

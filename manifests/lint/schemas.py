@@ -1,12 +1,13 @@
 """Write the tables of fields.
 
-`python -m manifests.lint.schemas` writes kubernetes.json, from Kubernetes' own schemas in the package
-kubernetes-validate; `python -m manifests.lint.schemas "$(go env GOMODCACHE)"` operators.json as well, from the
-definitions of custom resources in the Go modules of `SOURCES`, which `go mod download` brings there.
+`python -m manifests.lint.schemas` writes kubernetes.json from Kubernetes' schemas in the package kubernetes-validate;
+`python -m manifests.lint.schemas "$(go env GOMODCACHE)"` also writes operators.json, from the custom resource
+definitions in the Go modules of `SOURCES`, which `go mod download` fetches.
 
-Thousands of pages become one line per object: its fields with their types, in the notation that `fields` reads. What an
-operator's schema says as Kubernetes does is not repeated; where it differs (the pods of a PyTorchJob are those of
-Kubernetes 1.31) it has an entry of its own: PodSpec~2.
+Thousands of pages become one line per object: its fields with their types, in the notation that `fields` reads. Parts
+of
+an operator's schema that equal Kubernetes' are not repeated; parts that differ (the pods of a PyTorchJob are those of
+Kubernetes 1.31) have their own entry: PodSpec~2.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import yaml
 from manifests.lint.fields import KUBERNETES, OPERATORS
 
 KUBERNETES_RELEASE = "1.34"
-# Module → folder of its definitions, the files wanted there, and the release of Trainer if it is one.
+# Module → folder of its definitions, the files to read there, and the release if it is Trainer.
 _TRAINER = "manifests/base/crds", ("trainer.kubeflow.org_*",)
 SOURCES = {
     "github.com/kubeflow/training-operator@v1.9.2": ("manifests/base/crds", ("*_pytorchjobs",), ""),
@@ -39,8 +40,8 @@ SOURCES = {
         "",
     ),
 }
-WORDS = "k8s.io/api@v0.34.4"  # Go types, whose comments mark those with fixed words
-# Schemas of Kubernetes whose objects keep their short names where others have the same.
+WORDS = "k8s.io/api@v0.34.4"  # Go types, whose comments mark enums
+# Kubernetes schemas whose objects keep their short names if others have the same name.
 _FIRST = ("io.k8s.api.core.v1.", "io.k8s.api.batch.v1.", "io.k8s.api.apps.v1.", "io.k8s.apimachinery.")
 _LIMITS = ("enum", "pattern", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "minProperties")
 _QUANTITY = "[numkMGTPE]"
@@ -57,7 +58,7 @@ Table = dict[str, dict[str, Type]]
 
 
 def kubernetes() -> Schema:
-    """Of all kinds that Kubernetes has itself; needs kubernetes-validate."""
+    """The tables of all kinds of Kubernetes itself; needs kubernetes-validate."""
     folder = resources.files("kubernetes_validate") / "kubernetes-json-schema" / f"v{KUBERNETES_RELEASE}.0-local"
     definitions = json.loads((folder / "_definitions.json").read_text(encoding="utf-8"))["$defs"]
     kinds = {name: s["x-kubernetes-group-version-kind"][0] for name, s in definitions.items() if _is_kind(s)}
@@ -88,10 +89,10 @@ def kubernetes() -> Schema:
 
 
 def operators(modules: Path) -> Schema:
-    """Of the kinds of operators, and Kubernetes' fixed words; from a folder of Go modules.
+    """The tables of the operators' kinds, and Kubernetes' enums, from a folder of Go modules.
 
     Raises:
-        FileNotFoundError: a module is not there; the message has the command that brings it.
+        FileNotFoundError: a module is missing; the message has the command that fetches it.
     """
     reducer = Operators(json.loads(KUBERNETES.read_text(encoding="utf-8"))["types"], {})
     kinds: dict[str, Any] = {}
@@ -114,11 +115,11 @@ def operators(modules: Path) -> Schema:
 
 
 class Operators:
-    """Objects of custom resources, in which everything is written out, named after those of Kubernetes.
+    """Objects of custom resources, whose schemas are fully expanded, named after the same objects of Kubernetes.
 
     Attributes:
         known: Kubernetes' own objects.
-        found: the others; `root` adds those that differ from all there are.
+        found: other objects; `root` adds those that differ from all existing ones.
     """
 
     def __init__(self, known: Table, found: Table) -> None:
@@ -126,13 +127,13 @@ class Operators:
         self.ways = {name: frozenset(self._ways(name)) for name in known}
 
     def _ways(self, name: str) -> Iterator[str]:
-        """Names of fields, two deep: what tells one kind of object from others."""
+        """Names of fields, two levels deep, which identify a kind of object."""
         for field, type_ in self.known[name].items():
             yield field
             yield from (f"{field}.{inside}" for inside in self.known.get(_inner(type_), ()))
 
     def root(self, schema: Schema, kind: str) -> str:
-        """The name of the object that a kind is, by its openAPIV3Schema."""
+        """The name of a kind's object, by its openAPIV3Schema."""
         fields = dict(schema["properties"])
         fields.pop("status", None)
         types: dict[str, Type] = {name: self.type_of(inside, kind, name) for name, inside in fields.items()}
@@ -151,7 +152,8 @@ class Operators:
         return _type(schema, lambda inner: self.type_of(inner, parent, field))
 
     def _name(self, schema: Schema, parent: str, field: str) -> str:
-        """That of Kubernetes' object in this place, or of the most similar, or made of the field's own."""
+        """The name of Kubernetes' object in this place, or of the most similar one, or one made from the field's
+        name."""
         if field == "metadata":
             return "ObjectMeta"
         of_parent = _inner(self.known.get(parent, {}).get(field, "any"))
@@ -167,7 +169,7 @@ class Operators:
         return parent.removeprefix("Cluster") + own if own in ("Spec", "Template") else own
 
     def _named(self, fields: dict[str, Type], name: str) -> str:
-        """The name under which these fields stand in a table, entered if they do not yet."""
+        """The name of these fields in a table; they are added if missing."""
         for number in range(1, 100):
             numbered = name if number == 1 else f"{name}~{number}"
             there = self.known.get(numbered) or self.found.get(numbered)
@@ -182,7 +184,7 @@ def _type(schema: Schema, type_of: Any) -> Type:
     """string, time, bytes, boolean, int32, int64, number, quantity, int-or-string, any, an object's name, [list of] or
     {mapping of}; with limits, in JSON schema's own words, a pair: [type, limits].
 
-    A list that is a mapping in disguise names the keys that no two of its elements may share: [Container name].
+    A list with merge keys names them: [Container name].
     """
     kinds = schema.get("type", "any")
     kind = next(kind for kind in kinds if kind != "null") if isinstance(kinds, list) else kinds
@@ -203,7 +205,7 @@ def _type(schema: Schema, type_of: Any) -> Type:
 
 
 def _fields(schema: Schema, types: dict[str, Type]) -> dict[str, Type]:
-    """In order, those that must be there marked by !; what has a default need not be."""
+    """The fields in order; required ones are marked by !, fields with a default are not required."""
     needed = [name for name in schema.get("required", ()) if "default" not in schema["properties"].get(name, {})]
     found = {}
     for name in sorted(types):
@@ -218,7 +220,7 @@ def _split(type_: Type) -> tuple[str, Schema]:
 
 
 def _inner(type_: Type) -> str:
-    """The name of an object in it."""
+    """The name of the object in it."""
     return re.sub(r"[\[\]{}!]| .*", "", _split(type_)[0])
 
 
@@ -240,7 +242,7 @@ def _kind(group: str, version: str, kind: str) -> str:
 
 
 def _reachable(kinds: Iterable[str], definitions: dict[str, Schema]) -> set[str]:
-    """Objects that people write: not what is only in lists of objects or in their status."""
+    """Objects that people write: not those that occur only in lists of objects or in a status."""
     found: set[str] = set()
     todo = list(kinds)
     while todo:
@@ -257,7 +259,7 @@ def _reachable(kinds: Iterable[str], definitions: dict[str, Schema]) -> set[str]
 
 
 def _words(module: Path) -> Iterator[tuple[str, list[str]]]:
-    """Object.field → words, of the Go types marked +enum."""
+    """Object.field → accepted values, of the Go types marked +enum."""
     core = _enums((module / "core/v1/types.go").read_text(encoding="utf-8"))
     for path in sorted(module.glob("*/v*/types.go")):
         text = path.read_text(encoding="utf-8")
@@ -270,7 +272,7 @@ def _words(module: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _enums(text: str) -> dict[str, list[str]]:
-    """Go type → its constants, of those marked."""
+    """Go type → its constants, for the marked types."""
     marked = set(re.findall(r"// \+enum\n(?:// ?.*\n)*type (\w+) string", text))
     found: dict[str, list[str]] = {}
     for type_, word in re.findall(r'^\s+\w+(?:\s+(?=\w+\s+= ")|\s+= )(\w+)(?:\s+= |\()"(.*)"', text, re.M):

@@ -1,6 +1,6 @@
-"""The Pod Security Standards, field by field (kubernetes.io, "Pod Security Standards"), and what goes beyond them.
+"""The Pod Security Standards, field by field (kubernetes.io, "Pod Security Standards"), and a few stricter rules.
 
-What the baseline standard forbids is an error, what only the restricted one asks for a warning.
+A violation of the baseline standard is an error, of only the restricted one a warning.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the API server's schema refuses, or silently leaves out: versions, field names, texts and numbers."""
+"""What the API server's schema rejects or silently drops: versions, field names, strings and numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def api_version(object: AnyObject) -> Iterator[Hit]:
         return
     if not serving:
         near = {other.lower(): other for other in kinds(written)}
-        cutoff = 0.8 if group in own_groups() else 1.0  # other groups have kinds that are not known here
+        cutoff = 0.8 if group in own_groups() else 1.0  # other groups have kinds that we do not know
         found = get_close_matches(kind.lower(), near, 1, cutoff)
         if found:
             yield Hit(object.place["kind"], f"kind {kind} of {written}; did you mean {near[found[0]]}?")
@@ -42,7 +42,7 @@ def api_version(object: AnyObject) -> Iterator[Hit]:
 
 
 def _is_settled(group: str, serving: list[str]) -> bool:
-    """Whether a kind of Kubernetes is out of beta, so that no later release serves another version."""
+    """Whether a kind of Kubernetes is stable, so that no later release serves another version."""
     return group in own_groups() and any(version.rpartition("/")[2][1:].isdigit() for version in serving)
 
 
@@ -59,13 +59,13 @@ def duplicate_key(job: AnyObject) -> Iterator[Hit]:
 
 
 def _structure(id: str, kind: Kind, *, why: str, fix: str) -> None:
-    """A rule of what the schema itself says."""
+    """Register a rule about the schema itself."""
 
     @rule(id, ERROR, AnyObject, why=why, fix=fix)
     def check(job: AnyObject) -> Iterator[Hit]:
         told = set()
         for problem in job.problems:
-            # A quantity that requests and limits share is one mistake.
+            # The same wrong quantity in requests and limits is one mistake.
             key = (problem.place.path[: -2 if kind == "quantity" else None], problem.what)
             if problem.kind == kind and key not in told:
                 told.add(key)
@@ -98,7 +98,7 @@ def not_filled_in(job: AnyObject) -> Iterator[Hit]:
 _structure(
     "missing-field",
     "missing",
-    why="The API server denies an object without what it must have.",
+    why="The API server denies an object without its required fields.",
     fix="Write it.",
 )
 _structure(

@@ -1,4 +1,4 @@
-"""The simple commands of a shell script, as far as a linter must know them: no expansion, no control flow."""
+"""The simple commands of a shell script, as far as a linter needs them: no expansion, no control flow."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Command:
 
 
 def commands(script: str) -> list[Command]:
-    """All of them in order, those of pipes, lists and groups alike."""
+    """All simple commands in order, including those of pipes, lists and groups."""
     found: list[Command] = []
     current, in_loop = Command(), False
     tokens = _tokens(_HEREDOC.sub(r"\3\n", script.replace("\\\n", " ")))
@@ -55,7 +55,7 @@ def commands(script: str) -> list[Command]:
 
 
 def _tokens(script: str) -> Iterator[tuple[str, bool]]:
-    """Words and operators, and whether it is one."""
+    """Yield words and operators, and whether each is an operator."""
     word: list[str] | None = None
     skip_word = False  # the target of a redirection
     at, text = 0, script + "\n"
@@ -119,7 +119,7 @@ def _double_quoted_end(text: str, start: int) -> int:
 
 
 def _closing(text: str, start: int) -> int:
-    """Behind the bracket that closes the one at `start`."""
+    """The position after the bracket that closes the one at `start`."""
     opening = text[start]
     closing = {"(": ")", "{": "}"}[opening]
     depth = 0

@@ -1,4 +1,4 @@
-"""Walk an object along its API's schema and say what the API server, or the validation of pods, refuses."""
+"""Walk an object along its API's schema and report what the API server, or the validation of pods, rejects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WHOLE = {"int32": 2**31, "int64": 2**63}
 
 @dataclass(frozen=True)
 class Problem:
-    """`meant`: where what stands under unknown names belongs, if that can be told."""
+    """`meant`: where the values under unknown names belong, if known."""
 
     kind: Kind
     place: Place
@@ -32,7 +32,8 @@ class Problem:
     meant: tuple[Path, ...] = ()
 
     def explains(self, path: Path) -> bool:
-        """Whether what is amiss at a path may only come of this: it is in the same place, or looked for by its name."""
+        """Whether a problem at a path may only follow from this one: it has the same place, or the name that is
+        missing."""
         ways = [self.place.path, *self.meant]
         around = [way[:-1] for way in ways if way and isinstance(way[-1], int)]
         around += [way[:n] for way in ways if way[-1:] in (("name",), ("mountPath",)) for n in (-1, -2)]
@@ -40,10 +41,10 @@ class Problem:
 
 
 def problems(place: Place, object: str, version: str) -> list[Problem]:
-    """What is wrong with the structure of a Kubernetes object.
+    """Yield the problems in the structure of a Kubernetes object.
 
     Args:
-        object: what it is, an entry of the tables of `fields`.
+        object: its type, an entry in the tables of `fields`.
         version: of Kubeflow Trainer.
     """
     walk = _Walk(object, place, version, is_custom(object))
@@ -55,7 +56,7 @@ class _Walk:
     root: str
     top: Place
     version: str
-    is_custom: bool  # an operator's kind: its schema is all that the API server asks for
+    is_custom: bool  # an operator's kind: the API server checks only its schema
 
     def object(self, place: Place, object: str) -> Iterator[Problem]:
         known, kind = fields(object), plain(object)
@@ -65,7 +66,7 @@ class _Walk:
             meant = tuple((*place.path, _nearest(name, object, 0.6)) for name, _ in unknown)
             yield Problem("unknown", unknown[0][1], f"unknown field{'s' if unknown[1:] else ''} {said}", meant)
         missing = [name for name, type_ in known.items() if self._is_missing(place[name], f"{kind}.{name}", type_)]
-        if missing and not unknown:  # else it may only be misspelt
+        if missing and not unknown:  # else it may only be misspelled
             yield Problem("missing", place[missing[0]], f"no {', '.join(missing)}")
         for name, type_ in known.items():
             if place[name] and name not in missing:
@@ -87,7 +88,7 @@ class _Walk:
         return not place and type_.needed and where not in validation.NOT_NEEDED
 
     def value(self, place: Place, type_: Type, where: str) -> Iterator[Problem]:
-        """Problems of what is there, for which a template that nobody has filled in is one reason."""
+        """Problems of the value; one reason is a template that was not filled in."""
         found = list(self._value(place, type_, where))
         if isinstance(place.value, str) and validation.VARIABLE.search(place.value) and found:
             found = [Problem("template", place, f"{_name(place)} is still '{_cut(place.value)}'")]
@@ -191,7 +192,7 @@ class _Walk:
         written, name = place.value, _name(place)
         if place.quantity is not None:
             is_fraction = isinstance(written, float) and not _is_whole(written)
-            if is_fraction and self.is_custom and "/" not in name:  # of GPUs the rule gpu-limit speaks
+            if is_fraction and self.is_custom and "/" not in name:  # GPUs are covered by gpu-limit
                 yield Problem("quantity", place, f'{name}: a fraction is a text here: "{written}"')
             return
         text = str(written)
@@ -204,7 +205,7 @@ class _Walk:
         yield Problem("quantity", place, f"{name}: {described(written)} is no quantity{hint}")
 
     def _hint(self, name: str, place: Place, object: str) -> str:
-        """What was meant by a field that is not known, if that can be told."""
+        """The likely meaning of an unknown field, if known."""
         kind, api_version = self.top["kind"].text, self.top["apiVersion"].value
         roots = {version: of_kind(api_version, kind, version) for version in TRAINER_VERSIONS}
         having = [v for v, root in roots.items() if root and name in fields(at(root, place.path) or root)]
@@ -234,7 +235,7 @@ def _nearest(name: str, object: str, cutoff: float) -> str:
 
 
 def _name_of(place: Place) -> Iterator[Problem]:
-    """Problems of an object's own name."""
+    """Problems of an object's name."""
     kind, metadata = place["kind"].text, place["metadata"]
     name, known = metadata["name"], fields("ObjectMeta")
     if name.value in (None, "") and not metadata["generateName"]:
@@ -323,12 +324,12 @@ def _one_of(place: Place, kind: str, known: dict[str, Type], is_custom: bool) ->
     elif not there and "?" not in several and isinstance(place.value, dict):
         empty = next((name for name in several if name in place), None)
         what = f"{empty} is empty; write {empty}: {{}}" if empty else f"none of {', '.join(several[:8])}"
-        if not any(name not in known for name in place.value):  # then that is told, and this may follow from it
+        if not any(name not in known for name in place.value):  # that is reported, and this may follow from it
             yield Problem("one-of", place, f"{kind} of nothing: {what}")
 
 
 def described(value: object) -> str:
-    """A value that has the wrong type, in words."""
+    """Describe a value that has the wrong type."""
     if isinstance(value, bool):
         return f"the boolean {str(value).lower()}"
     if isinstance(value, int | float):
@@ -339,7 +340,7 @@ def described(value: object) -> str:
 
 
 def _name(place: Place) -> str:
-    """The last name on the way."""
+    """The last name in the path."""
     named = next((step for step in reversed(place.path) if isinstance(step, str)), "it")
     return f"an element of {named}" if place.path and isinstance(place.path[-1], int) else named
 

@@ -1,7 +1,8 @@
-"""What rules are about: the job, each kind of pod it makes, each container of a pod, as views of the manifest.
+"""The subjects of rules: the job, each kind of pod it makes, each container of a pod, as views of the manifest.
 
-A TrainJob's trainer is written apart from the runtime that it changes. Where both are in the input they are joined, so
-that the pod's GPUs are known; where not, rules about what only the runtime says keep silent.
+A TrainJob is separate from the runtime that it changes. If both are in the input they are joined, so that the pod's
+GPUs
+are known; if not, rules about settings of the runtime report nothing.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from manifests.lint.structure import Problem, problems
 ACCELERATOR = re.compile(r"(nvidia\.com/(gpu|mig-.+)|amd\.com/gpu|habana\.ai/gaudi|gpu\.intel\.com/.+)")
 
 
-# Runtimes whose trainers are no processes of torch, by their names.
+# Names of runtimes whose trainers are not torch processes.
 NOT_TORCH = ("jax", "xgboost", "mlx", "flux", "mpi", "deepspeed")
 
 
 def whole(place: Place) -> int | None:
-    """A number, be it written as a text; None for "auto" and the like."""
+    """An integer, even if written as a string; None for "auto" and the like."""
     text = str(place.value)
     return int(text) if isinstance(place.value, str | int) and text.isascii() and text.isdigit() else None
 
 
 def accelerators(resources: Place) -> int:
-    """GPUs of a container's limits (whole ones by the API's rules), 0 for none."""
+    """GPUs in a container's limits (integers by the API's rules), 0 for none."""
     amounts = [amount for name, amount in resources["limits"].fields() if ACCELERATOR.fullmatch(name)]
     return sum(int(amount.quantity or 0) for amount in amounts)
 
 
 @dataclass(frozen=True)
 class AnyObject:
-    """Any object of a kind whose schema is known, or that is like one."""
+    """Any object of a kind with a known schema, or of a similar kind."""
 
     place: Place
     kind: str
@@ -50,14 +51,14 @@ class AnyObject:
 
     @cached_property
     def problems(self) -> list[Problem]:
-        """Of its structure."""
+        """Problems of its structure."""
         object = of_kind(self.place["apiVersion"].value, self.kind, self.version)
         return problems(self.place, object, self.version) if object else []
 
 
 @dataclass(frozen=True)
 class Container:
-    """`is_main`: the container that trains. A TrainJob's `spec.trainer` is one too, with fields of its own."""
+    """`is_main`: the training container. A TrainJob's `spec.trainer` counts as one too, with different fields."""
 
     place: Place
     is_main: bool
@@ -70,14 +71,14 @@ class Container:
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod template and what the job says of it.
+    """A pod template and the job's settings for it.
 
     Attributes:
-        restart_policy: as the training operator reads it; None where the Job controller restarts.
-        processes: of the training container; None for what torchrun finds out in the pod.
-        trainer: a TrainJob's own, whose command, arguments and resources replace the runtime's.
-        is_whole: False for a runtime alone, whose TrainJobs may say more.
-        claimed: volumes that JobSet makes of its own claims.
+        restart_policy: as the training operator reads it; None if the Job controller restarts.
+        processes: number in the training container; None if torchrun determines it in the pod.
+        trainer: a TrainJob's spec.trainer, whose command, arguments and resources replace the runtime's.
+        is_whole: False for a runtime alone, whose TrainJobs may add settings.
+        claimed: volumes that JobSet makes from its own claims.
     """
 
     template: Place
@@ -106,7 +107,7 @@ class Pod:
 
     @property
     def resources(self) -> Place:
-        """Of the training container."""
+        """The resources of the training container."""
         if self.trainer and self.trainer.resources:
             return self.trainer.resources
         return self.main.resources if self.main else Place(None)
@@ -117,7 +118,7 @@ class Pod:
 
     @cached_property
     def launches(self) -> list[Launch]:
-        """How the training container starts; empty where its image or a program of one's own decides."""
+        """How the training container starts; empty if its image or an unknown program decides."""
         if self.main is None:
             return []
         said = [part.place for part in (self.trainer, self.main) if part]
@@ -128,17 +129,17 @@ class Pod:
 
 @dataclass(frozen=True)
 class Start:
-    """How the processes of one kind of pod are started, and what the job says of them; None is what is not known.
+    """How the processes of one kind of pod are started, and the job's settings for them; None means unknown.
 
     Attributes:
-        launches: see there.
-        pods: of the whole job.
-        fewest: pods that an elastic job begins with.
-        present: pods that there are, of an elastic job, whose `pods` are the most it may have.
-        alike: pods that this command line starts.
+        launches: see `launches`.
+        pods: number of pods of the whole job; the maximum for an elastic job.
+        fewest: minimum number of pods of an elastic job.
+        present: current number of pods of an elastic job.
+        alike: number of pods that this command line starts.
         role: Master or Worker of a PyTorchJob.
-        first: name of the pod that the others meet.
-        meets: whether an elastic policy tells torchrun where.
+        first: name of the pod with the rendezvous.
+        meets: whether an elastic policy gives torchrun the rendezvous endpoint.
     """
 
     launches: list[Launch]
@@ -183,7 +184,7 @@ class PyTorchJob:
         return [place for place in (self.master, self.worker) if place]
 
     def replicas(self, role: Place) -> int:
-        """As the operator defaults them."""
+        """The replicas after the operator's defaults."""
         return role["replicas"].number if role["replicas"].number is not None else 1
 
     @property
@@ -243,7 +244,7 @@ class Runtime:
         return self.place["spec"]["template"]["spec"]
 
     def replicated_jobs(self) -> Iterator[tuple[Place, str]]:
-        """Each replicated job and the step that its label says it is ("" for none)."""
+        """Each replicated job and the step in its label ("" for none)."""
         for entry in self.job_set["replicatedJobs"].each():
             yield entry, entry["template"]["metadata"]["labels"][ANCESTOR_LABEL].text
 
@@ -253,19 +254,19 @@ class Runtime:
 
     @property
     def starts(self) -> Iterator[Start]:
-        """Of those that the TrainJobs do not start themselves."""
+        """The starts that the TrainJobs do not override."""
         for pod in self.pods:
             if pod.main and not (pod.trainer and (pod.trainer.place["command"] or pod.trainer.place["args"])):
                 yield Start(pod.launches, pod.processes, pod.accelerators, pod.replicas, pod.replicas, pod.replicas)
 
     @property
     def starts_itself(self) -> bool:
-        """Whether one process a pod is right: what is trained is not torch's, or another policy starts the rest."""
+        """Whether one process per pod is right: the framework is not torch, or another policy starts the rest."""
         policy = self.place["spec"]["mlPolicy"]
         return any(policy[name] for name in ("jax", "xgboost", "flux", "mpi"))
 
     def pods_of(self, user: TrainJob | None) -> list[Pod]:
-        """As a TrainJob makes them, or as the runtime alone says."""
+        """The pods with a TrainJob's changes, or of the runtime alone."""
         policy = self.place["spec"]["mlPolicy"]
         nodes = (user.nodes if user else None) or policy["numNodes"].number or 1
         processes = whole(policy["torch"]["numProcPerNode"])
@@ -295,13 +296,13 @@ class Runtime:
 
     @cached_property
     def pods(self) -> list[Pod]:
-        """Those of each TrainJob in the input."""
+        """The pods of each TrainJob in the input."""
         users: Sequence[TrainJob | None] = self.users or [None]
         return [pod for user in users for pod in self.pods_of(user)]
 
     @property
     def claimed(self) -> tuple[str, ...]:
-        """Names of volumes that JobSet makes of its own claims (from Trainer 2.2)."""
+        """Names of volumes that JobSet makes from its own claims (from Trainer 2.2)."""
         policies = self.job_set["volumeClaimPolicies"]
         return tuple(c["metadata"]["name"].text for policy in policies.each() for c in policy["templates"].each())
 
@@ -339,13 +340,13 @@ class TrainJob:
 
     @property
     def pod(self) -> Pod | None:
-        """The trainer's, if the runtime is in the input."""
+        """The trainer's pod, if the runtime is in the input."""
         pods = self.runtime.pods_of(self) if self.runtime else []
         return next((pod for pod in pods if pod.main), None)
 
     @property
     def starts(self) -> Iterator[Start]:
-        """Of what the job itself says is started."""
+        """The starts defined by the job itself."""
         trainer, pod = self.trainer, self.pod
         if not (trainer.place["command"] or trainer.place["args"]):
             return
@@ -368,7 +369,7 @@ class TrainJob:
             yield job["template"]["spec"]["template"]["spec"]
 
     def overridden_jobs(self) -> Iterator[Place]:
-        """What names the replicated jobs of its overrides and patches."""
+        """The places that name the replicated jobs of its overrides and patches."""
         for kind in ("podSpecOverrides", "podTemplateOverrides"):
             for override in self.spec[kind].each():
                 yield from override["targetJobs"].each()
@@ -385,7 +386,7 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class ClaimUse:
-    """A claim that is in the input, used by a pod."""
+    """A claim in the input that a pod uses."""
 
     volume: Place
     claim: Place
@@ -393,7 +394,7 @@ class ClaimUse:
 
 
 def subjects(documents: list[Document], trainer_version: str) -> Iterator[tuple[Document, Any]]:
-    """Everything in the input that a rule could be about, with the document it is in."""
+    """Every subject in the input, with its document."""
     places = [Place(document.value) for document in documents]
     claims = [place for place in places if place["kind"].text == "PersistentVolumeClaim"]
     views = [_view(place, trainer_version) for place in places]

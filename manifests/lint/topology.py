@@ -1,4 +1,4 @@
-"""Who meets whom: replicas, elastic policy, rendezvous, processes per pod."""
+"""Replicas, elastic policy, rendezvous, processes per pod."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def elastic_without_worker(job: PyTorchJob) -> Iterator[Hit]:
     fix="Use workers only, with elasticPolicy.",
 )
 def master_init_container(job: PyTorchJob) -> Iterator[Hit]:
-    if job.master and job.worker and not job.elastic:  # of which elastic-with-master speaks
+    if job.master and job.worker and not job.elastic:  # covered by elastic-with-master
         yield Hit(job.master, "Master and Worker")
 
 
@@ -184,7 +184,7 @@ def elastic_half(job: PyTorchJob) -> Iterator[Hit]:
     "rdzv-conf-empty",
     ERROR,
     PyTorchJob,
-    why="An empty rdzvConf makes the operator panic at every look at the job: no pods, no status, no event.",
+    why="An empty rdzvConf makes the operator panic whenever it reconciles the job: no pods, no status, no event.",
     fix="Remove rdzvConf, or give it an entry.",
 )
 def rdzv_conf_empty(job: PyTorchJob) -> Iterator[Hit]:
@@ -245,7 +245,7 @@ def nproc_not_gpus(pod: Pod) -> Iterator[Hit]:
     if any(launch.number("nproc_per_node") is not None for launch in pod.launches):
         return  # that counts
     if pod.trainer and pod.trainer.place["numProcPerNode"]:
-        return  # of which trainjob-nproc-not-gpus speaks
+        return  # covered by trainjob-nproc-not-gpus
     if pod.main and pod.accelerators and pod.processes and pod.processes != pod.accelerators:
         place = pod.main.resources["limits"]
         yield Hit(place, f"{pod.processes} processes for {pod.accelerators} GPUs")

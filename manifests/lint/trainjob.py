@@ -1,4 +1,4 @@
-"""Kubeflow Trainer (v2): what a TrainJob may say depends on its version, and what comes of it on its runtime."""
+"""Kubeflow Trainer (v2): the fields of a TrainJob depend on its version, their effect on its runtime."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def trainjob_no_deadline(job: TrainJob) -> Iterator[Hit]:
         return
     trainer = job.runtime.trainer if job.runtime else None
     if job.runtime and trainer is None:
-        return  # of which runtime-no-trainer speaks
+        return  # covered by runtime-no-trainer
     if trainer is None or not trainer["template"]["spec"]["activeDeadlineSeconds"]:
         yield Hit(place, "no deadline in the job, and none in its runtime" if job.runtime else "no deadline")
 
@@ -230,8 +230,8 @@ def runtime_replicas(runtime: Runtime) -> Iterator[Hit]:
     "runtime-ttl",
     ERROR,
     Runtime,
-    why="A TTL deletes the finished JobSet, not the TrainJob, whose controller misses it and makes it anew: the whole "
-    "training runs again, and again after every TTL. (Measured with Trainer 2.1.)",
+    why="A TTL deletes the finished JobSet, not the TrainJob, whose controller misses it and recreates it: the "
+    "whole training runs again, and again after every TTL. (Measured with Trainer 2.1.)",
     fix="Remove ttlSecondsAfterFinished from the JobSet and its Jobs; delete finished TrainJobs by other means.",
 )
 def runtime_ttl(runtime: Runtime) -> Iterator[Hit]:

@@ -1,13 +1,13 @@
-"""What Kubernetes refuses beyond its schemas: words, ranges, unions and names that only its code knows.
+"""What Kubernetes rejects beyond its schemas: values, ranges, unions and names that only its code checks.
 
-Keys are objects and fields of the tables of `fields`, without the numbers of variants.
+Keys are objects and fields of the tables of `fields`, without variant numbers.
 """
 
 from __future__ import annotations
 
 import re
 
-# Texts of which only some are accepted; an empty one stands for the default. Others have theirs in the tables.
+# Strings with a fixed set of values; an empty one means the default. Others have theirs in the tables.
 WORDS = {
     "Container.restartPolicy": "Always OnFailure Never",
     "HPAScalingPolicy.type": "Pods Percent",
@@ -53,7 +53,7 @@ RANGES = {
     **{f"{kind}Spec.replicas": _ID for kind in ("Deployment", "ReplicaSet", "StatefulSet")},
     **{f"{kind}VolumeSource.defaultMode": _MODE for kind in ("ConfigMap", "DownwardAPI", "Projected", "Secret")},
 }
-# In Kubernetes' own kinds: what its schemas do not ask for and its code does, and what has a default.
+# In Kubernetes' own kinds: fields required by the code but not the schema, and fields with a default.
 NEEDED = {
     *(f"{kind}.spec" for kind in ("CronJob", "DaemonSet", "Deployment", "Job", "PersistentVolumeClaim", "Pod")),
     *("PodTemplateSpec.spec", "ReplicaSet.spec", "Service.spec", "StatefulSet.spec"),
@@ -63,13 +63,13 @@ NOT_NEEDED = {
     *("LimitRangeSpec.limits", "PodFailurePolicy.rules", "PodFailurePolicyOnPodConditionsPattern.status"),
     *("PriorityClass.value", "RoleRef.apiGroup"),
 }
-TWICE = {  # lists with keys that may be there twice, or of which the rule duplicate-env speaks
+TWICE = {  # lists whose keys may repeat, or are covered by duplicate-env
     *("Container.env", "EphemeralContainer.env", "InitContainer.env", "Trainer.env"),
     *("Container.ports", "PodSpec.hostAliases", "PodSpec.imagePullSecrets"),
     *("ServiceAccount.imagePullSecrets", "ServiceAccount.secrets"),
 }
 NOT_EMPTY = ("PersistentVolumeClaimSpec.accessModes", "PodSpec.containers")
-# Objects that are one of several things; "?" where none is fine too.
+# Unions: exactly one of several fields; "?" if none is allowed too.
 _HANDLERS = "exec grpc httpGet tcpSocket sleep"
 ONE_OF = {
     "EnvFromSource": "configMapRef secretRef",
@@ -105,17 +105,17 @@ NAMES = {
     "Torch.numProcPerNode": (r"auto|cpu|gpu|[1-9][0-9]*", 2**31, "auto, cpu, gpu or digits"),
     "Volume.name": (_LABEL, 63, _OF_LABEL),
 }
-# Of objects themselves, by kind; others have domains, and those of RBAC any.
+# Names of objects, by kind; other kinds use DNS subdomains, those of RBAC anything.
 _LETTER_FIRST = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 OBJECT_NAMES = {
     "CronJob": (DOMAIN, 52, _OF_DOMAIN),
     **dict.fromkeys(("Job", "Namespace", "StatefulSet"), (_LABEL, 63, _OF_LABEL)),
     "Service": (_LETTER_FIRST, 63, f"{_OF_LABEL}, a letter first"),
-    "TrainJob": (_LETTER_FIRST, 2**31, f"{_OF_LABEL}, a letter first"),  # trainjob-name knows how long
+    "TrainJob": (_LETTER_FIRST, 2**31, f"{_OF_LABEL}, a letter first"),  # trainjob-name checks the length
 }
 OTHER_NAMES = DOMAIN, 253, _OF_DOMAIN
 FREELY_NAMED = ("ClusterRole", "ClusterRoleBinding", "IPAddress", "PyTorchJob", "Role", "RoleBinding")
-WITHOUT_NAME = ("Review",)  # ends of kinds that are questions to the API server
+WITHOUT_NAME = ("Review",)  # suffixes of kinds that are requests to the API server
 LABEL_KEY = re.compile(rf"({DOMAIN}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?")
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 DATA_KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}")
@@ -124,9 +124,9 @@ DATA = ("ConfigMap.data", "ConfigMap.binaryData", "Secret.data", "Secret.stringD
 RESOURCES = ("LimitRangeItem.", "ResourceRequirements.", "VolumeResourceRequirements.")
 RESOURCE = re.compile(rf"cpu|memory|ephemeral-storage|storage|hugepages-.+|{DOMAIN}/{LABEL_KEY.pattern}")
 GPUS = ("nvidia.com/gpu", "amd.com/gpu")
-VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?|\{\{.*\}\}|<[A-Za-z][\w -]*>")  # of envsubst, Helm or a person
+VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?|\{\{.*\}\}|<[A-Za-z][\w -]*>")  # of envsubst, Helm or manual templates
 TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
-# What was renamed between releases of Trainer.
+# Fields renamed between releases of Trainer.
 RENAMED = {
     "podTemplateOverrides": "2.2 replaced it by runtimePatches",
     "podSpecOverrides": "2.1 replaced it by podTemplateOverrides, 2.2 by runtimePatches",
@@ -136,7 +136,7 @@ RENAMED = {
     "annotations": "2.2 removed it; write them in runtimePatches",
     "numProcPerNode": "2.2 removed it; write it in the TrainJob's trainer",
 }
-# Fields whose mistakes a rule of their own tells.
+# Fields whose mistakes have their own rule.
 TOLD = {
     "PyTorchJobSpec.pytorchReplicaSpecs",  # replica-types
     "RuntimeRef.name", "TrainJobSpec.runtimeRef",  # trainjob-runtime-ref

@@ -61,7 +61,7 @@ QUEUED = job(condition("Suspended"), labels={"kueue.x-k8s.io/queue-name": "resea
             "wait for jobs before it in the queue to end",
         ),
         ("LocalQueue research doesn't exist", "create the LocalQueue research"),
-        ("ClusterQueue gpus is inactive", "have the owner of ClusterQueue gpus mend it"),
+        ("ClusterQueue gpus is inactive", "have the owner of ClusterQueue gpus fix it"),
     ],
 )
 def test_a_job_in_a_queue_says_what_kueue_says(message: str, fix: str) -> None:

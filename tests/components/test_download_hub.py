@@ -95,7 +95,7 @@ def test_other_bytes_than_the_checksum_says_are_refused(hub: Hub, make_job, tmp_
     hub.server.faults = {FIRST: ["wrong", "wrong"]}
     result, error = hub.run(job(make_job, tmp_path))
     assert result is None and error is not None
-    assert error.startswith(f"source 'web': org/texts/{FIRST}: what came differs from the Hub's checksum")
+    assert error.startswith(f"source 'web': org/texts/{FIRST}: differed from the Hub's checksum")
     assert "\n" not in error
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".lock", "journal.json"]
 
@@ -178,7 +178,7 @@ def test_a_branch_that_moved_is_said_and_the_data_stays_at_its_commit(hub: Hub, 
     result, error = hub.run(job(make_job, tmp_path))
     assert error is None and result is not None and result["summary"]["documents"] == 1500
     assert read_manifest(result["path"]).sources["web"].revision == COMMIT
-    assert f"org/texts moved: main is at {moved}; this download goes on with {COMMIT}" in hub.said
+    assert f"org/texts moved: main is at {moved}; this download continues with {COMMIT}" in hub.said
     fresh, error = hub.run(job(make_job, tmp_path / "fresh"))
     assert error is None and fresh is not None
     assert read_manifest(fresh["path"]).sources["web"].revision == moved
@@ -222,7 +222,7 @@ def test_files_are_chosen_by_globs_and_read_in_the_order_of_their_hashes(hub: Hu
         ({"config": None, "files": ["none/*"]}, "org/texts: no file matches none/*; check origin.files"),
         ({"revision": "a" * 40}, f"org/texts: has no revision '{'a' * 40}'"),
         ({"dataset": "org/none"}, "org/none: no such dataset on the Hub"),
-        ({"dataset": "a/b/c"}, "a/b/c: no dataset name"),
+        ({"dataset": "a/b/c"}, "a/b/c: not a dataset name"),
         ({"config": None}, "['ko', 'en']; set origin.config"),
         ({"revision": "v9"}, "org/texts: has no revision 'v9'"),
         ({"config": "fr"}, "Available: ['ko', 'en']"),

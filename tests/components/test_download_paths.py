@@ -96,7 +96,7 @@ def test_links_are_followed_and_lead_nowhere_twice(folder: Callable[..., Path]) 
     assert named(made, "link/*.jsonl") == named(made, "l*/a.jsonl") == ["link/a.jsonl"]
     assert named(made, "**/*.jsonl") == ["b.jsonl", "real/a.jsonl"]
     (made / "gone.jsonl").symlink_to("nowhere/x.jsonl")
-    with pytest.raises(DataError, match=r"gone.jsonl: a link to nowhere/x.jsonl \(No such file or directory\); mend"):
+    with pytest.raises(DataError, match=r"gone.jsonl: a link to nowhere/x.jsonl \(No such file or directory\); fix"):
         named(made, "*.jsonl")
 
 
@@ -130,7 +130,7 @@ def test_what_was_tried_is_printed_whole(
 
 def test_what_is_no_ordinary_file_is_not_waited_for(make_job: Callable[..., JobSpec], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
-    assert "pipe.jsonl: no ordinary file" in refused(make_job({"web": from_files(tmp_path / "pipe.jsonl")}, tmp_path))
+    assert "pipe.jsonl: not a regular file" in refused(make_job({"web": from_files(tmp_path / "pipe.jsonl")}, tmp_path))
 
 
 def test_a_path_on_the_hub_is_meant_as_one_in_a_folder_is() -> None:

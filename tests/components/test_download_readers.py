@@ -84,7 +84,7 @@ def test_a_file_of_several_members_is_read_to_its_end(tmp_path: Path, suffix: st
 @pytest.mark.parametrize(("power", "size"), [(28, "0.25 GiB"), (31, "2 GiB")])
 def test_a_long_window_of_zstd_is_named_with_what_reads_it(tmp_path: Path, power: int, size: str) -> None:
     packed = subprocess.run(["zstd", "-qc", f"--long={power}"], input=LINES, capture_output=True, check=True).stdout
-    said = f"compressed with a window of {size}; run zstd -d --long={power} and compress it anew"
+    said = f"compressed with a window of {size}; run zstd -d --long={power} and compress it again"
     assert refused(tmp_path, "a.jsonl.zst", packed).endswith(said)
     assert refused(tmp_path, "a.jsonl.zst", SKIPPED_FRAME + packed).endswith(said)
     assert f"--long={31}" in refused(tmp_path, "a.jsonl.zst", zstd(LINES) + packed)
@@ -101,7 +101,7 @@ KOREAN_LINE = json.dumps({"text": KOREAN}, ensure_ascii=False)
     ("data", "said"),
     [
         (POINTER, ": a Git LFS pointer; run git lfs pull"),
-        (PAGE, ": a web page (HTML or XML), no data; open its address in a browser, then fetch the file"),
+        (PAGE, ": a web page (HTML or XML), not data; open its address in a browser, then fetch the file"),
         (b"PK\x03\x04\x14\0\0\0\x08\0abcd", ": a zip archive, which its name does not say; unpack it or"),
         (lzma.compress(LINES), ": xz, which its name does not say; name it {}.xz"),
         (b"\0" * 5000, ":1: a line of NUL bytes; fetch the file again"),
@@ -131,10 +131,10 @@ def test_what_is_something_else_than_its_name_is_called_what_it_is(
         ("a.jsonl", b"[\n" + LINES.replace(b"}\n", b"},\n") + b"]\n", "a.jsonl:1: a list; each line must be"),
         ("a.json", json.dumps([{"text": "x"}] * 9).encode(), "as jq -c '.[]' writes them"),
         ("a.json", json.dumps({"text": "x", "n": [1]}, indent=1).encode(), "over several lines, jq -c . writes it"),
-        ("a.jsonl", LINES[:-7], "a.jsonl:3: no JSON (the line ends too early)"),
-        ("a.jsonl", b'{"text": "cut', "a.jsonl:1: no JSON (the line ends too early)"),
+        ("a.jsonl", LINES[:-7], "a.jsonl:3: not JSON (the line ends too early)"),
+        ("a.jsonl", b'{"text": "cut', "a.jsonl:1: not JSON (the line ends too early)"),
         ("a.jsonl", LINES + b"\0\0\0\0\n", "a.jsonl:4: a line of NUL bytes; fetch the file again"),
-        ("a.jsonl", LINES + b'{"text": "\0"}', "a.jsonl:4: no JSON (NUL bytes in it; fetch the file again)"),
+        ("a.jsonl", LINES + b'{"text": "\0"}', "a.jsonl:4: not JSON (NUL bytes in it; fetch the file again)"),
         ("a.jsonl", LINES + b"{'text': 'x'}\n", "(Expecting property name enclosed in double quotes at char"),
         ("a.jsonl", b'{"text": "x", "text": "y"}\n', "a.jsonl:1: has the column 'text' twice"),
         ("a.jsonl", LINES + b'{"body": "x"}\n', "a.jsonl:4: no column 'text', which other rows have; this one has"),
@@ -150,7 +150,7 @@ def test_what_is_something_else_than_its_name_is_called_what_it_is(
         ("a.csv", ("id,text\n1," + KOREAN).encode("cp949"), "a.csv:2: not UTF-8 at byte 2, perhaps cp949"),
         ("a.txt", "Déjà vu, garçon? Une phrase en français.".encode("cp1252"), "perhaps cp1252; convert the file"),
         ("a.txt", "日本語の文章です。".encode("shift_jis"), "iconv -f ENCODING -t utf-8"),
-        ("a.txt", ("한글 " * 50).encode()[:-2], "though else it is; it is damaged, fetch it again or mend it"),
+        ("a.txt", ("한글 " * 50).encode()[:-2], "though the rest is; it is damaged, fetch it again or fix it"),
         ("a.csv", b"", None),
         ("a.csv", b"id,text\n1,x\n2\n", "a.csv:3: 1 fields, the header has 2; put fields with commas or line"),
         ("a.csv", b"id,text\n1,x,y\n", "a.csv:2: 3 fields, the header has 2"),
@@ -177,7 +177,7 @@ def test_wide_encodings_are_named(tmp_path: Path, name: str, encoding: str) -> N
     said = refused(tmp_path, name, pack(("\ufeff" + LINES.decode()).encode(encoding)))
     assert f":1: {called}; convert the file to UTF-8: " in said and f"iconv -f {called.lower()} -t utf-8 " in said
     if encoding.startswith("utf-16"):
-        unmarked = f":1: {encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')} without a mark; convert"
+        unmarked = f":1: {encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')} without a BOM; convert"
         assert unmarked in refused(tmp_path, name, pack(LINES.decode().encode(encoding)))
 
 
@@ -242,7 +242,7 @@ def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
     names = ["text", "text", "id", "m", "m", "m"]
     path = parquet(tmp_path / "two.parquet", pa.Table.from_arrays([pa.array(["x"])] * 6, names=names))
     assert refused(tmp_path, path.name, None) == (
-        "two.parquet: has the column 'text' twice; write it with one, or give a text_column that is there once"
+        "two.parquet: has the column 'text' twice; keep one of them, or set text_column to one that occurs once"
     )
     assert "has the column 'm' 3 times" in refused(tmp_path, path.name, None, "m")
     assert texts(path, "id") == ["x"]
@@ -259,8 +259,8 @@ def test_parquet_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", pa.table({"text": TEXTS * 500}), compression="none")
     whole = path.read_bytes()
     assert "a.parquet: 0 bytes" in refused(tmp_path, "a.parquet", b"")
-    assert "damaged or no Parquet" in refused(tmp_path, "a.parquet", whole[:-30])
-    assert "damaged or no Parquet" in refused(tmp_path, "a.parquet", LINES)
+    assert "damaged or not Parquet" in refused(tmp_path, "a.parquet", whole[:-30])
+    assert "damaged or not Parquet" in refused(tmp_path, "a.parquet", LINES)
     assert "Parquet, which its name does not say; unpack it or give" in refused(tmp_path, "a.jsonl", whole)
     assert "no column 'text'; columns are none" in refused(
         tmp_path, parquet(tmp_path / "none.parquet", pa.table({})).name, None
@@ -273,7 +273,7 @@ def test_a_changed_byte_of_a_page_with_a_checksum_is_found(tmp_path: Path) -> No
     path = parquet(
         tmp_path / "a.parquet", pa.table({"text": ["needle"] * 3}), compression="none", write_page_checksum=True
     )
-    assert "damaged or no Parquet" in refused(tmp_path, path.name, path.read_bytes().replace(b"needle", b"noodle", 1))
+    assert "damaged or not Parquet" in refused(tmp_path, path.name, path.read_bytes().replace(b"needle", b"noodle", 1))
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:

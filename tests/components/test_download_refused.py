@@ -192,7 +192,7 @@ def test_a_local_file_that_grows_while_it_is_read_is_named_and_not_kept(
 
     with monkeypatch.context() as patched:
         patched.setattr(source, "rows", growing)
-        assert "b.jsonl: changed since this download began; what is read must not change" in refused(job)
+        assert "b.jsonl: changed since this download began; inputs must not change" in refused(job)
     result = run(job)
     assert raw_texts(result.path) == ["One.", "Two.", "One.", "Two.", "Three."]
 

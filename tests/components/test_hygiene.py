@@ -136,7 +136,7 @@ def test_what_an_earlier_version_decided_holds(
     capsys.readouterr()
     step.run(job, raw)
     assert read_manifest(directory).digest == former.digest
-    assert f"to decide anew remove {directory}" in capsys.readouterr().out
+    assert f"to decide again, remove {directory}" in capsys.readouterr().out
     (directory / "manifest.json").unlink()
     step.run(job, raw)
     assert read_manifest(directory).digest == now.digest

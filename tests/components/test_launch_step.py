@@ -119,7 +119,7 @@ def test_a_finished_run_is_not_started_again(job, launched, yaongi, monkeypatch,
 
 
 def test_a_task_that_leaves_nothing_has_failed(job, launched):
-    with pytest.raises(LaunchError, match="train ended without an error, yet left no finished result"):
+    with pytest.raises(LaunchError, match="train ended without an error but left no finished result"):
         run(job, "train")
 
 

@@ -109,7 +109,7 @@ def test_a_folder_that_is_no_mount_is_refused_before_any_work(mounted, tmp_path,
     elsewhere = mounted | {f"{name}_dir": str(tmp_path / "elsewhere")}
     with pytest.raises(SpecError) as error:
         runnable_here(resolve("tiny", json.dumps({"storage": elsewhere})))
-    assert str(error.value).startswith(f"storage.{name}_dir: {tmp_path}/elsewhere is no folder here; ")
+    assert str(error.value).startswith(f"storage.{name}_dir: {tmp_path}/elsewhere is not a folder here; ")
     assert f"claim 'llm-{name}-pvc'" in str(error.value) and len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "elsewhere").exists()
 

@@ -73,7 +73,7 @@ def test_a_run_is_shown_stopped_and_resumed(
     assert f"job {name} goes on" in good("resume", name)
     wait_for("its log", lambda: f"begins after step {saved}" in ask("logs", name)[1], 300, every=2)
     code, said = ask("resume", name)
-    assert code == 69 and f"job {name} runs already" in said
+    assert code == 69 and f"job {name} is already running" in said
     assert not list((tmp_path / "work/stopped").iterdir())
 
     suspension = {"suspend": True} if kind == "trainjob" else {"runPolicy": {"suspend": True}}

@@ -88,8 +88,8 @@ def test_what_we_write_as_a_text_is_one_for_the_cluster(value):
     [
         ("a: [1\n", "x.yaml:2: not readable as YAML"),
         ("kind: {{ .Values.kind }}\n", "it is a template: render it first"),
-        ("spec: {}\n", "x.yaml:1: no Kubernetes object"),
-        ("---\n- a\n", "x.yaml:2: no Kubernetes object"),
+        ("spec: {}\n", "x.yaml:1: not a Kubernetes object"),
+        ("---\n- a\n", "x.yaml:2: not a Kubernetes object"),
         ("kind: A\napiVersion: v1\nmetadata: {name: !!python/object:os.system x}\n", "not readable as YAML"),
         ("[" * 500, "not readable as YAML"),
         ("kind: A\napiVersion: v1\nn: " + "1" * 5000, "not readable as YAML"),

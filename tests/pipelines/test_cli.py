@@ -86,7 +86,7 @@ def test_a_volume_that_is_not_mounted_here_is_named(yaongi, tmp_path):
     place = f"storage.datasets_dir={tmp_path}/taken/datasets"
     code, _, error = yaongi("run", "tiny", "--target", "kubernetes", "--set", place)
     assert code == 2
-    assert error.startswith(f"error: storage.datasets_dir: {tmp_path}/taken/datasets is no folder here; ")
+    assert error.startswith(f"error: storage.datasets_dir: {tmp_path}/taken/datasets is not a folder here; ")
     assert "claim 'llm-datasets-pvc'" in error and "--workdir" not in error and error.count("\n") == 1
 
 
