@@ -90,7 +90,7 @@ class GpuError(ForeseenError):
 
 
 _NUMBERS = re.compile(r"\[Errno -?\d+\] ?| \(os error \d+\)|<[\w.]+ object at 0x\w+>: ?")
-_FULL = "the volume is full; make room and run again, what is done stays"
+_FULL = "the volume is full; make room and run again, finished work is kept"
 _TOO_LARGE = "a file would be larger than this process or the volume allows; raise the limit (ulimit -f) and run again"
 _DENIED = "permission denied; mend its rights or owner, or give another place"
 _BROKEN = "{}; look at the volume (its mount, its server, the kernel's log) and run again"
@@ -98,7 +98,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a file cannot grow
 _OF_THE_MACHINE = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,  # of the quota there
-    errno.EFBIG: f"{_TOO_LARGE}, what is done stays",
+    errno.EFBIG: f"{_TOO_LARGE}, finished work is kept",
     errno.EACCES: _DENIED,
     errno.EPERM: _DENIED,
     errno.EROFS: "the volume is mounted read-only; mount it for writing, or give another place",

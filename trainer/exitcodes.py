@@ -33,9 +33,9 @@ class ExitCode(IntEnum):
 
 MEANING: dict[ExitCode, str] = {
     ExitCode.OK: "all ranks finished all steps",
-    ExitCode.UNEXPECTED: "ended without a word of its own; see the log",
+    ExitCode.UNEXPECTED: "ended without giving a reason; see the log",
     ExitCode.SPEC: "bad spec",
-    ExitCode.FAULT: "a fault of this program; the traceback is in the log",
+    ExitCode.FAULT: "a bug in this program; the traceback is in the log",
     ExitCode.DATA: "bad data",
     ExitCode.CHECKPOINT: "corrupt checkpoint, or another damaged file of a run",
     ExitCode.UNAVAILABLE: "cannot be done as things stand: something is missing, in the way or does not answer",

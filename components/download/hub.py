@@ -122,7 +122,7 @@ def fetch(dataset: str, commit: str, one: Input, folder: Path, advance: Callable
             if status_of(error) == 404:
                 raise DataError(
                     f"{one.name}: not on the Hub any more at commit {commit}, which this download began with; set "
-                    "origin.revision to one that exists, what is done stays"
+                    "origin.revision to one that exists, finished work is kept"
                 ) from None
             raise _refused(one.name, error) from None
         if target.stat().st_size == one.bytes and _proof(target, one.checksum or "") == one.checksum:

@@ -389,7 +389,7 @@ def test_a_disk_that_fills_up_is_one_line(
 
     with monkeypatch.context() as patched:
         patched.setattr("components.download.writer.os.replace", full)
-        said = r"^source 'web': [^\n]*: the volume is full; make room and run again, what is done stays$"
+        said = r"^source 'web': [^\n]*: the volume is full; make room and run again, finished work is kept$"
         with pytest.raises(VolumeError, match=said):
             run(job)
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("manifest.json"))

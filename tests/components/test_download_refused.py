@@ -224,7 +224,7 @@ def test_a_quota_that_is_used_up_is_a_full_volume(
     monkeypatch.setattr(source, "write_part", over)
     job = make_job({"web": from_files(tmp_path / "a.jsonl")}, tmp_path / "d")
     assert refused(job, ExitCode.VOLUME) == (
-        f"source 'web': {job.stage_dir('raw')}/web: the volume is full; make room and run again, what is done stays"
+        f"source 'web': {job.stage_dir('raw')}/web: the volume is full; make room and run again, finished work is kept"
     )
 
 

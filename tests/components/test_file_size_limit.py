@@ -23,7 +23,7 @@ from trainer.errors import VolumeError
 pytestmark = pytest.mark.usefixtures("capsys")
 SAID = (
     "a file would be larger than this process or the volume allows; raise the limit (ulimit -f) and run again, "
-    "what is done stays"
+    "finished work is kept"
 )
 
 

@@ -300,7 +300,7 @@ def test_ranges_of_units_are_made_side_by_side_and_none_twice(
             step.encode_range(_range(job, inputs, 0, 2))
     made = _journalled(Path(job.stage_dir("shards")))
     assert sorted(made) == [unit.number for unit in units.range_of(units_of_all, 1, 3)]
-    step.encode_range(_range(job, inputs, 1, 2))  # another division: what is done stays
+    step.encode_range(_range(job, inputs, 1, 2))  # another division: finished work is kept
     step.encode_range(_range(job, inputs, 0, 1))
     assert _journalled(Path(job.stage_dir("shards"))).items() > made.items()
     assert contents(step.run(job, *inputs[1:]).path) == golden

@@ -58,7 +58,7 @@ CAUSES: dict[str, tuple[list[Change], str]] = {
     "badspec": ([shell("sleep 1; exit 2")], r"^failed: badspec-worker-0 on node \S+ exited 2 \(bad spec\)"),
     "traceback": (
         [shell("echo boom; exit 1")],
-        r"^failed: .*exited 1 \(ended without a word.*: boom; the log says more",
+        r"^failed: .*exited 1 \(ended without giving a reason.*: boom; the log says more",
     ),
     "looping": (
         [shell("echo boom; exit 3"), restarting("OnFailure")],

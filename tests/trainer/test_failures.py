@@ -103,5 +103,5 @@ def test_rank_that_waits_for_a_failed_peer_ends_with_160(
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == expected
     if expected == 160:
-        assert "rank 1 has failed and is waited for no longer: shard x.bin is missing" in done.stderr
+        assert "rank 1 has failed, so this rank stops waiting for it: shard x.bin is missing" in done.stderr
         assert failures.root_cause(failures.recorded(tmp_path)).code == 65

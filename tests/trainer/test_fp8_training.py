@@ -98,7 +98,7 @@ def test_checkpoints_pass_between_precisions(micro_data: Path, tmp_path: Path, c
     back: TrainSpec = spec.updated({"steps": 4})
     with caplog.at_level(logging.WARNING, logger="trainer"):
         assert train(back) == 0
-    assert "no amax history of this FP8 recipe and model; it starts anew" in caplog.text
+    assert "no amax history of this FP8 recipe and model; it is reset" in caplog.text
     assert history(back, 4)["fp8.steps"] == 1
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints of a run: their files, their tensors, and from which of them a run may continue."""
+"""Checkpoints of a run: their files, their tensors, and the choice of the one to resume from."""

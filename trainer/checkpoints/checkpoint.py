@@ -1,10 +1,10 @@
 """Checkpoints as files: names, digests, atomic publication, verification, choice of the one to resume from.
 
 A checkpoint is a directory `checkpoints/step-00000040` of torch.distributed.checkpoint files plus `checkpoint.json`,
-which says what they hold and carries size and digest of each. It is written under a hidden name, synced, and renamed,
-so a directory with a visible name is complete; `LATEST` names the newest. Whether its bytes are still the ones that
-were written is what `verify` tells. Imports no torch: launchers call `latest` and `verify` from an image without it;
-the tensors are `trainer.checkpoints.checkpointer`'s business.
+which describes them, with the size and digest of each. It is written under a hidden name, fsynced and renamed, so a
+directory with a visible name is complete; `LATEST` names the newest. `verify` checks that its bytes are unchanged.
+Imports no torch: launchers call `latest` and `verify` from an image without it; `trainer.checkpoints.checkpointer`
+handles the tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 LATEST = "LATEST"
-SKIPPED_IN_A_ROW = "skipped_in_a_row"  # scalar: so many steps before the checkpoint were skipped
+SKIPPED_IN_A_ROW = "skipped_in_a_row"  # scalar: number of consecutive skipped steps before the checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class CheckpointFile(Stored):
 
 
 class CheckpointManifest(Stored):
-    """Contents of checkpoint.json. `digest` is the sha256 of everything else in it, so it identifies the checkpoint."""
+    """Contents of checkpoint.json. `digest`, the sha256 of all other fields, identifies the checkpoint."""
 
     format: int = FORMAT
     step: int
@@ -67,24 +67,24 @@ def step_dir(run_dir: str | Path, step: int) -> Path:
 
 
 def unfinished_dir(run_dir: str | Path, step: int) -> Path:
-    """Where the checkpoint of `step` is written before it is published."""
+    """The directory in which the checkpoint of `step` is written before it is published."""
     return Path(run_dir) / "checkpoints" / f".unfinished-step-{step:08d}"
 
 
 def published(run_dir: str | Path) -> list[Path]:
-    """Checkpoint directories of the run, newest first; none of them read yet. Copies under other names do not count."""
+    """Checkpoint directories of the run, newest first, without reading them. Copies under other names are ignored."""
     found = (Path(run_dir) / "checkpoints").glob("step-*")
     ours = (path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
     return sorted(ours, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint directory is called after."""
+    """The step in a checkpoint directory's name."""
     return int(path.name.removeprefix("step-"))
 
 
 def latest_step(run_dir: str | Path) -> int:
-    """Step named by LATEST, without looking at the checkpoint itself; 0 when there is none."""
+    """The step in LATEST, without reading the checkpoint itself; 0 if there is none."""
     try:
         name = (Path(run_dir) / "checkpoints" / LATEST).read_text(encoding="utf-8").strip()
         return int(name.removeprefix("step-"))
@@ -93,21 +93,22 @@ def latest_step(run_dir: str | Path) -> int:
 
 
 def latest(run_dir: str | Path) -> Path | None:
-    """The checkpoint to resume from: the one LATEST names, or else the newest older one that verifies.
+    """The checkpoint to resume from: the one in LATEST, else the newest older one that verifies.
 
     Returns:
         None when the run has no checkpoint.
 
     Raises:
-        CheckpointError: there are checkpoints and none of those that LATEST allows verifies.
+        CheckpointError: there are checkpoints, but none that LATEST allows verifies.
     """
     return first_whole(candidates(run_dir), verify)
 
 
 def candidates(run_dir: str | Path) -> list[Path]:
-    """Checkpoints to resume from, the one that LATEST names first, then older ones; none of them read yet.
+    """Checkpoints to resume from, the one in LATEST first, then older ones, without reading them.
 
-    Never a newer one: a person may have set LATEST back on purpose. Without a readable LATEST all are candidates.
+    Newer ones are excluded, because a person may have set LATEST back on purpose. Without a readable LATEST all
+    qualify.
 
     Raises:
         CheckpointError: LATEST allows none of those that exist.
@@ -124,10 +125,10 @@ def candidates(run_dir: str | Path) -> list[Path]:
 
 
 def first_whole(found: list[Path], check: Callable[[Path], object]) -> Path | None:
-    """The first of `candidates` in which `check` finds no damage; None when there are none.
+    """The first of `candidates` in which `check` finds no damage; None if there are no candidates.
 
     Raises:
-        CheckpointError: there are some and all are damaged.
+        CheckpointError: there are candidates, but all are damaged.
     """
     problems = []
     for path in found:
@@ -137,7 +138,7 @@ def first_whole(found: list[Path], check: Callable[[Path], object]) -> Path | No
             problems.append(str(error))
             if len(problems) < len(found):
                 log.error("%s; trying the next older checkpoint", error)
-            elif len(found) > 1:  # the error below names the first only
+            elif len(found) > 1:  # the error below names only the first
                 log.error("%s", error)
             continue
         if problems:
@@ -152,10 +153,10 @@ def first_whole(found: list[Path], check: Callable[[Path], object]) -> Path | No
 
 
 def read_manifest(path: str | Path) -> CheckpointManifest:
-    """checkpoint.json of a checkpoint directory, proved whole by its own digest.
+    """checkpoint.json of a checkpoint directory, verified by its own digest.
 
     Raises:
-        CheckpointError: it is missing, not readable or altered.
+        CheckpointError: it is missing, not readable or changed.
     """
     file = Path(path) / MANIFEST
     try:
@@ -178,7 +179,7 @@ def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> CheckpointManif
     """Compare every file of a checkpoint with checkpoint.json; files are read in parallel.
 
     Args:
-        share: (k, n) reads every n-th file only, from the k-th on; names and sizes are compared in any case.
+        share: (k, n) reads only every n-th file, from the k-th on; names and sizes are always compared.
 
     Raises:
         CheckpointError: naming the first damaged or missing file.
@@ -186,7 +187,7 @@ def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> CheckpointManif
     manifest = read_manifest(path)
     try:
         _compare(Path(path), manifest, share)
-    except OSError as error:  # a disk that cannot read a file has lost it as well
+    except OSError as error:  # an unreadable file is as good as lost
         raise _damaged(Path(error.filename or path), f"cannot be read ({error.strerror})") from None
     return manifest
 
@@ -194,7 +195,7 @@ def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> CheckpointManif
 def _compare(directory: Path, manifest: CheckpointManifest, share: tuple[int, int]) -> None:
     foreign = sorted(entry for entry in directory.iterdir() if entry.name not in {*manifest.files, MANIFEST})
     for entry in foreign if share[0] == 0 else ():
-        if not entry.name.startswith("."):  # .nfs…, .DS_Store and the like are nobody's mistake
+        if not entry.name.startswith("."):  # .nfs…, .DS_Store and the like are harmless
             _warn_of(entry)
     for name, expected in manifest.files.items():
         if not (directory / name).is_file():
@@ -210,12 +211,12 @@ def _compare(directory: Path, manifest: CheckpointManifest, share: tuple[int, in
 
 @cache
 def _warn_of(foreign: Path) -> None:
-    """Once for each process; what a checkpoint consists of is there and whole without it."""
+    """Warn once per process about an extra file; the checkpoint is complete without it."""
     log.warning("%s does not belong to the checkpoint; ignored", foreign)
 
 
 def describe_files(directory: Path, names: Iterable[str]) -> dict[str, CheckpointFile]:
-    """Size and digest of files; hashing leaves the GIL, so threads share it."""
+    """Size and digest of files; hashing releases the GIL, so threads run in parallel."""
     names = sorted(names)
     with ThreadPoolExecutor(max_workers=4) as pool:
         return dict(zip(names, pool.map(lambda name: _describe(directory / name), names), strict=True))
@@ -228,13 +229,14 @@ def _describe(file: Path) -> CheckpointFile:
 def publish(run_dir: str | Path, manifest: CheckpointManifest) -> Path:
     """Make the finished hidden directory of `manifest.step` the run's newest checkpoint.
 
-    The manifest goes in last, everything is synced, one rename makes it visible, then LATEST follows. Checkpoints of
-    later steps belong to a branch that was given up by going back to an older one; they go.
+    The manifest is written last, everything is fsynced, one rename makes it visible, then LATEST is updated.
+    Checkpoints of
+    later steps belong to a branch that was abandoned by going back to an older one; they are deleted.
     """
     hidden, visible = unfinished_dir(run_dir, manifest.step), step_dir(run_dir, manifest.step)
     complete = manifest.model_copy(update={"digest": manifest.content_digest()})
     atomic_write(hidden / MANIFEST, complete.model_dump_json(indent=1).encode())
-    if visible.exists():  # a step trained again after falling back to an older checkpoint
+    if visible.exists():  # the step was trained again after a fallback to an older checkpoint
         _remove(visible)
     hidden.rename(visible)
     sync_directory(visible.parent)
@@ -246,11 +248,11 @@ def publish(run_dir: str | Path, manifest: CheckpointManifest) -> Path:
 
 
 def prune(run_dir: str | Path, keep_last: int, decay_begins: int = 0) -> None:
-    """Delete all but the newest `keep_last` checkpoints, never the one that LATEST names.
+    """Delete all but the newest `keep_last` checkpoints, but never the one in LATEST.
 
-    One that was made in a row of skipped steps takes nobody's place, since the way back may lead past that row: it is
-    kept as the newest one, or where there is room. The newest of step `decay_begins` or before stays too, since from
-    there the run can be made longer.
+    A checkpoint saved within a series of skipped steps does not displace another, because a person may have to go back
+    before the series: it is kept if it is the newest, or if there is room. The newest checkpoint at or before step
+    `decay_begins` is kept too, because the run can be lengthened from there.
     """
     step, found = latest_step(run_dir), published(run_dir)
     every_sound = [path for path in found if not _in_a_row(path)]
@@ -262,7 +264,7 @@ def prune(run_dir: str | Path, keep_last: int, decay_begins: int = 0) -> None:
 
 
 def _in_a_row(path: Path) -> bool:
-    """Whether a checkpoint was made in a row of skipped steps; one whose manifest cannot be read is no way back."""
+    """Whether a checkpoint was saved within a series of skipped steps; True if its manifest cannot be read."""
     try:
         return read_manifest(path).scalars.get(SKIPPED_IN_A_ROW, 0) > 0
     except CheckpointError:
@@ -270,19 +272,19 @@ def _in_a_row(path: Path) -> bool:
 
 
 def newest_until(run_dir: str | Path, step: int) -> Path | None:
-    """The newest checkpoint of `step` or an earlier one; not read, None when there is none."""
+    """The newest checkpoint at or before `step`, without reading it; None if there is none."""
     return next((path for path in published(run_dir) if step_of(path) <= step), None)
 
 
 def how_to_go_back(path: Path | None) -> str:
-    """What a person has to do so that the run goes on from the checkpoint `path`; None: there is none."""
+    """Instructions to continue the run from the checkpoint `path`; None: there is none."""
     if path is None:
-        return "there is no checkpoint from before; train from the start, in another run"
+        return "there is no earlier checkpoint; train from the start, in another run"
     return f"to go on from {path.name}, the newest checkpoint from before, write its name into {path.parent / LATEST}"
 
 
 def unfinished(run_dir: str | Path) -> Iterator[Path]:
-    """Directories that a killed process left half-written or half-deleted."""
+    """Directories that a killed process left partly written or partly deleted."""
     return (Path(run_dir) / "checkpoints").glob(".*step-*")
 
 
@@ -293,11 +295,11 @@ def clean_unfinished(run_dir: str | Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint; hidden first, so that a crash in the middle leaves no damaged one with a visible name.
+    """Delete a checkpoint; it is hidden first, so that a crash leaves no damaged one with a visible name.
 
-    One that cannot be deleted is only worth a warning: what needs its name fails by itself.
+    If that fails, it only warns: an operation that needs the name fails by itself.
     """
-    # A name of its own: of an earlier one NFS may keep a file that somebody reads (.nfs…), for as long as he does.
+    # A unique name: NFS may keep a file of an earlier one (.nfs…) as long as a process reads it.
     doomed = path.with_name(f".deleted-{time.time_ns()}-{path.name}")
     try:
         path.rename(doomed)

@@ -1,9 +1,10 @@
-"""Tensors of a training run into checkpoints and back, whatever the number of processes on either side.
+"""Save and load the tensors of a training run, for any number of processes on either side.
 
-torch.distributed.checkpoint does the writing: every tensor once, spread over the ranks. Everything that is not a tensor
-goes into checkpoint.json, so nothing is pickled but DCP's own index, and that is read with an allow-list of the few
-classes it consists of. With `asynchronous` a thread does the work on a copy of the tensors and on a process group of
-its own, while training goes on; the next save waits for it.
+torch.distributed.checkpoint (DCP) writes every tensor once, distributed over the ranks. Everything that is not a tensor
+goes into checkpoint.json, so only DCP's own index is pickled, and it is read with an allow-list of its few classes.
+With
+`asynchronous` a thread works on a copy of the tensors and on its own process group while training continues; the next
+save waits for it.
 """
 
 from __future__ import annotations
@@ -65,14 +66,15 @@ _INDEX_CLASSES = {
 
 
 class Checkpointer:
-    """Saves and resumes one training run; every rank holds one and calls it at the same steps.
+    """Saves and resumes one training run; every rank has one and calls it at the same steps.
 
     Args:
-        digests: of the shards and the tokenizer, which a checkpoint must share with the run that resumes from it.
+        digests: digests of shards and tokenizer; they must be equal in a checkpoint and in the run that resumes from
+            it.
         on_published: called on rank 0, perhaps from a thread, with the step and the seconds from start to durable.
-        on_failed: called likewise when a checkpoint could not be saved.
-        fp8: state of FP8 products, None without any. A checkpoint may lack it, and then it starts anew.
-        former: digests of the shards before more was appended to them, which will do as well.
+        on_failed: called likewise if a checkpoint could not be saved.
+        fp8: state of FP8 products, None without any. If a checkpoint lacks it, it is reset.
+        former: digests of earlier generations of the shards, which are accepted too.
     """
 
     def __init__(
@@ -96,12 +98,13 @@ class Checkpointer:
         self.saved_step = -1
 
     def save(self, step: int, cursor: dict[str, Any], scalars: dict[str, float]) -> None:
-        """Checkpoint the state after `step` steps; returns once training may change the tensors again.
+        """Save the state after `step` steps; returns once training may change the tensors again.
 
-        A save that fails (disk full, say) is logged, leaves nothing behind and does not end the run; `wait` tells.
+        A failed save (for example, disk full) is logged, leaves no files and does not end the run; `wait` reports it.
 
         Raises:
-            DivergedError: on every rank, weights or optimizer states of any are not finite. No step can mend those.
+            DivergedError: on every rank, if weights or optimizer states of any rank are not finite. No later step can
+                repair that.
         """
         self.wait()
         state = _state(self._model, self._optimizers)
@@ -132,7 +135,7 @@ class Checkpointer:
             self._pending.set_result(self._write(manifest, tensors, began))
 
     def wait(self) -> str | None:
-        """Finish the save that is under way; returns what went wrong with it, None when it was published."""
+        """Wait for the save in progress; returns its error, None if it was published."""
         problem = self._pending.result() if self._pending else None
         self._pending = None
         if problem:
@@ -140,14 +143,14 @@ class Checkpointer:
         return problem
 
     def resume(self) -> CheckpointManifest | None:
-        """Load the newest checkpoint that verifies into model and optimizers, and the state of the random generators.
+        """Load the newest checkpoint that verifies into model, optimizers and random generators.
 
         Returns:
-            Its manifest, or None when the run has none and starts from the beginning.
+            Its manifest, or None if the run has none and starts from the beginning.
 
         Raises:
             CheckpointError: no checkpoint verifies.
-            DataError, SpecError: it was trained on other data, holds another model or the state of another optimizer.
+            DataError, SpecError: it was trained on other data, or is of another model or optimizer.
             DivergedError: weights or optimizer states are not finite.
         """
         path = self._newest_whole()
@@ -163,7 +166,7 @@ class Checkpointer:
         if all(stored.get(key) == value.shape for key, value in fp8.items()):
             tensors |= fp8
         else:
-            log.warning("%s has no amax history of this FP8 recipe and model; it starts anew", path)
+            log.warning("%s has no amax history of this FP8 recipe and model; it is reset", path)
         _load(path, tensors, stored)
         if broken := self._not_finite(state):
             raise _holds(path, broken)
@@ -171,7 +174,7 @@ class Checkpointer:
             torch.set_rng_state(own_random.pop(f"random.cpu.{self._world.rank}"))
             for state in own_random.values():
                 torch.cuda.set_rng_state(state, self._world.device)
-        else:  # a rank that the saving run did not have
+        else:  # a rank that did not exist in the saving run
             torch.manual_seed(self._spec.seed + (manifest.step << 20) + self._world.rank)
         self.saved_step = manifest.step
         return manifest
@@ -183,13 +186,13 @@ class Checkpointer:
         return {f"fp8.{key}": value for key, value in self._fp8.state_dict().items()} if self._fp8 else {}
 
     def _not_finite(self, tensors: dict[str, Tensor]) -> str | None:
-        """Name of one that is not finite on some rank, the same on every rank; None when all are sound."""
+        """Name of a tensor that is not finite on some rank, the same on every rank; None if all are finite."""
         found: list[str | None] = [None] * self._world.size
         dist.all_gather_object(found, _not_finite(tensors), group=self._world.control)
         return next(filter(None, found), None)
 
     def _newest_whole(self) -> Path | None:
-        """As `checkpoint.latest`; each rank reads a share of the files, so that none waits long for another."""
+        """As `checkpoint.latest`; each rank reads a share of the files, so that no rank waits long."""
         found: list[Path] | CheckpointError | SpecError = []
         if self._world.is_main:
             checkpoint.clean_unfinished(self._spec.run_dir)
@@ -198,8 +201,8 @@ class Checkpointer:
                 found = continuable(existing, self._spec)
                 if found[:1] != existing[:1]:
                     log.warning(
-                        "the run is %d steps long now: it goes on from %s, where its learning rate had not begun to "
-                        "fall; what was trained after that is given up",
+                        "the run is %d steps long now: it continues from %s, where its learning rate had not "
+                        "begun to fall; later training is discarded",
                         self._spec.steps,
                         found[0].name,
                     )
@@ -244,7 +247,7 @@ class Checkpointer:
             )
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in host memory that is allocated once and, under a GPU, pinned, so that copying is fast."""
+        """Copy to host memory that is allocated once and, with a GPU, pinned, so that copying is fast."""
         pinned = self._world.device.type == "cuda"
         copies = {}
         for key, tensor in tensors.items():
@@ -258,7 +261,7 @@ class Checkpointer:
         return copies
 
     def _write(self, manifest: CheckpointManifest, tensors: dict[str, Tensor], began: float) -> str | None:
-        """Write, describe and publish; a failure anywhere undoes it everywhere and comes back as one line."""
+        """Write, describe and publish; a failure on any rank undoes it on all and is returned as one line."""
         run_dir, step = self._spec.run_dir, manifest.step
         hidden = checkpoint.unfinished_dir(run_dir, step)
         try:
@@ -273,17 +276,17 @@ class Checkpointer:
             if self._world.is_main:
                 checkpoint.clean_unfinished(run_dir)
                 self._on_failed()
-                log.error("%s; training goes on, the newest checkpoint stays the one before", problem)
+                log.error("%s; training continues, the previous checkpoint stays the newest", problem)
             return problem
         return None
 
     def _prepare(self, hidden: Path) -> None:
         if self._world.is_main:
             checkpoint.clean_unfinished(self._spec.run_dir)
-            hidden.mkdir(parents=True, exist_ok=True)  # NFS may keep a file of an earlier one that is still open
+            hidden.mkdir(parents=True, exist_ok=True)  # NFS may keep an open file of an earlier one
 
     def _describe_own(self, hidden: Path) -> dict[str, checkpoint.CheckpointFile]:
-        """Each rank reads back what it wrote (`__<rank>_…`); the index is the main rank's."""
+        """Each rank reads back the files it wrote (`__<rank>_…`); the main rank also reads the index."""
         names = [entry.name for entry in hidden.glob(f"__{self._world.rank}_*")]
         return checkpoint.describe_files(hidden, [*names, _INDEX] if self._world.is_main else names)
 
@@ -294,7 +297,7 @@ class Checkpointer:
             self._on_published(manifest.step, time.monotonic() - began)
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:
-        """Do `work` on every rank; afterwards all of them know whether all succeeded, and have all results."""
+        """Run `work` on every rank; afterwards all ranks know whether all succeeded, and have all results."""
         try:
             mine: tuple[Any, str | None] = (work(), None)
         except OSError as error:
@@ -311,7 +314,7 @@ class _SaveFailed(Exception):
 
 
 def _difference(field: str, theirs: Any, ours: Any) -> tuple[str, Any, Any] | None:
-    """The first field, with both values, in which a spec differs from a stored one, which may have more fields."""
+    """The first field, with both values, in which a spec differs from a stored one; the latter may have more fields."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         found = (_difference(f"{field}.{key}", theirs.get(key), value) for key, value in sorted(ours.items()))
         return next(filter(None, found), None)
@@ -319,7 +322,7 @@ def _difference(field: str, theirs: Any, ours: Any) -> tuple[str, Any, Any] | No
 
 
 def load_model_weights(path: str | Path, model: nn.Module) -> checkpoint.CheckpointManifest:
-    """Verify a checkpoint and fill `model` (parameters and buffers) from it in one process; for evaluation and export.
+    """Verify a checkpoint and load it into `model` (parameters and buffers) in one process; for evaluation and export.
 
     Raises:
         CheckpointError, DivergedError: it is damaged or holds another model; weights are not finite.
@@ -330,7 +333,7 @@ def load_model_weights(path: str | Path, model: nn.Module) -> checkpoint.Checkpo
 
 
 def load_model(path: str | Path, model: nn.Module) -> None:
-    """Fill the parameters and buffers of `model` from a verified checkpoint; needs no process group.
+    """Load a verified checkpoint into the parameters and buffers of `model`; needs no process group.
 
     Raises:
         CheckpointError, DivergedError: it holds another model; weights in it are not finite.
@@ -342,7 +345,7 @@ def load_model(path: str | Path, model: nn.Module) -> None:
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """Name of the first tensor of which a number of this rank is infinite or none; waits for the device once."""
+    """Name of the first tensor with an infinite or NaN element on this rank; waits for the device once."""
     names, extremes = [], []
     for name, tensor in tensors.items():
         own, _ = own_rows(tensor)
@@ -356,7 +359,7 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def _holds(path: Path, broken: str) -> DivergedError:
-    """The error of a checkpoint that an earlier version has published."""
+    """The error for a checkpoint with non-finite values, published by an earlier version."""
     before = checkpoint.newest_until(path.parent.parent, checkpoint.step_of(path) - 1)
     return DivergedError(f"{path}: {broken} is not finite; {checkpoint.how_to_go_back(before)}")
 
@@ -366,13 +369,12 @@ def _model_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _state(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Tensors that every rank holds alike, or DTensors; they share memory with model and optimizers, so loading
-    fills those."""
+    """Replicated tensors or DTensors that share memory with model and optimizers, so that loading fills these."""
     return _model_state(model) | {f"optimizer.{name}": tensor for name, tensor in optimizers.state_dict().items()}
 
 
 def _in_host_memory(tensor: DTensor, own: Tensor) -> DTensor:
-    """`own` as this rank's part of a tensor cut like `tensor`; communicates with nobody."""
+    """`own` as this rank's part of a tensor sharded like `tensor`, without communication."""
     mesh = tensor.device_mesh
     on_host = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names, _init_backend=False)
     return DTensor.from_local(
@@ -381,7 +383,7 @@ def _in_host_memory(tensor: DTensor, own: Tensor) -> DTensor:
 
 
 def _random_state(world: World) -> dict[str, Tensor]:
-    """State of this rank's generators, under names that no other rank has."""
+    """State of this rank's random generators, under names unique to the rank."""
     state = {f"random.cpu.{world.rank}": torch.get_rng_state()}
     if world.device.type == "cuda":
         state[f"random.cuda.{world.rank}"] = torch.cuda.get_rng_state(world.device)
@@ -400,7 +402,7 @@ def _load(path: Path, tensors: dict[str, Tensor], stored: dict[str, torch.Size],
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what `alone` says
         try:
             dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=alone)
-        except CheckpointException as error:  # no Exception, so nobody else would put it in one line
+        except CheckpointException as error:  # not an Exception, so no other handler would turn it into one line
             raise CheckpointError(f"{path} cannot be loaded: {_first_cause(error)}") from None
 
 
@@ -410,7 +412,7 @@ def _read_index(path: Path) -> dict[str, torch.Size]:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads DCP's pickled index with an allow-list; the tensors themselves are read with weights_only already."""
+    """Reads DCP's pickled index with an allow-list; DCP reads the tensors themselves with weights_only."""
 
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
         with (Path(self.path) / _INDEX).open("rb") as stream:
@@ -430,7 +432,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _memory_format(of: Any, name: str) -> _MEM_FORMAT_ENCODING:
-    """In place of getattr, as which Python before 3.11.4 pickles an enum's member; good for this one enum only."""
+    """Replaces getattr, as which Python before 3.11.4 pickles an enum member; only for this one enum."""
     if of is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
         raise _not_an_index(f"{of}.{name}")
     return _MEM_FORMAT_ENCODING[name]
@@ -441,7 +443,7 @@ def _not_an_index(found: str) -> CheckpointError:
 
 
 def _first_cause(error: BaseException) -> str:
-    """One line out of DCP's exception, which holds one exception for each rank that failed."""
+    """One line from DCP's exception, which contains one exception per failed rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return in_words(" ".join(str(error).split()) or type(error).__name__)

@@ -1,7 +1,8 @@
-"""From which checkpoints a run goes on whose length was changed: those from before the rate depended on the length.
+"""The checkpoints from which a run of changed length may continue: those from before the rate depended on the length.
 
-Warm-up and the stable part of WSD are the same for every length (trainer/optim/schedule.py), so a run that is made
-longer there goes on as one that had the new length from the start. Imports no torch.
+Warm-up and the stable part of WSD are the same for every length (trainer/optim/schedule.py), so a run lengthened there
+is
+identical to one that had the new length from the start. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from trainer.spec import ScheduleSpec, TrainSpec
 
 
 def continuable(found: list[Path], spec: TrainSpec) -> list[Path]:
-    """Those of `found`, newest first, that a run of the spec's length may go on from; all if its length is theirs.
+    """The checkpoints in `found`, newest first, from which a run of the spec's length may continue; all if the length
+    is equal.
 
-    One that cannot be read stays among them: whoever loads it says what is wrong with it.
+    Unreadable ones are included: loading them reports the error.
 
     Raises:
-        SpecError: there are checkpoints, and all were saved where the rate had begun to fall, or beyond the end; or the
-            run is to become shorter, and the newest was. Only who asks for more steps has given up the former end.
+        SpecError: all checkpoints were saved after the rate had begun to fall, or beyond the end; or the run would
+            become shorter and lose trained steps. Only a longer run discards the former end.
     """
     kept = [path for path in found if _fits(path, spec)]
     if kept[:1] == found[:1]:

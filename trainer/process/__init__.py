@@ -1,1 +1,1 @@
-"""Care of the processes of a run: what ends them, how, and what may start them again."""
+"""Process supervision of a run: limits, failures, signals and restarts."""

@@ -1,9 +1,11 @@
-"""One training at a time in a run directory: a lock that ends with its process, and a sign of life beside it.
+"""One training at a time in a run directory: a lock that ends with its process, plus a heartbeat in the lock file.
 
-The kernel drops the lock of a process however that dies, so a start after it waits for nothing. Between machines a lock
-alone is no proof: NFS keeps that of a lost machine for a minute and a half or for ever, and some mounts know locks of
-one machine only. So the holder renews what the file says, and whoever finds another machine's name in it looks whether
-that goes on. A process that was taken for dead ends itself. Rank 0 holds it for all ranks. Imports no torch.
+The kernel releases the lock of a process however it dies, so the next start need not wait. Between machines a lock
+alone
+is not reliable: NFS keeps the lock of a lost machine for a minute and a half or for ever, and some mounts only have
+local locks. So the holder renews the file's content, and a process that finds another machine's name in it checks
+whether renewals continue. A process that was considered dead ends itself. Rank 0 holds the lock for all ranks. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from trainer.process.limits import Lease, LeaseWatch
 
 FILE = ".training"
 RENEWAL_SECONDS = 8.0
-LAPSES_AFTER_SECONDS = 36.0  # as a launcher's lease
-LOOK_PATIENCE_SECONDS = 0.5  # who looks whether a run is being trained holds its lock for a moment
+LAPSES_AFTER_SECONDS = 36.0  # as for a launcher's lease
+LOOK_PATIENCE_SECONDS = 0.5  # a check whether a run is being trained holds its lock for a moment
 LOOK_SECONDS = 0.1
 
 log = logging.getLogger(__name__)
@@ -39,14 +41,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Holder(Lease):
-    """Who trains; `holder` says it in words."""
+    """The process that trains; `holder` describes it in words."""
 
     machine: str
 
 
 @contextmanager
 def held(run_dir: str | Path) -> Iterator[None]:
-    """Be the one process that trains in `run_dir` during the block; it calls this once at a time.
+    """Make this process the only one that trains in `run_dir` during the block; not reentrant.
 
     Raises:
         LaunchError: another process trains there.
@@ -59,7 +61,7 @@ def held(run_dir: str | Path) -> Iterator[None]:
         file = _acquired(path)
         _write(file, me)
     except OSError as error:
-        raise VolumeError(f"{path}: {error.strerror}; mend the volume, or the rights on it") from error
+        raise VolumeError(f"{path}: {error.strerror}; fix the volume, or the permissions on it") from error
     ended = threading.Event()
     keeper = threading.Thread(target=_keep, args=(path, file, me, ended), name="exclusive", daemon=True)
     keeper.start()
@@ -68,16 +70,16 @@ def held(run_dir: str | Path) -> Iterator[None]:
     finally:
         ended.set()
         keeper.join()
-        with suppress(OSError):  # then the next one waits for a sign of life
+        with suppress(OSError):  # then the next process waits for a heartbeat
             os.ftruncate(file.fileno(), 0)
         file.close()
 
 
 def refuse_second(run_dir: str | Path) -> None:
-    """For launchers, which would find out late: refuse where a process of this machine trains.
+    """For launchers, which would otherwise notice late: refuse if a process of this machine trains.
 
     Raises:
-        LaunchError: it does.
+        LaunchError: one does.
     """
     path = Path(run_dir) / FILE
     watch, deadline = LeaseWatch(run_dir, FILE, Holder), time.monotonic() + LOOK_PATIENCE_SECONDS
@@ -90,7 +92,7 @@ def refuse_second(run_dir: str | Path) -> None:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 break
-        except OSError:  # none there, or none to be had: whoever trains will say so
+        except OSError:  # no file, or not readable: the training process will report it
             return
         time.sleep(LOOK_SECONDS)
     if _is_here(watch.lease):
@@ -98,7 +100,7 @@ def refuse_second(run_dir: str | Path) -> None:
 
 
 def machine() -> str:
-    """What tells this machine from others while it runs; pods on one node share it, as they share its locks."""
+    """The boot id of this machine; pods on one node share it, as they share its locks."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -106,7 +108,7 @@ def machine() -> str:
 
 
 def _is_here(lease: Lease | None) -> TypeGuard[Holder]:
-    """Whether it was written on this machine, where locks tell all."""
+    """Whether it was written on this machine, where the lock is reliable."""
     return isinstance(lease, Holder) and lease.machine == machine()
 
 
@@ -114,7 +116,7 @@ def _acquired(path: Path) -> BinaryIO:
     watch = LeaseWatch(path.parent, FILE, Holder)
     deadline, told = time.monotonic() + LOOK_PATIENCE_SECONDS, False
     while True:
-        # Before the lock is taken: closing any descriptor of the file gives this process's lock up.
+        # Before the lock is taken: closing any descriptor of the file releases this process's lock.
         lapsed, lease = watch.lapsed(), watch.lease
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         locked = _lock(file)
@@ -128,7 +130,7 @@ def _acquired(path: Path) -> BinaryIO:
             raise _refused(path, lease)
         is_silent = lapsed or (lease is None and watch.silent_seconds > LAPSES_AFTER_SECONDS)
         if not locked and is_silent and not _is_here(lease):
-            log.warning("%s: its holder gives no sign of life; taking the run over", path)
+            log.warning("%s: its holder has stopped renewing it; taking the run over", path)
             path.unlink(missing_ok=True)
             watch = LeaseWatch(path.parent, FILE, Holder)
         elif lease is not None and not _is_here(lease) and not told:
@@ -140,7 +142,7 @@ def _acquired(path: Path) -> BinaryIO:
 def _lock(file: BinaryIO) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # which of the two depends on the file system
+    except (BlockingIOError, PermissionError):  # the errno depends on the file system
         return False
     return True
 
@@ -149,10 +151,10 @@ def _keep(path: Path, file: BinaryIO, me: Holder, ended: threading.Event) -> Non
     while not ended.wait(RENEWAL_SECONDS):
         try:
             if _is_replaced(path, file):
-                reason = f"{path}: another process has taken this run over, since this one gave no sign of life"
+                reason = f"{path}: another process has taken this run over, because this one had stopped renewing it"
                 failures.record(ExitCode.UNAVAILABLE, reason)
                 print(reason, file=sys.stderr, flush=True)
-                os._exit(ExitCode.UNAVAILABLE)  # saving would write over what the other one saves
+                os._exit(ExitCode.UNAVAILABLE)  # saving would overwrite the other's checkpoints
             _write(file, replace(me, renewed=time.time()))
         except OSError as error:
             log.warning("%s cannot be renewed (%s); trying again", path, error.strerror)
@@ -166,7 +168,8 @@ def _is_replaced(path: Path, file: BinaryIO) -> bool:
 
 
 def _write(file: BinaryIO, me: Holder) -> None:
-    """In place, since another file would not be locked. Who reads half of it takes it for a sign of life, as it is."""
+    """Write in place, because a new file would not be locked. A reader of a partial write counts it as a renewal,
+    correctly."""
     content = json.dumps(asdict(me)).encode()
     os.ftruncate(file.fileno(), len(content))
     os.pwrite(file.fileno(), content, 0)

@@ -1,7 +1,7 @@
 """From an exception or a dead process to an exit code and one line of reason.
 
-Every rank that fails leaves a small file in the directory that its entrypoint names in the environment; the entrypoint
-reads all of them, since the rank that torchrun sees die first is often only the victim of another. Imports no torch.
+Every rank that fails writes a small file to the directory that its entrypoint names in the environment. The entrypoint
+reads all of them, because the rank that torchrun sees die first is often only a victim of another. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ PEER_STOPPED, OUT_OF_MEMORY_LABEL = "peer_stopped", "out_of_memory"
 OUT_OF_MEMORY = "out of memory; lower train.batch.micro_batch_rows or give the pod more"
 _OUT_OF_MEMORY = re.compile(r"out of (GPU )?memory")
 _COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket timeout|timed out", re.I)
-_PLACE = re.compile(r"^\[\S*gloo/\S*\] ")  # in the library's source
+_PLACE = re.compile(r"^\[\S*gloo/\S*\] ")  # paths in the library's source
 _JOKE = re.compile(r"\s*GLHF!.*$")
-PEER_GONE = "most often that rank's process has died, and the line of it or of its node says why; else see the network"
+PEER_GONE = "most often that rank's process has died, and its own or its node's line says why; else check the network"
 _GPU = re.compile(r"cuda error|cublas|cudnn|device-side|acceleratorerror", re.I)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How one process ended. `time` is Unix time in seconds."""
+    """How one process ended. `time` is in Unix seconds."""
 
     rank: int
     code: int
@@ -43,12 +43,12 @@ class Failure:
 
 
 def node_name() -> str:
-    """The machine a person would look at: the cluster's name of it, else the hostname."""
+    """The machine's name for people: the cluster's node name, else the hostname."""
     return os.environ.get(NODE_VARIABLE) or socket.gethostname()
 
 
 def classify(error: BaseException) -> tuple[int, str]:
-    """Exit code and one-line reason of what ended a rank."""
+    """Exit code and one-line reason for the exception that ended a rank."""
     text = " ".join(str(error).split())
     named = f"{type(error).__name__}: {text}"
     if (known := foreseen(error)) is not None:
@@ -67,16 +67,16 @@ def classify(error: BaseException) -> tuple[int, str]:
 
 
 def label(failure: Failure) -> str:
-    """What restarts are counted by: the exit code's name, or more where more is known of how a rank ended."""
+    """The cause by which restarts are counted: the exit code's name, or a more specific one if known."""
     if failure.code == ExitCode.KILLED and _OUT_OF_MEMORY.match(failure.reason):
         return OUT_OF_MEMORY_LABEL
-    if failure.code in STOPS:  # this node was not told to stop: then `label` is not asked
+    if failure.code in STOPS:  # this node was not told to stop, else `label` is not called
         return PEER_STOPPED
     return code_label(failure.code)
 
 
 def code_label(code: int) -> str:
-    """An exit code's name as a value of a metric's label: killed, communication, …"""
+    """An exit code's name as a value of a metric label: killed, communication, …"""
     return ExitCode(code).name.lower() if code in list(ExitCode) else str(code)
 
 
@@ -85,10 +85,11 @@ def _without_place(text: str) -> str:
 
 
 def show(error: BaseException, code: int, reason: str) -> None:
-    """Print what a person needs: one line, and the traceback only where the program did not expect the error.
+    """Print one line, and the traceback only for an error that the program did not expect.
 
-    Communication is expected to fail, with whichever rank dies; where in the program says nothing of why. The rank's
-    log file has the traceback of that too.
+    Communication errors are expected when any rank dies, and their place in the program does not explain them. The
+    rank's
+    log file has their traceback too.
     """
     if (foreseen(error) is None and code != ExitCode.COMMUNICATION) or os.environ.get("YAONGI_VERBOSE"):
         traceback.print_exception(error)
@@ -96,12 +97,12 @@ def show(error: BaseException, code: int, reason: str) -> None:
 
 
 def meaning(code: int) -> str:
-    """What an exit code says, also for those that are not in the table."""
+    """The meaning of an exit code, even of one that is not in the table."""
     return MEANING[ExitCode(code)] if code in list(ExitCode) else "not one of this program's codes"
 
 
 def record(code: int, reason: str) -> None:
-    """Leave a file for the entrypoint, if one started this process; never fails, it runs while everything breaks."""
+    """Write a file for the entrypoint, if one started this process; never raises, because it runs during failures."""
     directory = os.environ.get(DIRECTORY_VARIABLE)
     if not directory:
         return
@@ -116,7 +117,7 @@ def record(code: int, reason: str) -> None:
 
 
 def forget() -> None:
-    """Remove what an earlier attempt of this rank has recorded; torchrun may restart ranks in place."""
+    """Remove the record of an earlier attempt of this rank; torchrun may restart ranks in place."""
     if directory := os.environ.get(DIRECTORY_VARIABLE):
         (Path(directory) / f"rank-{os.environ.get('RANK', '0')}.json").unlink(missing_ok=True)
 
@@ -129,9 +130,10 @@ def recorded(directory: Path) -> list[Failure]:
 def root_cause(failures: Iterable[Failure]) -> Failure:
     """The failure that explains the others.
 
-    A permanent one (bad data, divergence) wins over everything, since trying again cannot help. Then what happened to a
-    process itself; then lost communication, most often the echo of a peer's death; last the stop signal that torchrun
-    sends to the survivors. Among equals the earliest.
+    A permanent one (bad data, divergence) has priority, because a retry cannot help. Next is a failure of a process
+    itself,
+    then lost communication, mostly a consequence of a peer's death, and last the stop signal that torchrun sends to the
+    survivors. Among equals the earliest wins.
     """
 
     def rank_of(failure: Failure) -> tuple[int, float]:

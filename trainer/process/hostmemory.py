@@ -1,4 +1,4 @@
-"""Memory of this process, and what its container or machine allows. Imports no torch."""
+"""Memory of this process, and the limit of its container or machine. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import resource
 from pathlib import Path
 
-# Of this container, in its own view: cgroup v2, then v1. "max", or a number beyond all memory, means no limit.
+# The limit of this container in its own view: cgroup v2, then v1. "max", or more than all memory, means no limit.
 KILL_FILES = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
 LIMIT_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -17,7 +17,7 @@ def peak_bytes() -> int:
 
 
 def out_of_memory_kills() -> int:
-    """How many processes of this container the kernel has killed for want of memory; 0 where it does not tell."""
+    """Number of this container's processes that the kernel's OOM killer has killed; 0 if unknown."""
     for file in KILL_FILES:
         try:
             lines = file.read_text().splitlines()
@@ -30,7 +30,7 @@ def out_of_memory_kills() -> int:
 
 
 def limit_bytes() -> int:
-    """Bytes after which processes here are killed: the container's limit, at most what the machine has."""
+    """Bytes at which processes here are killed: the container's limit, at most the machine's memory."""
     limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for file in LIMIT_FILES:
         try:

@@ -1,7 +1,7 @@
-"""Whether the process that started this one, and watches it, still lives. Imports no torch.
+"""Whether the launcher, the process that started and watches this one, is still alive. Imports no torch.
 
-A launcher that is killed can tell nobody, so it names itself to what it starts, and that looks. Where the kernel gives
-a descriptor of a process (Linux), a number that has become another process's deceives nobody.
+A killed launcher cannot report it, so it passes its pid to its child processes, which check it. Where the kernel offers
+process descriptors (pidfd on Linux), a reused pid is not mistaken for the launcher.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import threading
 import time
 from contextlib import suppress
 
-VARIABLE = "YAONGI_LAUNCHER"  # number of the process that the one started by it must not outlive
+VARIABLE = "YAONGI_LAUNCHER"  # pid of the process that its child must not outlive
 LOOK_SECONDS = 1.0
 
 
 def named() -> dict[str, str]:
-    """The variable for what this process starts."""
+    """The environment variable for child processes of this process."""
     return {VARIABLE: str(os.getpid())}
 
 
 class Launcher:
-    """The process that the environment names; `pid` is None without one, which is never gone."""
+    """The process that the environment names; without one, `pid` is None and it is never gone."""
 
     def __init__(self) -> None:
         value = os.environ.get(VARIABLE, "")
         self.pid = int(value) if value.isdecimal() else None
         self._descriptor: int | None = None
         if self.pid is not None and hasattr(os, "pidfd_open"):
-            with suppress(OSError):  # it is gone already, or a sandbox knows no such call: `_is_listed` tells
+            with suppress(OSError):  # it is gone already, or a sandbox lacks the system call: `_is_listed` decides
                 self._descriptor = os.pidfd_open(self.pid)
 
     def is_gone(self) -> bool:
@@ -42,7 +42,7 @@ class Launcher:
             pass
 
     def end_with(self) -> None:
-        """From now on SIGTERM ends this process, as it would at a person's wish, when the launcher is gone."""
+        """From now on this process gets SIGTERM, like a user's stop, when the launcher is gone."""
 
         def end() -> None:
             self.wait()
@@ -52,7 +52,7 @@ class Launcher:
             threading.Thread(target=end, name="launcher", daemon=True).start()
 
     def _has_ended(self, wait_seconds: float) -> bool:
-        """Whether it has ended now or does within that time."""
+        """Whether it has ended, or ends within that time."""
         if self.pid is None:
             time.sleep(wait_seconds)
             return False

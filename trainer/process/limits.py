@@ -1,9 +1,8 @@
-"""What ends a run from outside: its deadline, and the end of its launcher.
+"""External limits of a run: its deadline and the end of its launcher.
 
-The operator's own deadline may never fire and a pipeline that is terminated sends no signal, so each pod looks itself:
-at the wall clock since its first start, or its first after a stop, and at `run_dir/lease`, which a launcher renews as
-long as it lives. Runs that nobody launched have no such file. On one machine the launcher's process itself is looked
-at. Imports no torch.
+The operator's deadline may never fire and a terminated pipeline sends no signal, so each pod checks itself: the wall
+clock since its first start (or the first after a stop), and `run_dir/lease`, which a live launcher renews. Runs without
+a launcher have no such file. On one machine the launcher's process is checked directly. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from trainer.process.failures import DIRECTORY_VARIABLE
 from trainer.process.launcher import Launcher
 
 LEASE = "lease"
-TOLD = "limit"  # file in the directory of failures: which limit has passed
+TOLD = "limit"  # file in the directory of failures: the limit that has passed
 LOOK_SECONDS = 1.0
-LONGEST_LOOK_SECONDS = 3.0  # of the time between two looks, no more than this counts as silence
-UNWATCHED_VARIABLE = "YAONGI_UNWATCHED"  # set in the pods of a job that was made to be followed by no launcher
-MISSED_RENEWALS = 2.5  # after so many a launcher that has not been heard of yet is taken for dead
-LONG_AGO_SECONDS = 600.0  # more than the clocks of two machines differ
+LONGEST_LOOK_SECONDS = 3.0  # most seconds between two checks that count as silence
+UNWATCHED_VARIABLE = "YAONGI_UNWATCHED"  # set in the pods of a job that was created without a launcher to follow it
+MISSED_RENEWALS = 2.5  # after this many, a launcher whose renewals were never seen is considered dead
+LONG_AGO_SECONDS = 600.0  # more than the clock skew between two machines
 
 
 @dataclass(frozen=True)
 class Lease:
-    """What a launcher writes at each renewal. Seconds; `renewed` is Unix time by the launcher's clock."""
+    """A launcher's lease, rewritten at each renewal. In seconds; `renewed` is Unix time by the launcher's clock."""
 
     holder: str
     renewed: float
@@ -37,16 +36,17 @@ class Lease:
 
 
 class LeaseWatch:
-    """Counts how long a launcher has been silent, so that clocks of two machines are never compared.
+    """Measures how long a launcher has been silent by this machine's clock, so that no two clocks are compared.
 
-    Only time counts in which the file could be read: when a volume comes back after an outage, a living launcher has
-    the same time as before to be heard. A launcher that was never heard of by this process, because it was restarted,
-    gets shorter shrift, so that restarts do not add up. Without a lease, silence has no limit.
+    Only time during which the file could be read counts, so that after a volume outage a live launcher has the same
+    time to
+    renew as before. If this process has never seen a renewal, because it was restarted, the limit is shorter, so that
+    repeated restarts do not prolong the wait. Without a lease, silence has no limit.
 
     Args:
-        unwatched: nobody launched this run, so that a lease which is not renewed is of a former launcher and has no
-            limit either; one that takes the run over is heard of by its renewals.
-        name, kind: of another file that is renewed like a lease, and what it holds.
+        unwatched: the run has no launcher, so a lease without renewals belongs to a former one and has no limit; a
+            launcher that takes the run over is noticed by its renewals.
+        name, kind: another file that is renewed like a lease, and the type of its content.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class LeaseWatch:
 
     @property
     def patience_seconds(self) -> float:
-        """How much silence is taken for the launcher's end."""
+        """Seconds of silence after which the launcher is considered dead."""
         if self.lease is None or (self.unwatched and not self.renewals):
             return float("inf")
         if self.renewals:
@@ -72,13 +72,13 @@ class LeaseWatch:
         return min(MISSED_RENEWALS * self.lease.renewal_seconds, self.lease.lapses_after_seconds)
 
     def lapsed(self) -> bool:
-        """Look at the file; whether nobody renews it any more."""
+        """Read the file; returns whether its renewals have stopped."""
         first, since = self._looked is None, self._looked or 0.0
         try:
             content = self.file.read_bytes()
         except FileNotFoundError:
             content = None
-        except OSError:  # a volume that hiccups must not end a run
+        except OSError:  # a short outage of the volume must not end a run
             content = self._content
             since = time.monotonic()
         self._looked = time.monotonic()
@@ -99,7 +99,7 @@ def _parsed(content: bytes | None, kind: type[Lease]) -> Lease | None:
 
 
 class Limits:
-    """Deadline and launcher of a run, as its entrypoint watches them; a limit that has passed stays passed.
+    """Deadline and launcher of a run, checked by its entrypoint; a limit that has passed stays passed.
 
     `deadline` is Unix time, None without one.
     """
@@ -111,31 +111,32 @@ class Limits:
         self._reason: str | None = None
 
     def passed(self) -> str | None:
-        """Why the run has to end now, in one line; None when it may go on."""
+        """Why the run must end now, in one line; None if it may continue."""
         if self._reason is None:
             self._reason = self._look()
         return self._reason
 
     def _look(self) -> str | None:
         if self.deadline is not None and time.time() >= self.deadline:
-            return "the deadline has passed; raise train.runtime.deadline_seconds and resume to go on"
+            return "the deadline has passed; raise train.runtime.deadline_seconds and resume"
         if self._launcher.is_gone():
-            return f"the process that launched this run ({self._launcher.pid}) is gone; launch it again to go on"
+            return f"the process that launched this run ({self._launcher.pid}) is gone; launch it again to continue"
         if self._watch.lapsed():
             return (
-                f"the launcher has not renewed its lease for {self._watch.silent_seconds:.0f} s, so nobody watches "
-                f"this run; launch it again to go on, or delete {self._watch.file} to go on without a launcher"
+                f"the launcher has not renewed its lease for {self._watch.silent_seconds:.0f} s, so nobody "
+                f"watches this run; launch it again to continue, or delete {self._watch.file} to continue "
+                f"without a launcher"
             )
         return None
 
 
 def tell(directory: str | Path, reason: str) -> None:
-    """Let the ranks know, before they get SIGTERM, that it is for a limit that has passed."""
+    """Tell the ranks, before they get SIGTERM, which limit has passed."""
     (Path(directory) / TOLD).write_text(reason, encoding="utf-8")
 
 
 def told() -> str | None:
-    """The limit that has passed, for which the entrypoint stops this rank; None for any other stop."""
+    """The limit for which the entrypoint stops this rank; None for any other stop."""
     try:
         return (Path(os.environ[DIRECTORY_VARIABLE]) / TOLD).read_text(encoding="utf-8")
     except (KeyError, OSError):

@@ -1,8 +1,9 @@
-"""How long a rank works for itself, so that a slow one stands out.
+"""Measure a rank's own work, so that a slow rank is visible.
 
-Ranks wait for each other in every step, so that all steps take all ranks equally long. What tells a slow rank is the
-time of work in which it waits for nobody: its data, and its forward passes (under fsdp or expert parallelism those
-wait for others too, and then only slow data stands out).
+Ranks wait for each other in every step, so step times are equal on all ranks. A slow rank shows in the time of work
+that
+does not wait for others: loading data, and forward passes (under fsdp or expert parallelism these wait too, so only
+slow data is visible).
 """
 
 from __future__ import annotations

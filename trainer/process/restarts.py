@@ -1,8 +1,8 @@
-"""Restart budget: how often a node may start again without the run getting further.
+"""Restart budget: how often a node may restart without progress of the run.
 
-The operator recreates a failed pod for ever, so a run that dies at the same step each time (memory, a poisoned batch)
-would hold its GPUs for ever. The count lives in `run_dir/restarts.json`, one entry for each node, because a new pod
-remembers nothing; it is raised at the start, since a killed pod cannot say anything at its end. Imports no torch.
+The operator recreates a failed pod without limit, so a run that dies at the same step each time (memory, a bad batch)
+would hold its GPUs for ever. The count is in `run_dir/restarts.json`, one entry per node, because a new pod has no
+memory of it; it is incremented at the start, because a killed pod cannot do it at its end. Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,15 +28,21 @@ from trainer.process.failures import OUT_OF_MEMORY_LABEL, PEER_STOPPED, code_lab
 log = logging.getLogger(__name__)
 
 REASONS = (*(code_label(code) for code in ExitCode if retryable(code)), OUT_OF_MEMORY_LABEL, PEER_STOPPED)
-ECHOES = (code_label(ExitCode.HANG), code_label(ExitCode.COMMUNICATION), PEER_STOPPED)  # all nodes have them together
+ECHOES = (
+    code_label(ExitCode.HANG),
+    code_label(ExitCode.COMMUNICATION),
+    PEER_STOPPED,
+)  # these are for all nodes together
 
 
 @dataclass
 class NodeRecord:
-    """One node's starts. Times are Unix seconds; the deadline counts from `first_start`, the run's age from `begun`.
+    """The starts of one node. Times are Unix seconds; the deadline counts from `first_start`, the run's age from
+    `begun`.
 
-    `exit_code` is None while it runs, and for ever if it was killed; `ended` says it in a word, and more closely.
-    `reasons` count the restarts by that word.
+    `exit_code` is None while it runs, and stays None if it was killed; `ended` is a more specific word for it.
+    `reasons`
+    counts the restarts by that word.
     """
 
     first_start: float = field(default_factory=time.time)
@@ -60,13 +66,16 @@ def begin(
 ) -> NodeRecord:
     """Count this start of `task` on this node; the run's newest checkpoint is of `step`.
 
-    A start after success or a permanent failure is a person's decision: budget and deadline begin anew. One after a
-    stop signal, or after the run has published a checkpoint since the last start, costs nothing. After a stop signal
-    the deadline begins anew too, since a person may resume days later; a pod that was evicted looks the same from
-    here, so a job that must end in time although its pods move relies on its launcher, which has a timeout of its own.
+    A start after success or a permanent failure is a person's decision: budget and deadline are reset. A start after a
+    stop
+    signal, or after a new checkpoint since the last start, is free. After a stop signal the deadline is reset too,
+    because a
+    person may resume days later. An evicted pod looks the same from here, so a job that must end in time although its
+    pods
+    move relies on its launcher, which has its own timeout.
 
     Raises:
-        BudgetError: `max_restarts` starts in a row have not got the run any further.
+        BudgetError: `max_restarts` consecutive starts made no progress.
     """
     with _locked(_file(run_dir, task)) as nodes:
         key = node or socket.gethostname()
@@ -77,7 +86,7 @@ def begin(
             code = ExitCode.KILLED if record.exit_code is None else record.exit_code
             if not retryable(code):
                 record = NodeRecord(step=step, total=record.total, reasons=record.reasons, begun=record.begun)
-            elif step != record.step:  # below it in a run that was made longer and went back to before its decay
+            elif step != record.step:  # it is lower in a run that was lengthened and went back to before its decay
                 record.without_progress = 0
             elif code not in STOPS:
                 record.without_progress += 1
@@ -94,13 +103,13 @@ def begin(
             often = ", ".join(f"{count}× {reason}" for reason, count in record.reasons.items())
             raise BudgetError(
                 f"restarted {max_restarts} times at step {step} without getting further ({often}); "
-                "mend the cause and resume, or raise train.runtime.max_restarts",
+                "fix the cause and resume, or raise train.runtime.max_restarts",
             )
         return record
 
 
 def end(run_dir: str | Path, exit_code: int, task: str = "train", node: str | None = None, reason: str = "") -> None:
-    """Note how this start ended; a `reason` of "" is the exit code's own name."""
+    """Record how this start ended; a `reason` of "" means the exit code's name."""
     with _locked(_file(run_dir, task)) as nodes:
         key = node or socket.gethostname()
         if key in nodes:
@@ -110,9 +119,11 @@ def end(run_dir: str | Path, exit_code: int, task: str = "train", node: str | No
 def summary(run_dir: str | Path) -> dict[str, int]:
     """Restarts of the training so far by cause; their sum is `count`, or more where nodes failed at once.
 
-    A node that is lost costs the others a restart too, which lose their peer or stop with it: those count only where
-    no node has a cause of its own. A killed entrypoint is `killed`, also where a whole container ran out of memory: the
-    pod that comes after it cannot know.
+    A lost node also makes the others restart, because they lose their peer or are stopped: these restarts count only if
+        no
+    node has its own cause. A killed entrypoint counts as `killed`, even if the whole container ran out of memory, which
+    the
+    next pod cannot know.
     """
     by_node = [Counter(node.reasons) for node in _read(_file(run_dir, "train")).values()]
     causes = Counter({reason: n for reason, n in sum(by_node, Counter()).items() if reason not in ECHOES})
@@ -126,12 +137,12 @@ def summary(run_dir: str | Path) -> dict[str, int]:
 
 
 def count(run_dir: str | Path) -> int:
-    """How often the training was restarted: a node that is lost and the others that wait for it are one restart."""
+    """How often the training was restarted: the loss of a node and the restarts of its peers count once."""
     return max((node.total for node in _read(_file(run_dir, "train")).values()), default=0)
 
 
 def begun(run_dir: str | Path) -> float | None:
-    """When the training was started for the first time; None where no start is known."""
+    """Time of the first start of the training; None if no start is known."""
     return min((node.begun for node in _read(_file(run_dir, "train")).values()), default=None)
 
 
@@ -141,7 +152,7 @@ def _file(run_dir: str | Path, task: str) -> Path:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[dict[str, NodeRecord]]:
-    """The nodes' entries, to change in place; written back on leaving, also by an exception."""
+    """The nodes' entries, to change in place; written back at exit, even after an exception."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_name(f".{file.name}.lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
@@ -158,6 +169,6 @@ def _read(file: Path) -> dict[str, NodeRecord]:
         return _Nodes.validate_python(json.loads(file.read_bytes())["nodes"])
     except FileNotFoundError:
         return {}  # the first start
-    except (OSError, ValueError, KeyError, TypeError) as error:  # must not cost the run more than its count
-        log.warning("%s cannot be read (%s); the restarts are counted anew", file, type(error).__name__)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # only the count is lost, not the run
+        log.warning("%s cannot be read (%s); the restart count is reset", file, type(error).__name__)
         return {}

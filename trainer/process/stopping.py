@@ -1,4 +1,4 @@
-"""Why a rank may want to stop before the last step: a signal, sent by a person, the cluster, or the entrypoint."""
+"""Stop signals of a rank before the last step, sent by a person, the cluster or the entrypoint."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from types import FrameType
 from trainer.exitcodes import ExitCode
 from trainer.process import limits
 
-STOP_CODES = (ExitCode.LIMIT, ExitCode.TERMINATED, ExitCode.INTERRUPTED)  # the first one that any rank wants is taken
+STOP_CODES = (
+    ExitCode.LIMIT,
+    ExitCode.TERMINATED,
+    ExitCode.INTERRUPTED,
+)  # the first code that any rank requests is used
 
 
 class StopWish:
-    """Remembers SIGTERM and SIGINT; the loop asks once a step."""
+    """Remembers SIGTERM and SIGINT; the loop checks it once per step."""
 
     def __init__(self) -> None:
         self._signal = 0
@@ -21,7 +25,7 @@ class StopWish:
             signal.signal(number, self._remember)
 
     def code(self) -> int:
-        """The exit code this rank wants to end with; 0: none."""
+        """The exit code that this rank requests; 0: none."""
         if not self._signal:
             return 0
         if reason := limits.told():  # deadline or lease, for which the entrypoint sent the signal

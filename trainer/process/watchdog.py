@@ -1,7 +1,8 @@
-"""Hang watchdog: a rank that stops making steps says where it hangs and ends, instead of holding its GPUs for ever.
+"""Hang watchdog: a rank that makes no more steps reports where it hangs and exits, instead of holding its GPUs.
 
-It also ends a rank that waits for one which has failed. A rank in a collective hears neither the signal that torchrun
-sends it nor, with NCCL, of its peer's death before the communication timeout. Ranks on other nodes it cannot see.
+It also ends a rank that waits for a failed one. A rank in a collective does not handle torchrun's signal and, with
+NCCL,
+does not notice its peer's death before the communication timeout. It cannot see ranks on other nodes.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from typing import Self
 from trainer.exitcodes import STOPS, ExitCode
 from trainer.process import failures
 
-PEER_SECONDS = 15.0  # without progress, after a peer's failure: time for this rank to notice by itself
+PEER_SECONDS = 15.0  # without progress after a peer's failure: time for this rank to notice it itself
 
 
 class Watchdog:
-    """Ends the process with 161, after a dump of all stacks, when `beat` was not called for `timeout_seconds`.
+    """Ends the process with 161, after a dump of all stacks, if `beat` was not called for `timeout_seconds`.
 
-    With 160, without a dump, when it was not called for `PEER_SECONDS` and a peer has recorded a failure before that.
+    Ends it with 160, without a dump, if it was not called for `PEER_SECONDS` and a peer had recorded a failure before
+    that.
 
-    `doing` tells what the process is at, for that last line.
+    `doing` returns the current activity for the last line.
 
-    A thread watches, because a hang is most often one C++ call that never returns to the interpreter.
+    A thread checks this, because a hang is mostly a C++ call that never returns to the interpreter.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -39,7 +41,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
-        """Something was finished: a step, the start-up, a checkpoint."""
+        """Report progress: a finished step, start-up or checkpoint."""
         self._last = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -54,7 +56,10 @@ class Watchdog:
         while not self._stopped.wait(min(1.0, self._timeout / 4)):
             idle = time.monotonic() - self._last
             if idle >= PEER_SECONDS and (peer := failed_peer()):
-                _end(ExitCode.COMMUNICATION, f"rank {peer.rank} has failed and is waited for no longer: {peer.reason}")
+                _end(
+                    ExitCode.COMMUNICATION,
+                    f"rank {peer.rank} has failed, so this rank stops waiting for it: {peer.reason}",
+                )
             if idle < self._timeout:
                 continue
             reason = (
@@ -73,7 +78,7 @@ def failed_peer() -> failures.Failure | None:
     own, latest = int(os.environ.get("RANK", "0")), time.time() - PEER_SECONDS
     try:
         peers = [failure for failure in failures.recorded(Path(directory)) if failure.rank != own]
-    except OSError:  # removed while it was read; the next look tells
+    except OSError:  # removed while it was read; the next check decides
         return None
     return next((peer for peer in peers if peer.time <= latest and peer.code not in STOPS), None)
 

@@ -1,1 +1,1 @@
-"""What a run writes about itself: log lines, metrics.jsonl, TensorBoard, Prometheus, result files."""
+"""The records of a run: log lines, metrics.jsonl, TensorBoard, Prometheus, result files."""

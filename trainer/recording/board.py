@@ -1,4 +1,4 @@
-"""TensorBoard scalars of a run that must survive a full disk: points are kept until a flush has proved them written."""
+"""TensorBoard scalars that survive a full disk: points are kept until a flush has succeeded."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ log = logging.getLogger(__name__)
 class Board:
     """Scalars under run_dir/tb, after `resumed_step`.
 
-    A SummaryWriter is lost with its first failed write, so the next flush opens another one, which declares void
-    whatever the first one left of the points since the last good flush, and writes them again.
+    A SummaryWriter is unusable after its first failed write. The next flush then opens a new one, which purges what the
+    old
+    one wrote since the last successful flush and writes those points again.
     """
 
     def __init__(self, run_dir: str | Path, resumed_step: int) -> None:
@@ -38,7 +39,7 @@ class Board:
             self._fail(error)
 
     def flush(self) -> None:
-        """Write everything since the last good flush; a disk that refuses costs a warning, and the next flush tries."""
+        """Write everything since the last successful flush; a disk error only warns, and the next flush retries."""
         try:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter

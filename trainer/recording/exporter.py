@@ -1,4 +1,4 @@
-"""Exports the metrics of one process: a registry that knows the table METRICS, and a small HTTP server thread."""
+"""Exports the metrics of one process: a registry built from the table METRICS, and a small HTTP server thread."""
 
 from __future__ import annotations
 
@@ -21,27 +21,26 @@ from prometheus_client import (
 from trainer.errors import SpecError
 from trainer.recording.metrics import BY_NAME, METRICS, PREFIX, STEP_BUCKETS, Metric, Process
 
-disable_created_metrics()  # a second series for each counter that nobody reads
+disable_created_metrics()  # an additional, useless series for each counter
 MOST_TRIES, LAST_PORT = 64, 65535
 Collector = TypeVar("Collector", Gauge, Counter, Histogram)
 LONGEST_INTERVAL = 60.0  # seconds between scrapes; Prometheus's own default
 
 
 class Metrics:
-    """What one process exports.
+    """The metrics of one process.
 
-    Gauges appear when they are first set (an unset one would read 0, which is untrue); counters without labels
-    start at 0.
+    Gauges appear when they are first set (an unset one would wrongly read 0); counters without labels start at 0.
 
     Args:
-        rank: of this process; any but 0 exports only the `per_rank` metrics and ignores the others.
-        port: to serve /metrics on (all interfaces); 0 serves nothing.
-        stride: 0 takes this port only. Else one that is taken is passed over for the next `stride` further on, so that
-            processes which begin at neighbouring ports never want the same one; `port` says which it became.
+        rank: rank of this process; ranks other than 0 export only the `per_rank` metrics and ignore the others.
+        port: port for /metrics (on all interfaces); 0 serves nothing.
+        stride: 0 uses only this port. Otherwise, if it is taken, the port `stride` higher is tried, and so on, so that
+            processes with neighbouring ports never try the same one; `port` has the result.
         process: metrics of other processes are ignored.
 
     Raises:
-        SpecError: the port (with a stride, each of many) is taken or may not be used.
+        SpecError: the port (with a stride, each one tried) is taken or not allowed.
     """
 
     def __init__(self, *, rank: int, port: int, stride: int = 0, process: Process = "trainer") -> None:
@@ -49,7 +48,7 @@ class Metrics:
         self._rank, self._process = rank, process
         self._collectors: dict[str, Gauge | Counter | Histogram] = {}
         for metric in METRICS:
-            # Those with labels have no value before a label is given; made now, no two threads can make one at once.
+            # Labelled metrics have no value before a label is given; creating them now avoids a race between threads.
             if (metric.kind != "gauge" or metric.labels) and not self._is_ignored(metric):
                 self._collector(metric)
         self._server: WSGIServer | None = None
@@ -81,20 +80,21 @@ class Metrics:
             child.set(value)
 
     def add(self, name: str, amount: float = 1, **labels: str) -> None:
-        """Raise a counter by `amount` ≥ 0."""
+        """Increment a counter by `amount` ≥ 0."""
         if child := self._child(name, Counter, labels):
             child.inc(amount)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Count a value into a histogram."""
+        """Record a value in a histogram."""
         if child := self._child(name, Histogram, labels):
             child.observe(value)
 
     def await_scrape(self) -> None:
-        """Return when those who scrape this process regularly have its present values, or are overdue.
+        """Return when all regular scrapers of this process have its current values, or are overdue.
 
-        What a process counts last would else be missing in Prometheus for ever. It waits for no one who came less than
-        twice or who comes less than once a minute.
+        Otherwise Prometheus would never get the last values of a process. It does not wait for a scraper that came less
+        than
+        twice or comes less than once a minute.
         """
         now = time.monotonic()
         while self._server is not None and self._scrapes.are_due(now):
@@ -141,13 +141,13 @@ class Metrics:
 
 
 class _Scrapes:
-    """The WSGI application `app`, with a record of who was answered when."""
+    """The WSGI application `app`, with a record of each scraper's last answer."""
 
     def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
         self._app = app
         # Address → time of its last request, seconds since the one before.
         self._asked: dict[str, tuple[float, float]] = {}
-        self._answered: dict[str, float] = {}  # → time of the last request that has its answer
+        self._answered: dict[str, float] = {}  # → time of the last request that was answered
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         address, asked = environ["REMOTE_ADDR"], time.monotonic()
@@ -157,7 +157,7 @@ class _Scrapes:
         return _Answer(body, lambda: self._answered.update({address: asked}))
 
     def are_due(self, since: float) -> bool:
-        """Whether somebody can be expected to ask, or has asked, who has no answer to what was asked after `since`."""
+        """Whether a regular scraper is still expected, or waits, for an answer to a request after `since`."""
         now = time.monotonic()
         return any(
             self._answered.get(address, 0.0) < since
@@ -168,7 +168,7 @@ class _Scrapes:
 
 
 class _Answer(list[bytes]):
-    """The body of a response; the server closes it when the last byte was sent."""
+    """The body of a response; the server closes it after the last byte was sent."""
 
     def __init__(self, body: Iterable[bytes], sent: Callable[[], None]) -> None:
         super().__init__(body)

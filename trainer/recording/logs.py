@@ -1,7 +1,8 @@
-"""What a run writes while it trains: log lines, and logs/metrics.jsonl with one line for each step.
+"""Log lines of a run, and logs/metrics.jsonl with one line per step.
 
-metrics.jsonl is the record that reports and comparisons read, so it must show each step once whatever happened in
-between: a resumed run first drops the lines of steps that it is going to train again.
+Reports and comparisons read metrics.jsonl, so it must have each step exactly once whatever happened: a resumed run
+first
+drops the lines of steps that it will train again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def setup(run_dir: str | Path, rank: int) -> None:
-    """Rank 0 speaks on stdout, the others only warn; every rank keeps a file logs/rank-<n>.log with times."""
+    """Rank 0 logs to stdout, the others only warnings; every rank has a file logs/rank-<n>.log with times."""
     directory = Path(run_dir) / "logs"
     directory.mkdir(parents=True, exist_ok=True)
     console = logging.StreamHandler(sys.stdout)
@@ -37,14 +38,14 @@ def setup(run_dir: str | Path, rank: int) -> None:
 
 
 def note(text: str, error: BaseException) -> None:
-    """Into the rank's file only, with the traceback: the pod's own output may be gone when somebody looks."""
+    """Log to the rank's file only, with the traceback: the pod's output may be gone when somebody looks."""
     root = logging.getLogger("trainer")
-    if root.handlers:  # else there is no run directory yet
+    if root.handlers:  # else the run directory does not exist yet
         root.error(text, exc_info=error, extra={_FILE_ONLY: True})
 
 
 class _Plain(logging.Formatter):
-    """Messages as they are; from WARNING on with the level in front."""
+    """Plain messages; from WARNING on with the level in front."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -55,7 +56,7 @@ class MetricsFile:
     """logs/metrics.jsonl, open for appending after `resumed_step`.
 
     Attributes:
-        lost_seconds: time that went into the steps whose lines were dropped.
+        lost_seconds: time spent in the steps whose lines were dropped.
     """
 
     def __init__(self, run_dir: str | Path, resumed_step: int) -> None:
@@ -74,19 +75,19 @@ class MetricsFile:
             stream.flush()
             os.fsync(stream.fileno())
         draft.replace(self.path)
-        # Without a buffer, so that a write which fails half-way tells how much of it the disk has taken.
+        # Unbuffered, so that a partial write reports how many bytes reached the disk.
         self._stream = self.path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line. Numbers that JSON cannot hold (NaN, infinity) become null.
 
-        A disk that refuses costs a warning; the line waits in memory for a later call.
+        A disk error only warns; the line stays in memory for a later call.
         """
         self._unwritten += json.dumps(_finite(record)).encode() + b"\n"
         self._flush()
 
     def sync(self) -> None:
-        """Make what was written durable; a checkpoint of a step should not outlive the step's line."""
+        """fsync; a checkpoint of a step should not exist without the step's line."""
         self._flush(durably=True)
 
     def _flush(self, *, durably: bool = False) -> None:
@@ -103,7 +104,7 @@ class MetricsFile:
             self._warned = False
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """All whole lines, those in memory too; a process that was killed may have left half of one."""
+        """All complete lines, including those in memory; a killed process may have left a partial one."""
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:

@@ -1,8 +1,9 @@
 """Every Prometheus metric of a run: one table for the ranks, the launcher and the data steps.
 
-Dashboards, alerts and docs may use only what METRICS defines. Labels never hold a run, a step or a host: those are
-Kubernetes' labels, and a metric must not make a new series on every restart. Counters count since the process started,
-as Prometheus expects (`increase` sees a restart as a reset).
+Dashboards, alerts and docs may use only metrics of METRICS. Labels never name a run, a step or a host: Kubernetes'
+labels
+do, and a metric must not make a new series at every restart. Counters count since the process started, as Prometheus
+expects (`increase` handles a restart as a counter reset).
 
 Values of the whole run (loss, tokens) are exported by rank 0 only; `per_rank` ones by every rank, with a `rank` label.
 `trainer/recording/exporter.py` serves them.
@@ -20,9 +21,9 @@ STEP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 60, 120, 30
 
 @dataclass(frozen=True)
 class Metric:
-    """Name without prefix, kind, help (one sentence), unit for axes, labels besides `rank`, which processes export it.
+    """Name without prefix, kind, help (one sentence), unit for axes, labels besides `rank`, and exporting processes.
 
-    Of the pipeline's steps, `launcher` is any that launches a task of the trainer; the label `stage` is a step's name.
+    `launcher` is any pipeline step that launches a task of the trainer; the label `stage` is a step's name.
     """
 
     name: str
@@ -57,18 +58,18 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "own_seconds_total",
         "counter",
-        "Time of the rank's own work in the steps, data and forward passes; waits for no other rank but under fsdp or "
-        "expert parallelism.",
+        "Time of the rank's own work in the steps, data and forward passes; includes waits for other ranks only "
+        "under fsdp or expert parallelism.",
         "s",
         per_rank=True,
     ),
     Metric("step", "gauge", "Optimizer steps of the whole run so far, those before a restart included.", "steps"),
-    Metric("planned_steps", "gauge", "Optimizer steps that the run is to make.", "steps"),
+    Metric("planned_steps", "gauge", "Planned optimizer steps of the run.", "steps"),
     Metric("steps_total", "counter", "Optimizer steps done, skipped ones included.", "steps"),
     Metric(
         "skipped_steps_total",
         "counter",
-        "Steps that changed nothing, by reason: nonfinite, loss_spike, gradient_spike.",
+        "Steps without a weight update, by reason: nonfinite, loss_spike, gradient_spike.",
         "steps",
         ("reason",),
     ),
@@ -87,7 +88,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("clips_total", "counter", "Steps whose gradients were clipped.", "steps"),
     Metric("learning_rate", "gauge", "Learning rate in force, of the matrices.", ""),
     Metric("source_tokens_total", "counter", "Tokens trained on by source.", "tokens", ("source",)),
-    Metric("source_epochs", "gauge", "Times that each source has been gone through.", "epochs", ("source",)),
+    Metric("source_epochs", "gauge", "Epochs of each source so far.", "epochs", ("source",)),
     Metric("expert_load_max_ratio", "gauge", "Load of the fullest expert over the mean, worst layer.", "ratio"),
     Metric(
         "expert_starved_ratio",
@@ -179,7 +180,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "stage_heartbeat_timestamp_seconds",
         "gauge",
-        "Unix time at which a step of the pipeline began or last got further.",
+        "Unix time at which a step of the pipeline began or last made progress.",
         "s",
         ("stage",),
         processes=("launcher", "data"),
@@ -203,7 +204,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "job_pod_restarts_total",
         "counter",
-        "Pods of the launched job that took another one's place.",
+        "Pods of the launched job that replaced another pod.",
         "pods",
         ("task",),
         processes=LAUNCHER,
@@ -232,7 +233,7 @@ METRICS: tuple[Metric, ...] = (
         ("source",),
         processes=DATA,
     ),
-    Metric("download_retries_total", "counter", "Requests that were tried again.", "requests", processes=DATA),
+    Metric("download_retries_total", "counter", "Requests that were retried.", "requests", processes=DATA),
     Metric(
         "documents_total",
         "counter",
@@ -263,7 +264,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "files_verified_total",
         "counter",
-        "Files of an earlier run whose checksum was found right.",
+        "Files of an earlier run whose checksum was verified.",
         "files",
         ("stage",),
         processes=DATA,

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, progress line, TensorBoard, Prometheus, and result.json at the end."""
+"""Records the numbers of a run: metrics.jsonl, progress line, TensorBoard, Prometheus, and result.json at the end."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ from trainer.spikes import SKIP_REASONS, SkipReason
 
 log = logging.getLogger(__name__)
 
-# Dense BF16 peak in FLOP/s, by what the device's name contains (vendor data sheets, without sparsity).
+# Dense BF16 peak in FLOP/s, by a part of the device's name (vendor data sheets, without sparsity).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "T4": 65e12}
 _GOODPUT = {"data": "data_wait", "forward_backward": "step", "optimizer": "step", "checkpoint": "checkpoint"}
 _SCALARS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "expert_load_max_ratio", "expert_starved_ratio")
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of one device by its name; None for a CPU and for a GPU that the table does not know."""
+    """FLOP/s of one device by its name; None for a CPU and for a GPU that is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step as metrics.jsonl shows it.
+    """One step, a line of metrics.jsonl.
 
     Attributes:
         loss: cross-entropy of the next token, the mean over all labels of the step.
-        auxiliary: the other objectives by name (router_balance, mtp_1, …), before their weight if they have one.
-        skipped: why the step changed nothing, None when it did.
+        auxiliary: the other objectives by name (router_balance, mtp_1, …), unweighted if they have a weight.
+        skipped: why the step was skipped, None if it was not.
         tokens: trained on so far.
     """
 
@@ -75,7 +75,7 @@ class StepRecord:
 
 
 class Recorder:
-    """One for each rank; ranks other than 0 only export their own metrics."""
+    """One per rank; ranks other than 0 only export their own metrics."""
 
     def __init__(self, spec: TrainSpec, world: World, started: float) -> None:
         self._spec, self._world, self._started = spec, world, started
@@ -96,7 +96,7 @@ class Recorder:
         self.seconds_before = 0.0
 
     def begin(self, resumed: CheckpointManifest | None, build_info: dict[str, str]) -> None:
-        """Open the files for what follows the resumed step and account for the time until now."""
+        """Open the files after the resumed step and account for the time until now."""
         step = resumed.step if resumed else 0
         self.seconds_before = resumed.scalars.get("seconds", 0.0) if resumed else 0.0
         if resumed:
@@ -104,7 +104,7 @@ class Recorder:
         version = importlib.metadata.version("yaongi")
         self.metrics.set("build_info", 1, version=version, torch=torch.__version__, **build_info)
         self.metrics.add("goodput_seconds_total", time.time() - self._started, **{"class": "startup"})
-        for reason in SKIP_REASONS:  # from 0, else the first one would not show as an increase
+        for reason in SKIP_REASONS:  # start at 0, else the first one would not show as an increase
             self.metrics.add("skipped_steps_total", 0, reason=reason)
         self._steps_done = step
         self.metrics.set("step", step)
@@ -126,7 +126,7 @@ class Recorder:
             self.metrics.add("restarts_total", count, reason=cause)
 
     def preflight(self, findings: list[Finding]) -> None:
-        """Export what was measured before the start; the node's own checks by its first rank."""
+        """Export the preflight results; the node's checks are exported by its first rank."""
         everything = [*(of_entrypoint() if self._world.local_rank == 0 else []), *findings]
         for finding in everything:
             self.metrics.set("preflight_result", not finding.warning, check=finding.check)
@@ -137,7 +137,7 @@ class Recorder:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a part of a step: data, forward_backward, optimizer or checkpoint."""
+        """Time a phase of a step: data, forward_backward, optimizer or checkpoint."""
         began = time.perf_counter()
         self._phase = name
         try:
@@ -151,11 +151,11 @@ class Recorder:
                 self.metrics.add("own_seconds_total", seconds)
 
     def doing(self) -> str:
-        """The phase that was entered last; may be asked from another thread."""
+        """The current phase; may be called from another thread."""
         return f"{self._phase} of step {self._steps_done + (self._phase != 'checkpoint')}"
 
     def step_seconds(self) -> float:
-        """Seconds in all phases since the last call, without checkpoints."""
+        """Seconds in all phases except checkpoint since the last call."""
         seconds = sum(value for name, value in self._phases.items() if name != "checkpoint")
         self._phases.clear()
         return seconds
@@ -186,7 +186,7 @@ class Recorder:
             )
 
     def fp8(self, step: int, state: Fp8State | TeState) -> None:
-        """Export the figures of FP8 every `log_every_steps` steps only, as asking for them waits for the device."""
+        """Export FP8 statistics only every `log_every_steps` steps, because reading them waits for the device."""
         if step % self._spec.runtime.log_every_steps:
             return
         amax, overflows = state.figures()
@@ -214,17 +214,17 @@ class Recorder:
             self._board.flush()
 
     def seconds(self) -> float:
-        """Wall seconds of the run, earlier processes up to their last checkpoint included."""
+        """Wall seconds of the run, including earlier processes up to their last checkpoint."""
         return self.seconds_before + time.time() - self._started
 
     def result(self, checkpoint: Path, manifest: CheckpointManifest) -> None:
-        """Write result.json and say the outcome in one line."""
+        """Write result.json and log the outcome in one line."""
         if self._file is None:
             return
         records = list(self._file.records())
         tokens, spent = sum(Cursor.from_dict(manifest.cursor).trained.values()), self.seconds()
         rate = tokens / spent
-        if records:  # else somebody has deleted metrics.jsonl, and the checkpoint is all that is known
+        if records:  # else metrics.jsonl was deleted, and only the checkpoint is known
             spent = sum(record["seconds"] for record in records)
             rate = sum(record["tokens_per_second"] * record["seconds"] for record in records) / spent
         loss, loss_steps = headline_loss(records)

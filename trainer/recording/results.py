@@ -13,12 +13,12 @@ LOSS_SHARE, MOST_LOSS_STEPS = 10, 50
 
 
 def headline_loss(records: Sequence[dict[str, Any]]) -> tuple[float | None, int]:
-    """The loss to tell of a training, and of how many steps it is the mean: of the last tenth, at most 50.
+    """The reported loss of a training and the number of steps it averages: the last tenth, at most 50.
 
-    That of one step is mostly its batch's. Steps without a loss, which were skipped, do not count.
+    The loss of one step depends mostly on its batch. Skipped steps, which have no loss, do not count.
 
     Args:
-        records: lines of metrics.jsonl in order; enough of its end.
+        records: lines of metrics.jsonl in order, at least the last ones.
     """
     if not records:
         return None, 0
@@ -28,12 +28,12 @@ def headline_loss(records: Sequence[dict[str, Any]]) -> tuple[float | None, int]
 
 
 def loss_of(num_steps: int) -> str:
-    """What `headline_loss` is a mean of, for a person."""
+    """Describe what `headline_loss` averages."""
     return f"mean of the last {num_steps} steps" if num_steps > 1 else "of the last step"
 
 
 def read_json(path: Path, names: Iterable[str] = ()) -> dict[str, Any] | None:
-    """The object in a JSON file; None when there is no such file.
+    """The object in a JSON file; None if the file does not exist.
 
     Raises:
         CheckpointError: it is not a JSON object or lacks one of `names`.
