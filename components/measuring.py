@@ -30,8 +30,7 @@ def served(stage: str) -> Iterator[None]:
     """Serve this process's metrics during the block, as step `stage` of the pipeline.
 
     At its end it waits for the next scrape if there have been some, so that Prometheus gets the last values. If a
-    chosen
-    port is taken, the step only runs without metrics; a local run has already checked it at its start.
+    chosen port is taken, the step only runs without metrics; a local run has already checked it at its start.
 
     Raises:
         SpecError: YAONGI_METRICS_PORT is not a port.

@@ -1,9 +1,8 @@
 """Alerts and recording rules for Prometheus. Pure; `manifests.generate` writes them.
 
 Series have the labels `namespace`, `pod`, `job` and `run`, added by the scraper (manifests/monitors.py). A recreated
-pod
-begins new series, so comparisons with a run's past use series recorded by run. These end with the run's last process:
-an alert that looks back checks with `alive` whether the run still has a process.
+pod begins new series, so comparisons with a run's past use series recorded by run. These end with the run's last
+process: an alert that looks back checks with `alive` whether the run still has a process.
 """
 
 from __future__ import annotations

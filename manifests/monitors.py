@@ -23,8 +23,7 @@ def step_monitor(job: JobSpec) -> Object:
     """Scrapes the pipeline's steps while they run.
 
     Kubeflow Pipelines does not allow container ports to be declared, and the operator's `portNumber` only selects
-    declared
-    ones; so the address is built here, for the step's container only. A step's `run` is the pipeline run's id.
+    declared ones; so the address is built here, for the step's container only. A step's `run` is the pipeline run's id.
     """
     relabelings = [
         {"sourceLabels": ["__meta_kubernetes_pod_container_name"], "regex": "main", "action": "keep"},

@@ -60,8 +60,7 @@ def worker_spec(job: JobSpec) -> TrainSpec:
     """The run's TrainSpec with the limits that the trainer must check itself: deadline, GPUs, size of /dev/shm.
 
     The operator checks its deadline only when a pod changes. If GPUs are requested, device `auto` would train on the
-    CPU of
-    a node that has lost them.
+    CPU of a node that has lost them.
     """
     spec, cluster = job.train_spec(), job.cluster
     runtime: Object = {}

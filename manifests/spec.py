@@ -93,8 +93,7 @@ class JobTrainSpec(RecipeSpec, CutSpec):
     """The fields of TrainSpec that the user sets; `JobSpec.train_spec` derives run name, directories, mix and shards.
 
     `seq_len` to `skip`: see TokensSpec. Changing `skip` keeps the run's name, so that a run can continue past a loss
-    spike.
-    `begun_with_steps` is written when a run is lengthened; it keeps its name, data and warm-up.
+    spike. `begun_with_steps` is written when a run is lengthened; it keeps its name, data and warm-up.
     """
 
 
@@ -125,9 +124,8 @@ class ClusterSpec(Spec):
     """The training job's resources on the cluster, or on this machine if `target` is local.
 
     Ranks = nodes × max(gpus_per_node, 1). `gpu_memory_gib` is the memory of each GPU: a model that cannot fit is
-    refused
-    before any work. `job` is the kind that the cluster's operator serves: PyTorchJob (training operator v1) or TrainJob
-    (Kubeflow Trainer v2). `ttl_seconds_after_finished` has no effect on TrainJobs.
+    refused before any work. `job` is the kind that the cluster's operator serves: PyTorchJob (training operator v1) or
+    TrainJob (Kubeflow Trainer v2). `ttl_seconds_after_finished` has no effect on TrainJobs.
     """
 
     target: Literal["kubernetes", "local"] = "kubernetes"
@@ -154,8 +152,7 @@ class ClusterSpec(Spec):
     @property
     def deadline_seconds(self) -> int:
         """The deadline for the operators, which count from the job's creation and so include waiting; the entrypoint
-        limits
-        the run itself."""
+        limits the run itself."""
         return self.queue_timeout_seconds + self.start_timeout_seconds + self.run_timeout_seconds
 
     @property
@@ -311,8 +308,7 @@ class JobSpec(Spec):
     @property
     def run_name(self) -> str:
         """`<name>-<hash>`, also the name of the cluster's job. It does not depend on where the run is, how it is
-        monitored, or
-        later changes of its length."""
+        monitored, or later changes of its length."""
         how = {"begun_with_steps", "skip", "parallel", "runtime", "evaluate"}
         identity = {
             "shards": self.former_keys["shards"],
@@ -426,8 +422,7 @@ def load_job(preset_or_file: str, changes: dict[str, Any] | None = None) -> JobS
 
 def job_file_text(job: JobSpec) -> bytes:
     """The job as text for a stored file. If its paths start in the current folder, where it is started, `sources_dir`
-    is
-    omitted, because version 0.1 does not know it."""
+    is omitted, because version 0.1 does not know it."""
     if job.storage.sources_dir == str(Path.cwd()):
         job = job.updated({"storage": {"sources_dir": None}})
     return to_stored_yaml(job)

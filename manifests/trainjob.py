@@ -28,8 +28,7 @@ def job_spec(job: JobSpec, task: Task) -> Object:
 
 def runtime_spec(job: JobSpec, task: Task) -> Object:
     """A finished job is not deleted: Trainer 2.1 has no TTL of its own, and runs the job again when the TTL of its
-    JobSet
-    ends."""
+    JobSet ends."""
     replicated_job = {
         "name": TRAINJOB.container,
         "replicas": 1,

@@ -2,8 +2,7 @@
 
 This is the exit handler's step: it runs after the others however they ended. A launcher that ended normally has deleted
 its job; one that was killed has not, and its pod object, which owns the job, still exists. Jobs that have ended are
-kept
-for inspection. So is a job that the launcher of another run has adopted, because adoption changes its label.
+kept for inspection. So is a job that the launcher of another run has adopted, because adoption changes its label.
 """
 
 from __future__ import annotations

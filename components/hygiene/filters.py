@@ -65,7 +65,6 @@ def visible(text: str) -> str:
     """The text without invisible characters: Unicode's default ignorable code points (UAX #44, DerivedCoreProperties).
 
     These are soft hyphens, zero-width joiners and spaces, direction marks, variation selectors and Hangul fillers. They
-    are
-    removed only for comparison, never from stored text.
+    are removed only for comparison, never from stored text.
     """
     return text if text.isascii() else IGNORABLE.sub("", text)

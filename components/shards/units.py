@@ -165,8 +165,7 @@ class Journal:
     """Checksums of finished units: a line with their inputs, then one line per unit, fsynced as it is written.
 
     It covers `units`, and adopts the entries of other journals in the directory about them. A line truncated by a crash
-    is
-    dropped; its unit is encoded again.
+    is dropped; its unit is encoded again.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any], units: Sequence[Unit]) -> None:

@@ -53,8 +53,7 @@ else:  # in every wheel of PyYAML; scans many times faster
 
     class _SafeLoader(Composer, yaml.cyaml.CParser, SafeConstructor, Resolver):
         """Events from libyaml, nodes composed in Python: libyaml's composer is recursive and crashes the process at too
-        many
-        levels; Python's raises RecursionError."""
+        many levels; Python's raises RecursionError."""
 
         def __init__(self, text: str) -> None:
             yaml.cyaml.CParser.__init__(self, text)

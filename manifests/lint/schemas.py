@@ -5,9 +5,8 @@
 definitions in the Go modules of `SOURCES`, which `go mod download` fetches.
 
 Thousands of pages become one line per object: its fields with their types, in the notation that `fields` reads. Parts
-of
-an operator's schema that equal Kubernetes' are not repeated; parts that differ (the pods of a PyTorchJob are those of
-Kubernetes 1.31) have their own entry: PodSpec~2.
+of an operator's schema that equal Kubernetes' are not repeated; parts that differ (the pods of a PyTorchJob are those
+of Kubernetes 1.31) have their own entry: PodSpec~2.
 """
 
 from __future__ import annotations

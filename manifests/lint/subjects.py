@@ -1,8 +1,7 @@
 """The subjects of rules: the job, each kind of pod it makes, each container of a pod, as views of the manifest.
 
 A TrainJob is separate from the runtime that it changes. If both are in the input they are joined, so that the pod's
-GPUs
-are known; if not, rules about settings of the runtime report nothing.
+GPUs are known; if not, rules about settings of the runtime report nothing.
 """
 
 from __future__ import annotations

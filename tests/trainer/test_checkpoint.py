@@ -152,7 +152,7 @@ def test_row_of_skipped_steps_costs_no_checkpoint(tmp_path: Path):
 
 def test_weights_that_an_earlier_version_should_not_have_published_are_refused(tmp_path: Path):
     write_checkpoint(tmp_path, 4)
-    for step, way_back in ((8, "step-00000004"), (4, "there is no checkpoint from before")):
+    for step, way_back in ((8, "step-00000004"), (4, "there is no earlier checkpoint")):
         path = write_checkpoint(tmp_path, step, broken=True)
         with pytest.raises(ForeseenError, match=r"model\.bias is not finite") as error:
             load_model_weights(path, nn.Linear(64, 64))

@@ -110,7 +110,7 @@ def test_holder_that_ended_in_order_is_waited_for_by_nobody(tmp_path: Path, monk
 def test_directory_that_cannot_be_locked_is_one_line(tmp_path: Path):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(VolumeError, match="Not a directory; mend the volume") as error,
+        pytest.raises(VolumeError, match="Not a directory; fix the volume") as error,
         exclusive.held(tmp_path / "file" / "run"),
     ):
         pass

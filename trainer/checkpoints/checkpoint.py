@@ -230,8 +230,7 @@ def publish(run_dir: str | Path, manifest: CheckpointManifest) -> Path:
     """Make the finished hidden directory of `manifest.step` the run's newest checkpoint.
 
     The manifest is written last, everything is fsynced, one rename makes it visible, then LATEST is updated.
-    Checkpoints of
-    later steps belong to a branch that was abandoned by going back to an older one; they are deleted.
+    Checkpoints of later steps belong to a branch that was abandoned by going back to an older one; they are deleted.
     """
     hidden, visible = unfinished_dir(run_dir, manifest.step), step_dir(run_dir, manifest.step)
     complete = manifest.model_copy(update={"digest": manifest.content_digest()})

@@ -2,9 +2,8 @@
 
 torch.distributed.checkpoint (DCP) writes every tensor once, distributed over the ranks. Everything that is not a tensor
 goes into checkpoint.json, so only DCP's own index is pickled, and it is read with an allow-list of its few classes.
-With
-`asynchronous` a thread works on a copy of the tensors and on its own process group while training continues; the next
-save waits for it.
+With `asynchronous` a thread works on a copy of the tensors and on its own process group while training continues; the
+next save waits for it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The checkpoints from which a run of changed length may continue: those from before the rate depended on the length.
 
 Warm-up and the stable part of WSD are the same for every length (trainer/optim/schedule.py), so a run lengthened there
-is
-identical to one that had the new length from the start. Imports no torch.
+is identical to one that had the new length from the start. Imports no torch.
 """
 
 from __future__ import annotations

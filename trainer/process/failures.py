@@ -88,8 +88,7 @@ def show(error: BaseException, code: int, reason: str) -> None:
     """Print one line, and the traceback only for an error that the program did not expect.
 
     Communication errors are expected when any rank dies, and their place in the program does not explain them. The
-    rank's
-    log file has their traceback too.
+    rank's log file has their traceback too.
     """
     if (foreseen(error) is None and code != ExitCode.COMMUNICATION) or os.environ.get("YAONGI_VERBOSE"):
         traceback.print_exception(error)
@@ -131,9 +130,8 @@ def root_cause(failures: Iterable[Failure]) -> Failure:
     """The failure that explains the others.
 
     A permanent one (bad data, divergence) has priority, because a retry cannot help. Next is a failure of a process
-    itself,
-    then lost communication, mostly a consequence of a peer's death, and last the stop signal that torchrun sends to the
-    survivors. Among equals the earliest wins.
+    itself, then lost communication, mostly a consequence of a peer's death, and last the stop signal that torchrun
+    sends to the survivors. Among equals the earliest wins.
     """
 
     def rank_of(failure: Failure) -> tuple[int, float]:

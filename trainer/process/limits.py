@@ -39,9 +39,8 @@ class LeaseWatch:
     """Measures how long a launcher has been silent by this machine's clock, so that no two clocks are compared.
 
     Only time during which the file could be read counts, so that after a volume outage a live launcher has the same
-    time to
-    renew as before. If this process has never seen a renewal, because it was restarted, the limit is shorter, so that
-    repeated restarts do not prolong the wait. Without a lease, silence has no limit.
+    time to renew as before. If this process has never seen a renewal, because it was restarted, the limit is shorter,
+    so that repeated restarts do not prolong the wait. Without a lease, silence has no limit.
 
     Args:
         unwatched: the run has no launcher, so a lease without renewals belongs to a former one and has no limit; a

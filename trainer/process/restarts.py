@@ -41,8 +41,7 @@ class NodeRecord:
     `begun`.
 
     `exit_code` is None while it runs, and stays None if it was killed; `ended` is a more specific word for it.
-    `reasons`
-    counts the restarts by that word.
+    `reasons` counts the restarts by that word.
     """
 
     first_start: float = field(default_factory=time.time)
@@ -67,12 +66,9 @@ def begin(
     """Count this start of `task` on this node; the run's newest checkpoint is of `step`.
 
     A start after success or a permanent failure is a person's decision: budget and deadline are reset. A start after a
-    stop
-    signal, or after a new checkpoint since the last start, is free. After a stop signal the deadline is reset too,
-    because a
-    person may resume days later. An evicted pod looks the same from here, so a job that must end in time although its
-    pods
-    move relies on its launcher, which has its own timeout.
+    stop signal, or after a new checkpoint since the last start, is free. After a stop signal the deadline is reset too,
+    because a person may resume days later. An evicted pod looks the same from here, so a job that must end in time
+    although its pods move relies on its launcher, which has its own timeout.
 
     Raises:
         BudgetError: `max_restarts` consecutive starts made no progress.
@@ -122,8 +118,7 @@ def summary(run_dir: str | Path) -> dict[str, int]:
     A lost node also makes the others restart, because they lose their peer or are stopped: these restarts count only if
         no
     node has its own cause. A killed entrypoint counts as `killed`, even if the whole container ran out of memory, which
-    the
-    next pod cannot know.
+    the next pod cannot know.
     """
     by_node = [Counter(node.reasons) for node in _read(_file(run_dir, "train")).values()]
     causes = Counter({reason: n for reason, n in sum(by_node, Counter()).items() if reason not in ECHOES})

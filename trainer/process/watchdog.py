@@ -1,8 +1,7 @@
 """Hang watchdog: a rank that makes no more steps reports where it hangs and exits, instead of holding its GPUs.
 
 It also ends a rank that waits for a failed one. A rank in a collective does not handle torchrun's signal and, with
-NCCL,
-does not notice its peer's death before the communication timeout. It cannot see ranks on other nodes.
+NCCL, does not notice its peer's death before the communication timeout. It cannot see ranks on other nodes.
 """
 
 from __future__ import annotations

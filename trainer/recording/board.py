@@ -17,8 +17,7 @@ class Board:
     """Scalars under run_dir/tb, after `resumed_step`.
 
     A SummaryWriter is unusable after its first failed write. The next flush then opens a new one, which purges what the
-    old
-    one wrote since the last successful flush and writes those points again.
+    old one wrote since the last successful flush and writes those points again.
     """
 
     def __init__(self, run_dir: str | Path, resumed_step: int) -> None:

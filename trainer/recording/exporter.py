@@ -93,8 +93,7 @@ class Metrics:
         """Return when all regular scrapers of this process have its current values, or are overdue.
 
         Otherwise Prometheus would never get the last values of a process. It does not wait for a scraper that came less
-        than
-        twice or comes less than once a minute.
+        than twice or comes less than once a minute.
         """
         now = time.monotonic()
         while self._server is not None and self._scrapes.are_due(now):

@@ -1,8 +1,7 @@
 """Log lines of a run, and logs/metrics.jsonl with one line per step.
 
 Reports and comparisons read metrics.jsonl, so it must have each step exactly once whatever happened: a resumed run
-first
-drops the lines of steps that it will train again.
+first drops the lines of steps that it will train again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Every Prometheus metric of a run: one table for the ranks, the launcher and the data steps.
 
 Dashboards, alerts and docs may use only metrics of METRICS. Labels never name a run, a step or a host: Kubernetes'
-labels
-do, and a metric must not make a new series at every restart. Counters count since the process started, as Prometheus
-expects (`increase` handles a restart as a counter reset).
+labels do, and a metric must not make a new series at every restart. Counters count since the process started, as
+Prometheus expects (`increase` handles a restart as a counter reset).
 
 Values of the whole run (loss, tokens) are exported by rank 0 only; `per_rank` ones by every rank, with a `rank` label.
 `trainer/recording/exporter.py` serves them.
