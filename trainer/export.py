@@ -3,6 +3,7 @@
     model.safetensors   parameters and router biases in FP32, under the names of the modules
     config.json         ModelSpec
     tokenizer.json      as trained; tokenizer_config.json lets transformers' AutoTokenizer load it
+    transformers/       of a model that transformers has too: a folder that it loads, in BF16 (trainer/hf)
     README.md           model card: data and licences, shares, evaluation
     manifest.json       where it comes from, counts, and size and digests of every other file
 
@@ -29,6 +30,9 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import CheckpointError
 from trainer.fields import stored, version_of
 from trainer.files import checksum, sync_directory
+from trainer.hf.architectures import native
+from trainer.hf.folder import write as write_folder
+from trainer.hf.weights import without_place
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec
 from trainer.report import write_report
@@ -41,6 +45,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+TRANSFORMERS = "transformers"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -103,6 +108,7 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained) -> dict[str, Any]:
     shutil.copymode(draft / "config.json", draft / "model.safetensors")  # safetensors ignores the umask
     for name in TOKENIZER_FILES:
         shutil.copyfile(Path(spec.tokens.tokenizer) / name, draft / name)
+    beside = _write_for_transformers(draft / TRANSFORMERS, spec, state)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         VERSION_FIELD: version_of(spec.model),
@@ -115,8 +121,10 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained) -> dict[str, Any]:
         "tensors": len(state),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
     }
+    if beside:
+        manifest["transformers"] = TRANSFORMERS
     _write_text(draft / "README.md", model_card(read_run(spec.run_dir), manifest))
-    names = sorted(("model.safetensors", "config.json", *TOKENIZER_FILES, "README.md"))
+    names = sorted(("model.safetensors", "config.json", *TOKENIZER_FILES, "README.md", *beside))
     manifest["sha256"] = {name: checksum(draft / name, "sha256") for name in names}
     manifest["files"] = {name: entry.model_dump() for name, entry in describe_files(draft, names).items()}
     for name in names:
@@ -125,6 +133,20 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained) -> dict[str, Any]:
     _sync(draft / MANIFEST)
     sync_directory(draft)
     return manifest
+
+
+def _write_for_transformers(folder: Path, spec: TrainSpec, state: dict[str, torch.Tensor]) -> list[str]:
+    """The folder beside the weights, and its files; nothing where transformers has no such model, which is logged."""
+    architecture, why_not = native(spec.model)
+    if architecture is not None and (lost := without_place(architecture, spec.model, state)):
+        why_not = f"{architecture.model_type} has no {lost}"
+    if architecture is None or why_not:
+        log.info("transformers has no such model (%s); only trainer.export loads it", why_not)
+        return []
+    tokenizer = [Path(spec.tokens.tokenizer) / name for name in TOKENIZER_FILES]
+    longest = max([spec.tokens.seq_len, *(stage.seq_len or 0 for stage in spec.tokens.curriculum)])
+    files = write_folder(folder, architecture, spec.model, state, tokenizer, max_length=longest)
+    return [f"{folder.name}/{name}" for name in files]
 
 
 def model_card(run: Run, manifest: dict[str, Any]) -> str:

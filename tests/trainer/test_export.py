@@ -10,6 +10,7 @@ import torch
 from made_run import make_run, save_checkpoint
 from micro import make_data
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import evaluate, export
 from trainer.checkpoints.checkpoint import describe_files
@@ -190,3 +191,48 @@ def test_a_tokenizer_changed_since_it_was_made_is_refused(tmp_path, task):
     with pytest.raises(ForeseenError, match=r"tokenizer\.json: its content differs from the manifest") as caught:
         task.run(spec)
     assert caught.value.code == 65
+
+
+DECODERS = {
+    "qwen3": {"mlp": {"activation": "swiglu"}, "tied_embedding": True, "layers": ["*-", "*-"]},
+    "qwen3_moe": {
+        "layers": ["*E", "*E"],
+        "moe": {"activation": "swiglu", "scores": "softmax", "score_scale": 1.0, "bias_update_rate": 0.0},
+    },
+    "nemotron_h": {"layers": ["ME", "*-"], "attention": {}},
+}
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_what_transformers_has_too_it_loads(architecture, tmp_path, monkeypatch):
+    """Weights in several files, tokenizer, generation; the same logits up to the rounding of weights to BF16."""
+    monkeypatch.setattr("trainer.hf.folder.FILE_BYTES", 20_000)
+    attention = {"attention": {"qk_norm": True, "rope_theta": 1e4}, **DECODERS[architecture]}
+    spec, model = make_run(tmp_path, model={"engram": [], **attention}, evaluate={"max_tokens": 50})
+    if architecture == "qwen3_moe":
+        export.run(spec)
+        assert not (Path(spec.run_dir) / "export" / "transformers").exists(), "its router has no bias"
+        for moe in model.moe_sublayers():
+            moe.bias_E.zero_()
+        save_checkpoint(spec, model, 13)
+    manifest = export.run(spec)
+    folder = Path(spec.run_dir) / "export" / "transformers"
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert {f"transformers/{path.name}" for path in folder.iterdir()} <= manifest["files"].keys()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert theirs.config.model_type == architecture
+    loaded, tokenizer = export.load(folder.parent)
+    their_tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "다리 river stone 강물"
+    assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.copy_(parameter.bfloat16())
+        ids = torch.tensor([tokenizer.encode(text)])
+        expected = loaded(ids, torch.zeros_like(ids, dtype=torch.int32)).logits_BTV
+        torch.testing.assert_close(theirs(ids).logits, expected, atol=2e-4, rtol=1e-3)
+    made = theirs.generate(ids, max_new_tokens=5, do_sample=False)
+    assert made.shape[1] > ids.shape[1] and torch.equal(made[:, : ids.shape[1]], ids)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ForeseenError, match=r"transformers/config\.json differs from what was written"):
+        export.load(folder.parent)

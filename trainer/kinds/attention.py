@@ -14,6 +14,7 @@ from trainer.kinds.base import (
     Kind,
     ModelShape,
     Parameter,
+    Part,
     RopeScalingSpec,
     Rotation,
     Widths,
@@ -72,6 +73,14 @@ class AttentionSpec(Kind):
         if self.qk_norm:
             yield vector("q_norm.weight", self.head_dim)
             yield vector("k_norm.weight", self.head_dim)
+
+    def parts(self) -> Iterator[Part]:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield Part(f"{name}.weight", f"{name}.weight")
+            if self.bias:
+                yield Part(f"{name}.bias", f"{name}.bias")
+        for name in ("q_norm", "k_norm") if self.qk_norm else ():
+            yield Part(f"{name}.weight", f"{name}.weight")
 
     def core_flops(self, seq_len: int) -> int:
         """q·kᵀ and the weighted sum over the (seq_len)/2 positions that a causal query sees on average."""

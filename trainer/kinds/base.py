@@ -205,6 +205,30 @@ class Convolution(NamedTuple):
     aligned: Rows
 
 
+class Part(NamedTuple):
+    """A tensor of a Hugging Face checkpoint, or some rows of it, and where they lie in ours.
+
+    Attributes:
+        theirs, ours: names; in `Kind.parts` within the mixer. Dimensions of size 1 that only theirs has do not count.
+        expert: index of the matrix in a stack of ours.
+        first, rows: rows of ours; rows None: all from `first` on.
+        their_first: row of theirs that is the first of them.
+    """
+
+    theirs: str
+    ours: str
+    expert: int | None = None
+    first: int = 0
+    rows: int | None = None
+    their_first: int = 0
+
+
+def halves(gate: str, up: str, ours: str, width: int, expert: int | None = None) -> Iterator[Part]:
+    """Gate and up, which are two tensors there and one matrix here."""
+    yield Part(gate, ours, expert, 0, width)
+    yield Part(up, ours, expert, width, width)
+
+
 K = TypeVar("K", bound="Kind")
 
 
@@ -258,6 +282,10 @@ class Kind(Spec):
     @abstractmethod
     def kept_selective(self, hidden: int, widths: Widths) -> int:
         """The same under selective checkpointing, besides the residual stream: the results of the first products."""
+
+    def parts(self) -> Iterator[Part]:
+        """Its parameters and buffers under the names of Hugging Face's models; nothing where none has such a kind."""
+        yield from ()
 
     def convolutions(self, hidden: int) -> tuple[Convolution, ...]:
         """What runs as a depthwise convolution."""

@@ -17,6 +17,7 @@ from trainer.kinds.base import (
     Kind,
     ModelShape,
     Parameter,
+    Part,
     Widths,
     matrix,
     vector,
@@ -77,6 +78,15 @@ class MambaSpec(Kind):
         yield vector("conv.bias", self.conv_dim, init=filters)
         yield vector("norm.weight", self.d_inner)
         yield matrix("out_proj.weight", model.hidden, self.d_inner, RESIDUAL)
+
+    def parts(self) -> Iterator[Part]:
+        rows = self.d_inner + self.conv_dim
+        yield Part("in_proj.weight", "zxbc_proj.weight")
+        yield Part("in_proj.weight", "dt_proj.weight", their_first=rows)
+        for leaf in ("weight", "bias"):
+            yield Part(f"conv1d.{leaf}", f"conv.{leaf}")
+        for name in ("A_log", "D", "dt_bias", "norm.weight", "out_proj.weight"):
+            yield Part(name, name)
 
     def core_flops(self, seq_len: int) -> int:
         """SSD by the chunked algorithm with Q positions in a chunk: C·Bᵀ for each group; masked product, state in and

@@ -12,9 +12,11 @@ from trainer.kinds.base import (
     Kind,
     ModelShape,
     Parameter,
+    Part,
     Widths,
     bias,
     first_rows,
+    halves,
     matrix,
 )
 
@@ -47,6 +49,14 @@ class MlpSpec(Kind):
         yield matrix("down.weight", model.hidden, self.width, RESIDUAL)
         if self.bias:
             yield bias("down.bias", model.hidden)
+
+    def parts(self) -> Iterator[Part]:
+        for leaf in ("weight", "bias") if self.bias else ("weight",):
+            if self.activation == "swiglu":
+                yield from halves(f"gate_proj.{leaf}", f"up_proj.{leaf}", f"{self.first}.{leaf}", self.width)
+            else:
+                yield Part(f"up_proj.{leaf}", f"{self.first}.{leaf}")
+            yield Part(f"down_proj.{leaf}", f"down.{leaf}")
 
     def kept(self, hidden: int, widths: Widths) -> int:
         """After the first product (of squared ReLU: after ReLU), and after the activation."""

@@ -18,9 +18,11 @@ from trainer.kinds.base import (
     Kind,
     ModelShape,
     Parameter,
+    Part,
     Rows,
     Widths,
     first_rows,
+    halves,
     matrix,
 )
 
@@ -91,6 +93,25 @@ class MoeSpec(Kind):
     def _experts(self, name: str, rows: int, columns: int, init: Init, blocks: Rows = ()) -> Parameter:
         shape, active = (self.num_experts, rows, columns), self.top_k * rows * columns
         return Parameter(name, shape, active, init, blocks=blocks if len(blocks) > 1 else (), per_expert=True)
+
+    def parts(self) -> Iterator[Part]:
+        for e in range(self.num_experts):
+            at = f"experts.{e}."
+            if self.activation == "swiglu":
+                names = (f"{at}gate_proj.weight", f"{at}up_proj.weight")
+                yield from halves(*names, self.first, self.expert_width, expert=e)
+            else:
+                yield Part(f"{at}up_proj.weight", self.first, expert=e)
+            yield Part(f"{at}down_proj.weight", "down_EDF", expert=e)
+        yield Part("gate.weight", "router.weight")
+        yield Part("gate.e_score_correction_bias", "bias_E")
+        if self.shared_width:
+            at, first = "shared_experts.", f"{self.shared_first}.weight"
+            if self.activation == "swiglu":
+                yield from halves(f"{at}gate_proj.weight", f"{at}up_proj.weight", first, self.shared_width)
+            else:
+                yield Part(f"{at}up_proj.weight", first)
+            yield Part(f"{at}down_proj.weight", "shared_down.weight")
 
     def kept(self, hidden: int, widths: Widths) -> int:
         """Scores, choices and weights, two orders of the copies, and their hidden layer before its activation."""

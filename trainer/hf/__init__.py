@@ -1,0 +1,1 @@
+"""Models as Hugging Face's transformers know them: configurations, names of weights, files."""

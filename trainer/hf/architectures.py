@@ -1,0 +1,437 @@
+"""Which models of transformers are models of ours, and how their configuration says the same. Imports no torch.
+
+Within a mixer the names of weights are those of its kind (`Kind.parts`); what stands around the mixers is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.errors import SpecError
+from trainer.kinds.base import Part
+from trainer.kinds.moe import MoeSpec
+from trainer.modelspec import ModelSpec
+
+Config = dict[str, Any]
+BLOCKS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}  # NemotronH's names
+FORMER_BLOCKS = {"mamba": "M", "attention": "*"} | {name: symbol for symbol, name in BLOCKS.items()}
+NO_SHARED_WIDTH = 16  # NemotronH always has a shared expert; of zeros and so wide where ours has none
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """
+    Attributes:
+        model_type, class_name: as config.json names it.
+        outside: our names of embedding, final norm and head → theirs.
+        reads: fields of ModelSpec of a configuration.
+        writes: a configuration of a spec, without the fields that all share.
+        misfit: why a spec is no such model; None where it is.
+        places: for each sublayer in order its prefix here, and there those of its norm and its mixer.
+        ignored: beginnings of names that a checkpoint may hold and that are no weights of ours.
+        absent: parts that the kind has and this architecture has not.
+        zeros: names and shapes of tensors that it has and a spec has not; as zeros they do nothing.
+    """
+
+    model_type: str
+    class_name: str
+    outside: dict[str, str]
+    reads: Callable[[Config], Config]
+    writes: Callable[[ModelSpec], Config]
+    misfit: Callable[[ModelSpec], str | None]
+    places: Callable[[ModelSpec], Iterator[tuple[str, str, str]]]
+    ignored: tuple[str, ...] = ()
+    absent: frozenset[str] = field(default_factory=frozenset)
+    zeros: Callable[[ModelSpec], dict[str, tuple[int, int]]] = lambda _: {}
+
+    def parts(self, spec: ModelSpec) -> list[Part]:
+        """Everything of a model, with full names."""
+        found = [Part(theirs, ours) for ours, theirs in self.outside.items()]
+        if spec.tied_embedding:
+            found = [part for part in found if part.ours != "head.weight"]
+        for (here, norm, mixer), (_, section) in zip(self.places(spec), spec.trunk(), strict=True):
+            found.append(Part(f"{norm}.weight", f"{here}.norm.weight"))
+            for part in section.parts():
+                if part.theirs not in self.absent:
+                    found.append(part._replace(theirs=f"{mixer}.{part.theirs}", ours=f"{here}.mixer.{part.ours}"))
+        return found
+
+    def config(self, spec: ModelSpec, max_length: int) -> Config:
+        """config.json of a model that was trained on rows of `max_length` tokens."""
+        return {
+            "architectures": [self.class_name],
+            "model_type": self.model_type,
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.hidden,
+            "max_position_embeddings": max_length,
+            "tie_word_embeddings": spec.tied_embedding,
+            "initializer_range": spec.init_std,
+            **self.writes(spec),
+        }
+
+
+def architecture_of(config: Config, where: str) -> Architecture:
+    """
+    Raises:
+        SpecError: none that is known.
+    """
+    name = config.get("model_type")
+    if name not in ARCHITECTURES:
+        raise SpecError(f"{where}: model_type {name!r} is not known; known are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def native(spec: ModelSpec) -> tuple[Architecture | None, str]:
+    """The architecture that a model of ours is, or none and why it is none of each."""
+    reasons = []
+    for architecture in ARCHITECTURES.values():
+        reason = architecture.misfit(spec)
+        if reason is None:
+            return architecture, ""
+        reasons.append(f"{architecture.model_type}: {reason}")
+    return None, "; ".join(reasons)
+
+
+def _common(config: Config) -> Config:
+    return {
+        "vocab_size": config["vocab_size"],
+        "hidden": config["hidden_size"],
+        "tied_embedding": bool(config.get("tie_word_embeddings", False)),
+        "init_std": config.get("initializer_range", 0.02),
+    }
+
+
+def _refuse(config: Config, *, hold: dict[str, Any]) -> None:
+    """Fields that would make another model must have these values, where they are there at all."""
+    for name, value in hold.items():
+        if (found := config.get(name, value)) != value:
+            raise SpecError(f"config.json: {name} {found!r} is not supported, only {value!r}")
+
+
+def _scaling(rope: Config) -> Config | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    names = {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+    }
+    return {"kind": kind} | {ours: rope[theirs] for theirs, ours in names.items() if theirs in rope}
+
+
+def _attention(config: Config, *, qk_norm: bool) -> Config:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    heads = config["num_attention_heads"]
+    return {
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+        "rope_scaling": _scaling(rope),
+        "qk_norm": qk_norm,
+        "bias": bool(config.get("attention_bias", False)),
+    }
+
+
+def _decoder_config(spec: ModelSpec) -> Config:
+    attention = spec.attention
+    assert attention is not None and attention.rope_theta is not None
+    rope: Config = {"rope_type": "default", "rope_theta": attention.rope_theta}
+    if scaling := attention.rope_scaling:
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.original_length is not None:
+            rope["original_max_position_embeddings"] = scaling.original_length
+        if scaling.kind == "llama3":
+            rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+        if scaling.kind == "yarn":
+            rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+    return {
+        "num_hidden_layers": len(spec.layers),
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "attention_bias": attention.bias,
+        "rms_norm_eps": spec.norm_eps,
+        "rope_parameters": rope,
+        "hidden_act": "silu",
+    }
+
+
+def _decoder_misfit(spec: ModelSpec, layer: str, *, qk_norm: bool) -> str | None:
+    attention = spec.attention
+    if set(spec.layers) != {layer}:
+        return f"layers are not all {layer}"
+    if spec.mup or attention is None or attention.rope_theta is None:
+        return "it knows no μP" if spec.mup else "it turns by positions (rope_theta)"
+    if attention.qk_norm != qk_norm:
+        return f"attention has qk_norm {attention.qk_norm}"
+    return None
+
+
+def _dense_misfit(spec: ModelSpec, *, qk_norm: bool, bias: bool) -> str | None:
+    if reason := _decoder_misfit(spec, "*-", qk_norm=qk_norm):
+        return reason
+    assert spec.mlp is not None
+    if spec.mlp.activation != "swiglu" or (spec.mlp.bias and not bias):
+        return "its MLP is SwiGLU" + ("" if bias else " without bias")
+    return None
+
+
+def _moe_misfit(spec: ModelSpec) -> str | None:
+    if reason := _decoder_misfit(spec, "*E", qk_norm=True):
+        return reason
+    moe = spec.moe
+    assert moe is not None
+    if moe.activation != "swiglu" or moe.shared_width:
+        return "its experts are SwiGLU, without a shared one"
+    if moe.scores != "softmax" or moe.score_scale != 1 or moe.bias_update_rate:
+        return "its router is a softmax without scale and without a bias on the choice"
+    return None
+
+
+def _hybrid_misfit(spec: ModelSpec) -> str | None:
+    if used := {section.label for section in spec.used() if section.symbol not in BLOCKS}:
+        return f"it has no {', '.join(sorted(used))}"
+    if spec.mup:
+        return "it knows no μP"
+    attention, moe, mlp = spec.attention, spec.moe, spec.mlp
+    if attention and (attention.rope_theta is not None or attention.qk_norm):
+        return "its attention has neither positions nor norms of queries and keys"
+    if (moe and moe.activation != "relu2") or (mlp and mlp.activation != "relu2"):
+        return "its MLPs and experts are squared ReLU"
+    if moe and (moe.scores != "sigmoid" or not moe.renormalise):
+        return "its router is a sigmoid, renormalised"
+    return None
+
+
+def _two_in_a_layer(mixers: tuple[str, str]) -> Callable[[ModelSpec], Iterator[tuple[str, str, str]]]:
+    def places(spec: ModelSpec) -> Iterator[tuple[str, str, str]]:
+        for index in range(len(spec.layers)):
+            at = f"model.layers.{index}"
+            yield f"layers.{index}.0", f"{at}.input_layernorm", f"{at}.{mixers[0]}"
+            yield f"layers.{index}.1", f"{at}.post_attention_layernorm", f"{at}.{mixers[1]}"
+
+    return places
+
+
+def _one_in_a_layer(spec: ModelSpec) -> Iterator[tuple[str, str, str]]:
+    for number, (place, _) in enumerate(spec.trunk()):
+        yield f"layers.{place}", f"backbone.layers.{number}.norm", f"backbone.layers.{number}.mixer"
+
+
+def _reads_dense(config: Config, *, qk_norm: bool) -> Config:
+    _refuse(config, hold={"hidden_act": "silu", "use_sliding_window": False})
+    return _common(config) | {
+        "layers": ["*-"] * config["num_hidden_layers"],
+        "attention": _attention(config, qk_norm=qk_norm),
+        "mlp": {
+            "width": config["intermediate_size"],
+            "activation": "swiglu",
+            "bias": bool(config.get("mlp_bias", False)),
+        },
+        "norm_eps": config["rms_norm_eps"],
+    }
+
+
+def _reads_moe(config: Config) -> Config:
+    hold = {"hidden_act": "silu", "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    _refuse(config, hold=hold)
+    return _common(config) | {
+        "layers": ["*E"] * config["num_hidden_layers"],
+        "attention": _attention(config, qk_norm=True),
+        "moe": {
+            "num_experts": config["num_experts"] if "num_experts" in config else config["num_local_experts"],
+            "top_k": config["num_experts_per_tok"],
+            "expert_width": config["moe_intermediate_size"],
+            "activation": "swiglu",
+            "scores": "softmax",
+            "renormalise": bool(config.get("norm_topk_prob", False)),
+            "score_scale": 1.0,
+            "bias_update_rate": 0.0,
+            "sequence_loss_weight": 0.0,
+            "balance_loss_weight": config.get("router_aux_loss_coef", 0.001),
+        },
+        "norm_eps": config["rms_norm_eps"],
+    }
+
+
+def _reads_hybrid(config: Config) -> Config:
+    hold = {
+        "mamba_hidden_act": "silu",
+        "mlp_hidden_act": "relu2",
+        "use_bias": False,
+        "mamba_proj_bias": False,
+        "use_conv_bias": True,
+        "n_group": 1,
+        "norm_topk_prob": True,
+        "moe_latent_size": None,
+        "residual_in_fp32": False,
+    }
+    _refuse(config, hold=hold)
+    blocks = config.get("layers_block_type") or list(config["hybrid_override_pattern"])
+    symbols = [FORMER_BLOCKS.get(block, block) for block in blocks]
+    if unknown := sorted(set(symbols) - BLOCKS.keys()):
+        raise SpecError(f"config.json: layers_block_type has '{unknown[0]}', known are {', '.join(BLOCKS.values())}")
+    attention = _attention(config, qk_norm=False) | {"rope_theta": None, "rope_scaling": None}
+    found = _common(config) | {"layers": symbols, "norm_eps": config["layer_norm_epsilon"]}
+    if "M" in symbols:
+        found["mamba"] = {
+            "num_heads": config["mamba_num_heads"],
+            "head_dim": config["mamba_head_dim"],
+            "d_state": config["ssm_state_size"],
+            "num_groups": config["n_groups"],
+            "conv_kernel": config["conv_kernel"],
+            "chunk_size": config["chunk_size"],
+        }
+    if "*" in symbols:
+        found["attention"] = attention
+    if "-" in symbols:
+        found["mlp"] = {"width": config["intermediate_size"], "bias": bool(config.get("mlp_bias", False))}
+    if "E" in symbols:
+        found["moe"] = {
+            "num_experts": config["n_routed_experts"],
+            "top_k": config["num_experts_per_tok"],
+            "expert_width": config["moe_intermediate_size"],
+            "shared_width": config["moe_shared_expert_intermediate_size"],
+            "score_scale": config["routed_scaling_factor"],
+        }
+    return found
+
+
+def _no_shared_expert(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    found = {}
+    for (_, _, mixer), (_, section) in zip(_one_in_a_layer(spec), spec.trunk(), strict=True):
+        if isinstance(section, MoeSpec) and not section.shared_width:
+            found[f"{mixer}.shared_experts.up_proj.weight"] = (NO_SHARED_WIDTH, spec.hidden)
+            found[f"{mixer}.shared_experts.down_proj.weight"] = (spec.hidden, NO_SHARED_WIDTH)
+    return found
+
+
+def _hybrid_config(spec: ModelSpec) -> Config:
+    found: Config = {
+        "layers_block_type": [BLOCKS[section.symbol] for _, section in spec.trunk()],
+        "num_hidden_layers": spec.num_sublayers,
+        "layer_norm_epsilon": spec.norm_eps,
+        "mlp_hidden_act": "relu2",
+        "mamba_hidden_act": "silu",
+        "use_bias": False,
+        "use_conv_bias": True,
+        # Its forward pass takes this, which initialisation is made of, for a lower bound of time steps; ours has none.
+        "time_step_min": 1e-30,
+        "time_step_limit": [0.0, float("inf")],
+    }
+    if mamba := spec.mamba:
+        found |= {
+            "mamba_num_heads": mamba.num_heads,
+            "mamba_head_dim": mamba.head_dim,
+            "ssm_state_size": mamba.d_state,
+            "n_groups": mamba.num_groups,
+            "conv_kernel": mamba.conv_kernel,
+            "chunk_size": mamba.chunk_size,
+        }
+    if attention := spec.attention:
+        found |= {
+            "num_attention_heads": attention.num_heads,
+            "num_key_value_heads": attention.num_kv_heads,
+            "head_dim": attention.head_dim,
+            "attention_bias": attention.bias,
+        }
+    if mlp := spec.mlp:
+        found |= {"intermediate_size": mlp.width, "mlp_bias": mlp.bias}
+    if moe := spec.moe:
+        found |= {
+            "n_routed_experts": moe.num_experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.expert_width,
+            "moe_shared_expert_intermediate_size": moe.shared_width or NO_SHARED_WIDTH,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": moe.score_scale,
+            "norm_topk_prob": True,
+        }
+    return found
+
+
+def _moe_config(spec: ModelSpec) -> Config:
+    moe = spec.moe
+    assert moe is not None
+    return _decoder_config(spec) | {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.expert_width,
+        "norm_topk_prob": moe.renormalise,
+        "router_aux_loss_coef": moe.balance_loss_weight,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _dense_config(spec: ModelSpec) -> Config:
+    assert spec.mlp is not None
+    return _decoder_config(spec) | {"intermediate_size": spec.mlp.width, "mlp_bias": spec.mlp.bias}
+
+
+_DECODER = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "final_norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_HYBRID = {
+    "embedding.weight": "backbone.embeddings.weight",
+    "final_norm.weight": "backbone.norm_f.weight",
+    "head.weight": "lm_head.weight",
+}
+_ROTARY = ("model.rotary_emb.",)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    each.model_type: each
+    for each in (
+        Architecture(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            _DECODER,
+            lambda config: _reads_dense(config, qk_norm=True),
+            _dense_config,
+            lambda spec: _dense_misfit(spec, qk_norm=True, bias=False),
+            _two_in_a_layer(("self_attn", "mlp")),
+            ignored=_ROTARY,
+        ),
+        Architecture(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            _DECODER,
+            _reads_moe,
+            _moe_config,
+            _moe_misfit,
+            _two_in_a_layer(("self_attn", "mlp")),
+            ignored=_ROTARY,
+            absent=frozenset({"gate.e_score_correction_bias"}),
+        ),
+        Architecture(
+            "llama",
+            "LlamaForCausalLM",
+            _DECODER,
+            lambda config: _reads_dense(config, qk_norm=False),
+            _dense_config,
+            lambda spec: _dense_misfit(spec, qk_norm=False, bias=True),
+            _two_in_a_layer(("self_attn", "mlp")),
+            ignored=_ROTARY,
+        ),
+        Architecture(
+            "nemotron_h",
+            "NemotronHForCausalLM",
+            _HYBRID,
+            _reads_hybrid,
+            _hybrid_config,
+            _hybrid_misfit,
+            _one_in_a_layer,
+            ignored=("mtp.",),
+            zeros=_no_shared_expert,
+        ),
+    )
+}
