@@ -1,7 +1,7 @@
 """`python -m trainer [train|evaluate|export] --spec FILE [--set a.b=c]…`: one rank, or one process of a small task.
 
-Nothing but the exit code, and one line of reason, leaves this process; trainer/exitcodes.py has the table. Runs of
-several ranks are started by trainer/entrypoint.py.
+The process reports only its exit code (trainer/exitcodes.py) and a one-line reason. trainer/entrypoint.py starts runs
+of several ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def parser(program: str) -> argparse.ArgumentParser:
-    """The command line, the same for one rank and for the entrypoint."""
+    """The command line, shared by a single rank and the entrypoint."""
     made = argparse.ArgumentParser(prog=f"python -m {program}", description="Train, evaluate or export one model.")
     made.add_argument("task", nargs="?", choices=TASKS, default="train")
     made.add_argument("--spec", required=True, metavar="FILE", help="TrainSpec as YAML or JSON")
@@ -36,7 +36,7 @@ def parser(program: str) -> argparse.ArgumentParser:
 
 
 def load_spec(file: str, assignments: Sequence[str]) -> TrainSpec:
-    """The spec of a file with `--set` changes laid over it.
+    """The spec of a file with `--set` changes applied.
 
     Raises:
         SpecError: one line for each problem.
@@ -46,8 +46,9 @@ def load_spec(file: str, assignments: Sequence[str]) -> TrainSpec:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    # Threads that wait for one that a busy machine has put aside else spin: an evaluation of 17 s took 69 s beside two
-    # busy processes, and 18 s so; alone it takes 18 s. Read when PyTorch is imported.
+    # Otherwise threads spin while they wait for a preempted one: beside two busy processes, an evaluation of 17 s took
+    # 69 s,
+    # and 18 s with this setting; alone it takes 18 s. Read when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     end_with_parent()
     failures.forget()
@@ -68,19 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def end_with_parent() -> None:
-    """If the entrypoint is killed, its ranks get the signal that makes them save a checkpoint and go."""
+    """If the entrypoint is killed, its ranks get the signal that makes them save a checkpoint and exit."""
     if failures.DIRECTORY_VARIABLE not in os.environ:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if Launcher().is_gone():  # before it could be asked for
+        if Launcher().is_gone():  # it died before prctl
             os.kill(os.getpid(), signal.SIGTERM)
     else:
         Launcher().end_with()
 
 
 def run(task: str, spec: TrainSpec) -> int:
-    """Do one task in this process; its exit code."""
+    """Do one task in this process; returns its exit code."""
     result = _imported(task)(spec)
     return result if task == "train" else int(ExitCode.OK)
 
@@ -104,6 +105,7 @@ if __name__ == "__main__":
     exit_code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: after a failure threads may hang in a collective that will never finish, and after success the
-    # teardown of torch's own was seen to abort a process whose work was done.
+    # Not sys.exit: after a failure threads may hang in a collective that never finishes, and after success torch's
+    # teardown
+    # has been seen to abort a finished process.
     os._exit(exit_code)

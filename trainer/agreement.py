@@ -1,7 +1,8 @@
-"""What `auto` decides, for all ranks alike and from the weakest of them.
+"""Resolve `auto` settings identically on all ranks, from the weakest rank.
 
-Ranks may differ: an older GPU, less memory, a package that only one image has. Each tells the others what it can do;
-then all draw the same conclusion from the same list, errors included. Every function is a collective of all ranks.
+Ranks may differ: an older GPU, less memory, a package that only one image has. Each sends its capabilities to the
+others; then all derive the same result, or the same error, from the same list. Every function is a collective of all
+ranks.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ GIB = 2**30
 
 
 def problem(world: World, own: str | None) -> str | None:
-    """The first problem that a rank has, None where none has one; the rank is named unless all have the same."""
+    """The first problem of any rank, None if there is none; the rank is named unless all have the same problem."""
     return _common(_told(world, own))
 
 
 def layout(spec: TrainSpec, world: World) -> tuple[Layout, str]:
-    """The mesh, by the memory of the rank that has least, and whose that was where ranks differ ("" otherwise).
+    """The mesh, by the memory of the rank that has the least, and a note about that rank if ranks differ (else "").
 
     Raises:
         SpecError: no such mesh exists, or the model is too large for that rank.
@@ -54,10 +55,10 @@ def layout(spec: TrainSpec, world: World) -> tuple[Layout, str]:
 
 
 def rung(spec: TrainSpec, world: World) -> Precision:
-    """The rung of the ladder that all ranks can stand on.
+    """The highest precision that all ranks support.
 
     Raises:
-        SpecError: a dtype or FP8 implementation asked for by name that a rank cannot run.
+        SpecError: a rank cannot run a dtype or FP8 implementation that the spec names.
     """
     own = precision.device_capability(world.device)
     told = _told(world, (own, precision.fp8_problems(spec.precision, own)))
@@ -77,10 +78,10 @@ def backends(spec: TrainSpec, world: World, dtype: torch.dtype | None) -> dict[s
     """The backend of each operation: the fastest that every rank can run, proven on every rank or else portable.
 
     Args:
-        dtype: of autocast; None without.
+        dtype: dtype of autocast; None without it.
 
     Raises:
-        SpecError: a backend named in the spec cannot run on some rank.
+        SpecError: a backend that the spec names cannot run on some rank.
     """
     setting = Setting(world.device, dtype or torch.float32, spec.model)
     own: dict[str, Choice] = {}
@@ -104,7 +105,7 @@ def backends(spec: TrainSpec, world: World, dtype: torch.dtype | None) -> dict[s
 
 
 def _weakest(name: str, surveys: list[tuple[Place, dict[str, Verdict]]]) -> Verdict:
-    """What all ranks together say of a backend."""
+    """The combined verdict of all ranks on a backend."""
     told = [(place, verdicts[name]) for place, verdicts in surveys]
     return Verdict(*(_common((place, verdict[field]) for place, verdict in told) for field in range(2)))
 

@@ -1,9 +1,9 @@
-"""Compiled layers against the same layers as they are, before a run that compiles is built.
+"""Compare compiled layers with the same eager layers before a run that compiles.
 
-A compiler may lose a gradient in silence; the loss then looks as it should. So each kind of layer that the run has is
-built alone, a small model with the run's widths, backends, precision, cuts of the experts and shapes of micro-batches,
-and one micro-batch goes through it twice. It is gone again before the run's own model is made, and leaves nothing
-behind: no random number is drawn, and what the compiler has learnt is forgotten (its code on disk is used again).
+A compiler may lose a gradient silently while the loss looks right. So each kind of layer of the run is built alone, as
+a small model with the run's widths, backends, precision, expert sharding and micro-batch shapes, and one micro-batch
+goes through it twice. It is removed before the run's own model is built and has no side effects: no random number is
+drawn, and the compiler's in-memory state is reset (its code on disk is reused).
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ from trainer.spec import BatchSpec, TokensSpec, TrainSpec
 
 log = logging.getLogger(__name__)
 
-# Of |compiled - eager| / |eager| of each gradient. Where numbers are rounded between matrix products, compiled code
-# rounds less often, and some tokens then go to other experts: 0.28 was seen, a gradient that is lost is 1.
+# Limits of |compiled - eager| / |eager| of each gradient. Under reduced precision compiled code rounds less often, so
+# some
+# tokens go to other experts: 0.28 was seen; a lost gradient gives 1.
 TOLERANCE = {"fp32": 1e-2, "fp16": 0.5, "bf16": 0.5, "fp8": 0.5}
-NEGLIGIBLE = 1e-3  # of the largest gradient's norm: a smaller one may be rounding and nothing else
-VOCABULARY, TABLE_ROWS = 512, 1024  # at most: they are looked up, by code that does not depend on how many there are
+NEGLIGIBLE = 1e-3  # of the largest gradient's norm: a smaller gradient may be only rounding
+VOCABULARY, TABLE_ROWS = 512, 1024  # at most: the lookup code does not depend on the number of rows
 DOCUMENT_TOKENS = 100  # on average
 
 
@@ -53,8 +54,8 @@ class Kind:
     """Layers that compile to the same code.
 
     Attributes:
-        placed: stand-ins for the sections that such a layer has of its own.
-        converted: whether its products are FP8.
+        placed: stand-ins for per-layer sections.
+        converted: whether its matrix products are FP8.
     """
 
     symbols: str
@@ -75,17 +76,17 @@ class Kind:
 
 
 def agreed(spec: TrainSpec, world: World, mesh: Mesh, chosen: Precision, choices: dict[str, Choice]) -> bool:
-    """Whether layers are to be compiled; all ranks call this and get the same answer.
+    """Whether to compile layers; all ranks call this and get the same answer.
 
     Raises:
-        SpecError: the spec says so, but on some rank the compiler fails, or its code computes something else.
+        SpecError: the spec demands it, but on some rank the compiler fails or its code gives other results.
     """
     wanted = spec.runtime.compile
     if wanted is False:
         return False
     found = agreement.problem(world, te.compile_problem(chosen.fp8) if chosen.fp8 else None)
     if found is None and mesh.layout.expert > 1:
-        # Ranks that share experts go through a layer together: one whose compiler fails would leave the others waiting.
+        # Ranks that share experts run a layer together: if the compiler failed on one, the others would wait.
         found = agreement.problem(world, compiler_problem(world.device))
     compared = kinds(spec.model, chosen)
     for kind in compared:
@@ -101,7 +102,7 @@ def agreed(spec: TrainSpec, world: World, mesh: Mesh, chosen: Precision, choices
 
 
 def kinds(spec: ModelSpec, chosen: Precision) -> list[Kind]:
-    """The different layers of a model, those of multi-token prediction among them."""
+    """The different kinds of layers in a model, including those of multi-token prediction."""
     ends = chosen.fp8.bf16_end_layers if chosen.fp8 else len(spec.layers)
     found = []
     for index, symbols in enumerate(spec.layers):
@@ -114,7 +115,7 @@ def kinds(spec: ModelSpec, chosen: Precision) -> list[Kind]:
 
 
 def shapes(tokens: TokensSpec, batch: BatchSpec) -> list[tuple[int, int]]:
-    """Rows and their length of the micro-batches that the run will see, in its order."""
+    """(rows, row length) of the run's micro-batches, in order."""
     lengths = dict.fromkeys([tokens.seq_len, *(stage.seq_len for stage in tokens.curriculum if stage.seq_len)])
     return [(batch.micro_batch_rows * tokens.seq_len // length, length) for length in lengths]
 
@@ -122,9 +123,8 @@ def shapes(tokens: TokensSpec, batch: BatchSpec) -> list[tuple[int, int]]:
 def problem(
     kind: Kind, spec: TrainSpec, device: torch.device, mesh: Mesh, chosen: Precision, choices: dict[str, Choice]
 ) -> str | None:
-    """What is wrong with the compiled code of a kind of layer; None if nothing. Ranks that share experts call it
-    together."""
-    # Imported by the compiler's first use, not by every run.
+    """The problem of the compiled code of a kind of layer, else None. Ranks that share experts call it together."""
+    # Imported only when the compiler is used.
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
@@ -149,7 +149,7 @@ def problem(
 
 
 def compiler_problem(device: torch.device, backend: str | Callable[..., object] = "inductor") -> str | None:
-    """Why this rank's compiler compiles nothing at all, such as for want of a C++ compiler; None if it does."""
+    """Why this rank's compiler does not work at all, for example without a C++ compiler; None if it works."""
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
@@ -166,7 +166,7 @@ def compiler_problem(device: torch.device, backend: str | Callable[..., object] 
 
 @contextmanager
 def leaving_nothing(device: torch.device) -> Iterator[None]:
-    """Random numbers, memory and what the compiler has learnt of shapes are afterwards as they were before."""
+    """Restore random state, memory and the compiler's knowledge of shapes after the block."""
     on_gpu = device.type == "cuda"
     try:
         with torch.random.fork_rng(devices=[device] if on_gpu else []):
@@ -181,7 +181,7 @@ def leaving_nothing(device: torch.device) -> Iterator[None]:
 def build(
     kind: Kind, spec: TrainSpec, device: torch.device, mesh: Mesh, chosen: Precision, choices: dict[str, Choice]
 ) -> HybridModel:
-    """A layer of this kind as the run will call it, between an embedding and a head."""
+    """A layer of this kind as the run will call it, between embedding and head."""
     alone = kind.alone(spec.model)
     dtype, cut = chosen.autocast_dtype, mesh.share_experts
     model = build_model(alone, device=device, dtype=dtype, seed=spec.seed, share=cut, choices=choices)
@@ -202,7 +202,7 @@ def build(
 
 
 def micro_batch(vocab_size: int, rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Random tokens, cut into documents at random, and their labels."""
+    """Random tokens, split into random documents, and their labels."""
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(0, vocab_size, (rows, length), generator=generator)
     begins_BT = torch.rand(rows, length, generator=generator) < 1 / DOCUMENT_TOKENS
@@ -211,7 +211,7 @@ def micro_batch(vocab_size: int, rows: int, length: int, device: torch.device) -
 
 
 def gradients(model: HybridModel, batch: tuple[Tensor, Tensor, Tensor], chosen: Precision) -> dict[str, Tensor]:
-    """Of each parameter, of an expert-parallel one what this rank holds; and the loss, under its name."""
+    """Gradients by parameter name (of a sharded parameter, this rank's part), and the loss under its name."""
     with chosen.autocast(batch[0].device.type):
         output = model(*batch)
     loss = output.ce_sum + output.aux_sum
@@ -225,7 +225,7 @@ def gradients(model: HybridModel, batch: tuple[Tensor, Tensor, Tensor], chosen: 
 
 
 def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str, float]:
-    """What differs most, and by how much of its norm; a NaN more than anything."""
+    """The tensor with the largest relative difference, and that difference; NaN counts as the largest."""
     norms = {name: torch.linalg.vector_norm(tensor.float()) for name, tensor in expected.items()}
     largest = max(norm.item() for name, norm in norms.items() if name != "the loss")
     worst = ("nothing", 0.0)

@@ -1,8 +1,7 @@
 """From torchrun's environment to a process group: ranks, device, threads, seeds, timeouts.
 
-There is always a process group, of one process if need be, so that nothing after this module asks whether there is one.
-Collectives of the training loop and those of the checkpoint thread must not share a group: two threads would mix up
-their order.
+There is always a process group, even of one process, so that other code need not check for one. The training loop and
+the checkpoint thread must not share a group, because two threads would mix the order of collectives.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ from trainer.spec import RuntimeSpec
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_DNS_RETRY_SECONDS = (1.0, 2.0, 5.0)  # then every 5 s: a name that failed is cached as missing for so long
+_DNS_RETRY_SECONDS = (1.0, 2.0, 5.0)  # then every 5 s: failed names are cached for that long
 _WAIT_SAID_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others.
+    """The ranks of the run as seen by this process.
 
     Attributes:
-        rank, size: over all machines; `local_rank`, `local_size` on this one.
-        control: gloo group of the loop, for objects and barriers; `background`: of the checkpoint thread.
+        rank, size: over all machines; `local_rank`, `local_size`: on this one.
+        control: gloo group of the loop, for objects and barriers; `background`: that of the checkpoint thread.
     """
 
     rank: int
@@ -70,10 +69,10 @@ class World:
 
 
 def start(runtime: RuntimeSpec, seed: int) -> World:
-    """Join the process group that torchrun's variables describe (none of them: one process) and settle the device.
+    """Join the process group of torchrun's variables (without them: one process) and choose the device.
 
     Raises:
-        SpecError: runtime.device asks for a GPU that is not there, on this rank or another.
+        SpecError: runtime.device requires a GPU that is missing on this rank or another.
     """
     environment = {name: int(os.environ.get(name, default)) for name, default in _ALONE.items()}
     rank, size = environment["RANK"], environment["WORLD_SIZE"]
@@ -102,15 +101,15 @@ _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE":
 
 
 def stop() -> None:
-    """Leave the process group; only after a barrier, since peers that still talk to this process would fail."""
+    """Leave the process group, after a barrier, because peers that still communicate with this process would fail."""
     dist.destroy_process_group()
 
 
 def wait_for_host(host: str, timeout_seconds: float) -> None:
-    """Return once `host` has an address: the name of a pod exists only some seconds after the pod itself.
+    """Wait until `host` resolves: the DNS name of a pod exists only some seconds after the pod itself.
 
     Raises:
-        CommunicationError: it has none in time.
+        CommunicationError: it did not resolve in time.
     """
     deadline = time.monotonic() + timeout_seconds
     attempt, next_said = 0, 0.0
@@ -133,10 +132,10 @@ def wait_for_host(host: str, timeout_seconds: float) -> None:
 
 
 def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The device for `RuntimeSpec.device`; `auto` takes the GPU of this local rank when there is one.
+    """The device for `RuntimeSpec.device`; `auto` takes the GPU of this local rank if there is one.
 
     Raises:
-        SpecError: `cuda` is asked for and is not there.
+        SpecError: `cuda` is required but missing.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -151,12 +150,12 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 
 def agreed_device(wanted: str, rank: int, size: int, local_rank: int, store: dist.Store) -> torch.device:
-    """`pick_device`, with the same kind of device on all ranks: under `auto` a CPU where a rank has no GPU.
+    """`pick_device`, with the same device type on all ranks: under `auto` the CPU if any rank has no GPU.
 
-    Through the store, since which process group there will be depends on the device.
+    Uses the store, because the process group depends on the device.
 
     Raises:
-        SpecError: as `pick_device`, on every rank, for what the first such rank has not.
+        SpecError: as `pick_device`, on every rank, with the error of the first failing rank.
     """
     own, problem = "", ""
     try:
@@ -176,7 +175,7 @@ def agreed_device(wanted: str, rank: int, size: int, local_rank: int, store: dis
 
 
 def device_bytes(device: torch.device) -> int | None:
-    """Memory of a GPU; None for a CPU, whose memory the ranks of a machine share."""
+    """Memory of a GPU; None for a CPU, whose memory is shared by the machine's ranks."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
@@ -185,10 +184,11 @@ def _settle(device: torch.device, local_size: int) -> None:
         torch.cuda.set_device(device)
         return
     threads = os.environ.get("OMP_NUM_THREADS") or ("1" if local_size > 1 else None)
-    if threads:  # processes that share cores and each take all of them are many times slower
+    if threads:  # processes that each use all shared cores are many times slower
         torch.set_num_threads(int(threads))
-    # The same sums in the same order, so that a resumed run repeats an undisturbed one bit for bit.
-    # Not torch.use_deterministic_algorithms, which imports the compiler to tell it so: a second of an evaluation.
-    # Where the compiler is used, trainer/model/compiling.py tells it.
+    # The same sums in the same order, so that a resumed run is bit-identical to an uninterrupted one.
+    # Not torch.use_deterministic_algorithms, which imports the compiler to set it there: a second of an evaluation. If
+    # the
+    # compiler is used, trainer/model/compiling.py sets it.
     torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False

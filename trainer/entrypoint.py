@@ -1,11 +1,10 @@
-"""First process of a training container: torchrun's agent in a thin shell that keeps the exit codes' promises.
+"""First process of a training container: a thin wrapper around torchrun's agent that gives meaningful exit codes.
 
     python -m trainer.entrypoint [train|evaluate|export] --spec FILE [--set a.b=c]…
 
-torchrun turns every failure into exit code 1, has no restart budget that outlives a pod, no deadline, and no word for
-the person who looks at the pod afterwards. This shell adds those and nothing else: where and how many processes to
-start, torchrun reads from PET_* variables as it does anywhere (without a rendezvous address: this machine alone).
-Evaluation and export are one process and need no torchrun.
+torchrun turns every failure into exit code 1, has no restart budget that outlives a pod, no deadline, and writes no
+termination message. This wrapper adds only those: torchrun reads the place and number of processes from PET_* variables
+as usual (without a rendezvous address: only this machine). Evaluation and export are one process and need no torchrun.
 """
 
 from __future__ import annotations
@@ -47,11 +46,11 @@ HOST_PATIENCE_SECONDS = 86_400.0
 _FIRST_WORKER = re.compile(r"-(?:worker|node-0)-(0)(?:\.|$)")
 TERMINATION_LOG_VARIABLE = "YAONGI_TERMINATION_LOG"
 TERMINATION_LOG = "/dev/termination-log"
-_TERMINATION_BYTES = 4096  # what Kubernetes keeps
+_TERMINATION_BYTES = 4096  # the limit of Kubernetes
 
 
 class Signalled(BaseException):
-    """A stop signal arrived; raised in the main thread wherever it is."""
+    """A stop signal arrived; raised in the main thread at any point."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -59,8 +58,8 @@ class Signalled(BaseException):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one task to its end; the exit code."""
-    _catch_signals()  # first of all: PID 1 has no default action for them
+    """Run one task to its end; returns the exit code."""
+    _catch_signals()  # first of all: PID 1 has no default signal actions
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     options = parser("trainer.entrypoint").parse_args(arguments)
     spec: TrainSpec | None = None
@@ -76,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             record = restarts.begin(spec.run_dir, spec.runtime.max_restarts, latest_step(spec.run_dir), options.task)
         except OSError as error:
-            raise VolumeError(f"{spec.run_dir}: {error.strerror}; mend the volume, or the rights on it") from error
+            raise VolumeError(f"{spec.run_dir}: {error.strerror}; fix the volume, or the permissions on it") from error
         counted = True
         if spec.runtime.deadline_seconds is not None:
             clocks.deadline = record.first_start + spec.runtime.deadline_seconds
@@ -90,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         code, reason = failures.classify(error)
         failures.show(error, code, reason)
-    _ignore_signals()  # what is left takes a moment, and must come out
+    _ignore_signals()  # the rest is short and must not be interrupted
     if spec is not None and counted:
         try:
             restarts.end(spec.run_dir, code, options.task, reason=label)
@@ -98,15 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log.warning("%s: how this start ended could not be noted (%s)", spec.run_dir, error.strerror)
     write_termination_message(code, reason)
     if code:
-        with suppress(OSError):  # whoever read this is gone
+        with suppress(OSError):  # the reader of the output is gone
             print(f"exit {code} ({failures.meaning(code)}): {reason}", file=sys.stderr, flush=True)
     return int(code)
 
 
 def supervise(spec: TrainSpec, options: Namespace, clocks: Limits) -> tuple[int, str, str]:
-    """Start the processes, wait, and explain how they ended: exit code, one line, what to count it as ("": the code).
+    """Start the processes, wait, and return how they ended: exit code, one line, restart cause ("": the code's name).
 
-    Of ranks that were killed, the kernel's own count says whether it was for want of memory.
+    For killed ranks, the kernel's OOM counter shows whether memory ran out.
     """
     kills_before = out_of_memory_kills()
     directory = Path(tempfile.mkdtemp(prefix="yaongi-failures-"))
@@ -135,14 +134,14 @@ def supervise(spec: TrainSpec, options: Namespace, clocks: Limits) -> tuple[int,
         found = [
             replace(each, reason=failures.OUT_OF_MEMORY) if each.code == ExitCode.KILLED else each for each in found
         ]
-    # A rank's own words say more than its exit code; but a rank that has died of a signal had no time for words.
+    # A rank's recorded reason is more specific than its exit code, but a rank killed by a signal could not record one.
     by_rank = {failure.rank: failure for failure in found} | {failure.rank: failure for failure in reported}
     cause = failures.root_cause(by_rank.values())
     return cause.code, f"rank {cause.rank}: {cause.reason}", failures.label(cause)
 
 
 def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
-    """Run torchrun's agent in this process; returns how ranks of this node failed, nothing after success."""
+    """Run torchrun's agent in this process; returns the failures of this node's ranks, empty after success."""
     with uncollected():
         from torch.distributed import run as torchrun
         from torch.distributed.elastic.multiprocessing import SignalException
@@ -154,11 +153,12 @@ def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
     if hosts := rendezvous_hosts():
         from trainer.distributed import wait_for_host
 
-        # Any worker may queue for hours; launcher, lease and deadline end this wait, not the rendezvous' own timeout,
-        # which would cost restarts.
+        # Any worker may queue for hours; launcher, lease and deadline limit this wait, not the rendezvous timeout,
+        # which would
+        # use up restarts.
         for host in hosts:
             wait_for_host(host, HOST_PATIENCE_SECONDS)
-    # How long the agent waits between forwarding a stop signal and killing: as long as a checkpoint may take.
+    # How long the agent waits between forwarding a stop signal and killing: the time of a checkpoint.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(spec.runtime.hang_timeout_seconds))
     try:
         torchrun.run(arguments)
@@ -169,12 +169,12 @@ def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
     except RendezvousError as error:
         raise CommunicationError(f"rendezvous failed: {' '.join(str(error).split())}") from error
     finally:
-        _catch_signals()  # the agent has put its own handlers in their place
+        _catch_signals()  # the agent has replaced the handlers
     return []
 
 
 def _silence_agent() -> None:
-    """The agent reports signals and failed ranks in a dozen lines; this process says the same in one."""
+    """Silence the agent, which reports signals and failed ranks in a dozen lines; this process does it in one."""
     if os.environ.get("YAONGI_VERBOSE"):
         return
     for name in list(logging.root.manager.loggerDict):
@@ -184,10 +184,10 @@ def _silence_agent() -> None:
 
 @contextmanager
 def a_second_signal_kills(clocks: Limits) -> Iterator[None]:
-    """The first stop signal makes torchrun's agent wait for the ranks' checkpoint; a second one kills them meanwhile.
+    """After the first stop signal torchrun's agent waits for the ranks' checkpoint; a second one kills them at once.
 
-    Not after a limit has passed, which is no person's impatience. A thread looks, by the descriptor to which Python
-    writes each signal, because the agent has handlers of its own.
+    Not if a limit has passed, because then no person asked twice. A thread reads the wakeup descriptor to which Python
+    writes each signal, because the agent has its own handlers.
     """
     told, tell = os.pipe()
     os.set_blocking(tell, False)
@@ -198,7 +198,7 @@ def a_second_signal_kills(clocks: Limits) -> Iterator[None]:
         while number := os.read(told, 1):
             stops += number[0] in (signal.SIGTERM, signal.SIGINT)
             if stops == 2 and not clocks.passed():
-                log.warning("told to stop a second time; no checkpoint is waited for")
+                log.warning("told to stop a second time; not waiting for a checkpoint")
                 kill_ranks()
         os.close(told)
 
@@ -211,7 +211,7 @@ def a_second_signal_kills(clocks: Limits) -> Iterator[None]:
 
 
 def kill_ranks() -> None:
-    """End this process's children at once. Linux only; elsewhere they end once they have saved."""
+    """Kill this process's children at once. Linux only; elsewhere they end after they have saved."""
     for listed in Path("/proc/self/task").glob("*/children"):
         for pid in listed.read_text(encoding="ascii").split():
             with suppress(ProcessLookupError):
@@ -219,7 +219,7 @@ def kill_ranks() -> None:
 
 
 def run_one(command: list[str]) -> list[Failure]:
-    """Run a task that is one process; stop signals are passed on to it."""
+    """Run a task that is one process; stop signals are forwarded to it."""
     process = subprocess.Popen([sys.executable, "-u", *RANK_PROGRAM, *command])
     try:
         process.wait()
@@ -231,7 +231,7 @@ def run_one(command: list[str]) -> list[Failure]:
 
 
 def fit_ranks(spec: TrainSpec) -> None:
-    """On a person's own machine, start no more processes than it has GPUs, if it has any."""
+    """Outside a cluster, start no more processes than the machine has GPUs, if it has any."""
     wanted = os.environ.get("PET_NPROC_PER_NODE", "")
     if not (thismachine.is_meant() and wanted.isdecimal()) or spec.runtime.device == "cpu":
         return
@@ -243,18 +243,18 @@ def fit_ranks(spec: TrainSpec) -> None:
 
 
 def torchrun_options(spec: TrainSpec) -> list[str]:
-    """What torchrun cannot know or guesses wrongly: processes per node, and that there may be no other machine.
+    """Options that torchrun cannot know or guesses wrongly: processes per node, and a single-machine rendezvous.
 
     Raises:
-        SpecError: for several nodes without an address where they meet.
+        SpecError: several nodes without a rendezvous address.
     """
     options = []
     wanted = os.environ.get("PET_NPROC_PER_NODE", "auto")
     gpus = _gpus() if spec.runtime.device != "cpu" else 0
-    if wanted == "auto":  # torchrun would start one process for each core
+    if wanted == "auto":  # torchrun would start one process per core
         wanted = str(gpus or 1)
         options += [f"--nproc-per-node={wanted}"]
-    if not gpus:  # DDP's C++ side advises against the setting that keeps its sums in one order on a CPU
+    if not gpus:  # DDP's C++ code warns about the setting that keeps its sums in one order on a CPU
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if wanted != "1":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -269,15 +269,15 @@ def torchrun_options(spec: TrainSpec) -> list[str]:
 
 
 def rendezvous_host() -> str | None:
-    """Host at which the nodes meet; None when this machine is alone."""
+    """The rendezvous host; None for a single machine."""
     endpoint = os.environ.get("PET_RDZV_ENDPOINT")
     return endpoint.rpartition(":")[0] or endpoint if endpoint else os.environ.get("PET_MASTER_ADDR")
 
 
 def rendezvous_hosts() -> list[str]:
-    """Hosts of all nodes, first the one at which they meet; only that one where the others' names cannot be told.
+    """Hosts of all nodes, the rendezvous host first; only that one if the others' names are unknown.
 
-    The operators number the workers of a job in their names: `job-worker-0`, or `job-node-0-0.job` for a TrainJob.
+    The operators number a job's workers: `job-worker-0`, or `job-node-0-0.job` for a TrainJob.
     """
     if (host := rendezvous_host()) is None:
         return []
@@ -290,7 +290,7 @@ def rendezvous_hosts() -> list[str]:
 
 
 def write_termination_message(code: int, reason: str) -> None:
-    """One line of JSON where Kubernetes looks for it; elsewhere nothing."""
+    """Write one line of JSON to Kubernetes' termination message file; elsewhere do nothing."""
     file = Path(os.environ.get(TERMINATION_LOG_VARIABLE, TERMINATION_LOG))
     if not file.exists():
         return
@@ -305,7 +305,7 @@ def write_termination_message(code: int, reason: str) -> None:
 
 
 def _stopped(spec: TrainSpec | None, clocks: Limits | None, number: int) -> tuple[int, str]:
-    """Exit code and reason after a stop signal; a limit that has passed is what sent it."""
+    """Exit code and reason after a stop signal, which a passed limit may have sent."""
     if clocks is not None and (reason := clocks.passed()):
         return ExitCode.LIMIT, reason
     code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
@@ -324,12 +324,12 @@ def _describe(rank: int, returncode: int) -> Failure:
 
 
 def _watch(clocks: Limits, directory: Path, over: threading.Event) -> None:
-    """Ends the processes, by the signal that makes them save a checkpoint, when deadline or lease has passed."""
+    """Ends the processes by SIGTERM, so that they save a checkpoint, when deadline or lease has passed."""
     while not over.wait(limits.LOOK_SECONDS):
         if reason := clocks.passed():
             try:
                 limits.tell(directory, reason)
-            except OSError as error:  # /tmp is full; this process still knows why it stops
+            except OSError as error:  # /tmp is full; this process still knows the reason
                 log.warning("the ranks cannot be told why they stop (%s)", error.strerror)
             os.kill(os.getpid(), signal.SIGTERM)
             return
@@ -341,7 +341,7 @@ def _catch_signals() -> None:
 
 
 def _raise_signalled(number: int, _frame: FrameType | None) -> None:
-    _ignore_signals()  # once is enough; a second one must not interrupt the stopping
+    _ignore_signals()  # only once: a second signal must not interrupt the stop
     raise Signalled(number)
 
 

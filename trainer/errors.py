@@ -1,7 +1,7 @@
 """The errors that this program foresees: each class is one row of the table of exit codes. Imports no torch.
 
-Whatever else ends a process is a fault of the program: it shows its traceback and ends with `ExitCode.FAULT`. So raise
-one of these where the cause is met, and catch these alone; a ValueError of a library says nothing about the person.
+Any other error is a bug: it prints its traceback and ends with `ExitCode.FAULT`. So raise one of these at the cause,
+and catch only these; a library's ValueError does not mean that the user made a mistake.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from trainer.exitcodes import ExitCode
 
 
 class ForeseenError(Exception):
-    """What a person can mend. The message is complete: what, where (field, file, line), how to mend.
+    """An error that a person can fix. The message is complete: what, where (field, file, line), and the fix.
 
-    `code` is what the process ends with.
+    `code` is the exit code.
     """
 
     code: int
 
 
 class SpecError(ForeseenError, ValueError):
-    """A spec or command line that cannot be used; one line for each problem. A validator of pydantic may raise it."""
+    """An invalid spec or command line; one line per problem. A pydantic validator may raise it."""
 
     code = ExitCode.SPEC
 
 
 class DataError(ForeseenError):
-    """Data that cannot be used: missing, unfinished, changed or malformed. Names the file and the remedy."""
+    """Unusable data: missing, unfinished, changed or malformed. Names the file and the remedy."""
 
     code = ExitCode.DATA
 
 
 class CheckpointError(ForeseenError):
-    """A checkpoint, or another file that a run has left, is damaged."""
+    """A checkpoint, or another file of a run, is damaged."""
 
     code = ExitCode.CHECKPOINT
 
@@ -60,7 +60,7 @@ class DivergedError(ForeseenError):
 
 
 class BudgetError(ForeseenError):
-    """The training was restarted too often without getting any further."""
+    """The training was restarted too often without progress."""
 
     code = ExitCode.BUDGET
 
@@ -78,7 +78,7 @@ class LimitError(ForeseenError):
 
 
 class CommunicationError(ForeseenError):
-    """Another rank cannot be reached, or cannot be understood."""
+    """Another rank cannot be reached, or sent wrong data."""
 
     code = ExitCode.COMMUNICATION
 
@@ -92,8 +92,8 @@ class GpuError(ForeseenError):
 _NUMBERS = re.compile(r"\[Errno -?\d+\] ?| \(os error \d+\)|<[\w.]+ object at 0x\w+>: ?")
 _FULL = "the volume is full; make room and run again, finished work is kept"
 _TOO_LARGE = "a file would be larger than this process or the volume allows; raise the limit (ulimit -f) and run again"
-_DENIED = "permission denied; mend its rights or owner, or give another place"
-_BROKEN = "{}; look at the volume (its mount, its server, the kernel's log) and run again"
+_DENIED = "permission denied; fix its permissions or owner, or give another place"
+_BROKEN = "{}; check the volume (its mount, its server, the kernel's log) and run again"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a file cannot grow
 _OF_THE_MACHINE = {
     errno.ENOSPC: _FULL,
@@ -111,16 +111,16 @@ _OF_THE_MACHINE = {
 
 
 def in_words(error: object) -> str:
-    """The first line of what an error says without the system's numbers; its class where it says nothing."""
+    """The first line of an error's message without errno numbers; its class if the message is empty."""
     lines = _NUMBERS.sub("", str(error)).strip().splitlines()
     return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def of_the_machine(error: BaseException, where: object = None) -> VolumeError | None:
-    """The foreseen error that an OSError is when the machine is its cause; None for any other.
+    """The foreseen error for an OSError caused by the machine; None for any other OSError.
 
     Args:
-        where: what to name for an error that names no file, such as that of a full volume.
+        where: the place to name if the error has no file, as for a full volume.
     """
     if not isinstance(error, OSError) or error.errno not in _OF_THE_MACHINE:
         return None
@@ -130,5 +130,5 @@ def of_the_machine(error: BaseException, where: object = None) -> VolumeError | 
 
 
 def foreseen(error: BaseException) -> ForeseenError | None:
-    """The foreseen error that `error` is, or stands for; None for a fault of the program."""
+    """The foreseen error that `error` is or maps to; None for a bug."""
     return error if isinstance(error, ForeseenError) else of_the_machine(error)

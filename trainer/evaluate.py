@@ -1,11 +1,12 @@
 """Held-out evaluation of a run's newest checkpoint: bits per byte by domain and source, and samples.
 
-Bits per byte is comparable between tokenizers, unlike the loss per token. What is counted, exactly:
+Bits per byte is comparable between tokenizers, unlike the loss per token. The exact definition:
 
-- every token of a held-out document but the first is scored, given the tokens before it in the document; the token that
-  ends the document is scored too. The first has nothing before it and is never predicted in training either;
-- a document longer than `seq_len` is cut into windows of `seq_len` inputs. As in training, a window starts with no
-  memory of the one before;
+- every token of a held-out document except the first is scored, given the tokens before it in the document, including
+the
+  end-of-document token. The first token has no context and is never predicted in training either;
+- a document longer than `seq_len` is cut into windows of `seq_len` inputs. As in training, a window starts without the
+  context of the one before;
 - the bytes are those of the scored tokens (the end of a document has none), so cutting at `max_tokens` stays exact;
 - `max_tokens` of a domain is shared among its sources in proportion to their weight in the mix.
 
@@ -77,9 +78,9 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     """Evaluate the newest checkpoint of the run; writes run_dir/eval.json and the report, and returns what it wrote.
 
     Raises:
-        LaunchError, CheckpointError: no checkpoint, or none that is whole.
-        DataError: held-out data missing or damaged.
-        SpecError: a spec that this device cannot run.
+        LaunchError, CheckpointError: no checkpoint, or none that verifies.
+        DataError: held-out data is missing or damaged.
+        SpecError: this device cannot run the spec.
     """
     began = time.monotonic()
     device = pick_device(spec.runtime.device)
@@ -113,7 +114,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     }
     write_report(spec.run_dir, result)
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    # last, because it declares the task finished
+    # last: it declares the task finished
     atomic_write(Path(spec.run_dir) / "eval.json", text.encode())
     for domain, score in by_domain.items():
         log.info("%s: %.4f bits per byte over %d tokens", domain, score.summary()["bits_per_byte"], score.tokens)
@@ -129,7 +130,7 @@ def _score_sources(
     scores = {source: Score() for source in budgets}
 
     def scored_documents(source: str, documents: Iterable[NDArray]) -> Iterator[NDArray[np.int64]]:
-        """Documents cut to what is left of the budget; counts what is scored on the way."""
+        """Yield documents cut to the remaining budget, and count the scored tokens."""
         score = scores[source]
         for document in documents:
             if score.tokens == budgets[source]:
@@ -160,10 +161,10 @@ def _score_sources(
 
 
 def source_budgets(tokens: TokensSpec, max_tokens: int) -> tuple[dict[str, int], dict[str, str]]:
-    """Tokens to score of each source of the mix, at least 1, and the domain of each source.
+    """Tokens to score per source of the mix, at least 1, and the domain of each source.
 
     Raises:
-        DataError: no manifest of shards, or one without a source of the mix.
+        DataError: the shards have no manifest, or it lacks a source of the mix.
     """
     sources = read_manifest(tokens.shards, "shards").sources
     if absent := [name for name in tokens.mix if name not in sources]:
@@ -177,7 +178,7 @@ def source_budgets(tokens: TokensSpec, max_tokens: int) -> tuple[dict[str, int],
 
 
 def pack(documents: Iterable[NDArray[np.int64]], seq_len: int, num_rows: int) -> Iterator[MicroBatch]:
-    """Windows of documents, laid one after another into rows of `seq_len`; a window never crosses a row.
+    """Pack windows of documents into rows of `seq_len`; a window never crosses a row.
 
     Every id but a document's first is exactly one label. Unused positions are documents of their own without labels.
     """

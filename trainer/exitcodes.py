@@ -1,7 +1,7 @@
 """Exit codes of every process: the table. trainer/errors.py has the errors that end in them.
 
-The training operator reads 1-127 as permanent and 128 and above as "recreate the pod", so each way to end has a code on
-the right side of that line; the same codes are what a person or a script sees on one machine. Imports no torch.
+The training operator treats 1-127 as permanent and 128 and above as "recreate the pod", so each code is on the right
+side of that line. The same codes are used on one machine. Imports no torch.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def retryable(code: int) -> bool:
 
 
 def of_process(returncode: int) -> int:
-    """Exit code for what `Popen.returncode` says: a negative number is the signal that ended the process."""
+    """Exit code for `Popen.returncode`, in which a negative number is the signal that ended the process."""
     if returncode >= 0:
         return returncode
     if -returncode in _CRASHES:

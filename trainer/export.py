@@ -1,11 +1,11 @@
-"""A trained model as one directory that stands alone: weights, shape, tokenizer, digests and a model card.
+"""Export a trained model as one self-contained directory: weights, config, tokenizer, digests and a model card.
 
-    model.safetensors   parameters and router biases in FP32, under the names of the modules
+    model.safetensors   parameters and router biases in FP32, under their module names
     config.json         ModelSpec
     tokenizer.json      as trained; tokenizer_config.json lets transformers' AutoTokenizer load it
     transformers/       of a model that transformers has too: a folder that it loads, in BF16 (trainer/hf)
     README.md           model card: data and licences, shares, evaluation
-    manifest.json       where it comes from, counts, and size and digests of every other file
+    manifest.json       origin, counts, and size and digests of every other file
 
 It is written under a hidden name and renamed, so a directory named `export` is complete.
 """
@@ -50,15 +50,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def run(spec: TrainSpec) -> dict[str, Any]:
-    """Export the newest checkpoint of the run to run_dir/export; returns the manifest and renews the report.
+    """Export the newest checkpoint of the run to run_dir/export; returns the manifest and updates the report.
 
     Raises:
-        LaunchError, CheckpointError, DataError: no checkpoint, none that is whole, tokenizer missing or another.
+        LaunchError, CheckpointError, DataError: no checkpoint, none that verifies, tokenizer missing or different.
     """
-    # Weights are only copied: kernels that were named for training need not exist here.
+    # Weights are only copied: the kernels named for training need not exist here.
     trained = load_trained(spec.model_copy(update={"backends": BackendsSpec()}), torch.device("cpu"))
     final = Path(spec.run_dir) / "export"
-    # Names of their own: of an earlier one NFS may keep a file that somebody reads (.nfs…), for as long as he does.
+    # Unique names: NFS may keep a file of an earlier one (.nfs…) as long as a process reads it.
     draft, old = (final.with_name(f".export-{what}-{time.time_ns()}") for what in ("unfinished", "old"))
     for leftover in final.parent.glob(".export-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -75,7 +75,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
 
 
 def load(directory: str | Path, device: torch.device | str = "cpu") -> tuple[HybridModel, Tokenizer]:
-    """The model and tokenizer of an exported directory, after its files were compared with the manifest.
+    """The model and tokenizer of an exported directory, after its files were verified.
 
     Raises:
         CheckpointError: naming the file that is missing, damaged or does not fit.

@@ -1,11 +1,12 @@
-"""The fields of specs by the version that brought them: what digests and names are made of, and what files hold.
+"""The fields of specs by the version that introduced them: the basis of digests, names and stored files.
 
-A field of version 1 is always written. A later one is left out where it has the value that it had, in effect, before it
-existed. So a new optional field changes no digest and no name, a changed default of an old one does, and what uses
-nothing new is read by every version. `spec_version` of a file is the lowest version that knows all that is in it.
+A field of version 1 is always written. A later field is left out if it has its neutral value, which is the behaviour
+before it existed. So a new optional field changes no digest and no name, a changed default of an old one does, and a
+file without new features is readable by every version. A file's `spec_version` is the lowest version that knows all its
+fields.
 
-A new field needs no entry here to be treated so; it needs one in LATER before its default is ever changed, and a test
-asks for it. Imports no torch.
+A new field needs no entry for this; it needs one in LATER before its default is ever changed, which a test checks.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from pydantic import BaseModel, ConfigDict
 
 log = logging.getLogger(__name__)
 
-SPEC_VERSION = 4  # of this code; version 1 wrote no number
+SPEC_VERSION = 4  # the version of this code; version 1 wrote no number
 
 
 class Later(NamedTuple):
-    """The version that brought a field, and the value at which it is left out."""
+    """The version that introduced a field, and the value at which it is left out."""
 
     version: int
     neutral: Any
@@ -109,10 +110,10 @@ RAW_DEFAULTS_1: dict[str, dict[str, Any]] = {
 
 
 def stored(value: Any, without: frozenset[str] | set[str] = frozenset(), *, raw: bool = False) -> Any:
-    """A spec as plain JSON values, later fields left out where they are neutral.
+    """A spec as plain JSON values, without later fields at their neutral values.
 
     Args:
-        without: fields of the outermost spec that are left out.
+        without: fields of the outermost spec to leave out.
         raw: leave out RAW_DEFAULTS_1 as well.
     """
     if isinstance(value, BaseModel):
@@ -129,7 +130,7 @@ def stored(value: Any, without: frozenset[str] | set[str] = frozenset(), *, raw:
 
 
 def version_of(value: Any) -> int:
-    """The lowest version that knows all that `stored` gives of a spec."""
+    """The lowest version that knows all fields in `stored` of a spec."""
     if isinstance(value, BaseModel):
         written = [(inner, since) for _, inner, since in _fields(value) if not since or inner != since.neutral]
         return max([1, *(since.version for _, since in written if since), *(version_of(inner) for inner, _ in written)])
@@ -138,14 +139,14 @@ def version_of(value: Any) -> int:
 
 
 class Stored(BaseModel):
-    """Base of what a file holds beside specs. Fields of a later version are kept, so that a digest over all fields
-    stays what it was, and mean nothing here; `tell_unknown` says so."""
+    """Base of stored records other than specs. Unknown fields of a later version are kept, so that a digest over all
+    fields stays valid, but have no effect; `tell_unknown` warns about them."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
 
 def unknown_fields(record: BaseModel) -> list[str]:
-    """Paths of the fields that this version does not know; * stands for an index or key."""
+    """Paths of fields unknown to this version; * stands for an index or key."""
     found = list(record.model_extra or ())
     for name in type(record).model_fields:
         value = getattr(record, name)
@@ -158,7 +159,7 @@ def unknown_fields(record: BaseModel) -> list[str]:
 
 
 def tell_unknown(record: BaseModel, where: str) -> None:
-    """One warning for each file and process about fields that a later version wrote; they are ignored."""
+    """Warn once per file and process about fields of a later version, which are ignored."""
     if fields := unknown_fields(record):
         _warn_of(where, str(getattr(record, "code_version", "") or ""), ", ".join(fields))
 
@@ -170,7 +171,7 @@ def _warn_of(where: str, version: str, fields: str) -> None:
 
 
 def _fields(spec: BaseModel) -> list[tuple[str, Any, Later | None]]:
-    """Name, value and, for a later one, its beginning, of each field."""
+    """Yield name, value and, for later fields, the `Later` entry of each field."""
     kind = type(spec)
     known = FIELDS_1.get(kind.__name__, frozenset(kind.model_fields))
     later = LATER.get(kind.__name__, {})

@@ -1,4 +1,4 @@
-"""Files that are never half there: atomic writes, durable renames, checksums, and the error of one that cannot be read.
+"""Atomic writes, durable renames, checksums, and the error for unreadable files.
 
 Imports no torch.
 """
@@ -18,11 +18,11 @@ Algorithm = Literal["sha256", "xxh3_128"]
 
 
 class UnreadableError(VolumeError, DataError):
-    """A file of data that its volume does not give; whoever makes damaged data anew makes this anew too."""
+    """A data file that cannot be read; code that recreates damaged data recreates this too."""
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write through a temporary file, fsync and rename, so that `path` never exists half-written."""
+    """Write a temporary file, fsync and rename, so that `path` is never partly written."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -56,6 +56,6 @@ def checksum(path: str | Path, algorithm: Algorithm) -> str:
 
 
 def unreadable(path: str | Path, error: OSError) -> UnreadableError:
-    """What to raise for an error of the system in the reading of a file."""
+    """The error to raise for an OSError while reading a file."""
     said = error.strerror or in_words(error)
     return UnreadableError(f"{path}: cannot be read ({said}); check the volume and its permissions")

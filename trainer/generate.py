@@ -1,7 +1,8 @@
 """Sampling text from a model by running the whole sequence again for every token.
 
-Quadratic in the length and therefore only for samples of some hundred tokens; nothing is cached, so nothing cached can
-be wrong. Prompts run as one batch: rows are padded on the right, which causal layers cannot see.
+Cost is quadratic in the length, so it is only for samples of some hundred tokens; without a cache, no cache can be
+wrong.
+Prompts run as one batch: rows are padded on the right, which causal layers do not see.
 
 Legend: B prompts, T positions, V vocabulary.
 """
@@ -28,14 +29,14 @@ def generate(
     seed: int,
     stop_id: int,
 ) -> list[list[int]]:
-    """At most `max_tokens` new ids for each prompt, without the `stop_id` that may have ended them.
+    """At most `max_tokens` new ids per prompt, without the final `stop_id`.
 
     Args:
-        temperature: divides the logits; 0 takes the likeliest token.
-        seed: each prompt draws from its own generator, so its text does not depend on the other prompts.
+        temperature: divides the logits; 0 selects the most likely token.
+        seed: each prompt has its own generator, so its text does not depend on the other prompts.
 
     Raises:
-        SpecError: an empty prompt; the model predicts what follows something.
+        SpecError: a prompt is empty; the model needs at least one token.
     """
     if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
         raise SpecError(f"prompt {empty[0] + 1} is empty; give it at least one character")
@@ -73,7 +74,7 @@ def complete(
         seed=seed,
         stop_id=tokenizer.eod_id,
     )
-    return [tokenizer.decode_part(ids) for ids in made]  # the last token may be the first half of a character
+    return [tokenizer.decode_part(ids) for ids in made]  # the last token may be a partial character
 
 
 def _next_logits(rows: list[list[int]], model: HybridModel, device: torch.device) -> Tensor:

@@ -1,8 +1,7 @@
 """The training loop. `train` reads top to bottom: prepare, then steps of data → gradients → update → record → save.
 
-Everything that is summed over ranks is summed exactly once: gradients by `Mesh.summing_gradients`, and in one vector
-per step the loss, the expert loads and the wish to stop. All ranks therefore take the same decision at the same step,
-whatever it is.
+Everything is reduced over ranks exactly once: gradients by `Mesh.summing_gradients`, and loss, expert loads and stop
+requests in one vector per step. So all ranks always make the same decision at the same step.
 
 Legend: L MoE sublayers, E experts.
 """
@@ -35,14 +34,14 @@ from trainer.spikes import SKIP_REASONS, SkipReason
 
 log = logging.getLogger(__name__)
 
-STARVED_SHARE = 0.1  # of the mean load; an expert below it hardly learns
+STARVED_SHARE = 0.1  # of the mean load; an expert below this hardly learns
 
 
 def train(spec: TrainSpec) -> int:
     """Train from the newest checkpoint, or the start, to `spec.steps`; every rank calls this.
 
     Returns:
-        0 when all steps are done; 75, 130 or 143 when it was stopped, with a checkpoint of the last step.
+        0 if all steps are done; 75, 130 or 143 if it was stopped, with a checkpoint of the last step.
 
     Raises:
         ForeseenError: see trainer/errors.py; 69 while another process trains in the run directory.
@@ -82,7 +81,7 @@ def train(spec: TrainSpec) -> int:
 
 @contextmanager
 def only_training(spec: TrainSpec, world: World) -> Iterator[None]:
-    """Rank 0 holds the run directory for all ranks; if it cannot, none of them trains."""
+    """Rank 0 locks the run directory for all ranks; if it cannot, no rank trains."""
     with ExitStack() as held:
         problem: LaunchError | VolumeError | None = None
         if world.is_main:
@@ -97,7 +96,8 @@ def only_training(spec: TrainSpec, world: World) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Totals:
-    """Over all ranks: cross-entropy per label, other objectives, tokens by expert, agreed exit code (0: go on)."""
+    """Totals over all ranks: cross-entropy per label, other objectives, tokens by expert, agreed exit code (0:
+    continue)."""
 
     loss: float
     auxiliary: dict[str, float]
@@ -116,7 +116,7 @@ def forward_backward(run: Run, batch: StepBatch, stop_code: int) -> Totals:
     """Gradients of the global step's mean loss, accumulated over micro-batches and averaged over ranks."""
     device, size = run.world.device, run.world.size
     model = run.spec.model
-    # Σ cross-entropy, Σ router balance, then of each further objective Σ cross-entropy and number of labels
+    # Σ cross-entropy, Σ router balance, then Σ cross-entropy and number of labels of each further objective
     sums = torch.zeros(2 + 2 * (model.mtp.depth if model.mtp else 0), dtype=torch.float64, device=device)
     expert_load_LE: Tensor | None = None
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
@@ -125,7 +125,8 @@ def forward_backward(run: Run, batch: StepBatch, stop_code: int) -> Totals:
             with run.recorder.own.measured(), run.precision.autocast(device.type):
                 output = run.step_model(ids_BT, seq_idx_BT, labels_BT)
             ce_sum = output.ce_sum + model.mtp_factor * output.mtp_ce_sum_K.sum()
-            # Divided by counts of the whole step, so the sum over ranks is the mean; the ranks' mean divides by `size`.
+            # Divided by counts of the whole step, so that the sum over ranks is the mean; the mean over ranks divides
+            # by `size`.
             loss = size * (ce_sum / batch.num_labels + output.aux_sum / batch.num_rows)
             (run.scaler.scale(loss) if run.scaler else loss).backward()
         parts = (output.ce_sum[None], output.aux_sum[None], output.mtp_ce_sum_K, output.mtp_labels_K)
@@ -136,7 +137,7 @@ def forward_backward(run: Run, batch: StepBatch, stop_code: int) -> Totals:
 
 
 def reduce_totals(sums: Tensor, expert_load_LE: Tensor, stop_code: int, batch: StepBatch) -> Totals:
-    """One all-reduce for all that the ranks must agree on; float64 holds counts to 2^53 exactly."""
+    """One all-reduce for everything on which the ranks must agree; float64 is exact for counts up to 2^53."""
     wishes = torch.tensor([stop_code == code for code in STOP_CODES], dtype=torch.float64, device=sums.device)
     vector = torch.cat([sums, wishes, expert_load_LE.flatten().double()])
     dist.all_reduce(vector)
@@ -155,10 +156,10 @@ def _cut(values: list[float], at: int) -> tuple[list[float], list[float]]:
 
 
 def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
-    """Clip, update weights and router biases; a step that is not finite or a spike (trainer/spikes.py) changes nothing.
+    """Clip, update weights and router biases; non-finite steps and spikes (trainer/spikes.py) are skipped.
 
     Raises:
-        DivergedError: after too many such steps in a row.
+        DivergedError: too many consecutive skipped steps.
     """
     optimizers, spec = run.optimizers, run.spec
     optimizers.set_learning_rate_factor(
@@ -176,7 +177,7 @@ def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
     optimizers.zero_grad()
     run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
     if run.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-        run.checkpoints.wait()  # it may be the one to go back to
+        run.checkpoints.wait()  # it may be the checkpoint to go back to
         before = checkpoint.newest_until(spec.run_dir, step + 1 - run.skipped_in_a_row)
         raise DivergedError(
             f"{MAX_SKIPPED_STEPS} steps in a row were skipped, the last one, step {step + 1}, for {skipped}; lower the "
@@ -186,7 +187,7 @@ def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
 
 
 def agreed(run: Run, reason: SkipReason | None) -> SkipReason | None:
-    """The same reason on every rank, if any has one: unlike processors may round a norm to either side of a limit."""
+    """The same reason on every rank, if any rank has one: different processors may round a norm across a limit."""
     if run.world.size == 1:
         return reason
     number = torch.tensor(SKIP_REASONS.index(reason) if reason else -1)
@@ -208,7 +209,7 @@ def step_record(run: Run, step: int, batch: StepBatch, totals: Totals, update: U
         auxiliary=totals.auxiliary,
         grad_norm=update.grad_norm,
         learning_rate=run.optimizers.learning_rate,
-        tokens=sum(batch.tokens_by_source.values()),  # an earlier part of the run may have had other steps
+        tokens=sum(batch.tokens_by_source.values()),  # an earlier part of the run may have had other settings
         tokens_per_second=run.spec.batch.tokens_per_step / seconds,
         seconds=seconds,
         clipped=update.clipped,
@@ -231,16 +232,16 @@ def save_checkpoint(run: Run, step: int, batch: StepBatch) -> None:
 
 
 def finish(run: Run) -> None:
-    """Wait for the last checkpoint, write the result, and leave together with the other ranks."""
+    """Wait for the last checkpoint, write the result, and exit together with the other ranks."""
     if problem := run.checkpoints.wait():
-        raise VolumeError(f"{problem}; free space or mend the volume, then resume")
+        raise VolumeError(f"{problem}; free space or fix the volume, then resume")
     run.loader.close()
     path = checkpoint.step_dir(run.spec.run_dir, run.checkpoints.saved_step)
     if run.checkpoints.saved_step >= run.spec.steps:
         run.recorder.result(path, checkpoint.read_manifest(path))
     run.recorder.close()
     run.checkpoints.close()
-    run.world.barrier()  # an elastic job counts as done when the first worker exits 0, so all do so at once
+    run.world.barrier()  # an elastic job succeeds when the first worker exits 0, so all must exit at once
     distributed.stop()
 
 

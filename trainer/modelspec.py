@@ -1,9 +1,10 @@
-"""Shape of the model: a table of layers and a section for each kind of sublayer. Imports no torch.
+"""Architecture of the model: a list of layers and a section for each kind of sublayer. Imports no torch.
 
 A layer is a short string of sublayers that run in order, each with its own pre-norm and residual:
 `M` Mamba-2 · `E` mixture of experts · `*` grouped-query attention · `-` MLP · `N` Engram n-gram memory.
-So `ME` is a Mamba-2 mixer followed by experts, `*-` attention followed by an MLP. What there is to know of a kind is in
-its file in trainer/kinds; the fields of `ModelSpec` that are kinds are the registry of them.
+So `ME` is a Mamba-2 mixer followed by experts, `*-` attention followed by an MLP. A kind's properties are in its file
+in
+trainer/kinds; the fields of `ModelSpec` that are kinds form their registry.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from trainer.specbase import Spec
 class MtpSpec(Spec):
     """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437 §2.2): module k predicts the token k + 1 places ahead.
 
-    Each module is one layer of its own; embedding and head are the model's. `weight` λ is shared by the modules.
+    Each module has one layer of its own; embedding and head are the model's. All modules share the weight λ (`weight`).
     """
 
     depth: Count = 1
@@ -36,7 +37,7 @@ class MtpSpec(Spec):
 class MupSpec(Spec):
     """μP (trainer/mup.py): init_std and learning rates were found at `base_hidden` and are scaled to the true widths.
 
-    Without `base_head_dim`, heads are as wide here as they were there.
+    Without `base_head_dim`, the head width is that of the base model.
     """
 
     base_hidden: Count
@@ -48,7 +49,7 @@ class ModelSpec(Spec):
     kinds: ClassVar[dict[str, type[Kind]]]  # by symbol
     section_names: ClassVar[dict[str, str]]  # symbol → field
 
-    vocab_size: Annotated[int, Field(gt=0, le=2**31)]  # ids are stored in at most 32 bits, with sign
+    vocab_size: Annotated[int, Field(gt=0, le=2**31)]  # ids are stored as at most int32
     hidden: Count
     layers: list[str]
     mamba: MambaSpec | None = None
@@ -97,28 +98,28 @@ class ModelSpec(Spec):
             )
 
     def sections(self, kind: type[K]) -> list[K]:
-        """All sections of a kind; of one that is not placed, one or none."""
+        """All sections of a kind; at most one unless the kind is per layer."""
         given = getattr(self, self.section_names[kind.symbol])
         return given if isinstance(given, list) else [] if given is None else [given]
 
     def section(self, symbol: str, layer: int | None = None) -> Kind:
-        """What describes a sublayer; `layer` is the layer's number, None in one of multi-token prediction."""
+        """The section of a sublayer; `layer` is the layer's number, None in multi-token prediction."""
         return next(s for s in self.sections(self.kinds[symbol]) if not isinstance(s, PlacedKind) or s.layer == layer)
 
     def trunk(self) -> Iterator[tuple[str, Kind]]:
-        """Place `layer.number in it` and section of every sublayer, in order."""
+        """Yield the place `layer.index` and the section of every sublayer, in order."""
         for index, layer in enumerate(self.layers):
             for place, symbol in enumerate(layer):
                 yield f"{index}.{place}", self.section(symbol, index)
 
     def used(self) -> list[Kind]:
-        """The sections of all sublayers, those of multi-token prediction among them, each once."""
+        """The sections of all sublayers, including multi-token prediction, each once."""
         ahead = [self.section(symbol) for symbol in self.mtp.layer] if self.mtp else []
         return list({id(section): section for section in [*(section for _, section in self.trunk()), *ahead]}.values())
 
     @property
     def mtp_factor(self) -> float:
-        """What multiplies each module's part of the training loss: λ / depth."""
+        """The factor of each module's part of the training loss: λ / depth."""
         return self.mtp.weight / self.mtp.depth if self.mtp else 0.0
 
     @property

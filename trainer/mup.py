@@ -9,13 +9,13 @@ the same size at every width. Write b for `base_hidden`; at m = n = b nothing di
     Muon             lr · 0.2·√max(m, n) · ortho has norm lr · 0.2·√max(m, n), so that factor becomes 0.2·√(b·m/n)
     AdamW            an update whose elements are ±lr and agree has norm lr·√(m·n)                     lr ← lr · b/n
 
-Muon with the scale √max(m, n) of AdamW's root mean square is therefore not free of widths: its rates would have to fall
-as 1/√width. (Programs that exempt Muon from μP use a scale like √(m/n).) The decay of AdamW's matrices is multiplied by
-n/b, so that lr · decay stays as it is.
+So Muon with the scale √max(m, n) that matches AdamW's root mean square is not independent of width: its rates would
+have to fall as 1/√width. (Programs that exempt Muon from μP use a scale like √(m/n).) The decay of AdamW's matrices is
+multiplied by n/b, so that lr · decay is unchanged.
 
-Matrices between two widths are meant. What is looked up or acts on each channel (embedding, Engram tables, norms,
-convolutions, A, D, dt_bias) keeps init and rate. So does the LM head, whose input is multiplied by b/hidden instead.
-Products of two vectors that learn to agree grow with their length, not its root: attention scores are divided by
+This applies to matrices between two widths. Tables and per-channel parameters (embedding, Engram tables, norms,
+convolutions, A, D, dt_bias) keep init and rate. So does the LM head, whose input is multiplied by b/hidden instead.
+Products of two aligned vectors grow with their length, not its root: attention scores are divided by
 head_dim/√(base_head_dim) instead of √head_dim, Engram's gate by hidden/√b instead of √hidden.
 """
 
@@ -37,22 +37,22 @@ def init_std(spec: ModelSpec, rows: int, columns: int) -> float:
 
 
 def adamw_factor(spec: ModelSpec, columns: int) -> float:
-    """On AdamW's rate for a matrix of so many columns; its inverse on the decay."""
+    """Factor on AdamW's rate for a matrix with this many columns; its inverse is the factor on the decay."""
     return spec.mup.base_hidden / columns if spec.mup else 1.0
 
 
 def output_factor(spec: ModelSpec) -> float:
-    """On the input of the LM head."""
+    """Factor on the input of the LM head."""
     return spec.mup.base_hidden / spec.hidden if spec.mup else 1.0
 
 
 def attention_factor(spec: ModelSpec) -> float:
-    """On the queries, beside the usual 1/√head_dim."""
+    """Factor on the queries, besides the usual 1/√head_dim."""
     assert spec.attention is not None
     base = spec.mup.base_head_dim if spec.mup else None
     return math.sqrt(base / spec.attention.head_dim) if base else 1.0
 
 
 def gate_factor(spec: ModelSpec) -> float:
-    """On the product of key and query in Engram's gate, beside the usual 1/√hidden."""
+    """Factor on the product of key and query in Engram's gate, besides the usual 1/√hidden."""
     return math.sqrt(spec.mup.base_hidden / spec.hidden) if spec.mup else 1.0

@@ -1,7 +1,7 @@
-"""All parameters of a model, in its order: name, shape, and how each is treated. Imports no torch.
+"""All parameters of a model in order: name, shape and properties. Imports no torch.
 
-`trainer.model.hybrid` builds exactly these (a test holds the two together). What is not here is no parameter: a name
-that nothing describes is an error, as a silent default would initialise or train it wrongly.
+`trainer.model.hybrid` builds exactly these (a test compares them). A parameter that is not described here is an error,
+because a silent default would initialise or train it wrongly.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def unknown_parameter(name: str) -> str:
 
 
 def head(spec: ModelSpec) -> Parameter:
-    """The LM head. Its rows are embeddings of the tokens to come, so AdamW trains it, as it does the embedding; where
-    they are the same parameter it has that one's name."""
+    """The LM head. Its rows are embeddings of the next tokens, so AdamW trains it like the embedding; if the two are
+    tied it has the embedding's name."""
     name = "embedding.weight" if spec.tied_embedding else "head.weight"
     shown = replace(table(name, spec.vocab_size, spec.hidden), multiplies=True)
     return replace(shown, active=math.prod(shown.shape), high_precision="LM head: its logits are the loss")
@@ -56,6 +56,6 @@ def mtp_parameters(spec: ModelSpec, number: int) -> Iterator[Parameter]:
         yield vector(f"{at}{name}.weight", spec.hidden)
     yield matrix(f"{at}proj.weight", spec.hidden, 2 * spec.hidden)
     for place, symbol in enumerate(spec.mtp.layer):
-        # Modules follow no layer of their kind, so none of their matrices is stacked with those of another layer.
+        # Modules follow no layer of their kind, so their matrices are not stacked with those of another layer.
         for parameter in sublayer_parameters(spec, spec.section(symbol), f"{at}layer.{place}."):
             yield replace(parameter, teon=False)

@@ -1,7 +1,7 @@
-"""Parity records: which implementation was shown equal to its reference, where, and in which versions. No torch.
+"""Parity records: where and in which versions an implementation was shown equal to its reference. No torch.
 
 A record is one row of `trainer/ops/parity/<device class>.json`, written by `benchmarks/parity.py` on a machine of that
-class and committed. `auto` trusts nothing else: an implementation without a passing record for its package's version,
+class and committed. `auto` relies only on these: an implementation without a passing record for its package's version,
 the device class and the number format is unproven there. Device classes are `cpu`, `sm_90`, `sm_80`, …
 """
 
@@ -24,10 +24,10 @@ class Record:
 
     Attributes:
         variant: number format (`fp32`, `bf16`, `fp16`) or, for FP8, the recipe.
-        package, version: whose code runs; torch's own version has no build suffix here.
+        package, version: the package of the implementation; torch's version is without build suffix.
         forward_error, backward_error: largest |difference| over all cases, as a part of the largest reference value.
-        leak: how far another document in the row moved outputs and gradients, on the same scale.
-        tolerance: what all three had to stay within.
+        leak: change of outputs and gradients due to another document in the row, on the same scale.
+        tolerance: limit of all three.
     """
 
     op: str
@@ -46,12 +46,12 @@ class Record:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What a later run of the same comparison replaces."""
+        """The key by which a later run of the same comparison replaces this record."""
         return self.op, self.backend, self.variant, self.package, self.version, self.torch, self.device_class
 
 
 def package_version(package: str) -> str | None:
-    """Installed version of a distribution without local build suffix; None when it is not installed."""
+    """Installed version of a distribution without local build suffix; None if it is not installed."""
     try:
         return importlib.metadata.version(package).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
@@ -60,14 +60,14 @@ def package_version(package: str) -> str | None:
 
 @cache
 def committed(directory: Path = DIRECTORY) -> tuple[Record, ...]:
-    """All records that came with this code."""
+    """All records committed with this code."""
     return tuple(
         Record(**entry) for file in sorted(directory.glob("*.json")) for entry in json.loads(file.read_text("utf-8"))
     )
 
 
 def proven(op: str, backend: str, variant: str, device_class: str, version: str | None) -> bool:
-    """Whether a committed record says that this combination passed, and none that it failed."""
+    """Whether this combination has a passing committed record and no failing one."""
     found = [
         record.passed
         for record in committed()
@@ -78,12 +78,12 @@ def proven(op: str, backend: str, variant: str, device_class: str, version: str 
 
 
 def device_classes(op: str, backend: str) -> list[str]:
-    """Where some version of a backend has passed in some number format."""
+    """Device classes on which some version of a backend has passed in some number format."""
     return sorted({r.device_class for r in committed() if (r.op, r.backend) == (op, backend) and r.passed})
 
 
 def write(records: Iterable[Record], directory: Path = DIRECTORY) -> list[Path]:
-    """Merge records into the files of their device classes; a rerun replaces its own rows. Returns the files."""
+    """Merge records into the files of their device classes; a rerun replaces its earlier rows. Returns the files."""
     by_class: dict[str, dict[tuple[str, ...], Record]] = {}
     for record in records:
         by_class.setdefault(record.device_class, {})[record.key] = record

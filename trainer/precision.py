@@ -1,8 +1,8 @@
 """Precision ladder: FP8 (compute capability 8.9) → BF16 (8.0) → FP16 with dynamic loss scaling → FP32 (CPU).
 
-Weights and gradients are FP32 on every rung; what changes is the dtype that autocast gives to matrix products, and on
-the FP8 rung the products of the converted modules (trainer.fp8). `auto` steps on that rung only with an implementation
-that a committed parity record proves for its version and this class of GPU; a person may name any that can run.
+Weights and gradients are FP32 on every rung; the rungs differ in the autocast dtype of matrix products and, for FP8, in
+the products of the converted modules (trainer.fp8). `auto` uses FP8 only with an implementation that a committed parity
+record proves for its version and this class of GPU; the spec may name any that can run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Capability = tuple[int, int]
 
 FP8_CAPABILITY: Capability = (8, 9)
 BF16_CAPABILITY: Capability = (8, 0)
-_PACKAGES = {"te": "transformer_engine", "torch": "torch"}  # in the order of preference
+_PACKAGES = {"te": "transformer_engine", "torch": "torch"}  # in order of preference
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Precision:
     Attributes:
         name: "fp8", "bf16", "fp16" or "fp32".
         autocast_dtype: dtype of matrix products under autocast; None without autocast.
-        loss_scaling: gradients underflow without it (FP16 has 5 bits of exponent).
+        loss_scaling: whether gradients would underflow without it (FP16 has 5 exponent bits).
         reason: why this rung, for the log.
         fp8: recipe and resolved implementation of the converted products; None on other rungs.
     """
@@ -55,7 +55,7 @@ class Precision:
         return _both(plain, te.autocast(self.fp8))
 
     def scaler(self, device_type: str) -> torch.amp.GradScaler | None:
-        """Dynamic loss scaler (doubles every 2000 clean steps, halves on overflow), or None where none is needed."""
+        """Dynamic loss scaler (doubles every 2000 clean steps, halves on overflow), or None if not needed."""
         return torch.amp.GradScaler(device_type) if self.loss_scaling else None
 
 
@@ -80,11 +80,11 @@ def resolve(
     """The rung for training on a device of `capability` (None: CPU).
 
     Args:
-        problems: `fp8_problems`, where more than this process has a say in them.
-        gpu: how the device is called in an error.
+        problems: `fp8_problems`, if other ranks contribute to them.
+        gpu: the device's name in errors.
 
     Raises:
-        SpecError: a dtype or FP8 implementation asked for by name that the device or this program cannot run.
+        SpecError: the spec names a dtype or FP8 implementation that cannot run here.
     """
     requested = spec.dtype
     if requested in ("auto", "fp8"):
@@ -99,14 +99,14 @@ def resolve(
 
 
 def resolve_for_evaluation(spec: PrecisionSpec, capability: Capability | None) -> Precision:
-    """As `resolve`, but FP8 runs, and those of `auto`, are evaluated as on the rung below: their weights are FP32."""
+    """As `resolve`, but `fp8` and `auto` are evaluated without FP8: the weights are FP32 anyway."""
     if spec.dtype not in ("fp8", "auto"):
         return resolve(spec, capability)
     return _below_fp8(capability, "evaluated without FP8")
 
 
 def fp8_problem(fp8: Fp8Spec, implementation: str, capability: Capability | None) -> str | None:
-    """Why an implementation cannot run the recipe on this device; None where it can."""
+    """Why an implementation cannot run the recipe on this device; None if it can."""
     if implementation == "emulated":
         return None
     if implementation == "te":
@@ -115,7 +115,7 @@ def fp8_problem(fp8: Fp8Spec, implementation: str, capability: Capability | None
 
 
 def fp8_problems(spec: PrecisionSpec, capability: Capability | None) -> dict[str, str | None]:
-    """Of each FP8 implementation that may be chosen, the preferred first: why it cannot be here, None where it can."""
+    """For each candidate FP8 implementation, preferred first: why it cannot be used here, None if it can."""
     fp8 = spec.fp8
     named = spec.dtype == "fp8" and fp8.implementation != "auto"
     if named:
@@ -174,7 +174,7 @@ def _below_fp8(capability: Capability | None, why_not_fp8: str | None) -> Precis
 
 
 def _first_without(problems: dict[str, str | None]) -> tuple[str | None, list[str]]:
-    """The first implementation without a problem, or none and the problems."""
+    """The first implementation without a problem, or None and the problems."""
     first = next((name for name, problem in problems.items() if problem is None), None)
     return first, [f"{name}: {problem}" for name, problem in problems.items() if problem]
 

@@ -1,4 +1,4 @@
-"""Everything between the spec and the first step: model, optimizers, newest checkpoint, data."""
+"""Preparation of the first step from the spec: model, optimizers, newest checkpoint, data."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """What the loop works on. `step_model` is what is called: `model` itself, or DDP around it."""
+    """The state of the loop. `step_model` is the callable model: `model` itself or its DDP wrapper."""
 
     spec: TrainSpec
     world: World
@@ -64,7 +64,7 @@ class Run:
 
 
 def prepare(spec: TrainSpec, world: World, started: float) -> Run:
-    """Build everything, load the newest checkpoint, and say what was chosen and why."""
+    """Build everything, load the newest checkpoint, and log the choices with their reasons."""
     findings = preflight.of_ranks(spec.runtime.preflight, world)
     micro_batches = spec.micro_batches(world.size)
     layout, by_whom = agreement.layout(spec, world)
@@ -178,7 +178,7 @@ def read_data(spec: TrainSpec, world: World) -> tuple[Manifest, dict[str, str], 
 
 
 def scaler_state(values: dict[str, float]) -> dict[str, float | int]:
-    """The two values of a loss scaler that change, from its state or from a checkpoint's scalars."""
+    """The two changing values of a loss scaler, from its state or from a checkpoint's scalars."""
     plain = {name.removeprefix("scaler."): value for name, value in values.items()}
     return {"scale": plain["scale"], "_growth_tracker": int(plain["_growth_tracker"])} if "scale" in plain else {}
 

@@ -1,4 +1,4 @@
-"""TrainSpec: everything one training run is a function of, besides the bytes of its shards. Imports no torch."""
+"""TrainSpec: all inputs of a training run except the bytes of its shards. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MixSpec(Spec):
 
 
 def listed(weights: dict[str, float]) -> str:
-    """Weights by source for a person."""
+    """Weights by source, for messages."""
     return ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
 
 
@@ -45,7 +45,7 @@ class StageSpec(Spec):
 
 
 class CutSpec(Spec):
-    """How the stream of tokens is ordered and cut: what TokensSpec and a job's section `train` have in common."""
+    """How the token stream is ordered and cut: the common part of TokensSpec and a job's section `train`."""
 
     seq_len: Annotated[int, Field(ge=8)]
     seed: int = 0
@@ -56,11 +56,10 @@ class CutSpec(Spec):
 
 @begins_with("shards", "tokenizer", "mix")
 class TokensSpec(CutSpec):
-    """Which tokens, in which proportions, cut how. `shards` is a directory with a manifest.json.
+    """The training tokens, their proportions and their packing. `shards` is a directory with a manifest.json.
 
     `packing`: `concat` cuts the stream every `seq_len` tokens; `best_fit` arranges the documents of a step so that few
-    are cut, and loses no token either. `skip` are ranges [first, last) of the token stream that are passed over, to get
-    past a loss spike.
+    are cut; neither loses a token. `skip`: ranges [first, last) of the token stream to skip, to get past a loss spike.
     """
 
     shards: str
@@ -73,7 +72,7 @@ class TokensSpec(CutSpec):
         return lengths[-1] if lengths else self.seq_len
 
     def seq_len_after(self, trained: int) -> int:
-        """Tokens of a row in the step that begins after `trained` tokens, without those that were skipped."""
+        """Tokens of a row in the step that begins after `trained` trained tokens (skipped ones not counted)."""
         position = trained
         for first, last in self.skip:
             position += last - first if first < position else 0
@@ -117,7 +116,7 @@ class TokensSpec(CutSpec):
 class BatchSpec(Spec):
     """One optimizer step = `tokens_per_step` tokens, cut into micro-batches of `micro_batch_rows` rows on each rank.
 
-    Where a curriculum changes the row length, micro-batches keep their number of tokens.
+    If a curriculum changes the row length, micro-batches keep their number of tokens.
     """
 
     tokens_per_step: Count
@@ -128,7 +127,7 @@ class MuonSpec(Spec):
     """Muon for every matrix: orthogonalised momentum, scaled to AdamW's update RMS (0.2·√max(rows, columns)).
 
     With `teon_layers` K above 1, query, key and value matrices of K successive attention layers are orthogonalised side
-    by side (TEON, arXiv 2601.23261, which recommends 2); a layer left over is alone, as all are with 1.
+    by side (TEON, arXiv 2601.23261, which recommends 2); a leftover layer is treated alone, as all are with 1.
 
     Each step moves a weight by about 0.2 · `learning_rate`. In a sweep of `tiny` on steps of 512 tokens 5e-3 was best;
     large models on long runs usually want less than the default (docs/decisions.md).
@@ -157,13 +156,13 @@ class AdamWSpec(Spec):
 BF16_MAX_DECAY = 0.99  # x·β of a bf16 x rounds back to x, for ever, from β = 1 − 2⁻⁸ = 0.996 on
 
 
-MAX_SKIPPED_STEPS = 10  # in a row; then the run has diverged
+MAX_SKIPPED_STEPS = 10  # consecutive; then the run has diverged
 
 
 class SpikeGuardSpec(Spec):
     """Skip the update of a step whose loss or gradient norm exceeds mean + `sigmas`·σ over the last `window` steps.
 
-    It judges once half a window is known. null switches it off.
+    It starts once half a window is filled. null switches it off.
     """
 
     sigmas: Positive = 6.0
@@ -182,7 +181,7 @@ class SpikeGuardSpec(Spec):
 
 
 class OptimizerSpec(Spec):
-    """`state_dtype` is that of momentum and moments; weights are FP32 always. bf16 halves the state."""
+    """`state_dtype`: dtype of momentum and moments; weights are always FP32. bf16 halves the state."""
 
     name: Literal["muon", "adamw"] = "muon"
     muon: MuonSpec = MuonSpec()
@@ -193,7 +192,7 @@ class OptimizerSpec(Spec):
 
     @property
     def peak_learning_rate(self) -> float:
-        """That of the optimizer which trains the matrices, of which the schedule and the logs speak."""
+        """The peak rate of the optimizer that trains the matrices; schedule and logs refer to it."""
         return self.muon.learning_rate if self.name == "muon" else self.adamw.learning_rate
 
     @model_validator(mode="after")
@@ -229,9 +228,9 @@ class ScheduleSpec(Spec):
         return self
 
     def phases(self, steps: int, begun_with_steps: int | None = None) -> tuple[int, int]:
-        """Steps of the warm-up and of the decay of a run of `steps` steps; the decay is 0 where the rate never falls.
+        """Steps of warm-up and decay of a run of `steps` steps; the decay is 0 if the rate never falls.
 
-        A run whose length was changed on the way keeps the warm-up of the length that it was begun with.
+        A run whose length was changed keeps the warm-up of its first length.
         """
         warmup = round(self.warmup_fraction * (begun_with_steps or steps))
         if self.name == "constant" or (self.name == "wsd" and not self.decay_fraction):
@@ -240,12 +239,12 @@ class ScheduleSpec(Spec):
 
 
 class Fp8Spec(Spec):
-    """How FP8 products are computed, where `precision.dtype` asks for them.
+    """How FP8 products are computed, if `precision.dtype` selects FP8.
 
-    `recipe` is how operands are scaled: tensor-wise by the amax history (delayed) or by their own amax (current), or
-    in blocks of 128 (weights 128×128, the rest 1×128). `margin` says how often tensor-wise scales are halved. `format`
-    hybrid is E4M3 forward and E5M2 for gradients; auto means hybrid for tensor-wise recipes and e4m3 for blocks.
-    `emulated` runs on any device, slowly. The first and last `bf16_end_layers` layers are not converted.
+    `recipe` is how operands are scaled: tensor-wise by the amax history (delayed) or by their own amax (current), or in
+    blocks of 128 (weights 128×128, the rest 1×128). `margin`: number of times that tensor-wise scales are halved.
+    `format` hybrid is E4M3 forward and E5M2 for gradients; auto means hybrid for tensor-wise recipes and e4m3 for
+    blocks. `emulated` runs on any device, slowly. The first and last `bf16_end_layers` layers are not converted.
     """
 
     recipe: Literal["delayed", "current", "block128"] = "current"
@@ -268,7 +267,7 @@ class Fp8Spec(Spec):
 
     @property
     def side_multiple(self) -> int:
-        """What both sides of a weight must be multiples of."""
+        """Both sides of a weight must be multiples of this."""
         return 128 if self.recipe == "block128" else 16
 
 
@@ -295,7 +294,7 @@ class BackendsSpec(Spec):
 
 
 class ParallelSpec(Spec):
-    """How ranks share one model; a run may be resumed under another one. Defaults suit one GPU and one node alike.
+    """How ranks share one model; a run may be resumed with another layout. Defaults suit one GPU and one node.
 
     `data`: every rank holds all weights (ddp) or a share of them (fsdp); auto takes fsdp where ddp's state would fill
     more than half of a GPU. `shard`: ranks that hold one copy of the weights together under fsdp; by default those of
@@ -312,8 +311,8 @@ class ParallelSpec(Spec):
 class PreflightSpec(Spec):
     """Checks before the first step (trainer/preflight), a few seconds in all.
 
-    Where no floor is named, what is suspiciously slow is warned of; a named one ends the start. Links between GPUs have
-    a floor in any case, 0.1 GB/s. On a cluster, `min_shared_memory_gib` is cluster.shared_memory_gib.
+    Without a floor, suspiciously slow values only warn; a value below a given floor ends the start. Links between GPUs
+    always have a floor, 0.1 GB/s. On a cluster, `min_shared_memory_gib` is cluster.shared_memory_gib.
     """
 
     enabled: bool = True
@@ -353,7 +352,7 @@ class EvaluateSpec(Spec):
 
 
 class RecipeSpec(Spec):
-    """What a run computes and how, beside its tokens: what TrainSpec and a job's section `train` have in common."""
+    """The recipe of a run besides its tokens: the common part of TrainSpec and a job's section `train`."""
 
     steps: Count
     begun_with_steps: Count | None = None
@@ -374,7 +373,7 @@ class RecipeSpec(Spec):
 class TrainSpec(RecipeSpec):
     """One training run; `run_dir` holds its checkpoints, logs, metrics and results.
 
-    `begun_with_steps`: the length with which the run was begun, where it is another one now.
+    `begun_with_steps`: the length with which the run began, if it has changed.
     """
 
     sections_without_numbers: ClassVar = frozenset({"parallel", "runtime", "evaluate"})
@@ -411,7 +410,7 @@ class TrainSpec(RecipeSpec):
 
     @property
     def decay_begins(self) -> int:
-        """Steps after which the learning rate falls; `steps` where it never does."""
+        """The step after which the learning rate falls; `steps` if it never does."""
         return self.steps - self.schedule.phases(self.steps, self.begun_with_steps)[1]
 
     def micro_batches(self, world_size: int) -> int:

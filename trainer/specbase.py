@@ -1,8 +1,8 @@
 """What every spec shares: frozen pydantic models, errors that say the fix, YAML + `a.b=c` loading, stable digests.
 
-What a person writes is validated strictly. So is what a version up to this one has written; of a later version
-(`spec_version` in the file, none for 1) fields are left out that this one does not know, with a warning, where they
-cannot change what is computed, and refused elsewhere. Nothing here imports torch.
+Files by a person, or by versions up to this one, are validated strictly. In a file of a later version (`spec_version`;
+absent for 1), unknown fields are dropped with a warning if they cannot change what is computed, else refused. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Spec(BaseModel):
     """Base of all specs: immutable, unknown fields rejected, defaults validated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-    # Of a spec that has files of its own: sections in which nothing changes what is computed. None: it has no files.
+    # For a spec with its own files: sections that do not change what is computed. None: it has no files.
     sections_without_numbers: ClassVar[frozenset[str] | None] = None
 
     @model_validator(mode="before")
     @classmethod
     def _truth_is_no_number(cls, value: Any) -> Any:
-        """YAML reads yes, no, on and off as truth values, which pydantic would take for 1 and 0."""
+        """Refuse yes, no, on and off, which YAML reads as booleans and pydantic would accept as 1 and 0."""
         for name in set(cls.model_fields).intersection(value if isinstance(value, dict) else ()):
             types = set(_leaves(cls.model_fields[name].annotation))
             deep = not any(isinstance(each, type) and issubclass(each, BaseModel) for each in types)
@@ -59,7 +59,7 @@ class Spec(BaseModel):
 
 TRUTH = "a number is wanted, not a truth value (yes, no, on, off, true, false); write a number"
 MISSING = "required field is missing; add it"
-# The beginning of a type of pydantic's problems → what is wanted there; others keep pydantic's words.
+# Prefix of a pydantic error type → expected value; other errors keep pydantic's message.
 WANTED = {
     "int_": "a whole number",
     "float_": "a number",
@@ -75,7 +75,7 @@ SpecT = TypeVar("SpecT", bound=Spec)
 
 
 def begins_with(*names: str) -> Callable[[type[SpecT]], type[SpecT]]:
-    """In files and schemas these fields, inherited or own, stand before the others of the class."""
+    """Put these fields, inherited or own, before the others of the class in files and schemas."""
 
     def ordered(spec_type: type[SpecT]) -> type[SpecT]:
         fields = spec_type.model_fields
@@ -88,7 +88,7 @@ def begins_with(*names: str) -> Callable[[type[SpecT]], type[SpecT]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which reads 1e9 as the number that it is in YAML 1.2 and JSON, and not as a text."""
+    """The safe loader, but it reads 1e9 as a number, as in YAML 1.2 and JSON, not as a string."""
 
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
@@ -101,9 +101,9 @@ def canonical_digest(value: Any) -> str:
 
 
 def deep_merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` laid over `base`; dicts merge key by key, everything else (lists too) is replaced.
+    """Merge `changes` into `base`; dicts merge key by key, everything else (also lists) is replaced.
 
-    A dict that names another `kind` than the one below it is a different thing with other fields: it replaces it.
+    A dict with another `kind` than the one it overrides has different fields, so it replaces that one.
     """
     merged = dict(base)
     for key, value in changes.items():
@@ -120,14 +120,14 @@ def _differs_in_kind(base: dict[str, Any], changes: dict[str, Any]) -> bool:
 
 
 def parse(spec_type: type[SpecT], value: Any, where: str = "", version: int = 1) -> SpecT:
-    """Validate what a person, or a version of this program, wrote.
+    """Validate a spec written by a person or by some version of this program.
 
     Args:
-        version: of the program, for a part of a file; a spec with files of its own says it by itself.
+        version: the program's version, for a part of a file; a spec with its own files contains it.
 
     Raises:
-        SpecError: one line per problem, with the path of the field, and the nearest name for an unknown one; one line
-            in all for what a later version wrote and this one cannot read.
+        SpecError: one line per problem, with the path of the field, and the nearest name for an unknown one; a single
+            line for a file of a later version that this one cannot read.
     """
     prefix = f"{where}: " if where else ""
     if spec_type.sections_without_numbers is not None and isinstance(value, dict) and VERSION_FIELD in value:
@@ -147,7 +147,7 @@ def parse(spec_type: type[SpecT], value: Any, where: str = "", version: int = 1)
 def _of_later_version(
     spec_type: type[Spec], value: Any, version: int, error: ValidationError, prefix: str
 ) -> dict[str, Any]:
-    """`value` without the fields that this version does not know, if none of them can change what is computed.
+    """`value` without the fields unknown to this version, if none of them can change what is computed.
 
     Raises:
         SpecError: one can, or a known field has an unknown value.
@@ -200,7 +200,7 @@ def _explain(spec_type: type[Spec], problem: dict[str, Any], value: Any) -> str:
 
 
 def _as_written(place: Sequence[str | int], value: Any) -> list[str]:
-    """Where in `value` a problem is, without what pydantic puts between: the tag of the chosen kind in a union."""
+    """The path of a problem in `value`, without the union tags that pydantic inserts."""
     path = []
     for number, part in enumerate(place, start=1):
         if isinstance(value, dict) and part not in value and number < len(place):
@@ -214,7 +214,7 @@ def _as_written(place: Sequence[str | int], value: Any) -> list[str]:
 
 
 def _fields_at(spec_type: type[Spec], path: list[str]) -> set[str]:
-    """Names of the fields of the model that `path` leads to, through optionals, lists, dicts and unions."""
+    """Field names of the model at `path`, through optionals, lists, dicts and unions."""
     candidates: list[Any] = [spec_type]
     for part in path:
         found: list[Any] = []
@@ -228,7 +228,7 @@ def _fields_at(spec_type: type[Spec], path: list[str]) -> set[str]:
 
 
 def _elsewhere(spec_type: type[BaseModel], name: str, depth: int = 3) -> str | None:
-    """Shortest path to a field called `name` in the models below, such as train.steps for steps."""
+    """Shortest path to a field `name` in nested models, such as train.steps for steps."""
     level = [("", spec_type)]
     for _ in range(depth):
         below = [
@@ -245,7 +245,7 @@ def _elsewhere(spec_type: type[BaseModel], name: str, depth: int = 3) -> str | N
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:
-    """The types that an annotation is made of; of a dict those of its values."""
+    """The types in an annotation; for a dict, those of its values."""
     arguments = get_args(annotation)
     if get_origin(annotation) is Literal or not arguments:
         yield annotation
@@ -311,17 +311,17 @@ def changes_from_sets(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def to_yaml(spec: Spec) -> str:
-    """The spec as YAML that `parse` reads back to an equal spec, as every version does that knows what is in it."""
+    """The spec as YAML that `parse` reads back to an equal spec, in every version that knows its fields."""
     return yaml.safe_dump(_versioned(spec), sort_keys=False, allow_unicode=True, width=120)
 
 
 def to_stored_yaml(spec: Spec) -> bytes:
-    """`to_yaml` for a file that stays: its first line says who wrote it."""
+    """`to_yaml` for a stored file: its first line names the writer."""
     return f"{STORED_MARK}{__version__}, {VERSION_FIELD} {version_of(spec)}\n{to_yaml(spec)}".encode()
 
 
 def is_stored(path: str | Path) -> bool:
-    """Whether `to_stored_yaml` wrote the file, and no person."""
+    """Whether `to_stored_yaml` wrote the file, not a person."""
     with open(path, encoding="utf-8", errors="replace") as file:
         return file.readline().startswith(STORED_MARK)
 
@@ -332,7 +332,7 @@ def to_json(spec: Spec) -> str:
 
 
 def _versioned(spec: Spec) -> dict[str, Any]:
-    """Version 1 has no field for its number, and refuses it."""
+    """Add the version field, except for version 1, which has none and refuses it."""
     version = version_of(spec)
     fields: dict[str, Any] = stored(spec)
     return ({VERSION_FIELD: version} if version > 1 else {}) | fields

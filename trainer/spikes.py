@@ -1,8 +1,9 @@
-"""Which steps must not change the weights: gradients that are not finite, and spikes of loss or gradient norm.
+"""Which steps to skip: those with non-finite gradients, and spikes of loss or gradient norm.
 
-A step is a spike when its loss or gradient norm exceeds the mean of the steps before it by `sigmas` standard deviations
-(as OLMo-core's SkipStep optimizers do). Spikes are remembered like every other step. So a lasting rise, say from other
-data, is skipped a few times only, until the window has become wide enough for it: window/(1 + sigmas²) times at most,
+A step is a spike if its loss or gradient norm exceeds the mean of the previous steps by `sigmas` standard deviations
+(as in OLMo-core's SkipStep optimizers). Spikes enter the window like every other step. So a lasting rise, for example
+from
+other data, is skipped only a few times, until the standard deviation has grown: at most window/(1 + sigmas²) times,
 rounded up, which is 4 at 6σ and 128 steps.
 
 Imports no torch.
@@ -23,7 +24,7 @@ _PREFIX = "spike_guard."
 
 
 class SpikeGuard:
-    """The last steps' losses and gradient norms. Without a spec it only refuses what is not finite."""
+    """The losses and gradient norms of the last steps. Without a spec it rejects only non-finite values."""
 
     def __init__(self, spec: SpikeGuardSpec | None) -> None:
         self._spec = spec
@@ -31,7 +32,7 @@ class SpikeGuard:
         self._recent: dict[str, deque[float]] = {name: deque(maxlen=length) for name in ("loss", "gradient")}
 
     def judge(self, loss: float, grad_norm: float) -> SkipReason | None:
-        """Why this step is to be skipped, None when it is sound; it is remembered in either case if it is finite."""
+        """Why to skip this step, None if it is normal; finite steps enter the window in either case."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return "nonfinite"
         reason: SkipReason | None = None
@@ -47,11 +48,11 @@ class SpikeGuard:
         recent = self._recent[name]
         if self._spec is None or len(recent) < self._spec.window // 2:
             return False
-        # `fmean` of equal values may lie a rounding below them, `mean` is exact.
+        # `fmean` of equal values may be a rounding below them, `mean` is exact.
         return value > mean(recent) + self._spec.sigmas * pstdev(recent)
 
     def state(self) -> dict[str, float]:
-        """For the scalars of a checkpoint."""
+        """The state for a checkpoint's scalars."""
         return {
             f"{_PREFIX}{name}.{place}": value
             for name, recent in self._recent.items()
@@ -59,7 +60,7 @@ class SpikeGuard:
         }
 
     def load(self, scalars: dict[str, float]) -> None:
-        """Take over the `state` in a checkpoint's scalars; of a longer window the newest values."""
+        """Load `state` from a checkpoint's scalars; only the newest values of a longer window."""
         for name, recent in self._recent.items():
             own = {key: value for key, value in scalars.items() if key.startswith(f"{_PREFIX}{name}.")}
             recent.clear()

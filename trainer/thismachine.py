@@ -1,7 +1,7 @@
-"""What a run takes from the machine on which a person starts it, and a pod must not: how many ranks, which ports.
+"""Settings that a local run adapts to its machine, and a pod does not: the number of ranks, and ports.
 
-In a pod both are part of what was rendered: a service account for so many processes, a monitor's named ports. Here the
-ranks follow the GPUs that are there, and the default metrics port gives way where it is taken. Imports no torch.
+In a pod the rendered objects fix both. On a local machine the number of ranks follows the GPUs, and the default metrics
+port is replaced if it is taken. Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 from trainer.arithmetic.memory import choose_layout
 from trainer.spec import RuntimeSpec, TrainSpec
 
-VARIABLE = "YAONGI_THIS_MACHINE"  # set by what starts the trainer here
-PORTS_FILE = "metrics_ports.json"  # in the run directory: the port of each rank, 0 where it serves none
+VARIABLE = "YAONGI_THIS_MACHINE"  # set by the local launcher
+PORTS_FILE = "metrics_ports.json"  # in the run directory: the port of each rank, 0 for none
 DEFAULT_PORT = RuntimeSpec().metrics_port
 
 
@@ -21,15 +21,15 @@ def is_meant() -> bool:
 
 
 def port_may_move(runtime: RuntimeSpec) -> bool:
-    """Whether a taken metrics port is passed over for the next free one; one that was named stays."""
+    """Whether a taken metrics port is replaced by the next free one; a port that the user chose is not."""
     return is_meant() and runtime.metrics_port == DEFAULT_PORT
 
 
 def ranks(spec: TrainSpec, wanted: int, gpus: int) -> int:
-    """Processes to start: as many as the job says, on GPUs no more than there are.
+    """Number of processes to start: the job's, but on GPUs at most the number of GPUs.
 
-    Of fewer ones the most that can share the batch and the model; without such a number, which one rank is for all but
-    jobs with experts spread over ranks, as many as GPUs, and the ranks say what does not fit.
+    If there are fewer GPUs, the largest number that can share the batch and the model. If no number can (possible only
+    for jobs with experts spread over ranks), the number of GPUs, and the ranks report the problem.
     """
     if not gpus or wanted <= gpus:
         return wanted

@@ -1,4 +1,4 @@
-"""What a run has learnt, as a model in memory: for evaluation and export, in one process, without a process group."""
+"""Load a run's trained model for evaluation and export, in one process, without a process group."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's newest verified checkpoint: the model in evaluation mode, its tokenizer, and what the checkpoint says."""
+    """A run's newest verified checkpoint: the model in evaluation mode, its tokenizer, and the checkpoint's
+    manifest."""
 
     model: HybridModel
     tokenizer: Tokenizer
@@ -33,7 +34,7 @@ def load_trained(spec: TrainSpec, device: torch.device, dtype: torch.dtype | Non
     """The model of the newest verified checkpoint of `spec.run_dir`.
 
     Args:
-        dtype: what autocast will give to matrix products; None without autocast.
+        dtype: autocast dtype of matrix products; None without autocast.
 
     Raises:
         LaunchError, CheckpointError: no checkpoint, or none that verifies.
@@ -51,7 +52,7 @@ def load_trained(spec: TrainSpec, device: torch.device, dtype: torch.dtype | Non
 
 
 def _tokenizer_of(checkpoint: Path, directory: str) -> Tokenizer:
-    """The tokenizer in `directory`, proved to be whole and the one the checkpoint was trained with."""
+    """The tokenizer in `directory`, verified to be intact and the one the checkpoint was trained with."""
     trained_with = read_checkpoint_manifest(checkpoint).digests.get("tokenizer", "an unknown one")
     manifest = read_manifest(directory, "tokenizer")
     if manifest.digest != trained_with:

@@ -351,7 +351,7 @@ def test_a_bad_line_is_one_clear_message_and_leaves_no_manifest(tmp_path: Path, 
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(DataError) as caught:
         step.run(job, good, tokenizer)
-    assert str(caught.value) == f'{path}:41: no field "text"; mend or remove the line'
+    assert str(caught.value) == f'{path}:41: no field "text"; fix or remove the line'
     assert not (Path(job.stage_dir("shards")) / "manifest.json").exists()
 
 
@@ -380,7 +380,7 @@ def test_a_raw_file_that_cannot_be_read_is_named_and_the_rest_kept(
 
     with monkeypatch.context() as patched:
         patched.setattr(units, "documents", refuse)
-        with pytest.raises(VolumeError, match=r"math/part-00000\.jsonl: permission denied; mend its rights"):
+        with pytest.raises(VolumeError, match=r"math/part-00000\.jsonl: permission denied; fix its permissions"):
             step.run(job, *inputs[1:])
     done = _journalled(Path(job.stage_dir("shards")))
     assert done

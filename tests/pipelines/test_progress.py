@@ -124,5 +124,5 @@ def test_steps_of_a_loop_are_deeper_and_run_side_by_side():
         "  a line",
     ]
     assert watcher.seconds.keys() == {"download", "encode 1/2", "encode 2/2"}
-    watcher, _, _ = watch(SIDE_BY_SIDE + "            error 65: encode 2/2: ko.jsonl:3: not valid JSON; mend it\n")
-    assert watcher.failure == "encode 2/2: ko.jsonl:3: not valid JSON; mend it"
+    watcher, _, _ = watch(SIDE_BY_SIDE + "            error 65: encode 2/2: ko.jsonl:3: not valid JSON; fix it\n")
+    assert watcher.failure == "encode 2/2: ko.jsonl:3: not valid JSON; fix it"

@@ -39,4 +39,4 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: bytes, pro
     path.write_bytes(b'{"text": "x"}\n' * 7 + line + b"\n" + b'{"text": "y"}\n')
     with pytest.raises(DataError) as caught:
         list(documents(path, 20, path.stat().st_size))
-    assert str(caught.value) == f"{path}:8: {problem}; mend or remove the line"
+    assert str(caught.value) == f"{path}:8: {problem}; fix or remove the line"

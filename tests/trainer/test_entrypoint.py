@@ -379,7 +379,7 @@ def test_directory_that_cannot_be_made_is_one_line(micro_data: Path, tmp_path: P
     command = [sys.executable, "-m", "trainer.entrypoint", "--spec", str(file)]
     done = subprocess.run(command, env=micro.environment(), capture_output=True, text=True)
     assert done.returncode == 74 and "Traceback" not in done.stderr
-    assert f"{tmp_path / 'file' / 'run'}: Not a directory; mend the volume" in done.stderr
+    assert f"{tmp_path / 'file' / 'run'}: Not a directory; fix the volume" in done.stderr
 
 
 def test_bad_spec_ends_with_2_before_anything_starts(tmp_path: Path, micro_data: Path):

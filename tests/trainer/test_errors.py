@@ -62,8 +62,8 @@ def test_an_error_ends_alike_in_a_rank_a_step_and_the_command_line(made: type[Fo
     monkeypatch.delenv("YAONGI_VERBOSE", raising=False)
     if made.__module__ != errors.__name__:
         pytest.skip("needs other arguments")
-    error, said = made("what, where; mend it so"), io.StringIO()
-    assert failures.classify(error) == told(error, said) == (made.code, "what, where; mend it so")
+    error, said = made("what, where; fix it so"), io.StringIO()
+    assert failures.classify(error) == told(error, said) == (made.code, "what, where; fix it so")
     assert said.getvalue() == "", "a foreseen error shows no traceback"
     assert str(pickle.loads(pickle.dumps(error))) == str(error), "ranks send it to each other"
 

@@ -57,7 +57,7 @@ def test_a_small_dev_shm_ends_with_2(micro_data: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("mount", "keep_last", "reason"),
     [
-        ("mount --bind {0} {0} && mount -o remount,ro,bind {0}", 2, "{0}: Read-only file system; mend the volume"),
+        ("mount --bind {0} {0} && mount -o remount,ro,bind {0}", 2, "{0}: Read-only file system; fix the volume"),
         ("mount -t tmpfs -o size=6m none {0}", 2, "{0} cannot take checkpoints (No space left on device); free space"),
         ("mount -t tmpfs -o size=64m none {0}", 900, "{0} has 64 MiB free, the run needs"),
     ],
@@ -128,7 +128,7 @@ def test_datasets_are_read_and_measured(six_megabytes: TokensSpec, micro_data: P
 def test_datasets_that_cannot_be_read_end_with_65(six_megabytes: TokensSpec, tmp_path: Path):
     (tmp_path / "x-train.bin").unlink()
     (tmp_path / "x-train.bin").mkdir()
-    with pytest.raises(ForeseenError, match=r"x-train\.bin: Is a directory; mend the volume") as error:
+    with pytest.raises(ForeseenError, match=r"x-train\.bin: Is a directory; fix the datasets volume") as error:
         storage.readable(six_megabytes, None)
     assert error.value.code == ExitCode.VOLUME
 

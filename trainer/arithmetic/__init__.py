@@ -1,1 +1,1 @@
-"""What a model amounts to, by arithmetic alone: parameters, operations, memory. Imports no torch."""
+"""Parameters, operations and memory of a model, by arithmetic. Imports no torch."""

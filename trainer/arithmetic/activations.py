@@ -1,7 +1,7 @@
-"""Bytes that a forward pass keeps for the backward pass, by arithmetic over the portable backends. Imports no torch.
+"""Activation memory: bytes kept from forward to backward pass, by arithmetic for the portable backends. No torch.
 
-Counted are tensors that grow with the number of tokens; a test holds the sum to what autograd really keeps. Kernels of
-packages keep less for attention and scan. Logits never exist as a whole (trainer/ops/cross_entropy.py).
+It counts tensors that grow with the number of tokens; a test compares the sum with what autograd really keeps. Package
+kernels keep less for attention and scan. The full logits never exist (trainer/ops/cross_entropy.py).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ WIDTHS = {"fp32": Widths(4, 4), "bf16": Widths(2, 2), "fp8": Widths(2, 2, keeps_
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes for each token of a micro-batch.
+    """Bytes per token of a micro-batch.
 
     Attributes:
         kept: from the forward to the backward pass.
-        again: the most that is computed again at one time and exists on top, in the backward pass.
-        recomputed: what is computed again, one line for each kind of sublayer.
+        again: the largest amount recomputed at one time, in addition, in the backward pass.
+        recomputed: what is recomputed, one line per kind of sublayer.
     """
 
     kept: int
@@ -35,7 +35,7 @@ class Activations:
 
 
 def activations(spec: ModelSpec, seq_len: int, policy: Policy = "none", precision: str = "bf16") -> Activations:
-    """What training on rows of `seq_len` tokens keeps under a policy; precision as the ladder names it."""
+    """Activations of training on rows of `seq_len` tokens under a policy; `precision` is a name of the ladder."""
     widths = WIDTHS[precision]
     layers = [[spec.section(symbol, index) for symbol in layer] for index, layer in enumerate(spec.layers)]
     if spec.mtp:
@@ -52,7 +52,7 @@ def activations(spec: ModelSpec, seq_len: int, policy: Policy = "none", precisio
         again = max(everything)
         lines = ("every layer from its input, matrix products and choice of experts included",)
     if any(section.attends for section in spec.used()):
-        kept += seq_len * (1 + widths.product)  # the mask of documents, as it is and as attention adds it
+        kept += seq_len * (1 + widths.product)  # the document mask, boolean and additive
     return Activations(kept + _outside_layers(spec, widths), again, lines)
 
 
@@ -64,7 +64,7 @@ def _kept(section: Kind, spec: ModelSpec, widths: Widths) -> int:
 
 
 def _kept_selective(section: Kind, spec: ModelSpec, widths: Widths) -> int:
-    """The stream in front of the norm, and the results of the first matrix products."""
+    """The input of the norm (the residual stream), and the results of the first matrix products."""
     return spec.hidden * widths.stream + section.kept_selective(spec.hidden, widths)
 
 

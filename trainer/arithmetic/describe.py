@@ -1,4 +1,4 @@
-"""What a ModelSpec amounts to, layer by layer: shapes, parameters, operations, memory. Arithmetic; imports no torch."""
+"""Describe a ModelSpec layer by layer: shapes, parameters, operations, memory. Arithmetic; imports no torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Row:
 
     Attributes:
         shapes: of its weights, by name.
-        params: all trainable elements; active: those under A1.
+        params: all trainable elements; active: the active ones by A1.
         flops_per_token: training operations at the given length.
     """
 
@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Description:
-    """All figures of a model; counts are elements, sizes are bytes. `memory` is that of a rank which holds it all."""
+    """All figures of a model; counts in elements, sizes in bytes. `memory` is for a rank that holds everything."""
 
     rows: list[Row]
     seq_len: int
@@ -109,9 +109,9 @@ def _rows(spec: ModelSpec, seq_len: int, everything: list[Parameter]) -> list[Ro
 
 
 def render(description: Description, console: Console) -> None:
-    """Print the layers, their weights, the totals and what is known of the implementations, a table each.
+    """Print tables of the layers, their weights, the totals and the implementations.
 
-    Every figure is whole on a terminal of 80 columns; what is alike in many layers is printed once.
+    No figure is cut on a terminal of 80 columns; equal layers are printed once.
     """
     layers = Table(title=f"Layers (training operations at {description.seq_len} tokens)")
     layers.add_column("layer")
@@ -147,7 +147,7 @@ def render(description: Description, console: Console) -> None:
 
 
 def render_memory(spec: TrainSpec, layout: Layout, console: Console) -> None:
-    """Print what a rank needs for a step under every policy of activation checkpointing, and what each recomputes."""
+    """Print a rank's memory for a step under each policy of activation checkpointing, and what each recomputes."""
     chosen = spec.runtime.activation_checkpointing
     policies: tuple[Policy, ...] = get_args(Policy)
     found = {
@@ -177,7 +177,7 @@ def render_memory(spec: TrainSpec, layout: Layout, console: Console) -> None:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Rising numbers with each run of neighbours as first–last."""
+    """Rising numbers with consecutive ones as first–last."""
     runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
@@ -197,7 +197,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _backends() -> Table:
-    """Which implementations `auto` may take where; a run's log says what it took on its device, and why."""
+    """The implementations that `auto` may choose; a run's log has its choice and the reason."""
     table = Table(title="Implementations (backends), and where parity records prove them")
     for title in ("operation", "backend", "proven in"):
         table.add_column(title)

@@ -1,6 +1,6 @@
-"""Bytes that training takes on each rank, by arithmetic. Imports no torch.
+"""Training memory of each rank, by arithmetic. Imports no torch.
 
-Weights and gradients are FP32, whatever precision the matrix products have; optimizer state is what its spec says.
+Weights and gradients are always FP32; the optimizer state has the dtype in its spec.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.spec import OptimizerSpec, ParallelSpec, TrainSpec
 
 FP32_BYTES = 4
 RESERVED_BYTES = 2 * 2**30
-SHARDED_ABOVE = 0.5  # of a GPU's memory: where ddp's state leaves less than half for activations, auto takes fsdp
+SHARDED_ABOVE = 0.5  # of a GPU's memory: if ddp's state leaves less than half for activations, auto takes fsdp
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Memory:
     """Bytes on the fullest rank.
 
     Attributes:
-        gathered: what FSDP puts together for a moment, layer by layer.
+        gathered: parameters that FSDP gathers temporarily, layer by layer.
         copies: of weights in the dtype of the matrix products, which autocast keeps from forward to backward pass.
-        activations: of one micro-batch at their most.
+        activations: peak of one micro-batch.
         reserved: CUDA's context, workspaces of libraries, temporaries of head and optimizer, fragmentation.
     """
 
@@ -52,7 +52,7 @@ class Memory:
 
 
 def training_memory(spec: ModelSpec, optimizer: OptimizerSpec | None = None, layout: Layout | None = None) -> Memory:
-    """What a rank holds between two steps, and what it gathers in them; without a layout, one rank holds everything."""
+    """Memory of a rank between steps, and what it gathers in a step; without a layout, one rank holds everything."""
     layout = layout or Layout()
     everything = parameters(spec)
     optimizer = optimizer or OptimizerSpec()
@@ -62,7 +62,7 @@ def training_memory(spec: ModelSpec, optimizer: OptimizerSpec | None = None, lay
         held = layout.held(parameter)
         held_state = STATE_BYTES[optimizer.state_dtype] * assignment.moments * held
         weights += FP32_BYTES * held
-        # A sharded optimizer divides the rows of whole tensors; experts that are cut already stay where they are.
+        # A sharded optimizer divides the rows of replicated tensors; experts that are sharded already stay in place.
         divided = layout.shard_optimizer and not layout.cuts_experts(parameter)
         state += 0 if divided else held_state
         whole_state += held_state if divided else 0
@@ -71,11 +71,11 @@ def training_memory(spec: ModelSpec, optimizer: OptimizerSpec | None = None, lay
 
 
 def step_memory(spec: TrainSpec, layout: Layout | None = None) -> Memory:
-    """What one training step takes on a GPU at its most; `precision.dtype` auto counts as BF16."""
+    """Peak memory of one training step on a GPU; `precision.dtype` auto counts as BF16."""
     layout = layout or Layout()
     model, precision = spec.model, "bf16" if spec.precision.dtype == "auto" else spec.precision.dtype
     found = activations(model, spec.tokens.seq_len, spec.runtime.activation_checkpointing, precision)
-    # Experts, router and head are cast where they are used and nothing of it stays; FSDP drops copies with its layers.
+    # Casts of experts, router and head are temporary; FSDP drops copies with its layers.
     linear = [p for p in parameters(model) if p.multiplies and not (p.per_expert or p.whole or p == head(model))]
     narrow = precision != "fp32" and layout.data == "ddp"
     return replace(
@@ -124,14 +124,15 @@ def choose_layout(
 
 
 def refuse_too_large(spec: TrainSpec, layout: Layout, rank_bytes: int | None, holder: str = "which") -> None:
-    """Weights, gradients and optimizer state are certain; activations, of which this is an estimate, are not judged.
+    """Refuse a model whose weights, gradients and optimizer state do not fit; activations are only estimates and
+    ignored.
 
     Args:
-        rank_bytes: memory of a rank's GPU, or its part of the machine's where it computes on CPUs; None: not known.
-        holder: whose memory that is, where ranks differ.
+        rank_bytes: memory of a rank's GPU, or its share of the machine's memory on CPUs; None: unknown.
+        holder: the owner of that memory, if ranks differ.
 
     Raises:
-        SpecError: they alone are more than a rank has.
+        SpecError: they alone exceed a rank's memory.
     """
     state = training_memory(spec.model, spec.optimizer, layout).state
     if rank_bytes is not None and state > rank_bytes:

@@ -29,7 +29,7 @@ class SourceDocuments:
         self._firsts = np.cumsum([0, *(len(s) for s in self.shards)]).tolist()
 
     def origin(self, document: int) -> Origin | None:
-        """The raw line that a document was; None for shards that keep no such list.
+        """The raw line of a document; None for shards without such a list.
 
         Raises:
             DataError: the list is damaged.
@@ -41,7 +41,7 @@ class SourceDocuments:
         return Origins(prefix, len(self.shards[shard]))[document - first]
 
     def check(self) -> None:
-        """Raises DataError when the index of a shard does not hang together."""
+        """Raise DataError if a shard's index is inconsistent."""
         for shard in self.shards:
             shard.check()
 
@@ -52,13 +52,14 @@ class SourceDocuments:
 
 
 def open_shards(tokens: TokensSpec, digest: str | None = None) -> tuple[Path, Manifest]:
-    """The shards' directory and manifest, after checks that need no reading of the tokens.
+    """The shards' directory and manifest, after the checks that do not read tokens.
 
     Args:
-        digest: of the generation that all ranks use; None for the newest.
+        digest: digest of the generation that all ranks use; None for the newest.
 
     Raises:
-        DataError: data missing, of another size or of another or damaged tokenizer, or without a source of the mix.
+        DataError: data is missing, has another size, was made with another tokenizer or lacks a source of the mix; or
+            the tokenizer is damaged.
     """
     directory = Path(tokens.shards)
     manifest = shards_manifest(tokens, digest)
@@ -79,10 +80,10 @@ def open_shards(tokens: TokensSpec, digest: str | None = None) -> tuple[Path, Ma
 
 
 def shards_manifest(tokens: TokensSpec, digest: str | None = None) -> Manifest:
-    """The manifest of the shards, as it was when its digest was this.
+    """The manifest of the shards, or its earlier generation with this digest.
 
     Raises:
-        DataError: there is none, or none such.
+        DataError: there is no manifest, or no such generation.
     """
     newest = read_manifest(tokens.shards, "shards")
     if (manifest := newest.at(digest or newest.digest)) is None:

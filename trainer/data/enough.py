@@ -1,4 +1,4 @@
-"""Whether the sources can give a run's tokens within their caps of epochs. Imports no torch."""
+"""Whether the sources have enough tokens for a run within their epoch caps. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.spec import MixSpec, StageSpec
 
 @dataclass(frozen=True)
 class Amount:
-    """What a source holds: training tokens, those of its longest document, and how the number is meant."""
+    """Size of a source: training tokens, tokens of its longest document, and a note on how the number was obtained."""
 
     tokens: int
     longest: int
@@ -22,13 +22,13 @@ class Amount:
 
 
 def stages_of(mix: Mapping[str, MixSpec], curriculum: Sequence[StageSpec]) -> list[tuple[int, Mapping[str, float]]]:
-    """Weights by the stream position from which they hold, for `Mixture`."""
+    """Weights by the stream position from which they apply, for `Mixture`."""
     first = {name: source.weight for name, source in mix.items()}
     return [(0, first), *((stage.from_tokens, stage.weights) for stage in curriculum if stage.weights is not None)]
 
 
 def end_of(position: int, tokens: int, skip: Sequence[tuple[int, int]]) -> int:
-    """Where the stream stands after `tokens` more that are trained on; `skip` as in TokensSpec."""
+    """The stream position after `tokens` more trained tokens; `skip` as in TokensSpec."""
     end = position + tokens
     for first, last in sorted(skip):
         if first < end and last > position:
@@ -49,11 +49,12 @@ def refuse_too_little(
 ) -> None:
     """Refuse a stream of `end` tokens that would repeat a source beyond its `max_epochs`.
 
-    A source ends at most one document above its share, so the check is safe and nothing fails later. Not counted is
-    what a source that a stage leaves out was owed, a few documents that the others then give.
+    A source ends at most one document above its share, so a run that passes cannot fail later. Not counted is the
+    deficit of
+    a source that a stage leaves out: a few documents, which the other sources then provide.
 
     Args:
-        drawn: tokens that each source has given before, in the order of `mix`.
+        drawn: tokens already drawn from each source, in the order of `mix`.
 
     Raises:
         DataError: names source, tokens needed, tokens allowed and the remedy.

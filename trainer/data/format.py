@@ -13,8 +13,8 @@
     34 + 12·S  8·D    i64 document index: numbers of the sequences at which documents start, and S at the end
 
 Here a document is always exactly one sequence, so D = S + 1 and the document index counts up. Megatron's reader checks
-almost nothing; ours checks the sizes when it opens a pair and every offset then or in `Shard.check`, so truncation
-cannot pass for data.
+almost nothing; ours checks the sizes when it opens a pair, and every offset then or in `Shard.check`, so that truncated
+files are detected.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-BLOCK = 2**17  # sequences handled at once while an index is finished or checked
-QUICK = 2**20  # indices up to this many sequences are checked whenever they are opened
+BLOCK = 2**17  # sequences processed at once while an index is completed or checked
+QUICK = 2**20  # indices of up to this many sequences are checked at every open
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -46,7 +46,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes one pair; memory does not grow with its length. Nothing appears under the final names before `close`.
+    """Writes one pair with bounded memory. The final names appear only at `close`.
 
     As a context manager it closes on success and removes the temporary files on an exception.
     """
@@ -68,7 +68,7 @@ class ShardWriter:
         return self.tokens * self.dtype.itemsize
 
     def append(self, tokens: NDArray[np.integer], lengths: NDArray[np.integer]) -> None:
-        """Add documents: their tokens back to back, and how many tokens each has."""
+        """Add documents: their concatenated tokens, and the number of tokens of each."""
         assert tokens.dtype == self.dtype and int(lengths.sum()) == len(tokens)
         self._bin.write(np.ascontiguousarray(tokens).data)
         self._idx.write(lengths.astype("<i4").data)
@@ -76,7 +76,7 @@ class ShardWriter:
         self.tokens += len(tokens)
 
     def close(self) -> None:
-        """Complete the index from the lengths already in it, sync both files, and give them their names."""
+        """Complete the index from the lengths already in it, fsync both files, and rename them."""
         end = self._idx.tell()
         offset = 0
         for first in range(0, self.sequences, BLOCK):
@@ -119,7 +119,7 @@ class Shard:
     """One pair, mapped read-only: `lengths` (tokens of each document) and `document(i, start, stop)`.
 
     Raises:
-        DataError: a file is missing, or header, sizes and offsets do not fit each other.
+        DataError: a file is missing, or header, sizes and offsets are inconsistent.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -163,7 +163,7 @@ class Shard:
         """Check that the three arrays of the index agree; takes seconds for tens of millions of documents.
 
         Raises:
-            DataError: they do not.
+            DataError: they do not agree.
         """
         idx, total = _named(self.prefix, "idx"), 0
         for first in range(0, len(self), BLOCK):

@@ -1,4 +1,4 @@
-"""What a person asks of data: is it whole, how much is there, what does a training row say. Imports no torch."""
+"""Inspect data: verify files, count tokens, show training rows. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from trainer.spec import TokensSpec
 
 
 def damage(directory: str | Path, manifest: Manifest, checked: Callable[[FileEntry], None]) -> list[DataError]:
-    """An error for each file that is missing, cut, changed or unreadable, and for indices that do not hang together.
+    """Yield an error for each missing, truncated, changed or unreadable file, and for inconsistent indices.
 
     Args:
-        checked: called with each file when it is done; may come from several threads.
+        checked: called after each file, perhaps from several threads.
     """
 
     def problem(entry: FileEntry) -> DataError | None:
@@ -50,7 +50,7 @@ def damage(directory: str | Path, manifest: Manifest, checked: Callable[[FileEnt
 
 @dataclass(frozen=True)
 class SourceTotals:
-    """One source of a shards directory; `lengths` are tokens of each of its documents, both splits."""
+    """One source of a shards directory; `lengths`: tokens of each document, both splits."""
 
     name: str
     domain: str
@@ -67,10 +67,10 @@ class SourceTotals:
 
 
 def totals(directory: str | Path, manifest: Manifest) -> list[SourceTotals]:
-    """What each source of a shards directory holds.
+    """Totals of each source of a shards directory.
 
     Raises:
-        DataError: a shard is missing or cut.
+        DataError: a shard is missing or truncated.
     """
     rows = []
     for name, source in manifest.sources.items():
@@ -94,7 +94,7 @@ def totals(directory: str | Path, manifest: Manifest) -> list[SourceTotals]:
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens [start, stop) of a document of `length` tokens, as text, and the raw line that it was."""
+    """Tokens [start, stop) of a document of `length` tokens, as text, with the document's raw line."""
 
     source: str
     document: int
@@ -108,7 +108,7 @@ class Passage:
 def documents(
     directory: str | Path, manifest: Manifest, tokenizer: Tokenizer, source: str, split: Split, first: int, count: int
 ) -> Iterator[Passage]:
-    """`count` documents of a source from number `first` on, whole.
+    """`count` complete documents of a source from number `first` on.
 
     Raises:
         DataError: no such source, or no such document.
@@ -131,8 +131,8 @@ def training_row(
     """The documents of row `row` of training step `step` (both from 0), in order.
 
     Args:
-        reached: steps done and cursor of a checkpoint at or before `step`, to start from; None walks the stream from
-            its beginning.
+        reached: step and cursor of a checkpoint at or before `step`, to start from; None starts at the beginning of the
+            stream.
 
     Raises:
         DataError: as `open_shards`; the step has fewer rows.

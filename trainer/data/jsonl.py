@@ -10,25 +10,25 @@ from trainer.errors import DataError
 
 
 def documents(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, str]]:
-    """(byte offset of the line, its "text") for the lines that start in bytes [start, stop) of the file.
+    """Yield (byte offset of the line, its "text") for the lines that start in bytes [start, stop) of the file.
 
     Raises:
-        DataError: a line that is no JSON object with a string "text"; names file and line.
+        DataError: a line is not a JSON object with a string "text"; names file and line.
         OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         if start:
             file.seek(start - 1)
-            file.readline()  # the rest of a line that started before; nothing when a line starts exactly at `start`
+            file.readline()  # the rest of a line that started before; empty if a line starts exactly at `start`
         at = file.tell()
         while (stop is None or at < stop) and (line := file.readline()):
             try:
                 text = json.loads(line)["text"]
                 if not isinstance(text, str):
                     raise TypeError
-                text.encode()  # lone surrogates can be written in JSON but are no Unicode text
+                text.encode()  # JSON can contain lone surrogates, which are not valid Unicode text
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{where(path, at)}: {_problem(error)}; mend or remove the line") from None
+                raise DataError(f"{where(path, at)}: {_problem(error)}; fix or remove the line") from None
             yield at, text
             at += len(line)
 

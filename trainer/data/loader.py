@@ -2,10 +2,10 @@
 
 Shapes: B rows of a micro-batch, T tokens of a row.
 
-A step is the next `tokens_per_step` tokens of the stream (trainer/data/plan.py), laid into rows of T by
+A step is the next `tokens_per_step` tokens of the stream (trainer/data/plan.py), packed into rows of T by
 trainer/data/packing.py. Rank r of w trains on rows [r·rows/w, (r+1)·rows/w), in order, so the rows of a step depend
-neither on the number of ranks nor on the micro-batch size. Every rank walks the whole stream, a few comparisons for
-each document, and reads only its own tokens.
+neither on the number of ranks nor on the micro-batch size. Every rank walks the whole stream, at a few comparisons per
+document, and reads only its own tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trainer.errors import DataError
 from trainer.spec import BatchSpec, TokensSpec
 
 IGNORED = -100  # label of positions without a next token; cross_entropy's default ignore_index
-SMALL_BYTES = 2**30  # shards up to this size are checksummed before the first step, larger ones beside the training
+SMALL_BYTES = 2**30  # shards up to this size are verified before the first step, larger ones during training
 PREFETCH_STEPS = 2
 
 
@@ -45,7 +45,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's part of a step. `num_labels` and `num_rows` count all ranks; ledger and cursor are as after it."""
+    """This rank's part of a step. `num_labels` and `num_rows` count all ranks; ledger and cursor are those after the
+    step."""
 
     micro_batches: list[MicroBatch]
     num_labels: int
@@ -60,16 +61,16 @@ class StepBatch:
 
 
 class TokenLoader:
-    """Yields the StepBatches of `rank` for ever, prepared ahead by a thread.
+    """Yields the StepBatches of `rank` without end, prefetched by a thread.
 
     Args:
-        steps: how many steps will be asked for; when given, the mix's repetition caps are checked against it.
-        shards_digest: of the generation of the shards that all ranks use; None for the newest.
-        cursor: where to go on; None for the start.
+        steps: number of steps of the run; if given, the epoch caps of the mix are checked against it.
+        shards_digest: digest of the generation of the shards that all ranks use; None for the newest.
+        cursor: where to continue; None for the start.
 
     Raises:
-        DataError: data missing, changed, of another tokenizer, not what the cursor was taken on, or too
-            little for the caps. Also from iteration, when the check beside the training finds a damaged shard.
+        DataError: data is missing, changed, of another tokenizer, not that of the cursor, or too little for the caps.
+            Also raised by iteration if the check during training finds a damaged shard.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class TokenLoader:
         self._verify(directory, manifest)
         self._cursor = self._stream.cursor()
         self._failure: Exception | None = None
-        # Of this rank, which has built its model by now; None when it trains without one.
+        # The device of this rank, which has built its model by now; None without a GPU.
         self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._ready: queue.Queue[StepBatch] = queue.Queue(PREFETCH_STEPS)
         self._prefetcher = threading.Thread(target=self._prefetch, name="prefetch", daemon=True)
@@ -133,15 +134,15 @@ class TokenLoader:
 
     @property
     def left_out(self) -> int:
-        """Documents that were appended to the shards too late for this run."""
+        """Number of documents that were appended to the shards too late for this run."""
         return self._stream.left_out
 
     def epochs(self) -> dict[str, float]:
-        """How often each source has been gone through, up to the last step given out."""
+        """Epochs of each source up to the last yielded step."""
         return self._stream.epochs(self._cursor)
 
     def _verify(self, directory: Path, manifest: Manifest) -> None:
-        """Checksums: at once when that is quick, else by one process of each node while it trains."""
+        """Verify checksums: at once if that is quick, else in one process of each node during training."""
         if sum(entry.bytes for entry in manifest.files) <= SMALL_BYTES:
             verify(directory, manifest)
             for source in self._sources:
@@ -163,10 +164,10 @@ class TokenLoader:
     def _prefetch(self) -> None:
         try:
             if self._gpu is not None:
-                torch.cuda.set_device(self._gpu)  # threads begin on GPU 0, and pinning there would take memory of it
+                torch.cuda.set_device(self._gpu)  # new threads use GPU 0, and pinning there would use its memory
             while not self._closed.is_set():
                 self._put(self._next_step())
-        except Exception as error:  # belongs to whoever asks for the next step
+        except Exception as error:  # raised when the next step is requested
             self._failure = error
 
     def _put(self, step: StepBatch) -> None:
@@ -204,7 +205,7 @@ class TokenLoader:
             at = 0
             for number, segment in enumerate(segments):
                 stop = at + segment.stop - segment.start
-                # One token more than the row holds, when there is one: the label of its last position.
+                # One token more than the row, if it exists: the label of the last position.
                 piece = self._sources[segment.source].tokens(
                     segment.document, segment.start, segment.stop + segment.continues
                 )
@@ -215,15 +216,15 @@ class TokenLoader:
                 seq_idx_T[at:stop] = number
                 at = stop
         tensors = [torch.from_numpy(array) for array in (ids_BT, labels_BT, seq_idx_BT)]
-        # Only from pinned memory does a copy to the GPU go on beside the computation.
+        # Only a copy from pinned memory overlaps with computation.
         return MicroBatch(*(tensors if self._gpu is None else (tensor.pin_memory() for tensor in tensors)))
 
 
 def heldout_documents(tokens: TokensSpec) -> Iterator[tuple[str, str, NDArray[np.integer]]]:
-    """(source, domain, tokens with EOD) of every held-out document of the mix's sources, in a fixed order.
+    """Yield (source, domain, tokens with EOD) of every held-out document of the mix's sources, in a fixed order.
 
     Raises:
-        DataError: data missing, changed or of another tokenizer.
+        DataError: data is missing, changed or of another tokenizer.
     """
     directory, manifest = open_shards(tokens)
     verify(directory, manifest, files=[entry for entry in manifest.files if entry.split == "heldout"])

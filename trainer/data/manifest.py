@@ -1,10 +1,12 @@
-"""Manifests: what a directory of data holds, where it came from, and how to prove that it is whole.
+"""Manifests: the content and provenance of a data directory, and the checksums to verify it.
 
 A stage of the data path (raw text, tokenizer, shards) is a directory with files and one `manifest.json`, which is
-written last: a directory without it is unfinished. The manifest holds no time, host or absolute path, so equal inputs
-give an equal digest. What a longer run needs more of is appended: files and their order stay, and the manifest keeps
-the digest of each earlier generation, by which runs and later stages that know only that one find it. Layout of the
-stages, below the datasets directory:
+written
+last: a directory without it is unfinished. The manifest has no time, host or absolute path, so equal inputs give an
+equal
+digest. A longer run appends files: existing files and their order stay, and the manifest keeps the digest of each
+earlier generation, by which runs and later stages made from it find it. Layout of the stages, below the datasets
+directory:
 
     raw/<key>/manifest.json                  kind raw: `files` carry source, documents and text_bytes (UTF-8 bytes of
                                              the texts)
@@ -45,7 +47,7 @@ class Record(BaseModel):
 
 
 class FileEntry(Stored):
-    """One file, relative to the manifest's directory; counts are of the documents in it (0 where none apply)."""
+    """One file, relative to the manifest's directory, with the counts of its documents (0 if not applicable)."""
 
     path: str
     bytes: int = Field(ge=0)
@@ -66,7 +68,7 @@ class FileEntry(Stored):
 
 
 class SourceEntry(Stored):
-    """Provenance of one source; `revision` is what the origin resolved to: a commit id, or a digest of local files."""
+    """Provenance of one source; `revision`: the resolved origin, a commit id or a digest of local files."""
 
     domain: str
     licence: str
@@ -82,7 +84,8 @@ class Counts(Record):
 
 
 class Generation(Stored):
-    """What a directory held before it grew: its first `files` files, made from `inputs`, in a manifest of `digest`."""
+    """An earlier state of a grown directory: its first `files` files, made from `inputs`, with manifest digest
+    `digest`."""
 
     digest: str
     inputs: dict[str, str]
@@ -90,7 +93,7 @@ class Generation(Stored):
 
 
 class Manifest(Stored):
-    """`inputs` are the digests of what this was made from, `settings` the parameters that shaped it.
+    """`inputs`: digests of the inputs; `settings`: the parameters of the stage.
 
     `earlier`: the generations before this one, oldest first.
     """
@@ -110,16 +113,16 @@ class Manifest(Stored):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def stored(self) -> dict[str, Any]:
-        """As JSON values; a directory that never grew says nothing of generations, as in the first version."""
+        """As JSON values; a directory that never grew has no field for generations, as in the first version."""
         return self.model_dump(mode="json", exclude=None if self.earlier else {"earlier"})
 
     @property
     def generations(self) -> list[Generation]:
-        """All of them, oldest first, this one last."""
+        """All generations, oldest first, this one last."""
         return [*self.earlier, Generation(digest=self.digest, inputs=self.inputs, files=len(self.files))]
 
     def grown(self, inputs: dict[str, str], files: list[FileEntry]) -> Manifest:
-        """The next generation: with more files after those that are there."""
+        """The next generation, with more files after the existing ones."""
         return self.model_copy(
             update={"inputs": inputs, "files": [*self.files, *files], "earlier": self.generations},
         )
@@ -134,7 +137,7 @@ class Manifest(Stored):
         return [*(self.model_copy(update=fields) for fields in former), self]
 
     def at(self, digest: str) -> Manifest | None:
-        """The part whose digest is this; None if there never was one."""
+        """The generation with this digest; None if there is none."""
         digests = (generation.digest for generation in self.generations)
         return next((part for known, part in zip(digests, self.parts, strict=True) if known == digest), None)
 
@@ -143,7 +146,7 @@ class Manifest(Stored):
         return [f for f in self.files if source in (None, f.source) and split in (None, f.split)]
 
     def counts(self, source: str | None = None, split: Split | None = None) -> Counts:
-        """Sums over the files that `select` gives."""
+        """Sums over the files of `select`."""
         files = self.select(source, split)
         return Counts(
             files=len(files),
@@ -154,7 +157,7 @@ class Manifest(Stored):
 
 
 class StageResult(Stored):
-    """What a finished step hands to the next one: where its output is, its digest, counts for a person."""
+    """The result that a finished step passes to the next one: place and digest of its output, and counts for people."""
 
     kind: str
     path: str
@@ -166,7 +169,7 @@ class StageResult(Stored):
 
     @classmethod
     def from_json(cls, text: str) -> StageResult:
-        """Raises DataError when `text` is not what `to_json` writes."""
+        """Raises DataError if `text` was not written by `to_json`."""
         try:
             result = cls.model_validate_json(text)
         except ValidationError as error:
@@ -176,14 +179,14 @@ class StageResult(Stored):
 
 
 def file_entry(directory: str | Path, path: str, algorithm: Algorithm = "xxh3_128", **counts: Any) -> FileEntry:
-    """The entry of a finished file `directory/path`; `counts` are further fields of FileEntry."""
+    """The entry of a finished file `directory/path`; `counts` sets further fields of FileEntry."""
     full = Path(directory) / path
     size = full.stat().st_size
     return FileEntry(path=path, bytes=size, algorithm=algorithm, checksum=checksum(full, algorithm), **counts)
 
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, with the manifest's own digest in it. Call it last: it declares the directory finished."""
+    """Write `manifest.json`, including its own digest. Call it last: it declares the directory finished."""
     value = {"digest": manifest.digest} | manifest.stored()
     atomic_write(Path(directory) / MANIFEST_NAME, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
 
@@ -192,8 +195,8 @@ def read_manifest(directory: str | Path, kind: Kind | None = None) -> Manifest:
     """The manifest of a finished directory.
 
     Raises:
-        DataError: there is none, it was changed after it was written, or it is of another kind than `kind`.
-        UnreadableError: the volume does not give it.
+        DataError: it is missing, was changed after it was written, or has another kind than `kind`.
+        UnreadableError: it exists but cannot be read.
     """
     path = Path(directory) / MANIFEST_NAME
     try:
@@ -229,11 +232,11 @@ def verify(
     sizes_only: bool = False,
     threads: int = 4,
 ) -> None:
-    """Check that the files (default: all of the manifest) are there, whole and unchanged.
+    """Check that the files (default: all of the manifest) exist and are unchanged.
 
     Raises:
         DataError: names the first file that is not.
-        UnreadableError: the volume does not give one.
+        UnreadableError: one exists but cannot be read.
     """
     chosen = list(manifest.files if files is None else files)
     for entry in chosen:
@@ -264,6 +267,6 @@ def _check_content(path: Path, entry: FileEntry) -> None:
 
 
 def first_problem(error: ValidationError) -> str:
-    """Where the first of the errors is, and what is wrong there."""
+    """Path and message of the first validation error."""
     problem = error.errors()[0]
     return f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"

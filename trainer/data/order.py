@@ -1,10 +1,9 @@
 """The order of one source's documents: an endless sequence of epochs, each a fresh pseudo-random permutation.
 
-The permutation of a small source is drawn and kept. That of a large one is computed where it is read: document number i
-of an epoch is a keyed Feistel cipher of i (over the next power of two, walked again where it leaves the range; Black &
-Rogaway 2002, "Ciphers with arbitrary finite domains"). That needs neither memory nor sorting, so a loader over any
-number of documents starts at once, on every rank. Imports no torch.
-"""
+The permutation of a small source is drawn and kept. That of a large one is computed on demand: document number i of
+an epoch is a keyed Feistel cipher of i (over the next power of two, with cycle walking; Black & Rogaway 2002,
+"Ciphers with arbitrary finite domains"). It needs neither memory nor sorting, so a loader over any number of
+documents starts at once on every rank. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,26 +13,26 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# Raise it with every change that alters the order. Version 3 draws nothing of a source that a stage of the curriculum
-# leaves out, where 2 still paid it what it was owed. Until such a stage begins both are one order, which is called 2.
+# Increase it with every change of the order. Version 3 draws nothing from a source that a curriculum stage leaves out;
+# version 2 still paid its deficit. Until such a stage begins both give the same order, which is called 2.
 ORDER_VERSION = 3
 DEBTS_PAID_VERSION = 2
 READ_AHEAD = 4096  # documents whose numbers and lengths are computed at once
-SEEK_BLOCK = 2**16  # the same while a position is looked up; fits a core's cache
-KEPT = 2**16  # up to so many documents the permutation is kept; a cipher of few bits is also a poor shuffle
-ROUNDS = 8  # even, so that halves of unequal width end up where they began
-_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)  # odd, of an integer hash with low bias (Wellons 2018, "lowbias32")
+SEEK_BLOCK = 2**16  # the same for a position lookup; fits a core's cache
+KEPT = 2**16  # up to this many documents the permutation is kept; a cipher of few bits is also a poor shuffle
+ROUNDS = 8  # even, so that halves of unequal width end in their original places
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)  # odd, from an integer hash with low bias (Wellons 2018, "lowbias32")
 
 
 class Permutation:
-    """A permutation of 0 … size-1, at most 2**32, that depends on `key` (32 bytes) only."""
+    """A permutation of 0 … size-1, at most 2**32, that depends only on `key` (32 bytes)."""
 
     def __init__(self, size: int, key: bytes) -> None:
         assert size <= 2**32 and len(key) == 4 * ROUNDS
         self.size = size
         self._kept: NDArray[np.int64] | None = None
         if size <= KEPT:
-            # numpy keeps PCG64's raw stream for ever, its `permutation` not.
+            # NumPy guarantees PCG64's raw stream, but not `permutation`.
             raw = np.random.PCG64(int.from_bytes(key[:16], "little")).random_raw(size)
             self._kept = np.argsort(raw, kind="stable")
             return
@@ -59,7 +58,7 @@ class Permutation:
             for multiplier in _MULTIPLIERS:
                 mixed ^= mixed >> np.uint32(15)
                 mixed *= np.uint32(multiplier)
-            mixed >>= np.uint32(32 - left_bits)  # the upper bits of a product are the mixed ones
+            mixed >>= np.uint32(32 - left_bits)  # the upper bits of a product are well mixed
             mixed ^= left
             left, right = right, mixed
             left_bits = upper + lower - left_bits
@@ -67,7 +66,7 @@ class Permutation:
 
 
 class InTurn:
-    """Permutations of successive documents, one after the other: the image of a position is a document's number."""
+    """Concatenated permutations of consecutive ranges of documents: maps a position to a document number."""
 
     def __init__(self, permutations: Sequence[Permutation]) -> None:
         self._permutations = permutations
@@ -86,12 +85,12 @@ class InTurn:
 class SourceOrder:
     """The endless sequence of one source's documents: one permutation an epoch.
 
-    Of a source that has grown an epoch goes through what was there first, then through what each growth brought. The
-    first epoch so begins as it did before the growth.
+    An epoch of a grown source goes through its generations in order, so the first epoch begins as it did before the
+    growth.
 
     Args:
         lengths: tokens of each document, in the shards' order.
-        sizes: documents of each generation of the shards, later ones after the earlier; None: all are of one.
+        sizes: documents of each generation of the shards, oldest first; None: there is only one.
     """
 
     def __init__(self, name: str, lengths: NDArray[np.integer], seed: int, sizes: Sequence[int] | None = None) -> None:
@@ -117,7 +116,7 @@ class SourceOrder:
         return int(self.lengths[: sum(self._sizes[:generations])].sum(dtype=np.int64))
 
     def seek(self, consumed: int) -> tuple[int, int]:
-        """Go to where `consumed` tokens have been given: (document, offset into it) if one is open, else (-1, 0)."""
+        """Seek to the position after `consumed` tokens; returns (document, offset) if one is open, else (-1, 0)."""
         epoch, within = divmod(consumed, self.tokens)
         self._load(epoch)
         while within:

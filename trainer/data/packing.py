@@ -1,6 +1,6 @@
-"""How the tokens of a step are laid into rows; a pure function of the step, so every rank finds the same rows.
+"""Pack the tokens of a step into rows; a pure function of the step, so every rank gets the same rows.
 
-Nothing is carried from step to step, dropped or padded: the rows hold exactly the step's tokens. Imports no torch.
+Nothing is carried over, dropped or padded: the rows hold exactly the step's tokens. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from trainer.spec import Packing
 
 
 def lay_out(segments: Sequence[Segment], seq_len: int, packing: Packing) -> list[list[Segment]]:
-    """The rows of a step; its tokens must be whole rows."""
+    """The rows of a step; its number of tokens must be a multiple of the row length."""
     return (best_fit if packing == "best_fit" else concatenate)(segments, seq_len)
 
 
 def concatenate(segments: Sequence[Segment], seq_len: int) -> list[list[Segment]]:
-    """Rows of `seq_len` tokens in the stream's order; a document is cut where a row ends."""
+    """Rows of `seq_len` tokens in stream order; a document is cut where a row ends."""
     rows: list[list[Segment]] = []
     room = 0
     for segment in segments:
@@ -37,14 +37,15 @@ def concatenate(segments: Sequence[Segment], seq_len: int) -> list[list[Segment]
 
 
 def best_fit(segments: Sequence[Segment], seq_len: int) -> list[list[Segment]]:
-    """Rows of `seq_len` tokens with as few cut documents as best-fit-decreasing leaves.
+    """Rows of `seq_len` tokens by best-fit decreasing, which cuts few documents.
 
-    Documents longer than a row give whole rows and a rest. Then the longest piece first goes where it leaves the least
-    room (Ding et al. 2024, arXiv 2404.10830). What fits nowhere is cut to fill the gaps, widest first: so where that
-    paper pads or truncates, a few documents are cut.
+    A document longer than a row gives full rows and a remainder. Then, longest first, each piece goes to the row where
+    it leaves the least room (Ding et al. 2024, arXiv 2404.10830). Pieces that fit nowhere are cut to fill the gaps,
+    widest
+    first: where that paper pads or truncates, a few documents are cut.
     """
     rows: list[list[tuple[int, Segment]]] = []
-    pieces: list[tuple[int, int, Segment]] = []  # minus length, place in the stream, piece
+    pieces: list[tuple[int, int, Segment]] = []  # negative length, position in the stream, piece
     for place, segment in enumerate(segments):
         rest: Segment | None = segment
         while rest is not None and rest.stop - rest.start > seq_len:
@@ -76,12 +77,12 @@ def best_fit(segments: Sequence[Segment], seq_len: int) -> list[list[Segment]]:
                 insort(open_rows, (room - (head.stop - head.start), row))
     for pieces_of_row in rows:
         pieces_of_row.sort(key=lambda placed: placed[0])
-    rows.sort(key=lambda row: row[0][0])  # stable; else the longest documents would all be on the first rank
+    rows.sort(key=lambda row: row[0][0])  # stream order; else the longest would all be on the first rank
     return [[segment for _, segment in row] for row in rows]
 
 
 def cut(segment: Segment, length: int) -> tuple[Segment, Segment | None]:
-    """The first `length` tokens of a segment and the rest, None when there is none."""
+    """The first `length` tokens of a segment, and the rest or None."""
     middle = segment.start + length
     if middle >= segment.stop:
         return segment, None

@@ -1,8 +1,8 @@
 """The order of all training tokens: a pure function of (shards, mix, curriculum, seed, order version).
 
-The stream is endless and knows no rows, ranks or workers: trainer/data/mixture.py says whose document is next,
-trainer/data/order.py which one. Because that depends on nothing but tokens given, those counts are the whole state.
-Resuming looks each source's position up; no past choice is replayed. Imports no torch.
+The stream is endless and independent of rows, ranks and workers: trainer/data/mixture.py chooses the next source,
+trainer/data/order.py its document. Both depend only on the tokens drawn so far, so these counts are the whole state.
+Resuming looks up each source's position; no past choice is replayed. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from trainer.spec import MixSpec, StageSpec
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where the stream stands. `drawn` and `skipped`: tokens by source; skipped ones are drawn, not trained on."""
+    """A position in the stream. `drawn` and `skipped`: tokens by source; skipped tokens are drawn but not trained
+    on."""
 
     order_version: int
     plan_digest: str
@@ -37,7 +38,7 @@ class Cursor:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Self:
-        """Raises DataError when `value` is not what `to_dict` gives."""
+        """Raises DataError if `value` was not written by `to_dict`."""
         try:
             cursor = cls(
                 order_version=int(value["order_version"]),
@@ -55,13 +56,13 @@ class Cursor:
 
     @property
     def trained(self) -> dict[str, int]:
-        """The ledger: tokens by source that were trained on."""
+        """The ledger: trained tokens by source."""
         return {name: count - self.skipped[name] for name, count in self.drawn.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens [start, stop) of a document of a source. `continues`: its token `stop` follows in the stream."""
+    """Tokens [start, stop) of a source's document. `continues`: its token `stop` follows in the stream."""
 
     source: int
     document: int
@@ -75,15 +76,16 @@ class TokenStream:
 
     Args:
         lengths: tokens of each document, by source; the names and their order are those of `mix`.
-        data_digest: digest of the manifest that the lengths come from.
-        earlier: of its earlier generations, oldest first, digest and documents of each source. A cursor of one goes on
-            into what came later, or, where it was beyond the source's first epoch, stays with what was there.
-        curriculum: later weights, by the position from which they hold.
-        skip: ranges [first, last) of stream positions, in tokens, that are drawn but not given out.
-        cursor: as `cursor()` gave it; None for the start.
+        data_digest: digest of the manifest with these lengths.
+        earlier: digest and documents of each source for each earlier generation, oldest first. A cursor of one
+            continues into later generations, or, if it is beyond a source's first epoch, stays with that source's old
+            documents.
+        curriculum: later weights, by the position from which they apply.
+        skip: ranges [first, last) of stream positions, in tokens, that are drawn but not yielded.
+        cursor: from `cursor()`; None for the start.
 
     Raises:
-        DataError: a source without tokens; a cursor of another plan.
+        DataError: a source has no tokens, or the cursor is of another plan.
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class TokenStream:
         return Cursor(self._version(self.position), self.digest(self.position), *named)
 
     def _version(self, position: int) -> int:
-        """The first order version that has this order of the first `position` tokens."""
+        """The lowest order version that gives this order of the first `position` tokens."""
         return (
             DEBTS_PAID_VERSION if self._mixture.pays_debts or not self._mixture.leaves_out(position) else ORDER_VERSION
         )
@@ -154,7 +156,7 @@ class TokenStream:
     def digest(self, position: int = 0, generation: int | None = None) -> str:
         """Identity of the order of the first `position` tokens, by default with all generations of the data.
 
-        Caps are not part of it, nor stages that begin later: both may be changed on the way.
+        It does not include caps and stages that begin later, because both may change during a run.
         """
         data_digest = self._data[-1 if generation is None else generation][0]
         begun = self._stages[: self._mixture.stages_begun(position)]
@@ -164,7 +166,7 @@ class TokenStream:
         ).hexdigest()
 
     def take(self, count: int) -> list[Segment]:
-        """The next `count` tokens, as segments in order; those in skipped ranges are passed over and not counted."""
+        """The next `count` tokens as segments in order; tokens in skipped ranges are left out and not counted."""
         segments: list[Segment] = []
         while count:
             source, document, length, start = self._open or self._choose()
@@ -193,7 +195,7 @@ class TokenStream:
         refuse_too_little(self._mixture, self._mix, dict(zip(self.names, amounts, strict=True)), end, self._drawn)
 
     def epochs(self, cursor: Cursor) -> dict[str, float]:
-        """How often each source had been gone through when the stream stood at `cursor`."""
+        """Epochs of each source at `cursor`."""
         return {order.name: cursor.drawn[order.name] / order.tokens for order in self._orders}
 
     def _choose(self) -> tuple[int, int, int, int]:
@@ -202,7 +204,7 @@ class TokenStream:
         return source, document, length, 0
 
     def _run(self, limit: int) -> tuple[bool, int]:
-        """Whether the next token is kept, and for how many tokens (at most `limit`) that stays so."""
+        """Whether the next token is kept, and for how many tokens (at most `limit`) this holds."""
         position = self.position
         for first, last in self._skip:
             if first <= position < last:
@@ -212,13 +214,13 @@ class TokenStream:
         return True, limit
 
     def _generation_of(self, cursor: Cursor) -> int:
-        """The number, from 1, of the newest generation of the data that a cursor may be of; 0 for none."""
+        """The number, from 1, of the newest generation to which a cursor may belong; 0 for none."""
         position = sum(cursor.drawn.values())
         numbers = range(len(self._data), 0, -1)
         return next((n for n in numbers if self.digest(position, n - 1) == cursor.plan_digest), 0)
 
     def _checked(self, cursor: Cursor) -> int:
-        """The generation that a cursor is of, as `_generation_of` counts."""
+        """The generation of a cursor, counted as in `_generation_of`."""
         if cursor.order_version not in (DEBTS_PAID_VERSION, ORDER_VERSION):
             raise DataError(
                 f"the checkpoint's data order has version {cursor.order_version}, this code has {ORDER_VERSION}; "

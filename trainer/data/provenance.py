@@ -1,4 +1,4 @@
-"""Where each document of a shard came from: `PREFIX.docs` beside `PREFIX.bin` and `PREFIX.idx`. Imports no torch.
+"""The origin of each document of a shard: `PREFIX.docs` beside `PREFIX.bin` and `PREFIX.idx`. Imports no torch.
 
     offset     bytes  content
     0          8      magic "YAODOCS1"
@@ -7,7 +7,7 @@
     12 + n     12·S   for each document, in the order of the index: u32 number of its file in the table,
                       u64 byte offset at which its line starts there
 
-Little-endian. Megatron's readers do not look at the file; the manifest holds its checksum.
+Little-endian. Megatron's readers ignore the file; the manifest has its checksum.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ SUFFIX = ".docs"
 
 @dataclass(frozen=True)
 class Origin:
-    """The line of a raw file (relative to the raw stage's directory) that a document was; `offset` in bytes."""
+    """The raw line of a document; the file's path is relative to the raw stage's directory, `offset` is in bytes."""
 
     path: str
     offset: int
 
 
 class OriginsWriter:
-    """Writes one `.docs`; nothing appears under the final name before `close`.
+    """Writes one `.docs`; the final name appears only at `close`.
 
     Args:
-        prefix: of the shard.
+        prefix: prefix of the shard.
         files: the table; `append` refers to it by number.
     """
 
@@ -69,7 +69,7 @@ class OriginsWriter:
 
 
 class Origins:
-    """One `.docs`, mapped read-only: `origins[i]` is where document i of the shard came from.
+    """One `.docs`, mapped read-only: `origins[i]` is the origin of document i of the shard.
 
     Raises:
         DataError: the file is missing, malformed, or not for a shard of `documents` documents.

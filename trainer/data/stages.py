@@ -1,4 +1,4 @@
-"""A stage of the data path as a step sees it: the data behind a result, and what of a directory may be used again.
+"""A stage of the data path for a step: open the data of a result, and find reusable parts of a directory.
 
 Imports no torch.
 """
@@ -20,9 +20,10 @@ def reusable(
     inputs: dict[str, str],
     settings: dict[str, Any],
 ) -> tuple[Manifest | None, str]:
-    """The manifest of `directory` if it is whole and was made from these inputs and settings, else None; and why.
+    """The manifest of `directory` if it is intact and was made from these inputs and settings, else None; and the
+    reason.
 
-    One that has grown since holds what they gave, too.
+    A directory that has grown since then also qualifies.
     """
     if not (Path(directory) / MANIFEST_NAME).exists():
         return None, "not made yet"
@@ -46,10 +47,10 @@ def whole_part(
     *,
     sizes_only: bool = False,
 ) -> Manifest | None:
-    """The newest whole generation of `directory` that was made with these settings from these inputs, if any.
+    """The newest intact generation of `directory` that was made with these settings from these inputs, if any.
 
     Args:
-        made_from: the inputs of each generation that there should be, oldest first.
+        made_from: the inputs of each expected generation, oldest first.
     """
     try:
         there = read_manifest(directory, kind)
@@ -65,7 +66,7 @@ def whole_part(
 
 
 def withdraw(directory: str | Path, stays: Manifest | None) -> None:
-    """Take back the declaration that a directory is finished, unless it declares no more than what stays."""
+    """Remove the manifest, which declares a directory finished, unless it lists only files that are kept."""
     with suppress(DataError):
         if stays is not None and read_manifest(directory) == stays:
             return
@@ -73,12 +74,12 @@ def withdraw(directory: str | Path, stays: Manifest | None) -> None:
 
 
 def open_stage(result: StageResult) -> Manifest:
-    """The manifest behind the result of a step before, with its files present and of the right sizes.
+    """The manifest of a previous step's result, after a check that its files exist with the right sizes.
 
-    Of a directory that has grown since, it is what was there then.
+    For a directory that has grown since then, it is the generation of the result.
 
     Raises:
-        DataError: it is not what the result describes.
+        DataError: the data does not match the result.
     """
     manifest = read_manifest(result.path).at(result.digest)
     if manifest is None or manifest.kind != result.kind:

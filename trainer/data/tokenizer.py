@@ -1,15 +1,16 @@
 """Byte-level BPE: training, and the wrapper through which all code encodes and decodes. Imports no torch.
 
 Text is cut by one pattern, nothing is normalised, and every byte has a token, so decoding gives back any text exactly.
-The pattern keeps a Hangul run together with its leading space (a word and its particles) and apart from Latin letters
-written against it (GPU|를), takes at most three digits at a time so that numbers are composed regularly, joins one
-leading sign to a word (`.append`, `_name`) and keeps runs of up to 128 spaces or newlines whole (indentation is one
-token). It is written in what the regular expressions of `tokenizers` (Oniguruma) and of tiktoken (Rust) both read
-alike; the bound is there because tiktoken's gives up on look-ahead behind a megabyte of blanks.
+The pattern keeps a Hangul run together with its leading space (a word and its particles) and separates it from adjacent
+Latin letters (GPU|를), takes at most three digits at a time so that numbers are split regularly, joins one leading sign
+to a word (`.append`, `_name`) and keeps runs of up to 128 spaces or newlines whole (indentation is one token). It uses
+only syntax that the regular expressions of `tokenizers` (Oniguruma) and tiktoken (Rust) interpret alike; the bound
+exists because tiktoken's engine fails on look-ahead after a megabyte of blanks.
 
-Ids: 0 is the end of a document; the other special tokens follow, then the 256 bytes, then merges; reserved tokens fill
-up to exactly the size asked for. Special tokens written inside a text are ordinary characters unless the caller says
-otherwise, so no document can end itself. Bytes that are no UTF-8 have ids too (`encode_bytes`), so any bytes come back.
+Ids: 0 is the end of a document; then the other special tokens, the 256 bytes and the merges; reserved tokens fill up to
+exactly the requested size. Special tokens written in a text are ordinary characters unless the caller says otherwise,
+so no document can end itself. Bytes that are not UTF-8 have ids too (`encode_bytes`), so any bytes survive a round
+trip.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PATTERN = "|".join(
         r"\s",
     )
 )
-# The characters that stand for bytes in the vocabulary: printable ones for themselves, the others from U+0100 on.
+# The characters that represent bytes in the vocabulary: printable bytes as themselves, the others from U+0100 on.
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
 BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + n): b for n, b in enumerate(_OTHERS)}
@@ -62,7 +63,7 @@ class Tokenizer:
         """The tokenizer in `directory/tokenizer.json`; its digest is the sha256 of that file.
 
         Raises:
-            DataError: the file is missing or is no tokenizer whose id 0 is the end of a document.
+            DataError: the file is missing, or not a tokenizer whose id 0 is the end of a document.
         """
         path = Path(directory) / "tokenizer.json"
         try:
@@ -96,17 +97,17 @@ class Tokenizer:
         return [encoding.ids for encoding in self._raw.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text, special tokens included; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
+        """The text, including special tokens; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         return self._raw.decode(list(ids), skip_special_tokens=False)
 
     def decode_part(self, ids: Sequence[int]) -> str:
-        """`decode` of ids that somebody cut: half a character at either end is left out instead of being U+FFFD."""
+        """`decode` for a slice of ids: a partial character at either end is left out instead of becoming U+FFFD."""
         data = self.decode_bytes(ids)
         start = next((n for n, byte in enumerate(data[:3]) if byte & 0xC0 != 0x80), min(len(data), 3))
         return getincrementaldecoder("utf-8")("replace").decode(data[start:])
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of any bytes; those that belong to no UTF-8 character take the id of the single byte."""
+        """Ids of any bytes; a byte outside any UTF-8 character gets its single-byte id."""
         text = data.decode("utf-8", "surrogateescape")
         ids: list[int] = []
         for stray, whole in re.findall("([\udc80-\udcff])|([^\udc80-\udcff]+)", text):
@@ -114,16 +115,17 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that the ids stand for, exactly; special tokens as they are written."""
+        """The exact bytes of the ids; special tokens as written."""
         return b"".join(self._bytes[n] for n in ids)
 
     def byte_lengths(self) -> list[int]:
-        """UTF-8 bytes of text that each id stands for; special and reserved tokens stand for none."""
+        """UTF-8 bytes of text per id; 0 for special and reserved tokens."""
         special = self._raw.get_added_tokens_decoder()
         return [0 if n in special else len(self._bytes[n]) for n in range(self.vocab_size)]
 
     def bpe(self) -> tuple[str, dict[bytes, int]]:
-        """What another BPE engine needs: the pattern that cuts text, and the id of each ordinary token by its bytes.
+        """The data for another BPE engine: the pattern that splits text, and the id of each ordinary token by its
+        bytes.
 
         Raises:
             ValueError: the tokenizer does more than cut by one pattern and merge bytes.
@@ -146,7 +148,7 @@ class Tokenizer:
 
     @cached_property
     def _bytes(self) -> list[bytes]:
-        """What each id stands for."""
+        """The bytes of each id."""
         special = self._raw.get_added_tokens_decoder()
         texts = {n: text for text, n in self._raw.get_vocab().items()}
         tokens = [texts[n] for n in range(self.vocab_size)]
@@ -159,7 +161,7 @@ class Tokenizer:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> RawTokenizer:
-    """A tokenizer of exactly `vocab_size` ids; equal texts give an equal tokenizer.
+    """Train a tokenizer of exactly `vocab_size` ids; equal texts give an equal tokenizer.
 
     Raises:
         ValueError: `vocab_size` has no room for the special tokens and the bytes.

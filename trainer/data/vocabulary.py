@@ -1,4 +1,4 @@
-"""What every vocabulary holds beside what it learns. Imports nothing: a job is checked without tokenizers."""
+"""The fixed part of every vocabulary. Imports nothing, so that a job can be checked without tokenizers."""
 
 from __future__ import annotations
 

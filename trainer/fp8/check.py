@@ -1,8 +1,8 @@
-"""Comparison of FP8 implementations with the emulation on the device at hand; the outcome are parity records.
+"""Compare FP8 implementations with the emulation on this device; the results are parity records.
 
 `linear` is one layer, `fp8_experts` the grouped product; the variant is the recipe. Both sides get the same operands.
-torch's products must agree with the emulation but for the rounding of BF16 results and fast sums. Transformer Engine
-casts by kernels of its own, and grouped gradients of weights are BF16 on one side: there the limit is that of FP8.
+torch's products must agree with the emulation except for the rounding of BF16 results and fast sums. Transformer Engine
+has its own cast kernels, and grouped weight gradients are BF16 on one side: there the tolerance is that of FP8.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trainer.spec import Fp8Spec
 OPERATIONS = ("linear", "fp8_experts")
 CLOSE, FP8_ROUNDING = 1e-2, 6e-2
 SHAPES = ((512, 2048, 1280), (100, 256, 128), (1024, 128, 2048))  # tokens, inputs, outputs
-TE_TOKENS = 8  # Transformer Engine refuses other numbers of tokens than multiples of this
+TE_TOKENS = 8  # Transformer Engine accepts only multiples of this number of tokens
 PASSES = 3  # so that delayed scales come from a history, of the same numbers
 
 
@@ -40,7 +40,7 @@ def comparisons(op: str) -> Iterator[tuple[str, Fp8Spec]]:
 
 
 def problem(op: str, fp8: Fp8Spec, device: torch.device) -> str | None:
-    """Why a combination cannot run on this device; None where it can."""
+    """Why a combination cannot run on this device; None if it can."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if fp8.implementation == "te":
         return te.problem(fp8, capability)
@@ -50,7 +50,7 @@ def problem(op: str, fp8: Fp8Spec, device: torch.device) -> str | None:
 
 
 def shapes(fp8: Fp8Spec) -> list[tuple[int, int, int]]:
-    """Those of SHAPES that an implementation takes."""
+    """The SHAPES that an implementation accepts."""
     return [shape for shape in SHAPES if fp8.implementation != "te" or shape[0] % TE_TOKENS == 0]
 
 

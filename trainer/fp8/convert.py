@@ -42,11 +42,11 @@ def convert(
     only_proven: bool = False,
     agree: Callable[[str | None], str | None] = lambda problem: problem,
 ) -> Fp8State | te.TeState:
-    """Convert what the table says, print it, and return the state of all products.
+    """Convert the modules in the table, log the table, and return the state of all products.
 
     Args:
         only_proven: see `why_not_experts`.
-        agree: makes this rank's reason against FP8 experts that of all ranks.
+        agree: combines the ranks' reasons against FP8 experts into one.
 
     Raises:
         SpecError: nothing in this model can be converted.
@@ -64,7 +64,7 @@ def convert(
 
 
 def why_not_experts(model: HybridModel, fp8: Fp8Spec, device: torch.device, *, only_proven: bool) -> str | None:
-    """Why the experts' products stay out of FP8 here; None where they do not.
+    """Why the experts' products are not FP8 here; None if they are.
 
     Args:
         only_proven: the implementation was chosen by its parity record, so the experts' products need theirs too.
@@ -80,7 +80,7 @@ def why_not_experts(model: HybridModel, fp8: Fp8Spec, device: torch.device, *, o
 
 
 def put(model: HybridModel, rows: list[Conversion], fp8: Fp8Spec, device: torch.device) -> Fp8State | te.TeState:
-    """FP8 products in place of those of these weights, and their state."""
+    """Replace the products of these weights by FP8 products; returns their state."""
     recipe = recipe_of(fp8)
     if recipe.implementation == "te":
         return te.convert(model, [row.name for row in rows], fp8)

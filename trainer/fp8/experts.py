@@ -1,4 +1,4 @@
-"""Grouped FP8 products for the experts: rows sorted by expert, one weight matrix for each.
+"""Grouped FP8 products for the experts: rows sorted by expert, one weight matrix per expert.
 
     emulated   all recipes, all three products: torch's grouped product of BF16 numbers, each of which is an FP8 number
                or, with blocks, one times a power of two; so only its sums are rounded, once, to BF16
@@ -36,7 +36,7 @@ def experts_fp8(
     up: Fp8Grouped,
     down: Fp8Grouped,
 ) -> Tensor:
-    """`trainer.ops.experts.experts_grouped` with FP8 in place of both grouped products."""
+    """`trainer.ops.experts.experts_grouped` with FP8 for both grouped products."""
     routing, dtype = by_expert(expert_SK, up_EGD.shape[0]), compute_dtype(x_SD)
     ends_E = routing.count_E.cumsum(0).to(torch.int32)
     hidden_RF = ACTIVATIONS[activation].value(up(dispatch(x_SD.to(dtype), routing), up_EGD, ends_E))
@@ -84,7 +84,7 @@ class Fp8GroupedProduct(torch.autograd.Function):
 
 
 class Fp8Grouped:
-    """What `trainer.ops.experts.experts_grouped` takes in place of torch's grouped product."""
+    """Passed to `trainer.ops.experts.experts_grouped` instead of torch's grouped product."""
 
     def __init__(self, recipe: Recipe, slots: Slots, owner: torch.nn.Module) -> None:
         self.recipe, self.slots, self.owner = recipe, slots, owner
@@ -161,7 +161,7 @@ _PRODUCTS = {"emulated": _emulated, "torch": _torch}
 
 
 def experts_problem(recipe: Recipe, backend: str, capability: tuple[int, int] | None) -> str | None:
-    """Why the experts stay out of FP8 with this implementation and this `backends.experts`; None where they do not."""
+    """Why the experts are not FP8 with this implementation and this `backends.experts`; None if they are."""
     if recipe.implementation == "te":
         return "FP8 here is that of the experts backend te"
     if backend != "grouped":

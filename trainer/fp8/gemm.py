@@ -1,4 +1,4 @@
-"""Products of FP8 operands, and where each way of computing them can run.
+"""Products of FP8 operands, and where each implementation can run.
 
     emulated   FP32 products of the FP8 numbers, on any device: the definition
     torch      torch's scaled GEMMs (cuBLASLt), compute capability 8.9 on; 128-blocks only on 9.x
@@ -55,10 +55,10 @@ PRODUCTS = {"emulated": product_emulated, "torch": product_torch}
 
 
 def aligned(data_MK: Tensor, multiple: int) -> Tensor:
-    """Row-major, the contraction padded with zeros to a multiple of this."""
+    """Row-major copy with the contraction padded with zeros to a multiple of this."""
     missing = -data_MK.shape[1] % multiple
     if missing:
-        data_MK = F.pad(data_MK.view(torch.uint8), (0, missing)).view(data_MK.dtype)  # few operations know FP8
+        data_MK = F.pad(data_MK.view(torch.uint8), (0, missing)).view(data_MK.dtype)  # few operations support FP8
     return data_MK.contiguous()
 
 
@@ -73,7 +73,7 @@ def inner_major(inverse_GJ: Tensor) -> Tensor:
 
 
 def torch_problem(recipe: str, gradient: torch.dtype, capability: tuple[int, int] | None) -> str | None:
-    """Why torch's scaled GEMMs cannot run this recipe; None where they can."""
+    """Why torch's scaled GEMMs cannot run this recipe; None if they can."""
     if capability is None:
         return "there is no GPU"
     have = f"this GPU has compute capability {capability[0]}.{capability[1]}"

@@ -1,8 +1,9 @@
 """A linear layer whose three products (forward, gradient of the input, gradient of the weight) are FP8.
 
-The weight stays the FP32 parameter that it is, under its own name: optimizers and checkpoints do not notice. It is
-cast anew where it is used, also in the backward pass: keeping the FP8 copy would keep a gathered weight alive under
-FSDP. With 128-blocks an operand is cast once for each direction in which it is summed over, from the same original.
+The weight remains the same FP32 parameter under its own name, so optimizers and checkpoints are not affected. It is
+cast
+at each use, also in the backward pass: keeping the FP8 copy would keep a gathered weight alive under FSDP. With
+128-blocks an operand is cast once per contraction direction, from the same original.
 
 Amaxes are collected as running maxima of the step, so neither several micro-batches nor recomputation under activation
 checkpointing count anything twice; scales of the delayed recipe change between steps only (`state.py`).
@@ -34,7 +35,7 @@ class Recipe(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """This layer's part of the FP8 state, fp32 [3] each: amax of the step so far, and the delayed recipe's scales."""
+    """This layer's slice of the FP8 state, fp32 [3] each: amax of the step so far, and the delayed recipe's scales."""
 
     amax: Tensor
     scale: Tensor
@@ -57,7 +58,7 @@ class Fp8Linear(nn.Linear):
 
 
 class Fp8Product(torch.autograd.Function):
-    """y = x·wᵀ in the dtype of x. `record` keeps amaxes; evaluation leaves the state as it is."""
+    """y = x·wᵀ in the dtype of x. `record` collects amaxes; evaluation does not change the state."""
 
     @staticmethod
     def forward(
@@ -74,7 +75,7 @@ class Fp8Product(torch.autograd.Function):
             x = kept = cast(x_MK, 0, amax_3, scale_3, recipe, record)
             w = cast(w_NK, 1, amax_3, scale_3, recipe, record)
         ctx.save_for_backward(*kept, w_NK)
-        # Not saved as the others, since that would forbid what they are for: to change before the backward pass.
+        # Not saved for backward like the others, which would forbid in-place changes before the backward pass.
         ctx.amax_3, ctx.scale_3 = amax_3, scale_3
         ctx.recipe, ctx.record, ctx.dtype = recipe, record, x_MK.dtype
         return product(x, w, x_MK.dtype, fast=True)
@@ -108,11 +109,11 @@ def cast(x_MK: Tensor, slot: int, amax_3: Tensor, scale_3: Tensor, recipe: Recip
     scale = tensor_scale(amax, LARGEST[dtype], recipe.margin)
     if recipe.scaling == "delayed":
         known = scale_3[slot]
-        # 0·amax: a scale known beforehand would clamp an Inf to a large number, and nobody would see it.
+        # 0·amax: otherwise a delayed scale would silently clamp an Inf to a large number.
         scale = torch.where(known > 0, known + 0 * amax, scale)
     return by_tensor(x_MK, scale, dtype)
 
 
 def note(amax_3: Tensor, slot: int, amax: Tensor) -> None:
-    """Raise the running maximum of a slot. NaN stays: `state.py` sorts it out."""
+    """Update the running maximum of a slot. NaN is kept; `state.py` handles it."""
     amax_3[slot].copy_(torch.maximum(amax_3[slot], amax.float()))

@@ -1,10 +1,10 @@
-"""What FP8 keeps from step to step: one slot for each operand of each product, all slots of the model in one vector.
+"""FP8 state across steps: one slot per operand of each product, all slots of the model in one vector.
 
 During a step slots collect the largest magnitude seen. `finish_step`, once after each optimizer step, makes
 the scales of the next step out of it: the largest amax over the ranks (one all-reduce) enters a history of H steps and
-the largest of the history gives the scale. A scale of 0 means that nothing has been seen yet; such a tensor is scaled
-by its own amax, where Transformer Engine takes 1 and loses the gradients of the first step. Other recipes use only the
-figures, for the metrics.
+the largest of the history gives the scale. A scale of 0 means no history yet; such a tensor is scaled by its own amax
+(Transformer Engine uses 1 and loses the gradients of the first step). Other recipes use only the statistics, for the
+metrics.
 
 Transformer Engine advances its history at every forward pass; here an entry is an optimizer step, which is the same
 without gradient accumulation and does not depend on the micro-batch size otherwise.
@@ -46,7 +46,7 @@ class Fp8State:
         self._steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def slots(self, product: int) -> Slots:
-        """The tensors that a product writes its amaxes into and reads its scales from."""
+        """The tensors to which a product writes its amaxes and from which it reads its scales."""
         at = slice(product * len(OPERANDS), (product + 1) * len(OPERANDS))
         return Slots(self._amaxes[product], self.scale_N[at])
 
@@ -73,14 +73,15 @@ class Fp8State:
         self.scale_N.copy_(torch.where(foreseen_N > 0, scale_N, self.scale_N))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the next step depends on; empty unless the recipe is delayed. Shares memory, for loading into."""
+        """Everything on which the next step depends; empty unless the recipe is delayed. Shares memory, so loading
+        fills it."""
         if self.recipe.scaling != "delayed":
             return {}
         return {"history_HN": self._history_HN, "scale_N": self.scale_N, "steps": self._steps}
 
     @property
     def counted_tensors(self) -> int:
-        """Slots whose overflows are counted; other recipes than the delayed one foresee nothing."""
+        """Number of slots whose overflows are counted; only delayed scaling can overflow."""
         return len(self.overflows_N) if self.recipe.scaling == "delayed" else 0
 
     def figures(self) -> tuple[dict[str, float], float]:

@@ -1,6 +1,6 @@
 """FP8 through Transformer Engine: its Linear in place of ours, its recipe around the forward pass.
 
-The package is imported only when it is asked for or proven. Its modules need a GPU; recipes and signatures do not.
+The package is imported only if it is selected or proven. Its modules need a GPU; recipes and signatures do not.
 Differences from `linear.py`: amaxes enter the history at every forward pass (every micro-batch), and the first one is
 scaled by 1. Recomputation under activation checkpointing would see scales that have moved on, and torch.compile cannot
 trace that recipe: `check_runtime` refuses both.
@@ -37,7 +37,7 @@ def package() -> ModuleType:
 
 
 def problem(fp8: Fp8Spec, capability: tuple[int, int] | None) -> str | None:
-    """Why Transformer Engine cannot run this recipe here; None where it can. Imports it only on a GPU that would do."""
+    """Why Transformer Engine cannot run this recipe here; None if it can. Imports it only on a suitable GPU."""
     if fp8.margin and fp8.recipe == "current":
         return f"it takes no margin for current scaling (train.precision.fp8.margin {fp8.margin})"
     if capability is None:
@@ -50,7 +50,7 @@ def problem(fp8: Fp8Spec, capability: tuple[int, int] | None) -> str | None:
 
 
 def check_runtime(fp8: Fp8Spec, runtime: RuntimeSpec) -> None:
-    """Refuse what its delayed recipe cannot do.
+    """Refuse settings that its delayed recipe does not support.
 
     Raises:
         SpecError: the delayed recipe together with torch.compile or with recomputed activations.
@@ -69,7 +69,7 @@ def check_runtime(fp8: Fp8Spec, runtime: RuntimeSpec) -> None:
 
 
 def compile_problem(fp8: Fp8Spec) -> str | None:
-    """Why layers cannot be compiled under this recipe; None where they can."""
+    """Why layers cannot be compiled under this recipe; None if they can."""
     if fp8.implementation == "te" and fp8.recipe == "delayed":
         return "torch.compile cannot trace delayed FP8 scaling by Transformer Engine"
     return None
@@ -98,7 +98,7 @@ def autocast(fp8: Fp8Spec) -> AbstractContextManager:
 def convert(model: nn.Module, weights: list[str], fp8: Fp8Spec) -> TeState:
     """Make te.Linear out of the owners of these weights; parameters and modules stay the same objects.
 
-    A module that took the place of another would be unknown to FSDP2, which puts gathered weights into the one it met.
+    Modules are converted in place, because FSDP2 puts gathered weights into the modules it was given.
     """
     te = package()
     modules = {}

@@ -1,5 +1,5 @@
-"""The kinds of layers: one file for each, with everything that is known of a kind without torch.
+"""The kinds of layers: one file per kind, with everything about it that needs no torch.
 
-`base.py` says what a kind must tell; `trainer.modelspec.ModelSpec` lists the kinds. What computes them is in
+`base.py` defines the interface of a kind; `trainer.modelspec.ModelSpec` lists the kinds. The computation is in
 `trainer.model`, in a file of the same name.
 """

@@ -1,4 +1,4 @@
-"""torch.compile by layer: layers of one kind share their code, so that a model of any depth compiles a few of them.
+"""torch.compile by layer: layers of one kind share compiled code, so a model of any depth compiles only a few.
 
 Embedding, final norm and the cross-entropy stay as they are; so do what depends on the data in number, documents and
 their masks, which are made before the first layer (`HybridModel._documents`).
@@ -22,7 +22,7 @@ def compile_layers(model: HybridModel, *, whole: bool = False, backend: str = "i
         whole: refuse a layer that cannot be compiled as one graph, instead of running parts of it as they are.
         backend: of torch.compile.
     """
-    # Gradients are computed outside of autocast, as without a compiler: those of FP32 products by FP32 ones.
+    # Gradients are computed outside of autocast, as without a compiler: FP32 products have FP32 gradients.
     torch._functorch.config.backward_pass_autocast = "off"
     if torch.are_deterministic_algorithms_enabled():  # perhaps not known to the compiler, see trainer/distributed.py
         torch.use_deterministic_algorithms(True, warn_only=torch.is_deterministic_algorithms_warn_only_enabled())
@@ -41,7 +41,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
 
 @cache
 def _keep_mutations_in_order() -> None:
-    """Mend torch's generator of C++ code, which may read a buffer before something was scattered into it.
+    """Fix torch's C++ code generator, which may read a buffer before a scatter into it.
 
     Where it fuses loops of unlike rank, torch (to 2.13 at least; pull request 185873 of pytorch/pytorch) derives anew
     what a node reads, and forgets that a read is of the buffer as it is after a mutation. The node is then fused with
@@ -57,5 +57,5 @@ def _keep_mutations_in_order() -> None:
         node.set_read_writes(node.read_writes.rename(node.mutation_renames))
 
     SchedulerNode.recompute_size_and_body = recompute_size_and_body
-    # Caches on disk may hold code from before; the tag is part of their keys.
+    # Caches on disk may have code from before the fix; the tag is part of their keys.
     torch.compiler.config.cache_key_tag += "mutations-in-order"

@@ -1,11 +1,11 @@
 """The model: embedding → layers of sublayers → norm → head. Read this file first.
 
 A layer is a few sublayers in order (`ModelSpec.layers`), each x ← x + mixer(norm(x)): Mamba-2 (M), experts (E),
-attention (*), MLP (-). Engram (N) normalises the hidden state inside its gate and so has no norm in front. Every
-mixer respects the documents of a packed row; nothing crosses from one to the next. With `spec.mtp`, modules behind
-the last layer are trained to predict further ahead (trainer/model/mtp.py).
+attention (*), MLP (-). Engram (N) normalises the hidden state inside its gate and so has no pre-norm. Every mixer
+respects the document boundaries of a packed row. With `spec.mtp`, modules after the last layer are trained to predict
+further ahead (trainer/model/mtp.py).
 
-How each parameter begins is said in its kind's file in trainer/kinds; `init_weights` draws it.
+The initialisation of each parameter is defined in its kind's file in trainer/kinds; `init_weights` draws it.
 
 Legend: B rows, T positions, D hidden, V vocabulary, L MoE sublayers, E experts, K depths of multi-token prediction.
 """
@@ -41,7 +41,7 @@ from trainer.ops.wide import computed_in
 from trainer.parameters import parameters, unknown_parameter
 from trainer.spec import BackendsSpec
 
-INIT_BLOCK_ELEMENTS = 2**20  # drawn at once; bounds what initialisation needs beyond what a rank keeps (4 MiB)
+INIT_BLOCK_ELEMENTS = 2**20  # elements drawn at once; bounds the extra memory of initialisation (4 MiB)
 
 
 class ModelOutput(NamedTuple):
@@ -227,11 +227,11 @@ def build_model(
 
     Args:
         dtype: what autocast will give to matrix products, by which kernels are chosen; None without autocast.
-        seed: of the weights; None leaves shapes only, for weights and buffers that all come from a file.
+        seed: seed of the weights; None leaves only shapes, if all weights and buffers come from a file.
         token_classes: compression table of the tokenizer (`trainer.kinds.ngrams.token_classes`), needed by Engram
             layers with compress_tokens.
         share: cuts the parameters between ranks while they have shapes only; no rank ever holds the whole model.
-        choices: backends that were chosen, and told of, before; in place of `backends`.
+        choices: backends that were already chosen and logged; replaces `backends`.
 
     Raises:
         SpecError: a named backend cannot run on this device, or the token classes do not fit.

@@ -1,12 +1,12 @@
-"""Activation checkpointing: what the backward pass computes a second time instead of keeping it.
+"""Activation checkpointing: what the backward pass recomputes instead of keeping it.
 
     none       nothing
     selective  all but matrix products, attention and experts: norms, convolution, activations, scan; Engram whole
     full       every layer from its input
 
-Regions end in a matrix product, which is not repeated: its inputs are all that the backward pass needs of it, and
-torch stops a region once it has them. An FP8 product is repeated; its scales do not notice (trainer/fp8/linear.py).
-The choice of experts is repeated under `full` only. `trainer.arithmetic.activations` says what each policy keeps.
+Regions end in a matrix product, which is not recomputed: the backward pass needs only its inputs, and torch stops a
+region once it has them. An FP8 product is recomputed without effect on its scales (trainer/fp8/linear.py). The choice
+of experts is recomputed only under `full`. `trainer.arithmetic.activations` has what each policy keeps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trainer.spec import Policy
 
 
 class Recomputed(nn.Module):
-    """A module with parts that may be recomputed; `set_policy` says which."""
+    """A module with parts that may be recomputed; `set_policy` selects them."""
 
     policy: Policy = "none"
 

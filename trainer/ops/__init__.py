@@ -62,7 +62,7 @@ class Backend:
     Attributes:
         unsupported: None when it can run in a setting, else the reason why not.
         package: the distribution whose version a parity record names.
-        portable: plain torch, that may run unproven where nothing is proven.
+        portable: plain torch, which may run unproven if nothing is proven.
     """
 
     function: Callable[..., Any]
@@ -92,7 +92,7 @@ class Choice(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Of a backend: why it cannot run, and why it is not known to be right; None where there is nothing to say."""
+    """The verdict on a backend: why it cannot run, and why it is unproven; None for no problem."""
 
     problem: str | None
     doubt: str | None
@@ -179,7 +179,7 @@ def resolve(
 
     Args:
         dtype: of the activations, that is of autocast where it is on.
-        model: its widths rule out some kernels; None asks about none.
+        model: its widths rule out some kernels; None skips these checks.
 
     Raises:
         SpecError: a backend named explicitly cannot run in this setting.
@@ -203,7 +203,7 @@ def resolve(
 
 
 def survey(op: str, setting: Setting) -> dict[str, Verdict]:
-    """What there is to say of every backend of an operation; imports the packages of all."""
+    """The verdict on every backend of an operation; imports the packages of all."""
     return {name: _verdict(op, setting, name) for name in OPS[op].backends}
 
 
@@ -232,7 +232,7 @@ def best(op: str, device: torch.device, verdict: Callable[[str], Verdict]) -> Ch
 
 
 def _proven(op: str, name: str, setting: Setting) -> bool:
-    """By a committed record; the reference is what everything else is compared with."""
+    """Whether a committed record proves a backend; the reference needs none."""
     if name == "reference":
         return True
     version = parity.package_version(OPS[op].backends[name].package)
@@ -252,6 +252,6 @@ def functions(choices: dict[str, Choice]) -> dict[str, Callable[..., Any]]:
 
 
 def say(choices: dict[str, Choice]) -> None:
-    """Log what was chosen, and why."""
+    """Log the choices and their reasons."""
     for name, choice in choices.items():
         log.info("operation %s: %s (%s)", name, choice.name, choice.reason)

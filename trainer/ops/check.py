@@ -1,4 +1,4 @@
-"""Comparison of every backend with its reference on the device at hand; the outcome are parity records.
+"""Compare every backend with its reference on this device; the results are parity records.
 
 Inputs are drawn in fp32, rounded to the number format and handed to both; the reference computes on them in fp32.
 Errors are the largest difference as a part of the reference's largest value, over outputs and over gradients of a
@@ -150,7 +150,7 @@ def _leak(function: Function, case: Case, start: int) -> float:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Largest |difference| over the largest |expected|; inputs are around 1, so what is all but zero counts as 0.1."""
+    """Largest |difference| over the largest |expected|, at least 0.1, because inputs are around 1."""
     return (found - expected).abs().max().item() / max(expected.abs().max().item(), 0.1)
 
 

@@ -1,4 +1,4 @@
-"""Loading of optional GPU packages: a missing or broken one is a reason in words, never a crash.
+"""Load optional GPU packages: a missing or broken one gives a reason, never a crash.
 
 Packages with compiled parts fail in many ways when they do not fit torch (ImportError, OSError of a missing library,
 ValueError of their own version checks), so loading catches every Exception, once for each module.
@@ -19,7 +19,7 @@ from typing import Any
 
 @cache
 def load(module: str) -> ModuleType | str:
-    """The imported module, or in one line why it cannot be imported."""
+    """The imported module, or a one-line reason why it cannot be imported."""
     package = module.partition(".")[0]
     try:
         if find_spec(package) is None:

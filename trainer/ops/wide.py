@@ -1,7 +1,7 @@
-"""BF16 on a CPU without BF16 instructions: torch multiplies such numbers one by one there, hundreds of times slower.
+"""BF16 on a CPU without BF16 instructions, where torch multiplies element by element, hundreds of times slower.
 
-Their products are exact in FP32 and summed in FP32 by either way, so multiplying them as FP32 and rounding the result
-once is the same operation.
+BF16 products are exact in FP32 and summed in FP32 either way, so multiplying as FP32 and rounding the result once is
+the same operation.
 """
 
 from __future__ import annotations

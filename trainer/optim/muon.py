@@ -9,8 +9,9 @@ side by side as [m, K·n] (the mode-1 unfolding of the stacked tensor), and each
 result. The paper stacks whole query, key and value matrices; here a head is a matrix of its own, so head h of one layer
 stands beside head h of the next.
 
-A block whose gradient is exactly zero, an expert that got no token, keeps still: its momentum decays, and
-orthogonalised it would go on at full speed for ever, in the end in the direction of rounding. Its weight still decays.
+A block whose gradient is exactly zero (an expert without tokens) is not updated: its momentum decays, but
+orthogonalised it would move the block at full speed for ever, in the end in the direction of rounding errors. Weight
+decay still applies.
 
 Shape suffixes: N matrices, m rows, n columns of one block (after the cuts of rules.py), k = K·n columns of a stack.
 """

@@ -27,8 +27,8 @@ class Optimizers:
 
     Attributes:
         members: the torch optimizers by name ("muon", "adamw"); one is absent when it has no parameter.
-        peak_learning_rate: learning rate at factor 1 of the optimizer that the schedule and the logs speak of.
-        table: what each parameter got.
+        peak_learning_rate: learning rate at factor 1 of the optimizer to which schedule and logs refer.
+        table: the assignment of each parameter.
     """
 
     def __init__(

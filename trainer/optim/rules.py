@@ -1,7 +1,7 @@
 """Which optimizer trains which parameter, and how a stored matrix is cut before Muon orthogonalises it.
 
-Every parameter says so itself (trainer/parameters.py), because a shape cannot tell: an embedding and a projection are
-both 2-D. Muon treats a matrix as one linear map, so matrices that are stored together for speed (attention heads,
+trainer/parameters.py declares it for every parameter, because the shape is not enough: an embedding and a projection
+are both 2-D. Muon treats a matrix as one linear map, so matrices that are stored together for speed (attention heads,
 z|x|B|C, experts) are cut into the maps they are. Under TEON the same block of successive attention layers is
 orthogonalised jointly; the table says with whom. A parameter that the model's spec does not have is an error.
 
@@ -33,7 +33,7 @@ _TRUNK = r"layers\.\d+\.\d+"
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one parameter gets.
+    """The assignment of one parameter.
 
     Attributes:
         rate_factor, decay_factor: on the optimizer's learning rate and weight decay.
@@ -53,14 +53,14 @@ class Assignment:
 
     @property
     def moments(self) -> int:
-        """Numbers kept for each weight between steps: Muon has a momentum, AdamW two moments."""
+        """State elements per weight: Muon has a momentum, AdamW two moments."""
         return 1 if self.optimizer == "muon" else 2
 
 
 def assign(
     parameters: Iterable[tuple[str, tuple[int, ...]]], spec: OptimizerSpec, model: ModelSpec
 ) -> list[Assignment]:
-    """What each of these (name, shape) pairs gets, in their order. `spec.name` "adamw" moves all of Muon's to AdamW.
+    """The assignment of each (name, shape) pair, in order. `spec.name` "adamw" moves all of Muon's to AdamW.
 
     Raises:
         ValueError: a parameter that the model does not have, or blocks that do not fill its rows.

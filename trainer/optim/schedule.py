@@ -1,7 +1,7 @@
 """Learning-rate schedules as pure functions of the step: nothing to save, nothing to restore, any step may be asked.
 
 WSD (warm-up, stable, decay; arXiv 2404.06395) is the default: the stable part is the same for every length of a run, so
-a run can be prolonged from a checkpoint taken before the decay.
+a run can be lengthened from a checkpoint before the decay.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def learning_rate_factor(
 
     Args:
         peak: learning rate at factor 1, to which `final_learning_rate` is related.
-        begun_with_steps: the length that the warm-up is of, where the run's length was changed on the way.
+        begun_with_steps: the first length, which sets the warm-up, if the run's length was changed.
     """
     warmup, decay = spec.phases(steps, begun_with_steps)
     if step < warmup:

@@ -1,4 +1,4 @@
-"""One model on several ranks: who holds which part, how experts exchange tokens, how gradients are summed.
+"""One model on several ranks: sharding, token exchange of experts, gradient reduction.
 
-`layout` imports no torch: what a ParallelSpec means can be checked where nothing is allocated.
+`layout` imports no torch, so that a ParallelSpec can be checked without allocating anything.
 """

@@ -1,4 +1,4 @@
-"""What the ranks must do to gradients of which each holds another part, besides what FSDP2 and the optimizers do."""
+"""Gradient reductions that neither FSDP2 nor the optimizers do."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""What a ParallelSpec means for a number of ranks: who shares the weights, who shares the experts. Imports no torch.
+"""Resolve a ParallelSpec for a number of ranks: the groups that share weights and experts. Imports no torch.
 
 Ranks are laid out twice, as rows of two tables; neighbouring ranks, which are on one node, share most:
 
     dense weights    replicate × shard     each row holds one copy of the weights between its ranks (FSDP; ddp: 1 rank)
     experts          replicas × expert     each row holds one set of the experts between its ranks
 
-With `expert` above 1 the experts are cut by that axis alone, whatever holds the other weights. What is small and stays
-FP32 in a step (norms, convolutions, routers, Mamba's scalars: 0.2% of the large presets) every rank holds in any case.
+With `expert` above 1 the experts are sharded only by that axis, whatever shards the other weights. Small parameters
+that stay FP32 in a step (norms, convolutions, routers, Mamba's scalars: 0.2% of the large presets) are always
+replicated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks before the first step, so that a node which cannot train says so in seconds and by name.
+"""Checks before the first step, so that an unusable node is reported by name within seconds.
 
 Each node's entrypoint looks at its volumes, shared memory and GPUs; once the ranks have met, they look at their own
 GPU, at the links between them and at their clocks (`ranks`). A check that fails ends the start with an exit code of
@@ -23,7 +23,7 @@ from trainer.spec import TrainSpec
 
 log = logging.getLogger(__name__)
 
-VARIABLE = "YAONGI_PREFLIGHT"  # what the entrypoint found, for the ranks, which have the metrics server
+VARIABLE = "YAONGI_PREFLIGHT"  # the entrypoint's findings, for the ranks, which have the metrics server
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def of_entrypoint() -> list[Finding]:
 
 
 def run(checks: Mapping[str, Callable[[], Measured]]) -> list[Finding]:
-    """Make every check, say what it found in one line each, and a summary.
+    """Run every check, log one line for each finding, and a summary.
 
     Raises:
-        ForeseenError: of the failed check that explains most, a permanent one if there is any.
+        ForeseenError: the error of the most significant failed check, a permanent one if there is any.
     """
     findings: list[Finding] = []
     failures: list[ForeseenError] = []

@@ -1,4 +1,4 @@
-"""The GPUs of a node before a process uses them: as many as expected, and a driver that suits PyTorch.
+"""Check a node's GPUs before a process uses them: their number, and a driver that fits PyTorch.
 
 Imports torch only inside functions, and makes no CUDA context: the process that asks lives as long as the ranks do, and
 a context holds hundreds of megabytes of each GPU.
@@ -17,7 +17,7 @@ from trainer.preflight.measured import Measured, gibibytes
 if TYPE_CHECKING:
     import torch
 
-MIN_FREE_SHARE = 0.8  # of a GPU's memory before training; what holds more is another process
+MIN_FREE_SHARE = 0.8  # of a GPU's memory before training; more than this is held by another process
 _SIDE, _ROUNDS = 1024, 8
 # Fields of nvidia-smi --query-gpu that tell of a failing GPU, with what is to be done. Xid errors are in the kernel log
 # of the node only, which a container may not read.
@@ -69,7 +69,7 @@ def driver_cuda_version() -> tuple[int, int] | None:
 
 
 def driver_mismatch(torch_cuda: str | None, driver: tuple[int, int] | None) -> str | None:
-    """Why torch cannot use this driver; None when it can.
+    """Why torch cannot use this driver; None if it can.
 
     A driver runs programs of any minor version of its own CUDA major version, and of older ones (CUDA's minor version
     compatibility); an image with NVIDIA's forward compatibility package brings a library that says so itself.

@@ -71,7 +71,7 @@ def clocks(world: World, most_seconds: float) -> Measured:
         raise CommunicationError(
             f"the clock of {wrong} is {abs(moment - reference):.1f} s {'ahead of' if moment > reference else 'behind'} "
             f"that of {other}, {most_seconds:g} s are allowed (train.runtime.preflight.max_clock_skew_seconds); "
-            "mend time synchronisation (NTP, chrony) on that node",
+            "fix time synchronisation (NTP, chrony) on that node",
         )
     return Measured(f"clocks within {spread:.2f} s")
 

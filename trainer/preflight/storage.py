@@ -1,4 +1,4 @@
-"""Volumes and shared memory of a node: can they be used, are they large enough, how fast are they. Imports no torch."""
+"""Check a node's volumes and shared memory: access, size and speed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.spec import TokensSpec, TrainSpec
 
 SHARED_MEMORY = Path("/dev/shm")
 READ_BYTES, WRITE_BYTES = 64 * 2**20, 16 * 2**20
-PATIENCE_SECONDS = 2.0  # then what has been moved so far is the measurement
+PATIENCE_SECONDS = 2.0  # then the amount moved so far is measured
 SLOW_MB_PER_SECOND = 10.0  # warned of where the spec names no floor
 JUDGED_BYTES = 4 * 2**20  # of less, the time says more about opening files than about the volume
 _CHUNK = 2**20
@@ -39,9 +39,7 @@ def readable(tokens: TokensSpec, floor_mb_per_second: float | None) -> Measured:
         try:
             count += _read(file, READ_BYTES - count, began + PATIENCE_SECONDS)
         except OSError as error:
-            raise VolumeError(
-                f"{file}: {error.strerror}; mend the volume of the datasets or the rights on it"
-            ) from None
+            raise VolumeError(f"{file}: {error.strerror}; fix the datasets volume or the permissions on it") from None
         if count >= READ_BYTES or time.monotonic() > began + PATIENCE_SECONDS:
             break
     rate = count / max(time.monotonic() - began, 1e-6)
@@ -76,8 +74,8 @@ def writable(spec: TrainSpec, floor_mb_per_second: float | None) -> Measured:
             same = all(part == block[: len(part)] for part in iter(lambda: stream.read(_CHUNK), b""))
     except OSError as error:
         raise VolumeError(
-            f"{directory} cannot take checkpoints ({error.strerror}); free space on its volume, or mend its rights: it "
-            f"must be writable for uid {os.getuid()}",
+            f"{directory} cannot take checkpoints ({error.strerror}); free space there, or fix its permissions: "
+            f"it must be writable for uid {os.getuid()}",
         ) from None
     finally:
         _remove(draft, final)
@@ -99,7 +97,7 @@ def shared_memory(minimum_gib: float | None, path: Path = SHARED_MEMORY) -> Meas
         size = _size(path)
     except OSError as error:
         raise SpecError(f"{path}: {error.strerror}; mount a memory volume there") from None
-    if minimum_gib is not None and size < 0.99 * minimum_gib * GIB:  # a kernel rounds to pages
+    if minimum_gib is not None and size < 0.99 * minimum_gib * GIB:  # the kernel rounds to pages
         raise SpecError(
             f"{path} has {gibibytes(size)}, the job asks for {minimum_gib:g} GiB; mount an emptyDir of medium Memory "
             "there with that sizeLimit, below the memory limit of the container (docker: --shm-size), or lower "
@@ -137,7 +135,7 @@ def _leftover(directory: Path) -> int:
         for file in path.rglob("*"):
             try:
                 total += file.stat().st_size
-            except OSError:  # gone meanwhile
+            except OSError:  # deleted in the meantime
                 continue
     return total
 

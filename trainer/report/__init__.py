@@ -1,6 +1,6 @@
-"""The report of a run: one HTML file that needs nothing else, to be looked at, mailed or kept.
+"""The report of a run: one self-contained HTML file.
 
-Written after evaluation and after export; what a run does not have yet is left out.
+It is written after evaluation and after export; parts that do not exist yet are left out.
 """
 
 from __future__ import annotations

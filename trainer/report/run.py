@@ -1,6 +1,6 @@
-"""What a run directory says about a run, read once and tolerantly: a report is also wanted of an unfinished run.
+"""Read the data of a report from a run directory; it also works for an unfinished run.
 
-Missing files leave their part out; a damaged one is an error, because a report must not show half a truth. Imports no
+The parts of missing files are left out; a damaged file is an error, because a partial report would mislead. Imports no
 torch.
 """
 
