@@ -45,7 +45,7 @@ class MupSpec(Spec):
 
 
 class ModelSpec(Spec):
-    # The registry of kinds: a field `…Spec | None` of a Kind, or a list of a PlacedKind, is all that makes a kind known.
+    # The registry of kinds: any field `…Spec | None` of a Kind, or list of a PlacedKind, registers its kind.
     kinds: ClassVar[dict[str, type[Kind]]]  # by symbol
     section_names: ClassVar[dict[str, str]]  # symbol → field
 
