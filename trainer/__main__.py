@@ -47,8 +47,7 @@ def load_spec(file: str, assignments: Sequence[str]) -> TrainSpec:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     # Otherwise threads spin while they wait for a preempted one: beside two busy processes, an evaluation of 17 s took
-    # 69 s,
-    # and 18 s with this setting; alone it takes 18 s. Read when PyTorch is imported.
+    # 69 s, and 18 s with this setting; alone it takes 18 s. Read when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     end_with_parent()
     failures.forget()
@@ -106,6 +105,5 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: after a failure threads may hang in a collective that never finishes, and after success torch's
-    # teardown
-    # has been seen to abort a finished process.
+    # teardown has been seen to abort a finished process.
     os._exit(exit_code)

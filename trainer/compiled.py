@@ -41,8 +41,7 @@ from trainer.spec import BatchSpec, TokensSpec, TrainSpec
 log = logging.getLogger(__name__)
 
 # Limits of |compiled - eager| / |eager| of each gradient. Under reduced precision compiled code rounds less often, so
-# some
-# tokens go to other experts: 0.28 was seen; a lost gradient gives 1.
+# some tokens go to other experts: 0.28 was seen; a lost gradient gives 1.
 TOLERANCE = {"fp32": 1e-2, "fp16": 0.5, "bf16": 0.5, "fp8": 0.5}
 NEGLIGIBLE = 1e-3  # of the largest gradient's norm: a smaller gradient may be only rounding
 VOCABULARY, TABLE_ROWS = 512, 1024  # at most: the lookup code does not depend on the number of rows

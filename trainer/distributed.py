@@ -186,9 +186,8 @@ def _settle(device: torch.device, local_size: int) -> None:
     threads = os.environ.get("OMP_NUM_THREADS") or ("1" if local_size > 1 else None)
     if threads:  # processes that each use all shared cores are many times slower
         torch.set_num_threads(int(threads))
-    # The same sums in the same order, so that a resumed run is bit-identical to an uninterrupted one.
-    # Not torch.use_deterministic_algorithms, which imports the compiler to set it there: a second of an evaluation. If
-    # the
+    # The same sums in the same order, so that a resumed run is bit-identical to an uninterrupted one. Not
+    # torch.use_deterministic_algorithms, which imports the compiler to set it there: a second of an evaluation. If the
     # compiler is used, trainer/model/compiling.py sets it.
     torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False

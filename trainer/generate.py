@@ -1,8 +1,7 @@
 """Sampling text from a model by running the whole sequence again for every token.
 
 Cost is quadratic in the length, so it is only for samples of some hundred tokens; without a cache, no cache can be
-wrong.
-Prompts run as one batch: rows are padded on the right, which causal layers do not see.
+wrong. Prompts run as one batch: rows are padded on the right, which causal layers do not see.
 
 Legend: B prompts, T positions, V vocabulary.
 """

@@ -3,8 +3,7 @@
 A layer is a short string of sublayers that run in order, each with its own pre-norm and residual:
 `M` Mamba-2 · `E` mixture of experts · `*` grouped-query attention · `-` MLP · `N` Engram n-gram memory.
 So `ME` is a Mamba-2 mixer followed by experts, `*-` attention followed by an MLP. A kind's properties are in its file
-in
-trainer/kinds; the fields of `ModelSpec` that are kinds form their registry.
+in trainer/kinds; the fields of `ModelSpec` that are kinds form their registry.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 A step is a spike if its loss or gradient norm exceeds the mean of the previous steps by `sigmas` standard deviations
 (as in OLMo-core's SkipStep optimizers). Spikes enter the window like every other step. So a lasting rise, for example
-from
-other data, is skipped only a few times, until the standard deviation has grown: at most window/(1 + sigmas²) times,
-rounded up, which is 4 at 6σ and 128 steps.
+from other data, is skipped only a few times, until the standard deviation has grown: at most window/(1 + sigmas²)
+times, rounded up, which is 4 at 6σ and 128 steps.
 
 Imports no torch.
 """

@@ -92,8 +92,7 @@ def _forwarding_to(child: subprocess.Popen[str]) -> Iterator[list[int]]:
     """Forward stop signals; yields the list of those received.
 
     A second signal makes the trainer stop without a checkpoint. After the death of our parent only one is forwarded:
-    several
-    processes notice that death and each sends one, but nobody asks to skip the checkpoint.
+    several processes notice that death and each sends one, but nobody asks to skip the checkpoint.
     """
     started_by, passed_on = launcher.Launcher(), list[int]()
 

@@ -50,8 +50,7 @@ def refuse_too_little(
     """Refuse a stream of `end` tokens that would repeat a source beyond its `max_epochs`.
 
     A source ends at most one document above its share, so a run that passes cannot fail later. Not counted is the
-    deficit of
-    a source that a stage leaves out: a few documents, which the other sources then provide.
+    deficit of a source that a stage leaves out: a few documents, which the other sources then provide.
 
     Args:
         drawn: tokens already drawn from each source, in the order of `mix`.

@@ -1,12 +1,10 @@
 """Manifests: the content and provenance of a data directory, and the checksums to verify it.
 
 A stage of the data path (raw text, tokenizer, shards) is a directory with files and one `manifest.json`, which is
-written
-last: a directory without it is unfinished. The manifest has no time, host or absolute path, so equal inputs give an
-equal
-digest. A longer run appends files: existing files and their order stay, and the manifest keeps the digest of each
-earlier generation, by which runs and later stages made from it find it. Layout of the stages, below the datasets
-directory:
+written last: a directory without it is unfinished. The manifest has no time, host or absolute path, so equal inputs
+give an equal digest. A longer run appends files: existing files and their order stay, and the manifest keeps the digest
+of each earlier generation, by which runs and later stages made from it find it. Layout of the stages, below the
+datasets directory:
 
     raw/<key>/manifest.json                  kind raw: `files` carry source, documents and text_bytes (UTF-8 bytes of
                                              the texts)

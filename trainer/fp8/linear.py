@@ -1,8 +1,7 @@
 """A linear layer whose three products (forward, gradient of the input, gradient of the weight) are FP8.
 
 The weight remains the same FP32 parameter under its own name, so optimizers and checkpoints are not affected. It is
-cast
-at each use, also in the backward pass: keeping the FP8 copy would keep a gathered weight alive under FSDP. With
+cast at each use, also in the backward pass: keeping the FP8 copy would keep a gathered weight alive under FSDP. With
 128-blocks an operand is cast once per contraction direction, from the same original.
 
 Amaxes are collected as running maxima of the step, so neither several micro-batches nor recomputation under activation

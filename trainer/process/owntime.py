@@ -1,9 +1,8 @@
 """Measure a rank's own work, so that a slow rank is visible.
 
 Ranks wait for each other in every step, so step times are equal on all ranks. A slow rank shows in the time of work
-that
-does not wait for others: loading data, and forward passes (under fsdp or expert parallelism these wait too, so only
-slow data is visible).
+that does not wait for others: loading data, and forward passes (under fsdp or expert parallelism these wait too, so
+only slow data is visible).
 """
 
 from __future__ import annotations
