@@ -1,4 +1,5 @@
-"""Grouped-query attention (Ainslie et al. 2023), by default without positions: the Mamba layers know the order.
+"""Grouped-query attention (Ainslie et al. 2023), by default without position embedding: the Mamba layers encode the
+order.
 
 Legend: B rows, T positions, D hidden, H query heads, K key/value heads, W head width, I = H·W, J = K·W.
 """

@@ -1,8 +1,8 @@
 """Engram: conditional memory by hashed n-grams (arXiv 2601.07372).
 
-The last 2..N tokens are hashed into tables of learned rows; what is found there becomes keys and values, and the
-hidden state decides by a gate how much of it to add. The indices are a function of the tokens alone, equal to the
-authors' reference code:
+The last 2..N tokens are hashed into tables of learned rows; the rows give keys and values, and the hidden state
+controls by a gate how much of the value to add. The indices are a function of the tokens alone, equal to the authors'
+reference code:
 
     idx[n, k] = (x_t·m_0 ⊕ x_{t-1}·m_1 ⊕ … ⊕ x_{t-n+1}·m_{n-1}) mod p[n, k]      n = 2..N, k = 1..K, all in int64
 
@@ -36,7 +36,7 @@ from trainer.ops import Documents
 
 
 class NgramHash(nn.Module):
-    """Row of each table for each position. Its constants are buffers: a checkpoint carries its hash."""
+    """The row in each table for each position. Its constants are buffers, so that a checkpoint contains its hash."""
 
     class_V: Tensor
     multiplier_N: Tensor
@@ -53,7 +53,7 @@ class NgramHash(nn.Module):
         self.register_buffer("offset_J", torch.empty(len(primes), dtype=torch.int64))
 
     def set_constants(self, classes: list[int] | None) -> None:
-        """Fill the buffers; `classes` is the compression table, None for one class for each token."""
+        """Fill the buffers; `classes` is the compression table, None for one class per token."""
         vocab_size = self.class_V.numel()
         table = list(range(vocab_size)) if classes is None else classes + [0] * (vocab_size - len(classes))
         numbers = multipliers(self.spec.layer, self.spec.max_order, max(table) + 1)
@@ -107,7 +107,7 @@ class Engram(Mixer):
         self.hash.set_constants(token_classes if self.spec.compress_tokens else None)
 
     def recall(self, h_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> Tensor:
-        """What the memory adds to the hidden state."""
+        """The memory's contribution to the hidden state."""
         memory_BTM = self.tables(self.hash(ids_BT, documents)).flatten(2)
         key_BTD, value_BTD = self.key_proj(memory_BTM), self.value_proj(memory_BTM)
         gate_BT1 = memory_gate(self.key_norm(key_BTD), self.query_norm(h_BTD), self.gate_factor)

@@ -1,4 +1,4 @@
-"""Draws the first values of parameters, by the laws of `trainer.kinds.base.Init`."""
+"""Draw initial values of parameters from the distributions of `trainer.kinds.base.Init`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layer of the model: torch's, but for BF16 on CPUs that have no instructions for it."""
+"""Linear layer of the model: torch's, except for BF16 on CPUs without BF16 instructions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.ops.wide import computed_in
 
 
 class Linear(nn.Linear):
-    """y = x·wᵀ, rounded to the dtype of autocast where it is on; most have no bias."""
+    """y = x·wᵀ, in the autocast dtype if autocast is on; most have no bias."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
         super().__init__(inputs, outputs, bias=bias)

@@ -1,7 +1,7 @@
 """Mamba-2 mixer (Dao & Gu 2024): projection → causal convolution over x, B, C → SSD scan → gated norm → projection.
 
-The time-step projection is a matrix of its own: it is a few rows wide, too narrow and too sensitive for FP8, and
-apart from it z, x, B and C form one matrix whose rows are a multiple of 128 at the widths that matter.
+The time-step projection is a separate matrix: it has few rows and is too narrow and too sensitive for FP8. Without it,
+z, x, B and C form one matrix whose row count is a multiple of 128 at the widths of the large presets.
 
 Legend: B rows, T positions, D hidden, I d_inner = H·P, H heads, P head width, G groups, N d_state, C conv channels =
 I + 2·G·N.

@@ -1,4 +1,4 @@
-"""What every mixer has in common: how a layer calls it, and what it gives back.
+"""The interface of a mixer: how a layer calls it, and what it returns.
 
 Legend: B rows, T positions, D hidden, E experts.
 """
@@ -17,7 +17,7 @@ Functions = Mapping[str, Callable[..., Any]]  # the chosen implementation of eac
 
 
 class Mixed(NamedTuple):
-    y_BTD: Tensor  # what is to be added to the residual stream
+    y_BTD: Tensor  # added to the residual stream
     aux_loss: Tensor | None = None  # 0-d fp32, summed over rows, already weighted
     load_E: Tensor | None = None  # int64, tokens that chose each expert
 
@@ -25,8 +25,9 @@ class Mixed(NamedTuple):
 class Mixer(Recomputed):
     """One kind of sublayer, made from (model's spec, its own section, functions).
 
-    It is in two parts: `project`, its first matrix products, and `mix`, what is made of them. The norm in front and
-    what `mix` marks as a region are computed again under selective checkpointing.
+    It has two parts: `project`, its first matrix products, and `mix`, everything after them. The pre-norm and the
+        regions
+    marked by `mix` are recomputed under selective checkpointing.
     """
 
     def forward(self, x_BTD: Tensor, norm: Callable[[Tensor], Tensor], ids_BT: Tensor, documents: Documents) -> Mixed:
@@ -43,7 +44,7 @@ class Mixer(Recomputed):
         raise NotImplementedError
 
     def mix(self, *projected: Any) -> Mixed:
-        """Of what `project` gives, and the documents."""
+        """Compute the result from the output of `project` and the documents."""
         raise NotImplementedError
 
     def reset_buffers(self, token_classes: list[int] | None) -> None:

@@ -1,6 +1,6 @@
 """Mixture of experts, balanced by a bias on the choice (DeepSeek-V3, arXiv 2412.19437, §2.1.2) or by a loss.
 
-The bias decides who is chosen and nothing else: the weights are the unbiased scores of the chosen. Between steps
+The bias affects only the choice of experts: the weights are the unbiased scores of the chosen ones. Between steps
 `update_bias` raises the bias of experts that got less than the mean load and lowers the others; a small loss on each
 sequence keeps single rows from collapsing on few experts. No token is dropped. Router arithmetic is fp32.
 

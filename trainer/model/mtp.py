@@ -1,7 +1,7 @@
 """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437 §2.2): modules in a chain, each looking one token further.
 
 Module k takes the hidden state of module k - 1 (for k = 1 the model's, before its final norm) and the token k places
-ahead, and predicts the token after that:
+ahead, and predicts the next token after that:
 
     h^k_t = layer(W [norm(h^{k-1}_t) ; norm(embedding(x_{t+k}))])        p(x_{t+k+1}) = softmax(head(norm(h^k_t)))
 
@@ -33,7 +33,8 @@ class MtpModule(nn.Module):
     def forward(
         self, h_BTD: Tensor, token_BTD: Tensor, ids_BT: Tensor, documents: Documents
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """What its layer returns: the hidden state for the next module and the head's norm, router loss, loads."""
+        """Returns its layer's output: the hidden state (for the next module and the head's norm), router loss,
+        loads."""
         both_BT2D = torch.cat([self.hidden_norm(h_BTD), self.token_norm(token_BTD)], dim=-1)
         return self.layer(self.proj(both_BT2D), ids_BT, documents)
 

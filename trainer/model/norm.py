@@ -1,7 +1,7 @@
 """RMSNorm and the gated, grouped RMSNorm of Mamba-2; statistics in fp32, no bias.
 
-Written with their gradients, so that of each norm only its inputs and one number for each group are kept, and in one
-dtype: torch's composite keeps several fp32 copies.
+They have hand-written gradients, so that each norm keeps only its inputs and one number per group, in one dtype:
+torch's composite keeps several fp32 copies.
 
 Legend: D width, G groups, W width of a group.
 """
@@ -19,7 +19,7 @@ from trainer.ops.experts import compute_dtype
 class RMSNorm(nn.Module):
     """x · rsqrt(mean(x²) + eps) · weight over the last dimension, computed in fp32.
 
-    Returned in the dtype of the matrix products that read it, so that they share one cast.
+    The result has the dtype of the matrix products that read it, so that they share one cast.
     """
 
     def __init__(self, width: int, eps: float) -> None:

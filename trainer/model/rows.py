@@ -1,4 +1,4 @@
-"""Rows of a tensor that this rank holds, whoever cut it; every cut is along dimension 0."""
+"""The rows of a tensor on this rank, for any kind of sharding; all sharding is along dimension 0."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """What this rank holds of a tensor, sharing its memory, and the row of the whole tensor at which that starts."""
+    """This rank's part of a tensor, sharing its memory, and the part's first row in the whole tensor."""
     if not hasattr(tensor, "placements"):  # no DTensor; asked so, because importing that class takes seconds
         return tensor, 0
     first, rows = 0, tensor.shape[0]

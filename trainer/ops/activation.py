@@ -1,10 +1,10 @@
-"""What stands between the two matrix products of an MLP or an expert, with its gradient.
+"""The activation between the two matrix products of an MLP or an expert, with its gradient.
 
     relu2     h = relu(b)²                          b [F]         (So et al. 2021)
     swiglu    h = silu(g) · u      b = [g ; u]      b [2·F]       (Shazeer 2020)
 
-The functions for experts take the weight of each routed copy, which multiplies h: it is narrower than the output. They
-keep nothing but b.
+The functions for experts take the weight of each routed copy and multiply h by it, because h is narrower than the
+output. They keep only b.
 
 Legend: R rows, F width of h, G width of b, 1 one number a row.
 """
@@ -24,7 +24,7 @@ class Activation(NamedTuple):
     """
     Attributes:
         value: h of b; for autograd.
-        weighted: weight · h, made anew.
+        weighted: weight · h, as a new tensor.
         gradients: of b and of the weights (fp32 [R]), from b, the gradient of weight · h, which it may overwrite, and
             the weights.
     """

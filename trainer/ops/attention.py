@@ -32,8 +32,8 @@ def attention_reference(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, document
 def attention_sdpa(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents) -> Tensor:
     """The same through torch's fused attention; the document mask is a term of the scores.
 
-    On a GPU only the memory-efficient kernel takes a mask, and with `enable_gqa` torch may fall back to the one that
-    holds all T·T scores; so there the key/value heads are repeated instead. Which kernel torch then takes has not been
+    On a GPU only the memory-efficient kernel accepts a mask, and with `enable_gqa` torch may fall back to the kernel
+    that keeps all T·T scores; so the key/value heads are repeated instead. Which kernel torch then selects has not been
     measured on a GPU.
     """
     heads_per_group = q_BTHD.shape[2] // k_BTKD.shape[2]

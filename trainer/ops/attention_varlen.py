@@ -1,7 +1,7 @@
 """Attention over packed documents by FlashAttention kernels: torch's own copy of them, or the flash_attn package.
 
-Rows are laid end to end and `cu_seqlens` says where each document begins; nothing of size T·T exists, and no score
-across documents is ever computed. Both take fewer key/value heads than query heads as they are.
+Rows are concatenated and `cu_seqlens` has the start of each document; nothing of size T·T exists, and no score across
+documents is computed. Both support fewer key/value heads than query heads.
 
 Legend: B rows, T positions, H query heads, K key/value heads, D head width, X = B·T positions.
 """
@@ -23,7 +23,7 @@ MAX_HEAD_DIM = 256
 def attention_varlen(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents) -> Tensor:
     """See `attention_reference`; torch.nn.attention.varlen, held to FlashAttention also where torch prefers cuDNN."""
     kernel = packages.kernel(TORCH)
-    # torch 2.11 takes grouped heads without being told; later versions want to be told.
+    # torch 2.11 accepts grouped heads implicitly; later versions need a flag.
     grouped = {"enable_gqa": True} if "enable_gqa" in kernel.parameters else {}
     q_XHD, k_XKD, v_XKD = (tensor.flatten(0, 1) for tensor in (q_BTHD, k_BTKD, v_BTKD))
     starts, length = documents.cu_seqlens, _longest(q_BTHD)
@@ -54,7 +54,7 @@ def flash_attn_unsupported(setting: Setting) -> str | None:
 
 
 def _unfit(setting: Setting) -> str | None:
-    """What the kernels ask of device, dtype and head width."""
+    """The kernels' requirements on device, dtype and head width."""
     if (reason := setting.below(8, 0)) is not None:
         return reason
     if setting.dtype not in (torch.bfloat16, torch.float16):

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over time that starts afresh at each document.
+"""Causal depthwise convolution over time, reset at each document.
 
 y[t] = bias + Σ_k w[K-1-k] · x[t - k·dilation], where taps that fall before the document of t count as zero. The last
 weight multiplies the current position, as in torch's Conv1d with left padding.
@@ -33,7 +33,7 @@ def conv_reference(
 
 
 def conv_torch(x_BTC: Tensor, w_CK: Tensor, bias_C: Tensor | None, documents: Documents, dilation: int = 1) -> Tensor:
-    """The same as K shifted multiply-adds over whole tensors, keeping nothing but x for the backward pass."""
+    """The same as K shifted multiply-adds over whole tensors; keeps only x for the backward pass."""
     shifts = range(dilation, dilation * w_CK.shape[1], dilation)
     masks = [] if documents.whole_rows else [documents.same_BT(shift)[:, :, None] for shift in shifts]
     return _ShiftedConv.apply(

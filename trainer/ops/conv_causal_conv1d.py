@@ -1,7 +1,8 @@
 """Causal convolution by the CUDA kernels of the causal_conv1d package.
 
 With document ids the kernels want x as [B, C, T] with channels last in memory: C and the strides of B and T multiples
-of 8, and 2 to 4 taps. They know no dilation; a convolution of dilation d is d plain ones over every d-th position.
+of 8, and 2 to 4 taps. They do not support dilation; a convolution with dilation d is d plain ones over every d-th
+position.
 
 Legend as in `trainer.ops.conv`.
 """
@@ -54,7 +55,7 @@ def _unfit(setting: Setting) -> str | None:
 
 
 def _aligned(x_BTC: Tensor) -> Tensor:
-    """x itself where its memory suits the kernel (a slice of a projection usually does), else a copy."""
+    """x itself if its memory layout suits the kernel (a slice of a projection usually does), else a copy."""
     batch_stride, time_stride, channel_stride = x_BTC.stride()
     fits = channel_stride == 1 and time_stride % 8 == 0 and batch_stride % 8 == 0
     return x_BTC if fits else x_BTC.contiguous()

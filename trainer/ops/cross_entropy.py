@@ -1,8 +1,8 @@
-"""Cross-entropy of the LM head without ever holding all logits.
+"""Cross-entropy of the LM head without materialising all logits.
 
-Logits of N tokens × V entries are the largest tensor of training (131 kB a token at V = 32,768 in fp32). Here each
-chunk of tokens gets its logits, its loss and, while they are at hand, its gradients; then they are dropped. The
-backward pass only scales what the forward pass stored, so nothing is computed twice.
+Logits of N tokens × V entries are the largest tensor of training (131 kB a token at V = 32,768 in fp32). Here the
+logits, the loss and the gradients are computed for one chunk of tokens at a time, and the logits are dropped. The
+backward pass only scales the stored gradients, so nothing is computed twice.
 
 Legend: N tokens, D hidden, V vocabulary.
 """

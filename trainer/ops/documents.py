@@ -1,4 +1,4 @@
-"""Where documents begin and end inside packed rows: computed once for a batch, shared by every layer.
+"""Document boundaries in packed rows: computed once per batch, shared by all layers.
 
 Equal `seq_idx` in one row means the same document. Documents are contiguous, so two positions of one document have
 nothing of another document between them; every mask below relies on that.
@@ -49,7 +49,8 @@ class Documents:
     def prepare(
         self, shifts: Iterable[int], *, mask: torch.dtype | None, rotation: Rotation | None, starts: bool
     ) -> None:
-        """Derive now what layers will ask for: a compiled layer may read these, new ones would compile it again.
+        """Compute now what the layers will need: compiled layers may read these, but new attributes would recompile
+        them.
 
         Args:
             shifts: of `same_BT`; mask: dtype of `added_mask_B1TT`, None for none; rotation: of `turns_BT1W`; starts:
@@ -84,9 +85,9 @@ class Documents:
 
     @property
     def whole_rows(self) -> bool:
-        """Whether every row is one document, as far as it may be asked: on a GPU the host would wait for the answer.
+        """Whether every row is known to be one document; not checked on a GPU, because the host would wait for it.
 
-        A compiled layer takes the general way, else it would be compiled once for either answer.
+        A compiled layer uses the general code, else it would be compiled once for each answer.
         """
         return self.seq_idx_BT.device.type == "cpu" and not torch.compiler.is_compiling() and self._is_whole
 

@@ -1,10 +1,9 @@
 """Routed experts on a CPU: one expert after the other, from its tokens to its share of the sum, all of it in the cache.
 
-What is wide is never made: neither the routed copies nor their outputs exist for more than one expert at a time. Where
-the CPU has no BF16 instructions, BF16 numbers are multiplied as FP32, which gives the same products and sums, several
-times faster. Both passes are operations of their own, so that torch.compile leaves the loops alone.
-
-Legend as in `trainer.ops.experts`; r the copies of one expert.
+Wide tensors are never materialised: routed copies and their outputs exist for only one expert at a time. If the CPU has
+no BF16 instructions, BF16 numbers are multiplied as FP32, which gives the same products and sums several times faster.
+Both passes are custom operators, so that torch.compile does not trace the loops.  Legend as in `trainer.ops.experts`; r
+the copies of one expert.
 """
 
 from __future__ import annotations
@@ -94,7 +93,9 @@ def _(
 def _keep(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.activation = inputs
     ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)  # nobody differentiates the hidden layer; zeros of its size would be made
+    ctx.set_materialize_grads(
+        False
+    )  # the hidden layer needs no gradient, for which zeros of its size would be allocated
 
 
 def _backward(ctx: FunctionCtx, grad_SD: Tensor, _grad_before_RG: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,9 +1,8 @@
 """Routed experts as one operation: copies sorted by expert, a matrix product for each expert, and sums of the copies.
 
-Forward and backward are written by hand, so that little is kept and nothing wide is: of the routed copies only the
-hidden layer before its activation. Copies, activations and casts of the weights are made again in the backward pass.
-The weights of the copies multiply the hidden layer instead of the output: it is narrower, and the copies of a token
-then only add up.
+Forward and backward are hand-written, so that little is kept: of the routed copies, only the hidden layer before its
+activation. Copies, activations and casts of the weights are recomputed in the backward pass. The routing weights
+multiply the hidden layer instead of the output: it is narrower, and the copies of a token are then only summed.
 
 These are torch's grouped products, for GPUs; on a CPU the work is done expert by expert (trainer/ops/experts_cpu.py).
 

@@ -1,9 +1,9 @@
 """Routed experts by Transformer Engine's GroupedLinear: one GEMM for each expert, on several streams.
 
-The module only carries the call. Ours owns the weights as one stacked parameter, so the carrier's own are removed and
-slices of the stack stand in their place; autograd then gives the stack one gradient. The numbers of tokens go to the
-host, once for each call. Under `te.autocast` the products are FP8, with each expert's rows padded as the recipe wants;
-not under delayed scaling, whose history of maxima belongs to one layer while a carrier serves all of one shape.
+The module only makes the call. Our module owns the weights as one stacked parameter, so TE's own weights are replaced
+by slices of the stack; autograd then gives the stack one gradient. The token counts are copied to the host once per
+call. Under `te.autocast` the products are FP8, with each expert's rows padded as the recipe wants; not under delayed
+scaling, whose history of maxima belongs to one layer while a carrier serves all of one shape.
 
 Legend as in `trainer.ops.experts`.
 """

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021), also slowed down for rows longer than a model was trained on.
+"""Rotary position embedding (Su et al. 2021), with scaling for rows longer than a model was trained on.
 
 Legend: B rows, T positions, H heads, W head width.
 """
@@ -43,8 +43,8 @@ def rates(rotation: Rotation, device: torch.device | str = "cpu") -> Tensor:
 def turns(position_BT: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
     """Cosine and sine of each position's angles, fp32 [B, T, 1, W/2], times the amplitude of queries and keys.
 
-    Positions begin afresh in each document. Only their differences enter the scores, so the result is the same as
-    with positions in the row; but the angles are rounded as if the document stood alone.
+    Positions restart in each document. Only their differences enter the scores, so the result is the same as with
+    positions in the row, but the angles are rounded as if the document were alone.
     """
     angle_BT1W = (position_BT[..., None].float() * rates(rotation, position_BT.device))[:, :, None]
     cos_BT1W, sin_BT1W = angle_BT1W.cos(), angle_BT1W.sin()

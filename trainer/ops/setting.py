@@ -1,4 +1,4 @@
-"""Where an operation is to run: what a backend may ask before it says that it can."""
+"""The setting of an operation, from which a backend decides whether it can run."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     h_t = exp(dt_t·A) h_{t-1} + dt_t B_t x_tᵀ        y_t = C_tᵀ h_t + D x_t
 
 `ssd_reference` is that recurrence. `ssd_chunked` cuts time into chunks of Q positions: within a chunk the output is a
-masked matrix product, and only one state for each chunk travels on, so there is no loop over time. Decays and states
+masked matrix product, and only one state per chunk is passed on, so there is no loop over time. Decays and states
 are fp32.
 
 Legend: B rows, T positions, Z chunks, Q positions of a chunk, H = G·R heads, G groups, R heads of a group,
@@ -42,7 +42,7 @@ def ssd_reference(
     outputs = []
     for t in range(length):
         decay_BH = torch.exp(dt_BTH[:, t] * A_H)
-        # Not by a decay of 0, which a NaN of the document before would survive.
+        # Not by a decay of 0, because a NaN of the previous document would survive.
         state_BHPN = torch.where(documents.same_BT(1)[:, t, None, None, None], state_BHPN, 0)
         B_BHN = B_BTGN[:, t].to(dtype).repeat_interleave(per_group, dim=1)
         C_BHN = C_BTGN[:, t].to(dtype).repeat_interleave(per_group, dim=1)

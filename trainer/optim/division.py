@@ -1,7 +1,8 @@
-"""Which rank orthogonalises which block in which batch, so that each is done exactly once. Imports no torch.
+"""Assign blocks to ranks and batches, so that each is orthogonalised exactly once. Imports no torch.
 
-A block whose rows all lie on one rank is done there. One that is cut between ranks is brought to one rank of the group:
-the one with the least work so far, largest blocks first (greedy longest-processing-time, within 4/3 of the optimum).
+A block whose rows are all on one rank is processed there. A block that is split between ranks is gathered on one rank
+of the group: the one with the least work so far, largest blocks first (greedy longest-processing-time, within 4/3 of
+the optimum).
 
 Rows of a 3-D tensor [N, m, n] are counted as those of the matrix [N·m, n].
 """

@@ -1,4 +1,4 @@
-"""Blocks that are cut between ranks, brought together on their owner and back: one all-to-all each way.
+"""Gather blocks that are split between ranks on their owner, and scatter them back: one all-to-all each way.
 
 Shape suffixes: N matrices, m rows, k columns (of a whole stack), K members of a stack.
 """
@@ -79,7 +79,7 @@ class Exchange:
         self.blocks = [block for block, _ in blocks]
         self._shapes = {number: block.shape for number, (block, owner) in enumerate(blocks) if owner == rank}
         pieces = [piece for number, (block, owner) in enumerate(blocks) for piece in _pieces(number, block, owner)]
-        # Sorting is stable, so two ranks list what passes between them in one order.
+        # Sorting is stable, so two ranks list the rows they exchange in the same order.
         self.held = sorted((piece for piece in pieces if piece.holder == rank), key=lambda piece: piece.owner)
         self._owned = sorted((piece for piece in pieces if piece.owner == rank), key=lambda piece: piece.holder)
 

@@ -1,4 +1,4 @@
-"""Which rows of each parameter this rank updates, whoever cut it: nobody, the sharded optimizer, FSDP2 or experts.
+"""The rows of each parameter that this rank updates, for unsharded parameters, sharded optimizer, FSDP2 and experts.
 
 A rank always owns whole rows (indices of the first dimension) of a parameter, and momentum and moments of those rows
 exist on that rank only. In a checkpoint they are DTensors, so that any number of ranks can load them.

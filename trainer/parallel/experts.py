@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank of a group holds some of the experts, and tokens travel to theirs and back. Dropless.
+"""Expert parallelism: each rank of a group holds some experts; tokens are sent to them and back. Dropless.
 
 Every rank sorts its routed copies by expert, sends them to the ranks that hold those experts, runs any backend of
 `trainer.ops.experts` on what it has received, and sends the results back, where they are weighted and summed. A rank's
@@ -47,12 +47,12 @@ def run_everywhere(
     sent_Pe = routing.count_E.view(-1, num_own)
     received_Pe = torch.empty_like(sent_Pe)
     dist.all_to_all_single(received_Pe, sent_Pe, group=group)
-    sent, received = torch.stack([sent_Pe.sum(1), received_Pe.sum(1)]).tolist()  # the one wait for the device
+    sent, received = torch.stack([sent_Pe.sum(1), received_Pe.sum(1)]).tolist()  # the only wait for the device
 
     x_QD = _AllToAll.apply(dispatch(x_SD.to(compute_dtype(x_SD)), routing), sent, received, group)
     own_Pe = torch.arange(num_own, device=x_SD.device).expand_as(received_Pe)
     expert_Q1 = own_Pe.flatten().repeat_interleave(received_Pe.flatten(), output_size=sum(received))[:, None]
-    if nothing := not sum(received):  # a token of zeros keeps every backend, and the gradients, in their ways
+    if nothing := not sum(received):  # one token of zeros, so that every backend and the gradients work as usual
         x_QD, expert_Q1 = F.pad(x_QD, (0, 0, 0, 1)), expert_Q1.new_zeros(1, 1)
     weight_Q1 = torch.ones_like(expert_Q1, dtype=torch.float32)
     y_QD = run_own(x_QD, up_eGD, down_eDF, expert_Q1, weight_Q1, activation)

@@ -2,8 +2,9 @@
 
 FSDP2 groups: the matrices and experts of a layer, gathered in the dtype that autocast would cast them to (the cast is
 the same, half the bytes travel, and no cast copy outlives its layer); Engram tables alone, in FP32, since their
-gradients add up many small terms; embedding and head, in FP32, once a step at the root. What is small and stays FP32 in
-a step is not cut. What the optimizer updates is FP32 in any case, and gradients are summed in FP32.
+gradients add up many small terms; embedding and head, in FP32, once a step at the root. Small parameters that stay FP32
+in a step are not sharded. The optimizer always updates FP32 parameters, and gradients are
+summed in FP32.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Mesh:
         self.layout, self._device = layout, device
         self._dense = self._experts = None
         self.optimizer: DeviceMesh | None = None
-        # Parameters that neither FSDP2 nor DDP looks after: cut experts, and what FSDP2 is not to cut.
+        # Parameters that neither FSDP2 nor DDP manages: sharded experts, and those excluded from FSDP2.
         self._cut: list[nn.Parameter] = []
         self._whole: list[nn.Parameter] = []
         if layout.shard_optimizer and layout.world > 1:
@@ -91,7 +92,7 @@ class Mesh:
         group(model)
         for module in model.modules():
             if isinstance(module, FSDPModule) and self._device.type == "cpu":
-                module.set_force_sum_reduction_for_comms(True)  # gloo knows no mean
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no mean
 
     def _our_own(self, model: HybridModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Cut experts, and what every rank holds whole beside FSDP2. `to_empty` makes parameters anew; ask after it."""
@@ -127,8 +128,8 @@ class Mesh:
         """Around forward and backward of one micro-batch; after that of the `last` one, gradients are the mean over
         ranks.
 
-        DDP waits for the last. FSDP2 cuts gradients at every micro-batch, as it could not hold whole ones, and sums the
-        cut ones over nodes at the last.
+        DDP reduces after the last one. FSDP2 reduce-scatters gradients at every micro-batch, because whole gradients
+        would not fit, and sums the shards over nodes at the last one.
         """
         if isinstance(step_model, DistributedDataParallel) and not last:
             with step_model.no_sync():

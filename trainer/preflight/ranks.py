@@ -16,7 +16,9 @@ from trainer.preflight.measured import GB, Measured
 from trainer.process.failures import node_name
 from trainer.spec import PreflightSpec
 
-GPU_FLOOR_GB_PER_SECOND = 0.1  # 1 Gbit/s: where NCCL has lost its way; an overlay on 10 Gbit/s carries more
+GPU_FLOOR_GB_PER_SECOND = (
+    0.1  # 1 Gbit/s: below this NCCL uses the wrong interface; even an overlay network on 10 Gbit/s is faster
+)
 GPU_SLOW_GB_PER_SECOND, CPU_SLOW_GB_PER_SECOND = 1.0, 0.02
 LINKS_NAMED = 4
 _GPU_BYTES, _CPU_BYTES, _ROUNDS = 64 * 2**20, 4 * 2**20, 3
@@ -34,7 +36,7 @@ class Place:
 
 
 def of_ranks(limits: PreflightSpec, world: World) -> list[Finding]:
-    """Every rank calls this.
+    """Run all checks between ranks; every rank calls this.
 
     Raises:
         CommunicationError: a link or a clock, on all ranks.

@@ -97,7 +97,7 @@ def _moving_average(y: NDArray[np.float64]) -> NDArray[np.float64] | None:
 
 
 def _limit(axes: matplotlib.axes.Axes, y: NDArray[np.float64]) -> None:
-    """Let a few outliers leave the picture rather than flatten everything else."""
+    """Axis limits that cut a few outliers rather than flatten everything else."""
     finite = y[np.isfinite(y)]
     if len(finite) < 20:
         return
@@ -107,7 +107,7 @@ def _limit(axes: matplotlib.axes.Axes, y: NDArray[np.float64]) -> None:
 
 
 def _inline(svg: str, description: str) -> str:
-    """The bare element: no XML prologue, no fixed size, only ids that are used, a description for screen readers."""
+    """The bare element: no XML prologue, no fixed size, only used ids, and a description for screen readers."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)

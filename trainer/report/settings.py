@@ -1,4 +1,4 @@
-"""The hyperparameters and dates of a run, as the report shows them: what a reader compares between two runs."""
+"""The hyperparameters and dates of a run for the report, to compare two runs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _schedule(spec: TrainSpec) -> str:
 
 
 def dates(run_dir: Path) -> list[tuple[str, str]]:
-    """(what, when in UTC) as the files of the run say it; what has not happened yet is left out."""
+    """(event, time in UTC) from the files of the run; events that have not happened are left out."""
     found = [] if (begun := restarts.begun(run_dir)) is None else [("started", begun)]
     for what, name in (
         ("last step", "logs/metrics.jsonl"),
