@@ -77,7 +77,7 @@ ALERTS: tuple[Alert, ...] = (
         "1m",
         "A rank has stopped making steps.",
         "Rank {{ $labels.rank }} of {{ $labels.run }} finished its last step {{ $value | humanizeDuration }} ago. When "
-        "one rank hangs, all others wait for it: the one that does not answer or makes no sound is the culprit.",
+        "one rank hangs, all others wait for it: the one that does not respond or writes nothing is the culprit.",
     ),
     Alert(
         "NoProgress",
