@@ -88,7 +88,7 @@ def test_other_kinds_alone_are_told(lint):
         (["absent.yaml"], "absent.yaml: cannot be read (No such file or directory)"),
         (["."], ".: is a folder; name the files in it, ./*.yaml"),
         ([], "no FILE to check; name manifests, or - for stdin"),
-        (["-"], "-:1: no Kubernetes object (apiVersion and kind are missing)"),
+        (["-"], "-:1: not a Kubernetes object (apiVersion and kind are missing)"),
         (["-", "--trainer-version", "3"], "--trainer-version 3 is not one of 2.0, 2.1, 2.2, 2.3"),
         (["--explain", "no-rendezvouz"], "there is no rule 'no-rendezvouz'; did you mean 'no-rendezvous'?"),
     ],
