@@ -70,7 +70,7 @@ def test_a_run_is_shown_stopped_and_resumed(
     assert saved > 0 and f"continue: yaongi resume {name} -n {namespace.name}" in stopped
     assert not pods_of(namespace, job)
 
-    assert f"job {name} goes on" in good("resume", name)
+    assert f"job {name} continues" in good("resume", name)
     wait_for("its log", lambda: f"begins after step {saved}" in ask("logs", name)[1], 300, every=2)
     code, said = ask("resume", name)
     assert code == 69 and f"job {name} is already running" in said
