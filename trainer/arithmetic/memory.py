@@ -76,7 +76,8 @@ def step_memory(spec: TrainSpec, layout: Layout | None = None) -> Memory:
     model, precision = spec.model, "bf16" if spec.precision.dtype == "auto" else spec.precision.dtype
     found = activations(model, spec.tokens.seq_len, spec.runtime.activation_checkpointing, precision)
     # Casts of experts, router and head are temporary; FSDP drops copies with its layers.
-    linear = [p for p in parameters(model) if p.multiplies and not (p.per_expert or p.whole or p == head(model))]
+    last = head(model)
+    linear = [p for p in parameters(model) if p.multiplies and not (p.per_expert or p.whole or p == last)]
     narrow = precision != "fp32" and layout.data == "ddp"
     return replace(
         training_memory(model, spec.optimizer, layout),

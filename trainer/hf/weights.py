@@ -26,6 +26,7 @@ from trainer.modelspec import ModelSpec
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SCALES = "_scale_inv"
 BLOCK = 128
+FP32 = ("e_score_correction_bias",)  # endings of names that stay FP32 there
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -172,9 +173,6 @@ def without_place(architecture: Architecture, spec: ModelSpec, state: Mapping[st
     placed = {part.ours for part in architecture.parts(spec)}
     left = (name for name in state if name not in placed and not name.startswith("mtp."))
     return next((name for name in left if state[name].any()), None)
-
-
-FP32 = ("e_score_correction_bias",)
 
 
 def _pieces(parts: Iterable[Part], state: Mapping[str, Tensor]) -> Iterator[Tensor]:

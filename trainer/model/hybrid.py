@@ -92,6 +92,7 @@ class HybridModel(nn.Module):
     def __init__(self, spec: ModelSpec, functions: Functions) -> None:
         super().__init__()
         self.spec = spec
+        self._sections = spec.used()  # asked at every pass
         self.choices: dict[str, ops.Choice] = {}
         # from_pretrained: torch would otherwise draw random rows, which on "meta" imports its compiler (seconds).
         self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden), freeze=False)
@@ -154,7 +155,7 @@ class HybridModel(nn.Module):
 
     def _documents(self, seq_idx_BT: Tensor, dtype: torch.dtype) -> Documents:
         """With everything that the layers will ask for, before the first of them does."""
-        sections, documents = self.spec.used(), Documents(seq_idx_BT)
+        sections, documents = self._sections, Documents(seq_idx_BT)
         shifts = set().union(*(section.shifts(self.spec.hidden) for section in sections))
         attends = any(section.attends for section in sections)
         by_document = self.choices["attention"].name in ("flash_attn", "varlen") if self.choices else False

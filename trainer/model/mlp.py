@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from trainer.kinds.base import first_rows
 from trainer.kinds.mlp import MlpSpec
 from trainer.model.linear import Linear
 from trainer.model.mixer import Functions, Mixed, Mixer
@@ -17,8 +18,8 @@ class Mlp(Mixer):
         super().__init__()
         self.spec = spec
         self.activate = ACTIVATIONS[spec.activation].value
-        rows = 2 * spec.width if spec.activation == "swiglu" else spec.width
-        setattr(self, spec.first, Linear(model.hidden, rows, bias=spec.bias))
+        rows = first_rows(spec.activation, spec.width)
+        setattr(self, spec.first, Linear(model.hidden, sum(rows), bias=spec.bias))
         self.down = Linear(spec.width, model.hidden, bias=spec.bias)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor]:

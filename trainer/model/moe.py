@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from trainer.kinds.base import first_rows
 from trainer.kinds.moe import MoeSpec
 from trainer.model.linear import Linear
 from trainer.model.mixer import Functions, Mixed, Mixer
@@ -36,12 +37,13 @@ class Moe(Mixer):
         self.exchange: Callable[..., Tensor] | None = None  # trainer.parallel.experts, where ranks share the experts
         self.router = Linear(hidden, spec.num_experts)
         self.register_buffer("bias_E", torch.empty(spec.num_experts, dtype=torch.float32))
-        maps = 2 if spec.activation == "swiglu" else 1
-        first_EGD = nn.Parameter(torch.empty(spec.num_experts, maps * spec.expert_width, hidden))
+        rows = first_rows(spec.activation, spec.expert_width)
+        first_EGD = nn.Parameter(torch.empty(spec.num_experts, sum(rows), hidden))
         self.register_parameter(spec.first, first_EGD)
         self.down_EDF = nn.Parameter(torch.empty(spec.num_experts, hidden, spec.expert_width))
         if spec.shared_width:
-            setattr(self, spec.shared_first, Linear(hidden, maps * spec.shared_width))
+            rows = first_rows(spec.activation, spec.shared_width)
+            setattr(self, spec.shared_first, Linear(hidden, sum(rows)))
             self.shared_down = Linear(spec.shared_width, hidden)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
