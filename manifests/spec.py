@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from manifests.dataspec import DataSpec, FilesSource, HygieneSpec, Name
 from manifests.kinds import JobKindName
 from manifests.paths import whole
+from manifests.pretrained import folder_of
 from trainer.data.vocabulary import SMALLEST_VOCABULARY
 from trainer.errors import SpecError
 from trainer.fields import stored
@@ -60,10 +61,23 @@ def _padded(vocab_size: int) -> int:
 
 
 class TokenizerSpec(Spec):
-    """Byte-level BPE; `vocab_size` includes special tokens, the 256 bytes and padding and equals model.vocab_size."""
+    """Byte-level BPE; `vocab_size` includes special tokens, the 256 bytes and padding and equals model.vocab_size.
+
+    `from`: the model whose tokenizer is used instead of training one, named as in `train.init_from`, which is also the
+    default; `vocab_size` and `sample_bytes` have no effect then.
+    """
 
     vocab_size: Annotated[int, Field(ge=_padded(SMALLEST_VOCABULARY))]
     sample_bytes: Count = 200_000_000
+    # `from` is a keyword of Python, so this field cannot be written like the others.
+    __annotations__["from"] = "Annotated[str, Field(min_length=1)] | None"
+    vars()["from"] = None
+
+    @property
+    def source(self) -> str | None:
+        """The field `from`."""
+        named: str | None = getattr(self, "from")
+        return named
 
     @model_validator(mode="after")
     def _is_padded(self) -> Self:
@@ -88,7 +102,7 @@ class ShardsSpec(Spec):
     pods: Annotated[int, Field(ge=1, le=256)] = 1
 
 
-@begins_with("steps", "begun_with_steps")
+@begins_with("steps", "begun_with_steps", "init_from")
 class JobTrainSpec(RecipeSpec, CutSpec):
     """The fields of TrainSpec that the user sets; `JobSpec.train_spec` derives run name, directories, mix and shards.
 
@@ -188,7 +202,7 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
-        if self.tokenizer.vocab_size != self.train.model.vocab_size:
+        if self.tokenizer_from is None and self.tokenizer.vocab_size != self.train.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} differs from train.model.vocab_size "
                 f"{self.train.model.vocab_size}; make them equal"
@@ -243,7 +257,7 @@ class JobSpec(Spec):
         """
         if not self._is_as_long_as_the_run(name):
             return self.data.max_bytes_per_source
-        sample = self.data.sources[name].weight * self.tokenizer.sample_bytes
+        sample = 0 if self.tokenizer_from else self.data.sources[name].weight * self.tokenizer.sample_bytes
         return max(self._bytes_of_steps(name, self.train.steps), int(sample))
 
     def _is_as_long_as_the_run(self, name: str) -> bool:
@@ -274,13 +288,19 @@ class JobSpec(Spec):
     def _keys(self, amounts: dict[str, int | None]) -> dict[StageName, str]:
         mixed = {"weight", "max_epochs", "available_tokens", "synthetic"}
         sources = self.data.sources.items()
-        raw_key = canonical_digest(
-            ["raw", {name: [stored(one, mixed, raw=True), amounts[name]] for name, one in sources}]
-        )
+        used = self.tokenizer_from
+        raw_parts = ["raw", {name: [stored(one, mixed, raw=True), amounts[name]] for name, one in sources}]
+        if used and any(source.has_markup for _, source in sources):  # which that model's chat template writes
+            raw_parts.append(used)
+        raw_key = canonical_digest(raw_parts)
         weights = {name: source.weight for name, source in self.data.sources.items()}
         hygiene = canonical_digest(["hygiene", raw_key, stored(self.hygiene)])
         tokenizer = canonical_digest(["tokenizer", raw_key, stored(self.tokenizer), weights])
-        parts = ["shards", tokenizer, stored(self.shards, {"workers", "pods"}), self.data.heldout_fraction]
+        begins = ["shards", tokenizer]
+        if used:  # one that does not depend on the text
+            tokenizer = canonical_digest(["tokenizer", used])
+            begins = ["shards", raw_key, tokenizer]
+        parts = [*begins, stored(self.shards, {"workers", "pods"}), self.data.heldout_fraction]
         shards = canonical_digest([*parts, hygiene] if self.hygiene.enabled else parts)
         return {"raw": raw_key, "hygiene": hygiene, "tokenizers": tokenizer, "shards": shards}
 
@@ -299,6 +319,20 @@ class JobSpec(Spec):
     @property
     def shards_key(self) -> str:
         return self.keys["shards"]
+
+    @property
+    def tokenizer_from(self) -> str | None:
+        """The model whose tokenizer is used; None if the job trains one."""
+        return self.tokenizer.source or self.train.init_from
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The folders of the models that the job begins with, by the field that names them."""
+        named = {"train.init_from": self.train.init_from, "tokenizer.from": self.tokenizer.source}
+        return {field: self._model_dir(name) for field, name in named.items() if name}
+
+    def _model_dir(self, named: str) -> str:
+        return folder_of(named, self.storage.datasets_dir, self.storage.sources_dir)
 
     @property
     def begun_with_steps(self) -> int:
@@ -337,6 +371,8 @@ class JobSpec(Spec):
             **{name: getattr(self.train, name) for name in CutSpec.model_fields},
         )
         recipe = {name: getattr(self.train, name) for name in RecipeSpec.model_fields}
+        if self.train.init_from:
+            recipe["init_from"] = self._model_dir(self.train.init_from)
         return TrainSpec(run=self.run_name, run_dir=self.run_dir, tokens=tokens, **recipe)
 
 

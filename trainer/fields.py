@@ -82,9 +82,10 @@ FIELDS_1 = {
     }.items()
 }
 LATER: dict[str, dict[str, Later]] = {
-    "JobTrainSpec": {"begun_with_steps": Later(2, None)},
-    "TrainSpec": {"begun_with_steps": Later(2, None)},
+    "JobTrainSpec": {"begun_with_steps": Later(2, None), "init_from": Later(5, None)},
+    "TrainSpec": {"begun_with_steps": Later(2, None), "init_from": Later(5, None)},
     "StorageSpec": {"sources_dir": Later(2, None)},
+    "TokenizerSpec": {"from": Later(5, None)},
     "DataSpec": {"begun_with_max_bytes": Later(3, None)},
     "AttentionSpec": {"rope_scaling": Later(4, None), "qk_norm": Later(4, False), "bias": Later(4, False)},
     "MlpSpec": {"activation": Later(4, "relu2"), "bias": Later(4, False)},

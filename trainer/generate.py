@@ -67,7 +67,7 @@ def complete(
     """The text that follows each prompt, until the end of the document or `max_tokens`. Raises as `generate`."""
     made = generate(
         model,
-        [tokenizer.encode(prompt) for prompt in prompts],
+        [tokenizer.prefix + tokenizer.encode(prompt) if prompt else [] for prompt in prompts],
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trainer import agreement, compiled, ops
+from trainer.begin import begin_with
 from trainer.checkpoints.checkpoint import SKIPPED_IN_A_ROW
 from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.data.documents import shards_manifest
@@ -116,7 +117,9 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         log.info("resuming from the checkpoint of step %d, saved by %d ranks", resumed.step, resumed.world_size)
         if scaler:
             scaler.load_state_dict({**scaler.state_dict(), **scaler_state(resumed.scalars)})
-    elif world.is_main and not (file := Path(spec.run_dir) / "train.yaml").exists():
+    elif spec.init_from:
+        begin_with(spec, model, world)
+    if not resumed and world.is_main and not (file := Path(spec.run_dir) / "train.yaml").exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, to_stored_yaml(spec))
     recorder.begin(resumed, {"device": world.device.type, "precision": chosen.name, "mesh": str(layout), **backends})

@@ -352,11 +352,16 @@ class EvaluateSpec(Spec):
 
 
 class RecipeSpec(Spec):
-    """The recipe of a run besides its tokens: the common part of TrainSpec and a job's section `train`."""
+    """The recipe of a run besides its tokens: the common part of TrainSpec and a job's section `train`.
+
+    `init_from`: the model with whose weights the run begins: a run or a checkpoint of this program, an export, a folder
+    of transformers, or in a job owner/name or owner/name@revision on the Hugging Face Hub.
+    """
 
     steps: Count
     begun_with_steps: Count | None = None
     seed: int = 0
+    init_from: Annotated[str, Field(min_length=1)] | None = None
     model: ModelSpec
     batch: BatchSpec
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -369,7 +374,7 @@ class RecipeSpec(Spec):
     evaluate: EvaluateSpec = EvaluateSpec()
 
 
-@begins_with("run", "run_dir", "steps", "begun_with_steps", "seed", "model", "tokens")
+@begins_with("run", "run_dir", "steps", "begun_with_steps", "seed", "init_from", "model", "tokens")
 class TrainSpec(RecipeSpec):
     """One training run; `run_dir` holds its checkpoints, logs, metrics and results.
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from trainer.data.tokenizer import Tokenizer
-from trainer.data.vocabulary import EOD, SPECIAL_TOKENS
+from trainer.data.vocabulary import SPECIAL_TOKENS
 
 EngineName = Literal["tiktoken", "tokenizers"]
 Encode = Callable[[Sequence[str]], list[list[int]]]
@@ -46,8 +46,8 @@ def open_engine(name: EngineName, tokenizer: Tokenizer) -> Encode:
 
 
 def with_markup(encode: Encode, tokenizer: Tokenizer) -> Encode:
-    """The same function, but it encodes special tokens in the texts as such, except the end-of-document token."""
-    specials = {token: tokenizer.encode(token, specials=True) for token in SPECIAL_TOKENS if token != EOD}
+    """The same function, but it encodes the tokens of markup in the texts as such."""
+    specials = {token: [n] for token, n in tokenizer.markup.items()}
     markup = re.compile(f"({'|'.join(map(re.escape, specials))})")
 
     def encode_marked(texts: Sequence[str]) -> list[list[int]]:

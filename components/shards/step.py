@@ -113,7 +113,7 @@ class _Work:
         if hygiene:
             decided = {each.inputs["raw"]: {"hygiene": each.digest} for each in hygiene.generations}
             made_from = [inputs | decided[inputs["raw"]] for inputs in made_from]
-        vocab_size = Tokenizer.load(tokenizer.path).vocab_size
+        loaded = Tokenizer.load(tokenizer.path)
         return cls(
             directory=Path(job.stage_dir("shards")),
             raw=raw_manifest,
@@ -126,9 +126,9 @@ class _Work:
                 "unit_bytes": job.shards.unit_bytes,
                 "max_shard_bytes": job.shards.max_shard_bytes,
                 "heldout_fraction": job.data.heldout_fraction,
-                "vocab_size": vocab_size,
-                "dtype": token_dtype(vocab_size).name,
-                "eod_id": Tokenizer.eod_id,
+                "vocab_size": loaded.vocab_size,
+                "dtype": token_dtype(loaded.vocab_size).name,
+                "eod_id": loaded.eod_id,
                 "markup": sorted(name for name, source in job.data.sources.items() if source.has_markup),
             },
         )

@@ -88,9 +88,8 @@ class UnitEncoder:
         left_out = dropped(self.hygiene_dir, unit.path)
         lines = (line for line in documents(path, unit.start, unit.stop) if line[0] not in left_out)
         for offsets, texts in _batches(lines):
-            ids = encode(texts)
+            ids = [tokenizer.document(document) for document in encode(texts)]
             for offset, document in zip(offsets, ids, strict=True):
-                document.append(tokenizer.eod_id)
                 if len(document) * dtype.itemsize > self.max_document_bytes:
                     raise DataError(
                         f"{where(path, offset)}: a document of {len(document)} tokens is larger than a shard; "

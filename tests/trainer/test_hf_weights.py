@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from trainer.errors import CheckpointError, SpecError
 from trainer.hf.architectures import architecture_of, native
-from trainer.hf.weights import read_into, tensors
+from trainer.hf.weights import parts_of, read_into, tensors
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec
 from trainer.specbase import parse
@@ -79,7 +79,8 @@ def imported(folder: Path) -> HybridModel:
     architecture = architecture_of(config, str(folder))
     spec = parse(ModelSpec, architecture.reads(config), str(folder))
     model = build_model(spec, seed=None).to_empty(device="cpu")
-    read_into(folder, architecture, spec, model)
+    parts, ignored = parts_of(architecture, spec)
+    read_into(folder, parts, model, ignored=ignored)
     return model.eval()
 
 

@@ -187,7 +187,7 @@ class Checkpointer:
     def _not_finite(self, tensors: dict[str, Tensor]) -> str | None:
         """Name of a tensor that is not finite on some rank, the same on every rank; None if all are finite."""
         found: list[str | None] = [None] * self._world.size
-        dist.all_gather_object(found, _not_finite(tensors), group=self._world.control)
+        dist.all_gather_object(found, not_finite(tensors), group=self._world.control)
         return next(filter(None, found), None)
 
     def _newest_whole(self) -> Path | None:
@@ -331,19 +331,25 @@ def load_model_weights(path: str | Path, model: nn.Module) -> checkpoint.Checkpo
     return manifest
 
 
-def load_model(path: str | Path, model: nn.Module) -> None:
-    """Load a verified checkpoint into the parameters and buffers of `model`; needs no process group.
+def load_model(path: str | Path, model: nn.Module, *, kept: str | None = None, together: bool = False) -> None:
+    """Load a verified checkpoint into the parameters and buffers of `model`.
+
+    Args:
+        kept: the beginning of names that stay as they are where the checkpoint has nothing for them.
+        together: a collective of all ranks, each of which loads what it holds; else no process group is needed.
 
     Raises:
         CheckpointError, DivergedError: it holds another model; weights in it are not finite.
     """
-    state = _model_state(model)
-    _load(Path(path), state, _read_index(Path(path)), alone=True)
-    if broken := _not_finite(state):
+    state, stored = _model_state(model), _read_index(Path(path))
+    if kept:
+        state = {key: value for key, value in state.items() if key in stored or not key.startswith(f"model.{kept}")}
+    _load(Path(path), state, stored, alone=not together)
+    if broken := not_finite(state):
         raise _holds(Path(path), broken)
 
 
-def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
     """Name of the first tensor with an infinite or NaN element on this rank; waits for the device once."""
     names, extremes = [], []
     for name, tensor in tensors.items():

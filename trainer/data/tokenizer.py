@@ -11,6 +11,8 @@ Ids: 0 is the end of a document; then the other special tokens, the 256 bytes an
 exactly the requested size. Special tokens written in a text are ordinary characters unless the caller says otherwise,
 so no document can end itself. Bytes that are not UTF-8 have ids too (`encode_bytes`), so any bytes survive a round
 trip.
+
+The wrapper takes any byte-level BPE, also that of another model (`tokenizer.from`), whose rules and ids may differ.
 """
 
 from __future__ import annotations
@@ -49,21 +51,29 @@ BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + n): b for n, b in enume
 
 
 class Tokenizer:
-    """A trained tokenizer."""
+    """A trained tokenizer.
 
-    eod_id = 0
+    Attributes:
+        digest: sha256 of tokenizer.json.
+        eod_id: the end of a document.
+        prefix: ids that its own rules put before every text, as Llama's; none in most.
+        vocab_size: the highest id and one.
+    """
 
-    def __init__(self, raw: RawTokenizer, digest: str) -> None:
-        self.digest = digest
+    def __init__(self, raw: RawTokenizer, digest: str, eod_id: int) -> None:
+        self.digest, self.eod_id = digest, eod_id
+        self.prefix = [n for n in raw.encode("", add_special_tokens=True).ids if n != eod_id]
+        self.vocab_size = max(raw.get_vocab_size(), max(raw.get_vocab().values()) + 1)
         self._raw = raw
         self._raw.encode_special_tokens = True
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
-        """The tokenizer in `directory/tokenizer.json`; its digest is the sha256 of that file.
+        """The tokenizer in `directory/tokenizer.json`. The end of a document is <|endoftext|>, in a vocabulary without
+        that the `eos_token` of tokenizer_config.json.
 
         Raises:
-            DataError: the file is missing, or not a tokenizer whose id 0 is the end of a document.
+            DataError: the file is missing, not a tokenizer, or one that does not keep every byte.
         """
         path = Path(directory) / "tokenizer.json"
         try:
@@ -76,13 +86,36 @@ class Tokenizer:
             raw = RawTokenizer.from_buffer(data)
         except ValueError as error:
             raise DataError(f"{path}: not a tokenizer ({error}); run the tokenizer step again") from None
-        if raw.token_to_id(EOD) != cls.eod_id:
-            raise DataError(f"{path}: id {cls.eod_id} is not {EOD}; use a tokenizer made by the tokenizer step")
-        return cls(raw, hashlib.sha256(data).hexdigest())
+        if "ByteLevel" not in str(json.loads(data).get("decoder")) or raw.get_vocab_size() == 0:
+            raise DataError(
+                f"{path}: not byte-level BPE, which keeps every byte of a text; take a model with such a tokenizer "
+                "(as GPT-2, Llama 3, Qwen and Nemotron have)"
+            )
+        eod = EOD if raw.token_to_id(EOD) is not None else _eos_token(Path(directory) / "tokenizer_config.json")
+        eod_id = raw.token_to_id(eod) if eod else None
+        if eod_id is None:
+            raise DataError(
+                f"{path}: has no token for the end of a document: neither {EOD} nor, in tokenizer_config.json beside "
+                "it, an eos_token that it knows; add one of them"
+            )
+        return cls(raw, hashlib.sha256(data).hexdigest(), eod_id)
 
     @property
-    def vocab_size(self) -> int:
-        return self._raw.get_vocab_size()
+    def markup(self) -> dict[str, int]:
+        """The tokens that a chat template may write, and their ids. Of a tokenizer that was trained here, those of
+        SPECIAL_TOKENS but the end of a document, which no text contains."""
+        ids = {token: self._raw.token_to_id(token) for token in SPECIAL_TOKENS}
+        if None not in ids.values():
+            return {token: n for token, n in ids.items() if n != self.eod_id}
+        return {token.content: n for n, token in self._raw.get_added_tokens_decoder().items() if token.special}
+
+    def document(self, ids: list[int]) -> list[int]:
+        """The ids of a text as a document: behind the prefix, and ended. May change `ids`."""
+        if ids[: len(self.prefix)] != self.prefix:
+            ids = [*self.prefix, *ids]
+        if ids[-1:] != [self.eod_id]:
+            ids.append(self.eod_id)
+        return ids
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Ids of `text`, without an end of document. `specials`: special tokens written in the text count as such."""
@@ -151,13 +184,25 @@ class Tokenizer:
         """The bytes of each id."""
         special = self._raw.get_added_tokens_decoder()
         texts = {n: text for text, n in self._raw.get_vocab().items()}
-        tokens = [texts[n] for n in range(self.vocab_size)]
+        tokens = [texts.get(n, "") for n in range(self.vocab_size)]  # some vocabularies have gaps
         return [t.encode() if n in special else bytes(map(BYTE_OF.__getitem__, t)) for n, t in enumerate(tokens)]
 
     @cached_property
     def _byte_ids(self) -> list[int]:
         ids = self._raw.get_vocab()
         return [ids[character] for _, character in sorted((b, c) for c, b in BYTE_OF.items())]
+
+
+def _eos_token(config: Path) -> str | None:
+    try:
+        token = json.loads(config.read_bytes()).get("eos_token")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unreadable(config, error) from None
+    except (ValueError, AttributeError):
+        raise DataError(f"{config}: not a JSON object; download it again") from None
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def train(texts: Iterable[str], vocab_size: int) -> RawTokenizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def write(
     architecture: Architecture,
     spec: ModelSpec,
     state: Mapping[str, Tensor],
-    tokenizer_files: Iterable[Path],
+    tokenizer_files: Sequence[Path],
     *,
     max_length: int,
     dtype: torch.dtype = torch.bfloat16,
@@ -38,7 +38,8 @@ def write(
         max_length: tokens of the rows that it was trained on.
     """
     folder.mkdir()
-    names = {"eos_token_id": Tokenizer.eod_id, "bos_token_id": None, "pad_token_id": Tokenizer.eod_id}
+    tokenizer = Tokenizer.load(tokenizer_files[0].parent)
+    names = {"eos_token_id": tokenizer.eod_id, "bos_token_id": None, "pad_token_id": tokenizer.eod_id}
     config = architecture.config(spec, max_length) | names | {"dtype": str(dtype).removeprefix("torch.")}
     _write_json(folder / CONFIG, config)
     _write_json(folder / GENERATION, {**names, "do_sample": True, "temperature": 0.8})

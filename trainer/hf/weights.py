@@ -50,24 +50,36 @@ def files_of(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_into(folder: Path, architecture: Architecture, spec: ModelSpec, model: nn.Module) -> None:
+def read_into(
+    folder: Path,
+    parts: Iterable[Part],
+    model: nn.Module,
+    *,
+    ignored: tuple[str, ...] = (),
+    kept: tuple[str, ...] = (),
+) -> None:
     """Fill the parameters of `model`, or what this rank holds of them, and its buffers.
 
     Shapes and names of all files are compared first, so that a model that does not fit costs no memory.
+
+    Args:
+        parts: where everything lies in the files.
+        ignored: beginnings of names that the files may hold besides.
+        kept: beginnings of names of ours that stay as they are where the files have nothing for them.
 
     Raises:
         CheckpointError: a tensor is missing, superfluous or wrongly shaped, or a file is damaged.
     """
     ours = dict([*model.named_parameters(), *model.named_buffers()])
     by_name: dict[str, list[Part]] = defaultdict(list)
-    for part in architecture.parts(spec):
+    for part in parts:
         by_name[part.theirs].append(part)
     files = files_of(folder)
-    _compare(files, architecture, spec, by_name, ours)
+    _compare(files, by_name, ours, ignored, kept)
     filled = {part.ours for parts in by_name.values() for part in parts}
     with torch.no_grad():
         for name, buffer in model.named_buffers():
-            if name not in filled:
+            if name not in filled and not name.startswith(kept):
                 buffer.zero_()  # a router's bias where theirs has none
         for file in files:
             with _opened(file) as tensors:
@@ -76,14 +88,19 @@ def read_into(folder: Path, architecture: Architecture, spec: ModelSpec, model: 
                         _fill(part, tensors, ours[part.ours])
 
 
+def parts_of(architecture: Architecture, spec: ModelSpec) -> tuple[list[Part], tuple[str, ...]]:
+    """Where a model lies in files of transformers, and the beginnings of names there that are no weights of ours."""
+    tied = ("lm_head.",) if spec.tied_embedding else ()
+    return architecture.parts(spec), architecture.ignored + tied
+
+
 def _compare(
     files: list[Path],
-    architecture: Architecture,
-    spec: ModelSpec,
     by_name: Mapping[str, list[Part]],
     ours: Mapping[str, Tensor],
+    ignored: tuple[str, ...],
+    kept: tuple[str, ...],
 ) -> None:
-    ignored = architecture.ignored + (("lm_head.",) if spec.tied_embedding else ())
     missing = set(by_name)
     for file in files:
         with _opened(file) as tensors:
@@ -94,6 +111,7 @@ def _compare(
                     _compare_shape(file, name, list(tensors.get_slice(name).get_shape()), by_name[name], ours)
                 elif not ((name.endswith(SCALES) and name.removesuffix(SCALES) in by_name) or name.startswith(ignored)):
                     raise CheckpointError(f"{file}: {name} belongs to no layer that config.json describes")
+    missing = {name for name in missing if not all(part.ours.startswith(kept) for part in by_name[name])}
     if missing:
         raise CheckpointError(
             f"{files[0].parent}: {sorted(missing)[0]} is missing"

@@ -253,6 +253,7 @@ class Kind(Spec):
         recomputed: what selective activation checkpointing computes again.
         attends: whether positions of a document see each other, by a mask or by where documents begin.
         since: the version of specs that brought it (trainer/fields.py).
+        training_only: its fields that change how it is trained and nothing of a trained model.
     """
 
     symbol: ClassVar[str]
@@ -262,6 +263,7 @@ class Kind(Spec):
     recomputed: ClassVar[str]
     attends: ClassVar[bool] = False
     since: ClassVar[int] = 1
+    training_only: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def parameters(self, model: ModelShape) -> Iterator[Parameter]:

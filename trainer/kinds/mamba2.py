@@ -34,6 +34,7 @@ class MambaSpec(Kind):
     label: ClassVar[str] = "Mamba-2"
     mixer: ClassVar[str] = "trainer.model.mamba2:Mamba2"
     recomputed: ClassVar[str] = "norm, convolution, scan, gated norm"
+    training_only: ClassVar[frozenset[str]] = frozenset({"chunk_size"})
 
     num_heads: Count
     head_dim: Count = 64

@@ -41,6 +41,9 @@ class MoeSpec(Kind):
     label: ClassVar[str] = "experts"
     mixer: ClassVar[str] = "trainer.model.moe:Moe"
     recomputed: ClassVar[str] = "norm"
+    training_only: ClassVar[frozenset[str]] = frozenset(
+        {"bias_update_rate", "sequence_loss_weight", "balance_loss_weight"}
+    )
 
     num_experts: Count
     top_k: Count

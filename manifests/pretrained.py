@@ -1,0 +1,36 @@
+"""Trained models that a job names: in a folder, or on the Hugging Face Hub as owner/name or owner/name@revision."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+from trainer.specbase import canonical_digest
+
+HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
+
+
+class HubModel(NamedTuple):
+    """A model on the Hub; `revision` is a branch, tag or commit."""
+
+    name: str
+    revision: str = "main"
+
+    @property
+    def key(self) -> str:
+        """Of its folder below `models` on the datasets volume."""
+        return f"{self.name.replace('/', '--')}-{canonical_digest(['model', *self])}"
+
+
+def hub_model(named: str) -> HubModel | None:
+    """What a name means on the Hub; None for a folder, whose path begins with / or ., or has not just one /."""
+    found = HUB_NAME.fullmatch(named)
+    return HubModel(found["name"], found["revision"] or "main") if found else None
+
+
+def folder_of(named: str, datasets_dir: str, sources_dir: str | None) -> str:
+    """The folder in which a named model is, or will be once it is downloaded. Relative paths start in `sources_dir`."""
+    if hub := hub_model(named):
+        return f"{datasets_dir}/models/{hub.key}"
+    return os.path.abspath(os.path.join(sources_dir or "", os.path.expanduser(named)))

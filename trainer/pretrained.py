@@ -1,0 +1,177 @@
+"""Folders with a trained model that a run may begin with: a run or checkpoint of ours, an export, one of transformers.
+
+They are read and compared with the run's model before any weight is. Imports no torch; `trainer.begin` reads the
+weights.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.checkpoints.checkpoint import MANIFEST as CHECKPOINT
+from trainer.checkpoints.checkpoint import candidates
+from trainer.checkpoints.checkpoint import read_manifest as read_checkpoint
+from trainer.errors import CheckpointError, SpecError
+from trainer.fields import stored
+from trainer.files import unreadable
+from trainer.hf.architectures import Architecture, architecture_of
+from trainer.modelspec import ModelSpec
+from trainer.specbase import VERSION_FIELD, parse
+
+CONFIG, EXPORT = "config.json", "manifest.json"
+TOKENIZER = "tokenizer.json"
+TRAINING_ONLY = ("init_std", "mtp")  # fields of a model that change no weight of it
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """
+    Attributes:
+        folder: that of the weights; for a run, of the checkpoint that it would resume from.
+        kind: what wrote it.
+        model: its architecture.
+        architecture: as transformers knows it; None where this program wrote it.
+        tokenizer: the folder with its tokenizer.json; None where there is none.
+        digest: of a checkpoint or an export; "" for a folder of transformers.
+    """
+
+    folder: Path
+    kind: Literal["checkpoint", "export", "transformers"]
+    model: ModelSpec
+    architecture: Architecture | None
+    tokenizer: Path | None
+    digest: str
+
+
+def find(folder: str | Path) -> Pretrained:
+    """The model in a folder.
+
+    Raises:
+        SpecError: there is no such folder or no model in it, or one of an architecture that is not known.
+        CheckpointError: it is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SpecError(f"{folder} is no folder here; check the path")
+    if (folder / "checkpoints").is_dir():
+        found = candidates(folder)
+        if not found:
+            raise SpecError(f"{folder} has no checkpoint yet; train it first, or give another model")
+        folder = found[0]
+    if (folder / CHECKPOINT).is_file():
+        return _checkpoint(folder)
+    if not (folder / CONFIG).is_file():
+        raise SpecError(
+            f"{folder} holds no model; give a run, a checkpoint (step-…), an export, or a folder of transformers with "
+            f"{CONFIG} and safetensors files"
+        )
+    config = read_json(folder / CONFIG)
+    if "layers" in config and "model_type" not in config:
+        return _export(folder, config)
+    return _of_transformers(folder, config)
+
+
+def tokenizer_of(folder: str | Path) -> Path:
+    """The folder with the tokenizer of a model, or `folder` itself where it holds nothing but a tokenizer.
+
+    Raises:
+        SpecError: none is there.
+    """
+    folder = Path(folder)
+    if (folder / TOKENIZER).is_file() and not (folder / CHECKPOINT).is_file():
+        return folder
+    found = find(folder).tokenizer
+    if found is None:
+        raise SpecError(f"{folder} has no {TOKENIZER}; write another model or a folder with one into tokenizer.from")
+    return found
+
+
+def refuse_misfit(found: Pretrained, model: ModelSpec) -> None:
+    """
+    Raises:
+        SpecError: the run's model is another one; names the first field in which they differ.
+    """
+    theirs, ours = _weights_fields(found.model), _weights_fields(model)
+    for field in [*ours, *(name for name in theirs if name not in ours)]:
+        if theirs.get(field) != ours.get(field):
+            raise SpecError(
+                f"train.model.{field} is {_shown(ours.get(field))}, the model of {found.folder} has "
+                f"{_shown(theirs.get(field))}; take its value (yaongi describe {found.folder} prints all of them)"
+            )
+    if found.architecture is not None and (reason := found.architecture.misfit(_without_training(model))):
+        raise SpecError(f"train.model is no {found.architecture.model_type}, which {found.folder} holds: {reason}")
+    if found.architecture is None and found.model.layers != model.layers:
+        raise SpecError(f"train.model.layers {model.layers} are cut otherwise in {found.folder}: {found.model.layers}")
+
+
+def _without_training(model: ModelSpec) -> ModelSpec:
+    """The model with such fields at the values that every architecture knows."""
+    if model.moe is None:
+        return model
+    moe = model.moe.updated({"bias_update_rate": 0.0} if model.moe.scores == "softmax" else {})
+    return model.model_copy(update={"moe": moe})
+
+
+def _weights_fields(model: ModelSpec) -> dict[str, Any]:
+    """Every field on which the weights or their use depends, by its path; layers as one text."""
+    found: dict[str, Any] = {"layers": "".join(model.layers)}
+    used = {id(section) for section in model.used()}
+    for name, value in stored(model, {*TRAINING_ONLY, "layers"}).items():
+        section = getattr(model, name)
+        if isinstance(value, dict) and hasattr(section, "training_only"):
+            if id(section) in used:
+                found |= {f"{name}.{key}": inner for key, inner in value.items() if key not in section.training_only}
+        elif value is not None and value != []:
+            found[name] = value
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)
+
+
+def _checkpoint(folder: Path) -> Pretrained:
+    manifest = read_checkpoint(folder)
+    version = manifest.spec.get(VERSION_FIELD, 1)
+    model = parse(ModelSpec, manifest.spec["model"], str(folder), version)
+    tokenizer = Path(manifest.spec["tokens"]["tokenizer"])
+    there = (tokenizer / TOKENIZER).is_file()
+    return Pretrained(folder, "checkpoint", model, None, tokenizer if there else None, manifest.digest)
+
+
+def _export(folder: Path, config: dict[str, Any]) -> Pretrained:
+    manifest = read_json(folder / EXPORT)
+    model = parse(ModelSpec, config, str(folder / CONFIG), manifest.get(VERSION_FIELD, 1))
+    digest = manifest.get("checkpoint_digest", "")
+    return Pretrained(folder, "export", model, None, _beside(folder), digest)
+
+
+def _of_transformers(folder: Path, config: dict[str, Any]) -> Pretrained:
+    where = str(folder / CONFIG)
+    architecture = architecture_of(config, where)
+    try:
+        fields = architecture.reads(config)
+    except KeyError as error:
+        raise SpecError(f"{where}: has no {error.args[0]}, which a {architecture.model_type} needs") from None
+    except SpecError as error:
+        raise SpecError(f"{folder}/{error}") from None
+    return Pretrained(folder, "transformers", parse(ModelSpec, fields, where), architecture, _beside(folder), "")
+
+
+def _beside(folder: Path) -> Path | None:
+    return folder if (folder / TOKENIZER).is_file() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is not a JSON object; write or download it again")
+    return value
