@@ -58,12 +58,22 @@ def runnable_here(job: JobSpec) -> JobSpec:
 
     Raises:
         SpecError: the trainer should run here but PyTorch is missing; or it should run in pods, but their volumes are
-            not mounted here, so that they would not see the steps' files.
+            not mounted here, so that they would not see the steps' files; or a model's folder is missing or holds
+            another model.
     """
+    _place_is_here(job)
+    if job.models:
+        from components.pretrained import check  # imports what most jobs need not
+
+        check(job, downloaded=False)
+    return job
+
+
+def _place_is_here(job: JobSpec) -> None:
     if job.cluster.target == "local":
         if find_spec("torch") is None:
             raise SpecError("cluster.target: local trains in this very place, which has no PyTorch; write kubernetes")
-        return job
+        return
     storage = job.storage
     places = {"datasets": (storage.datasets_dir, storage.datasets_pvc)}
     places["checkpoints"] = (storage.checkpoints_dir, storage.checkpoints_pvc)
@@ -73,7 +83,6 @@ def runnable_here(job: JobSpec) -> JobSpec:
                 f"storage.{name}_dir: {directory} is not a folder here; the trainer's pods find the volume of claim "
                 f"'{claim}' there, so it must be mounted there where the other steps run too"
             )
-    return job
 
 
 def placement(preset_name: str, overrides: str) -> ClusterSpec | None:

@@ -17,6 +17,7 @@ from components import measuring
 from components.lock import alone
 from components.progress import ByteProgress
 from components.sampling import sample
+from components.tokenizer.taken import take
 from components.volume import volume_explained
 from manifests.spec import JobSpec
 from trainer.data import tokenizer as bpe
@@ -30,12 +31,15 @@ REPORT_BYTES = 2**20  # text of each source for the compression report
 
 
 def run(job: JobSpec, raw: StageResult) -> StageResult:
-    """Train the tokenizer, or report that it is unchanged.
+    """Train the tokenizer or take that of a model (taken.py), or report that it is unchanged.
 
     Raises:
+        SpecError: the model's does not fit.
         DataError: raw text is missing, changed or malformed; another process trains the same tokenizer.
         VolumeError: the volume is full or cannot be written.
     """
+    if job.tokenizer_from:
+        return take(job)
     directory = Path(job.stage_dir("tokenizers"))
     raw_manifest = open_stage(raw)
     settings = {

@@ -24,7 +24,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
@@ -50,20 +50,31 @@ _OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
 BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + n): b for n, b in enumerate(_OTHERS)}
 
 
+# What belongs to a tokenizer, as transformers names it; only the first is always there.
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
 class Tokenizer:
     """A trained tokenizer.
 
     Attributes:
         digest: sha256 of tokenizer.json.
-        eod_id: the end of a document.
+        eod, eod_id: the end of a document.
         prefix: ids that its own rules put before every text, as Llama's; none in most.
         vocab_size: the highest id and one.
     """
 
-    def __init__(self, raw: RawTokenizer, digest: str, eod_id: int) -> None:
-        self.digest, self.eod_id = digest, eod_id
-        self.prefix = [n for n in raw.encode("", add_special_tokens=True).ids if n != eod_id]
-        self.vocab_size = max(raw.get_vocab_size(), max(raw.get_vocab().values()) + 1)
+    def __init__(self, raw: RawTokenizer, digest: str, eod: str) -> None:
+        ids = raw.get_vocab()
+        self.digest, self.eod, self.eod_id = digest, eod, ids[eod]
+        self.prefix = [n for n in raw.encode("", add_special_tokens=True).ids if n != self.eod_id]
+        self.vocab_size = max(ids.values()) + 1
         self._raw = raw
         self._raw.encode_special_tokens = True
 
@@ -92,21 +103,20 @@ class Tokenizer:
                 "(as GPT-2, Llama 3, Qwen and Nemotron have)"
             )
         eod = EOD if raw.token_to_id(EOD) is not None else _eos_token(Path(directory) / "tokenizer_config.json")
-        eod_id = raw.token_to_id(eod) if eod else None
-        if eod_id is None:
+        if eod is None or raw.token_to_id(eod) is None:
             raise DataError(
                 f"{path}: has no token for the end of a document: neither {EOD} nor, in tokenizer_config.json beside "
                 "it, an eos_token that it knows; add one of them"
             )
-        return cls(raw, hashlib.sha256(data).hexdigest(), eod_id)
+        return cls(raw, hashlib.sha256(data).hexdigest(), eod)
 
     @property
     def markup(self) -> dict[str, int]:
         """The tokens that a chat template may write, and their ids. Of a tokenizer that was trained here, those of
         SPECIAL_TOKENS but the end of a document, which no text contains."""
-        ids = {token: self._raw.token_to_id(token) for token in SPECIAL_TOKENS}
-        if None not in ids.values():
-            return {token: n for token, n in ids.items() if n != self.eod_id}
+        ids = self.ids()
+        if ids.keys() >= set(SPECIAL_TOKENS):
+            return {token: ids[token] for token in SPECIAL_TOKENS if token != self.eod}
         return {token.content: n for n, token in self._raw.get_added_tokens_decoder().items() if token.special}
 
     def document(self, ids: list[int]) -> list[int]:
@@ -115,6 +125,11 @@ class Tokenizer:
             ids = [*self.prefix, *ids]
         if ids[-1:] != [self.eod_id]:
             ids.append(self.eod_id)
+        return ids
+
+    def ids(self) -> dict[str, int]:
+        """Every token as the vocabulary writes it, and its id."""
+        ids: dict[str, int] = self._raw.get_vocab(with_added_tokens=True)
         return ids
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
@@ -148,8 +163,8 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes of the ids; special tokens as written."""
-        return b"".join(self._bytes[n] for n in ids)
+        """The exact bytes of the ids; special tokens as written. Ids that pad a model's vocabulary have none."""
+        return b"".join(self._bytes[n] for n in ids if n < self.vocab_size)
 
     def byte_lengths(self) -> list[int]:
         """UTF-8 bytes of text per id; 0 for special and reserved tokens."""
@@ -195,14 +210,15 @@ class Tokenizer:
 
 def _eos_token(config: Path) -> str | None:
     try:
-        token = json.loads(config.read_bytes()).get("eos_token")
+        token: Any = json.loads(config.read_bytes()).get("eos_token")
     except FileNotFoundError:
         return None
     except OSError as error:
         raise unreadable(config, error) from None
     except (ValueError, AttributeError):
         raise DataError(f"{config}: not a JSON object; download it again") from None
-    return token.get("content") if isinstance(token, dict) else token
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def train(texts: Iterable[str], vocab_size: int) -> RawTokenizer:
@@ -237,11 +253,16 @@ def train(texts: Iterable[str], vocab_size: int) -> RawTokenizer:
 
 def save(raw: RawTokenizer, directory: str | Path) -> None:
     """Write `tokenizer.json`, and `tokenizer_config.json` for transformers' AutoTokenizer."""
+    atomic_write(Path(directory) / "tokenizer.json", raw.to_str(pretty=True).encode())
+    atomic_write(Path(directory) / "tokenizer_config.json", config_text(EOD))
+
+
+def config_text(eod: str) -> bytes:
+    """tokenizer_config.json of a tokenizer that has no further rules."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOD,
-        "pad_token": EOD,
+        "eos_token": eod,
+        "pad_token": eod,
         "clean_up_tokenization_spaces": False,
     }
-    atomic_write(Path(directory) / "tokenizer.json", raw.to_str(pretty=True).encode())
-    atomic_write(Path(directory) / "tokenizer_config.json", json.dumps(config, indent=1).encode() + b"\n")
+    return json.dumps(config, indent=1).encode() + b"\n"

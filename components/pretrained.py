@@ -1,0 +1,59 @@
+"""What a job takes from trained models (`train.init_from`, `tokenizer.from`): compared with the job before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from components.volume import named
+from manifests.pretrained import hub_model
+from manifests.spec import JobSpec
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import SpecError
+from trainer.pretrained import find, refuse_misfit, tokenizer_of
+
+INIT, TOKENIZER = "train.init_from", "tokenizer.from"
+
+
+def check(job: JobSpec, *, downloaded: bool) -> None:
+    """Refuse models that are not there or do not fit.
+
+    Args:
+        downloaded: whether those on the Hub must be there too.
+
+    Raises:
+        SpecError, DataError, CheckpointError: one line that begins with the field.
+    """
+    names = {INIT: job.train.init_from, TOKENIZER: job.tokenizer.source}
+    there = {field: folder for field, folder in job.models.items() if downloaded or not hub_model(names[field] or "")}
+    if INIT in there:
+        with named(INIT):
+            refuse_misfit(find(there[INIT]), job.train.model)
+    if job.tokenizer_from and (field := TOKENIZER if job.tokenizer.source else INIT) in there:
+        with named(field):
+            used = tokenizer_folder(job)
+            tokenizer = Tokenizer.load(used)
+            if tokenizer.vocab_size > job.train.model.vocab_size:
+                raise SpecError(
+                    f"the tokenizer of {used} has {tokenizer.vocab_size:,} entries, train.model.vocab_size is "
+                    f"{job.train.model.vocab_size:,}; it must not be below"
+                )
+            if field == TOKENIZER and INIT in there:
+                _refuse_other_words(tokenizer, used, find(there[INIT]).tokenizer)
+
+
+def tokenizer_folder(job: JobSpec) -> Path:
+    """The folder with the tokenizer that a job takes from a model."""
+    return tokenizer_of(job.models[TOKENIZER if job.tokenizer.source else INIT])
+
+
+def _refuse_other_words(tokenizer: Tokenizer, used: Path, own: Path | None) -> None:
+    """A model knows the ids of its own tokenizer; one that has them all and more is fine."""
+    if own is None or own == used:
+        return
+    theirs, ours = Tokenizer.load(own).ids(), tokenizer.ids()
+    for text, number in sorted(theirs.items(), key=lambda item: item[1]):
+        if ours.get(text) != number:
+            raise SpecError(
+                f"id {number} is {text!r} in the model's own tokenizer ({own}), and not in {used}; leave out "
+                f"{TOKENIZER}, so that the model's own is used"
+            )
