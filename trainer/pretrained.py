@@ -26,6 +26,11 @@ TOKENIZER = "tokenizer.json"
 TRAINING_ONLY = ("init_std", "mtp")  # fields of a model that change no weight of it
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file beside config.json holds weights, or says which file does."""
+    return name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json")) and "/" not in name
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """

@@ -262,7 +262,7 @@ def _fetched(task: Task, revision: str, one: Input) -> Path:
             return files.fetch(one, task.scratch, progress.advance)
         from components.download import hub
 
-        return hub.fetch(origin.dataset, revision, one, task.scratch, progress.advance)
+        return hub.fetch(origin, revision, one, task.scratch, progress.advance)
 
 
 def _expected_bytes(task: Task, left: list[Input], done: int) -> int:

@@ -28,12 +28,17 @@ from trainer.errors import DataError, VolumeError, in_words, of_the_machine
 
 
 def run(job: JobSpec) -> StageResult:
-    """Bring the raw text of all sources to `job.stage_dir("raw")`.
+    """Bring the models that the job names, and the raw text of all sources to `job.stage_dir("raw")`.
 
     Raises:
+        SpecError: a model does not fit the job.
         DataError, LaunchError, VolumeError: a source cannot be read, fetched or stored; one line: source, file, remedy.
             Finished parts are kept.
     """
+    if job.models:
+        from components.download.models import fetch_models  # imports the Hub's library, which most jobs need not
+
+        fetch_models(job)
     root = Path(job.stage_dir("raw"))
     with alone(root, "downloading"):
         _found_by_later_versions(job)

@@ -1,6 +1,6 @@
-"""A small server that speaks the part of the Hugging Face Hub's HTTP API that reading a dataset needs.
+"""A small server that speaks the part of the Hugging Face Hub's HTTP API that reading a dataset or a model needs.
 
-Dataset info at a revision, tree and paths-info with LFS checksums, and resolve with byte ranges; besides, objects of a
+Info at a revision, tree and paths-info with LFS checksums, and resolve with byte ranges; besides, objects of a
 bucket below /content/. Faults are given by path; each is used once, in order.
 """
 
@@ -52,7 +52,7 @@ class Served:
 
 
 class HubServer(Served):
-    """`files` of the dataset org/texts by path, and of further `datasets` by name.
+    """`files` of the dataset org/texts by path, and of further `datasets`, or models, by name.
 
     Faults: a status, with "+seconds" for Retry-After, "reset" (cut half way), "wrong" (other bytes), "short" (too few).
     """
@@ -98,7 +98,8 @@ class HubServer(Served):
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         if path.startswith("/content/"):
             return self._object(handler, path.removeprefix("/content/"))
-        found = re.match(r"(?:/api)?/datasets/([^/]+/[^/]+)(?:/|$)(.*)", path)
+        # Files of a dataset are below /datasets, those of a model below its name.
+        found = re.match(r"(?:/api/models/|(?:/api)?/datasets/|/(?!api/|datasets/))([^/]+/[^/]+)(?:/|$)(.*)", path)
         if not found or found[1] not in self.datasets:
             return send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
         name, rest = found[1], found[2]
@@ -168,7 +169,7 @@ class HubServer(Served):
 def _entry(name: str, data: bytes) -> dict:
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     entry = {"type": "file", "path": name, "size": len(data), "oid": blob}
-    if name.endswith((".parquet", ".gz", ".zst")):
+    if name.endswith((".parquet", ".gz", ".zst", ".safetensors")):
         entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
     return entry
 

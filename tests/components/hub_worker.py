@@ -18,12 +18,12 @@ from hub_server import HubServer
 WORKER = """
 import contextlib, io, json, sys
 import huggingface_hub.constants as constants
-from components.download import blobs, hub, source
+from components.download import blobs, hubaccess, source
 from components.download.step import run
 from manifests.spec import JobSpec, parse
 from trainer.errors import ForeseenError
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 16
-hub.RETRY_SECONDS = hub.MAX_WAIT_SECONDS = blobs.BACKOFF_SECONDS = 0.01
+hubaccess.RETRY_SECONDS = hubaccess.MAX_WAIT_SECONDS = blobs.BACKOFF_SECONDS = 0.01
 whole_part = source.PART_BYTES
 for line in sys.stdin:
     job = json.loads(line)

@@ -14,6 +14,7 @@ datasets directory:
     tokenizers/<key>/tokenizer.json, …       kind tokenizer
     shards/<key>/<source>-<split>-00000.bin  kind shards: Megatron pairs of .bin and .idx, split train or heldout; .bin
     shards/<key>/<source>-<split>-00000.idx  entries carry source, split, documents, text_bytes and tokens
+    models/<key>/config.json, …              kind model: files of a model on the Hub, under their names there
 
 Imports no torch.
 """
@@ -35,7 +36,7 @@ from trainer.files import Algorithm, atomic_write, checksum, unreadable
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
-Kind = Literal["raw", "hygiene", "tokenizer", "shards"]
+Kind = Literal["raw", "hygiene", "tokenizer", "shards", "model"]
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
 
