@@ -187,7 +187,7 @@ class ObservabilitySpec(Spec):
 
 class JobSpec(Spec):
     sections_without_numbers: ClassVar = frozenset(
-        {"cluster", "observability", "train.parallel", "train.runtime", "train.evaluate"}
+        {"cluster", "observability", "train.parallel", "train.runtime", "train.evaluate", "train.export"}
     )
 
     name: Name
@@ -343,7 +343,7 @@ class JobSpec(Spec):
     def run_name(self) -> str:
         """`<name>-<hash>`, also the name of the cluster's job. It does not depend on where the run is, how it is
         monitored, or later changes of its length."""
-        how = {"begun_with_steps", "skip", "parallel", "runtime", "evaluate"}
+        how = {"begun_with_steps", "skip", "parallel", "runtime", "evaluate", "export"}
         identity = {
             "shards": self.former_keys["shards"],
             "train": stored(self.train, how) | {"steps": self.begun_with_steps},

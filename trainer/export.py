@@ -3,7 +3,7 @@
     model.safetensors   parameters and router biases in FP32, under their module names
     config.json         ModelSpec
     tokenizer.json      as trained; tokenizer_config.json lets transformers' AutoTokenizer load it
-    transformers/       of a model that transformers has too: a folder that it loads, in BF16 (trainer/hf)
+    transformers/       a folder that transformers loads, in the dtype of train.export (trainer/hf)
     README.md           model card: data and licences, shares, evaluation
     manifest.json       origin, counts, and size and digests of every other file
 
@@ -30,9 +30,11 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import CheckpointError
 from trainer.fields import stored, version_of
 from trainer.files import checksum, sync_directory
+from trainer.hf import own
 from trainer.hf.architectures import native
+from trainer.hf.folder import TOKENIZER_FILES
 from trainer.hf.folder import write as write_folder
-from trainer.hf.weights import without_place
+from trainer.hf.weights import own_tensors, tensors, without_place
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec
 from trainer.report import write_report
@@ -46,7 +48,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 TRANSFORMERS = "transformers"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def run(spec: TrainSpec) -> dict[str, Any]:
@@ -119,10 +121,12 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained) -> dict[str, Any]:
         "data": trained.checkpoint.digests,
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
         "tensors": len(state),
+        "transformers_dtype": spec.export_dtype,
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
     }
     if beside:
         manifest["transformers"] = TRANSFORMERS
+        manifest["trust_remote_code"] = f"{TRANSFORMERS}/{own.CODE[0].name}" in beside
     _write_text(draft / "README.md", model_card(read_run(spec.run_dir), manifest))
     names = sorted(("model.safetensors", "config.json", *TOKENIZER_FILES, "README.md", *beside))
     manifest["sha256"] = {name: checksum(draft / name, "sha256") for name in names}
@@ -136,16 +140,22 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained) -> dict[str, Any]:
 
 
 def _write_for_transformers(folder: Path, spec: TrainSpec, state: dict[str, torch.Tensor]) -> list[str]:
-    """The folder beside the weights, and its files; nothing where transformers has no such model, which is logged."""
+    """The folder beside the weights, and its files; nothing where not even our own code there knows a kind of layer."""
+    longest = max([spec.tokens.seq_len, *(stage.seq_len or 0 for stage in spec.tokens.curriculum)])
+    tokenizer, dtype = Path(spec.tokens.tokenizer), DTYPES[spec.export_dtype]
     architecture, why_not = native(spec.model)
     if architecture is not None and (lost := without_place(architecture, spec.model, state)):
-        why_not = f"{architecture.model_type} has no {lost}"
-    if architecture is None or why_not:
-        log.info("transformers has no such model (%s); only trainer.export loads it", why_not)
+        why_not, architecture = f"{architecture.model_type} has no {lost}", None
+    if architecture is not None:
+        config, named = architecture.config(spec.model, longest), tensors(architecture, spec.model, state, dtype)
+        files = write_folder(folder, config, named, tokenizer, dtype=dtype)
+    elif missing := own.misfit(spec.model):
+        log.warning("no folder for transformers: %s", missing)
         return []
-    tokenizer = [Path(spec.tokens.tokenizer) / name for name in TOKENIZER_FILES]
-    longest = max([spec.tokens.seq_len, *(stage.seq_len or 0 for stage in spec.tokens.curriculum)])
-    files = write_folder(folder, architecture, spec.model, state, tokenizer, max_length=longest)
+    else:
+        log.info("transformers has no such model (%s); its code lies beside the weights", why_not)
+        config, named = own.config(spec.model, longest), own_tensors(state, dtype)
+        files = write_folder(folder, config, named, tokenizer, dtype=dtype, code=own.CODE)
     return [f"{folder.name}/{name}" for name in files]
 
 

@@ -82,8 +82,8 @@ FIELDS_1 = {
     }.items()
 }
 LATER: dict[str, dict[str, Later]] = {
-    "JobTrainSpec": {"begun_with_steps": Later(2, None), "init_from": Later(5, None)},
-    "TrainSpec": {"begun_with_steps": Later(2, None), "init_from": Later(5, None)},
+    "JobTrainSpec": {"begun_with_steps": Later(2, None), "init_from": Later(5, None), "export": Later(5, None)},
+    "TrainSpec": {"begun_with_steps": Later(2, None), "init_from": Later(5, None), "export": Later(5, None)},
     "StorageSpec": {"sources_dir": Later(2, None)},
     "TokenizerSpec": {"from": Later(5, None)},
     "DataSpec": {"begun_with_max_bytes": Later(3, None)},

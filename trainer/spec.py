@@ -351,6 +351,12 @@ class EvaluateSpec(Spec):
     temperature: NonNegative = 0.8
 
 
+class ExportSpec(Spec):
+    """The folder for transformers in an export: `dtype` of its weights, but for the few that are FP32 in either."""
+
+    dtype: Literal["bf16", "fp32"] = "bf16"
+
+
 class RecipeSpec(Spec):
     """The recipe of a run besides its tokens: the common part of TrainSpec and a job's section `train`.
 
@@ -372,6 +378,12 @@ class RecipeSpec(Spec):
     parallel: ParallelSpec = ParallelSpec()
     runtime: RuntimeSpec = RuntimeSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
+    export: ExportSpec | None = None
+
+    @property
+    def export_dtype(self) -> Literal["bf16", "fp32"]:
+        """Of the folder for transformers."""
+        return (self.export or ExportSpec()).dtype
 
 
 @begins_with("run", "run_dir", "steps", "begun_with_steps", "seed", "init_from", "model", "tokens")
@@ -381,7 +393,7 @@ class TrainSpec(RecipeSpec):
     `begun_with_steps`: the length with which the run began, if it has changed.
     """
 
-    sections_without_numbers: ClassVar = frozenset({"parallel", "runtime", "evaluate"})
+    sections_without_numbers: ClassVar = frozenset({"parallel", "runtime", "evaluate", "export"})
 
     run: str
     run_dir: str

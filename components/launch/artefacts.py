@@ -59,6 +59,8 @@ def _exported(job: JobSpec) -> StageResult | None:
     manifest = read_json(directory / "manifest.json", ("checkpoint_digest", "files"))
     if manifest is None or manifest["checkpoint_digest"] != _checkpoint_digest(job):
         return None
+    if manifest.get("transformers_dtype", "bf16") != job.train.export_dtype:
+        return None
     expected = {name: CheckpointFile.model_validate(entry) for name, entry in manifest["files"].items()}
     missing = [name for name in expected if not (directory / name).is_file()]
     changed = missing or [n for n, entry in describe_files(directory, expected).items() if entry != expected[n]]

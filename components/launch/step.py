@@ -98,8 +98,8 @@ def write_specs(job: JobSpec) -> None:
 def _identity(spec: TrainSpec) -> dict[str, object]:
     """The fields that define what a run computes. Paths, the layout of its processes and future skips may change
     between two launches, as for `JobSpec.run_name`."""
-    free = {"run_dir": True, "parallel": True, "runtime": True, "evaluate": True} | LENGTH
-    return spec.model_dump(mode="json", exclude=free | {"tokens": {"shards", "tokenizer", "skip"}})
+    how = {"run_dir": True, "parallel": True, "runtime": True, "evaluate": True, "export": True}
+    return spec.model_dump(mode="json", exclude=how | LENGTH | {"tokens": {"shards", "tokenizer", "skip"}})
 
 
 def _check_input(job: JobSpec, result: StageResult) -> None:

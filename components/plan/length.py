@@ -68,7 +68,8 @@ def changed(job: JobSpec, changes: dict[str, Any], run: str) -> JobSpec:
     if now.run_name != run:
         raise SpecError(
             f"--set: this makes another run, {now.run_name}; of a run that has begun train.steps, train.skip, "
-            "train.parallel, train.runtime, train.evaluate and data.max_bytes_per_source may change; for all else: "
+            "train.parallel, train.runtime, train.evaluate, train.export and data.max_bytes_per_source may change; for "
+            "all else: "
             "yaongi run JOB --set …"
         )
     existing = candidates(now.run_dir)

@@ -193,6 +193,18 @@ def test_a_changed_export_is_written_again(job, launched):
     assert launched == ["export"]
 
 
+def test_an_export_of_another_dtype_is_written_again(job, launched, tmp_path):
+    leave_export(job, leave_training(job))
+    wide = job_for(tmp_path, train={"steps": 4, "export": {"dtype": "fp32"}})
+    assert wide.run_name == job.run_name
+    manifest = Path(job.run_dir) / "export" / "manifest.json"
+    written = json.loads(manifest.read_text()) | {"transformers_dtype": "fp32"}
+    launched.effects["export"] = lambda job: manifest.write_text(json.dumps(written))
+    for _ in range(2):
+        run(wide, "export")
+    assert launched == ["export"]
+
+
 def test_a_run_directory_of_another_run_is_refused(job, launched):
     write_specs(job)
     path = Path(job.run_dir) / "train.yaml"
@@ -208,6 +220,7 @@ def test_a_run_directory_of_another_run_is_refused(job, launched):
         {"runtime": {"log_every_steps": 1}},
         {"parallel": {"data": "fsdp"}},
         {"evaluate": {"sample_tokens": 2}},
+        {"export": {"dtype": "fp32"}},
         {"skip": ((4096, 8192),)},
     ],
     ids=lambda change: next(iter(change)),

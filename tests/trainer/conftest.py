@@ -27,6 +27,18 @@ def same_numbers() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def remote_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers copies the code that it imports from a model's folder; not into the home directory here."""
+    from transformers import dynamic_module_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        directory = str(tmp_path_factory.mktemp("remote-code"))
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", directory)
+        patch.syspath_prepend(directory)
+        yield
+
+
 @pytest.fixture
 def quiet_checkpoint_library() -> None:
     """It logs every call at DEBUG, which a failing test would show instead of the failure."""

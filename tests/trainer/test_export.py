@@ -9,12 +9,13 @@ import pytest
 import torch
 from made_run import make_run, save_checkpoint
 from micro import make_data
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import evaluate, export
 from trainer.checkpoints.checkpoint import describe_files
 from trainer.errors import ForeseenError
+from trainer.hf import own
 from trainer.model.hybrid import HybridModel
 from trainer.specbase import parse
 from trainer.trained import load_trained
@@ -25,6 +26,10 @@ def exported(tmp_path):
     spec, model = make_run(tmp_path, evaluate={"max_tokens": 50})
     manifest = export.run(spec)
     return spec, model, manifest, Path(spec.run_dir) / "export"
+
+
+def files(directory):
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
 def test_logits_equal_the_checkpoints(exported):
@@ -45,7 +50,7 @@ def test_what_others_left_is_neither_exported_nor_in_the_way(exported):
     export.load(directory)
     assert export.run(spec) == manifest
     assert not (directory / "._config.json").exists()
-    assert {path.name for path in directory.iterdir()} == {*manifest["files"], "manifest.json"}
+    assert files(directory) == {*manifest["files"], "manifest.json"}
 
 
 def test_weights_that_come_from_a_file_are_not_drawn_first(tmp_path, monkeypatch):
@@ -95,12 +100,28 @@ def test_a_tensor_that_the_file_lacks_is_named(tmp_path, name):
 def test_manifest_has_the_digest_of_every_file(exported):
     _, _, manifest, directory = exported
     assert json.loads((directory / "manifest.json").read_text()) == manifest
-    present = {path.name for path in directory.iterdir()} - {"manifest.json"}
-    assert present == {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    present = files(directory) - {"manifest.json"}
+    weights = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
+    beside = {*weights, "generation_config.json", "chat_template.jinja", *(path.name for path in own.CODE)}
+    assert present == {*weights, "README.md", *(f"transformers/{name}" for name in beside)}
     for name in present:
         data = (directory / name).read_bytes()
         assert manifest["sha256"][name] == hashlib.sha256(data).hexdigest()
         assert manifest["files"][name]["bytes"] == len(data)
+
+
+def test_fp32_weights_for_transformers_on_request(exported):
+    spec, _, manifest, directory = exported
+    assert (
+        manifest["transformers_dtype"] == "bf16" and "trust_remote_code=True" in (directory / "README.md").read_text()
+    )
+    name = "layers.0.0.mixer.out_proj.weight"
+    assert load_file(directory / "transformers" / "model.safetensors")[name].dtype == torch.bfloat16
+    wide = spec.updated({"export": {"dtype": "fp32"}})
+    assert export.run(wide)["transformers_dtype"] == "fp32"
+    written, exact = (load_file(directory / at / "model.safetensors") for at in ("transformers", "."))
+    assert written.keys() == exact.keys() and all(torch.equal(written[name], exact[name]) for name in exact)
+    assert json.loads((directory / "transformers" / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_config_is_the_model_spec(exported):
@@ -200,18 +221,21 @@ DECODERS = {
         "moe": {"activation": "swiglu", "scores": "softmax", "score_scale": 1.0, "bias_update_rate": 0.0},
     },
     "nemotron_h": {"layers": ["ME", "*-"], "attention": {}},
+    "yaongi": {"engram": [{"layer": 1, "rows_per_head": 50, "width_per_order": 16, "num_heads": 2}]},
 }
 
 
 @pytest.mark.parametrize("architecture", DECODERS)
-def test_what_transformers_has_too_it_loads(architecture, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("remote_code")
+def test_transformers_loads_it(architecture, tmp_path, monkeypatch):
     """Weights in several files, tokenizer, generation; the same logits up to the rounding of weights to BF16."""
     monkeypatch.setattr("trainer.hf.folder.FILE_BYTES", 20_000)
     attention = {"attention": {"qk_norm": True, "rope_theta": 1e4}, **DECODERS[architecture]}
     spec, model = make_run(tmp_path, model={"engram": [], **attention}, evaluate={"max_tokens": 50})
     if architecture == "qwen3_moe":
         export.run(spec)
-        assert not (Path(spec.run_dir) / "export" / "transformers").exists(), "its router has no bias"
+        config = json.loads((Path(spec.run_dir) / "export" / "transformers" / "config.json").read_text())
+        assert config["model_type"] == "yaongi", "the router there has no bias"
         for moe in model.moe_sublayers():
             moe.bias_E.zero_()
         save_checkpoint(spec, model, 13)
@@ -219,15 +243,17 @@ def test_what_transformers_has_too_it_loads(architecture, tmp_path, monkeypatch)
     folder = Path(spec.run_dir) / "export" / "transformers"
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert {f"transformers/{path.name}" for path in folder.iterdir()} <= manifest["files"].keys()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    own_code = {"trust_remote_code": True} if architecture == "yaongi" else {}
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **own_code).eval()
     assert theirs.config.model_type == architecture
     loaded, tokenizer = export.load(folder.parent)
     their_tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "다리 river stone 강물"
     assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text)
     with torch.no_grad():
-        for parameter in loaded.parameters():
-            parameter.copy_(parameter.bfloat16())
+        for name, parameter in loaded.named_parameters():
+            if architecture != "yaongi" or not name.endswith(own.FP32):
+                parameter.copy_(parameter.bfloat16())
         ids = torch.tensor([tokenizer.encode(text)])
         expected = loaded(ids, torch.zeros_like(ids, dtype=torch.int32)).logits_BTV
         torch.testing.assert_close(theirs(ids).logits, expected, atol=2e-4, rtol=1e-3)

@@ -20,6 +20,7 @@ from trainer.compiled import kinds as kinds_to_compile
 from trainer.fields import SPEC_VERSION, stored, version_of
 from trainer.fp8.convert import convert
 from trainer.fp8.table import conversion_table
+from trainer.hf import own
 from trainer.kinds.base import RESIDUAL, Convolution, Count, Init, Kind, ModelShape, Parameter, Widths, matrix, vector
 from trainer.model.hybrid import build_model
 from trainer.model.linear import Linear
@@ -111,6 +112,7 @@ def test_the_spec_knows_it_and_those_that_do_not_use_it_are_as_before() -> None:
     spec = parse(GrownSpec, SPEC)
     assert spec.kinds["C"] is GatedConvSpec and "C" not in ModelSpec.kinds
     assert version_of(spec) == SPEC_VERSION + 1 and stored(spec)["gated_conv"] == {"width": 32, "taps": 3}
+    assert own.misfit(spec) == "the modelling file has no gated convolution; add it to trainer/hf/mixers_yaongi.py"
     plain = {**SPEC, "layers": ["*-"], "gated_conv": None}
     former = {name: value for name, value in plain.items() if name != "gated_conv"}
     assert stored(parse(GrownSpec, plain)) == stored(parse(ModelSpec, former))

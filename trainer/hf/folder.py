@@ -1,10 +1,11 @@
-"""A folder that transformers' AutoModelForCausalLM and AutoTokenizer load, of a model that is one of theirs."""
+"""A folder that transformers' AutoModelForCausalLM and AutoTokenizer load: configuration, weights, tokenizer, and of a
+model that transformers does not have its code."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +14,59 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.data.tokenizer import Tokenizer
-from trainer.hf.architectures import Architecture
-from trainer.hf.weights import INDEX, SINGLE, tensors
-from trainer.modelspec import ModelSpec
+from trainer.data.vocabulary import SPECIAL_TOKENS
+from trainer.hf.weights import INDEX, SINGLE
 
 FILE_BYTES = 5 * 10**9  # of weights in one file
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG, GENERATION, CHAT = "config.json", "generation_config.json", "chat_template.jinja"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# What a tokenizer that was not trained here may have beside these; it is copied where it is there.
+BESIDE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", CHAT, GENERATION)
+TURN_ENDS = "<|im_end|>"
 
 
 def write(
     folder: Path,
-    architecture: Architecture,
-    spec: ModelSpec,
-    state: Mapping[str, Tensor],
-    tokenizer_files: Sequence[Path],
+    config: dict[str, Any],
+    named: Iterable[tuple[str, Tensor]],
+    tokenizer_dir: Path,
     *,
-    max_length: int,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype,
+    code: Sequence[Path] = (),
 ) -> list[str]:
-    """Write configuration, weights and tokenizer; the names of the files.
+    """Write it; the names of the files.
 
     Args:
-        state: a whole model's. What multi-token prediction has beside it is left out.
-        max_length: tokens of the rows that it was trained on.
+        config: of the architecture, without dtype and tokens.
+        named: the weights under their names there.
+        dtype: of most of them.
+        code: files that transformers imports, where it does not have the model itself.
     """
     folder.mkdir()
-    tokenizer = Tokenizer.load(tokenizer_files[0].parent)
-    names = {"eos_token_id": tokenizer.eod_id, "bos_token_id": None, "pad_token_id": tokenizer.eod_id}
-    config = architecture.config(spec, max_length) | names | {"dtype": str(dtype).removeprefix("torch.")}
-    _write_json(folder / CONFIG, config)
-    _write_json(folder / GENERATION, {**names, "do_sample": True, "temperature": 0.8})
-    written = [CONFIG, GENERATION, *_write_weights(folder, tensors(architecture, spec, state, dtype))]
-    for file in tokenizer_files:
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    begin = tokenizer.prefix[0] if tokenizer.prefix else None
+    tokens = {"eos_token_id": tokenizer.eod_id, "bos_token_id": begin, "pad_token_id": tokenizer.eod_id}
+    _write_json(folder / CONFIG, config | tokens | {"dtype": str(dtype).removeprefix("torch.")})
+    written = [CONFIG, *_write_weights(folder, named)]
+    there = [tokenizer_dir / name for name in (*TOKENIZER_FILES, *BESIDE) if (tokenizer_dir / name).is_file()]
+    for file in (*there, *code):
         shutil.copyfile(file, folder / file.name)
         written.append(file.name)
+    if GENERATION not in written:
+        turn = tokenizer.markup.get(TURN_ENDS)
+        ends = tokenizer.eod_id if turn is None else [tokenizer.eod_id, turn]
+        _write_json(folder / GENERATION, {**tokens, "eos_token_id": ends, "do_sample": True, "temperature": 0.8})
+        written.append(GENERATION)
+    if not _has_template(tokenizer_dir) and tokenizer.markup.keys() >= set(SPECIAL_TOKENS[1:]):
+        shutil.copyfile(Path(__file__).with_name(CHAT), folder / CHAT)
+        written.append(CHAT)
     return written
+
+
+def _has_template(tokenizer_dir: Path) -> bool:
+    config = tokenizer_dir / TOKENIZER_FILES[1]
+    inside = config.is_file() and "chat_template" in json.loads(config.read_bytes())
+    return inside or (tokenizer_dir / CHAT).is_file()
 
 
 def _write_weights(folder: Path, named: Iterable[tuple[str, Tensor]]) -> list[str]:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trainer.errors import CheckpointError
+from trainer.hf import own
 from trainer.hf.architectures import Architecture
 from trainer.kinds.base import Part
 from trainer.model.rows import own_rows
@@ -199,3 +200,11 @@ def _pieces(parts: Iterable[Part], state: Mapping[str, Tensor]) -> Iterator[Tens
         matrix = whole if part.expert is None else whole[part.expert]
         rows = matrix[part.first :] if part.rows is None else matrix[part.first : part.first + part.rows]
         yield rows[:, None] if part.theirs.endswith("conv1d.weight") else rows
+
+
+def own_tensors(state: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """A whole model's tensors under our names, without multi-token prediction; integers stay, and some FP32."""
+    for name, tensor in state.items():
+        if not name.startswith("mtp."):
+            wide = name.endswith(own.FP32) or not tensor.is_floating_point()
+            yield name, tensor if wide else tensor.to(dtype)
