@@ -119,7 +119,7 @@ def test_every_option_of_a_kind_is_known(symbol: str) -> None:
     of_training = {"bias_update_rate", "sequence_loss_weight", "balance_loss_weight"}
     unknown = kind.model_fields.keys() - of_training - set(known)
     assert not unknown, f"compute {unknown} in trainer/hf/mixers_yaongi.py, test it here, and enter it in FIELDS"
-    assert own.SYMBOLS == set(ModelSpec.kinds)
+    assert set(ModelSpec.kinds) == own.SYMBOLS
 
 
 @pytest.mark.parametrize("name", MODELS)
