@@ -229,9 +229,20 @@ def describe(
     fp8: Annotated[bool, typer.Option("--fp8", help="Only which weights would use FP8, and why.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show a model layer by layer: shapes, parameters, FLOPs per token, GPU memory, checkpoint size."""
-    from manifests.spec import load_job
+    """Show a model layer by layer: shapes, parameters, FLOPs per token, GPU memory, checkpoint size.
 
+    Of a trained model (a folder, or owner/name on the Hugging Face Hub): its layers, and its `train.model` for a job.
+    """
+    from manifests.spec import load_job
+    from pipelines.pretrained import as_section, model_named
+
+    if (trained := model_named(job)) is not None:
+        from trainer.arithmetic.describe import describe as describe_model
+        from trainer.arithmetic.describe import render as render_description
+
+        render_description(describe_model(trained, 4096), Console())
+        print(f"\nFor a job that begins with it:\n\n{as_section(trained)}")
+        return
     spec = load_job(job, _changes(sets))  # report a wrong field before PyTorch is loaded
     from trainer.arithmetic.describe import describe as describe_model
     from trainer.arithmetic.describe import render as render_description

@@ -44,6 +44,20 @@ def fetch_models(job: JobSpec) -> None:
             _fetch(hubs[INIT], Path(job.models[INIT]), weights=True)
 
 
+def fetch_config(hub: HubModel, folder: Path) -> None:
+    """The model's config.json alone, into a folder.
+
+    Raises:
+        DataError, LaunchError: the Hub has none, or does not answer.
+    """
+    repository = Repository(hub.name, "model")
+    commit = commit_of(repository, hub.revision)
+    one = next((one for one in _listing(repository, commit, weights=False) if one.location == CONFIG), None)
+    if one is None:
+        raise DataError(f"{hub.name}: has no {CONFIG} at commit {commit}; name a model of transformers")
+    os.replace(fetch(repository, commit, one, folder, lambda _: None), folder / CONFIG)
+
+
 def _fetch(hub: HubModel, directory: Path, *, weights: bool) -> None:
     """Configuration and tokenizer of a model, or its weights too."""
     with alone(directory, "downloading a model"), volume_explained(directory):
@@ -54,7 +68,7 @@ def _fetch(hub: HubModel, directory: Path, *, weights: bool) -> None:
         repository = Repository(hub.name, "model")
         commit = before.inputs["commit"] if before else commit_of(repository, hub.revision)
         there = {entry.path: entry for entry in before.files} if before else {}
-        wanted = [one for one in _listing(repository, commit, weights) if one.location not in there]
+        wanted = [one for one in _listing(repository, commit, weights=weights) if one.location not in there]
         with ByteProgress(f"download: {hub.name}", sum(one.bytes for one in wanted)) as progress:
             for one in wanted:
                 got = fetch(repository, commit, one, directory / ".fetch", progress.advance)
@@ -77,7 +91,7 @@ def _before(directory: Path, hub: HubModel) -> Manifest | None:
     return manifest if same else None
 
 
-def _listing(repository: Repository, commit: str, weights: bool) -> list[Input]:
+def _listing(repository: Repository, commit: str, *, weights: bool) -> list[Input]:
     try:
         files = files_of(repository, commit)
     except HTTP_ERRORS as error:

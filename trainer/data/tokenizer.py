@@ -111,6 +111,11 @@ class Tokenizer:
         return cls(raw, hashlib.sha256(data).hexdigest(), eod)
 
     @property
+    def added(self) -> set[str]:
+        """The tokens that no merge makes."""
+        return {token.content for token in self._raw.get_added_tokens_decoder().values()}
+
+    @property
     def markup(self) -> dict[str, int]:
         """The tokens that a chat template may write, and their ids. Of a tokenizer that was trained here, those of
         SPECIAL_TOKENS but the end of a document, which no text contains."""

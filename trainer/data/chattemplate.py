@@ -1,0 +1,131 @@
+"""The chat template of another model's tokenizer: how its conversations are written. Imports no torch.
+
+A template is a Jinja program from whoever made the model, so it runs in Jinja's sandbox, with what transformers gives
+such templates except the date, which would change the data from one day to the next.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import DataError
+
+ROLE = "assistant"
+FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+_QUESTION, _ANSWER = "Is it so?", "It is."  # for finding out how a template writes an answer
+
+
+class TemplateError(ValueError):
+    """A conversation that a template does not take, in its own words."""
+
+
+class ChatTemplate:
+    """
+    Args:
+        folder: that of the tokenizer.
+
+    Attributes:
+        start, header, end: an answer stands between start + header and end (trainer.data.chat.ChatFormat).
+
+    Raises:
+        DataError: there is no template, or answers cannot be told apart in what it writes.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from jinja2 import TemplateSyntaxError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        self._tokenizer, self._folder = Tokenizer.load(folder), Path(folder)
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals["raise_exception"] = _refuse
+        config = _config(self._folder / CONFIG)
+        try:
+            self._template = environment.from_string(_source(self._folder, config))
+        except TemplateSyntaxError as error:
+            raise DataError(f"{folder}: its chat template is no Jinja ({error}); repair or replace it") from None
+        tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+        self._tokens = {name: v.get("content") if isinstance(v, dict) else v for name, v in tokens.items()}
+        specials = sorted(self._tokenizer.markup, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        self.start, self.header, self.end = self._format()
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """A conversation as the template writes it. Special tokens in roles and contents are broken by a space, so that
+        none can imitate the template's own.
+
+        Raises:
+            TemplateError: the template does not take it.
+        """
+        return self._rendered([{name: self.plain(text) for name, text in message.items()} for message in messages])
+
+    def plain(self, text: str) -> str:
+        """A text without special tokens."""
+        return self._special.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
+
+    def _rendered(self, messages: list[dict[str, str]], *, to_answer: bool = False) -> str:
+        from jinja2 import TemplateError as JinjaError
+
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=to_answer, **self._tokens)
+        except (JinjaError, TypeError, ValueError) as error:
+            raise TemplateError(" ".join(str(error).split())) from None
+
+    def _format(self) -> tuple[str, str, str]:
+        """From how the template writes one question, what it puts before an answer, and what behind it.
+
+        Thoughts that a template opens itself (<think>) belong to the answer: not every answer has them.
+        """
+        asked = [{"role": "user", "content": _QUESTION}]
+        try:
+            before, prompt = self._rendered(asked), self._rendered(asked, to_answer=True)
+            whole = self._rendered([*asked, {"role": ROLE, "content": _ANSWER}])
+        except TemplateError as error:
+            raise DataError(f"{self._folder}: its chat template fails on a question and an answer ({error})") from None
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))
+        head, tail = "".join(a for a, _ in same).removeprefix(before), whole.rpartition(_ANSWER)[2]
+        if thoughts := self._tokenizer.added - self._tokenizer.markup.keys():
+            head = re.split("|".join(map(re.escape, thoughts)), head)[0]
+        first, last = self._special.match(head), self._special.match(tail.lstrip())
+        if not (prompt.startswith(before) and first and head[first.end() :].strip() and last):
+            raise DataError(
+                f"{self._folder}: its chat template does not begin an answer and end it by special tokens, by which "
+                "answers are found; replace the template"
+            )
+        return first[0], head[first.end() :], last[0]
+
+
+def has_template(folder: str | Path) -> bool:
+    """Whether a tokenizer has a chat template."""
+    folder = Path(folder)
+    return (folder / FILE).is_file() or "chat_template" in _config(folder / CONFIG)
+
+
+def _source(folder: Path, config: dict[str, Any]) -> str:
+    if (folder / FILE).is_file():
+        return (folder / FILE).read_text(encoding="utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+    if not isinstance(found, str):
+        raise DataError(f"{folder}: has no chat template ({FILE}, or chat_template in {CONFIG}); give it one")
+    return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
