@@ -26,13 +26,12 @@ from safetensors.torch import load_file, save_file
 
 from trainer import __version__
 from trainer.checkpoints.checkpoint import CheckpointFile, describe_files
-from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer import Tokenizer, files_of
 from trainer.errors import CheckpointError
 from trainer.fields import stored, version_of
 from trainer.files import checksum, sync_directory
 from trainer.hf import own
 from trainer.hf.architectures import native
-from trainer.hf.folder import TOKENIZER_FILES
 from trainer.hf.folder import write as write_folder
 from trainer.hf.weights import own_tensors, tensors, without_place
 from trainer.model.hybrid import HybridModel, build_model
@@ -108,8 +107,9 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained) -> dict[str, Any]:
     save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
     _write_text(draft / "config.json", json.dumps(stored(spec.model), indent=1) + "\n")
     shutil.copymode(draft / "config.json", draft / "model.safetensors")  # safetensors ignores the umask
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(Path(spec.tokens.tokenizer) / name, draft / name)
+    tokenizer = files_of(Path(spec.tokens.tokenizer))
+    for file in tokenizer:
+        shutil.copyfile(file, draft / file.name)
     beside = _write_for_transformers(draft / TRANSFORMERS, spec, state)
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -128,7 +128,7 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained) -> dict[str, Any]:
         manifest["transformers"] = TRANSFORMERS
         manifest["trust_remote_code"] = f"{TRANSFORMERS}/{own.CODE[0].name}" in beside
     _write_text(draft / "README.md", model_card(read_run(spec.run_dir), manifest))
-    names = sorted(("model.safetensors", "config.json", *TOKENIZER_FILES, "README.md", *beside))
+    names = sorted(("model.safetensors", "config.json", *(file.name for file in tokenizer), "README.md", *beside))
     manifest["sha256"] = {name: checksum(draft / name, "sha256") for name in names}
     manifest["files"] = {name: entry.model_dump() for name, entry in describe_files(draft, names).items()}
     for name in names:

@@ -24,7 +24,7 @@ def take(job: JobSpec) -> StageResult:
     """
     check(job, downloaded=True)
     directory, source = Path(job.stage_dir("tokenizers")), tokenizer_folder(job)
-    there = [name for name in bpe.FILES if (source / name).is_file()]
+    there = [file.name for file in bpe.files_of(source)]
     inputs = {name: checksum(source / name, "sha256") for name in there}
     settings = {"from": job.tokenizer_from}
     manifest, why = reusable(directory, "tokenizer", inputs, settings)
@@ -36,8 +36,7 @@ def take(job: JobSpec) -> StageResult:
                 atomic_write(directory / name, (source / name).read_bytes())
             if (config := "tokenizer_config.json") not in there:
                 atomic_write(directory / config, bpe.config_text(bpe.Tokenizer.load(directory).eod))
-            names = [name for name in bpe.FILES if (directory / name).is_file()]
-            files = [file_entry(directory, name, "sha256") for name in names]
+            files = [file_entry(directory, file.name, "sha256") for file in bpe.files_of(directory)]
             manifest = Manifest(kind="tokenizer", inputs=inputs, settings=settings, files=files)
             write_manifest(directory, manifest)
         print(f"tokenizer: that of {source}: {directory}", flush=True)

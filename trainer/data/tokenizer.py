@@ -60,6 +60,11 @@ FILES = (
 )
 
 
+def files_of(directory: Path) -> list[Path]:
+    """Those of them that are there."""
+    return [directory / name for name in FILES if (directory / name).is_file()]
+
+
 class Tokenizer:
     """A trained tokenizer.
 

@@ -13,15 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer import Tokenizer, files_of
 from trainer.data.vocabulary import SPECIAL_TOKENS
 from trainer.hf.weights import INDEX, SINGLE
 
 FILE_BYTES = 5 * 10**9  # of weights in one file
 CONFIG, GENERATION, CHAT = "config.json", "generation_config.json", "chat_template.jinja"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-# What a tokenizer that was not trained here may have beside these; it is copied where it is there.
-BESIDE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", CHAT, GENERATION)
 TURN_ENDS = "<|im_end|>"
 
 
@@ -48,8 +45,7 @@ def write(
     tokens = {"eos_token_id": tokenizer.eod_id, "bos_token_id": begin, "pad_token_id": tokenizer.eod_id}
     _write_json(folder / CONFIG, config | tokens | {"dtype": str(dtype).removeprefix("torch.")})
     written = [CONFIG, *_write_weights(folder, named)]
-    there = [tokenizer_dir / name for name in (*TOKENIZER_FILES, *BESIDE) if (tokenizer_dir / name).is_file()]
-    for file in (*there, *code):
+    for file in (*files_of(tokenizer_dir), *code):
         shutil.copyfile(file, folder / file.name)
         written.append(file.name)
     if GENERATION not in written:
@@ -64,7 +60,7 @@ def write(
 
 
 def _has_template(tokenizer_dir: Path) -> bool:
-    config = tokenizer_dir / TOKENIZER_FILES[1]
+    config = tokenizer_dir / "tokenizer_config.json"
     inside = config.is_file() and "chat_template" in json.loads(config.read_bytes())
     return inside or (tokenizer_dir / CHAT).is_file()
 
