@@ -44,7 +44,7 @@ TE_WHEEL ?=
 test-kernels: .venv-kernels/.ready ## use of Transformer Engine and mamba_ssm against the real ones, without a GPU; TE_WHEEL=file saves 20 min
 	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest -m kernels tests/kernels
 
-test-peers: .venv-peers/.ready ## token files against megatron-core's reader and writer, in an environment of their own (3 GB)
+test-peers: .venv-peers/.ready ## token files in megatron-core, exports in lm_eval, in an environment of their own (5 GB)
 	.venv-peers/bin/python -m pytest -m peers tests/peers
 
 .venv-peers/.ready: requirements-peers.txt | $(UV)
