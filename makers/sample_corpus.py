@@ -237,13 +237,18 @@ def write(name: str, corpora: Iterable[tuple[Iterable[dict], int]]) -> None:
                 texts.add(document["text"])
                 limit -= size
     random.Random(1).shuffle(chosen)
-    plain = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in chosen).encode()
-    packed = io.BytesIO()
-    with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=9, mtime=0, filename="") as file:
-        file.write(plain)
-    (SAMPLE / f"{name}.jsonl.gz").write_bytes(packed.getvalue())
+    data = packed(chosen)
+    (SAMPLE / f"{name}.jsonl.gz").write_bytes(data)
     size = sum(len(text.encode()) for text in texts)
-    print(f"{name}: {len(chosen)} documents, {size} bytes of text, {len(packed.getvalue())} compressed")
+    print(f"{name}: {len(chosen)} documents, {size} bytes of text, {len(data)} compressed")
+
+
+def packed(rows: Iterable[dict[str, object]]) -> bytes:
+    """JSON lines as a gzip without a time."""
+    stream = io.BytesIO()
+    with gzip.GzipFile(fileobj=stream, mode="wb", compresslevel=9, mtime=0, filename="") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return stream.getvalue()
 
 
 def main() -> None:

@@ -286,7 +286,7 @@ class JobSpec(Spec):
         return self._keys(amounts)
 
     def _keys(self, amounts: dict[str, int | None]) -> dict[StageName, str]:
-        mixed = {"weight", "max_epochs", "available_tokens", "synthetic"}
+        mixed = {"weight", "max_epochs", "available_tokens", "synthetic", "loss"}
         sources = self.data.sources.items()
         used = self.tokenizer_from
         raw_parts = ["raw", {name: [stored(one, mixed, raw=True), amounts[name]] for name, one in sources}]
@@ -301,6 +301,8 @@ class JobSpec(Spec):
             tokenizer = canonical_digest(["tokenizer", used])
             begins = ["shards", raw_key, tokenizer]
         parts = [*begins, stored(self.shards, {"workers", "pods"}), self.data.heldout_fraction]
+        if answers := sorted(name for name, source in sources if source.loss == "answers"):
+            parts.append({"answers": answers})
         shards = canonical_digest([*parts, hygiene] if self.hygiene.enabled else parts)
         return {"raw": raw_key, "hygiene": hygiene, "tokenizers": tokenizer, "shards": shards}
 

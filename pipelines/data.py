@@ -253,6 +253,7 @@ def _reached(run_dir: str, step: int) -> tuple[int, Cursor] | None:
 def _show(passage: Passage) -> None:
     console = Console(soft_wrap=True, highlight=False)
     part = "" if passage.stop - passage.start == passage.length else f", tokens {passage.start} to {passage.stop}"
+    part += "" if passage.trained is None else f", {passage.trained} trained"
     origin = f" ← {passage.origin.path} at byte {passage.origin.offset:,}" if passage.origin else ""
     head = f"── {passage.source} #{passage.document} ({passage.length} tokens{part}){origin}"
     console.print(Text(head, style="bold cyan"))

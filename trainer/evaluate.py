@@ -7,7 +7,9 @@ the
   end-of-document token. The first token has no context and is never predicted in training either;
 - a document longer than `seq_len` is cut into windows of `seq_len` inputs. As in training, a window starts without the
   context of the one before;
-- the bytes are those of the scored tokens (the end of a document has none), so cutting at `max_tokens` stays exact;
+- of a source with `loss: answers` only the tokens of the answers are scored, the end-of-turn token included; the rest
+  of the conversation is their context;
+- the bytes are those of the scored tokens (special tokens have none), so cutting at `max_tokens` stays exact;
 - `max_tokens` of a domain is shared among its sources in proportion to their weight in the mix.
 
 Legend: B rows, T positions.
@@ -30,6 +32,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainer.data.answers import Ranges, trained
 from trainer.data.loader import IGNORED, MicroBatch, heldout_documents
 from trainer.data.manifest import read_manifest
 from trainer.distributed import pick_device
@@ -43,6 +46,8 @@ from trainer.spec import TokensSpec, TrainSpec
 from trainer.trained import Trained, load_trained
 
 log = logging.getLogger(__name__)
+
+Scored = tuple[NDArray[np.int64], NDArray[np.int64]]  # ids of a document, and the label of each but the last, or -100
 
 
 @dataclass
@@ -86,7 +91,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     device = pick_device(spec.runtime.device)
     precision = resolve_for_evaluation(spec.precision, device_capability(device))
     trained = load_trained(spec, device, precision.autocast_dtype)
-    by_source, domain_of = _score_sources(spec, trained, device, precision)
+    by_source, domain_of, of_answers = _score_sources(spec, trained, device, precision)
     with precision.autocast(device.type):
         texts = complete(
             trained.model,
@@ -107,7 +112,11 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         "device": device.type,
         "precision": precision.name,
         "domains": {domain: score.summary() for domain, score in by_domain.items()},
-        "sources": {source: {"domain": domain_of[source], **score.summary()} for source, score in by_source.items()},
+        "sources": {
+            source: {"domain": domain_of[source], **score.summary()}
+            | ({"scored": "answers"} if source in of_answers else {})
+            for source, score in by_source.items()
+        },
         "all": sum(by_source.values(), Score()).summary(),
         "samples": [{"prompt": p, "text": t} for p, t in zip(spec.evaluate.prompts, texts, strict=True)],
         "seconds": round(time.monotonic() - began, 3),
@@ -123,29 +132,32 @@ def run(spec: TrainSpec) -> dict[str, Any]:
 
 def _score_sources(
     spec: TrainSpec, trained: Trained, device: torch.device, precision: Precision
-) -> tuple[dict[str, Score], dict[str, str]]:
-    """Score of each source, and the domain of each."""
+) -> tuple[dict[str, Score], dict[str, str], set[str]]:
+    """Score of each source, the domain of each, and those of which only answers are scored."""
     budgets, domain_of = source_budgets(spec.tokens, spec.evaluate.max_tokens)
     byte_lengths = np.array(trained.tokenizer.byte_lengths())
-    scores = {source: Score() for source in budgets}
+    scores, of_answers = {source: Score() for source in budgets}, set[str]()
 
-    def scored_documents(source: str, documents: Iterable[NDArray]) -> Iterator[NDArray[np.int64]]:
+    def scored_documents(source: str, documents: Iterable[tuple[NDArray, Ranges | None]]) -> Iterator[Scored]:
         """Yield documents cut to the remaining budget, and count the scored tokens."""
         score = scores[source]
-        for document in documents:
-            if score.tokens == budgets[source]:
+        for document, answers in documents:
+            if (room := budgets[source] - score.tokens) == 0:
                 return
-            ids = document[: budgets[source] - score.tokens + 1].astype(np.int64)
-            if len(ids) < 2:
+            if answers is not None:
+                of_answers.add(source)
+            ids, labels = labelled(document, answers, room)
+            scored = labels[labels != IGNORED]
+            if not len(scored):
                 continue
             score.documents += 1
-            score.tokens += len(ids) - 1
-            score.bytes += int(byte_lengths[ids[1:]].sum())
-            yield ids
+            score.tokens += len(scored)
+            score.bytes += int(byte_lengths[scored].sum())
+            yield ids, labels
 
     seq_len = spec.tokens.seq_len_after((spec.steps - 1) * spec.batch.tokens_per_step)  # that of the last step
     for source, group in groupby(heldout_documents(spec.tokens), key=itemgetter(0)):
-        documents = scored_documents(source, (ids for _, _, ids in group))
+        documents = scored_documents(source, ((ids, answers) for _, _, ids, answers in group))
         for batch in pack(documents, seq_len, spec.batch.micro_batch_rows * spec.tokens.seq_len // seq_len):
             with torch.inference_mode(), precision.autocast(device.type):
                 arguments = (batch.ids_BT, batch.seq_idx_BT, batch.labels_BT)
@@ -157,7 +169,7 @@ def _score_sources(
             f"{spec.tokens.shards}: no held-out text of source '{nothing[0]}' to score; raise data.heldout_fraction "
             "or train.evaluate.max_tokens",
         )
-    return scores, domain_of
+    return scores, domain_of, of_answers
 
 
 def source_budgets(tokens: TokensSpec, max_tokens: int) -> tuple[dict[str, int], dict[str, str]]:
@@ -177,38 +189,50 @@ def source_budgets(tokens: TokensSpec, max_tokens: int) -> tuple[dict[str, int],
     return {name: max(1, int(max_tokens * share + 1e-6)) for name, share in shares.items()}, domain_of
 
 
-def pack(documents: Iterable[NDArray[np.int64]], seq_len: int, num_rows: int) -> Iterator[MicroBatch]:
+def labelled(document: NDArray[np.integer], answers: Ranges | None, room: int) -> Scored:
+    """A document's first tokens, as far as its first `room` scored ones, with labels."""
+    if answers is None:
+        ids = document[: room + 1].astype(np.int64)
+        return ids, ids[1:]
+    scored = trained(answers, 0, len(document))
+    scored[0] = False
+    end = int(np.flatnonzero(scored)[:room].max(initial=0)) + 1
+    ids = document[:end].astype(np.int64)
+    return ids, np.where(scored[1:end], ids[1:], IGNORED)
+
+
+def pack(documents: Iterable[Scored], seq_len: int, num_rows: int) -> Iterator[MicroBatch]:
     """Pack windows of documents into rows of `seq_len`; a window never crosses a row.
 
-    Every id but a document's first is exactly one label. Unused positions are documents of their own without labels.
+    Every label of a document is exactly one of the rows'. Unused positions are documents of their own without labels.
     """
-    rows: list[list[NDArray[np.int64]]] = [[]]
+    rows: list[list[Scored]] = [[]]
     room = seq_len
-    for ids in documents:
-        for first in range(0, len(ids) - 1, seq_len):
-            window = ids[first : first + seq_len + 1]
-            if len(window) - 1 > room:
+    for ids, labels in documents:
+        for first in range(0, len(labels), seq_len):
+            window = (ids[:-1][first : first + seq_len], labels[first : first + seq_len])
+            if len(window[1]) > room:
                 if len(rows) == num_rows:
                     yield _batch(rows, seq_len)
                     rows = []
                 rows.append([])
                 room = seq_len
             rows[-1].append(window)
-            room -= len(window) - 1
+            room -= len(window[1])
     if rows[0]:
         yield _batch(rows, seq_len)
 
 
-def _batch(rows: list[list[NDArray[np.int64]]], seq_len: int) -> MicroBatch:
+def _batch(rows: list[list[Scored]], seq_len: int) -> MicroBatch:
     ids_BT = np.zeros((len(rows), seq_len), np.int64)
     labels_BT = np.full((len(rows), seq_len), IGNORED, np.int64)
     seq_idx_BT = np.zeros((len(rows), seq_len), np.int32)
     for row, windows in enumerate(rows):
         at = 0
-        for number, window in enumerate(windows):
-            end = at + len(window) - 1
-            ids_BT[row, at:end] = window[:-1]
-            labels_BT[row, at:end] = window[1:]
+        for number, (ids, labels) in enumerate(windows):
+            end = at + len(labels)
+            ids_BT[row, at:end] = ids
+            labels_BT[row, at:end] = labels
             seq_idx_BT[row, at:end] = number
             at = end
         seq_idx_BT[row, at:] = len(windows)

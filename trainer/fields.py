@@ -96,6 +96,7 @@ LATER: dict[str, dict[str, Later]] = {
         "activation": Later(4, "relu2"),
     },
     "ModelSpec": {"tied_embedding": Later(4, False)},
+    "SourceSpec": {"loss": Later(5, "all")},
 }
 # The digest of raw text leaves out these fields of version 1 too, at these values.
 RAW_DEFAULTS_1: dict[str, dict[str, Any]] = {

@@ -9,6 +9,7 @@ Legend: L MoE sublayers, E experts.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -60,7 +61,7 @@ def train(spec: TrainSpec) -> int:
             with run.recorder.phase("forward_backward"):
                 totals = forward_backward(run, batch, stop.code())
             with run.recorder.phase("optimizer"):
-                update = apply_gradients(run, step, totals)
+                update = apply_gradients(run, step, totals) if batch.num_labels else nothing_to_learn(run, step)
             if run.fp8:
                 run.fp8.finish_step()
                 run.recorder.fp8(step + 1, run.fp8)
@@ -96,8 +97,8 @@ def only_training(spec: TrainSpec, world: World) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Totals:
-    """Totals over all ranks: cross-entropy per label, other objectives, tokens by expert, agreed exit code (0:
-    continue)."""
+    """Totals over all ranks: cross-entropy per label (NaN without labels), other objectives, tokens by expert, agreed
+    exit code (0: continue)."""
 
     loss: float
     auxiliary: dict[str, float]
@@ -127,7 +128,7 @@ def forward_backward(run: Run, batch: StepBatch, stop_code: int) -> Totals:
             ce_sum = output.ce_sum + model.mtp_factor * output.mtp_ce_sum_K.sum()
             # Divided by counts of the whole step, so that the sum over ranks is the mean; the mean over ranks divides
             # by `size`.
-            loss = size * (ce_sum / batch.num_labels + output.aux_sum / batch.num_rows)
+            loss = size * (ce_sum / max(batch.num_labels, 1) + output.aux_sum / batch.num_rows)
             (run.scaler.scale(loss) if run.scaler else loss).backward()
         parts = (output.ce_sum[None], output.aux_sum[None], output.mtp_ce_sum_K, output.mtp_labels_K)
         sums += torch.cat([part.detach().double() for part in parts])
@@ -148,11 +149,29 @@ def reduce_totals(sums: Tensor, expert_load_LE: Tensor, stop_code: int, batch: S
         auxiliary[f"mtp_{k}"] = mtp_sum / max(labels, 1)
     agreed = next((code for code, votes_for in zip(STOP_CODES, votes, strict=True) if votes_for), 0)
     load_LE = vector[len(sums) + len(wishes) :].view_as(expert_load_LE).to(torch.int64)
-    return Totals(ce_sum / batch.num_labels, auxiliary, load_LE, int(agreed))
+    return Totals(ce_sum / batch.num_labels if batch.num_labels else math.nan, auxiliary, load_LE, int(agreed))
 
 
 def _cut(values: list[float], at: int) -> tuple[list[float], list[float]]:
     return values[:at], values[at:]
+
+
+def nothing_to_learn(run: Run, step: int) -> Update:
+    """Pass over a step without any label, which only sources with `loss: answers` can have.
+
+    Momentum, weight decay and router balance would move the weights, and a loss of 0 would enter the spike guard's
+    window. All ranks know the number of labels of the whole step. It does not count as a sign of divergence.
+    """
+    run.optimizers.set_learning_rate_factor(rate_factor(run, step))
+    run.optimizers.zero_grad()
+    return Update(0.0, False, "no_answers")
+
+
+def rate_factor(run: Run, step: int) -> float:
+    spec = run.spec
+    return learning_rate_factor(
+        step, spec.steps, spec.schedule, run.optimizers.peak_learning_rate, spec.begun_with_steps
+    )
 
 
 def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
@@ -162,9 +181,7 @@ def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
         DivergedError: too many consecutive skipped steps.
     """
     optimizers, spec = run.optimizers, run.spec
-    optimizers.set_learning_rate_factor(
-        learning_rate_factor(step, spec.steps, spec.schedule, optimizers.peak_learning_rate, spec.begun_with_steps)
-    )
+    optimizers.set_learning_rate_factor(rate_factor(run, step))
     if run.scaler:
         optimizers.unscale(run.scaler)
     norm, clipped = clip_gradients(optimizers.parameters, spec.optimizer.clip_norm)
@@ -217,6 +234,7 @@ def step_record(run: Run, step: int, batch: StepBatch, totals: Totals, update: U
         expert_load_max_ratio=ratio,
         expert_starved_ratio=starved,
         by_source=batch.tokens_by_source,
+        trained_share=batch.num_labels / (batch.num_rows * batch.seq_len) if batch.answers_only else None,
     )
 
 

@@ -1,5 +1,7 @@
 """Which steps to skip: those with non-finite gradients, and spikes of loss or gradient norm.
 
+Not judged here is `no_answers`: a step of sources that train on answers only, without a token of one (trainer/loop.py).
+
 A step is a spike if its loss or gradient norm exceeds the mean of the previous steps by `sigmas` standard deviations
 (as in OLMo-core's SkipStep optimizers). Spikes enter the window like every other step. So a lasting rise, for example
 from other data, is skipped only a few times, until the standard deviation has grown: at most window/(1 + sigmas²)
@@ -17,7 +19,7 @@ from typing import Literal, get_args
 
 from trainer.spec import SpikeGuardSpec
 
-SkipReason = Literal["nonfinite", "loss_spike", "gradient_spike"]
+SkipReason = Literal["nonfinite", "loss_spike", "gradient_spike", "no_answers"]
 SKIP_REASONS: tuple[SkipReason, ...] = get_args(SkipReason)
 _PREFIX = "spike_guard."
 

@@ -7,10 +7,11 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from manifests.dataspec import CHAT, TextSpec, template_fields
+from manifests.dataspec import CHAT, SourceSpec, TextSpec, template_fields
+from trainer.data.chat import CHATML, NO_ANSWER, ROLE
 from trainer.errors import DataError
 
-START, END = "<|im_start|>", "<|im_end|>\n"
+START, END = CHATML.start, f"{CHATML.end}\n"
 THINKING = {"<think>": "<|think_start|>", "</think>": "<|think_end|>"}
 THINK = re.compile("(</?think>)")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -22,11 +23,13 @@ Row = list[Any]  # the values of `TextSpec.columns`, in order
 def maker(spec: TextSpec) -> Callable[[str, Row], str]:
     """A function of (where, row) that returns the row's text, "" if it has none.
 
-    It raises DataError if a value is not text, or not a list of messages where the template says chat.
+    It raises DataError if a value is not text, not a list of messages where the template says chat, or without an
+    answer where the loss is on answers only.
     """
     if spec.template is None:
         return lambda where, row: _string(where, spec.columns[0], row[0])
     fields, columns = template_fields(spec.template), spec.columns
+    needs_answer = isinstance(spec, SourceSpec) and spec.loss == "answers"
 
     def rendered(where: str, row: Row) -> str:
         pieces, filled = list[tuple[str, bool]](), False
@@ -39,7 +42,10 @@ def maker(spec: TextSpec) -> Callable[[str, Row], str]:
                 pieces += some
         if not filled:
             return ""
-        return joined(pieces) if spec.has_markup else "".join(text for text, _ in pieces)
+        text = joined(pieces) if spec.has_markup else "".join(text for text, _ in pieces)
+        if needs_answer and not CHATML.has_answer(text):
+            raise DataError(f"{where}: {NO_ANSWER}")
+        return text
 
     return rendered
 
@@ -78,8 +84,10 @@ def chat(where: str, column: str, messages: Any) -> list[tuple[str, bool]]:
         text = _content(where, column, content)
         if not isinstance(role, str) or text is None:
             raise DataError(f"{where}: column '{column}' holds a message without a role or with no text as its content")
+        if "\n" in role:
+            raise DataError(f"{where}: column '{column}' holds a role with a line break; fix or remove the row")
         pieces += [(START, True), (role, False), ("\n", True)]
-        if role == "assistant":
+        if role == ROLE:
             pieces += [(THINKING.get(part, part), part in THINKING) for part in THINK.split(text)]
         else:
             pieces.append((text, False))

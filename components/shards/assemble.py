@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from components.shards.units import Unit, load_unit, unit_lengths
+from trainer.data import answers
 from trainer.data.format import ShardWriter, token_dtype
 from trainer.data.manifest import SPLITS, FileEntry, Split, file_entry
 from trainer.data.provenance import SUFFIX, OriginsWriter
@@ -69,7 +71,10 @@ def plan_shards(
 
 @dataclass(frozen=True)
 class ShardMaker:
-    """Writes one shard: `.bin`, `.idx` and `.docs`. Sent to the worker processes."""
+    """Writes one shard: `.bin`, `.idx` and `.docs`, and `.answers` if its source trains on these only.
+
+    Sent to the worker processes.
+    """
 
     directory: str
     units_dir: str
@@ -84,6 +89,7 @@ class ShardMaker:
         directory, text_bytes = Path(self.directory), 0
         files = list(dict.fromkeys(piece.unit.path for piece in plan.pieces))
         origins = OriginsWriter(directory / plan.name, files)
+        answer_counts, ranges = list[NDArray[np.int64]](), list[answers.Ranges]()
         with ShardWriter(directory / plan.name, token_dtype(self.vocab_size)) as writer:
             for piece in plan.pieces:
                 documents = load_unit(self.units_dir, piece.unit.number, plan.split)
@@ -93,11 +99,20 @@ class ShardMaker:
                 writer.append(documents.tokens[before : before + int(lengths.sum())], lengths)
                 origins.append(files.index(piece.unit.path), documents.offsets[chosen])
                 text_bytes += int(documents.text_bytes[chosen].sum())
+                if documents.answer_counts is not None and documents.answers is not None:
+                    counts = documents.answer_counts
+                    before = int(counts[: piece.first].sum())
+                    answer_counts.append(counts[chosen])
+                    ranges.append(documents.answers[before : before + int(counts[chosen].sum())])
         origins.close()
+        suffixes = [SUFFIX]
+        if answer_counts:
+            answers.write_answers(directory / plan.name, np.concatenate(answer_counts), np.concatenate(ranges))
+            suffixes.append(answers.SUFFIX)
         of: dict[str, Any] = {"source": plan.source, "split": plan.split}
-        counts: dict[str, Any] = {"documents": writer.sequences, "tokens": writer.tokens, "text_bytes": text_bytes}
+        amounts: dict[str, Any] = {"documents": writer.sequences, "tokens": writer.tokens, "text_bytes": text_bytes}
         return [
-            file_entry(directory, f"{plan.name}.bin", **of, **counts),
+            file_entry(directory, f"{plan.name}.bin", **of, **amounts),
             file_entry(directory, f"{plan.name}.idx", **of),
-            file_entry(directory, f"{plan.name}{SUFFIX}", **of),
+            *(file_entry(directory, f"{plan.name}{suffix}", **of) for suffix in suffixes),
         ]

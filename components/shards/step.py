@@ -26,6 +26,7 @@ from components.shards.units import Journal, Unit, UnitEncoder, encode_units, pl
 from components.volume import volume_explained
 from components.workers import Workers
 from manifests.spec import JobSpec
+from trainer.data import answers
 from trainer.data.format import token_dtype
 from trainer.data.manifest import SPLITS, FileEntry, Manifest, StageResult, read_manifest, verify, write_manifest
 from trainer.data.provenance import SUFFIX
@@ -114,6 +115,7 @@ class _Work:
             decided = {each.inputs["raw"]: {"hygiene": each.digest} for each in hygiene.generations}
             made_from = [inputs | decided[inputs["raw"]] for inputs in made_from]
         loaded = Tokenizer.load(tokenizer.path)
+        answer_sources = sorted(name for name, source in job.data.sources.items() if source.loss == "answers")
         return cls(
             directory=Path(job.stage_dir("shards")),
             raw=raw_manifest,
@@ -130,7 +132,8 @@ class _Work:
                 "dtype": token_dtype(loaded.vocab_size).name,
                 "eod_id": loaded.eod_id,
                 "markup": sorted(name for name, source in job.data.sources.items() if source.has_markup),
-            },
+            }
+            | ({"answers": answer_sources} if answer_sources else {}),
         )
 
     def begun(self, *, sizes_only: bool = False) -> _Work:
@@ -196,6 +199,7 @@ def _encode(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Workers) 
         heldout_fraction=job.data.heldout_fraction,
         max_document_bytes=job.shards.max_shard_bytes,
         engine=engine,
+        answers=frozenset(work.settings.get("answers", [])),
     )
     encode_units(units, encoder, workers, journal)
 
@@ -255,7 +259,11 @@ def _clear(work: _Work) -> None:
     withdraw(work.directory, work.whole)
     stays = {entry.path for entry in work.whole.files} if work.whole else set()
     for path in work.directory.iterdir():
-        if path.name not in stays and path.suffix in (".bin", ".idx", SUFFIX, ".tmp") and path.is_file():
+        if (
+            path.name not in stays
+            and path.suffix in (".bin", ".idx", SUFFIX, answers.SUFFIX, ".tmp")
+            and path.is_file()
+        ):
             path.unlink()
 
 

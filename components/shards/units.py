@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -25,6 +25,8 @@ from components.hygiene.attributes import dropped
 from components.progress import ByteProgress
 from components.shards.engine import Encode, EngineName, open_engine, with_markup
 from components.workers import Workers
+from trainer.data.answers import Ranges
+from trainer.data.chat import NO_ANSWER, AnswerFinder
 from trainer.data.format import token_dtype
 from trainer.data.jsonl import documents, where
 from trainer.data.manifest import SPLITS, Manifest, Split
@@ -49,19 +51,26 @@ class Unit:
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents of a unit and split: concatenated tokens; for each document, its tokens, text bytes and line offset."""
+    """Documents of a unit and split: concatenated tokens; for each document, its tokens, text bytes and line offset.
+
+    `answers`: the concatenated token ranges of the answers (trainer/data/chat.py), and `answer_counts` their number in
+    each document; None for a source whose loss is on all tokens.
+    """
 
     tokens: NDArray[np.integer]
     lengths: NDArray[np.int64]
     text_bytes: NDArray[np.int64]
     offsets: NDArray[np.int64]
+    answer_counts: NDArray[np.int64] | None = None
+    answers: Ranges | None = None
 
 
 @dataclass(frozen=True)
 class UnitEncoder:
     """Encodes one unit; sent to the worker processes. A unit's bytes depend only on this object and the unit.
 
-    Documents dropped by `hygiene_dir` are left out; special tokens are encoded as such only in sources in `markup`.
+    Documents dropped by `hygiene_dir` are left out; special tokens are encoded as such only in sources in `markup`, and
+    answers are found only in sources in `answers`.
     """
 
     raw_dir: str
@@ -72,16 +81,19 @@ class UnitEncoder:
     heldout_fraction: float
     max_document_bytes: int
     engine: EngineName
+    answers: frozenset[str] = frozenset()
 
     def __call__(self, unit: Unit) -> str:
         """Write the unit's file and return its checksum.
 
         Raises:
-            DataError: a line is malformed or a document too large for a shard; names file and line.
+            DataError: a line is malformed, a document too large for a shard or without an answer although its source
+                trains on answers only; names file and line.
         """
         tokenizer, encode = _opened(self.tokenizer_dir, self.engine)
         if unit.source in self.markup:
             encode = with_markup(encode, tokenizer)
+        find_answers = AnswerFinder(tokenizer) if unit.source in self.answers else None
         dtype = token_dtype(tokenizer.vocab_size)
         parts: dict[Split, list[EncodedDocuments]] = {split: [] for split in SPLITS}
         path = Path(self.raw_dir) / unit.path
@@ -89,7 +101,12 @@ class UnitEncoder:
         lines = (line for line in documents(path, unit.start, unit.stop) if line[0] not in left_out)
         for offsets, texts in _batches(lines):
             ids = [tokenizer.document(document) for document in encode(texts)]
+            answers = list[list[tuple[int, int]]]() if find_answers else None
             for offset, document in zip(offsets, ids, strict=True):
+                if find_answers and answers is not None:
+                    answers.append(find_answers(document))
+                    if not answers[-1]:
+                        raise DataError(f"{where(path, offset)}: {NO_ANSWER}")
                 if len(document) * dtype.itemsize > self.max_document_bytes:
                     raise DataError(
                         f"{where(path, offset)}: a document of {len(document)} tokens is larger than a shard; "
@@ -100,9 +117,10 @@ class UnitEncoder:
             for split in SPLITS:
                 chosen = [n for n, held in enumerate(heldout) if held == (split == "heldout")]
                 sizes, places = [len(data[n]) for n in chosen], [offsets[n] for n in chosen]
-                parts[split].append(_pack([ids[n] for n in chosen], sizes, places, dtype))
+                found = None if answers is None else [answers[n] for n in chosen]
+                parts[split].append(_pack([ids[n] for n in chosen], sizes, places, dtype, found))
         target = unit_file(self.out_dir, unit.number)
-        _save(target, {split: _joined(parts[split], dtype) for split in SPLITS})
+        _save(target, {split: _joined(parts[split], dtype, find_answers is not None) for split in SPLITS})
         return checksum(target, "xxh3_128")
 
 
@@ -147,7 +165,8 @@ def encode_units(units: Sequence[Unit], encoder: UnitEncoder, workers: Workers, 
 
 def load_unit(directory: str | Path, number: int, split: Split) -> EncodedDocuments:
     with np.load(unit_file(directory, number)) as arrays:
-        return EncodedDocuments(*(arrays[f"{split}_{name}"] for name in EncodedDocuments.__annotations__))
+        names = [name for name in EncodedDocuments.__annotations__ if f"{split}_{name}" in arrays]
+        return EncodedDocuments(**{name: arrays[f"{split}_{name}"] for name in names})
 
 
 def unit_lengths(directory: str | Path, number: int, split: Split) -> NDArray[np.int64]:
@@ -233,21 +252,37 @@ def _batches(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[list[int], list
         yield offsets, texts
 
 
-def _pack(ids: list[list[int]], sizes: list[int], offsets: list[int], dtype: np.dtype) -> EncodedDocuments:
+def _pack(
+    ids: list[list[int]],
+    sizes: list[int],
+    offsets: list[int],
+    dtype: np.dtype,
+    answers: list[list[tuple[int, int]]] | None,
+) -> EncodedDocuments:
     lengths = np.array([len(document) for document in ids], np.int64)
     tokens = np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum()))
-    return EncodedDocuments(tokens, lengths, np.array(sizes, np.int64), np.array(offsets, np.int64))
+    documents = EncodedDocuments(tokens, lengths, np.array(sizes, np.int64), np.array(offsets, np.int64))
+    if answers is None:
+        return documents
+    ranges = np.array(list(chain.from_iterable(answers)), np.uint32).reshape(-1, 2)
+    return replace(documents, answer_counts=np.array([len(some) for some in answers], np.int64), answers=ranges)
 
 
-def _joined(parts: list[EncodedDocuments], dtype: np.dtype) -> EncodedDocuments:
-    empty = _pack([], [], [], dtype)
-    columns = EncodedDocuments.__annotations__
-    return EncodedDocuments(*(np.concatenate([getattr(part, name) for part in (empty, *parts)]) for name in columns))
+def _joined(parts: list[EncodedDocuments], dtype: np.dtype, with_answers: bool) -> EncodedDocuments:
+    empty = _pack([], [], [], dtype, [] if with_answers else None)
+    columns = [name for name, array in vars(empty).items() if array is not None]
+    joined = {name: np.concatenate([getattr(part, name) for part in (empty, *parts)]) for name in columns}
+    return EncodedDocuments(**joined)
 
 
 def _save(path: Path, documents: dict[Split, EncodedDocuments]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    arrays = {f"{split}_{name}": array for split, part in documents.items() for name, array in vars(part).items()}
+    arrays = {
+        f"{split}_{name}": array
+        for split, part in documents.items()
+        for name, array in vars(part).items()
+        if array is not None
+    }
     with open(temporary, "wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
         file.flush()

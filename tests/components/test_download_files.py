@@ -314,7 +314,7 @@ def broken(tmp_path: Path, what: str) -> str:
         ("missing", r"none: no such file"),
         ("folder", r"none: a folder; name the files in it"),
         ("glob", r"\*\.jsonl: no such file; check the path"),
-        ("sample", r"sample://xx\.jsonl\.gz: no such sample; there are sample://code\.jsonl\.gz"),
+        ("sample", r"sample://xx\.jsonl\.gz: no such sample; there are sample://chat\.jsonl\.gz"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_half_written(

@@ -53,6 +53,15 @@ def test_a_run_that_was_made_longer_keeps_its_name_and_its_data():
     assert longer.train_spec().begun_with_steps == 28610
 
 
+def test_the_loss_of_a_source_is_part_of_the_shards_key_alone():
+    chat = {"template": "{messages:chat}", "text_column": None}
+    plain = load_job("tiny", {"data": {"sources": {"ko": chat}}})
+    job = plain.updated({"data": {"sources": {"ko": {"loss": "answers"}}}})
+    assert {stage for stage, key in job.keys.items() if key != plain.keys[stage]} == {"shards"}
+    assert job.run_name != plain.run_name and (version_of(plain), version_of(job)) == (1, 5)
+    assert "loss" not in stored(plain)["data"]["sources"]["ko"]
+
+
 def test_stored_is_what_version_0_1_wrote():
     job = load_job("h100-4b")
     assert stored(job) == without_later(job.model_dump(mode="json"), job)

@@ -21,6 +21,14 @@ def micro_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def answers_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, but of one of the two sources only answers are trained."""
+    directory = tmp_path_factory.mktemp("answers-data")
+    micro.make_data(directory, answers={"ko": 3})
+    return directory
+
+
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
     """What a test draws does not depend on the tests before it."""

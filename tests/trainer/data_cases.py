@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.data.answers import write_answers
 from trainer.data.format import ShardWriter, token_dtype
 from trainer.data.manifest import Manifest, SourceEntry, file_entry, write_manifest
 from trainer.spec import MixSpec, TokensSpec
@@ -22,8 +23,22 @@ def random_documents(seed: int, count: int, longest: int = 120) -> list[np.ndarr
     return documents
 
 
-def write_shards(directory: Path, documents: dict[str, dict[str, list[np.ndarray]]], shards_each: int = 2) -> Manifest:
-    """`documents[source][split]` as `shards_each` shards for each source and split, with tokenizer manifest beside."""
+def odd_ranges(document: np.ndarray) -> np.ndarray:
+    """The ranges [start, stop) of a document's odd tokens."""
+    steps = np.diff((document % 2).astype(np.int8), prepend=0, append=0)
+    return np.stack([np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)], 1).astype(np.uint32)
+
+
+def write_shards(
+    directory: Path,
+    documents: dict[str, dict[str, list[np.ndarray]]],
+    shards_each: int = 2,
+    answers: tuple[str, ...] = (),
+) -> Manifest:
+    """`documents[source][split]` as `shards_each` shards for each source and split, with tokenizer manifest beside.
+
+    Of the sources in `answers`, the odd tokens are the answers.
+    """
     (directory / "tokenizer").mkdir(parents=True)
     (directory / "shards").mkdir()
     tokenizer = Manifest(kind="tokenizer", files=[])
@@ -42,6 +57,10 @@ def write_shards(directory: Path, documents: dict[str, dict[str, list[np.ndarray
                     file_entry(directory / "shards", f"{name}.bin", source=source, split=split, **counts),
                     file_entry(directory / "shards", f"{name}.idx", source=source, split=split),
                 ]
+                if source in answers:
+                    ranges = [odd_ranges(document) for document in part]
+                    write_answers(directory / "shards" / name, np.array([*map(len, ranges)]), np.concatenate(ranges))
+                    files.append(file_entry(directory / "shards", f"{name}.answers", source=source, split=split))
     sources = {n: SourceEntry(domain=n[:2], licence="CC0", origin="made", revision="1") for n in documents}
     manifest = Manifest(kind="shards", inputs={"tokenizer": tokenizer.digest}, sources=sources, files=files)
     write_manifest(directory / "shards", manifest)

@@ -51,9 +51,11 @@ def save_checkpoint(spec: TrainSpec, model: HybridModel, step: int) -> Checkpoin
     return checkpoint.read_manifest(checkpoint.publish(spec.run_dir, manifest))
 
 
-def make_run(directory: Path, **changes: object) -> tuple[TrainSpec, HybridModel]:
+def make_run(
+    directory: Path, answers: dict[str, int] | None = None, **changes: object
+) -> tuple[TrainSpec, HybridModel]:
     """Data, train.yaml and one checkpoint."""
-    micro.make_data(directory / "data")
+    micro.make_data(directory / "data", answers=answers)
     spec = micro.micro_spec(directory / "data", directory / "run", **changes)
     micro.write_spec(spec, directory / "run" / "train.yaml")
     model = make_model(spec)

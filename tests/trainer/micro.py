@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from trainer.data import tokenizer as tokenizers
+from trainer.data.answers import write_answers
 from trainer.data.format import ShardWriter, token_dtype
 from trainer.data.manifest import Manifest, SourceEntry, file_entry, write_manifest
 from trainer.spec import TrainSpec
@@ -24,8 +25,12 @@ FAULTY = str(Path(__file__).with_name("faulty_rank.py"))
 WORDS = ["river", "stone", "다리", "moon", "강물", "light", "seven", "def", "return", "x", "바람", "12"]
 
 
-def make_data(directory: Path, seed: int = 7) -> None:
-    """`directory/{tokenizer,shards}`: two sources of random sentences."""
+def make_data(directory: Path, seed: int = 7, answers: dict[str, int] | None = None) -> None:
+    """`directory/{tokenizer,shards}`: two sources of random sentences.
+
+    Args:
+        answers: sources of whose documents only random ranges are trained, and at most how many of each document.
+    """
     rng = random.Random(seed)
     texts = {
         source: [" ".join(rng.choices(WORDS, k=rng.randrange(5, 60))) for _ in range(150)] for source in ("ko", "en")
@@ -49,9 +54,20 @@ def make_data(directory: Path, seed: int = 7) -> None:
             counts = {"source": source, "split": split, "documents": len(part), "tokens": sum(map(len, ids))}
             entries.append(file_entry(directory / "shards", f"{name}.bin", **counts))
             entries.append(file_entry(directory / "shards", f"{name}.idx", source=source, split=split))
+            if source in (answers or {}):
+                ranges = [random_ranges(rng, len(document), (answers or {})[source]) for document in ids]
+                flat = np.array([pair for some in ranges for pair in some], np.uint32).reshape(-1, 2)
+                write_answers(directory / "shards" / name, np.array([len(some) for some in ranges]), flat)
+                entries.append(file_entry(directory / "shards", f"{name}.answers", source=source, split=split))
     sources = {s: SourceEntry(domain="en", licence="CC0-1.0", origin="random words", revision="1") for s in texts}
     inputs = {"tokenizer": manifest.digest}
     write_manifest(directory / "shards", Manifest(kind="shards", inputs=inputs, sources=sources, files=entries))
+
+
+def random_ranges(rng: random.Random, length: int, most: int) -> list[list[int]]:
+    """At most `most` ranges [start, stop) of a document's tokens, in order."""
+    bounds = sorted(rng.sample(range(length), 2 * min(rng.randint(0, most), length // 2)))
+    return [bounds[n : n + 2] for n in range(0, len(bounds), 2)]
 
 
 def micro_spec(data: Path, run_dir: Path, **changes: Any) -> TrainSpec:

@@ -186,9 +186,9 @@ def test_skipped_tokens_are_not_in_any_batch(spec: TokensSpec) -> None:
 
 
 def test_heldout_documents(spec: TokensSpec) -> None:
-    found = [(source, domain, tokens.tolist()) for source, domain, tokens in heldout_documents(spec)]
+    found = [(source, domain, tokens.tolist(), answers) for source, domain, tokens, answers in heldout_documents(spec)]
     expected = [
-        (name, name[:2], document.tolist())
+        (name, name[:2], document.tolist(), None)
         for n, name in enumerate(WEIGHTS)
         for part in (0, 1)
         for document in random_documents(n + 10, 4)[part::2]

@@ -31,7 +31,7 @@ def score_by_hand(spec, model, source):
     """Σ nats and bytes of a source, one window at a time, through logits and decoded text."""
     tokenizer = Tokenizer.load(spec.tokens.tokenizer)
     nats, tokens, size = 0.0, 0, 0
-    for name, _, document in heldout_documents(spec.tokens):
+    for name, _, document, _ in heldout_documents(spec.tokens):
         if name != source:
             continue
         ids = document.astype(np.int64).tolist()
@@ -138,7 +138,7 @@ def test_nothing_is_read_after_the_budget(tmp_path, monkeypatch):
             return self.ids[part]
 
     spec, _ = make_run(tmp_path, evaluate={"max_tokens": 100})
-    found = ((name, domain, Document(ids)) for name, domain, ids in heldout_documents(spec.tokens))
+    found = ((name, domain, Document(ids), None) for name, domain, ids, _ in heldout_documents(spec.tokens))
     monkeypatch.setattr(evaluate, "heldout_documents", lambda tokens: found)
     scores = evaluate.run(spec)["sources"].values()
     assert len(read) == sum(score["documents"] for score in scores) < 20
@@ -199,7 +199,7 @@ def test_packing_scores_every_token_once_in_its_own_window(lengths, seq_len, num
     documents, expected, start = [], [], 0
     for length in lengths:
         ids = np.arange(start, start + length)
-        documents.append(ids)
+        documents.append((ids, ids[1:]))
         start += length
         for i in range(1, length):
             window_start = ids[0] + (i - 1) // seq_len * seq_len

@@ -391,6 +391,7 @@ def test_experts_below_a_tenth_of_the_mean_load_are_starved_in_the_worst_layer()
         optimizers=SimpleNamespace(learning_rate=0.1),
     )
     totals = Totals(loss=1.0, auxiliary={}, expert_load_LE=load_LE, stop_code=0)
-    record = step_record(run, 0, SimpleNamespace(tokens_by_source={}), totals, Update(1.0, False, None))
+    batch = SimpleNamespace(tokens_by_source={}, answers_only=False)
+    record = step_record(run, 0, batch, totals, Update(1.0, False, None))
     assert record.expert_starved_ratio == 3 / 4
     assert record.expert_load_max_ratio == 3.9

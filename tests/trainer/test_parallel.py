@@ -127,9 +127,9 @@ def test_two_ranks_repeat_one_and_their_checkpoint_is_anybodys(micro_data: Path,
             torch.testing.assert_close(trained.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_two_ranks_repeat_one_with_a_decoder(micro_data: Path, tmp_path: Path):
+def test_two_ranks_repeat_one_with_a_decoder_and_the_loss_on_answers(answers_data: Path, tmp_path: Path):
     check_layouts(
-        micro_data, tmp_path, 2, ["experts and fsdp", "sharded optimizer and experts"], steps=3, model=DECODER
+        answers_data, tmp_path, 2, ["experts and fsdp", "sharded optimizer and experts"], steps=3, model=DECODER
     )
 
 

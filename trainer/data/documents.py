@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.format import Shard
+from trainer.data import answers
+from trainer.data.answers import Answers, Ranges
+from trainer.data.format import QUICK, Shard
 from trainer.data.manifest import Manifest, Split, read_manifest, verify
 from trainer.data.plan import Cursor, TokenStream
 from trainer.data.provenance import SUFFIX, Origin, Origins
@@ -17,7 +19,10 @@ from trainer.spec import TokensSpec
 
 
 class SourceDocuments:
-    """All documents of one source and split, numbered through its shards in the manifest's order."""
+    """All documents of one source and split, numbered through its shards in the manifest's order.
+
+    `answers_only`: only their answers are trained and scored.
+    """
 
     def __init__(self, directory: Path, manifest: Manifest, source: str, split: Split) -> None:
         entries = [e for e in manifest.select(source, split) if e.path.endswith(".bin")]
@@ -25,6 +30,16 @@ class SourceDocuments:
         for entry, shard in zip(entries, self.shards, strict=True):
             if (len(shard), shard.num_tokens) != (entry.documents, entry.tokens):
                 raise DataError(f"{directory / entry.path}: counts differ from the manifest; run the shards step again")
+        listed = {e.path for e in manifest.select(source, split) if e.path.endswith(answers.SUFFIX)}
+        self.answers_only = bool(listed)
+        if listed and len(listed) < len(entries):
+            raise DataError(
+                f"{directory}: only some shards of source '{source}' list answers; run the shards step again"
+            )
+        self._answers = [Answers(s.prefix, len(s)) for s in self.shards] if listed else []
+        for shard, found in zip(self.shards, self._answers, strict=False):
+            if len(shard) <= QUICK:
+                found.check(shard.lengths)
         self.lengths: NDArray[np.int32] = np.concatenate([np.empty(0, np.int32), *(s.lengths for s in self.shards)])
         self._firsts = np.cumsum([0, *(len(s) for s in self.shards)]).tolist()
 
@@ -41,14 +56,23 @@ class SourceDocuments:
         return Origins(prefix, len(self.shards[shard]))[document - first]
 
     def check(self) -> None:
-        """Raise DataError if a shard's index is inconsistent."""
+        """Raise DataError if a shard's index or list of answers is inconsistent."""
         for shard in self.shards:
             shard.check()
+        for shard, found in zip(self.shards, self._answers, strict=False):
+            found.check(shard.lengths)
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.integer]:
         """Tokens [start, stop) of a document, as a view of the mapped file."""
         shard = bisect_right(self._firsts, document) - 1
         return self.shards[shard].document(document - self._firsts[shard], start, stop)
+
+    def answers(self, document: int) -> Ranges | None:
+        """The token ranges of a document's answers; None for a source whose loss is on all tokens."""
+        if not self.answers_only:
+            return None
+        shard = bisect_right(self._firsts, document) - 1
+        return self._answers[shard][document - self._firsts[shard]]
 
 
 def open_shards(tokens: TokensSpec, digest: str | None = None) -> tuple[Path, Manifest]:

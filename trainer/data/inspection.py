@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.answers import count_trained
 from trainer.data.documents import SourceDocuments, open_shards, open_stream
 from trainer.data.manifest import SPLITS, FileEntry, Manifest, Split, verify
 from trainer.data.packing import lay_out
@@ -94,7 +95,10 @@ def totals(directory: str | Path, manifest: Manifest) -> list[SourceTotals]:
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens [start, stop) of a document of `length` tokens, as text, with the document's raw line."""
+    """Tokens [start, stop) of a document of `length` tokens, as text, with the document's raw line.
+
+    `trained`: how many of them are answers, for a source that trains on these only.
+    """
 
     source: str
     document: int
@@ -103,6 +107,7 @@ class Passage:
     length: int
     text: str
     origin: Origin | None
+    trained: int | None
 
 
 def documents(
@@ -156,4 +161,6 @@ def _passage(
     found: SourceDocuments, tokenizer: Tokenizer, source: str, document: int, start: int, stop: int
 ) -> Passage:
     text = tokenizer.decode_part(found.tokens(document, start, stop).tolist())
-    return Passage(source, document, start, stop, int(found.lengths[document]), text, found.origin(document))
+    ranges = found.answers(document)
+    trained = None if ranges is None else count_trained(ranges, start, stop)
+    return Passage(source, document, start, stop, int(found.lengths[document]), text, found.origin(document), trained)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainer.data.answers import Ranges, count_trained, trained
 from trainer.data.documents import SourceDocuments, open_shards, open_stream
 from trainer.data.manifest import Manifest, verify
 from trainer.data.packing import lay_out
@@ -36,7 +37,10 @@ PREFETCH_STEPS = 2
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Labels: the next token of the same document, else -100. `seq_idx_BT` numbers the documents within a row."""
+    """Labels: the next token of the same document, -100 without one and where that is not trained.
+
+    `seq_idx_BT` numbers the documents within a row.
+    """
 
     ids_BT: torch.Tensor  # int64
     labels_BT: torch.Tensor  # int64
@@ -46,13 +50,14 @@ class MicroBatch:
 @dataclass(frozen=True)
 class StepBatch:
     """This rank's part of a step. `num_labels` and `num_rows` count all ranks; ledger and cursor are those after the
-    step."""
+    step. `answers_only`: of some sources only the answers have labels, so a step may have none at all."""
 
     micro_batches: list[MicroBatch]
     num_labels: int
     num_rows: int
     tokens_by_source: dict[str, int]
     cursor: Cursor
+    answers_only: bool = False
 
     @property
     def seq_len(self) -> int:
@@ -189,11 +194,18 @@ class TokenLoader:
             micro_batches=[
                 self._micro_batch(own[first : first + micro_rows], seq_len) for first in range(0, share, micro_rows)
             ],
-            num_labels=self._step_tokens - sum(not segment.continues for row in rows for segment in row),
+            num_labels=sum(self._num_labels(segment) for row in rows for segment in row),
             num_rows=len(rows),
             tokens_by_source=cursor.trained,
             cursor=cursor,
+            answers_only=any(source.answers_only for source in self._sources),
         )
+
+    def _num_labels(self, segment: Segment) -> int:
+        """The trained tokens among those that follow a token of the segment in its document."""
+        ranges = self._sources[segment.source].answers(segment.document)
+        start, stop = segment.start + 1, segment.stop + segment.continues
+        return stop - start if ranges is None else count_trained(ranges, start, stop)
 
     def _micro_batch(self, rows: list[list[Segment]], seq_len: int) -> MicroBatch:
         shape = (len(rows), seq_len)
@@ -206,11 +218,12 @@ class TokenLoader:
             for number, segment in enumerate(segments):
                 stop = at + segment.stop - segment.start
                 # One token more than the row, if it exists: the label of the last position.
-                piece = self._sources[segment.source].tokens(
-                    segment.document, segment.start, segment.stop + segment.continues
-                )
+                source, last = self._sources[segment.source], segment.stop + segment.continues
+                piece = source.tokens(segment.document, segment.start, last)
                 ids_T[at:stop] = piece[: stop - at]
                 labels_T[at : at + len(piece) - 1] = piece[1:]
+                if (ranges := source.answers(segment.document)) is not None:
+                    labels_T[at : at + len(piece) - 1][~trained(ranges, segment.start + 1, last)] = IGNORED
                 if not segment.continues:
                     labels_T[stop - 1] = IGNORED
                 seq_idx_T[at:stop] = number
@@ -220,8 +233,10 @@ class TokenLoader:
         return MicroBatch(*(tensors if self._gpu is None else (tensor.pin_memory() for tensor in tensors)))
 
 
-def heldout_documents(tokens: TokensSpec) -> Iterator[tuple[str, str, NDArray[np.integer]]]:
-    """Yield (source, domain, tokens with EOD) of every held-out document of the mix's sources, in a fixed order.
+def heldout_documents(tokens: TokensSpec) -> Iterator[tuple[str, str, NDArray[np.integer], Ranges | None]]:
+    """Yield (source, domain, tokens with EOD, answers) of every held-out document of the mix, in a fixed order.
+
+    `answers` are the token ranges that alone are scored; None if all tokens are.
 
     Raises:
         DataError: data is missing, changed or of another tokenizer.
@@ -231,4 +246,5 @@ def heldout_documents(tokens: TokensSpec) -> Iterator[tuple[str, str, NDArray[np
     for name in tokens.mix:
         documents = SourceDocuments(directory, manifest, name, "heldout")
         for document in range(len(documents.lengths)):
-            yield name, manifest.sources[name].domain, documents.tokens(document)
+            domain = manifest.sources[name].domain
+            yield name, domain, documents.tokens(document), documents.answers(document)

@@ -68,7 +68,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "skipped_steps_total",
         "counter",
-        "Steps without a weight update, by reason: nonfinite, loss_spike, gradient_spike.",
+        "Steps without a weight update, by reason: nonfinite, loss_spike, gradient_spike, no_answers.",
         "steps",
         ("reason",),
     ),

@@ -57,6 +57,7 @@ class StepRecord:
         auxiliary: the other objectives by name (router_balance, mtp_1, …), unweighted if they have a weight.
         skipped: why the step was skipped, None if it was not.
         tokens: trained on so far.
+        trained_share: share of the step's tokens that are labels; None if all tokens of all sources are trained.
     """
 
     step: int
@@ -72,6 +73,7 @@ class StepRecord:
     expert_load_max_ratio: float
     expert_starved_ratio: float
     by_source: dict[str, int]
+    trained_share: float | None = None
 
 
 class Recorder:
@@ -166,7 +168,7 @@ class Recorder:
         self._steps_done = record.step
         if self._file is None or self._board is None:
             return
-        self._file.write(vars(record))
+        self._file.write({k: v for k, v in vars(record).items() if k != "trained_share" or v is not None})
         scalars = {name: getattr(record, name) for name in _SCALARS} | record.auxiliary
         self._board.add(record.step, {f"train/{name}": value for name, value in scalars.items()})
         speed = record.tokens_per_second
@@ -174,7 +176,7 @@ class Recorder:
         if record.step % self._spec.runtime.log_every_steps == 0 or record.step in (1, self._spec.steps):
             left = (self._spec.steps - record.step) * self._spec.batch.tokens_per_step / self._rate
             log.info(
-                "step %d/%d  loss %.4f  grad %.3f  lr %.2e  %s tokens/s  ETA %s%s",
+                "step %d/%d  loss %.4f  grad %.3f  lr %.2e  %s tokens/s  ETA %s%s%s",
                 record.step,
                 self._spec.steps,
                 record.loss,
@@ -182,6 +184,7 @@ class Recorder:
                 record.learning_rate,
                 f"{speed:,.0f}",
                 timedelta(seconds=round(left)),
+                "" if record.trained_share is None else f"  answers {record.trained_share:.0%}",
                 f"  (skipped: {record.skipped})" if record.skipped else "",
             )
 
