@@ -7,6 +7,7 @@ from pathlib import Path
 from components.volume import named
 from manifests.pretrained import hub_model
 from manifests.spec import JobSpec
+from trainer.data.chattemplate import ChatTemplate, chat_template
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import SpecError
 from trainer.pretrained import find, refuse_misfit, tokenizer_of
@@ -44,6 +45,18 @@ def check(job: JobSpec, *, downloaded: bool) -> None:
 def tokenizer_folder(job: JobSpec) -> Path:
     """The folder with the tokenizer that a job takes from a model."""
     return tokenizer_of(job.models[TOKENIZER if job.tokenizer.source else INIT])
+
+
+def conversations(job: JobSpec) -> ChatTemplate | None:
+    """How a job's conversations are written: by the chat template of the tokenizer that it takes; None for our markup.
+
+    Raises:
+        DataError: the tokenizer has no template, or one that cannot be used.
+    """
+    if not job.tokenizer_from or not any(source.has_markup for source in job.data.sources.values()):
+        return None
+    with named(TOKENIZER if job.tokenizer.source else INIT):
+        return chat_template(tokenizer_folder(job))
 
 
 def _refuse_other_words(tokenizer: Tokenizer, used: Path, own: Path | None) -> None:

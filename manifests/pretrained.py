@@ -1,4 +1,5 @@
-"""Trained models that a job names: in a folder, or on the Hugging Face Hub as owner/name or owner/name@revision."""
+"""Trained models that a job names: a folder (its path begins with / or .), a run of the checkpoints volume by its name,
+or owner/name or owner/name@revision on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 from trainer.specbase import canonical_digest
 
+RUN_NAME = re.compile(r"[a-z][-a-z0-9]*")
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
@@ -29,8 +31,10 @@ def hub_model(named: str) -> HubModel | None:
     return HubModel(found["name"], found["revision"] or "main") if found else None
 
 
-def folder_of(named: str, datasets_dir: str, sources_dir: str | None) -> str:
+def folder_of(named: str, datasets_dir: str, checkpoints_dir: str, sources_dir: str | None) -> str:
     """The folder in which a named model is, or will be once it is downloaded. Relative paths start in `sources_dir`."""
+    if RUN_NAME.fullmatch(named):
+        return f"{checkpoints_dir}/runs/{named}"
     if hub := hub_model(named):
         return f"{datasets_dir}/models/{hub.key}"
     return os.path.abspath(os.path.join(sources_dir or "", os.path.expanduser(named)))

@@ -334,7 +334,8 @@ class JobSpec(Spec):
         return {field: self._model_dir(name) for field, name in named.items() if name}
 
     def _model_dir(self, named: str) -> str:
-        return folder_of(named, self.storage.datasets_dir, self.storage.sources_dir)
+        storage = self.storage
+        return folder_of(named, storage.datasets_dir, storage.checkpoints_dir, storage.sources_dir)
 
     @property
     def begun_with_steps(self) -> int:

@@ -156,6 +156,8 @@ def _export(folder: Path, config: dict[str, Any]) -> Pretrained:
 
 def _of_transformers(folder: Path, config: dict[str, Any]) -> Pretrained:
     where = str(folder / CONFIG)
+    if config.get("model_type") == "yaongi":
+        raise SpecError(f"{folder} is the part of an export that transformers reads; give the folder above it")
     architecture = architecture_of(config, where)
     try:
         fields = architecture.reads(config)

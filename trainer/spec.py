@@ -360,8 +360,8 @@ class ExportSpec(Spec):
 class RecipeSpec(Spec):
     """The recipe of a run besides its tokens: the common part of TrainSpec and a job's section `train`.
 
-    `init_from`: the model with whose weights the run begins: a run or a checkpoint of this program, an export, a folder
-    of transformers, or in a job owner/name or owner/name@revision on the Hugging Face Hub.
+    `init_from`: the model with whose weights the run begins: the folder of a run, of a checkpoint, of an export or of
+    transformers; in a job also the name of a run, or owner/name or owner/name@revision on the Hugging Face Hub.
     """
 
     steps: Count

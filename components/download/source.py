@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from components.download import files
 from components.download.readers import rows, split_suffix
@@ -33,6 +34,9 @@ from trainer.data.manifest import MANIFEST_NAME
 from trainer.errors import DataError, VolumeError
 from trainer.preflight.measured import gibibytes
 
+if TYPE_CHECKING:
+    from trainer.data.chattemplate import ChatTemplate
+
 UNIT_BYTES = 64 * 2**20  # plain text files are small: this much text of them goes into one part
 PART_BYTES = 256 * 2**20  # text bytes of a part: the work that a crash can lose
 EXPANSION = 3.0  # text bytes per compressed byte, to estimate space
@@ -44,13 +48,14 @@ BLOB_EXPANSION = 40.0  # text bytes of contents per compressed byte of their ids
 @dataclass(frozen=True)
 class Task:
     """The download of one source: `budget` in UTF-8 bytes of text, None for everything; `folder`: start of its relative
-    paths."""
+    paths; `template`: how another model's tokenizer writes conversations."""
 
     name: str
     spec: TextSpec
     directory: Path
     budget: int | None
     folder: str | None = None
+    template: ChatTemplate | None = None
 
     @property
     def scratch(self) -> Path:
@@ -219,7 +224,7 @@ def _texts(task: Task, unit: Iterable[tuple[Path, Input]], skip: int, progress: 
     every = chain.from_iterable(rows(path, one.name, columns, advance) for path, one in unit)
     chosen = islice(every, skip, None)
     if blobs is None:
-        make = maker(task.spec)
+        make = maker(task.spec, task.template)
         for where, row in chosen:
             yield unicode_text(make(where, row))
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from components.download.source import Task, origin, prepare
 from components.download.writer import Journal
@@ -26,6 +27,9 @@ from trainer.data.manifest import (
 )
 from trainer.errors import DataError, VolumeError, in_words, of_the_machine
 
+if TYPE_CHECKING:
+    from trainer.data.chattemplate import ChatTemplate
+
 
 def run(job: JobSpec) -> StageResult:
     """Bring the models that the job names, and the raw text of all sources to `job.stage_dir("raw")`.
@@ -39,12 +43,18 @@ def run(job: JobSpec) -> StageResult:
         from components.download.models import fetch_models  # imports the Hub's library, which most jobs need not
 
         fetch_models(job)
+    template = _template(job)
     root = Path(job.stage_dir("raw"))
     with alone(root, "downloading"):
         _found_by_later_versions(job)
         before = _before(root)
-        journals = {name: _source(job, name, spec) for name, spec in job.data.sources.items()}
-        manifest = describe(job, journals, before)
+        if before and before.settings.get("chat_template") != (template.digest if template else None):
+            raise DataError(
+                f"{root}: its conversations were written by another chat template than the model has now; remove this "
+                "folder, so that they are written anew"
+            )
+        journals = {name: _source(job, name, spec, template) for name, spec in job.data.sources.items()}
+        manifest = describe(job, journals, before, template)
         unchanged = before is not None and (root / MANIFEST_NAME).exists() and before.digest == manifest.digest
         if not unchanged:
             write_manifest(root, manifest)
@@ -61,7 +71,9 @@ def run(job: JobSpec) -> StageResult:
     return StageResult(kind="raw", path=str(root), digest=manifest.digest, summary=summary)
 
 
-def describe(job: JobSpec, journals: dict[str, Journal], before: Manifest | None) -> Manifest:
+def describe(
+    job: JobSpec, journals: dict[str, Journal], before: Manifest | None, template: ChatTemplate | None = None
+) -> Manifest:
     """The manifest for the journals: the previous one, its next generation, or a new one."""
     sources, entries = dict[str, SourceEntry](), list[FileEntry]()
     for name, journal in journals.items():
@@ -76,11 +88,21 @@ def describe(job: JobSpec, journals: dict[str, Journal], before: Manifest | None
         if known.items() <= {entry.path: entry for entry in entries}.items():
             more = [entry for entry in entries if entry.path not in known]
             return before.grown(inputs, more) if more else before
-    return Manifest(kind="raw", inputs=inputs, settings={"key": job.raw_key}, sources=sources, files=entries)
+    settings = {"key": job.raw_key} | ({"chat_template": template.digest} if template else {})
+    return Manifest(kind="raw", inputs=inputs, settings=settings, sources=sources, files=entries)
 
 
-def _source(job: JobSpec, name: str, spec: SourceSpec) -> Journal:
-    task = Task(name, spec, Path(job.stage_dir("raw")) / name, job.byte_budget(name), job.storage.sources_dir)
+def _template(job: JobSpec) -> ChatTemplate | None:
+    if not job.models:
+        return None
+    from components.pretrained import conversations
+
+    return conversations(job)
+
+
+def _source(job: JobSpec, name: str, spec: SourceSpec, template: ChatTemplate | None) -> Journal:
+    directory = Path(job.stage_dir("raw")) / name
+    task = Task(name, spec, directory, job.byte_budget(name), job.storage.sources_dir, template)
     with named(f"source '{name}'"):
         try:
             return prepare(task)

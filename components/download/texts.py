@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manifests.dataspec import CHAT, SourceSpec, TextSpec, template_fields
-from trainer.data.chat import CHATML, NO_ANSWER, ROLE
+from trainer.data.chat import CHATML, NO_ANSWER, ROLE, TemplateError
 from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from trainer.data.chattemplate import ChatTemplate
 
 START, END = CHATML.start, f"{CHATML.end}\n"
 THINKING = {"<think>": "<|think_start|>", "</think>": "<|think_end|>"}
@@ -20,30 +23,41 @@ MARKUP = re.compile(r"<\|(\w+)\|>")
 Row = list[Any]  # the values of `TextSpec.columns`, in order
 
 
-def maker(spec: TextSpec) -> Callable[[str, Row], str]:
+def maker(spec: TextSpec, template: ChatTemplate | None = None) -> Callable[[str, Row], str]:
     """A function of (where, row) that returns the row's text, "" if it has none.
 
-    It raises DataError if a value is not text, not a list of messages where the template says chat, or without an
-    answer where the loss is on answers only.
+    Args:
+        template: how another model's tokenizer writes conversations; None for our own markup.
+
+    It raises DataError if a value is not text, not a list of messages where the template says chat (or one that the
+    chat template does not take), or without an answer where the loss is on answers only.
     """
     if spec.template is None:
         return lambda where, row: _string(where, spec.columns[0], row[0])
     fields, columns = template_fields(spec.template), spec.columns
     needs_answer = isinstance(spec, SourceSpec) and spec.loss == "answers"
+    form_of_answers = template.form if template else CHATML
+    marked_up = spec.has_markup and template is not None
+
+    def pieces_of(where: str, column: str, value: Any, form: str) -> list[tuple[str, bool]]:
+        if form == CHAT:
+            messages = messages_of(where, column, value)
+            return _by_template(where, template, messages) if template else own_markup(messages)
+        text = _string(where, column, value)
+        return [(template.plain(text), True)] if template and marked_up else [(text, False)]
 
     def rendered(where: str, row: Row) -> str:
         pieces, filled = list[tuple[str, bool]](), False
         for literal, name, form in fields:
             pieces.append((literal, True))
             if name is not None:
-                value = row[columns.index(name)]
-                some = chat(where, name, value) if form == CHAT else [(_string(where, name, value), False)]
+                some = pieces_of(where, name, row[columns.index(name)], form)
                 filled = filled or any(text.strip() for text, _ in some)
                 pieces += some
         if not filled:
             return ""
         text = joined(pieces) if spec.has_markup else "".join(text for text, _ in pieces)
-        if needs_answer and not CHATML.has_answer(text):
+        if needs_answer and not form_of_answers.has_answer(text):
             raise DataError(f"{where}: {NO_ANSWER}")
         return text
 
@@ -72,20 +86,28 @@ def joined(pieces: Iterable[tuple[str, bool]]) -> str:
     return MARKUP.sub(broken, text)
 
 
-def chat(where: str, column: str, messages: Any) -> list[tuple[str, bool]]:
-    """A conversation as pieces for `joined`; an assistant's `<think>` becomes the tokenizer's token too."""
-    if messages is None:
+def messages_of(where: str, column: str, value: Any) -> list[tuple[str, str]]:
+    """Role and text of each message of a conversation."""
+    if value is None:
         return []
-    if not isinstance(messages, list):
-        raise DataError(f"{where}: column '{column}' holds a {type(messages).__name__}; {{…:chat}} needs messages")
-    pieces = list[tuple[str, bool]]()
-    for message in messages:
+    if not isinstance(value, list):
+        raise DataError(f"{where}: column '{column}' holds a {type(value).__name__}; {{…:chat}} needs messages")
+    found = []
+    for message in value:
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         text = _content(where, column, content)
         if not isinstance(role, str) or text is None:
             raise DataError(f"{where}: column '{column}' holds a message without a role or with no text as its content")
         if "\n" in role:
             raise DataError(f"{where}: column '{column}' holds a role with a line break; fix or remove the row")
+        found.append((role, text))
+    return found
+
+
+def own_markup(messages: list[tuple[str, str]]) -> list[tuple[str, bool]]:
+    """A conversation as pieces for `joined`; an assistant's `<think>` becomes the tokenizer's token too."""
+    pieces = list[tuple[str, bool]]()
+    for role, text in messages:
         pieces += [(START, True), (role, False), ("\n", True)]
         if role == ROLE:
             pieces += [(THINKING.get(part, part), part in THINKING) for part in THINK.split(text)]
@@ -93,6 +115,16 @@ def chat(where: str, column: str, messages: Any) -> list[tuple[str, bool]]:
             pieces.append((text, False))
         pieces.append((END, True))
     return pieces
+
+
+def _by_template(where: str, template: ChatTemplate, messages: list[tuple[str, str]]) -> list[tuple[str, bool]]:
+    try:
+        text = template.render([{"role": role, "content": text} for role, text in messages]) if messages else ""
+    except TemplateError as error:
+        raise DataError(
+            f"{where}: the model's chat template does not take this conversation ({error}); fix or remove the row"
+        ) from None
+    return [(text, True)]
 
 
 def _content(where: str, column: str, content: Any) -> str | None:

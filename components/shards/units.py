@@ -27,6 +27,7 @@ from components.shards.engine import Encode, EngineName, open_engine, with_marku
 from components.workers import Workers
 from trainer.data.answers import Ranges
 from trainer.data.chat import NO_ANSWER, AnswerFinder
+from trainer.data.chattemplate import form_of
 from trainer.data.format import token_dtype
 from trainer.data.jsonl import documents, where
 from trainer.data.manifest import SPLITS, Manifest, Split
@@ -93,7 +94,7 @@ class UnitEncoder:
         tokenizer, encode = _opened(self.tokenizer_dir, self.engine)
         if unit.source in self.markup:
             encode = with_markup(encode, tokenizer)
-        find_answers = AnswerFinder(tokenizer) if unit.source in self.answers else None
+        find_answers = AnswerFinder(tokenizer, form_of(self.tokenizer_dir)) if unit.source in self.answers else None
         dtype = token_dtype(tokenizer.vocab_size)
         parts: dict[Split, list[EncodedDocuments]] = {split: [] for split in SPLITS}
         path = Path(self.raw_dir) / unit.path

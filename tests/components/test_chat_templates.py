@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from foreign_models import CHATML, llama_tokenizer, qwen_tokenizer
+from foreign_models import CHATML as TEMPLATE
+from foreign_models import llama_tokenizer, qwen_tokenizer
 from transformers import AutoTokenizer
 
-from trainer.data.chattemplate import ChatTemplate, TemplateError
+from trainer.data.chat import CHATML, ChatFormat, TemplateError
+from trainer.data.chattemplate import ChatTemplate
 from trainer.errors import DataError
 
 TALKS = [
@@ -47,11 +49,11 @@ def test_answers_stand_between_tokens_that_are_found_out(tmp_path: Path) -> None
         (llama_tokenizer, ("<|start_header_id|>", "assistant<|end_header_id|>\n\n", "<|eot_id|>")),
     ):
         template = ChatTemplate(make(tmp_path / make.__name__))
-        assert (template.start, template.header, template.end) == wanted
+        assert template.form == ChatFormat(*wanted)
     folder = qwen_tokenizer(tmp_path / "thinking")
     (folder / "chat_template.jinja").write_text(THINKING)
     template = ChatTemplate(folder)
-    assert (template.start, template.header, template.end) == ("<|im_start|>", "assistant\n", "<|im_end|>")
+    assert template.form == CHATML
     assert template.render(TALKS[1]) == AutoTokenizer.from_pretrained(folder).apply_chat_template(
         TALKS[1], tokenize=False
     )
@@ -66,7 +68,7 @@ def test_no_text_imitates_the_template(tmp_path: Path) -> None:
 
 def test_what_a_template_does_not_take_is_said_in_its_words(tmp_path: Path) -> None:
     folder = qwen_tokenizer(tmp_path)
-    strict = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools,\\nplease') }}{% endif %}" + CHATML
+    strict = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools,\\nplease') }}{% endif %}" + TEMPLATE
     (folder / "chat_template.jinja").write_text(strict)
     with pytest.raises(TemplateError, match=r"^no tools, please$"):
         ChatTemplate(folder).render([{"role": "tool", "content": "x"}])

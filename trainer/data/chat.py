@@ -29,6 +29,10 @@ ROLE = "assistant"
 NO_ANSWER = f"no message of the role {ROLE} with text, and 'loss: answers' trains nothing else; fix or remove the row"
 
 
+class TemplateError(ValueError):
+    """A conversation that a chat template does not take, in its own words."""
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How a message of the assistant is written: `start` and `header`, its text, `end`.

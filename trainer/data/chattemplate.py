@@ -6,6 +6,7 @@ such templates except the date, which would change the data from one day to the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -13,16 +14,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from trainer.data.chat import CHATML, ROLE, ChatFormat, TemplateError
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 
-ROLE = "assistant"
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _QUESTION, _ANSWER = "Is it so?", "It is."  # for finding out how a template writes an answer
-
-
-class TemplateError(ValueError):
-    """A conversation that a template does not take, in its own words."""
 
 
 class ChatTemplate:
@@ -31,7 +28,8 @@ class ChatTemplate:
         folder: that of the tokenizer.
 
     Attributes:
-        start, header, end: an answer stands between start + header and end (trainer.data.chat.ChatFormat).
+        digest: sha256 of the template.
+        form: between what its answers stand.
 
     Raises:
         DataError: there is no template, or answers cannot be told apart in what it writes.
@@ -47,15 +45,17 @@ class ChatTemplate:
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         environment.globals["raise_exception"] = _refuse
         config = _config(self._folder / CONFIG)
+        source = _source(self._folder, config)
+        self.digest = hashlib.sha256(source.encode()).hexdigest()
         try:
-            self._template = environment.from_string(_source(self._folder, config))
+            self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise DataError(f"{folder}: its chat template is no Jinja ({error}); repair or replace it") from None
         tokens = {name: value for name, value in config.items() if name.endswith("_token")}
         self._tokens = {name: v.get("content") if isinstance(v, dict) else v for name, v in tokens.items()}
         specials = sorted(self._tokenizer.markup, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-        self.start, self.header, self.end = self._format()
+        self.form = self._form()
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         """A conversation as the template writes it. Special tokens in roles and contents are broken by a space, so that
@@ -78,7 +78,7 @@ class ChatTemplate:
         except (JinjaError, TypeError, ValueError) as error:
             raise TemplateError(" ".join(str(error).split())) from None
 
-    def _format(self) -> tuple[str, str, str]:
+    def _form(self) -> ChatFormat:
         """From how the template writes one question, what it puts before an answer, and what behind it.
 
         Thoughts that a template opens itself (<think>) belong to the answer: not every answer has them.
@@ -99,13 +99,22 @@ class ChatTemplate:
                 f"{self._folder}: its chat template does not begin an answer and end it by special tokens, by which "
                 "answers are found; replace the template"
             )
-        return first[0], head[first.end() :], last[0]
+        return ChatFormat(first[0], head[first.end() :], last[0])
 
 
-def has_template(folder: str | Path) -> bool:
-    """Whether a tokenizer has a chat template."""
-    folder = Path(folder)
-    return (folder / FILE).is_file() or "chat_template" in _config(folder / CONFIG)
+def chat_template(folder: str | Path) -> ChatTemplate | None:
+    """The chat template of a tokenizer; None for one that was trained here, whose markup is our own.
+
+    Raises:
+        DataError: as ChatTemplate.
+    """
+    return None if Tokenizer.load(folder).is_own else ChatTemplate(folder)
+
+
+def form_of(folder: str | Path) -> ChatFormat:
+    """Between what the answers of a chat stand. Raises as `chat_template`."""
+    template = chat_template(folder)
+    return template.form if template else CHATML
 
 
 def _source(folder: Path, config: dict[str, Any]) -> str:

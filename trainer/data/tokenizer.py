@@ -116,6 +116,11 @@ class Tokenizer:
         return cls(raw, hashlib.sha256(data).hexdigest(), eod)
 
     @property
+    def is_own(self) -> bool:
+        """Whether it was trained here: it has our special tokens."""
+        return self.ids().keys() >= set(SPECIAL_TOKENS)
+
+    @property
     def added(self) -> set[str]:
         """The tokens that no merge makes."""
         return {token.content for token in self._raw.get_added_tokens_decoder().values()}
@@ -124,8 +129,8 @@ class Tokenizer:
     def markup(self) -> dict[str, int]:
         """The tokens that a chat template may write, and their ids. Of a tokenizer that was trained here, those of
         SPECIAL_TOKENS but the end of a document, which no text contains."""
-        ids = self.ids()
-        if ids.keys() >= set(SPECIAL_TOKENS):
+        if self.is_own:
+            ids = self.ids()
             return {token: ids[token] for token in SPECIAL_TOKENS if token != self.eod}
         return {token.content: n for n, token in self._raw.get_added_tokens_decoder().items() if token.special}
 
