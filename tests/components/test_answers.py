@@ -170,12 +170,12 @@ def test_the_loss_changes_neither_text_nor_tokens_and_all_needs_no_list(tmp_path
 
 
 def test_answers_are_the_same_for_any_units_shards_and_growth(tmp_path: Path) -> None:
-    write(tmp_path, random_conversations(400, seed=3))
+    write(tmp_path, random_conversations(800, seed=3))
     first = 12_000
     small = job_of(tmp_path, data={"max_bytes_per_source": first})
     made(small)
     before = contents(small.stage_dir("shards"))
-    grown = small.updated({"data": {"max_bytes_per_source": 60_000, "begun_with_max_bytes": first}})
+    grown = small.updated({"data": {"max_bytes_per_source": 260_000, "begun_with_max_bytes": first}})
     assert grown.keys == small.keys
     _, shards = made(grown)
     manifest, now = read_manifest(shards.path), contents(shards.path)
@@ -184,10 +184,11 @@ def test_answers_are_the_same_for_any_units_shards_and_growth(tmp_path: Path) ->
     whole = grown.updated(
         {
             "storage": {"datasets_dir": str(tmp_path / "other")},
-            "shards": {"unit_bytes": 10**9, "max_shard_bytes": 2**20},
+            "shards": {"unit_bytes": 10**9},
         }
     )
     _, at_once = made(whole)
+    assert len([name for name in contents(at_once.path) if name.startswith("chat-train")]) > 4, "a unit is cut"
     assert every_answer(shards) == every_answer(at_once)
 
 

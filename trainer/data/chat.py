@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -63,29 +64,30 @@ class AnswerFinder:
     """
 
     def __init__(self, tokenizer: Tokenizer, chat: ChatFormat = CHATML) -> None:
-        self._tokenizer, self._header = tokenizer, chat.header.encode()
+        self._header = chat.header.encode()
+        self._bytes = cache(lambda token: tokenizer.decode_bytes([token]))
         self._start, self._end = (_single(tokenizer, token) for token in (chat.start, chat.end))
 
     def __call__(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Token ranges [start, stop) of the answers, in order; they neither touch nor overlap."""
-        places = [place for place, token in enumerate(ids) if token in (self._start, self._end)]
-        ranges = [
-            self._answer(ids, start, end)
-            for start, end in pairwise(places)
-            if (ids[start], ids[end]) == (self._start, self._end)
-        ]
-        return [found for found in ranges if found]
+        opened, closed = marks = (self._start, self._end)
+        places = [place for place, token in enumerate(ids) if token in marks]
+        messages = [(a, b) for a, b in pairwise(places) if ids[a] == opened and ids[b] == closed]
+        return [found for start, end in messages if (found := self._answer(ids, start, end))]
 
     def _answer(self, ids: Sequence[int], start: int, end: int) -> tuple[int, int] | None:
         """The answer of the message between its start token and its end token, if it is the assistant's."""
         first, head = start + 1, b""
         while len(head) < len(self._header) and first < end:
-            head += self._tokenizer.decode_bytes(ids[first : first + 1])
+            head += self._bytes(ids[first])
             first += 1
         if not head.startswith(self._header):
             return None
-        content = head[len(self._header) :] + self._tokenizer.decode_bytes(ids[first:end])
-        return (first, end + 1) if content.decode("utf-8", "replace").strip() else None
+        rest = head[len(self._header) :]
+        for some in (ids[first : min(first + 8, end)], ids[first:end]):  # a few tokens are mostly enough
+            if (rest + b"".join(map(self._bytes, some))).decode("utf-8", "ignore").strip():
+                return first, end + 1
+        return None
 
 
 def _single(tokenizer: Tokenizer, token: str) -> int:
