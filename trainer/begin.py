@@ -1,10 +1,10 @@
-"""Fill a new run's model with the weights of another one (`train.init_from`), each rank with what it holds."""
+"""Fill a model with the weights of another one (`train.init_from`), each rank with what it holds."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from trainer.agreement import problem
@@ -15,7 +15,7 @@ from trainer.errors import CheckpointError
 from trainer.files import checksum
 from trainer.hf.weights import SINGLE, parts_of, read_into
 from trainer.kinds.base import Part
-from trainer.model.hybrid import HybridModel
+from trainer.model.hybrid import HybridModel, build_model
 from trainer.pretrained import EXPORT, Pretrained, find, read_json, refuse_misfit
 from trainer.spec import TrainSpec
 
@@ -38,16 +38,44 @@ def begin_with(spec: TrainSpec, model: HybridModel, world: World) -> None:
     log.info("beginning with the weights of %s (%s)", found.folder, _named(found))
     if found.kind == "checkpoint":
         checkpoint.verify(found.folder, share=(world.rank, world.size))
-        load_model(found.folder, model, kept=MTP, together=True)
     elif found.kind == "export":
-        _verify_export(found.folder, world)
-        read_into(found.folder, _same_names(model), model, ignored=(MTP,), kept=(MTP,))
-    else:
-        assert found.architecture is not None
-        parts, ignored = parts_of(found.architecture, spec.model)
-        read_into(found.folder, parts, model, ignored=(*ignored, MTP), kept=(MTP,))
+        damage = _damage(found) if world.is_main else None  # one rank reads, all get to know
+        if damage := world.broadcast(damage):
+            raise CheckpointError(damage)
+    _fill(found, model, together=True)
     if broken := problem(world, not_finite(_tensors(model))):
         raise CheckpointError(f"{found.folder}: {broken} is not finite; give another model")
+
+
+def begun_with(spec: TrainSpec, device: torch.device, dtype: torch.dtype | None) -> HybridModel | None:
+    """The model with which a run began, whole and in evaluation mode, in one process; None if it is not there any more.
+
+    Args:
+        dtype: autocast dtype of matrix products; None without autocast.
+    """
+    assert spec.init_from is not None
+    try:
+        found = find(spec.init_from)
+        model = build_model(spec.model, spec.backends, device=device, dtype=dtype, seed=None).to_empty(device=device)
+        for tensor in _tensors(model).values():
+            tensor.detach().zero_()  # what the other model has not, as multi-token prediction, changes no logits
+        _fill(found, model, together=False)
+    except (CheckpointError, ValueError, OSError) as error:
+        log.warning("the model with which the run began cannot be evaluated: %s", error)
+        return None
+    return model.eval()
+
+
+def _fill(found: Pretrained, model: HybridModel, *, together: bool) -> None:
+    if found.kind == "checkpoint":
+        load_model(found.folder, model, kept=MTP, together=together)
+    elif found.kind == "export":
+        same = [Part(name, name) for name in model.state_dict()]
+        read_into(found.folder, same, model, ignored=(MTP,), kept=(MTP,))
+    else:
+        assert found.architecture is not None
+        parts, ignored = parts_of(found.architecture, model.spec)
+        read_into(found.folder, parts, model, ignored=(*ignored, MTP), kept=(MTP,))
 
 
 def _named(found: Pretrained) -> str:
@@ -58,17 +86,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict([*model.named_parameters(), *model.named_buffers()])
 
 
-def _same_names(model: nn.Module) -> list[Part]:
-    """Of an export of ours, whose names are those of the model."""
-    return [Part(name, name) for name in model.state_dict()]
-
-
-def _verify_export(folder: Path, world: World) -> None:
-    """Compare the weights with what was written: one rank reads, all get to know."""
-    damage = None
-    if world.is_main:
-        written = read_json(folder / EXPORT).get("sha256", {}).get(SINGLE)
-        if written is not None and checksum(folder / SINGLE, "sha256") != written:
-            damage = f"{folder / SINGLE} differs from what was written; export the run again"
-    if damage := world.broadcast(damage):
-        raise CheckpointError(damage)
+def _damage(found: Pretrained) -> str | None:
+    """What is wrong with the weights of an export."""
+    file = found.folder / SINGLE
+    written = read_json(found.folder / EXPORT).get("sha256", {}).get(SINGLE)
+    if written is None or checksum(file, "sha256") == written:
+        return None
+    return f"{file} differs from what was written; export the run again"

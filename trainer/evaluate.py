@@ -32,18 +32,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainer.begin import begun_with
 from trainer.data.answers import Ranges, trained
+from trainer.data.chattemplate import Asking
 from trainer.data.loader import IGNORED, MicroBatch, heldout_documents
 from trainer.data.manifest import read_manifest
+from trainer.data.tokenizer import Tokenizer
 from trainer.distributed import pick_device
 from trainer.errors import DataError
 from trainer.fields import stored
 from trainer.files import atomic_write
 from trainer.generate import complete
+from trainer.model.hybrid import HybridModel
 from trainer.precision import Precision, device_capability, resolve_for_evaluation
 from trainer.report import write_report
 from trainer.spec import TokensSpec, TrainSpec
-from trainer.trained import Trained, load_trained
+from trainer.trained import load_trained
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +95,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     device = pick_device(spec.runtime.device)
     precision = resolve_for_evaluation(spec.precision, device_capability(device))
     trained = load_trained(spec, device, precision.autocast_dtype)
-    by_source, domain_of, of_answers = _score_sources(spec, trained, device, precision)
+    by_source, domain_of, of_answers = _score_sources(spec, trained.model, trained.tokenizer, device, precision)
     with precision.autocast(device.type):
         texts = complete(
             trained.model,
@@ -100,10 +104,9 @@ def run(spec: TrainSpec) -> dict[str, Any]:
             max_tokens=spec.evaluate.sample_tokens,
             temperature=spec.evaluate.temperature,
             seed=spec.seed,
+            asking=Asking(spec.tokens.tokenizer) if spec.evaluate.chat else None,
         )
-    by_domain: dict[str, Score] = {}
-    for source, score in by_source.items():
-        by_domain[domain_of[source]] = by_domain.get(domain_of[source], Score()) + score
+    by_domain = _by_domain(by_source, domain_of)
     result = {
         "run": spec.run,
         "step": trained.checkpoint.step,
@@ -121,6 +124,10 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         "samples": [{"prompt": p, "text": t} for p, t in zip(spec.evaluate.prompts, texts, strict=True)],
         "seconds": round(time.monotonic() - began, 3),
     }
+    if spec.init_from and (before := begun_with(spec, device, precision.autocast_dtype)) is not None:
+        scores = _score_sources(spec, before, trained.tokenizer, device, precision)[0]
+        domains = {domain: score.summary() for domain, score in _by_domain(scores, domain_of).items()}
+        result["begun_with"] = {"model": spec.init_from, "domains": domains}
     write_report(spec.run_dir, result)
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     # last: it declares the task finished
@@ -130,12 +137,19 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     return result
 
 
+def _by_domain(by_source: dict[str, Score], domain_of: dict[str, str]) -> dict[str, Score]:
+    found: dict[str, Score] = {}
+    for source, score in by_source.items():
+        found[domain_of[source]] = found.get(domain_of[source], Score()) + score
+    return found
+
+
 def _score_sources(
-    spec: TrainSpec, trained: Trained, device: torch.device, precision: Precision
+    spec: TrainSpec, model: HybridModel, tokenizer: Tokenizer, device: torch.device, precision: Precision
 ) -> tuple[dict[str, Score], dict[str, str], set[str]]:
     """Score of each source, the domain of each, and those of which only answers are scored."""
     budgets, domain_of = source_budgets(spec.tokens, spec.evaluate.max_tokens)
-    byte_lengths = np.array(trained.tokenizer.byte_lengths())
+    byte_lengths = np.array(tokenizer.byte_lengths())
     scores, of_answers = {source: Score() for source in budgets}, set[str]()
 
     def scored_documents(source: str, documents: Iterable[tuple[NDArray, Ranges | None]]) -> Iterator[Scored]:
@@ -161,7 +175,7 @@ def _score_sources(
         for batch in pack(documents, seq_len, spec.batch.micro_batch_rows * spec.tokens.seq_len // seq_len):
             with torch.inference_mode(), precision.autocast(device.type):
                 arguments = (batch.ids_BT, batch.seq_idx_BT, batch.labels_BT)
-                ce_sum = trained.model(*(tensor.to(device) for tensor in arguments)).ce_sum
+                ce_sum = model(*(tensor.to(device) for tensor in arguments)).ce_sum
             assert ce_sum is not None
             scores[source].nats += float(ce_sum)
     if nothing := [source for source, score in scores.items() if not score.bytes]:

@@ -8,11 +8,12 @@ Legend: B prompts, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from trainer.data.chattemplate import Asking
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import SpecError
 from trainer.model.hybrid import HybridModel
@@ -26,9 +27,9 @@ def generate(
     max_tokens: int,
     temperature: float,
     seed: int,
-    stop_id: int,
+    stops: Collection[int],
 ) -> list[list[int]]:
-    """At most `max_tokens` new ids per prompt, without the final `stop_id`.
+    """At most `max_tokens` new ids per prompt, without the one of `stops` at which it ended.
 
     Args:
         temperature: divides the logits; 0 selects the most likely token.
@@ -50,9 +51,9 @@ def generate(
         tokens = [_draw(logits_V, temperature, generators[i]) for i, logits_V in zip(running, logits_BV, strict=True)]
         for i, token in zip(running, tokens, strict=True):
             rows[i].append(token)
-        running = [i for i in running if rows[i][-1] != stop_id]
+        running = [i for i in running if rows[i][-1] not in stops]
     made = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
-    return [row[:-1] if row and row[-1] == stop_id else row for row in made]
+    return [row[:-1] if row and row[-1] in stops else row for row in made]
 
 
 def complete(
@@ -63,15 +64,21 @@ def complete(
     max_tokens: int,
     temperature: float,
     seed: int,
+    asking: Asking | None = None,
 ) -> list[str]:
-    """The text that follows each prompt, until the end of the document or `max_tokens`. Raises as `generate`."""
+    """The text that follows each prompt, until the end of the document or `max_tokens`. Raises as `generate`.
+
+    Args:
+        asking: puts the prompts as questions of a chat; then the texts are the answers.
+    """
+    put = asking or (lambda prompt: tokenizer.begun(tokenizer.encode(prompt)))
     made = generate(
         model,
-        [tokenizer.prefix + tokenizer.encode(prompt) if prompt else [] for prompt in prompts],
+        [put(prompt) if prompt else [] for prompt in prompts],
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
-        stop_id=tokenizer.eod_id,
+        stops=asking.stops if asking else {tokenizer.eod_id},
     )
     return [tokenizer.decode_part(ids) for ids in made]  # the last token may be a partial character
 

@@ -343,12 +343,16 @@ class RuntimeSpec(Spec):
 
 
 class EvaluateSpec(Spec):
-    """Held-out evaluation: at most `max_tokens` tokens of each domain, and one generated sample per prompt."""
+    """Held-out evaluation: at most `max_tokens` tokens of each domain, and one generated sample per prompt.
+
+    `chat`: the prompts are put as questions of a chat.
+    """
 
     max_tokens: Count = 200_000
     prompts: list[Annotated[str, Field(min_length=1)]] = []
     sample_tokens: Count = 64
     temperature: NonNegative = 0.8
+    chat: bool = False
 
 
 class ExportSpec(Spec):

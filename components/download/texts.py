@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from manifests.dataspec import CHAT, SourceSpec, TextSpec, template_fields
-from trainer.data.chat import CHATML, NO_ANSWER, ROLE, TemplateError
+from trainer.data.chat import CHATML, MARKUP, NO_ANSWER, ROLE, TemplateError
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ START, END = CHATML.start, f"{CHATML.end}\n"
 THINKING = {"<think>": "<|think_start|>", "</think>": "<|think_end|>"}
 THINK = re.compile("(</?think>)")
 TEXT_PARTS = ("text", "input_text", "output_text")
-MARKUP = re.compile(r"<\|(\w+)\|>")
 
 Row = list[Any]  # the values of `TextSpec.columns`, in order
 

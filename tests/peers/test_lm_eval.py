@@ -142,7 +142,7 @@ def read_samples(folder: Path, task: str) -> list[dict[str, Any]]:
 
 def continuation(model: HybridModel, tokenizer: tokenizers.Tokenizer, prompt: str) -> str:
     """The most likely 12 tokens, or those before the end of the text or of a turn, without special ones."""
-    (ids,) = generate(model, [tokenizer.encode(prompt)], max_tokens=12, temperature=0, seed=0, stop_id=0)
+    (ids,) = generate(model, [tokenizer.encode(prompt)], max_tokens=12, temperature=0, seed=0, stops={0})
     (turn_ends,) = tokenizer.encode("<|im_end|>", specials=True)
     ids = ids[: ids.index(turn_ends)] if turn_ends in ids else ids
     lengths = tokenizer.byte_lengths()

@@ -15,6 +15,7 @@ from trainer import evaluate
 from trainer.data.loader import IGNORED, heldout_documents
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ForeseenError
+from trainer.fields import stored
 from trainer.specbase import SpecError
 
 EVALUATE = {"max_tokens": 100_000, "prompts": ["river", "다리 강물"], "sample_tokens": 6, "temperature": 0.7}
@@ -67,7 +68,7 @@ def test_writes_what_it_returns(run):
     spec, _, result = run
     assert json.loads((Path(spec.run_dir) / "eval.json").read_text(encoding="utf-8")) == result
     assert result["step"] == 12
-    assert result["settings"] == spec.evaluate.model_dump(mode="json")
+    assert result["settings"] == stored(spec.evaluate)
     assert [sample["prompt"] for sample in result["samples"]] == EVALUATE["prompts"]
     assert (Path(spec.run_dir) / "report.html").stat().st_size > 1000
     assert not list(Path(spec.run_dir).glob("*.tmp"))

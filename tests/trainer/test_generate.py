@@ -34,7 +34,7 @@ def counting(size):
 
 
 def test_stops_at_the_end_of_document_and_at_the_limit():
-    out = generate(counting(8), [[5], [1], [2, 6]], max_tokens=4, temperature=0, seed=0, stop_id=STOP)
+    out = generate(counting(8), [[5], [1], [2, 6]], max_tokens=4, temperature=0, seed=0, stops={STOP})
     assert out == [[6, 7], [2, 3, 4, 5], [7]]
 
 
@@ -43,14 +43,14 @@ def test_temperature_is_applied():
     table = torch.full((3, 3), -1e9)
     table[:, 1], table[:, 2] = torch.log(torch.tensor(4.0)), 0.0
     for temperature, odds in ((1.0, 4), (2.0, 2), (0.5, 16)):
-        out = generate(Chain(table), [[1]] * 2000, max_tokens=1, temperature=temperature, seed=1, stop_id=STOP)
+        out = generate(Chain(table), [[1]] * 2000, max_tokens=1, temperature=temperature, seed=1, stops={STOP})
         share, expected = out.count([1]) / len(out), odds / (odds + 1)
         assert abs(share - expected) < 4 * (expected * (1 - expected) / len(out)) ** 0.5
 
 
 def test_a_prompt_draws_the_same_whatever_runs_beside_it():
     model = Chain(torch.randn(20, 20, generator=torch.Generator().manual_seed(0)))
-    options = {"max_tokens": 30, "temperature": 1.0, "seed": 5, "stop_id": -1}
+    options = {"max_tokens": 30, "temperature": 1.0, "seed": 5, "stops": {-1}}
     alone = generate(model, [[3]], **options)
     beside = generate(model, [[3], [4, 5, 6]], **options)
     assert alone[0] == beside[0]
@@ -59,7 +59,7 @@ def test_a_prompt_draws_the_same_whatever_runs_beside_it():
 
 def test_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="prompt 2 is empty"):
-        generate(counting(4), [[1], []], max_tokens=1, temperature=0, seed=0, stop_id=STOP)
+        generate(counting(4), [[1], []], max_tokens=1, temperature=0, seed=0, stops={STOP})
 
 
 def test_real_model_is_greedy_at_temperature_zero(tmp_path):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the download step needs the text alone
     from trainer.data.tokenizer import Tokenizer
 
 ROLE = "assistant"
+MARKUP = re.compile(r"<\|(\w+)\|>")
 NO_ANSWER = f"no message of the role {ROLE} with text, and 'loss: answers' trains nothing else; fix or remove the row"
 
 
@@ -54,6 +55,16 @@ class ChatFormat:
 
 
 CHATML = ChatFormat(start="<|im_start|>", header=f"{ROLE}\n", end="<|im_end|>")
+
+
+def question(text: str) -> str:
+    """A user's message in our own markup, and the header of the answer to come."""
+    return f"{CHATML.start}user\n{plain(text)}{CHATML.end}\n{CHATML.start}{CHATML.header}"
+
+
+def plain(text: str) -> str:
+    """A text without special tokens of ours: they are broken by spaces."""
+    return MARKUP.sub(r"<| \1 |>", text)
 
 
 class AnswerFinder:

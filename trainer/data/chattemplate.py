@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from trainer.data.chat import CHATML, ROLE, ChatFormat, TemplateError
+from trainer.data.chat import CHATML, ROLE, ChatFormat, TemplateError, question
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 
@@ -66,6 +66,10 @@ class ChatTemplate:
         """
         return self._rendered([{name: self.plain(text) for name, text in message.items()} for message in messages])
 
+    def question(self, text: str) -> str:
+        """A user's message, and what stands before the answer to come."""
+        return self._rendered([{"role": "user", "content": self.plain(text)}], to_answer=True)
+
     def plain(self, text: str) -> str:
         """A text without special tokens."""
         return self._special.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
@@ -109,6 +113,30 @@ def chat_template(folder: str | Path) -> ChatTemplate | None:
         DataError: as ChatTemplate.
     """
     return None if Tokenizer.load(folder).is_own else ChatTemplate(folder)
+
+
+class Asking:
+    """Puts questions to a model that was trained on chats: a text as a user's message, to be answered.
+
+    Args:
+        folder: that of the tokenizer.
+
+    Attributes:
+        stops: the ids at which an answer ends.
+
+    Raises:
+        DataError: as ChatTemplate.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._tokenizer, self._template = Tokenizer.load(folder), chat_template(folder)
+        form = self._template.form if self._template else CHATML
+        self.stops = {self._tokenizer.eod_id, *self._tokenizer.encode(form.end, specials=True)}
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids of the question, up to where the answer begins."""
+        asked = self._template.question(text) if self._template else question(text)
+        return self._tokenizer.begun(self._tokenizer.encode(asked, specials=True))
 
 
 def form_of(folder: str | Path) -> ChatFormat:

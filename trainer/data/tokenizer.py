@@ -134,10 +134,13 @@ class Tokenizer:
             return {token: ids[token] for token in SPECIAL_TOKENS if token != self.eod}
         return {token.content: n for n, token in self._raw.get_added_tokens_decoder().items() if token.special}
 
+    def begun(self, ids: list[int]) -> list[int]:
+        """The ids of a text behind the prefix."""
+        return ids if ids[: len(self.prefix)] == self.prefix else [*self.prefix, *ids]
+
     def document(self, ids: list[int]) -> list[int]:
         """The ids of a text as a document: behind the prefix, and ended. May change `ids`."""
-        if ids[: len(self.prefix)] != self.prefix:
-            ids = [*self.prefix, *ids]
+        ids = self.begun(ids)
         if ids[-1:] != [self.eod_id]:
             ids.append(self.eod_id)
         return ids
