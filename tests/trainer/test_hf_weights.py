@@ -10,7 +10,7 @@ import torch
 from nemotron_oracle import nemotron_for
 from qwen_oracle import DENSE, MOE, qwen_for
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from trainer.errors import CheckpointError, SpecError
 from trainer.hf.architectures import architecture_of, native
@@ -108,7 +108,9 @@ def test_logits_are_theirs_and_what_is_written_loads_there_again(name: str, tmp_
     (tmp_path / "out" / "config.json").write_text(json.dumps(architecture.config(ours.spec, 4096)))
     written = dict(tensors(architecture, ours.spec, ours.state_dict(), torch.float32))
     save_file({k: v.contiguous() for k, v in written.items()}, tmp_path / "out" / "model.safetensors", {"format": "pt"})
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    again, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told.values()), told
+    again.eval()
     with torch.no_grad():
         torch.testing.assert_close(again(ids_BT).logits, expected, atol=5e-5, rtol=1e-4)
 
@@ -184,6 +186,41 @@ def test_what_does_not_fit_is_one_line(change: dict, message: str, tmp_path: Pat
     with pytest.raises((CheckpointError, SpecError), match=message) as error:
         imported(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"tied_embedding": True}, "its head has weights of its own"),
+        ({"attention": {"bias": True}}, "neither positions nor norms of queries and keys nor biases"),
+        ({"mlp": {"bias": True}}, "biases of its MLPs are also in its shared experts"),
+        ({"layers": ["ME", "M-"]}, "its cache counts positions in attention, and there is none"),
+        ({"mlp": {"bias": True}, "layers": ["M*-"]}, None),
+        ({"mlp": {"activation": "swiglu"}, "layers": ["M*E"]}, None),
+        ({"mtp": {"depth": 1}}, None),
+    ],
+)
+def test_hybrids_that_would_lose_weights_in_theirs_are_none(change: dict, why: str | None) -> None:
+    """transformers takes such a configuration, and makes up or leaves out the weights in question."""
+    architecture, reasons = native(HYBRID.updated(change))
+    assert (architecture is None) == (why is not None) and (why or "") in reasons
+
+
+def test_configurations_have_what_older_programs_read() -> None:
+    architecture, _ = native(HYBRID)
+    assert architecture is not None
+    config = architecture.config(HYBRID, 64)
+    assert config["hybrid_override_pattern"] == "ME*-ME" and config["mamba_ssm_cache_dtype"] == "float32"
+    assert config["n_group"] == config["topk_group"] == 1
+    yarn = {"kind": "yarn", "factor": 4.0, "original_length": 32}
+    scaled = DENSE.updated({"attention": {"rope_theta": 5e5, "rope_scaling": yarn}})
+    architecture, _ = native(scaled)
+    assert architecture is not None
+    config = architecture.config(scaled, 64)
+    assert config["rope_theta"] == 5e5 and config["rope_scaling"]["rope_type"] == "yarn"
+    assert AutoConfig.for_model(**config).rope_parameters == config["rope_parameters"]
+    del config["rope_parameters"]
+    assert architecture.reads(config)["attention"]["rope_scaling"]["factor"] == 4.0
 
 
 def test_what_is_no_model_of_theirs_says_why() -> None:

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from trainer.errors import SpecError
+from trainer.hf import nemotron
+from trainer.hf.configs import Config, attention, common, refuse
 from trainer.kinds.base import Part
-from trainer.kinds.moe import MoeSpec
 from trainer.modelspec import ModelSpec
-
-Config = dict[str, Any]
-BLOCKS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}  # NemotronH's names
-FORMER_BLOCKS = {"mamba": "M", "attention": "*"} | {name: symbol for symbol, name in BLOCKS.items()}
-NO_SHARED_WIDTH = 16  # NemotronH always has a shared expert; of zeros and so wide where ours has none
 
 
 @dataclass(frozen=True)
@@ -29,6 +24,7 @@ class Architecture:
         reads: fields of ModelSpec of a configuration.
         writes: a configuration of a spec, without the fields that all share.
         misfit: why a spec is no such model; None where it is.
+        useless: why transformers cannot run such a model, though it has the layers.
         places: for each sublayer in order its prefix here, and there those of its norm and its mixer.
         ignored: beginnings of names that a checkpoint may hold and that are no weights of ours.
         absent: parts that the kind has and this architecture has not.
@@ -45,6 +41,7 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     absent: frozenset[str] = field(default_factory=frozenset)
     zeros: Callable[[ModelSpec], dict[str, tuple[int, int]]] = lambda _: {}
+    useless: Callable[[ModelSpec], str | None] = lambda _: None
 
     def parts(self, spec: ModelSpec) -> list[Part]:
         """Everything of a model, with full names."""
@@ -87,56 +84,11 @@ def native(spec: ModelSpec) -> tuple[Architecture | None, str]:
     """The architecture that a model of ours is, or none and why it is none of each."""
     reasons = []
     for architecture in ARCHITECTURES.values():
-        reason = architecture.misfit(spec)
+        reason = architecture.misfit(spec) or architecture.useless(spec)
         if reason is None:
             return architecture, ""
         reasons.append(f"{architecture.model_type}: {reason}")
     return None, "; ".join(reasons)
-
-
-def _common(config: Config) -> Config:
-    return {
-        "vocab_size": config["vocab_size"],
-        "hidden": config["hidden_size"],
-        "tied_embedding": bool(config.get("tie_word_embeddings", False)),
-        "init_std": config.get("initializer_range", 0.02),
-    }
-
-
-def _refuse(config: Config, *, hold: dict[str, Any]) -> None:
-    """Fields that would make another model must have these values, where they are there at all."""
-    for name, value in hold.items():
-        if (found := config.get(name, value)) != value:
-            raise SpecError(f"config.json: {name} {found!r} is not supported, only {value!r}")
-
-
-def _scaling(rope: Config) -> Config | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    names = {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_length",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-    }
-    return {"kind": kind} | {ours: rope[theirs] for theirs, ours in names.items() if theirs in rope}
-
-
-def _attention(config: Config, *, qk_norm: bool) -> Config:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    heads = config["num_attention_heads"]
-    return {
-        "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-        "rope_scaling": _scaling(rope),
-        "qk_norm": qk_norm,
-        "bias": bool(config.get("attention_bias", False)),
-    }
 
 
 def _decoder_config(spec: ModelSpec) -> Config:
@@ -160,7 +112,14 @@ def _decoder_config(spec: ModelSpec) -> Config:
         "rms_norm_eps": spec.norm_eps,
         "rope_parameters": rope,
         "hidden_act": "silu",
+        **_former_rope(rope),
     }
+
+
+def _former_rope(rope: Config) -> Config:
+    """The same for programs with transformers 4, which would turn by the default base without an error."""
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {"rope_theta": rope["rope_theta"]} | ({} if rope["rope_type"] == "default" else {"rope_scaling": scaling})
 
 
 def _decoder_misfit(spec: ModelSpec, layer: str, *, qk_norm: bool) -> str | None:
@@ -195,21 +154,6 @@ def _moe_misfit(spec: ModelSpec) -> str | None:
     return None
 
 
-def _hybrid_misfit(spec: ModelSpec) -> str | None:
-    if used := {section.label for section in spec.used() if section.symbol not in BLOCKS}:
-        return f"it has no {', '.join(sorted(used))}"
-    if spec.mup:
-        return "it knows no μP"
-    attention, moe, mlp = spec.attention, spec.moe, spec.mlp
-    if attention and (attention.rope_theta is not None or attention.qk_norm):
-        return "its attention has neither positions nor norms of queries and keys"
-    if (moe and moe.activation != "relu2") or (mlp and mlp.activation != "relu2"):
-        return "its MLPs and experts are squared ReLU"
-    if moe and (moe.scores != "sigmoid" or not moe.renormalise):
-        return "its router is a sigmoid, renormalised"
-    return None
-
-
 def _two_in_a_layer(mixers: tuple[str, str]) -> Callable[[ModelSpec], Iterator[tuple[str, str, str]]]:
     def places(spec: ModelSpec) -> Iterator[tuple[str, str, str]]:
         for index in range(len(spec.layers)):
@@ -220,16 +164,11 @@ def _two_in_a_layer(mixers: tuple[str, str]) -> Callable[[ModelSpec], Iterator[t
     return places
 
 
-def _one_in_a_layer(spec: ModelSpec) -> Iterator[tuple[str, str, str]]:
-    for number, (place, _) in enumerate(spec.trunk()):
-        yield f"layers.{place}", f"backbone.layers.{number}.norm", f"backbone.layers.{number}.mixer"
-
-
 def _reads_dense(config: Config, *, qk_norm: bool) -> Config:
-    _refuse(config, hold={"hidden_act": "silu", "use_sliding_window": False})
-    return _common(config) | {
+    refuse(config, hold={"hidden_act": "silu", "use_sliding_window": False})
+    return common(config) | {
         "layers": ["*-"] * config["num_hidden_layers"],
-        "attention": _attention(config, qk_norm=qk_norm),
+        "attention": attention(config, qk_norm=qk_norm),
         "mlp": {
             "width": config["intermediate_size"],
             "activation": "swiglu",
@@ -241,10 +180,10 @@ def _reads_dense(config: Config, *, qk_norm: bool) -> Config:
 
 def _reads_moe(config: Config) -> Config:
     hold = {"hidden_act": "silu", "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
-    _refuse(config, hold=hold)
-    return _common(config) | {
+    refuse(config, hold=hold)
+    return common(config) | {
         "layers": ["*E"] * config["num_hidden_layers"],
-        "attention": _attention(config, qk_norm=True),
+        "attention": attention(config, qk_norm=True),
         "moe": {
             "num_experts": config["num_experts"] if "num_experts" in config else config["num_local_experts"],
             "top_k": config["num_experts_per_tok"],
@@ -259,102 +198,6 @@ def _reads_moe(config: Config) -> Config:
         },
         "norm_eps": config["rms_norm_eps"],
     }
-
-
-def _reads_hybrid(config: Config) -> Config:
-    hold = {
-        "mamba_hidden_act": "silu",
-        "mlp_hidden_act": "relu2",
-        "use_bias": False,
-        "mamba_proj_bias": False,
-        "use_conv_bias": True,
-        "n_group": 1,
-        "norm_topk_prob": True,
-        "moe_latent_size": None,
-        "residual_in_fp32": False,
-    }
-    _refuse(config, hold=hold)
-    blocks = config.get("layers_block_type") or list(config["hybrid_override_pattern"])
-    symbols = [FORMER_BLOCKS.get(block, block) for block in blocks]
-    if unknown := sorted(set(symbols) - BLOCKS.keys()):
-        raise SpecError(f"config.json: layers_block_type has '{unknown[0]}', known are {', '.join(BLOCKS.values())}")
-    attention = _attention(config, qk_norm=False) | {"rope_theta": None, "rope_scaling": None}
-    found = _common(config) | {"layers": symbols, "norm_eps": config["layer_norm_epsilon"]}
-    if "M" in symbols:
-        found["mamba"] = {
-            "num_heads": config["mamba_num_heads"],
-            "head_dim": config["mamba_head_dim"],
-            "d_state": config["ssm_state_size"],
-            "num_groups": config["n_groups"],
-            "conv_kernel": config["conv_kernel"],
-            "chunk_size": config["chunk_size"],
-        }
-    if "*" in symbols:
-        found["attention"] = attention
-    if "-" in symbols:
-        found["mlp"] = {"width": config["intermediate_size"], "bias": bool(config.get("mlp_bias", False))}
-    if "E" in symbols:
-        found["moe"] = {
-            "num_experts": config["n_routed_experts"],
-            "top_k": config["num_experts_per_tok"],
-            "expert_width": config["moe_intermediate_size"],
-            "shared_width": config["moe_shared_expert_intermediate_size"],
-            "score_scale": config["routed_scaling_factor"],
-        }
-    return found
-
-
-def _no_shared_expert(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    found = {}
-    for (_, _, mixer), (_, section) in zip(_one_in_a_layer(spec), spec.trunk(), strict=True):
-        if isinstance(section, MoeSpec) and not section.shared_width:
-            found[f"{mixer}.shared_experts.up_proj.weight"] = (NO_SHARED_WIDTH, spec.hidden)
-            found[f"{mixer}.shared_experts.down_proj.weight"] = (spec.hidden, NO_SHARED_WIDTH)
-    return found
-
-
-def _hybrid_config(spec: ModelSpec) -> Config:
-    found: Config = {
-        "layers_block_type": [BLOCKS[section.symbol] for _, section in spec.trunk()],
-        "num_hidden_layers": spec.num_sublayers,
-        "layer_norm_epsilon": spec.norm_eps,
-        "mlp_hidden_act": "relu2",
-        "mamba_hidden_act": "silu",
-        "use_bias": False,
-        "use_conv_bias": True,
-        # Its forward pass takes this, which initialisation is made of, for a lower bound of time steps; ours has none.
-        "time_step_min": 1e-30,
-        "time_step_limit": [0.0, float("inf")],
-    }
-    if mamba := spec.mamba:
-        found |= {
-            "mamba_num_heads": mamba.num_heads,
-            "mamba_head_dim": mamba.head_dim,
-            "ssm_state_size": mamba.d_state,
-            "n_groups": mamba.num_groups,
-            "conv_kernel": mamba.conv_kernel,
-            "chunk_size": mamba.chunk_size,
-        }
-    if attention := spec.attention:
-        found |= {
-            "num_attention_heads": attention.num_heads,
-            "num_key_value_heads": attention.num_kv_heads,
-            "head_dim": attention.head_dim,
-            "attention_bias": attention.bias,
-        }
-    if mlp := spec.mlp:
-        found |= {"intermediate_size": mlp.width, "mlp_bias": mlp.bias}
-    if moe := spec.moe:
-        found |= {
-            "n_routed_experts": moe.num_experts,
-            "num_experts_per_tok": moe.top_k,
-            "moe_intermediate_size": moe.expert_width,
-            "moe_shared_expert_intermediate_size": moe.shared_width or NO_SHARED_WIDTH,
-            "n_shared_experts": 1,
-            "routed_scaling_factor": moe.score_scale,
-            "norm_topk_prob": True,
-        }
-    return found
 
 
 def _moe_config(spec: ModelSpec) -> Config:
@@ -426,12 +269,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             "nemotron_h",
             "NemotronHForCausalLM",
             _HYBRID,
-            _reads_hybrid,
-            _hybrid_config,
-            _hybrid_misfit,
-            _one_in_a_layer,
+            nemotron.reads,
+            nemotron.writes,
+            nemotron.misfit,
+            nemotron.places,
             ignored=("mtp.",),
-            zeros=_no_shared_expert,
+            zeros=nemotron.zeros,
+            useless=nemotron.useless,
         ),
     )
 }
