@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from components.download.texts import chat, joined
+from components.download.texts import joined, messages_of, own_markup
+from trainer.data.chat import question
 from trainer.data.vocabulary import SPECIAL_TOKENS
 from trainer.hf.folder import write
 
@@ -43,10 +44,12 @@ def test_the_template_writes_what_training_read(
     messages: list[dict[str, Any]], tmp_path: Path, micro_data: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder_for(micro_data / "tokenizer", tmp_path / "model"))
-    text = joined(chat("here", "messages", messages))
+    text = joined(own_markup(messages_of("here", "messages", messages)))
     assert tokenizer.apply_chat_template(messages, tokenize=False) == text
     header = "<|im_start|>assistant\n"
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text + header
+    asked = {"role": "user", "content": text}
+    assert tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True) == question(text)
     ids = tokenizer.apply_chat_template(messages, return_dict=False)
     assert ids.count(IM_START) == ids.count(IM_END) == len(messages)
 

@@ -13,13 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.data.chat import CHATML
 from trainer.data.tokenizer import Tokenizer, files_of
-from trainer.data.vocabulary import SPECIAL_TOKENS
 from trainer.hf.weights import INDEX, SINGLE
 
 FILE_BYTES = 5 * 10**9  # of weights in one file
 CONFIG, GENERATION, CHAT = "config.json", "generation_config.json", "chat_template.jinja"
-TURN_ENDS = "<|im_end|>"
 
 
 def write(
@@ -49,11 +48,11 @@ def write(
         shutil.copyfile(file, folder / file.name)
         written.append(file.name)
     if GENERATION not in written:
-        turn = tokenizer.markup.get(TURN_ENDS)
+        turn = tokenizer.markup.get(CHATML.end)
         ends = tokenizer.eod_id if turn is None else [tokenizer.eod_id, turn]
         _write_json(folder / GENERATION, {**tokens, "eos_token_id": ends, "do_sample": True, "temperature": 0.8})
         written.append(GENERATION)
-    if not _has_template(tokenizer_dir) and tokenizer.markup.keys() >= set(SPECIAL_TOKENS[1:]):
+    if tokenizer.is_own and not _has_template(tokenizer_dir):
         shutil.copyfile(Path(__file__).with_name(CHAT), folder / CHAT)
         written.append(CHAT)
     return written
