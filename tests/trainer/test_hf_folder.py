@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from components.download.texts import joined, messages_of, own_markup
 from trainer.data.chat import question
 from trainer.data.vocabulary import SPECIAL_TOKENS
+from trainer.hf import folder as folder_code
 from trainer.hf.folder import write
 
 IM_START, IM_END = (SPECIAL_TOKENS.index(f"<|im_{end}|>") for end in ("start", "end"))
@@ -52,6 +58,42 @@ def test_the_template_writes_what_training_read(
     assert tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True) == question(text)
     ids = tokenizer.apply_chat_template(messages, return_dict=False)
     assert ids.count(IM_START) == ids.count(IM_END) == len(messages)
+
+
+PIECES = (
+    "<|",
+    "|>",
+    "<",
+    "|",
+    ">",
+    "im_end",
+    "<|im_start|>",
+    "_",
+    "é",
+    "한",
+    "²",
+    " ",
+    "\n",
+    "<think>",
+    "</think>",
+    "9",
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(("user", "assistant")), st.lists(st.sampled_from(PIECES))), max_size=3))
+def test_the_template_breaks_what_imitates_markup_as_training_does(
+    made: list[tuple[str, list[str]]],
+) -> None:
+    conversation = [{"role": role, "content": "".join(pieces)} for role, pieces in made]
+    expected = joined(own_markup(messages_of("here", "messages", conversation)))
+    assert template().render(messages=conversation) == expected
+
+
+@cache
+def template() -> jinja2.Template:
+    """In the environment that transformers makes."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(Path(folder_code.__file__).with_name("chat_template.jinja").read_text())
 
 
 def test_generation_stops_where_a_turn_or_a_document_ends(tmp_path: Path, micro_data: Path) -> None:
