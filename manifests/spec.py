@@ -23,6 +23,7 @@ from manifests.dataspec import DataSpec, FilesSource, HygieneSpec, Name
 from manifests.kinds import JobKindName
 from manifests.paths import whole
 from manifests.pretrained import folder_of
+from manifests.tunespec import TuneSpec, tuning
 from trainer.data.vocabulary import SMALLEST_VOCABULARY
 from trainer.errors import SpecError
 from trainer.fields import stored
@@ -197,6 +198,7 @@ class JobSpec(Spec):
     shards: ShardsSpec = ShardsSpec()
     train: JobTrainSpec
     storage: StorageSpec = StorageSpec()
+    tune: TuneSpec | None = None
     cluster: ClusterSpec = ClusterSpec()
     observability: ObservabilitySpec = ObservabilitySpec()
 
@@ -235,6 +237,28 @@ class JobSpec(Spec):
                 f"{(memory.copies + memory.reserved) / 2**30:.1f} GiB; raise it if the GPUs have more, else {remedy}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _can_be_tuned(self) -> Self:
+        if self.tune is not None:
+            self.tuning()
+        return self
+
+    def tuning(self) -> JobSpec:
+        """The job that tunes this job's run, or the model that `tune.init_from` names.
+
+        Raises:
+            SpecError: there is no section `tune`, or one that gives no valid job; one line for each problem.
+        """
+        if self.tune is None:
+            raise SpecError(
+                "the job has no section tune; add one, as in tune: {steps: 100, sources: {chat: {licence: Apache-2.0, "
+                'origin: {kind: files, paths: ["sample://chat.jsonl.gz"]}}}}'
+            )
+        try:
+            return parse(JobSpec, tuning(self.tune, stored(self, {"tune"}), self.run_name))
+        except SpecError as error:
+            raise SpecError("\n".join(f"tune: {line}" for line in str(error).splitlines())) from None
 
     def layout(self) -> Layout:
         """The mesh of the job's ranks.

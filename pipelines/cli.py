@@ -46,7 +46,7 @@ missing or in the way, 74 file or volume, 130 and 143 stopped; docs/exit-codes.m
 
 # In the order in which people need them.
 VERBS = (
-    *("run", "prepare", "train", "evaluate", "export", "generate", "local", "status", "logs", "stop", "resume"),
+    *("run", "tune", "prepare", "train", "evaluate", "export", "generate", "local", "status", "logs", "stop", "resume"),
     *("describe", "presets", "data", "doctor", "submit", "compile", "render", "lint", "why"),
 )
 
@@ -122,7 +122,23 @@ def run(
     workdir: Workdir = Path("work"),
     verbose: Verbose = False,
 ) -> None:
-    """Run the whole pipeline from this machine: data, tokenizer, shards, train, evaluate, export, summary."""
+    """Run the whole pipeline from this machine: data, tokenizer, shards, train, evaluate, export, tune, summary."""
+    _pipeline(job, sets, target, workdir)
+
+
+@app.command()
+def tune(
+    job: Job,
+    sets: Sets = None,
+    target: Annotated[str, typer.Option(help="Where the trainer runs: local or kubernetes.")] = "local",
+    workdir: Workdir = Path("work"),
+    verbose: Verbose = False,
+) -> None:
+    """Tune a model on chats: only the job's section `tune`, of its trained run or of the model in `tune.init_from`."""
+    _pipeline(job, sets, target, workdir, tuning=True)
+
+
+def _pipeline(job: str, sets: list[str] | None, target: str, workdir: Path, *, tuning: bool = False) -> None:
     from components.summary.step import read_run
     from pipelines.background import driving
     from pipelines.run import local_job, run_pipeline
@@ -130,7 +146,7 @@ def run(
 
     console = Console()
     changes = _changes(sets)
-    spec, arguments = local_job(job, changes, target=target, workdir=workdir)
+    spec, arguments = local_job(job, changes, target=target, workdir=workdir, tuning=tuning)
     with driving(spec, workdir):
         if target == "local":
             from pipelines.ports import written
@@ -138,7 +154,8 @@ def run(
 
             refuse(spec, written(job, changes))
         log = run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=_verbose())
-    show(read_run(spec.run_dir), log, console, workdir)
+    for each in (spec, *([spec.tuning()] if spec.tune else [])):
+        show(read_run(each.run_dir), log, console, workdir, chat=each.train.evaluate.chat)
 
 
 @app.command()
@@ -191,21 +208,24 @@ def generate(
     prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt as a question, for a tuned model.")] = False,
     seed: int = 0,
     workdir: Workdir = Path("work"),
     verbose: Verbose = False,
 ) -> None:
-    """Continue a text with a trained model."""
+    """Continue a text with a trained model, or ask it."""
     from pipelines.models import find
 
     directory = find(source, workdir)
+    from trainer.data.chattemplate import Asking
     from trainer.export import load
     from trainer.generate import complete
 
     model, tokenizer = load(directory)
-    texts = complete(model, tokenizer, prompt, max_tokens=tokens, temperature=temperature, seed=seed)
+    asking = Asking(directory) if chat else None
+    texts = complete(model, tokenizer, prompt, max_tokens=tokens, temperature=temperature, seed=seed, asking=asking)
     for beginning, text in zip(prompt, texts, strict=True):
-        print(beginning + text)
+        print(f"{beginning}\n{text}" if chat else beginning + text)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from components.plan.component import plan
 from components.shards.component import encode, shards
 from components.summary.component import summary
 from components.tokenizer.component import tokenizer
+from components.tune.component import tune
 from manifests.names import APP_LABEL, EGRESS_LABEL, HUB, HUB_SECRET, STEP_APP
 from manifests.spec import StorageSpec
 
@@ -68,15 +69,19 @@ def pretrain(
         kubernetes.mount_pvc(task, checkpoints_pvc, STORAGE.checkpoints_dir)
         return task
 
-    def from_hub(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    def from_hub(task: dsl.PipelineTask, limit: int = DATA_SECONDS) -> dsl.PipelineTask:
         """As `placed`, with access to the web and, if the namespace has the secret, to gated datasets."""
         kubernetes.add_pod_label(task, EGRESS_LABEL, HUB)
-        return kubernetes.use_secret_as_env(placed(task), HUB_SECRET, {"token": "HF_TOKEN"}, optional=True)
+        return kubernetes.use_secret_as_env(placed(task, limit), HUB_SECRET, {"token": "HF_TOKEN"}, optional=True)
+
+    def as_owner(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """A step whose pod owns the jobs it creates."""
+        return kubernetes.use_field_path_as_env(task, "POD_NAME", "metadata.name")
 
     def launched(name: str, job: str, after: str) -> dsl.PipelineTask:
-        """A task of the trainer; the launcher's pod owns the job it creates."""
-        task = placed(launch(job=job, task=name, after=after, pipeline_run=RUN_ID), OWN_CLOCKS).set_display_name(name)
-        return kubernetes.use_field_path_as_env(task, "POD_NAME", "metadata.name")
+        """A task of the trainer."""
+        task = placed(launch(job=job, task=name, after=after, pipeline_run=RUN_ID), OWN_CLOCKS)
+        return as_owner(task.set_display_name(name))
 
     # Runs however the other steps end, even when the run is terminated, which kills a launcher without a signal.
     last = based(cleanup(pipeline_run=RUN_ID, preset=preset, overrides=overrides), SHORT_SECONDS)
@@ -103,4 +108,5 @@ def pretrain(
         model = launched("train", job, tokens).output
         quality = launched("evaluate", job, model).output
         exported = launched("export", job, quality).output
-        placed(summary(job=job, exported=exported), SHORT_SECONDS)
+        tuned = as_owner(from_hub(tune(job=job, after=exported, pipeline_run=RUN_ID), OWN_CLOCKS)).output
+        placed(summary(job=job, exported=tuned), SHORT_SECONDS)

@@ -22,12 +22,13 @@ from pipelines.progress import Watcher
 from pipelines.stopping import Stop, Stopped
 from trainer.errors import LaunchError, SpecError
 from trainer.exitcodes import of_process
+from trainer.fields import stored
 from trainer.process import launcher
 from trainer.specbase import deep_merge
 
 
 def local_job(
-    preset_or_file: str, changes: dict[str, Any], *, target: str, workdir: Path
+    preset_or_file: str, changes: dict[str, Any], *, target: str, workdir: Path, tuning: bool = False
 ) -> tuple[JobSpec, dict[str, Any]]:
     """The job and the pipeline's arguments for a run driven by this machine.
 
@@ -37,6 +38,7 @@ def local_job(
         target: where the trainer runs, "local" or "kubernetes".
         workdir: folder for both directory trees of a local run. A run on Kubernetes needs the volumes mounted here at
             the same paths as in its pods, so it keeps the spec's own directories.
+        tuning: take the job of its section `tune` instead.
 
     Raises:
         SpecError: the spec is wrong, or its directories cannot be written here.
@@ -47,7 +49,11 @@ def local_job(
         root = whole(workdir)
         places = {"datasets_dir": f"{root}/datasets", "checkpoints_dir": f"{root}/checkpoints"}
         wanted = deep_merge({"storage": places}, wanted)
-    job = continued(job_from({"preset": preset} if preset else {}, wanted, preset_or_file))
+    job = job_from({"preset": preset} if preset else {}, wanted, preset_or_file)
+    if tuning:
+        job = job.tuning()
+        preset, wanted = "", stored(job)
+    job = continued(job)
     if job.train.begun_with_steps:
         wanted = deep_merge(wanted, {"train": {"begun_with_steps": job.train.begun_with_steps}})
     runnable_here(job)

@@ -11,13 +11,18 @@ from components.summary.step import RunSummary
 from pipelines.options import again
 
 
-def show(run: RunSummary, log: Path, console: Console, workdir: Path) -> None:
-    """Print the run's numbers, paths and one sample; lines are never wrapped, so that paths can be copied."""
+def show(run: RunSummary, log: Path, console: Console, workdir: Path, *, chat: bool = False) -> None:
+    """Print the run's numbers, paths and one sample; lines are never wrapped, so that paths can be copied.
+
+    Args:
+        chat: the samples are questions and answers.
+    """
     console.print(Text(f"\n{run.name}", style="bold green"))
     for label, value in [*run.rows(), ("log", str(log))]:
         console.print(Text.assemble((f"{label:<16}", "bold"), value), soft_wrap=True)
     for prompt, text in run.samples[:1]:
-        line = Text.assemble(("sample          ", "bold"), (prompt, "underline"), text.replace("\n", " "))
-        console.print(line, soft_wrap=True)
-    console.print("\nto continue a text with this model:", style="dim")
-    console.print(Text(f"yaongi generate {run.name} --prompt '…'{again(workdir)}", style="dim"), soft_wrap=True)
+        told = f"{' → ' if chat else ''}{text}".replace("\n", " ")
+        console.print(Text.assemble(("sample          ", "bold"), (prompt, "underline"), told), soft_wrap=True)
+    console.print(f"\nto {'ask' if chat else 'continue a text with'} this model:", style="dim")
+    options = f"{'--chat ' if chat else ''}--prompt '…'{again(workdir)}"
+    console.print(Text(f"yaongi generate {run.name} {options}", style="dim"), soft_wrap=True)

@@ -84,6 +84,7 @@ FIELDS_1 = {
 LATER: dict[str, dict[str, Later]] = {
     "JobTrainSpec": {"begun_with_steps": Later(2, None), "init_from": Later(5, None), "export": Later(5, None)},
     "TrainSpec": {"begun_with_steps": Later(2, None), "init_from": Later(5, None), "export": Later(5, None)},
+    "JobSpec": {"tune": Later(5, None)},
     "StorageSpec": {"sources_dir": Later(2, None)},
     "EvaluateSpec": {"chat": Later(5, False)},
     "TokenizerSpec": {"from": Later(5, None)},

@@ -21,6 +21,7 @@ class RunSummary:
 
     Attributes:
         loss: the mean of the last `loss_steps` steps.
+        before: by domain the held-out loss of the model that the run began with, and its own; empty for a new model.
     """
 
     name: str
@@ -33,6 +34,7 @@ class RunSummary:
     tokens_per_second: float
     seconds: float
     bits_per_byte: dict[str, float]
+    before: dict[str, tuple[float, float]]
     checkpoint: Path
     export: Path
     report: Path
@@ -47,10 +49,12 @@ class RunSummary:
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the summary."""
         quality = "   ".join(f"{domain} {value:.3f}" for domain, value in self.bits_per_byte.items())
+        changes = "   ".join(f"{domain} {old:.3f} → {new:.3f}" for domain, (old, new) in self.before.items())
         return [
             ("tokens", f"{self.tokens:,} in {self.steps:,} steps"),
             ("loss", f"{self.loss_first:.3f} → {self.loss:.3f} ({loss_of(self.loss_steps)})"),
             ("bits per byte", quality),
+            *([("held-out loss", changes)] if changes else []),
             ("speed", f"{self.tokens_per_second:,.0f} tokens/s, {self.seconds:.0f} s of training"),
             ("checkpoint", str(self.checkpoint)),
             ("exported model", str(self.export)),
@@ -80,6 +84,10 @@ def read_run(run_dir: str | Path) -> RunSummary:
         loss=math.nan if loss is None else loss,
         loss_steps=result.get("loss_steps", 1),
         bits_per_byte={domain: value["bits_per_byte"] for domain, value in evaluation["domains"].items()},
+        before={
+            domain: (value["loss"], evaluation["domains"][domain]["loss"])
+            for domain, value in evaluation.get("begun_with", {}).get("domains", {}).items()
+        },
         checkpoint=checkpoint,
         export=run_dir / "export",
         report=run_dir / "report.html",

@@ -7,8 +7,12 @@ from pathlib import Path
 import yaml
 
 
-def small_job(folder: Path, **train) -> Path:
-    """A job file with its texts: two sources of a few hundred short documents, one layer of each kind."""
+def small_job(folder: Path, tuned: bool = False, **train) -> Path:
+    """A job file with its texts: two sources of a few hundred short documents, one layer of each kind.
+
+    Args:
+        tuned: the model is tuned on the sample chats too.
+    """
     words = random.Random(7).sample([f"{a}{b}{c}" for a in "bcdf" for b in "aeiou" for c in "lmnr"], 60)
     sources = {}
     for number, (name, domain) in enumerate([("prose", "en"), ("programs", "code")]):
@@ -39,6 +43,10 @@ def small_job(folder: Path, **train) -> Path:
     job["train"]["model"] |= {"moe": {"num_experts": 4, "top_k": 2, "expert_width": 16}}
     engram = {"layer": 2, "max_order": 3, "rows_per_head": 50, "width_per_order": 16, "num_heads": 2}
     job["train"]["model"] |= {"engram": [engram]}
+    if tuned:
+        chat = {"licence": "Apache-2.0", "origin": {"kind": "files", "paths": ["sample://chat.jsonl.gz"]}}
+        job["tune"] = {"steps": 2, "sources": {"chat": chat}, "checkpoint": {"every_steps": 2}, "prompts": ["bal?"]}
+        job["tune"]["optimizer"] = {"name": "adamw", "adamw": {"learning_rate": 0.01}}
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(whole(job)))
     return path

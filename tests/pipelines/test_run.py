@@ -20,7 +20,7 @@ from trainer.checkpoints.checkpoint import latest_step
 from trainer.specbase import read_yaml
 
 YAONGI = Path(sys.executable).with_name("yaongi")
-STEPS = ["plan", "download", "hygiene", "tokenizer", "encode", "shards", "train", "evaluate", "export", "summary"]
+STEPS = ["plan", "download", "hygiene", "tokenizer", "encode", "shards", "train", "evaluate", "export", "tune", "summary"]
 
 
 # Seven processes import PyTorch, one after another; on a busy machine that takes its time.
@@ -45,9 +45,17 @@ def artefacts(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """A folder in which a small job has run from text to export, and what that printed."""
+    """A folder in which a small job has run from text to export and was tuned, and what that printed."""
     folder = tmp_path_factory.mktemp("ran")
-    return folder, yaongi("run", small_job(folder), cwd=folder)
+    return folder, yaongi("run", small_job(folder, tuned=True), cwd=folder)
+
+
+def run_dirs(folder: Path) -> tuple[Path, Path]:
+    """Of the run, and of the one that tuned it."""
+    runs = folder / "work/checkpoints/runs"
+    (tuned,) = runs.glob("small-tune-*")
+    (first,) = (run for run in runs.iterdir() if run != tuned)
+    return first, tuned
 
 
 def test_a_job_runs_from_text_to_export_and_a_second_time_does_nothing(ran):
@@ -58,9 +66,12 @@ def test_a_job_runs_from_text_to_export_and_a_second_time_does_nothing(ran):
     assert "KFP Executor" not in first.stdout
     for label in ("tokens          512 in 4 steps", "loss            ", "bits per byte   ", "report          "):
         assert f"\n{label}" in first.stdout
-    (run_dir,) = (tmp_path / "work/checkpoints/runs").iterdir()
-    assert latest_step(run_dir) == 4
-    assert (run_dir / "report.html").is_file() and (run_dir / "export/model.safetensors").is_file()
+    run_dir, tuned = run_dirs(tmp_path)
+    assert (latest_step(run_dir), latest_step(tuned)) == (4, 2)
+    for each in (run_dir, tuned):
+        assert (each / "report.html").is_file() and (each / "export/model.safetensors").is_file()
+    assert f"beginning with the weights of {run_dir}/checkpoints/step-00000004 (checkpoint)" in first.stdout
+    assert "\nheld-out loss   en " in first.stdout and "\nyaongi generate small-tune-" in first.stdout
     (log,) = (tmp_path / "work/logs").iterdir()
     assert "KFP Executor" in log.read_text()
     assert "cleanup" not in first.stdout, "there is nothing to clean up on this machine"
@@ -70,17 +81,19 @@ def test_a_job_runs_from_text_to_export_and_a_second_time_does_nothing(ran):
     assert second.returncode == 0, second.stdout + second.stderr
     assert artefacts(tmp_path) == made
     for task in ("train", "evaluate", "export"):
-        assert f"{task}: unchanged and verified, nothing to do" in second.stdout
+        assert second.stdout.count(f"{task}: unchanged and verified, nothing to do") == 2
 
 
 def test_the_run_is_shown_beside_the_pipeline(ran, tmp_path):
     """Report, overview, numbers and model as Kubeflow Pipelines gets them from the last step."""
     folder, first = ran
     assert first.returncode == 0, first.stdout + first.stderr
-    (run_dir,) = (folder / "work/checkpoints/runs").iterdir()
+    run_dir, tuned = run_dirs(folder)
     job = job_from(read_yaml(run_dir / "job.yaml"))
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path))
-    outputs = summary(job=job.model_dump_json(), exported="").outputs
+    of_tuned = summary(job=job.model_dump_json(), exported="").outputs
+    assert Path(of_tuned["overview"].path).read_text().startswith(f"# {tuned.name}\n")
+    outputs = summary(job=job.updated({"tune": None}).model_dump_json(), exported="").outputs
 
     evaluation = json.loads((run_dir / "eval.json").read_text())
     result = json.loads((run_dir / "result.json").read_text())

@@ -1,0 +1,100 @@
+"""The section `tune` of a JobSpec: supervised tuning on chats, after training or of another model.
+
+It becomes a job of its own, with the same model, storage and cluster, so that everything that works for a run works for
+a tuned one: checkpoints, resuming, metrics, evaluation, export.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from manifests.dataspec import CHAT, NAME_LENGTH, FilesSource, HubSource, Name, SourceSpec
+from trainer.fields import stored
+from trainer.kinds.base import Count
+from trainer.spec import AdamWSpec, BatchSpec, CheckpointSpec, OptimizerSpec, Packing, Positive, ScheduleSpec
+from trainer.specbase import Spec
+
+SUFFIX = "-tune"
+_ORDER = ("curriculum", "skip")  # of the base run's own tokens
+RATES = {"full": 1e-5, "lora": 2e-4}  # of AdamW
+
+
+class ChatSource(Spec):
+    """A source of conversations, as `data.sources` has them; `template` names the column of messages.
+
+    `weight` is relative to the others'. `loss`: whether only the assistant's messages are trained, or everything.
+    """
+
+    origin: Annotated[FilesSource | HubSource, Field(discriminator="kind")]
+    template: str = f"{{messages:{CHAT}}}"
+    domain: Literal["ko", "en", "code", "math"] = "en"
+    licence: str
+    weight: Positive = 1.0
+    max_epochs: Positive = 4.0
+    synthetic: Annotated[float, Field(ge=0, le=1)] = 0.0
+    loss: Literal["all", "answers"] = "answers"
+
+
+class TuneSpec(Spec):
+    """Supervised tuning (SFT) on chats.
+
+    `init_from`: the model to tune, named as in `train.init_from`; by default the job's own run. `lora` trains adapters
+    only; they are merged at export. What is left out is as in `train`, but the optimizer is AdamW with a peak rate of
+    1e-5 (2e-4 for adapters) without weight decay, and the schedule a cosine to 0. `prompts` are asked as questions,
+    for the report.
+    """
+
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    sources: dict[Name, ChatSource] = Field(min_length=1)
+    heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    steps: Count
+    seed: int = 0
+    seq_len: Annotated[int, Field(ge=8)] | None = None
+    packing: Packing = "best_fit"
+    batch: BatchSpec | None = None
+    optimizer: OptimizerSpec | None = None
+    schedule: ScheduleSpec = ScheduleSpec(name="cosine", warmup_fraction=0.03, final_learning_rate=0.0)
+    checkpoint: CheckpointSpec | None = None
+    prompts: list[Annotated[str, Field(min_length=1)]] | None = None
+
+
+def tuning(tune: TuneSpec, job: dict[str, Any], run_name: str) -> dict[str, Any]:
+    """The values of the job that tunes.
+
+    Args:
+        job: the values of the job that has the section, without it.
+        run_name: of the run that the job trains, which is tuned unless the section names another model.
+    """
+    train = {name: value for name, value in job["train"].items() if name not in ("begun_with_steps", *_ORDER)}
+    train |= {
+        "steps": tune.steps,
+        "seed": tune.seed,
+        "init_from": tune.init_from or run_name,
+        "packing": tune.packing,
+        "optimizer": stored(tune.optimizer or _optimizer("full")),
+        "schedule": stored(tune.schedule),
+    }
+    for field in ("seq_len", "batch", "checkpoint"):
+        if (given := getattr(tune, field)) is not None:
+            train[field] = stored(given)
+    asked = {"chat": True} | ({} if tune.prompts is None else {"prompts": tune.prompts})
+    train["evaluate"] = train.get("evaluate", {}) | asked
+    total = sum(source.weight for source in tune.sources.values())
+    sources = {name: stored(_source(source, source.weight / total)) for name, source in tune.sources.items()}
+    return job | {
+        "name": f"{job['name'][: NAME_LENGTH - len(SUFFIX)].rstrip('-')}{SUFFIX}",
+        "data": {"sources": sources, "heldout_fraction": tune.heldout_fraction},
+        "hygiene": {},
+        "train": train,
+    }
+
+
+def _source(source: ChatSource, share: float) -> SourceSpec:
+    fields: dict[str, Any] = {name: getattr(source, name) for name in ChatSource.model_fields}
+    return SourceSpec(**fields | {"weight": share})
+
+
+def _optimizer(how: Literal["full", "lora"]) -> OptimizerSpec:
+    return OptimizerSpec(name="adamw", adamw=AdamWSpec(learning_rate=RATES[how], weight_decay=0.0))
