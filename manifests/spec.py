@@ -258,7 +258,8 @@ class JobSpec(Spec):
         try:
             return parse(JobSpec, tuning(self.tune, stored(self, {"tune"}), self.run_name))
         except SpecError as error:
-            raise SpecError("\n".join(f"tune: {line}" for line in str(error).splitlines())) from None
+            lines = (line.removeprefix("JobSpec: ") for line in str(error).splitlines())
+            raise SpecError("\n".join(f"tune: {line}" for line in lines)) from None
 
     def layout(self) -> Layout:
         """The mesh of the job's ranks.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from manifests.dataspec import CHAT, NAME_LENGTH, FilesSource, HubSource, Name, SourceSpec
+from manifests.dataspec import CHAT, NAME_LENGTH, Name, SourceSpec
 from trainer.fields import stored
 from trainer.kinds.base import Count
 from trainer.spec import AdamWSpec, BatchSpec, CheckpointSpec, OptimizerSpec, Packing, Positive, ScheduleSpec
@@ -21,19 +21,15 @@ _ORDER = ("curriculum", "skip")  # of the base run's own tokens
 RATES = {"full": 1e-5, "lora": 2e-4}  # of AdamW
 
 
-class ChatSource(Spec):
+class ChatSource(SourceSpec):
     """A source of conversations, as `data.sources` has them; `template` names the column of messages.
 
     `weight` is relative to the others'. `loss`: whether only the assistant's messages are trained, or everything.
     """
 
-    origin: Annotated[FilesSource | HubSource, Field(discriminator="kind")]
-    template: str = f"{{messages:{CHAT}}}"
+    template: str | None = f"{{messages:{CHAT}}}"
     domain: Literal["ko", "en", "code", "math"] = "en"
-    licence: str
     weight: Positive = 1.0
-    max_epochs: Positive = 4.0
-    synthetic: Annotated[float, Field(ge=0, le=1)] = 0.0
     loss: Literal["all", "answers"] = "answers"
 
 
@@ -82,18 +78,15 @@ def tuning(tune: TuneSpec, job: dict[str, Any], run_name: str) -> dict[str, Any]
     asked = {"chat": True} | ({} if tune.prompts is None else {"prompts": tune.prompts})
     train["evaluate"] = train.get("evaluate", {}) | asked
     total = sum(source.weight for source in tune.sources.values())
-    sources = {name: stored(_source(source, source.weight / total)) for name, source in tune.sources.items()}
+    sources = {name: source.model_dump(mode="json") for name, source in tune.sources.items()}
+    for source in sources.values():
+        source["weight"] /= total
     return job | {
         "name": f"{job['name'][: NAME_LENGTH - len(SUFFIX)].rstrip('-')}{SUFFIX}",
         "data": {"sources": sources, "heldout_fraction": tune.heldout_fraction},
         "hygiene": {},
         "train": train,
     }
-
-
-def _source(source: ChatSource, share: float) -> SourceSpec:
-    fields: dict[str, Any] = {name: getattr(source, name) for name in ChatSource.model_fields}
-    return SourceSpec(**fields | {"weight": share})
 
 
 def _optimizer(how: Literal["full", "lora"]) -> OptimizerSpec:

@@ -20,7 +20,19 @@ from trainer.checkpoints.checkpoint import latest_step
 from trainer.specbase import read_yaml
 
 YAONGI = Path(sys.executable).with_name("yaongi")
-STEPS = ["plan", "download", "hygiene", "tokenizer", "encode", "shards", "train", "evaluate", "export", "tune", "summary"]
+STEPS = [
+    "plan",
+    "download",
+    "hygiene",
+    "tokenizer",
+    "encode",
+    "shards",
+    "train",
+    "evaluate",
+    "export",
+    "tune",
+    "summary",
+]
 
 
 # Seven processes import PyTorch, one after another; on a busy machine that takes its time.
