@@ -16,7 +16,7 @@ import pytest
 import yaml
 from kube import PIPELINE_IMAGE, Namespace, Object, pod
 from launching import Launcher, as_account, granted
-from pipeline_run import SETS, PipelineRun
+from pipeline_run import SETS, TUNE, PipelineRun
 from scrape import Prometheus
 from xdist.scheduler import LoadScopeScheduling
 
@@ -123,8 +123,8 @@ def prometheus(namespace: Namespace) -> Prometheus:
 
 @pytest.fixture(scope="session")
 def first(volumes: Namespace, prometheus: Prometheus) -> PipelineRun:
-    """A run that nothing disturbs, watched by Prometheus."""
-    run = PipelineRun.start(volumes, "first")
+    """A run that nothing disturbs, watched by Prometheus; its model is tuned in the end."""
+    run = PipelineRun.start(volumes, "first", TUNE)
     shown: list[str] = []
 
     def show_once_training() -> None:

@@ -26,6 +26,11 @@ SETS = [
     "train.runtime.log_every_steps=5",
     "train.evaluate.max_tokens=4000",
 ]
+TUNE = (
+    "tune={steps: 6, seq_len: 128, batch: {tokens_per_step: 1024, micro_batch_rows: 4}, checkpoint: {every_steps: 6}, "
+    "optimizer: {name: adamw, adamw: {learning_rate: 0.002}}, prompts: ['What is 3 + 4?'], sources: {chat: {"
+    "licence: Apache-2.0, origin: {kind: files, paths: ['sample://chat.jsonl.gz']}}}}"
+)
 # Two workers and the test's other pods fit a node with two CPUs; still one thread for each rank.
 ON_CLUSTER = [f"cluster.image={TRAINER_IMAGE}", "cluster.cpus_per_node=0.5", "cluster.memory_gib_per_node=2"]
 RUN_TIMEOUT = 1200

@@ -43,13 +43,25 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_pipeline_succeeds_from_raw_text_to_an_export(first: PipelineRun) -> None:
     assert first.code == 0, first.log
     assert first.condition == "Succeeded"
-    for step in ("plan", "download", "hygiene", "tokenizer", "encode", "shards", "train", "evaluate", "export"):
+    for step in ("plan", "download", "hygiene", "tokenizer", "encode", "shards", "train", "evaluate", "export", "tune"):
         assert step in first.log
     result = first.read_json("result.json")
     assert result["steps"] == STEPS and result["world_size"] == 2
     assert result["loss_last"] < result["loss_first"] - 1, "the model learned nothing"
     assert first.read_json("eval.json")
     assert "safetensors" in first.namespace.execute("reader", "ls", f"{first.job.run_dir}/export")
+
+
+def test_the_model_is_tuned_by_a_job_of_its_own(first: PipelineRun) -> None:
+    assert first.code == 0, first.log
+    tuned = PipelineRun(first.namespace, first.pod, first.job.tuning())
+    assert tuned.condition == "Succeeded"
+    result, evaluation = tuned.read_json("result.json"), tuned.read_json("eval.json")
+    assert (result["steps"], result["world_size"]) == (6, 2) and len(tuned.losses) == 6
+    before, after = evaluation["begun_with"]["domains"]["en"]["loss"], evaluation["domains"]["en"]["loss"]
+    print(f"held-out loss of answers {before:.3f} -> {after:.3f}")
+    assert after < before and evaluation["samples"][0]["prompt"] == "What is 3 + 4?"
+    assert "safetensors" in first.namespace.execute("reader", "ls", f"{tuned.job.run_dir}/export")
 
 
 def test_what_it_leaves_belongs_to_user_and_group_1000_and_the_group_may_write_it(first: PipelineRun) -> None:
