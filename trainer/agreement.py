@@ -61,7 +61,10 @@ def rung(spec: TrainSpec, world: World) -> Precision:
         SpecError: a rank cannot run a dtype or FP8 implementation that the spec names.
     """
     own = precision.device_capability(world.device)
-    told = _told(world, (own, precision.fp8_problems(spec.precision, own)))
+    own_problems = precision.fp8_problems(spec.precision, own)
+    if spec.model.lora:
+        own_problems = dict.fromkeys(own_problems, "computes no adapters (train.model.lora)")
+    told = _told(world, (own, own_problems))
     place, (weakest, _) = min(told, key=lambda entry: entry[1][0] or (0, 0))
     best = max(capability or (0, 0) for _, (capability, _) in told)
     names = dict.fromkeys(name for _, (_, problems) in told for name in problems)

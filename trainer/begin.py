@@ -15,6 +15,7 @@ from trainer.errors import CheckpointError
 from trainer.files import checksum
 from trainer.hf.weights import SINGLE, parts_of, read_into
 from trainer.kinds.base import Part
+from trainer.lora import is_adapter
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.pretrained import EXPORT, Pretrained, find, read_json, refuse_misfit
 from trainer.spec import TrainSpec
@@ -68,14 +69,19 @@ def begun_with(spec: TrainSpec, device: torch.device, dtype: torch.dtype | None)
 
 def _fill(found: Pretrained, model: HybridModel, *, together: bool) -> None:
     if found.kind == "checkpoint":
-        load_model(found.folder, model, kept=MTP, together=together)
+        load_model(found.folder, model, kept=_stays, together=together)
     elif found.kind == "export":
-        same = [Part(name, name) for name in model.state_dict()]
+        same = [Part(name, name) for name in model.state_dict() if not is_adapter(name)]
         read_into(found.folder, same, model, ignored=(MTP,), kept=(MTP,))
     else:
         assert found.architecture is not None
         parts, ignored = parts_of(found.architecture, model.spec)
         read_into(found.folder, parts, model, ignored=(*ignored, MTP), kept=(MTP,))
+
+
+def _stays(name: str) -> bool:
+    """Whether the other model may lack it."""
+    return name.startswith(MTP) or is_adapter(name)
 
 
 def _named(found: Pretrained) -> str:

@@ -71,7 +71,9 @@ class Kind:
         names = spec.section_names
         changes |= {names[symbol]: [] for symbol, kind in spec.kinds.items() if issubclass(kind, PlacedKind)}
         changes |= {names[section.symbol]: [section.model_dump(mode="json")] for section in self.placed}
-        return spec.updated(changes)
+        alone = spec.updated(changes)
+        # Of a layer without adapters in a model that has some nothing would be trained.
+        return alone if any(not p.frozen for p in parameters(alone)) else alone.updated({"lora": None})
 
 
 def agreed(spec: TrainSpec, world: World, mesh: Mesh, chosen: Precision, choices: dict[str, Choice]) -> bool:

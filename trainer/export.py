@@ -1,6 +1,6 @@
 """Export a trained model as one self-contained directory: weights, config, tokenizer, digests and a model card.
 
-    model.safetensors   parameters and router biases in FP32, under their module names
+    model.safetensors   parameters and router biases in FP32, under their module names; adapters merged into theirs
     config.json         ModelSpec
     tokenizer.json      as trained; tokenizer_config.json lets transformers' AutoTokenizer load it
     transformers/       a folder that transformers loads, in the dtype of train.export (trainer/hf)
@@ -35,6 +35,7 @@ from trainer.hf.architectures import native
 from trainer.hf.folder import write as write_folder
 from trainer.hf.weights import own_tensors, tensors, without_place
 from trainer.model.hybrid import HybridModel, build_model
+from trainer.model.lora import merge
 from trainer.modelspec import ModelSpec
 from trainer.report import write_report
 from trainer.report.run import Run, read_run
@@ -58,6 +59,9 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     """
     # Weights are only copied: the kernels named for training need not exist here.
     trained = load_trained(spec.model_copy(update={"backends": BackendsSpec()}), torch.device("cpu"))
+    if spec.model.lora is not None:
+        merge(trained.model)
+        spec = spec.model_copy(update={"model": spec.model.model_copy(update={"lora": None})})
     final = Path(spec.run_dir) / "export"
     # Unique names: NFS may keep a file of an earlier one (.nfs…) as long as a process reads it.
     draft, old = (final.with_name(f".export-{what}-{time.time_ns()}") for what in ("unfinished", "old"))

@@ -97,7 +97,7 @@ LATER: dict[str, dict[str, Later]] = {
         "renormalise": Later(4, True),
         "activation": Later(4, "relu2"),
     },
-    "ModelSpec": {"tied_embedding": Later(4, False)},
+    "ModelSpec": {"tied_embedding": Later(4, False), "lora": Later(5, None)},
     "SourceSpec": {"loss": Later(5, "all")},
 }
 # The digest of raw text leaves out these fields of version 1 too, at these values.

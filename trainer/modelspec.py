@@ -19,6 +19,7 @@ from trainer.kinds.engram import EngramSpec
 from trainer.kinds.mamba2 import MambaSpec
 from trainer.kinds.mlp import MlpSpec
 from trainer.kinds.moe import MoeSpec
+from trainer.lora import LoraSpec, plain
 from trainer.specbase import Spec
 
 
@@ -58,6 +59,7 @@ class ModelSpec(Spec):
     engram: list[EngramSpec] = []
     mtp: MtpSpec | None = None
     mup: MupSpec | None = None
+    lora: LoraSpec | None = None
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     init_std: Annotated[float, Field(gt=0)] = 0.02
     tied_embedding: bool = False  # the LM head's rows are the embedding's
@@ -81,6 +83,34 @@ class ModelSpec(Spec):
                     f"layers use '{symbol}' but the section '{self.section_names[symbol]}' is missing; add it"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _adapters_have_a_place(self) -> Self:
+        if self.lora is None:
+            return self
+        if self.mtp:
+            raise ValueError("lora trains adapters alone, and mtp modules of its own; remove one of them")
+        known = self.adaptable()
+        for section, names in (self.lora.targets or {}).items():
+            if section not in known:
+                raise ValueError(
+                    f"lora.targets names '{section}'; sections with matrices for adapters are {', '.join(known)}"
+                )
+            if unknown := [name for name in names if name not in known[section]]:
+                raise ValueError(
+                    f"lora.targets.{section} names '{unknown[0]}'; matrices there are {', '.join(known[section])}"
+                )
+        return self
+
+    def adaptable(self) -> dict[str, list[str]]:
+        """Names of matrices that may have adapters, by section."""
+        found = {
+            name: list(
+                dict.fromkeys(plain(p.name) for s in self.sections(self.kinds[symbol]) for p in s.adaptable(self))
+            )
+            for symbol, name in self.section_names.items()
+        }
+        return {name: matrices for name, matrices in found.items() if matrices}
 
     def _check_places(self, symbol: str, kind: type[PlacedKind]) -> None:
         name = self.section_names[symbol]

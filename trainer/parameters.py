@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from trainer.kinds.base import Kind, Parameter, matrix, table, vector
+from trainer.lora import adapters, plain
 from trainer.modelspec import ModelSpec
 
 
 def parameters(spec: ModelSpec) -> list[Parameter]:
     """Embedding, sublayers, final norm, head, and the modules of multi-token prediction."""
-    found = [head(spec) if spec.tied_embedding else table("embedding.weight", spec.vocab_size, spec.hidden)]
+    frozen = spec.lora is not None
+    embedding = head(spec) if spec.tied_embedding else table("embedding.weight", spec.vocab_size, spec.hidden)
+    found = [replace(embedding, frozen=frozen)]
     for place, section in spec.trunk():
         found += sublayer_parameters(spec, section, f"layers.{place}.")
-    found.append(vector("final_norm.weight", spec.hidden))
+    found.append(replace(vector("final_norm.weight", spec.hidden), frozen=frozen))
     if not spec.tied_embedding:
         found.append(head(spec))
     for number in range(spec.mtp.depth if spec.mtp else 0):
@@ -37,15 +40,29 @@ def head(spec: ModelSpec) -> Parameter:
     tied it has the embedding's name."""
     name = "embedding.weight" if spec.tied_embedding else "head.weight"
     shown = replace(table(name, spec.vocab_size, spec.hidden), multiplies=True)
-    return replace(shown, active=math.prod(shown.shape), high_precision="LM head: its logits are the loss")
+    exact, frozen = "LM head: its logits are the loss", spec.lora is not None
+    return replace(shown, active=math.prod(shown.shape), high_precision=exact, frozen=frozen)
 
 
 def sublayer_parameters(spec: ModelSpec, section: Kind, prefix: str) -> Iterator[Parameter]:
     """Norm and mixer of one sublayer."""
     if section.pre_norm:
-        yield vector(f"{prefix}norm.weight", spec.hidden)
-    for parameter in section.parameters(spec):
+        yield replace(vector(f"{prefix}norm.weight", spec.hidden), frozen=spec.lora is not None)
+    for parameter in mixer_parameters(spec, section):
         yield replace(parameter, name=f"{prefix}mixer.{parameter.name}")
+
+
+def mixer_parameters(spec: ModelSpec, section: Kind) -> Iterator[Parameter]:
+    """Those of a mixer under their names in it, each followed by its adapters."""
+    if spec.lora is None:
+        yield from section.parameters(spec)
+        return
+    field = spec.section_names[section.symbol]
+    adapted = {p.name for p in section.adaptable(spec) if spec.lora.takes(field, plain(p.name))}
+    for parameter in section.parameters(spec):
+        yield replace(parameter, frozen=True)
+        if parameter.name in adapted:
+            yield from adapters(parameter, spec.lora.rank)
 
 
 def mtp_parameters(spec: ModelSpec, number: int) -> Iterator[Parameter]:

@@ -23,7 +23,7 @@ from trainer.specbase import VERSION_FIELD, parse
 
 CONFIG, EXPORT = "config.json", "manifest.json"
 TOKENIZER = "tokenizer.json"
-TRAINING_ONLY = ("init_std", "mtp")  # fields of a model that change no weight of it
+TRAINING_ONLY = ("init_std", "mtp", "lora")  # fields of a model that change no weight of it
 
 
 def is_weights(name: str) -> bool:
@@ -97,8 +97,14 @@ def tokenizer_of(folder: str | Path) -> Path:
 def refuse_misfit(found: Pretrained, model: ModelSpec) -> None:
     """
     Raises:
-        SpecError: the run's model is another one; names the first field in which they differ.
+        SpecError: the run's model is another one; names the first field in which they differ. Or the weights are not
+            all of the other model.
     """
+    if found.model.lora is not None:
+        raise SpecError(
+            f"{found.folder} holds adapters (train.model.lora) beside the weights that they change; export that run, "
+            "which merges them, and give its export"
+        )
     theirs, ours = _weights_fields(found.model), _weights_fields(model)
     for field in [*ours, *(name for name in theirs if name not in ours)]:
         if theirs.get(field) != ours.get(field):

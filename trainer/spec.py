@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 
 from trainer.errors import SpecError
 from trainer.kinds.base import Count
+from trainer.lora import is_adapter
 from trainer.modelspec import ModelSpec
+from trainer.parameters import parameters
 from trainer.specbase import Spec, begins_with
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -385,6 +387,11 @@ class RecipeSpec(Spec):
     export: ExportSpec | None = None
 
     @property
+    def peak_learning_rate(self) -> float:
+        """The peak rate to which the schedule refers. Adapters (LoRA) are trained by AdamW, whatever the optimizer."""
+        return self.optimizer.adamw.learning_rate if self.model.lora else self.optimizer.peak_learning_rate
+
+    @property
     def export_dtype(self) -> Literal["bf16", "fp32"]:
         """Of the folder for transformers."""
         return (self.export or ExportSpec()).dtype
@@ -421,11 +428,30 @@ class TrainSpec(RecipeSpec):
 
     @model_validator(mode="after")
     def _rate_falls(self) -> Self:
-        final, peak = self.schedule.final_learning_rate, self.optimizer.peak_learning_rate
+        final, peak = self.schedule.final_learning_rate, self.peak_learning_rate
         if final > peak and self.schedule.name != "constant":
+            name = "adamw" if self.model.lora else self.optimizer.name
             raise ValueError(
-                f"train.schedule.final_learning_rate {final:g} exceeds the peak, train.optimizer.{self.optimizer.name}."
+                f"train.schedule.final_learning_rate {final:g} exceeds the peak, train.optimizer.{name}."
                 f"learning_rate {peak:g}; lower the one or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_have_a_model(self) -> Self:
+        if self.model.lora is None:
+            return self
+        if self.init_from is None:
+            raise ValueError(
+                "train.model.lora trains adapters of a model that stays as it is; name that model in train.init_from, "
+                "or remove lora"
+            )
+        if self.precision.dtype == "fp8":
+            raise ValueError("train.precision.dtype fp8 computes no adapters (train.model.lora); write bf16")
+        if not any(is_adapter(p.name) for p in parameters(self.model)):
+            raise ValueError(
+                f"train.model.lora has no matrix in train.model.layers, its targets are {self.model.lora.named}; name "
+                "some of a kind that is there"
             )
         return self
 

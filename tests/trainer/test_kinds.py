@@ -171,3 +171,16 @@ def test_a_parameter_that_its_kind_does_not_name_is_an_error(monkeypatch: pytest
     monkeypatch.setattr(GatedConvSpec, "parameters", fewer)
     with pytest.raises(ValueError, match=r"no kind of layer has the parameter layers\.0\.0\.mixer\.conv\.weight"):
         build_model(spec, seed=0)
+
+
+def test_its_matrices_may_have_adapters() -> None:
+    spec = parse(GrownSpec, {**SPEC, "lora": {"rank": 4}})
+    assert spec.adaptable()["gated_conv"] == ["in_proj", "out_proj"]
+    model = build_model(spec, seed=0)
+    optimizers = build_optimizers(model, OptimizerSpec.model_validate({"adamw": {"learning_rate": 0.05}}), spec)
+    for _ in range(2):
+        model.zero_grad()
+        model(*batch()).ce_sum.backward()
+        optimizers.step()
+    added = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+    assert "layers.0.0.mixer.in_proj.lora_B" in added and all(p.any() for p in added.values())

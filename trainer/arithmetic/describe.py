@@ -47,11 +47,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Description:
-    """All figures of a model; counts in elements, sizes in bytes. `memory` is for a rank that holds everything."""
+    """All figures of a model; counts in elements, sizes in bytes. `trained` are those of `total` that are not frozen;
+    `memory` is for a rank that holds everything."""
 
     rows: list[Row]
     seq_len: int
     total: int
+    trained: int
     active_a1: int
     active_a2: int
     active_a3: int
@@ -72,6 +74,7 @@ def describe(spec: ModelSpec, seq_len: int, optimizer: OptimizerSpec | None = No
         rows=_rows(spec, seq_len, everything),
         seq_len=seq_len,
         total=total,
+        trained=sum(parameter.count for parameter in everything if not parameter.frozen),
         active_a1=active,
         active_a2=active if spec.tied_embedding else active + vocabulary,
         active_a3=active - vocabulary,
@@ -131,8 +134,10 @@ def render(description: Description, console: Console) -> None:
     totals = Table(title="Totals")
     totals.add_column("what")
     totals.add_column("value", justify="right")
+    frozen = description.trained < description.total
     for what, value in (
         ("parameters", f"{description.total:,}"),
+        *([("adapters, which alone are trained", f"{description.trained:,}")] if frozen else []),
         ("active, all that multiplies a token (A1)", f"{description.active_a1:,}"),
         ("active with input embedding (A2)", f"{description.active_a2:,}"),
         ("active without LM head (A3)", f"{description.active_a3:,}"),

@@ -17,6 +17,7 @@ from trainer.modelspec import ModelSpec
 from trainer.parameters import head, parameters
 
 TRAINING_PASSES = 3  # forward 1, backward 2: gradients of the inputs and of the weights
+FROZEN_PASSES = 2  # no gradient of the weights
 
 
 def core_flops_per_token(spec: ModelSpec, symbol: str, seq_len: int, layer: int | None = None) -> int:
@@ -25,8 +26,9 @@ def core_flops_per_token(spec: ModelSpec, symbol: str, seq_len: int, layer: int 
 
 
 def matrix_flops_per_token(found: Iterable[Parameter]) -> int:
-    """Training operations of matrix products with these weights: 2 · 3 for each active element."""
-    return TRAINING_PASSES * 2 * sum(parameter.active for parameter in found if parameter.multiplies)
+    """Training operations of matrix products with these weights: 2 · 3 for each active element, 2 · 2 where they stay
+    as they are (LoRA). That is what is needed: how adapters of experts are computed takes more."""
+    return sum(2 * (FROZEN_PASSES if p.frozen else TRAINING_PASSES) * p.active for p in found if p.multiplies)
 
 
 def mtp_core_flops_per_token(spec: ModelSpec, seq_len: int) -> int:

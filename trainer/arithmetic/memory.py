@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from trainer.arithmetic.activations import WIDTHS, activations
 from trainer.errors import SpecError
 from trainer.kinds.base import Parameter
+from trainer.lora import DOWN
 from trainer.modelspec import ModelSpec
 from trainer.optim.rules import STATE_BYTES, assign
 from trainer.parallel.layout import Layout, resolve
@@ -56,18 +57,20 @@ def training_memory(spec: ModelSpec, optimizer: OptimizerSpec | None = None, lay
     layout = layout or Layout()
     everything = parameters(spec)
     optimizer = optimizer or OptimizerSpec()
-    assigned = assign([(p.name, p.shape) for p in everything], optimizer, spec)
-    weights = state = whole_state = 0
-    for parameter, assignment in zip(everything, assigned, strict=True):
+    weights = FP32_BYTES * sum(layout.held(parameter) for parameter in everything)
+    trained = [parameter for parameter in everything if not parameter.frozen]
+    assigned = assign([(p.name, p.shape) for p in trained], optimizer, spec)
+    gradients = state = whole_state = 0
+    for parameter, assignment in zip(trained, assigned, strict=True):
         held = layout.held(parameter)
         held_state = STATE_BYTES[optimizer.state_dtype] * assignment.moments * held
-        weights += FP32_BYTES * held
+        gradients += FP32_BYTES * held
         # A sharded optimizer divides the rows of replicated tensors; experts that are sharded already stay in place.
         divided = layout.shard_optimizer and not layout.cuts_experts(parameter)
         state += 0 if divided else held_state
         whole_state += held_state if divided else 0
     state += -(-whole_state // layout.world)
-    return Memory(weights, weights, state, _gathered(everything, layout))
+    return Memory(weights, gradients, state, _gathered(everything, layout))
 
 
 def step_memory(spec: TrainSpec, layout: Layout | None = None) -> Memory:
@@ -79,17 +82,31 @@ def step_memory(spec: TrainSpec, layout: Layout | None = None) -> Memory:
     last = head(model)
     linear = [p for p in parameters(model) if p.multiplies and not (p.per_expert or p.whole or p == last)]
     narrow = precision != "fp32" and layout.data == "ddp"
+    width = WIDTHS[precision].product
     return replace(
         training_memory(model, spec.optimizer, layout),
-        copies=WIDTHS[precision].product * sum(p.count for p in linear) if narrow else 0,
+        copies=(width * sum(p.count for p in linear) if narrow else 0) + _adapted(model, layout, width),
         activations=found.peak * spec.batch.micro_batch_rows * spec.tokens.seq_len,
         reserved=RESERVED_BYTES,
     )
 
 
+def _adapted(model: ModelSpec, layout: Layout, width: int) -> int:
+    """LoRA: the experts of one layer with the products of their adapters, and the gradient of that, in the dtype of
+    matrix products and while they are made in FP32 (trainer/model/lora.py)."""
+    known = {parameter.name: parameter for parameter in parameters(model)}
+    layers: dict[str, int] = defaultdict(int)
+    for name, parameter in known.items():
+        if parameter.per_expert and f"{name}_{DOWN}" in known:
+            ranks = layout.expert if layout.cuts_experts(parameter) else 1
+            layers[name.rpartition(".")[0]] += parameter.count // ranks
+    return (2 * width + FP32_BYTES) * max(layers.values(), default=0)
+
+
 def _gathered(everything: list[Parameter], layout: Layout) -> int:
     """FSDP: what lies outside layers (embedding, head, MTP's projections) stays whole during a step, with its gradient;
-    of the layers, MTP's among them, the largest at a time, with its gradients and the buffer they are exchanged in."""
+    of the layers, MTP's among them, the largest at a time, with its gradients and the buffer they are exchanged in.
+    What stays as it is (LoRA) has no gradient."""
     if layout.data == "ddp":
         return 0
     layers: dict[str, int] = defaultdict(int)
@@ -98,10 +115,10 @@ def _gathered(everything: list[Parameter], layout: Layout) -> int:
         if layout.cuts_experts(parameter):
             continue
         if layer := re.match(r"layers\.\d+|mtp\.\d+\.layer", parameter.name):
-            layers[layer.group()] += FP32_BYTES * parameter.count
+            layers[layer.group()] += (1 if parameter.frozen else 3) * FP32_BYTES * parameter.count
         else:
-            others += FP32_BYTES * parameter.count
-    return 2 * others + 3 * max(layers.values())
+            others += (1 if parameter.frozen else 2) * FP32_BYTES * parameter.count
+    return others + max(layers.values())
 
 
 def choose_layout(

@@ -331,11 +331,13 @@ def load_model_weights(path: str | Path, model: nn.Module) -> checkpoint.Checkpo
     return manifest
 
 
-def load_model(path: str | Path, model: nn.Module, *, kept: str | None = None, together: bool = False) -> None:
+def load_model(
+    path: str | Path, model: nn.Module, *, kept: Callable[[str], bool] | None = None, together: bool = False
+) -> None:
     """Load a verified checkpoint into the parameters and buffers of `model`.
 
     Args:
-        kept: the beginning of names that stay as they are where the checkpoint has nothing for them.
+        kept: whether what has this name stays as it is where the checkpoint has nothing for it.
         together: a collective of all ranks, each of which loads what it holds; else no process group is needed.
 
     Raises:
@@ -343,7 +345,7 @@ def load_model(path: str | Path, model: nn.Module, *, kept: str | None = None, t
     """
     state, stored = _model_state(model), _read_index(Path(path))
     if kept:
-        state = {key: value for key, value in state.items() if key in stored or not key.startswith(f"model.{kept}")}
+        state = {key: value for key, value in state.items() if key in stored or not kept(key.removeprefix("model."))}
     _load(Path(path), state, stored, alone=not together)
     if broken := not_finite(state):
         raise _holds(Path(path), broken)

@@ -16,7 +16,7 @@ CODE = tuple(
     Path(__file__).with_name(name) for name in ("configuration_yaongi.py", "mixers_yaongi.py", "modeling_yaongi.py")
 )
 SYMBOLS = frozenset("ME*-N")  # of the kinds that the files have
-SHARED = ("vocab_size", "hidden", "mtp", "init_std", "tied_embedding")  # left out, or under transformers' names
+SHARED = ("vocab_size", "hidden", "mtp", "lora", "init_std", "tied_embedding")  # left out, or under transformers' names
 # Endings of names that stay FP32, as what is computed with them is: `_keep_in_fp32_modules_strict` in the file.
 FP32 = ("norm.weight", "A_log", "mixer.D", "dt_bias", "router.weight", "bias_E")
 

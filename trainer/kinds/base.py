@@ -60,6 +60,7 @@ class Parameter:
         high_precision: why it is never multiplied in FP8; empty: it may be.
         whole: small and used in FP32, so that every rank holds all of it.
         per_expert: stacks all experts along its first dimension.
+        frozen: stays as it is; only adapters are trained (trainer/lora.py).
     """
 
     name: str
@@ -75,6 +76,7 @@ class Parameter:
     high_precision: str = ""
     whole: bool = False
     per_expert: bool = False
+    frozen: bool = False
 
     @property
     def count(self) -> int:
@@ -268,6 +270,10 @@ class Kind(Spec):
     @abstractmethod
     def parameters(self, model: ModelShape) -> Iterator[Parameter]:
         """Those of the mixer, in its order."""
+
+    def adaptable(self, model: ModelShape) -> Iterator[Parameter]:
+        """Those of its parameters that may have adapters (trainer/lora.py): matrices, but no router's."""
+        return (parameter for parameter in self.parameters(model) if parameter.multiplies and not parameter.whole)
 
     @abstractmethod
     def widths(self) -> str:

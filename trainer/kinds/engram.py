@@ -70,6 +70,10 @@ class EngramSpec(PlacedKind):
             yield vector(f"{name}.weight", model.hidden)
         yield vector("conv.weight", model.hidden, self.conv_kernel, init=ZEROS, decay=True)
 
+    def adaptable(self, model: ModelShape) -> Iterator[Parameter]:
+        """None: what it remembers is in its tables."""
+        yield from ()
+
     def kept(self, hidden: int, widths: Widths) -> int:
         """Memory as it is found, keys and values, the four norms, gate and convolution."""
         narrow = widths.product < FP32_BYTES

@@ -27,6 +27,7 @@ from trainer.kinds.base import Kind
 from trainer.kinds.ngrams import PAD_TOKEN
 from trainer.model.initial import draw
 from trainer.model.linear import Linear, product
+from trainer.model.lora import attach
 from trainer.model.mixer import Functions, Mixed, Mixer
 from trainer.model.moe import Moe
 from trainer.model.mtp import MtpModule, ahead
@@ -63,6 +64,7 @@ class Sublayer(nn.Module):
         else:
             self.norm = nn.Identity()
         self.mixer: Mixer = resolve_name(section.mixer)(spec, section, functions)
+        attach(spec, section, self.mixer)
 
     def forward(self, x_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> Mixed:
         return self.mixer(x_BTD, self.norm, ids_BT, documents)
@@ -107,6 +109,8 @@ class HybridModel(nn.Module):
         for symbols in [spec.mtp.layer] * spec.mtp.depth if spec.mtp else []:
             layer = Layer(*(Sublayer(spec, spec.section(symbol), functions) for symbol in symbols))
             self.mtp.append(MtpModule(spec.hidden, spec.norm_eps, layer))
+        for parameter in parameters(spec) if spec.lora else []:
+            self.get_parameter(parameter.name).requires_grad_(not parameter.frozen)
 
     def forward(self, ids_BT: Tensor, seq_idx_BT: Tensor, labels_BT: Tensor | None = None) -> ModelOutput:
         """One pass over packed rows.
@@ -179,7 +183,10 @@ class HybridModel(nn.Module):
         return [module for module in self.modules() if isinstance(module, Moe)]
 
     def update_router_bias(self, expert_load_LE: Tensor) -> None:
-        """Move the router biases after an optimizer step; the counts are those of the whole global step."""
+        """Move the router biases after an optimizer step; the counts are those of the whole global step. Adapters alone
+        are trained without it."""
+        if self.spec.lora is not None:
+            return
         for moe, load_E in zip(self.moe_sublayers(), expert_load_LE, strict=True):
             moe.update_bias(load_E)
 

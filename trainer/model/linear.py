@@ -11,13 +11,21 @@ from trainer.ops.wide import computed_in
 
 
 class Linear(nn.Linear):
-    """y = x·wᵀ, in the autocast dtype if autocast is on; most have no bias."""
+    """y = x·wᵀ, in the autocast dtype if autocast is on; most have no bias. Adapters (trainer/lora.py) add to it."""
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter
+    lora_scale: float = 1.0
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
         super().__init__(inputs, outputs, bias=bias)
+        self.register_parameter("lora_A", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
+        y = product(x, self.weight, self.bias)
+        if self.lora_A is None:
+            return y
+        return torch.add(y, product(product(x, self.lora_A), self.lora_B), alpha=self.lora_scale)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

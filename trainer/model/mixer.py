@@ -30,6 +30,8 @@ class Mixer(Recomputed):
     marked by `mix` are recomputed under selective checkpointing.
     """
 
+    lora_scale: float = 1.0  # of adapters beside stacks of matrices (trainer/model/lora.py)
+
     def forward(self, x_BTD: Tensor, norm: Callable[[Tensor], Tensor], ids_BT: Tensor, documents: Documents) -> Mixed:
         """
         Args:

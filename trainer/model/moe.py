@@ -20,6 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from trainer.kinds.base import first_rows
 from trainer.kinds.moe import MoeSpec
 from trainer.model.linear import Linear
+from trainer.model.lora import with_stacks
 from trainer.model.mixer import Functions, Mixed, Mixer
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
@@ -33,6 +34,7 @@ class Moe(Mixer):
     def __init__(self, model: ModelSpec, spec: MoeSpec, functions: Functions) -> None:
         super().__init__()
         self.spec, hidden = spec, model.hidden
+        self.balances = model.lora is None  # adapters leave the router as it is
         self.run_experts: Callable[..., Tensor] = functions["experts"]
         self.exchange: Callable[..., Tensor] | None = None  # trainer.parallel.experts, where ranks share the experts
         self.router = Linear(hidden, spec.num_experts)
@@ -56,12 +58,19 @@ class Moe(Mixer):
         x_SD = x_BTD.flatten(0, 1)
         expert_SK, weight_SK = self.choose(scores_BTE.flatten(0, 1))
         run = self.run_experts if self.exchange is None else partial(self.exchange, run_own=self.run_experts)
-        spec, first_EGD = self.spec, getattr(self, self.spec.first)
-        y_BTD = run(x_SD, first_EGD, self.down_EDF, expert_SK, weight_SK, spec.activation).view_as(x_BTD)
+        spec = self.spec
+
+        def experts(first_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+            return run(x_SD, first_EGD, down_EDF, expert_SK, weight_SK, spec.activation)
+
+        y_SD = with_stacks(self, (spec.first, "down_EDF"), x_SD, experts, keep=self.policy == "full")
+        y_BTD = y_SD.view_as(x_BTD)
         if spec.shared_width:
             hidden_BTF = ACTIVATIONS[spec.activation].value(getattr(self, spec.shared_first)(x_BTD))
             y_BTD = y_BTD + self.shared_down(hidden_BTF)
         load_E = count_choices(expert_SK.flatten(), spec.num_experts)
+        if not self.balances:
+            return Mixed(y_BTD, load_E=load_E)
         aux_loss = self.sequence_loss(scores_BTE)
         if spec.balance_loss_weight:
             aux_loss = aux_loss + self.balance_loss(scores_BTE, load_E)
@@ -118,8 +127,10 @@ class _WideLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_BTE: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: FunctionCtx, grad_BTE: Tensor) -> tuple[Tensor, Tensor | None]:
         x_BTD, w_ED = ctx.saved_tensors
         grad_x_BTD = (grad_BTE @ w_ED.float()).to(x_BTD.dtype)
+        if not ctx.needs_input_grad[1]:
+            return grad_x_BTD, None
         grad_w_ED = grad_BTE.flatten(0, 1).T @ x_BTD.float().flatten(0, 1)
         return grad_x_BTD, grad_w_ED.to(w_ED.dtype)

@@ -63,31 +63,37 @@ def _gradients(
     ends_E: Tensor,
     before_RG: Tensor,
     activation: str,
+    needs_up: bool,
+    needs_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, up, down and weight, in their dtypes."""
+    """Gradients of x, up, down and weight, in their dtypes; empty where not needed."""
     wide = computed_in(x_SD.dtype, x_SD.device)
     act = ACTIVATIONS[activation]
     grad_x_SD = torch.zeros_like(x_SD, dtype=torch.float32)
-    grad_up_EGD, grad_down_EDF = torch.empty_like(up_EGD), torch.empty_like(down_EDF)
+    grad_up_EGD, grad_down_EDF = _empty(up_EGD, needs_up), _empty(down_EDF, needs_down)
     grad_weight_R = torch.empty(weight_SK.numel(), dtype=weight_SK.dtype)
     for e, rows, copies_r, token_r in _by_expert(order_R, ends_E, weight_SK.shape[1]):
         weight_r1, before_rG = weight_SK.flatten()[copies_r][:, None], before_RG[rows]
         grad_rD = grad_SD[token_r].to(wide)
-        hidden_rF = act.weighted(before_rG, weight_r1.to(before_rG.dtype)).to(wide)
-        _product(grad_rD.T, hidden_rF, grad_down_EDF[e])
+        if needs_down:
+            hidden_rF = act.weighted(before_rG, weight_r1.to(before_rG.dtype)).to(wide)
+            _product(grad_rD.T, hidden_rF, grad_down_EDF[e])
         grad_hidden_rF = grad_rD @ down_EDF[e].to(x_SD.dtype).to(wide)
         grad_before_rG, grad_weight_r = act.gradients(before_rG.to(wide), grad_hidden_rF, weight_r1.to(wide))
         grad_weight_R[copies_r] = grad_weight_r.to(weight_SK.dtype)
-        _product(grad_before_rG.T, x_SD[token_r].to(wide), grad_up_EGD[e])
+        if needs_up:
+            _product(grad_before_rG.T, x_SD[token_r].to(wide), grad_up_EGD[e])
         grad_x_SD.index_add_(0, token_r, (grad_before_rG @ up_EGD[e].to(x_SD.dtype).to(wide)).float())
     return grad_x_SD.to(x_SD.dtype), grad_up_EGD, grad_down_EDF, grad_weight_R.view_as(weight_SK)
 
 
 @_gradients.register_fake
 def _(
-    grad_SD: Tensor, x_SD: Tensor, up_EGD: Tensor, down_EDF: Tensor, weight_SK: Tensor, *_: object
+    grad_SD: Tensor, x_SD: Tensor, up_EGD: Tensor, down_EDF: Tensor, weight_SK: Tensor, *more: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x_SD), torch.empty_like(up_EGD), torch.empty_like(down_EDF), torch.empty_like(weight_SK)
+    *_, needs_up, needs_down = more
+    weights = _empty(up_EGD, needs_up), _empty(down_EDF, needs_down)
+    return torch.empty_like(x_SD), *weights, torch.empty_like(weight_SK)
 
 
 def _keep(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -101,7 +107,10 @@ def _keep(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _backward(ctx: FunctionCtx, grad_SD: Tensor, _grad_before_RG: Tensor | None) -> tuple[Tensor | None, ...]:
     x_SD, up_EGD, down_EDF, weight_SK, order_R, ends_E, before_RG = ctx.saved_tensors
     given = (x_SD, up_EGD, down_EDF, weight_SK, order_R, ends_E, before_RG)
-    return *_gradients(grad_SD.contiguous(), *given, ctx.activation), None, None, None
+    _, needs_up, needs_down, *_ = ctx.needs_input_grad
+    grad_x, *weights, grad_weight = _gradients(grad_SD.contiguous(), *given, ctx.activation, needs_up, needs_down)
+    grad_up, grad_down = (g if needed else None for g, needed in zip(weights, (needs_up, needs_down), strict=True))
+    return grad_x, grad_up, grad_down, grad_weight, None, None, None
 
 
 experts.register_autograd(_backward, setup_context=_keep)
@@ -114,6 +123,10 @@ def _by_expert(order_R: Tensor, ends_E: Tensor, top_k: int) -> Iterator[tuple[in
         copies_r = order_R[start:end]
         yield e, slice(start, end), copies_r, copies_r // top_k
         start = end
+
+
+def _empty(like: Tensor, needed: bool) -> Tensor:
+    return torch.empty_like(like) if needed else like.new_empty(0)
 
 
 def _product(left: Tensor, right: Tensor, result: Tensor) -> None:

@@ -75,15 +75,19 @@ class _Experts(torch.autograd.Function):
             grad_RD = copies(grad_SD.to(dtype), order_R, top_k)
             weight_R1 = _in_order(weight_SK, order_R, dtype)
             activation = ACTIVATIONS[ctx.activation]
-            grad_down_EDF = _outer(grad_RD, activation.weighted(before_RG, weight_R1), ends_E)
+            grad_up_EGD = grad_down_EDF = None  # of experts that stay as they are
+            if ctx.needs_input_grad[2]:
+                outer_EDF = _outer(grad_RD, activation.weighted(before_RG, weight_R1), ends_E)
+                grad_down_EDF = outer_EDF.to(down_EDF.dtype)
             grad_hidden_RF = _by_expert(grad_RD, down_EDF, ends_E, transposed=True)
             grad_before_RG, grad_weight_R = activation.gradients(before_RG, grad_hidden_RF, weight_R1)
             grad_x_RD = _by_expert(grad_before_RG, up_EGD, ends_E, transposed=True)
-            grad_up_EGD = _outer(grad_before_RG, copies(x_SD, order_R, top_k), ends_E)
+            if ctx.needs_input_grad[1]:
+                grad_up_EGD = _outer(grad_before_RG, copies(x_SD, order_R, top_k), ends_E).to(up_EGD.dtype)
         return (
             sums(grad_x_RD, place_R, top_k),
-            grad_up_EGD.to(up_EGD.dtype),
-            grad_down_EDF.to(down_EDF.dtype),
+            grad_up_EGD,
+            grad_down_EDF,
             grad_weight_R.index_select(0, place_R).view_as(weight_SK).to(weight_SK.dtype),
             None,
             None,

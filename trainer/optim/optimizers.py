@@ -170,7 +170,8 @@ def build_optimizers(
         betas = (adamw.beta1, adamw.beta2)
         members["adamw"] = AdamW(of_adamw, adamw.learning_rate, betas, adamw.eps, state_dtype=state_dtype)
     names = {parameter: name for name, parameter in parameters.items()}
-    return Optimizers(members, names, table, spec.peak_learning_rate, list(shares.values()))
+    peak = spec.peak_learning_rate if "muon" in members else spec.adamw.learning_rate
+    return Optimizers(members, names, table, peak, list(shares.values()))
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ Every rank sorts its routed copies by expert, sends them to the ranks that hold 
 `trainer.ops.experts` on what it has received, and sends the results back, where they are weighted and summed. A rank's
 expert gradients so contain the tokens of the whole group.
 
-Legend: S tokens, D hidden, E experts of all ranks, F expert width, K experts chosen for each token, R = S·K copies
-sent, Q copies received, P ranks.
+Legend: S tokens, D hidden, E experts of all ranks, e of this rank, F expert width,
+G rows of an expert's first matrix, K experts chosen for each token, R = S·K copies sent, Q copies received, P ranks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from trainer.ops.experts import by_expert, compute_dtype, dispatch, in_token_ord
 
 def run_everywhere(
     x_SD: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
+    up_eGD: Tensor,
+    down_eDF: Tensor,
     expert_SK: Tensor,
     weight_SK: Tensor,
     activation: str,
@@ -32,7 +32,8 @@ def run_everywhere(
     group: dist.ProcessGroup,
     run_own: Callable[..., Tensor],
 ) -> Tensor:
-    """The experts' function, with `up_EGD` and `down_EDF` cut along E over `group`; every rank of it calls this.
+    """The experts' function, with this rank's part of the experts, which are cut over `group`; every rank of it calls
+    this.
 
     Args:
         run_own: backend that computes the experts of this rank.
@@ -40,10 +41,8 @@ def run_everywhere(
     Returns:
         [S, D] in the dtype of x.
     """
-    # Gradients are declared as cut and equal among replicas; `gradients.average` makes that true.
-    up_eGD, down_eDF = up_EGD.to_local(), down_EDF.to_local()
     num_own = up_eGD.shape[0]
-    routing = by_expert(expert_SK, up_EGD.shape[0])
+    routing = by_expert(expert_SK, num_own * group.size())
     sent_Pe = routing.count_E.view(-1, num_own)
     received_Pe = torch.empty_like(sent_Pe)
     dist.all_to_all_single(received_Pe, sent_Pe, group=group)

@@ -27,7 +27,7 @@ from trainer.model.moe import Moe
 from trainer.parallel.experts import run_everywhere
 from trainer.parallel.gradients import average
 from trainer.parallel.layout import Layout
-from trainer.parameters import parameters
+from trainer.parameters import mixer_parameters, parameters
 
 
 class Mesh:
@@ -66,16 +66,17 @@ class Mesh:
         """Cut the experts of a model that has shapes only, and nothing else."""
         if self._experts is not None:
             for moe in model.moe_sublayers():
-                names = [p.name for p in moe.spec.parameters(model.spec) if p.per_expert]
+                names = [p.name for p in mixer_parameters(model.spec, moe.spec) if p.per_expert]
                 self._share_experts(moe, names, self._experts)
 
     def _share_experts(self, moe: Moe, names: list[str], mesh: DeviceMesh) -> None:
         for name in names:
-            whole = getattr(moe, name).detach()
+            given: nn.Parameter = getattr(moe, name)
+            whole = given.detach()
             own = whole[: whole.shape[0] // self.layout.expert]
             placements = (Replicate(), Shard(0))
             cut = DTensor.from_local(own, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
-            setattr(moe, name, nn.Parameter(cut))
+            setattr(moe, name, nn.Parameter(cut, requires_grad=given.requires_grad))
         moe.exchange = partial(run_everywhere, group=mesh.get_group("expert"))
 
     def _fully_shard(self, model: HybridModel, dtype: torch.dtype | None) -> None:
@@ -103,9 +104,11 @@ class Mesh:
 
     def wrap(self, model: HybridModel) -> nn.Module:
         """The finished model as it is called: itself, or in DDP."""
-        self._cut, self._whole = self._our_own(model)
+        self._cut, self._whole = ([p for p in own if p.requires_grad] for own in self._our_own(model))
         if self.layout.world == 1 or self._dense is not None:
             return model
+        if not any(p.requires_grad and not isinstance(p, DTensor) for p in model.parameters()):
+            return model  # adapters of cut experts alone, which DDP would refuse
         cut = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, cut)
         on_cpu = self._device.type == "cpu"

@@ -22,7 +22,9 @@ def hyperparameters(spec: TrainSpec) -> list[tuple[str, str]]:
         ),
         ("steps", f"{spec.steps:,} ({spec.steps * batch.tokens_per_step:,} tokens)"),
     ]
-    if optimizer.name == "muon":
+    if lora := model.lora:
+        rows.append(("LoRA", f"rank {lora.rank}, α {lora.alpha:g}, {lora.named}"))
+    elif optimizer.name == "muon":
         muon = optimizer.muon
         rows.append(
             (
