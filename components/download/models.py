@@ -8,6 +8,7 @@ before the weights, which may be hundreds of gigabytes.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from components.download.hubaccess import HTTP_ERRORS, Repository, as_input, commit_of, fetch, files_of, refused
@@ -20,8 +21,9 @@ from manifests.pretrained import HubModel, hub_model
 from manifests.spec import JobSpec
 from trainer.data.manifest import FileEntry, Manifest, file_entry, read_manifest, verify, write_manifest
 from trainer.data.tokenizer import FILES as TOKENIZER_FILES
-from trainer.errors import DataError
+from trainer.errors import DataError, VolumeError
 from trainer.files import sync_directory
+from trainer.preflight.measured import gibibytes
 from trainer.pretrained import CONFIG, is_weights
 
 
@@ -69,6 +71,7 @@ def _fetch(hub: HubModel, directory: Path, *, weights: bool) -> None:
         commit = before.inputs["commit"] if before else commit_of(repository, hub.revision)
         there = {entry.path: entry for entry in before.files} if before else {}
         wanted = [one for one in _listing(repository, commit, weights=weights) if one.location not in there]
+        _check_space(hub, directory, wanted)
         with ByteProgress(f"download: {hub.name}", sum(one.bytes for one in wanted)) as progress:
             for one in wanted:
                 got = fetch(repository, commit, one, directory / ".fetch", progress.advance)
@@ -79,6 +82,15 @@ def _fetch(hub: HubModel, directory: Path, *, weights: bool) -> None:
         files = [there[name] for name in sorted(there)]
         write_manifest(directory, Manifest(kind="model", inputs={"commit": commit}, settings=settings, files=files))
         print(f"download: {hub.name}: {len(files)} files of commit {commit}", flush=True)
+
+
+def _check_space(hub: HubModel, directory: Path, wanted: list[Input]) -> None:
+    free, needed = shutil.disk_usage(directory).free, sum(one.bytes for one in wanted)
+    if needed > free:
+        raise VolumeError(
+            f"{directory} has {gibibytes(free)} free, {hub.name} needs {gibibytes(needed)}; free space or enlarge the "
+            "volume"
+        )
 
 
 def _before(directory: Path, hub: HubModel) -> Manifest | None:

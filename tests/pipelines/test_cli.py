@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -6,12 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from manifests.spec import load_job, preset_names
+from manifests.spec import job_from, load_job, preset_names
 from pipelines import cli
 from pipelines.compile import COMMITTED
 from pipelines.doctor import machine
 from pipelines.run import local_job
 from trainer import __version__
+from trainer.pretrained import find, refuse_misfit
+from trainer.specbase import deep_merge
 
 
 def test_the_version_is_the_packages(yaongi):
@@ -121,6 +124,25 @@ def test_describe_shows_what_trains_each_parameter(yaongi):
 def test_describe_shows_the_requested_model(yaongi):
     _, output, _ = yaongi("describe", "h100-4b")
     assert "4,197,820,016" in output and "603,252,208" in output
+
+
+def test_describe_prints_a_trained_models_section_for_a_job(yaongi, tmp_path):
+    config = {
+        "model_type": "llama",
+        "vocab_size": 384,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "rms_norm_eps": 1e-6,
+    }
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 5e5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, output, _ = yaongi("describe", str(tmp_path))
+    section = yaml.safe_load(output.partition("For a job that begins with it:")[2])
+    job = job_from({"preset": "tiny"}, deep_merge(section, {"train": {"init_from": str(tmp_path)}}))
+    assert code == 0
+    refuse_misfit(find(tmp_path), job.train.model)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gemma9"}))
+    assert yaongi("describe", str(tmp_path))[2].startswith(f"error: {tmp_path}/config.json: model_type 'gemma9' is not")
 
 
 def test_render_prints_what_kubectl_takes(yaongi):
