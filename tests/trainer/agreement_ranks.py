@@ -91,8 +91,3 @@ def main() -> None:
         found["shared experts"] = chosen_together(shared, world)
     world.barrier()
     file.with_suffix(f".{world.rank}.out").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
-    micro.end_rank()

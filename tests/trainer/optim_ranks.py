@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import micro
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -125,8 +124,3 @@ def main() -> None:
     dist.barrier()
     dist.destroy_process_group()
     print(f"rank {os.environ['RANK']} done")
-
-
-if __name__ == "__main__":
-    main()
-    micro.end_rank()

@@ -1,43 +1,49 @@
 """One rank of several training runs, one after the other in the same processes: importing PyTorch costs most of a test.
 
-`run` starts the ranks; each of them executes this file. A case is a TrainSpec and what to do after training.
+`run` starts the ranks. A case is a TrainSpec, and a run to begin from the first checkpoint of.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import subprocess
+import shutil
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import micro
+import forked
 from ports import free_port
 
 from trainer.spec import TrainSpec
 from trainer.specbase import parse
 
 
+@dataclass
+class Case:
+    """What to train, and whose run it goes on with from the first checkpoint."""
+
+    spec: TrainSpec
+    begin: Path | None = None
+
+
 def run(specs: list[TrainSpec], ranks: int, directory: Path, timeout: float = 900) -> list[list[dict[str, Any]]]:
     """Train all specs, in order, on `ranks` processes. For each spec what each rank has observed (see `observe`)."""
+    return run_cases([Case(spec) for spec in specs], ranks, directory, timeout)
+
+
+def run_cases(cases: Sequence[Case], ranks: int, directory: Path, timeout: float = 900) -> list[list[dict[str, Any]]]:
+    """The same for cases."""
     file = directory / f"cases-{ranks}-{free_port()}.json"
-    ports = [free_port() for _ in specs]
-    file.write_text(json.dumps([[port, spec.model_dump(mode="json")] for port, spec in zip(ports, specs, strict=True)]))
-    processes = []
-    for rank in range(ranks):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        environment = micro.environment(MASTER_ADDR="127.0.0.1", **{k: str(v) for k, v in variables.items()})
-        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-        log = file.with_suffix(f".{rank}.log").open("w")
-        command = [sys.executable, __file__, str(file)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    codes = [process.wait(timeout=timeout) for process in processes]
-    logs = [file.with_suffix(f".{rank}.log").read_text() for rank in range(ranks)]
-    assert not any(codes), "\n".join(logs)[-8000:]
+    told = [[free_port(), each.spec.model_dump(mode="json"), each.begin and str(each.begin)] for each in cases]
+    file.write_text(json.dumps(told))
+    forked.done(forked.run("parallel_ranks", ranks, [file], directory, timeout=timeout))
     by_rank = [json.loads(file.with_suffix(f".{rank}.out").read_text()) for rank in range(ranks)]
-    return [[observed[number] for observed in by_rank] for number in range(len(specs))]
+    return [[observed[number] for observed in by_rank] for number in range(len(cases))]
 
 
 def observe(run: Any) -> dict[str, Any]:
@@ -92,6 +98,7 @@ def refuses_broken_weights(run: Any) -> bool:
 def main() -> None:
     from trainer import compiled, loop
     from trainer import prepare as preparing
+    from trainer.checkpoints import checkpoint
     from trainer.model import hybrid
 
     hybrid.INIT_BLOCK_ELEMENTS = 300  # so small that ranks cut in the middle of blocks
@@ -99,20 +106,26 @@ def main() -> None:
     observed = []
     prepare = loop.prepare
 
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("trainer").addHandler(handler)
+    logging.getLogger("trainer").setLevel(logging.INFO)
+
     def observing(*arguments: Any) -> Any:
+        said.clear()
         prepared = prepare(*arguments)
-        observed.append(observe(prepared))
+        observed.append({**observe(prepared), "mesh": [line for line in said if line.startswith("mesh (")]})
         return prepared
 
     loop.prepare = observing
     # What the compiler captures does not depend on the backend; this one makes no code, which would take minutes.
     preparing.compile_layers = compiled.compile_layers = partial(preparing.compile_layers, backend="aot_eager")
-    for port, spec in json.loads(file.read_text()):
+    for port, value, begin in json.loads(file.read_text()):
         os.environ["MASTER_PORT"] = str(port)
-        assert loop.train(parse(TrainSpec, spec)) == 0
+        spec = parse(TrainSpec, value)
+        if begin and os.environ["RANK"] == "0":  # the others wait for it in the rendezvous
+            first = checkpoint.published(begin)[-1]
+            shutil.copytree(first, checkpoint.step_dir(spec.run_dir, int(first.name.removeprefix("step-"))))
+        assert loop.train(spec) == 0
     file.with_suffix(f".{os.environ['RANK']}.out").write_text(json.dumps(observed))
-
-
-if __name__ == "__main__":
-    main()
-    micro.end_rank()

@@ -10,7 +10,6 @@ import os
 import time
 from types import SimpleNamespace
 
-import micro
 import torch.distributed as dist
 
 from trainer import distributed
@@ -62,8 +61,3 @@ def main() -> None:
         world.barrier()
     with open(os.environ["RESULT"], "w", encoding="utf-8") as stream:
         json.dump(found, stream)
-
-
-if __name__ == "__main__":
-    main()
-    micro.end_rank()

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import agreement_ranks
-import micro
+import forked
 import pytest
 import torch
-from ports import free_port
 
 from trainer import distributed
 from trainer.specbase import SpecError
@@ -22,22 +17,9 @@ from trainer.specbase import SpecError
 @pytest.fixture(scope="module")
 def told(micro_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     directory = tmp_path_factory.mktemp("agreement")
-    port, processes = str(free_port()), []
-    for rank in range(2):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        environment = micro.environment(
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-            NODE_NAME=f"node-{rank}",
-            PYTHONPATH=os.pathsep.join(path for path in sys.path if path),
-            **{name: str(value) for name, value in variables.items()},
-        )
-        command = [sys.executable, agreement_ranks.__file__, str(directory / "told"), str(micro_data), str(directory)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    outputs = [process.communicate(timeout=400)[0] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(outputs)[-8000:]
+    nodes = [{"NODE_NAME": f"node-{rank}"} for rank in range(2)]
+    arguments = [directory / "told", micro_data, directory]
+    forked.done(forked.run("agreement_ranks", 2, arguments, directory, nodes))
     return [json.loads((directory / f"told.{rank}.out").read_text()) for rank in range(2)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import micro
 import parallel_ranks
 import pytest
 import torch
+from parallel_ranks import Case
 
-from trainer.checkpoints import checkpoint
 from trainer.exitcodes import ExitCode
 from trainer.spec import ParallelSpec, TrainSpec
 from trainer.specbase import deep_merge
@@ -50,6 +50,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 # each other, whatever instructions the processor has.
 RATES = {"muon": {"learning_rate": 1e-4}, "adamw": {"learning_rate": 1e-4}}
 CLOSE = 2e-6  # of the loss, which 12 steps change by 7e-4
+NARROW = 1e-3  # the same with narrow types
+Seen = dict[str, list[dict[str, Any]]]
 
 
 def spec_of(data: Path, directory: Path, layout: str, **changes: Any) -> TrainSpec:
@@ -69,23 +71,65 @@ def assert_equal_runs(spec: TrainSpec, reference: list[dict[str, Any]]) -> None:
             assert line["expert_load_max_ratio"] == expected["expert_load_max_ratio"], "loads are those of all ranks"
 
 
-def check_layouts(data: Path, directory: Path, ranks: int, layouts: list[str], **changes: Any) -> list[TrainSpec]:
-    """Train under each layout and on one rank; returns the specs, the one of the single rank last."""
-    specs = [spec_of(data, directory / str(ranks), layout, **changes) for layout in layouts]
-    alone = spec_of(data, directory / str(ranks), "alone", **changes)
-    (whole,) = parallel_ranks.run([alone], 1, directory)[0]
-    reference = micro.metrics(alone)
-    for layout, spec, observed in zip(layouts, specs, parallel_ranks.run(specs, ranks, directory), strict=True):
-        assert_equal_runs(spec, reference)
-        for rank in observed:
-            assert rank["same_weights"], f"{layout}: the initial weights depend on the ranks"
-            assert rank["refuses_broken_weights"], f"{layout}: what one rank finds, all must know"
-            assert rank["parameters"] <= share_of(whole, spec, ranks), layout
-        divided = ranks if spec.parallel.shard_optimizer else 1
-        state = sum(rank["state"] for rank in observed)
-        if divided > 1 and spec.parallel.expert == 1:
-            assert state == whole["state"], "each element of the state is on one rank"
-    return [*specs, alone]
+class Comparison:
+    """Runs under several layouts, and the same run on one rank."""
+
+    def __init__(self, data: Path, directory: Path, ranks: int, layouts: list[str], **changes: Any) -> None:
+        self.ranks = ranks
+        self.cut = {layout: spec_of(data, directory, layout, **changes) for layout in layouts}
+        self.alone = spec_of(data, directory, "alone", **changes)
+        self.whole: dict[str, Any] = {}
+        self.observed: dict[str, list[dict[str, Any]]] = {}
+
+    def check(self, close: float | None = None) -> None:
+        """Losses, and what each rank holds.
+
+        Args:
+            close: relative; only losses are compared, so closely.
+        """
+        reference = micro.metrics(self.alone)
+        for layout, spec in self.cut.items():
+            if close is None:
+                assert_equal_runs(spec, reference)
+                check_shares(layout, spec, self.ranks, self.observed[layout], self.whole)
+                continue
+            for line, expected in zip(micro.metrics(spec), reference, strict=True):
+                assert line["loss"] == pytest.approx(expected["loss"], rel=close), (spec.parallel, line["step"])
+
+
+def check_shares(
+    layout: str, spec: TrainSpec, ranks: int, observed: list[dict[str, Any]], whole: dict[str, Any]
+) -> None:
+    for rank in observed:
+        assert rank["same_weights"], f"{layout}: the initial weights depend on the ranks"
+        assert rank["refuses_broken_weights"], f"{layout}: what one rank finds, all must know"
+        assert rank["parameters"] <= share_of(whole, spec, ranks), layout
+    divided = ranks if spec.parallel.shard_optimizer else 1
+    state = sum(rank["state"] for rank in observed)
+    if divided > 1 and spec.parallel.expert == 1:
+        assert state == whole["state"], "each element of the state is on one rank"
+
+
+def train(comparisons: list[Comparison], directory: Path, continued: list[tuple[int, Case]] | None = None) -> Seen:
+    """Train all on their ranks, and then on so many others what goes on from them: as forks of one process.
+
+    Returns:
+        For each run directory what each rank has observed.
+    """
+    on: dict[int, list[Case]] = {}
+    for each in comparisons:
+        on.setdefault(each.ranks, []).extend(map(Case, each.cut.values()))
+        on.setdefault(1, []).append(Case(each.alone))
+    for ranks, case in continued or []:
+        on.setdefault(ranks, []).append(case)
+    seen: Seen = {}
+    for ranks, cases in sorted(on.items(), reverse=True):  # what goes on does so on fewer ranks
+        found = parallel_ranks.run_cases(cases, ranks, directory)
+        seen.update(zip((case.spec.run_dir for case in cases), found, strict=True))
+    for each in comparisons:
+        (each.whole,) = seen[each.alone.run_dir]
+        each.observed = {layout: seen[spec.run_dir] for layout, spec in each.cut.items()}
+    return seen
 
 
 def share_of(whole: dict[str, int], spec: TrainSpec, ranks: int) -> float:
@@ -96,41 +140,66 @@ def share_of(whole: dict[str, int], spec: TrainSpec, ranks: int) -> float:
     return (1.1 if shard > 1 else 1.0) * (dense / shard + whole["experts"] / by_expert) + whole["small"]
 
 
-def continue_from(spec: TrainSpec, layout: str, directory: Path) -> TrainSpec:
-    """The run of `spec` as it was after its first checkpoint, to be continued under another layout."""
+def going_on(spec: TrainSpec, layout: str, directory: Path) -> Case:
+    """The run of `spec` from its first checkpoint on, under another layout."""
     parallel = {**ParallelSpec().model_dump(), **LAYOUTS.get(layout, {})}
-    other: TrainSpec = spec.updated({"run_dir": str(directory / layout), "parallel": parallel})
-    first = checkpoint.published(spec.run_dir)[-1]
-    shutil.copytree(first, checkpoint.step_dir(other.run_dir, int(first.name.removeprefix("step-"))))
-    return other
+    return Case(spec.updated({"run_dir": str(directory / layout), "parallel": parallel}), Path(spec.run_dir))
 
 
-def check_continued(specs: list[TrainSpec], ranks: int, alone: TrainSpec, directory: Path) -> None:
-    """Go on from the middle of a run, under another layout and with fewer ranks; the rest is as on one rank."""
-    parallel_ranks.run(specs, ranks, directory)
+def check_continued(cases: list[tuple[int, Case]], alone: TrainSpec) -> None:
+    """What went on from the middle of a run, under another layout and with fewer ranks, is as on one rank."""
     reference = micro.metrics(alone)
     rest = reference[len(reference) // 2 :]
-    for spec in specs:
-        lines = micro.metrics(spec)
+    for _, case in cases:
+        lines = micro.metrics(case.spec)
         assert [line["step"] for line in lines] == [line["step"] for line in rest]
         for line, expected in zip(lines, rest, strict=True):
-            assert line["loss"] == pytest.approx(expected["loss"], rel=CLOSE), (spec.parallel, line["step"])
+            assert line["loss"] == pytest.approx(expected["loss"], rel=CLOSE), (case.spec.parallel, line["step"])
 
 
-def test_two_ranks_repeat_one_and_their_checkpoint_is_anybodys(micro_data: Path, tmp_path: Path):
+def narrow(data: Path, directory: Path, dtype: str, layouts: list[str], **more: Any) -> Comparison:
+    """Two ranks with AdamW and a type other than FP32; `check(close=NARROW)`."""
+    changes = {"steps": 6, "precision": {"dtype": dtype}, "optimizer": {"name": "adamw"}, **more}
+    return Comparison(data, directory / dtype, 2, layouts, **changes)
+
+
+def compiled(data: Path, directory: Path, model: dict[str, Any]) -> Comparison:
+    """Layers are compiled and recompute where they are cut, and neither on one rank."""
+    made = Comparison(data, directory / "compiled", 2, ["experts and fsdp"], steps=3, model=model)
+    runtime = {"compile": True, "activation_checkpointing": "selective"}
+    made.cut = {layout: spec.updated({"runtime": runtime}) for layout, spec in made.cut.items()}
+    return made
+
+
+@pytest.fixture(scope="module")
+def hybrid_and_decoder(
+    micro_data: Path, answers_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Comparison, Comparison]:
+    """Two ranks; the second trains on answers only."""
+    directory = tmp_path_factory.mktemp("two-ranks")
     keep = {"every_steps": 2, "keep_last": 9}
-    specs = check_layouts(micro_data, tmp_path, 2, ["experts and fsdp", "sharded optimizer"], steps=4, checkpoint=keep)
-    for spec in specs[:2]:
+    layouts = ["experts and fsdp", "sharded optimizer"]
+    hybrid = Comparison(micro_data, directory / "hybrid", 2, layouts, steps=4, checkpoint=keep)
+    layouts = ["experts and fsdp", "sharded optimizer and experts"]
+    decoder = Comparison(answers_data, directory / "decoder", 2, layouts, steps=3, model=DECODER)
+    train([hybrid, decoder], directory)
+    return hybrid, decoder
+
+
+def test_two_ranks_repeat_one_and_their_checkpoint_is_anybodys(hybrid_and_decoder: tuple[Comparison, Comparison]):
+    hybrid, _ = hybrid_and_decoder
+    hybrid.check()
+    alone = load_trained(hybrid.alone, torch.device("cpu"))
+    for spec in hybrid.cut.values():
         trained = load_trained(spec, torch.device("cpu"))
-        alone = load_trained(specs[-1], torch.device("cpu"))
         for name, tensor in alone.model.state_dict().items():
             torch.testing.assert_close(trained.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_two_ranks_repeat_one_with_a_decoder_and_the_loss_on_answers(answers_data: Path, tmp_path: Path):
-    check_layouts(
-        answers_data, tmp_path, 2, ["experts and fsdp", "sharded optimizer and experts"], steps=3, model=DECODER
-    )
+def test_two_ranks_repeat_one_with_a_decoder_and_the_loss_on_answers(
+    hybrid_and_decoder: tuple[Comparison, Comparison],
+):
+    hybrid_and_decoder[1].check()
 
 
 @pytest.mark.slow
@@ -138,101 +207,111 @@ def test_two_ranks_repeat_one_with_a_decoder_and_the_loss_on_answers(answers_dat
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_four_ranks_repeat_one_with_a_decoder_under_every_layout(micro_data: Path, tmp_path: Path, dtype: str):
     if dtype == "fp32":
-        check_layouts(micro_data, tmp_path, 4, list(LAYOUTS), steps=4, model=DECODER)
+        comparison, close = Comparison(micro_data, tmp_path, 4, list(LAYOUTS), steps=4, model=DECODER), None
     else:
-        check_narrow(micro_data, tmp_path, dtype, ["ddp", "fsdp", "experts and fsdp"], model=DECODER)
-
-
-@pytest.mark.slow
-def test_four_ranks_repeat_one_and_their_checkpoint_is_for_any_layout(micro_data: Path, tmp_path: Path):
-    """The layouts that need four; the rest are trained on two ranks elsewhere, and on four with the proofs."""
-    keep = {"every_steps": 4, "keep_last": 9, "asynchronous": False}
-    layouts = ["hybrid", "all experts", "sharded optimizer and experts"]
-    *cut, alone = check_layouts(micro_data, tmp_path, 4, layouts, steps=8, checkpoint=keep)
-    hybrid, _, divided = cut
-    onto_two = [continue_from(hybrid, "ddp", tmp_path), continue_from(divided, "fsdp", tmp_path)]
-    check_continued(onto_two, 2, alone, tmp_path)
-    check_continued([continue_from(hybrid, "alone", tmp_path)], 1, alone, tmp_path)
+        comparison = narrow(micro_data, tmp_path, dtype, ["ddp", "fsdp", "experts and fsdp"], model=DECODER)
+        close = NARROW
+    train([comparison], tmp_path)
+    comparison.check(close)
 
 
 @pytest.mark.slow
 @pytest.mark.proof
 def test_four_ranks_repeat_one_under_every_layout(micro_data: Path, tmp_path: Path):
     keep = {"every_steps": 6, "keep_last": 9, "asynchronous": False}
-    *cut, alone = check_layouts(micro_data, tmp_path, 4, list(LAYOUTS), checkpoint=keep)
-    by_name = dict(zip(LAYOUTS, cut, strict=True))
-    onto_two = [
-        continue_from(by_name["fsdp"], "ddp", tmp_path),
-        continue_from(by_name["experts and fsdp"], "sharded optimizer", tmp_path),
-        continue_from(by_name["sharded optimizer and experts"], "fsdp", tmp_path),
-        continue_from(by_name["ddp"], "experts and fsdp", tmp_path),
+    comparison = Comparison(micro_data, tmp_path / "4", 4, list(LAYOUTS), checkpoint=keep)
+    pairs = [
+        *[(2, "fsdp", "ddp"), (2, "experts and fsdp", "sharded optimizer")],
+        *[(2, "sharded optimizer and experts", "fsdp"), (2, "ddp", "experts and fsdp"), (1, "hybrid", "alone")],
     ]
-    check_continued(onto_two, 2, alone, tmp_path)
-    check_continued([continue_from(by_name["hybrid"], "alone", tmp_path)], 1, alone, tmp_path)
+    continued = [(ranks, going_on(comparison.cut[before], after, tmp_path)) for ranks, before, after in pairs]
+    train([comparison], tmp_path, continued)
+    comparison.check()
+    check_continued(continued, comparison.alone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "layouts"),
-    [
-        ("bf16", ["fsdp", "experts"]),
-        ("fp16", ["experts and fsdp"]),
-        pytest.param("bf16", ["experts and fsdp"], marks=pytest.mark.proof),
-        pytest.param("fp16", ["fsdp", "experts"], marks=pytest.mark.proof),
-    ],
-)
-def test_narrow_types_and_adamw_keep_their_meaning_when_cut(
+@pytest.mark.proof
+@pytest.mark.parametrize(("dtype", "layouts"), [("bf16", ["experts and fsdp"]), ("fp16", ["fsdp", "experts"])])
+def test_narrow_types_and_adamw_keep_their_meaning_under_the_other_layouts(
     micro_data: Path, tmp_path: Path, dtype: str, layouts: list[str]
 ):
+    comparison = narrow(micro_data, tmp_path, dtype, layouts)
+    train([comparison], tmp_path)
+    comparison.check(NARROW)
+
+
+@pytest.mark.slow
+@pytest.mark.proof
+def test_compiled_and_recomputing_layers_of_all_kinds_train_cut_as_whole(micro_data: Path, tmp_path: Path):
+    comparison = compiled(micro_data, tmp_path, {})
+    train([comparison], tmp_path)
+    for spec in comparison.cut.values():
+        assert_equal_runs(spec, micro.metrics(comparison.alone))
+
+
+@dataclass
+class Trained:
+    """What the slow tests compare; all trained in one go, since a rank's start takes longer than what it trains."""
+
+    four: Comparison
+    continued: list[tuple[int, Case]]
+    narrow: dict[str, Comparison]
+    compiled: Comparison
+    kept: TrainSpec
+    again: TrainSpec
+    mesh: list[str]  # what rank 0 of `kept` logs of it
+
+
+@pytest.fixture(scope="module")
+def trained(micro_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    directory = tmp_path_factory.mktemp("cut")
+    # The layouts that need four; the rest are trained on two ranks, and on four with the proofs.
+    keep = {"every_steps": 4, "keep_last": 9, "asynchronous": False}
+    layouts = ["hybrid", "all experts", "sharded optimizer and experts"]
+    four = Comparison(micro_data, directory / "4", 4, layouts, steps=8, checkpoint=keep)
+    continued = [
+        (2, going_on(four.cut["hybrid"], "ddp", directory)),
+        (2, going_on(four.cut["sharded optimizer and experts"], "fsdp", directory)),
+        (1, going_on(four.cut["hybrid"], "alone", directory)),
+    ]
+    engram = {"layer": 0, "rows_per_head": 50, "width_per_order": 16, "num_heads": 2}
+    two = {
+        "bf16": narrow(micro_data, directory, "bf16", ["fsdp", "experts"]),
+        "fp16": narrow(micro_data, directory, "fp16", ["experts and fsdp"]),
+        "compiled": compiled(micro_data, directory, {"layers": ["NE"], "mtp": None, "engram": [engram]}),
+    }
+    kept = spec_of(micro_data, directory / "kept", "experts and fsdp", steps=8)
+    again = going_on(kept, "experts and fsdp", directory / "again")
+    seen = train([four, *two.values()], directory, [*continued, (2, Case(kept)), (2, again)])
+    return Trained(four, continued, two, two.pop("compiled"), kept, again.spec, seen[kept.run_dir][0]["mesh"])
+
+
+@pytest.mark.slow
+def test_four_ranks_repeat_one_and_their_checkpoint_is_for_any_layout(trained: Trained):
+    trained.four.check()
+    check_continued(trained.continued, trained.four.alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_narrow_types_and_adamw_keep_their_meaning_when_cut(trained: Trained, dtype: str):
     """A weight is rounded alike before and after it is gathered; FP16's loss scale is the same on all ranks."""
-    check_narrow(micro_data, tmp_path, dtype, layouts)
-
-
-def check_narrow(micro_data: Path, tmp_path: Path, dtype: str, layouts: list[str], **more: Any) -> None:
-    """Two ranks under each layout against one."""
-    changes = {"steps": 6, "precision": {"dtype": dtype}, "optimizer": {"name": "adamw"}, **more}
-    specs = [spec_of(micro_data, tmp_path, layout, **changes) for layout in layouts]
-    alone = spec_of(micro_data, tmp_path, "alone", **changes)
-    parallel_ranks.run([alone], 1, tmp_path)
-    parallel_ranks.run(specs, 2, tmp_path)
-    reference = micro.metrics(alone)
-    for spec in specs:
-        for line, expected in zip(micro.metrics(spec), reference, strict=True):
-            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3), (spec.parallel, line["step"])
-
-
-ENGRAM = {"layer": 0, "rows_per_head": 50, "width_per_order": 16, "num_heads": 2}
+    trained.narrow[dtype].check(NARROW)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param({"layers": ["NE"], "mtp": None, "engram": [ENGRAM]}, id="one layer"),
-        pytest.param({}, id="all kinds", marks=pytest.mark.proof),
-    ],
-)
-def test_compiled_and_recomputing_layers_train_cut_as_whole(micro_data: Path, tmp_path: Path, model: dict[str, Any]):
+def test_compiled_and_recomputing_layers_train_cut_as_whole(trained: Trained):
     """FSDP's hooks of Engram's tables and the experts' exchange lie inside of layers, where the graph breaks."""
-    alone = spec_of(micro_data, tmp_path, "alone", steps=3, model=model)
-    compiled = {"compile": True, "activation_checkpointing": "selective"}
-    cut = spec_of(micro_data, tmp_path, "experts and fsdp", steps=3, model=model, runtime=compiled)
-    parallel_ranks.run([alone], 1, tmp_path)
-    parallel_ranks.run([cut], 2, tmp_path)
-    assert_equal_runs(cut, micro.metrics(alone))
+    (cut,) = trained.compiled.cut.values()
+    assert_equal_runs(cut, micro.metrics(trained.compiled.alone))
 
 
 @pytest.mark.slow
-def test_entrypoint_logs_the_mesh_and_resumes_bit_for_bit_under_fsdp_and_experts(micro_data: Path, tmp_path: Path):
-    spec = spec_of(micro_data, tmp_path, "experts and fsdp", steps=8)
-    code, output = micro.finish(micro.start(spec, ranks=2))
-    assert code == 0, output
-    assert "mesh (copies x ranks of one copy): fsdp=1x2,experts=1x2" in output
-    whole = micro.metrics(spec)
-    again = continue_from(spec, "experts and fsdp", tmp_path / "again")
-    code, output = micro.finish(micro.start(again, ranks=2))
-    assert code == 0, output
-    assert [line["loss"] for line in micro.metrics(again)] == [line["loss"] for line in whole[4:]]
+def test_a_run_under_fsdp_and_experts_logs_its_mesh_and_resumes_bit_for_bit(trained: Trained):
+    assert trained.mesh == ["mesh (copies x ranks of one copy): fsdp=1x2,experts=1x2"]
+    whole, again = micro.metrics(trained.kept), micro.metrics(trained.again)
+    assert len(whole) == 8 and [line["loss"] for line in again] == [line["loss"] for line in whole[4:]]
 
 
 def test_mesh_that_the_ranks_cannot_form_ends_with_2_in_one_line(micro_data: Path, tmp_path: Path):

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import micro
 import numpy as np
 import pytest
 import torch
-from ports import free_port
 
 from trainer import preflight
 from trainer.data.format import ShardWriter
@@ -224,16 +224,12 @@ def test_this_machines_gpus_pass():
 
 @pytest.mark.slow
 def test_faults_between_ranks_name_rank_and_node(tmp_path: Path):
-    ranks, port, processes = 3, str(free_port()), []
-    for rank in range(ranks):
-        membership = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
-        environment = micro.environment(MASTER_ADDR="127.0.0.1", **{k: str(v) for k, v in membership.items()})
-        environment |= {"NODE_NAME": f"node-{'abc'[rank]}", "RESULT": str(tmp_path / str(rank))}
-        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-        command = [sys.executable, str(Path(__file__).with_name("preflight_ranks.py"))]
-        processes.append(subprocess.Popen(command, env=environment))
-    assert [process.wait(timeout=280) for process in processes] == [0, 0, 0]
-    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(ranks)]
+    machines = [
+        {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_NAME": f"node-{name}", "RESULT": str(tmp_path / name)}
+        for name in "abc"
+    ]
+    forked.done(forked.run("preflight_ranks", 3, [], tmp_path, machines))
+    found = [json.loads((tmp_path / name).read_text()) for name in "abc"]
     assert [finding["check"] for finding in found[0]["sound"]] == ["clocks", "links"]
     assert not any(finding["warning"] for finding in found[0]["sound"] if finding["check"] == "clocks")
     by_case = {case: [each[case] for each in found] for case in found[0]}

@@ -1,4 +1,7 @@
-"""A run that was killed, stopped and started again repeats an undisturbed one bit for bit; all by real processes."""
+"""A run that was killed, stopped and started again repeats an undisturbed one bit for bit.
+
+By real processes where any is killed or stopped; elsewhere ranks are forks (tests/trainer/forked.py).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import forked
 import micro
 import pytest
 import torch
@@ -31,9 +35,14 @@ EVERYTHING = {"checkpoint": {"keep_last": 9}, "steps": 24, "optimizer": RATES}
 def undisturbed(micro_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
     """Two ranks, 24 steps, all checkpoints kept."""
     spec = micro.micro_spec(micro_data, tmp_path_factory.mktemp("runs") / "undisturbed", **EVERYTHING)
-    code, output = micro.finish(micro.start(spec, ranks=2))
-    assert code == 0, output
+    forked.done(train(spec, 2))
     return spec
+
+
+def train(spec: TrainSpec, ranks: int) -> list[tuple[int, str]]:
+    """Exit code and output of each rank."""
+    file = micro.write_spec(spec, Path(spec.run_dir).with_suffix(".yaml"))
+    return forked.run("trainer.__main__", ranks, ["train", "--spec", file], file.parent)
 
 
 def losses(spec: TrainSpec) -> list[tuple[int, str]]:
@@ -109,8 +118,7 @@ def test_world_size_may_change_on_the_way(undisturbed: TrainSpec, micro_data: Pa
     spec = micro.micro_spec(micro_data, tmp_path / "run", **EVERYTHING)
     target = checkpoint.step_dir(spec.run_dir, 4)
     shutil.copytree(checkpoint.step_dir(undisturbed.run_dir, 4), target)
-    code, output = micro.finish(micro.start(spec, ranks=1, module="trainer"))
-    assert code == 0, output
+    (output,) = forked.done(train(spec, 1))
     assert "resuming from the checkpoint of step 4, saved by 2 ranks" in output
     two = {line["step"]: line for line in micro.metrics(undisturbed)}
     one = micro.metrics(spec)
@@ -141,17 +149,17 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     for path in steps:
         shutil.copytree(checkpoint.step_dir(undisturbed.run_dir, int(path.name[-8:])), path)
     damage(steps[1])
-    code, output = micro.finish(micro.start(spec, ranks=2))
-    assert code == 0 and "Traceback" not in output, output
+    output = "".join(forked.done(train(spec, 2)))
+    assert "Traceback" not in output, output
     assert f"resuming from {steps[0]} instead of step-00000024" in output
     assert "resuming from the checkpoint of step 20" in output
     assert losses(spec) == losses(undisturbed)[20:]
 
     for path in checkpoint.published(spec.run_dir):
         damage(path)
-    code, output = micro.finish(micro.start(spec, ranks=2))
-    assert code == ExitCode.CHECKPOINT and "Traceback" not in output, output
-    assert "none of 2 checkpoints verifies" in output
+    for code, output in train(spec, 2):
+        assert code == ExitCode.CHECKPOINT and "Traceback" not in output, output
+        assert "none of 2 checkpoints verifies" in output
 
 
 def damage(path: Path) -> None:
