@@ -21,7 +21,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from trainer import agreement, export
 from trainer.arithmetic.describe import describe, render
 from trainer.arithmetic.flops import flops_per_token
-from trainer.arithmetic.memory import training_memory
+from trainer.arithmetic.memory import step_memory, training_memory
+from trainer.begin import begun_with
 from trainer.errors import SpecError
 from trainer.fields import stored, version_of
 from trainer.lora import is_adapter
@@ -36,6 +37,7 @@ from trainer.optim import build_optimizers
 from trainer.parameters import parameters
 from trainer.preflight.ranks import Place
 from trainer.pretrained import find, refuse_misfit
+from trainer.report.settings import hyperparameters
 from trainer.spec import BackendsSpec, OptimizerSpec, TrainSpec
 from trainer.specbase import deep_merge, parse
 from trainer.trained import load_trained
@@ -229,6 +231,8 @@ def test_runs_train_adapters_alone_and_export_them_merged(micro_data: Path, tmp_
         state = model.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in begun.items()), "router biases too"
         assert all(tensor.any() for name, tensor in state.items() if name.endswith("lora_B"))
+    before = begun_with(alone, torch.device("cpu"), None)
+    assert before is not None and all(torch.equal(t, begun.get(n, 0 * t)) for n, t in before.state_dict().items())
     reference = micro.metrics(alone)
     assert reference[-1]["loss"] < reference[0]["loss"] - 0.02
     assert [line["auxiliary"] for line in reference] == [{"router_balance": 0}] * 3
@@ -321,5 +325,18 @@ def test_arithmetic():
     page = io.StringIO()
     render(figures, Console(file=page, width=120))
     assert "adapters, which alone are trained" in page.getvalue() and f"{adapters:,}" in page.getvalue()
+    # Beside copies of the dense ones' adapters, one layer's experts with their products and the gradient of those.
+    dense, experts = adapters - 4 * expert, 4 * (hidden * 32 + 16 * hidden)
+    fields = {
+        "init_from": "x",
+        "precision": {"dtype": "bf16"},
+        "model": DECODER | {"moe": {**DECODER["moe"], "shared_width": 0}},
+    }
+    train = micro.micro_spec(Path("x"), Path("y"), **fields)
+    narrow = [step_memory(train.updated({"model": {"lora": given}})).copies for given in (None, LORA)]
+    assert narrow[1] - narrow[0] == 2 * dense + (2 * 2 + 4) * experts
+    assert ("LoRA", "rank 4, α 12, all matrices of the mixers") in hyperparameters(
+        train.updated({"model": {"lora": LORA}})
+    )
     assert stored(plain) == {name: value for name, value in stored(spec).items() if name != "lora"}
     assert version_of(spec) == 5
