@@ -13,6 +13,7 @@ from pydantic import Field
 from manifests.dataspec import CHAT, NAME_LENGTH, Name, SourceSpec
 from trainer.fields import stored
 from trainer.kinds.base import Count
+from trainer.lora import LoraSpec
 from trainer.spec import AdamWSpec, BatchSpec, CheckpointSpec, OptimizerSpec, Packing, Positive, ScheduleSpec
 from trainer.specbase import Spec
 
@@ -52,6 +53,7 @@ class TuneSpec(Spec):
     batch: BatchSpec | None = None
     optimizer: OptimizerSpec | None = None
     schedule: ScheduleSpec = ScheduleSpec(name="cosine", warmup_fraction=0.03, final_learning_rate=0.0)
+    lora: LoraSpec | None = None
     checkpoint: CheckpointSpec | None = None
     prompts: list[Annotated[str, Field(min_length=1)]] | None = None
 
@@ -69,12 +71,14 @@ def tuning(tune: TuneSpec, job: dict[str, Any], run_name: str) -> dict[str, Any]
         "seed": tune.seed,
         "init_from": tune.init_from or run_name,
         "packing": tune.packing,
-        "optimizer": stored(tune.optimizer or _optimizer("full")),
+        "optimizer": stored(tune.optimizer or _optimizer("lora" if tune.lora else "full")),
         "schedule": stored(tune.schedule),
     }
     for field in ("seq_len", "batch", "checkpoint"):
         if (given := getattr(tune, field)) is not None:
             train[field] = stored(given)
+    if tune.lora:
+        train["model"] = train["model"] | {"lora": stored(tune.lora), "mtp": None}
     asked = {"chat": True} | ({} if tune.prompts is None else {"prompts": tune.prompts})
     train["evaluate"] = train.get("evaluate", {}) | asked
     total = sum(source.weight for source in tune.sources.values())

@@ -63,6 +63,14 @@ def test_what_the_section_says_counts() -> None:
     assert again.tuning() == tuned, "a stored job tunes in the same way"
 
 
+def test_adapters_are_trained_at_a_rate_of_their_own_and_without_what_they_cannot_have() -> None:
+    lora = {"rank": 4, "targets": {"attention": ["q_proj"]}}
+    ahead = {"train": {"model": {"mtp": {"depth": 1}}}}
+    tuned = job({"steps": 3, "sources": {"a": CHAT}, "lora": lora}, **ahead).tuning()
+    assert tuned.train.model.lora.rank == 4 and tuned.train.model.mtp is None
+    assert tuned.train.optimizer.adamw.learning_rate == 2e-4
+
+
 def test_the_base_runs_order_of_data_is_not_the_tuned_ones() -> None:
     ordered = {"train": {"curriculum": [{"from_tokens": 4096, "seq_len": 128}], "skip": [[0, 4096]]}}
     tuned = job({"steps": 3, "sources": {"a": CHAT}}, **ordered).tuning()
@@ -89,6 +97,10 @@ def test_other_steps_make_another_tuned_run_of_the_same_base() -> None:
         (
             {"steps": 3, "sources": {"a": CHAT}, "seq_len": 100},
             r"tune: train\.batch\.tokens_per_step 4096 must be a mult",
+        ),
+        (
+            {"steps": 3, "sources": {"a": CHAT}, "lora": {"targets": {"attention": ["w_proj"]}}},
+            r"^(JobSpec: )?tune: train\.model: .*w_proj.*q_proj",
         ),
         ({"steps": 3, "sources": {"a": CHAT}, "lr": 1}, r"^tune\.lr: unknown field"),
     ],
