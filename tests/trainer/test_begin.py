@@ -13,6 +13,7 @@ from qwen_oracle import MOE, qwen_for
 from test_hf_weights import imported
 from torch import Tensor
 
+from manifests.spec import load_job
 from trainer import export
 from trainer.errors import CheckpointError, SpecError
 from trainer.kinds.ngrams import token_classes
@@ -125,6 +126,19 @@ def test_another_model_is_refused_by_the_field_that_differs(folder: Path, change
     with pytest.raises(SpecError, match=message) as error:
         refuse_misfit(find(folder / "theirs"), DECODER.updated(change))
     assert "\n" not in str(error.value)
+
+
+def test_the_preset_of_qwens_is_the_model_that_qwen_published(tmp_path: Path) -> None:
+    """Their config.json, from huggingface.co/Qwen/Qwen3-30B-A3B."""
+    config = {"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "vocab_size": 151936}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "rope_theta": 1000000.0}
+    config |= {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
+    config |= {"rms_norm_eps": 1e-06, "tie_word_embeddings": False, "attention_bias": False, "hidden_act": "silu"}
+    config |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False, "rope_scaling": None}
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"router_aux_loss_coef": 0.001, "intermediate_size": 6144})
+    )
+    refuse_misfit(find(tmp_path), load_job("qwen3-30b-a3b").train.model)
 
 
 def test_what_only_training_needs_may_differ(folder: Path) -> None:
