@@ -19,7 +19,7 @@ from trainer.fields import stored
 from trainer.files import unreadable
 from trainer.hf.architectures import Architecture, architecture_of
 from trainer.modelspec import ModelSpec
-from trainer.specbase import VERSION_FIELD, parse
+from trainer.specbase import VERSION_FIELD, parse, read_yaml
 
 CONFIG, EXPORT = "config.json", "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -148,9 +148,11 @@ def _checkpoint(folder: Path) -> Pretrained:
     manifest = read_checkpoint(folder)
     version = manifest.spec.get(VERSION_FIELD, 1)
     model = parse(ModelSpec, manifest.spec["model"], str(folder), version)
-    tokenizer = Path(manifest.spec["tokens"]["tokenizer"])
-    there = (tokenizer / TOKENIZER).is_file()
-    return Pretrained(folder, "checkpoint", model, None, tokenizer if there else None, manifest.digest)
+    run = folder.parents[1] / "train.yaml"  # knows where the tokenizer is now, if the run has moved
+    specs = [manifest.spec, *([read_yaml(run)] if run.is_file() else [])]
+    places = (Path(spec["tokens"]["tokenizer"]) for spec in specs)
+    tokenizer = next((place for place in places if (place / TOKENIZER).is_file()), None)
+    return Pretrained(folder, "checkpoint", model, None, tokenizer, manifest.digest)
 
 
 def _export(folder: Path, config: dict[str, Any]) -> Pretrained:

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import former
 import pytest
+import torch
 
 from trainer import evaluate, export
+from trainer.begin import begun_with
 from trainer.checkpoints import checkpoint
 from trainer.generate import complete
 from trainer.loop import train
+from trainer.pretrained import tokenizer_of
 from trainer.report.run import read_run
 from trainer.spec import TrainSpec
 from trainer.specbase import parse, read_yaml
+from trainer.trained import load_trained
 
 # With the instruction sets default, avx2 and avx512 losses differ by 2.5e-7 at most; another token or rate by 1e-2.
 CLOSE = 1e-4
@@ -73,3 +77,14 @@ def test_checkpoints_verify_and_the_report_is_read(run: Path):
     assert [checkpoint.verify(path).step for path in checkpoint.published(run)] == [8, 4]
     found = read_run(run)
     assert found.evaluation is not None and found.spec.run == former.RUN
+
+
+def test_a_new_run_begins_with_them(run: Path):
+    wanted = load_trained(spec_of(run), torch.device("cpu")).model.state_dict()
+    for source in (run, run / "checkpoints" / "step-00000008", run / "export"):
+        model = begun_with(spec_of(run, init_from=str(source)), torch.device("cpu"), None)
+        assert model is not None
+        assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items()), source
+        assert (tokenizer_of(source) / "tokenizer.json").read_bytes() == (
+            run / "export" / "tokenizer.json"
+        ).read_bytes()
