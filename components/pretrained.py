@@ -16,13 +16,13 @@ INIT, TOKENIZER = "train.init_from", "tokenizer.from"
 
 
 def check(job: JobSpec, *, downloaded: bool) -> None:
-    """Refuse models that are not there or do not fit.
+    """Refuse models that are missing or do not fit.
 
     Args:
-        downloaded: whether those on the Hub must be there too.
+        downloaded: whether models on the Hub must have been downloaded.
 
     Raises:
-        SpecError, DataError, CheckpointError: one line that begins with the field.
+        SpecError, DataError, CheckpointError: one line that begins with the name of the field.
     """
     names = {INIT: job.train.init_from, TOKENIZER: job.tokenizer.source}
     there = {field: folder for field, folder in job.models.items() if downloaded or not hub_model(names[field] or "")}
@@ -35,8 +35,8 @@ def check(job: JobSpec, *, downloaded: bool) -> None:
             tokenizer = Tokenizer.load(used)
             if tokenizer.vocab_size > job.train.model.vocab_size:
                 raise SpecError(
-                    f"the tokenizer of {used} has {tokenizer.vocab_size:,} entries, train.model.vocab_size is "
-                    f"{job.train.model.vocab_size:,}; it must not be below"
+                    f"the tokenizer of {used} has {tokenizer.vocab_size:,} entries, but train.model.vocab_size is "
+                    f"{job.train.model.vocab_size:,}; it must be at least as large"
                 )
             if field == TOKENIZER and INIT in there:
                 _refuse_other_words(tokenizer, used, find(there[INIT]).tokenizer)
@@ -48,7 +48,7 @@ def tokenizer_folder(job: JobSpec) -> Path:
 
 
 def conversations(job: JobSpec) -> ChatTemplate | None:
-    """How a job's conversations are written: by the chat template of the tokenizer that it takes; None for our markup.
+    """The chat template of the tokenizer that a job takes, which writes its conversations; None for our own markup.
 
     Raises:
         DataError: the tokenizer has no template, or one that cannot be used.
@@ -60,13 +60,13 @@ def conversations(job: JobSpec) -> ChatTemplate | None:
 
 
 def _refuse_other_words(tokenizer: Tokenizer, used: Path, own: Path | None) -> None:
-    """A model knows the ids of its own tokenizer; one that has them all and more is fine."""
+    """Refuse a tokenizer that gives other ids to the tokens of the model's own; it may have more tokens."""
     if own is None or own == used:
         return
     theirs, ours = Tokenizer.load(own).ids(), tokenizer.ids()
     for text, number in sorted(theirs.items(), key=lambda item: item[1]):
         if ours.get(text) != number:
             raise SpecError(
-                f"id {number} is {text!r} in the model's own tokenizer ({own}), and not in {used}; leave out "
+                f"id {number} is {text!r} in the model's own tokenizer ({own}), but not in {used}; leave out "
                 f"{TOKENIZER}, so that the model's own is used"
             )

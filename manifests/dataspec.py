@@ -118,7 +118,7 @@ class SourceSpec(TextSpec):
     """One named source: its licence, its share of the training tokens, and the share written by a model.
 
     `available_tokens` is the approximate size of the source; with it, a weight that exceeds the epoch cap is refused
-    before anything is downloaded. `loss` answers trains on the assistant's messages only, with all others as context
+    before anything is downloaded. `loss: answers` trains only on the assistant's messages, with all others as context
     (trainer/data/chat.py); it needs a template with a list of messages.
     """
 
@@ -134,7 +134,7 @@ class SourceSpec(TextSpec):
     def _answers_are_of_a_chat(self) -> Self:
         if self.loss == "answers" and not self.has_markup:
             raise ValueError(
-                "loss answers is for chats, and the source's texts are none; name the column of messages, as in "
+                "loss: answers needs chats, but the source has plain text; name the column of messages, as in "
                 'template: "{messages:chat}", or set loss: all'
             )
         return self

@@ -1,4 +1,4 @@
-"""Trained models that a job names: a folder (its path begins with / or .), a run of the checkpoints volume by its name,
+"""Trained models that a job names: a folder (its path begins with / or .), the name of a run on the checkpoints volume,
 or owner/name or owner/name@revision on the Hugging Face Hub."""
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ class HubModel(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Of its folder below `models` on the datasets volume."""
+        """The name of its folder below `models` on the datasets volume."""
         return f"{self.name.replace('/', '--')}-{canonical_digest(['model', *self])}"
 
 
 def hub_model(named: str) -> HubModel | None:
-    """What a name means on the Hub; None for a folder, whose path begins with / or ., or has not just one /."""
+    """The model on the Hub that a name refers to. None for a run, whose name has no /, and for a folder, whose path
+    begins with / or . or has several /."""
     found = HUB_NAME.fullmatch(named)
     return HubModel(found["name"], found["revision"] or "main") if found else None
 
 
 def folder_of(named: str, datasets_dir: str, checkpoints_dir: str, sources_dir: str | None) -> str:
-    """The folder in which a named model is, or will be once it is downloaded. Relative paths start in `sources_dir`."""
+    """The folder of a named model, which may still have to be downloaded. Relative paths start in `sources_dir`."""
     if RUN_NAME.fullmatch(named):
         return f"{checkpoints_dir}/runs/{named}"
     if hub := hub_model(named):

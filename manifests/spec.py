@@ -65,12 +65,12 @@ class TokenizerSpec(Spec):
     """Byte-level BPE; `vocab_size` includes special tokens, the 256 bytes and padding and equals model.vocab_size.
 
     `from`: the model whose tokenizer is used instead of training one, named as in `train.init_from`, which is also the
-    default; `vocab_size` and `sample_bytes` have no effect then.
+    default; then `vocab_size` and `sample_bytes` have no effect.
     """
 
     vocab_size: Annotated[int, Field(ge=_padded(SMALLEST_VOCABULARY))]
     sample_bytes: Count = 200_000_000
-    # `from` is a keyword of Python, so this field cannot be written like the others.
+    # `from` is a keyword of Python, so this field cannot be declared like the others.
     __annotations__["from"] = "Annotated[str, Field(min_length=1)] | None"
     vars()["from"] = None
 
@@ -315,14 +315,16 @@ class JobSpec(Spec):
         sources = self.data.sources.items()
         used = self.tokenizer_from
         raw_parts = ["raw", {name: [stored(one, mixed, raw=True), amounts[name]] for name, one in sources}]
-        if used and any(source.has_markup for _, source in sources):  # which that model's chat template writes
+        if used and any(
+            source.has_markup for _, source in sources
+        ):  # their text is written by that model's chat template
             raw_parts.append(used)
         raw_key = canonical_digest(raw_parts)
         weights = {name: source.weight for name, source in self.data.sources.items()}
         hygiene = canonical_digest(["hygiene", raw_key, stored(self.hygiene)])
         tokenizer = canonical_digest(["tokenizer", raw_key, stored(self.tokenizer), weights])
         begins = ["shards", tokenizer]
-        if used:  # one that does not depend on the text
+        if used:  # it does not depend on the text
             tokenizer = canonical_digest(["tokenizer", used])
             begins = ["shards", raw_key, tokenizer]
         parts = [*begins, stored(self.shards, {"workers", "pods"}), self.data.heldout_fraction]
@@ -354,7 +356,7 @@ class JobSpec(Spec):
 
     @property
     def models(self) -> dict[str, str]:
-        """The folders of the models that the job begins with, by the field that names them."""
+        """The folders of the models that the job starts from, by the field that names them."""
         named = {"train.init_from": self.train.init_from, "tokenizer.from": self.tokenizer.source}
         return {field: self._model_dir(name) for field, name in named.items() if name}
 

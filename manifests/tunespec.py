@@ -1,7 +1,7 @@
-"""The section `tune` of a JobSpec: supervised tuning on chats, after training or of another model.
+"""The section `tune` of a JobSpec: supervised tuning on chats, of the job's own trained model or of another one.
 
-It becomes a job of its own, with the same model, storage and cluster, so that everything that works for a run works for
-a tuned one: checkpoints, resuming, metrics, evaluation, export.
+It becomes a separate job with the same model, storage and cluster, so that everything that works for a run also works
+for a tuned one: checkpoints, resuming, metrics, evaluation, export.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RATES = {"full": 1e-5, "lora": 2e-4}  # of AdamW
 class ChatSource(SourceSpec):
     """A source of conversations, as `data.sources` has them; `template` names the column of messages.
 
-    `weight` is relative to the others'. `loss`: whether only the assistant's messages are trained, or everything.
+    `weight` is relative to those of the other sources. `loss`: train only on the assistant's messages, or on all.
     """
 
     template: str | None = f"{{messages:{CHAT}}}"
@@ -37,10 +37,10 @@ class ChatSource(SourceSpec):
 class TuneSpec(Spec):
     """Supervised tuning (SFT) on chats.
 
-    `init_from`: the model to tune, named as in `train.init_from`; by default the job's own run. `lora` trains adapters
-    only; they are merged at export. What is left out is as in `train`, but the optimizer is AdamW with a peak rate of
-    1e-5 (2e-4 for adapters) without weight decay, and the schedule a cosine to 0. `prompts` are asked as questions,
-    for the report.
+    `init_from`: the model to tune, named as in `train.init_from`; by default the job's own run. `lora` trains only
+    adapters, which are merged at export. Fields that are left out are as in `train`, except that the optimizer is AdamW
+    with a peak rate of 1e-5 (2e-4 for adapters) without weight decay, and the schedule is a cosine to 0. `prompts` are
+    questions whose answers the report shows.
     """
 
     init_from: Annotated[str, Field(min_length=1)] | None = None
@@ -63,7 +63,7 @@ def tuning(tune: TuneSpec, job: dict[str, Any], run_name: str) -> dict[str, Any]
 
     Args:
         job: the values of the job that has the section, without it.
-        run_name: of the run that the job trains, which is tuned unless the section names another model.
+        run_name: the name of the run that the job trains; it is tuned unless the section names another model.
     """
     train = {name: value for name, value in job["train"].items() if name not in ("begun_with_steps", *_ORDER)}
     train |= {

@@ -208,7 +208,7 @@ def generate(
     prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
-    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt as a question, for a tuned model.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask each prompt as a question, for a tuned model.")] = False,
     seed: int = 0,
     workdir: Workdir = Path("work"),
     verbose: Verbose = False,

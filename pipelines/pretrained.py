@@ -15,11 +15,11 @@ from trainer.modelspec import ModelSpec
 
 
 def model_named(name: str) -> ModelSpec | None:
-    """The model in a folder, or of owner/name[@revision] on the Hub, of which only config.json is fetched; None where
-    the name is a preset's or a file's.
+    """The model in a folder, or of owner/name[@revision] on the Hub, of which only config.json is fetched; None if the
+    name is that of a preset or a file.
 
     Raises:
-        SpecError, CheckpointError, DataError, LaunchError: there is no model, or one that is not known.
+        SpecError, CheckpointError, DataError, LaunchError: there is no model, or its architecture is not supported.
     """
     from trainer.pretrained import find
 
@@ -32,7 +32,7 @@ def model_named(name: str) -> ModelSpec | None:
 
 
 def as_section(model: ModelSpec) -> str:
-    """YAML for a job file; what a preset's model may have besides is removed by null."""
+    """YAML for a job file; sections that only the preset's model has are removed by null."""
     absent: dict[str, Any] = {name: [] if name == "engram" else None for name in model.section_names.values()}
     fields = absent | {"mtp": None, "mup": None} | stored(model)
     text = yaml.safe_dump({"train": {"model": fields}}, sort_keys=False, width=120, default_flow_style=None)

@@ -38,7 +38,7 @@ def local_job(
         target: where the trainer runs, "local" or "kubernetes".
         workdir: folder for both directory trees of a local run. A run on Kubernetes needs the volumes mounted here at
             the same paths as in its pods, so it keeps the spec's own directories.
-        tuning: take the job of its section `tune` instead.
+        tuning: run the job of the section `tune` instead.
 
     Raises:
         SpecError: the spec is wrong, or its directories cannot be written here.

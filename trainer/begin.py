@@ -1,4 +1,4 @@
-"""Fill a model with the weights of another one (`train.init_from`), each rank with what it holds."""
+"""Load the weights of another model into this one (`train.init_from`); each rank loads only what it holds."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ log = logging.getLogger(__name__)
 
 
 def begin_with(spec: TrainSpec, model: HybridModel, world: World) -> None:
-    """A collective of all ranks. Multi-token prediction stays as drawn where the other model has none.
+    """A collective of all ranks. Multi-token prediction keeps its random weights if the other model has none.
 
     Raises:
-        SpecError, CheckpointError: it is another model, or damaged. All ranks raise.
+        SpecError, CheckpointError: the architecture differs, or the files are damaged. All ranks raise.
         DivergedError: a checkpoint's weights are not finite.
     """
     assert spec.init_from is not None
-    # Another run may go on meanwhile: its newest checkpoint is the one that rank 0 sees.
+    # The other run may still be training, so all ranks use the checkpoint that is newest for rank 0.
     found = find(world.broadcast(str(find(spec.init_from).folder) if world.is_main else ""))
     refuse_misfit(found, spec.model)
     log.info("beginning with the weights of %s (%s)", found.folder, _named(found))
     if found.kind == "checkpoint":
         checkpoint.verify(found.folder, share=(world.rank, world.size))
     elif found.kind == "export":
-        damage = _damage(found) if world.is_main else None  # one rank reads, all get to know
+        damage = _damage(found) if world.is_main else None  # one rank reads and tells the others
         if damage := world.broadcast(damage):
             raise CheckpointError(damage)
     _fill(found, model, together=True)
     if broken := problem(world, not_finite(_tensors(model))):
-        raise CheckpointError(f"{found.folder}: {broken} is not finite; give another model")
+        raise CheckpointError(f"{found.folder}: {broken} is not finite; use another model")
 
 
 def begun_with(spec: TrainSpec, device: torch.device, dtype: torch.dtype | None) -> HybridModel | None:
-    """The model with which a run began, whole and in evaluation mode, in one process; None if it is not there any more.
+    """The model that a run started from, whole and in evaluation mode, in one process; None if it no longer exists.
 
     Args:
         dtype: autocast dtype of matrix products; None without autocast.
@@ -59,10 +59,10 @@ def begun_with(spec: TrainSpec, device: torch.device, dtype: torch.dtype | None)
         found = find(spec.init_from)
         model = build_model(spec.model, spec.backends, device=device, dtype=dtype, seed=None).to_empty(device=device)
         for tensor in _tensors(model).values():
-            tensor.detach().zero_()  # what the other model has not, as multi-token prediction, changes no logits
+            tensor.detach().zero_()  # parts that the other model lacks, such as MTP, do not affect logits
         _fill(found, model, together=False)
     except (CheckpointError, ValueError, OSError) as error:
-        log.warning("the model with which the run began cannot be evaluated: %s", error)
+        log.warning("the model that the run started from cannot be evaluated: %s", error)
         return None
     return model.eval()
 

@@ -2,13 +2,12 @@
 
 Bits per byte is comparable between tokenizers, unlike the loss per token. The exact definition:
 
-- every token of a held-out document except the first is scored, given the tokens before it in the document, including
-the
-  end-of-document token. The first token has no context and is never predicted in training either;
+- every token of a held-out document except the first is scored, given the tokens before it in the document. The
+  end-of-document token is scored too. The first token has no context and is never predicted in training either;
 - a document longer than `seq_len` is cut into windows of `seq_len` inputs. As in training, a window starts without the
   context of the one before;
-- of a source with `loss: answers` only the tokens of the answers are scored, the end-of-turn token included; the rest
-  of the conversation is their context;
+- in a source with `loss: answers` only the tokens of the answers are scored, including the end-of-turn token; the rest
+  of the conversation is context;
 - the bytes are those of the scored tokens (special tokens have none), so cutting at `max_tokens` stays exact;
 - `max_tokens` of a domain is shared among its sources in proportion to their weight in the mix.
 
@@ -51,7 +50,7 @@ from trainer.trained import load_trained
 
 log = logging.getLogger(__name__)
 
-Scored = tuple[NDArray[np.int64], NDArray[np.int64]]  # ids of a document, and the label of each but the last, or -100
+Scored = tuple[NDArray[np.int64], NDArray[np.int64]]  # ids of a document; labels (or -100) of all ids but the last
 
 
 @dataclass
@@ -147,7 +146,7 @@ def _by_domain(by_source: dict[str, Score], domain_of: dict[str, str]) -> dict[s
 def _score_sources(
     spec: TrainSpec, model: HybridModel, tokenizer: Tokenizer, device: torch.device, precision: Precision
 ) -> tuple[dict[str, Score], dict[str, str], set[str]]:
-    """Score of each source, the domain of each, and those of which only answers are scored."""
+    """The score of each source, its domain, and the set of sources of which only answers are scored."""
     budgets, domain_of = source_budgets(spec.tokens, spec.evaluate.max_tokens)
     byte_lengths = np.array(tokenizer.byte_lengths())
     scores, of_answers = {source: Score() for source in budgets}, set[str]()
@@ -204,7 +203,7 @@ def source_budgets(tokens: TokensSpec, max_tokens: int) -> tuple[dict[str, int],
 
 
 def labelled(document: NDArray[np.integer], answers: Ranges | None, room: int) -> Scored:
-    """A document's first tokens, as far as its first `room` scored ones, with labels."""
+    """A document's tokens up to the last of its first `room` scored ones, with labels."""
     if answers is None:
         ids = document[: room + 1].astype(np.int64)
         return ids, ids[1:]
@@ -218,7 +217,7 @@ def labelled(document: NDArray[np.integer], answers: Ranges | None, room: int) -
 def pack(documents: Iterable[Scored], seq_len: int, num_rows: int) -> Iterator[MicroBatch]:
     """Pack windows of documents into rows of `seq_len`; a window never crosses a row.
 
-    Every label of a document is exactly one of the rows'. Unused positions are documents of their own without labels.
+    Every label of a document appears in exactly one row. Unused positions are separate documents without labels.
     """
     rows: list[list[Scored]] = [[]]
     room = seq_len

@@ -144,7 +144,7 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained) -> dict[str, Any]:
 
 
 def _write_for_transformers(folder: Path, spec: TrainSpec, state: dict[str, torch.Tensor]) -> list[str]:
-    """The folder beside the weights, and its files; nothing where not even our own code there knows a kind of layer."""
+    """Write the folder `transformers` and return its files; none if our own code there lacks a kind of layer."""
     longest = max([spec.tokens.seq_len, *(stage.seq_len or 0 for stage in spec.tokens.curriculum)])
     tokenizer, dtype = Path(spec.tokens.tokenizer), DTYPES[spec.export_dtype]
     architecture, why_not = native(spec.model)
@@ -154,10 +154,10 @@ def _write_for_transformers(folder: Path, spec: TrainSpec, state: dict[str, torc
         config, named = architecture.config(spec.model, longest), tensors(architecture, spec.model, state, dtype)
         files = write_folder(folder, config, named, tokenizer, dtype=dtype)
     elif missing := own.misfit(spec.model):
-        log.warning("no folder for transformers: %s", missing)
+        log.warning("the export has no folder for transformers: %s", missing)
         return []
     else:
-        log.info("transformers has no such model (%s); its code lies beside the weights", why_not)
+        log.info("transformers has no such model (%s); the folder contains its code", why_not)
         config, named = own.config(spec.model, longest), own_tensors(state, dtype)
         files = write_folder(folder, config, named, tokenizer, dtype=dtype, code=own.CODE)
     return [f"{folder.name}/{name}" for name in files]

@@ -29,7 +29,7 @@ def generate(
     seed: int,
     stops: Collection[int],
 ) -> list[list[int]]:
-    """At most `max_tokens` new ids per prompt, without the one of `stops` at which it ended.
+    """At most `max_tokens` new ids per prompt, without the id of `stops` that ended it.
 
     Args:
         temperature: divides the logits; 0 selects the most likely token.
@@ -69,7 +69,7 @@ def complete(
     """The text that follows each prompt, until the end of the document or `max_tokens`. Raises as `generate`.
 
     Args:
-        asking: puts the prompts as questions of a chat; then the texts are the answers.
+        asking: writes the prompts as questions of a chat; then the texts are the answers.
     """
     put = asking or (lambda prompt: tokenizer.begun(tokenizer.encode(prompt)))
     made = generate(

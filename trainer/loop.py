@@ -157,10 +157,10 @@ def _cut(values: list[float], at: int) -> tuple[list[float], list[float]]:
 
 
 def nothing_to_learn(run: Run, step: int) -> Update:
-    """Pass over a step without any label, which only sources with `loss: answers` can have.
+    """Skip a step without any label, which only sources with `loss: answers` can have.
 
-    Momentum, weight decay and router balance would move the weights, and a loss of 0 would enter the spike guard's
-    window. All ranks know the number of labels of the whole step. It does not count as a sign of divergence.
+    Otherwise momentum, weight decay and router balance would move the weights, and a loss of 0 would enter the spike
+    guard's window. All ranks know the number of labels of the whole step. The step does not count towards divergence.
     """
     run.optimizers.set_learning_rate_factor(rate_factor(run, step))
     run.optimizers.zero_grad()

@@ -1,7 +1,7 @@
-"""Folders with a trained model that a run may begin with: a run or checkpoint of ours, an export, one of transformers.
+"""Folders with a trained model that a run can start from: our runs, checkpoints and exports, or a transformers folder.
 
-They are read and compared with the run's model before any weight is. Imports no torch; `trainer.begin` reads the
-weights.
+The model's configuration is compared with that of the run before any weight is read. Imports no torch; `trainer.begin`
+reads the weights.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from trainer.specbase import VERSION_FIELD, parse, read_yaml
 
 CONFIG, EXPORT = "config.json", "manifest.json"
 TOKENIZER = "tokenizer.json"
-TRAINING_ONLY = ("init_std", "mtp", "lora")  # fields of a model that change no weight of it
+TRAINING_ONLY = ("init_std", "mtp", "lora")  # fields of a model that do not affect its trained weights
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file beside config.json holds weights, or says which file does."""
+    """Whether a file beside config.json holds weights, or is the index of the weight files."""
     return name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json")) and "/" not in name
 
 
@@ -35,12 +35,12 @@ def is_weights(name: str) -> bool:
 class Pretrained:
     """
     Attributes:
-        folder: that of the weights; for a run, of the checkpoint that it would resume from.
-        kind: what wrote it.
+        folder: the folder with the weights; for a run, the checkpoint that it would resume from.
+        kind: the format of the folder.
         model: its architecture.
-        architecture: as transformers knows it; None where this program wrote it.
-        tokenizer: the folder with its tokenizer.json; None where there is none.
-        digest: of a checkpoint or an export; "" for a folder of transformers.
+        architecture: the architecture in transformers; None for our own formats.
+        tokenizer: the folder with its tokenizer.json; None if there is none.
+        digest: the digest of a checkpoint or export; "" for a transformers folder.
     """
 
     folder: Path
@@ -55,22 +55,22 @@ def find(folder: str | Path) -> Pretrained:
     """The model in a folder.
 
     Raises:
-        SpecError: there is no such folder or no model in it, or one of an architecture that is not known.
+        SpecError: there is no such folder, it holds no model, or the architecture is not supported.
         CheckpointError: it is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise SpecError(f"{folder} is no folder here; check the path")
+        raise SpecError(f"{folder} is not a folder on this machine; check the path")
     if (folder / "checkpoints").is_dir():
         found = candidates(folder)
         if not found:
-            raise SpecError(f"{folder} has no checkpoint yet; train it first, or give another model")
+            raise SpecError(f"{folder} has no checkpoint yet; train it first, or name another model")
         folder = found[0]
     if (folder / CHECKPOINT).is_file():
         return _checkpoint(folder)
     if not (folder / CONFIG).is_file():
         raise SpecError(
-            f"{folder} holds no model; give a run, a checkpoint (step-…), an export, or a folder of transformers with "
+            f"{folder} holds no model; name a run, a checkpoint (step-…), an export, or a transformers folder with "
             f"{CONFIG} and safetensors files"
         )
     config = read_json(folder / CONFIG)
@@ -80,25 +80,25 @@ def find(folder: str | Path) -> Pretrained:
 
 
 def tokenizer_of(folder: str | Path) -> Path:
-    """The folder with the tokenizer of a model, or `folder` itself where it holds nothing but a tokenizer.
+    """The folder with the tokenizer of a model, or `folder` itself if it holds a tokenizer and no model.
 
     Raises:
-        SpecError: none is there.
+        SpecError: there is no tokenizer.
     """
     folder = Path(folder)
     if (folder / TOKENIZER).is_file() and not (folder / CHECKPOINT).is_file():
         return folder
     found = find(folder).tokenizer
     if found is None:
-        raise SpecError(f"{folder} has no {TOKENIZER}; write another model or a folder with one into tokenizer.from")
+        raise SpecError(f"{folder} has no {TOKENIZER}; set tokenizer.from to another model or to a folder with one")
     return found
 
 
 def refuse_misfit(found: Pretrained, model: ModelSpec) -> None:
     """
     Raises:
-        SpecError: the run's model is another one; names the first field in which they differ. Or the weights are not
-            all of the other model.
+        SpecError: the run's model is a different one (the message names the first field that differs), or the weights
+            are not a complete model.
     """
     if found.model.lora is not None:
         raise SpecError(
@@ -109,17 +109,20 @@ def refuse_misfit(found: Pretrained, model: ModelSpec) -> None:
     for field in [*ours, *(name for name in theirs if name not in ours)]:
         if theirs.get(field) != ours.get(field):
             raise SpecError(
-                f"train.model.{field} is {_shown(ours.get(field))}, the model of {found.folder} has "
-                f"{_shown(theirs.get(field))}; take its value (yaongi describe {found.folder} prints all of them)"
+                f"train.model.{field} is {_shown(ours.get(field))}, but the model in {found.folder} has "
+                f"{_shown(theirs.get(field))}; use its value (yaongi describe {found.folder} prints all of them)"
             )
     if found.architecture is not None and (reason := found.architecture.misfit(_without_training(model))):
-        raise SpecError(f"train.model is no {found.architecture.model_type}, which {found.folder} holds: {reason}")
+        kind = found.architecture.model_type
+        raise SpecError(f"train.model does not fit {found.folder}, which holds a model of type {kind}: {reason}")
     if found.architecture is None and found.model.layers != model.layers:
-        raise SpecError(f"train.model.layers {model.layers} are cut otherwise in {found.folder}: {found.model.layers}")
+        raise SpecError(
+            f"train.model.layers {model.layers} is divided differently in {found.folder}: {found.model.layers}"
+        )
 
 
 def _without_training(model: ModelSpec) -> ModelSpec:
-    """The model with such fields at the values that every architecture knows."""
+    """The model with fields that matter only in training set to the values that every architecture supports."""
     if model.moe is None:
         return model
     moe = model.moe.updated({"bias_update_rate": 0.0} if model.moe.scores == "softmax" else {})
@@ -127,7 +130,7 @@ def _without_training(model: ModelSpec) -> ModelSpec:
 
 
 def _weights_fields(model: ModelSpec) -> dict[str, Any]:
-    """Every field on which the weights or their use depends, by its path; layers as one text."""
+    """Every field on which the weights or their use depend, by its path; layers as one string."""
     found: dict[str, Any] = {"layers": "".join(model.layers)}
     used = {id(section) for section in model.used()}
     for name, value in stored(model, {*TRAINING_ONLY, "layers"}).items():
@@ -165,12 +168,13 @@ def _export(folder: Path, config: dict[str, Any]) -> Pretrained:
 def _of_transformers(folder: Path, config: dict[str, Any]) -> Pretrained:
     where = str(folder / CONFIG)
     if config.get("model_type") == "yaongi":
-        raise SpecError(f"{folder} is the part of an export that transformers reads; give the folder above it")
+        raise SpecError(f"{folder} is the part of an export that transformers reads; name its parent folder")
     architecture = architecture_of(config, where)
     try:
         fields = architecture.reads(config)
     except KeyError as error:
-        raise SpecError(f"{where}: has no {error.args[0]}, which a {architecture.model_type} needs") from None
+        kind = architecture.model_type
+        raise SpecError(f"{where}: has no {error.args[0]}, which a model of type {kind} needs") from None
     except SpecError as error:
         raise SpecError(f"{folder}/{error}") from None
     return Pretrained(folder, "transformers", parse(ModelSpec, fields, where), architecture, _beside(folder), "")

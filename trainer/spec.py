@@ -347,7 +347,7 @@ class RuntimeSpec(Spec):
 class EvaluateSpec(Spec):
     """Held-out evaluation: at most `max_tokens` tokens of each domain, and one generated sample per prompt.
 
-    `chat`: the prompts are put as questions of a chat.
+    `chat`: the prompts are asked as questions of a chat.
     """
 
     max_tokens: Count = 200_000
@@ -358,7 +358,7 @@ class EvaluateSpec(Spec):
 
 
 class ExportSpec(Spec):
-    """The folder for transformers in an export: `dtype` of its weights, but for the few that are FP32 in either."""
+    """The folder for transformers in an export: `dtype` of its weights, except the few that are always FP32."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
 
@@ -366,8 +366,8 @@ class ExportSpec(Spec):
 class RecipeSpec(Spec):
     """The recipe of a run besides its tokens: the common part of TrainSpec and a job's section `train`.
 
-    `init_from`: the model with whose weights the run begins: the folder of a run, of a checkpoint, of an export or of
-    transformers; in a job also the name of a run, or owner/name or owner/name@revision on the Hugging Face Hub.
+    `init_from`: the model whose weights the run starts from: a folder (a run, a checkpoint, an export, or one of
+    transformers); in a job also the name of a run, or owner/name or owner/name@revision on the Hugging Face Hub.
     """
 
     steps: Count
@@ -393,7 +393,7 @@ class RecipeSpec(Spec):
 
     @property
     def export_dtype(self) -> Literal["bf16", "fp32"]:
-        """Of the folder for transformers."""
+        """The dtype of the folder for transformers."""
         return (self.export or ExportSpec()).dtype
 
 

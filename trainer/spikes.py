@@ -1,6 +1,7 @@
 """Which steps to skip: those with non-finite gradients, and spikes of loss or gradient norm.
 
-Not judged here is `no_answers`: a step of sources that train on answers only, without a token of one (trainer/loop.py).
+The reason `no_answers` is decided elsewhere (trainer/loop.py): a step without a trained token, where sources train on
+answers only.
 
 A step is a spike if its loss or gradient norm exceeds the mean of the previous steps by `sigmas` standard deviations
 (as in OLMo-core's SkipStep optimizers). Spikes enter the window like every other step. So a lasting rise, for example

@@ -1,7 +1,7 @@
 """Sources on the Hugging Face Hub: resolve a dataset to a commit and its files, download with resume, verify.
 
-The `datasets` library says which files a config and split have, so that they match the dataset's page. They are read in
-the order of their names' hashes: repositories are sorted by topic or date, and most runs read only a part of them.
+The `datasets` library lists the files of a config and split, so that they match the dataset's page. They are read in
+the order of the hashes of their names: repositories are sorted by topic or date, and most runs read only some files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Access to repositories on the Hugging Face Hub: commits, files and their checksums, downloads with resume.
+"""Access to repositories on the Hugging Face Hub: commits, files and their checksums, resumable downloads.
 
-The bytes come over plain HTTP into a partial file that a later run continues; a complete file is compared with the
-Hub's checksum. The access token comes only from the environment variable HF_TOKEN.
+Files are downloaded over plain HTTP into a partial file, which a later run continues; a complete file is compared with
+the Hub's checksum. The access token is read only from the environment variable HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def commit_of(repository: Repository, revision: str) -> str:
         raise refused(name, error, kind) from None
     assert commit is not None
     if re.fullmatch(r"[0-9a-f]{40}", revision) and commit != revision:
-        raise DataError(f"{name}: revision {revision} moved to {commit}; pin that one, or another that exists")
+        raise DataError(f"{name}: revision {revision} moved to {commit}; pin that commit, or another that exists")
     return commit
 
 
@@ -104,7 +104,7 @@ def fetch(repository: Repository, commit: str, one: Input, folder: Path, advance
             if status_of(error) == 404:
                 fix = "set origin.revision to" if kind == "dataset" else "name (owner/name@revision)"
                 raise DataError(
-                    f"{one.name}: not on the Hub any more at commit {commit}, which this download began with; {fix} "
+                    f"{one.name}: no longer on the Hub at commit {commit}, with which this download started; {fix} "
                     "one that exists, finished work is kept"
                 ) from None
             raise refused(one.name, error, kind) from None
@@ -126,7 +126,7 @@ def _continue(url: str, headers: dict[str, str], target: Path, size: int, advanc
 
 
 class _Told:
-    """A file that reports its writes, because http_get only draws its own bars or is silent."""
+    """A file that reports its writes, because http_get can only draw its own progress bar or print nothing."""
 
     def __init__(self, file: BinaryIO, advance: Callable[[int], None]) -> None:
         self._file, self._advance = file, advance
@@ -164,7 +164,7 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def token() -> str | bool:
-    # Secrets made from files end in a newline, which is invalid in a header; the error would print the token.
+    # A secret made from a file ends in a newline. It is invalid in a header, and the error would print the token.
     return os.environ.get("HF_TOKEN", "").strip() or False
 
 
@@ -175,7 +175,7 @@ def refused(name: str, error: Exception, kind: str) -> ForeseenError:
     if isinstance(error, RepositoryNotFoundError):
         return DataError(f"{name}: no such {kind} on the Hub, or a private one; check the name, or set HF_TOKEN")
     if status is not None and status not in TRANSIENT_STATUS:
-        return DataError(f"{name}: the Hub refuses it ({in_words(error)}); check its name and revision")
+        return DataError(f"{name}: the Hub refused the request ({in_words(error)}); check the name and revision")
     if (of_this_machine := of_the_machine(error)) is not None:
         return of_this_machine
     return LaunchError(f"{name}: the Hub cannot be read ({in_words(error)}); check the network and try again")

@@ -1,8 +1,8 @@
-"""Models on the Hugging Face Hub that a job begins with: their files in `models/<key>` on the datasets volume.
+"""Models on the Hugging Face Hub that a job starts from: their files in `models/<key>` on the datasets volume.
 
-The first run resolves the revision to a commit and records it in the folder's manifest; later runs keep that commit, so
-that a job does not change when a branch moves. Configuration and tokenizer come first and are compared with the job
-before the weights, which may be hundreds of gigabytes.
+The first run resolves the revision to a commit and records it in the folder's manifest. Later runs keep that commit, so
+that a job does not change when a branch moves. Configuration and tokenizer are downloaded first and compared with the
+job before the weights, which may be hundreds of gigabytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.pretrained import CONFIG, is_weights
 
 
 def fetch_models(job: JobSpec) -> None:
-    """Bring the models that a job names to its datasets volume, and compare them with the job.
+    """Download the models that a job names to its datasets volume, and compare them with the job.
 
     Raises:
         SpecError: a model does not fit.
@@ -47,7 +47,7 @@ def fetch_models(job: JobSpec) -> None:
 
 
 def fetch_config(hub: HubModel, folder: Path) -> None:
-    """The model's config.json alone, into a folder.
+    """Download only the model's config.json into a folder.
 
     Raises:
         DataError, LaunchError: the Hub has none, or does not answer.
@@ -116,7 +116,7 @@ def _listing(repository: Repository, commit: str, *, weights: bool) -> list[Inpu
 
 
 def _entry(directory: Path, one: Input) -> FileEntry:
-    """With the Hub's checksum where that is one of ours, so that weights are not read again."""
+    """With the Hub's checksum if it is of a kind that we use, so that weights are not read again."""
     algorithm, _, checksum = (one.checksum or "").partition(":")
     if algorithm == "sha256":
         return FileEntry(path=one.location, bytes=one.bytes, algorithm="sha256", checksum=checksum)

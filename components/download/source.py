@@ -47,8 +47,8 @@ BLOB_EXPANSION = 40.0  # text bytes of contents per compressed byte of their ids
 
 @dataclass(frozen=True)
 class Task:
-    """The download of one source: `budget` in UTF-8 bytes of text, None for everything; `folder`: start of its relative
-    paths; `template`: how another model's tokenizer writes conversations."""
+    """The download of one source: `budget` in UTF-8 bytes of text, None for everything; `folder`: base of its relative
+    paths; `template`: the chat template of another model's tokenizer, which writes conversations."""
 
     name: str
     spec: TextSpec

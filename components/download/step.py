@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def run(job: JobSpec) -> StageResult:
-    """Bring the models that the job names, and the raw text of all sources to `job.stage_dir("raw")`.
+    """Download the models that the job names, and the raw text of all sources to `job.stage_dir("raw")`.
 
     Raises:
         SpecError: a model does not fit the job.
@@ -40,7 +40,7 @@ def run(job: JobSpec) -> StageResult:
             Finished parts are kept.
     """
     if job.models:
-        from components.download.models import fetch_models  # imports the Hub's library, which most jobs need not
+        from components.download.models import fetch_models  # imports the Hub's library, which most jobs do not need
 
         fetch_models(job)
     template = _template(job)
@@ -50,8 +50,8 @@ def run(job: JobSpec) -> StageResult:
         before = _before(root)
         if before and before.settings.get("chat_template") != (template.digest if template else None):
             raise DataError(
-                f"{root}: its conversations were written by another chat template than the model has now; remove this "
-                "folder, so that they are written anew"
+                f"{root}: its conversations were written with another chat template than the model has now; remove "
+                "this folder, so that they are written again"
             )
         journals = {name: _source(job, name, spec, template) for name, spec in job.data.sources.items()}
         manifest = describe(job, journals, before, template)

@@ -25,11 +25,11 @@ Row = list[Any]  # the values of `TextSpec.columns`, in order
 def maker(spec: TextSpec, template: ChatTemplate | None = None) -> Callable[[str, Row], str]:
     """A function of (where, row) that returns the row's text, "" if it has none.
 
-    Args:
-        template: how another model's tokenizer writes conversations; None for our own markup.
+    It raises DataError if a value is not text, if a value is not a list of messages where the template says chat, if
+    the chat template rejects a conversation, or if there is no answer although the loss is on answers only.
 
-    It raises DataError if a value is not text, not a list of messages where the template says chat (or one that the
-    chat template does not take), or without an answer where the loss is on answers only.
+    Args:
+        template: the chat template of another model's tokenizer, which writes conversations; None for our own markup.
     """
     if spec.template is None:
         return lambda where, row: _string(where, spec.columns[0], row[0])
@@ -104,7 +104,7 @@ def messages_of(where: str, column: str, value: Any) -> list[tuple[str, str]]:
 
 
 def own_markup(messages: list[tuple[str, str]]) -> list[tuple[str, bool]]:
-    """A conversation as pieces for `joined`; an assistant's `<think>` becomes the tokenizer's token too."""
+    """A conversation as pieces for `joined`; an assistant's `<think>` becomes the tokenizer's token for it."""
     pieces = list[tuple[str, bool]]()
     for role, text in messages:
         pieces += [(START, True), (role, False), ("\n", True)]
@@ -121,7 +121,7 @@ def _by_template(where: str, template: ChatTemplate, messages: list[tuple[str, s
         text = template.render([{"role": role, "content": text} for role, text in messages]) if messages else ""
     except TemplateError as error:
         raise DataError(
-            f"{where}: the model's chat template does not take this conversation ({error}); fix or remove the row"
+            f"{where}: the model's chat template rejects this conversation ({error}); fix or remove the row"
         ) from None
     return [(text, True)]
 

@@ -67,10 +67,9 @@ def changed(job: JobSpec, changes: dict[str, Any], run: str) -> JobSpec:
     now = now.updated({"data": {"begun_with_max_bytes": None if limit == now.data.max_bytes_per_source else limit}})
     if now.run_name != run:
         raise SpecError(
-            f"--set: this makes another run, {now.run_name}; of a run that has begun train.steps, train.skip, "
-            "train.parallel, train.runtime, train.evaluate, train.export and data.max_bytes_per_source may change; for "
-            "all else: "
-            "yaongi run JOB --set …"
+            f"--set: this makes another run, {now.run_name}; a run that has begun can change only train.steps, "
+            "train.skip, train.parallel, train.runtime, train.evaluate, train.export and data.max_bytes_per_source; "
+            "for anything else: yaongi run JOB --set …"
         )
     existing = candidates(now.run_dir)
     first = continuable(existing, now.train_spec())

@@ -54,16 +54,16 @@ def resolve(preset: str, overrides: str = "{}", **plain: str | int | float) -> J
 
 
 def runnable_here(job: JobSpec) -> JobSpec:
-    """Returns the job if the steps can do their part of it on this machine or in this pod.
+    """Return the job if its steps can run on this machine or in this pod.
 
     Raises:
         SpecError: the trainer should run here but PyTorch is missing; or it should run in pods, but their volumes are
             not mounted here, so that they would not see the steps' files; or a model's folder is missing or holds
-            another model.
+            a model of another architecture.
     """
     _place_is_here(job)
     if job.models:
-        from components.pretrained import check  # imports what most jobs need not
+        from components.pretrained import check  # most jobs do not need its imports
 
         check(job, downloaded=False)
     return job

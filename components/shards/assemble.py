@@ -71,7 +71,7 @@ def plan_shards(
 
 @dataclass(frozen=True)
 class ShardMaker:
-    """Writes one shard: `.bin`, `.idx` and `.docs`, and `.answers` if its source trains on these only.
+    """Writes one shard: `.bin`, `.idx` and `.docs`, and `.answers` if its source trains on answers only.
 
     Sent to the worker processes.
     """

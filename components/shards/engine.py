@@ -46,7 +46,7 @@ def open_engine(name: EngineName, tokenizer: Tokenizer) -> Encode:
 
 
 def with_markup(encode: Encode, tokenizer: Tokenizer) -> Encode:
-    """The same function, but it encodes the tokens of markup in the texts as such."""
+    """The same function, but it encodes markup tokens in the texts as single tokens."""
     specials = {token: [n] for token, n in tokenizer.markup.items()}
     markup = re.compile(f"({'|'.join(map(re.escape, specials))})")
 

@@ -70,8 +70,8 @@ class EncodedDocuments:
 class UnitEncoder:
     """Encodes one unit; sent to the worker processes. A unit's bytes depend only on this object and the unit.
 
-    Documents dropped by `hygiene_dir` are left out; special tokens are encoded as such only in sources in `markup`, and
-    answers are found only in sources in `answers`.
+    Documents dropped by `hygiene_dir` are left out. Special tokens are encoded as such only in the sources of `markup`,
+    and answers are looked for only in the sources of `answers`.
     """
 
     raw_dir: str
@@ -88,8 +88,8 @@ class UnitEncoder:
         """Write the unit's file and return its checksum.
 
         Raises:
-            DataError: a line is malformed, a document too large for a shard or without an answer although its source
-                trains on answers only; names file and line.
+            DataError: a line is malformed, a document is too large for a shard, or it has no answer although its
+                source trains on answers only; the message names file and line.
         """
         tokenizer, encode = _opened(self.tokenizer_dir, self.engine)
         if unit.source in self.markup:

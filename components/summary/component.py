@@ -12,8 +12,8 @@ def summary(
     metrics: dsl.Output[dsl.Metrics],
     model: dsl.Output[dsl.Model],
 ):
-    """Show the run's report, overview, numbers and model in the pipeline's UI, those of the tuned run if there is one;
-    the files stay on the volume."""
+    """Show the run's report, overview, numbers and model in the pipeline's UI, or those of the tuned run if there is
+    one; the files stay on the volume."""
     from components.running import step
     from components.summary.step import markdown, model_artefact, publish_report, read_run
     from manifests.spec import job_from_json

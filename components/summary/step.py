@@ -21,7 +21,8 @@ class RunSummary:
 
     Attributes:
         loss: the mean of the last `loss_steps` steps.
-        before: by domain the held-out loss of the model that the run began with, and its own; empty for a new model.
+        before: for each domain, the held-out loss of the model that the run started from, and of the trained model;
+            empty for a new model.
     """
 
     name: str

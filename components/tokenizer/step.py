@@ -34,7 +34,7 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
     """Train the tokenizer or take that of a model (taken.py), or report that it is unchanged.
 
     Raises:
-        SpecError: the model's does not fit.
+        SpecError: the model's tokenizer does not fit.
         DataError: raw text is missing, changed or malformed; another process trains the same tokenizer.
         VolumeError: the volume is full or cannot be written.
     """

@@ -1,7 +1,7 @@
 """The tune step: a job's section `tune` as a job of its own, from its data to its export.
 
-It runs the steps of the pipeline one after the other in this process; the trainer's tasks are launched like those of
-any run. What is done is not done again.
+It runs the steps of the pipeline one after the other in this process; the trainer's tasks are launched as for any run.
+Finished steps are not repeated.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def run(job: JobSpec, after: StageResult, pipeline_run: str = "") -> StageResult
     """Tune, or report that the job does not ask for it.
 
     Args:
-        after: the result of the previous step, returned where there is nothing to do.
-        pipeline_run: id of the pipeline run, by which its exit handler finds the jobs; "" without a pipeline.
+        after: the result of the previous step, returned if there is nothing to do.
+        pipeline_run: id of the pipeline run, by which its exit handler finds the jobs; "" outside a pipeline.
 
     Raises:
         SpecError, DataError, LaunchError, CheckpointError, VolumeError: as the steps of the pipeline.

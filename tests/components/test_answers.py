@@ -302,7 +302,7 @@ def test_a_template_with_the_answer_in_its_own_words_is_a_chat_too(tmp_path: Pat
 def test_a_source_that_is_no_chat_is_one_line(template: str | None) -> None:
     source = {"ko": {"loss": "answers"} | ({"template": template} if template else {})}
     with pytest.raises(
-        SpecError, match=r"data\.sources\.ko[^\n]* loss answers is for chats[^\n]*\{messages:chat\}"
+        SpecError, match=r"data\.sources\.ko[^\n]* loss: answers needs chats[^\n]*\{messages:chat\}"
     ) as caught:
         job_from({"preset": "tiny"}, {"data": {"sources": source}})
     assert "\n" not in str(caught.value)

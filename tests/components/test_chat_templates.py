@@ -77,12 +77,12 @@ def test_what_a_template_does_not_take_is_said_in_its_words(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{% for m in messages %}", "its chat template is no Jinja"),
+        ("{% for m in messages %}", "its chat template is not valid Jinja"),
         ("{{ messages[7].role }}", "its chat template fails on a question and an answer"),
         ("{{ raise_exception('never') }}", r"fails on a question and an answer \(never\)"),
         (
             "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}",
-            "does not begin an answer and end it by",
+            "does not mark start and end of an answer by",
         ),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails on a question and an answer"),
     ],

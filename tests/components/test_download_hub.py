@@ -198,9 +198,7 @@ def test_a_source_that_vanished_is_one_line_and_what_is_done_stays(
         hub.server.files = {"README.md": CARD}
     result, error = hub.run(job(make_job, tmp_path))
     assert result is None and error is not None and "\n" not in error
-    said = (
-        "no such dataset on the Hub" if gone == "dataset" else f"{SECOND}: not on the Hub any more at commit {COMMIT}"
-    )
+    said = "no such dataset on the Hub" if gone == "dataset" else f"{SECOND}: no longer on the Hub at commit {COMMIT}"
     assert error.startswith("source 'web': org/texts") and said in error
     assert part.read_bytes() == before and not list(tmp_path.rglob("manifest.json"))
 

@@ -108,8 +108,8 @@ def test_of_a_tokenizers_model_no_weights_are_fetched_until_they_are_asked_for(s
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": 64}, "train.init_from: train.model.hidden is 64, the model of "),
-        ({"vocab_size": 512}, "train.init_from: train.model.vocab_size is 512, the model of "),
+        ({"hidden": 64}, "train.init_from: train.model.hidden is 64, but the model in "),
+        ({"vocab_size": 512}, "train.init_from: train.model.vocab_size is 512, but the model in "),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_weights_come(
@@ -144,7 +144,7 @@ def test_folders_that_do_not_fit_are_refused_before_anything_runs(model: Path, t
     other = llama_tokenizer(tmp_path / "llama")
     with pytest.raises(SpecError, match=r"^tokenizer\.from: id \d+ is .* in the model's own tokenizer .*leave out"):
         check(job(tmp_path, train={"init_from": str(model)}, tokenizer={"from": str(other)}), downloaded=True)
-    with pytest.raises(SpecError, match=r"^train\.init_from: .*none is no folder here"):
+    with pytest.raises(SpecError, match=r"^train\.init_from: .*none is not a folder on this machine"):
         check(job(tmp_path, train={"init_from": str(tmp_path / "none")}), downloaded=True)
     small = {"model": MODEL | {"vocab_size": 256}, "init_from": None}
     with pytest.raises(SpecError, match=r"^tokenizer\.from: the tokenizer of .* has 295 entries, .*vocab_size is 256"):

@@ -92,7 +92,7 @@ def test_other_steps_make_another_tuned_run_of_the_same_base() -> None:
         ({"steps": 3, "sources": {"a": {"origin": FILES}}}, r"^tune\.sources\.a\.licence: required field is missing"),
         (
             {"steps": 3, "sources": {"a": CHAT | {"template": "{text}"}}},
-            r"^tune\.sources\.a: loss answers is for chats, and the source's texts are none",
+            r"^tune\.sources\.a: loss: answers needs chats, but the source has plain text",
         ),
         (
             {"steps": 3, "sources": {"a": CHAT}, "seq_len": 100},

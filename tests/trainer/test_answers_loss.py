@@ -174,7 +174,7 @@ def test_held_out_answers_are_scored_with_all_before_them_as_context(scored: Any
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert "scored" not in result["sources"]["en"]
     report = (Path(spec.run_dir) / "report.html").read_text(encoding="utf-8")
-    assert "Of ko, only the answers are scored." in report
+    assert "In ko, only the answers are scored." in report
 
 
 def test_a_budget_counts_scored_tokens(scored: Any) -> None:

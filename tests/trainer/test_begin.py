@@ -104,9 +104,12 @@ def test_finds_models_and_their_tokenizers(folder: Path) -> None:
     ]
     assert tokenizer_of(first) == tokenizer_of(folder / "tokenizer") == folder / "tokenizer"
     assert tokenizer_of(first / "export") == first / "export"
-    with pytest.raises(SpecError, match=r"theirs has no tokenizer\.json; write another model"):
+    with pytest.raises(SpecError, match=r"theirs has no tokenizer\.json; set tokenizer\.from to another model"):
         tokenizer_of(folder / "theirs")
-    for place, said in (("none", "is no folder here"), ("shards", "holds no model; give a run, a checkpoint")):
+    for place, said in (
+        ("none", "is not a folder on this machine"),
+        ("shards", "holds no model; name a run, a checkpoint"),
+    ):
         with pytest.raises(SpecError, match=said):
             find(folder / place)
 
@@ -114,10 +117,16 @@ def test_finds_models_and_their_tokenizers(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": 128}, r"train\.model\.hidden is 128, the model of .*theirs has 64"),
-        ({"layers": ["*E"]}, r'train\.model\.layers is "\*E", the model of .* has "\*E\*E"'),
-        ({"layers": ["*", "E*E"]}, "train.model is no qwen3_moe, which .* holds: layers are not all"),
-        ({"attention": {"rope_theta": 10000}}, r"attention\.rope_theta is 10000\.0, the model of .* has 1000000\.0"),
+        ({"hidden": 128}, r"train\.model\.hidden is 128, but the model in .*theirs has 64"),
+        ({"layers": ["*E"]}, r'train\.model\.layers is "\*E", but the model in .* has "\*E\*E"'),
+        (
+            {"layers": ["*", "E*E"]},
+            "train.model does not fit .*, which holds a model of type qwen3_moe: layers are not all",
+        ),
+        (
+            {"attention": {"rope_theta": 10000}},
+            r"attention\.rope_theta is 10000\.0, but the model in .* has 1000000\.0",
+        ),
         ({"moe": {"renormalise": False}}, r"moe\.renormalise is false, .* has none"),
         ({"tied_embedding": True}, r"tied_embedding is true, .* has none"),
     ],

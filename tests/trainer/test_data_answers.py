@@ -141,5 +141,5 @@ def test_shards_of_which_only_some_list_answers_are_refused(tmp_path: Path) -> N
     manifest = write_shards(tmp_path, {"ko": {"train": random_documents(0, 9)}}, answers=("ko",))
     cut = manifest.model_copy(update={"files": manifest.files[:-1]})
     write_manifest(tmp_path / "shards", cut)
-    with pytest.raises(DataError, match=r"only some shards of source 'ko' list answers; run the shards step again"):
+    with pytest.raises(DataError, match=r"only some shards of source 'ko' have \.answers; run the shards step again"):
         SourceDocuments(tmp_path / "shards", read_manifest(tmp_path / "shards"), "ko", "train")

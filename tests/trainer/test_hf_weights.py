@@ -191,10 +191,10 @@ def test_what_does_not_fit_is_one_line(change: dict, message: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"tied_embedding": True}, "its head has weights of its own"),
-        ({"attention": {"bias": True}}, "neither positions nor norms of queries and keys nor biases"),
-        ({"mlp": {"bias": True}}, "biases of its MLPs are also in its shared experts"),
-        ({"layers": ["ME", "M-"]}, "its cache counts positions in attention, and there is none"),
+        ({"tied_embedding": True}, "its head is never tied to the embedding"),
+        ({"attention": {"bias": True}}, "no positions, no norms of queries and keys, and no biases"),
+        ({"mlp": {"bias": True}}, "if its MLPs have biases, so do its shared experts"),
+        ({"layers": ["ME", "M-"]}, "its cache needs at least one attention layer"),
         ({"mlp": {"bias": True}, "layers": ["M*-"]}, None),
         ({"mlp": {"activation": "swiglu"}, "layers": ["M*E"]}, None),
         ({"mtp": {"depth": 1}}, None),

@@ -337,11 +337,11 @@ def load_model(
     """Load a verified checkpoint into the parameters and buffers of `model`.
 
     Args:
-        kept: whether what has this name stays as it is where the checkpoint has nothing for it.
-        together: a collective of all ranks, each of which loads what it holds; else no process group is needed.
+        kept: whether tensors with this name keep their values if the checkpoint does not have them.
+        together: a collective of all ranks, each of which loads what it holds; otherwise no process group is needed.
 
     Raises:
-        CheckpointError, DivergedError: it holds another model; weights in it are not finite.
+        CheckpointError, DivergedError: it holds another model; its weights are not finite.
     """
     state, stored = _model_state(model), _read_index(Path(path))
     if kept:

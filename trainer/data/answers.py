@@ -1,4 +1,4 @@
-"""The answers of each document of a shard, whose tokens alone are trained: `PREFIX.answers` beside `PREFIX.bin`.
+"""The answers of each document of a shard, for training on answers only: `PREFIX.answers` beside `PREFIX.bin`.
 
     offset          bytes      content
     0               8          magic "YAOANSW1"
@@ -6,8 +6,8 @@
     16              8·(S+1)    u64 number of the first answer of each of S documents, in the order of the index, and n
     24 + 8·S        8·n        for each answer, u32 start and u32 stop: tokens [start, stop) of its document
 
-Little-endian; the answers of a document rise and do not overlap. Only sources with `loss: answers` have the file.
-Megatron's readers ignore it; the manifest has its checksum. Imports no torch.
+Little-endian; the answers of a document are in ascending order and do not overlap. Only sources with `loss: answers`
+have the file. Megatron's readers ignore it; the manifest has its checksum. Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Ranges = NDArray[np.uint32]  # [n, 2], start and stop of each answer
 
 
 def write_answers(prefix: str | Path, counts: NDArray[np.integer], ranges: Ranges) -> None:
-    """Write the list of a shard: the number of answers of each document, and the concatenated ranges."""
+    """Write the answers of a shard: their number in each document, and the concatenated ranges."""
     assert int(counts.sum()) == len(ranges)
     firsts = np.concatenate([[0], np.cumsum(counts)]).astype("<u8")
     data = HEADER.pack(MAGIC, len(ranges)) + firsts.tobytes() + ranges.astype("<u4").tobytes()
@@ -36,7 +36,7 @@ def write_answers(prefix: str | Path, counts: NDArray[np.integer], ranges: Range
 
 
 class Answers:
-    """One `.answers`, mapped read-only: `answers[i]` are the ranges of document i of the shard.
+    """One `.answers` file, mapped read-only: `answers[i]` are the ranges of document i of the shard.
 
     Raises:
         DataError: the file is missing, malformed, or not for a shard of `documents` documents.
@@ -48,10 +48,10 @@ class Answers:
             data = np.memmap(path, mode="r", dtype=np.uint8)
             magic, count = HEADER.unpack(bytes(data[: HEADER.size]))
             if magic != MAGIC:
-                raise ValueError("no list of answers")
+                raise ValueError("not a list of answers")
             at = HEADER.size + 8 * (documents + 1)
             if len(data) != (expected := at + 8 * count):
-                raise ValueError(f"has {len(data)} bytes, {documents} documents with {count} answers need {expected}")
+                raise ValueError(f"{len(data)} bytes, but {documents} documents with {count} answers need {expected}")
             self._firsts: NDArray[np.uint64] = np.frombuffer(data, "<u8", documents + 1, HEADER.size)
             self._ranges: Ranges = np.frombuffer(data, "<u4", 2 * count, at).reshape(count, 2)
         except FileNotFoundError:
@@ -62,14 +62,14 @@ class Answers:
             raise self._damaged(str(error)) from None
 
     def check(self, lengths: NDArray[np.integer]) -> None:
-        """Check that the answers lie in their documents, which have these numbers of tokens, in order.
+        """Check that the answers are in order and inside their documents, whose numbers of tokens are `lengths`.
 
         Raises:
-            DataError: they do not.
+            DataError: they are not.
         """
         firsts, (starts, stops) = self._firsts.astype(np.int64), self._ranges.astype(np.int64).T
         if firsts[0] != 0 or firsts[-1] != len(starts) or (np.diff(firsts) < 0).any():
-            raise self._damaged("the numbers of the documents' first answers do not rise to that of all answers")
+            raise self._damaged("the index of first answers does not ascend to the number of answers")
         document = np.repeat(np.arange(len(lengths)), np.diff(firsts))
         follows = document[1:] == document[:-1]
         if (starts >= stops).any() or (stops > lengths[document]).any() or (starts[1:] < stops[:-1])[follows].any():

@@ -1,15 +1,15 @@
 """The answers of a chat: what the assistant wrote, found in a text and in its tokens. Imports no torch.
 
-A message is `<|im_start|>role\\ncontent<|im_end|>\\n`. The answer of an assistant's message is what the model has to
-write itself: all after the header, thoughts included, up to and with the end token, by which it stops. The header, and
-the line break after the end token, come from whoever calls the model. A message without text (blanks only) is no
-answer: it would teach to say nothing.
+A message is `<|im_start|>role\\ncontent<|im_end|>\\n`. The answer in an assistant's message is what the model must
+write itself: everything after the header, thoughts included, up to and including the end token, which stops generation.
+The header, and the line break after the end token, come from the caller of the model. A message with only whitespace is
+not an answer: it would teach the model to say nothing.
 
-The tokens are those of the whole text, as of any other source; a token belongs to an answer if all its bytes do. Only
-an answer that begins with line breaks has none at its start: the header's "\\n" and these are one token, which is not
-trained. Cutting the text there would give it tokens of its own, but a server encodes the messages before the last one
-as a whole, so earlier answers would have other ids in training than in use. As it is, the model goes straight from the
-header to the first word, and the ids are the same whether the loss is on all tokens or on the answers.
+The whole text is tokenised at once, as for any other source; a token belongs to an answer if all its bytes do. So line
+breaks at the start of an answer are not trained: together with the header's "\\n" they form one token. Splitting the
+text there would give them their own tokens. But a server encodes all earlier messages as one text, so earlier answers
+would have different ids in training than in use. Without the split, the model goes straight from the header to the
+first word, and the ids are the same whether the loss is on all tokens or on the answers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from trainer.errors import DataError
 
-if TYPE_CHECKING:  # the download step needs the text alone
+if TYPE_CHECKING:  # the download step needs only the functions for text
     from trainer.data.tokenizer import Tokenizer
 
 ROLE = "assistant"
@@ -32,15 +32,15 @@ NO_ANSWER = f"no message of the role {ROLE} with text, and 'loss: answers' train
 
 
 class TemplateError(ValueError):
-    """A conversation that a chat template does not take, in its own words."""
+    """A chat template rejects a conversation; the message is the template's own."""
 
 
 @dataclass(frozen=True)
 class ChatFormat:
     """How a message of the assistant is written: `start` and `header`, its text, `end`.
 
-    `start` and `end` are special tokens, which no text of a message can contain (components/download/texts.py);
-    `header` may contain further ones.
+    `start` and `end` are special tokens, which the text of a message never contains (components/download/texts.py);
+    `header` may contain other special tokens.
     """
 
     start: str
@@ -58,12 +58,12 @@ CHATML = ChatFormat(start="<|im_start|>", header=f"{ROLE}\n", end="<|im_end|>")
 
 
 def question(text: str) -> str:
-    """A user's message in our own markup, and the header of the answer to come."""
+    """A user's message in our own markup, followed by the header of the answer."""
     return f"{CHATML.start}user\n{plain(text)}{CHATML.end}\n{CHATML.start}{CHATML.header}"
 
 
 def plain(text: str) -> str:
-    """A text without special tokens of ours: they are broken by spaces."""
+    """The text with spaces inserted into our special tokens, so that it contains none."""
     return MARKUP.sub(r"<| \1 |>", text)
 
 
@@ -71,7 +71,7 @@ class AnswerFinder:
     """Finds the answers in the tokens of a document.
 
     Raises:
-        DataError: start or end of a message is not one token of the tokenizer.
+        DataError: the tokenizer has no single token for the start or the end of a message.
     """
 
     def __init__(self, tokenizer: Tokenizer, chat: ChatFormat = CHATML) -> None:
@@ -87,7 +87,7 @@ class AnswerFinder:
         return [found for start, end in messages if (found := self._answer(ids, start, end))]
 
     def _answer(self, ids: Sequence[int], start: int, end: int) -> tuple[int, int] | None:
-        """The answer of the message between its start token and its end token, if it is the assistant's."""
+        """The answer in the message between a start token and an end token, if it is the assistant's."""
         first, head = start + 1, b""
         while len(head) < len(self._header) and first < end:
             head += self._bytes(ids[first])
@@ -95,7 +95,7 @@ class AnswerFinder:
         if not head.startswith(self._header):
             return None
         rest = head[len(self._header) :]
-        for some in (ids[first : min(first + 8, end)], ids[first:end]):  # a few tokens are mostly enough
+        for some in (ids[first : min(first + 8, end)], ids[first:end]):  # the first few tokens are usually enough
             if (rest + b"".join(map(self._bytes, some))).decode("utf-8", "ignore").strip():
                 return first, end + 1
         return None
@@ -104,7 +104,7 @@ class AnswerFinder:
 def _single(tokenizer: Tokenizer, token: str) -> int:
     if (found := tokenizer.markup.get(token)) is None:
         raise DataError(
-            f"the tokenizer has no token {token}, by which 'loss: answers' finds the answers of a chat; use another "
-            "tokenizer, or set loss: all"
+            f"the tokenizer has no token {token}, which 'loss: answers' needs to find the answers of a chat; use "
+            "another tokenizer, or set loss: all"
         )
     return found

@@ -1,7 +1,7 @@
-"""The chat template of another model's tokenizer: how its conversations are written. Imports no torch.
+"""The chat template of another model's tokenizer, which writes its conversations. Imports no torch.
 
-A template is a Jinja program from whoever made the model, so it runs in Jinja's sandbox, with what transformers gives
-such templates except the date, which would change the data from one day to the next.
+A template is a Jinja program by the author of the model, so it runs in Jinja's sandbox. It has the functions that
+transformers gives to such templates except the date, which would change the data from one day to the next.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
-_QUESTION, _ANSWER = "Is it so?", "It is."  # for finding out how a template writes an answer
+_QUESTION, _ANSWER = "Is it so?", "It is."  # to find out how a template writes an answer
 
 
 class ChatTemplate:
     """
     Args:
-        folder: that of the tokenizer.
+        folder: the tokenizer's folder.
 
     Attributes:
         digest: sha256 of the template.
-        form: between what its answers stand.
+        form: the tokens before and after an answer.
 
     Raises:
-        DataError: there is no template, or answers cannot be told apart in what it writes.
+        DataError: there is no template, or answers cannot be found in its output.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -50,7 +50,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
-            raise DataError(f"{folder}: its chat template is no Jinja ({error}); repair or replace it") from None
+            raise DataError(f"{folder}: its chat template is not valid Jinja ({error}); repair or replace it") from None
         tokens = {name: value for name, value in config.items() if name.endswith("_token")}
         self._tokens = {name: v.get("content") if isinstance(v, dict) else v for name, v in tokens.items()}
         specials = sorted(self._tokenizer.markup, key=len, reverse=True)
@@ -58,20 +58,20 @@ class ChatTemplate:
         self.form = self._form()
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """A conversation as the template writes it. Special tokens in roles and contents are broken by a space, so that
-        none can imitate the template's own.
+        """A conversation as the template writes it. A space is inserted into special tokens in roles and contents, so
+        that they cannot imitate the template's own.
 
         Raises:
-            TemplateError: the template does not take it.
+            TemplateError: the template rejects it.
         """
         return self._rendered([{name: self.plain(text) for name, text in message.items()} for message in messages])
 
     def question(self, text: str) -> str:
-        """A user's message, and what stands before the answer to come."""
+        """A user's message, followed by the start of the answer (the generation prompt)."""
         return self._rendered([{"role": "user", "content": self.plain(text)}], to_answer=True)
 
     def plain(self, text: str) -> str:
-        """A text without special tokens."""
+        """The text with a space inserted into each special token."""
         return self._special.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
 
     def _rendered(self, messages: list[dict[str, str]], *, to_answer: bool = False) -> str:
@@ -83,9 +83,9 @@ class ChatTemplate:
             raise TemplateError(" ".join(str(error).split())) from None
 
     def _form(self) -> ChatFormat:
-        """From how the template writes one question, what it puts before an answer, and what behind it.
+        """Find what the template writes before and after an answer, by rendering one question and one answer.
 
-        Thoughts that a template opens itself (<think>) belong to the answer: not every answer has them.
+        Thoughts that a template opens itself (<think>) belong to the answer, because not every answer has them.
         """
         asked = [{"role": "user", "content": _QUESTION}]
         try:
@@ -100,8 +100,8 @@ class ChatTemplate:
         first, last = self._special.match(head), self._special.match(tail.lstrip())
         if not (prompt.startswith(before) and first and head[first.end() :].strip() and last):
             raise DataError(
-                f"{self._folder}: its chat template does not begin an answer and end it by special tokens, by which "
-                "answers are found; replace the template"
+                f"{self._folder}: its chat template does not mark start and end of an answer by special tokens, which "
+                "are needed to find answers; replace the template"
             )
         return ChatFormat(first[0], head[first.end() :], last[0])
 
@@ -116,10 +116,10 @@ def chat_template(folder: str | Path) -> ChatTemplate | None:
 
 
 class Asking:
-    """Puts questions to a model that was trained on chats: a text as a user's message, to be answered.
+    """Writes questions for a model that was trained on chats: a text as a user's message, ready to be answered.
 
     Args:
-        folder: that of the tokenizer.
+        folder: the tokenizer's folder.
 
     Attributes:
         stops: the ids at which an answer ends.
@@ -134,13 +134,13 @@ class Asking:
         self.stops = {self._tokenizer.eod_id, *self._tokenizer.encode(form.end, specials=True)}
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of the question, up to where the answer begins."""
+        """The ids of the question, up to the start of the answer."""
         asked = self._template.question(text) if self._template else question(text)
         return self._tokenizer.begun(self._tokenizer.encode(asked, specials=True))
 
 
 def form_of(folder: str | Path) -> ChatFormat:
-    """Between what the answers of a chat stand. Raises as `chat_template`."""
+    """The tokens before and after an answer of a chat. Raises as `chat_template`."""
     template = chat_template(folder)
     return template.form if template else CHATML
 
@@ -149,10 +149,10 @@ def _source(folder: Path, config: dict[str, Any]) -> str:
     if (folder / FILE).is_file():
         return (folder / FILE).read_text(encoding="utf-8")
     found = config.get("chat_template")
-    if isinstance(found, list):  # several, by name
+    if isinstance(found, list):  # several templates with names
         found = next((one.get("template") for one in found if one.get("name") == "default"), None)
     if not isinstance(found, str):
-        raise DataError(f"{folder}: has no chat template ({FILE}, or chat_template in {CONFIG}); give it one")
+        raise DataError(f"{folder}: has no chat template ({FILE}, or chat_template in {CONFIG}); add one")
     return found
 
 

@@ -21,7 +21,7 @@ from trainer.spec import TokensSpec
 class SourceDocuments:
     """All documents of one source and split, numbered through its shards in the manifest's order.
 
-    `answers_only`: only their answers are trained and scored.
+    `answers_only`: only the answers in them are trained and scored.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, source: str, split: Split) -> None:
@@ -34,7 +34,7 @@ class SourceDocuments:
         self.answers_only = bool(listed)
         if listed and len(listed) < len(entries):
             raise DataError(
-                f"{directory}: only some shards of source '{source}' list answers; run the shards step again"
+                f"{directory}: only some shards of source '{source}' have .answers; run the shards step again"
             )
         self._answers = [Answers(s.prefix, len(s)) for s in self.shards] if listed else []
         for shard, found in zip(self.shards, self._answers, strict=False):

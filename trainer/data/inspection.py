@@ -97,7 +97,7 @@ def totals(directory: str | Path, manifest: Manifest) -> list[SourceTotals]:
 class Passage:
     """Tokens [start, stop) of a document of `length` tokens, as text, with the document's raw line.
 
-    `trained`: how many of them are answers, for a source that trains on these only.
+    `trained`: how many of them are answers, for a source that trains on answers only.
     """
 
     source: str

@@ -37,7 +37,7 @@ PREFETCH_STEPS = 2
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Labels: the next token of the same document, -100 without one and where that is not trained.
+    """Labels: the next token of the same document; -100 if there is none or if it is not trained.
 
     `seq_idx_BT` numbers the documents within a row.
     """
@@ -49,8 +49,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's part of a step. `num_labels` and `num_rows` count all ranks; ledger and cursor are those after the
-    step. `answers_only`: of some sources only the answers have labels, so a step may have none at all."""
+    """This rank's part of a step. `num_labels` and `num_rows` are totals over all ranks; ledger and cursor are those
+    after the step. `answers_only`: in some sources only the answers have labels, so a step may have none at all."""
 
     micro_batches: list[MicroBatch]
     num_labels: int
@@ -202,7 +202,7 @@ class TokenLoader:
         )
 
     def _num_labels(self, segment: Segment) -> int:
-        """The trained tokens among those that follow a token of the segment in its document."""
+        """The number of labels of a segment: trained tokens among those that follow one of its tokens."""
         ranges = self._sources[segment.source].answers(segment.document)
         start, stop = segment.start + 1, segment.stop + segment.continues
         return stop - start if ranges is None else count_trained(ranges, start, stop)
@@ -236,7 +236,7 @@ class TokenLoader:
 def heldout_documents(tokens: TokensSpec) -> Iterator[tuple[str, str, NDArray[np.integer], Ranges | None]]:
     """Yield (source, domain, tokens with EOD, answers) of every held-out document of the mix, in a fixed order.
 
-    `answers` are the token ranges that alone are scored; None if all tokens are.
+    `answers` are the only token ranges that are scored; None if all tokens are.
 
     Raises:
         DataError: data is missing, changed or of another tokenizer.

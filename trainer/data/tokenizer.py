@@ -12,7 +12,7 @@ exactly the requested size. Special tokens written in a text are ordinary charac
 so no document can end itself. Bytes that are not UTF-8 have ids too (`encode_bytes`), so any bytes survive a round
 trip.
 
-The wrapper takes any byte-level BPE, also that of another model (`tokenizer.from`), whose rules and ids may differ.
+The wrapper accepts any byte-level BPE, also that of another model (`tokenizer.from`), whose rules and ids may differ.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
 BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + n): b for n, b in enumerate(_OTHERS)}
 
 
-# What belongs to a tokenizer, as transformers names it; only the first is always there.
+# The files of a tokenizer, by their names in transformers; only the first is required.
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -61,7 +61,7 @@ FILES = (
 
 
 def files_of(directory: Path) -> list[Path]:
-    """Those of them that are there."""
+    """The files of FILES that exist in a directory."""
     return [directory / name for name in FILES if (directory / name).is_file()]
 
 
@@ -71,8 +71,8 @@ class Tokenizer:
     Attributes:
         digest: sha256 of tokenizer.json.
         eod, eod_id: the end of a document.
-        prefix: ids that its own rules put before every text, as Llama's; none in most.
-        vocab_size: the highest id and one.
+        prefix: ids that its own rules put before every text, as Llama's do; most tokenizers have none.
+        vocab_size: the highest id plus one.
     """
 
     def __init__(self, raw: RawTokenizer, digest: str, eod: str) -> None:
@@ -85,11 +85,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
-        """The tokenizer in `directory/tokenizer.json`. The end of a document is <|endoftext|>, in a vocabulary without
-        that the `eos_token` of tokenizer_config.json.
+        """The tokenizer in `directory/tokenizer.json`. The end of a document is <|endoftext|>, or the `eos_token` of
+        tokenizer_config.json if the vocabulary does not have that.
 
         Raises:
-            DataError: the file is missing, not a tokenizer, or one that does not keep every byte.
+            DataError: the file is missing, not a tokenizer, or a tokenizer that does not keep every byte.
         """
         path = Path(directory) / "tokenizer.json"
         try:
@@ -104,8 +104,8 @@ class Tokenizer:
             raise DataError(f"{path}: not a tokenizer ({error}); run the tokenizer step again") from None
         if "ByteLevel" not in str(json.loads(data).get("decoder")) or raw.get_vocab_size() == 0:
             raise DataError(
-                f"{path}: not byte-level BPE, which keeps every byte of a text; take a model with such a tokenizer "
-                "(as GPT-2, Llama 3, Qwen and Nemotron have)"
+                f"{path}: not byte-level BPE, which keeps every byte of a text; use a model with such a tokenizer "
+                "(GPT-2, Llama 3, Qwen and Nemotron have one)"
             )
         eod = EOD if raw.token_to_id(EOD) is not None else _eos_token(Path(directory) / "tokenizer_config.json")
         if eod is None or raw.token_to_id(eod) is None:
@@ -122,24 +122,24 @@ class Tokenizer:
 
     @property
     def added(self) -> set[str]:
-        """The tokens that no merge makes."""
+        """The tokens that are not results of merges."""
         return {token.content for token in self._raw.get_added_tokens_decoder().values()}
 
     @property
     def markup(self) -> dict[str, int]:
-        """The tokens that a chat template may write, and their ids. Of a tokenizer that was trained here, those of
-        SPECIAL_TOKENS but the end of a document, which no text contains."""
+        """The tokens that a chat template may write, and their ids. For a tokenizer that was trained here these are
+        SPECIAL_TOKENS without the end of a document, which no text contains."""
         if self.is_own:
             ids = self.ids()
             return {token: ids[token] for token in SPECIAL_TOKENS if token != self.eod}
         return {token.content: n for n, token in self._raw.get_added_tokens_decoder().items() if token.special}
 
     def begun(self, ids: list[int]) -> list[int]:
-        """The ids of a text behind the prefix."""
+        """The ids of a text, preceded by the prefix."""
         return ids if ids[: len(self.prefix)] == self.prefix else [*self.prefix, *ids]
 
     def document(self, ids: list[int]) -> list[int]:
-        """The ids of a text as a document: behind the prefix, and ended. May change `ids`."""
+        """The ids of a text as a document, with the prefix and the end of a document. May change `ids`."""
         ids = self.begun(ids)
         if ids[-1:] != [self.eod_id]:
             ids.append(self.eod_id)
@@ -181,7 +181,7 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes of the ids; special tokens as written. Ids that pad a model's vocabulary have none."""
+        """The exact bytes of the ids; special tokens as written. Ids that pad a model's vocabulary have no bytes."""
         return b"".join(self._bytes[n] for n in ids if n < self.vocab_size)
 
     def byte_lengths(self) -> list[int]:
@@ -276,7 +276,7 @@ def save(raw: RawTokenizer, directory: str | Path) -> None:
 
 
 def config_text(eod: str) -> bytes:
-    """tokenizer_config.json of a tokenizer that has no further rules."""
+    """tokenizer_config.json of a tokenizer that has no other rules."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eod,

@@ -19,16 +19,16 @@ from trainer.modelspec import ModelSpec
 class Architecture:
     """
     Attributes:
-        model_type, class_name: as config.json names it.
+        model_type, class_name: its names in config.json.
         outside: our names of embedding, final norm and head → theirs.
-        reads: fields of ModelSpec of a configuration.
-        writes: a configuration of a spec, without the fields that all share.
-        misfit: why a spec is no such model; None where it is.
-        useless: why transformers cannot run such a model, though it has the layers.
-        places: for each sublayer in order its prefix here, and there those of its norm and its mixer.
-        ignored: beginnings of names that a checkpoint may hold and that are no weights of ours.
-        absent: parts that the kind has and this architecture has not.
-        zeros: names and shapes of tensors that it has and a spec has not; as zeros they do nothing.
+        reads: the fields of ModelSpec, from a configuration.
+        writes: the configuration of a spec, without the fields that all architectures share.
+        misfit: why a spec is not such a model; None if it is.
+        useless: why transformers cannot run such a model, although it has the layers.
+        places: for each sublayer in order, its prefix in our names, and those of its norm and its mixer in theirs.
+        ignored: prefixes of names that a checkpoint may contain and that we have no weights for.
+        absent: parts that the kind has and this architecture does not have.
+        zeros: names and shapes of tensors that it has and a spec does not have; as zeros they have no effect.
     """
 
     model_type: str
@@ -44,7 +44,7 @@ class Architecture:
     useless: Callable[[ModelSpec], str | None] = lambda _: None
 
     def parts(self, spec: ModelSpec) -> list[Part]:
-        """Everything of a model, with full names."""
+        """All parts of a model, with full names."""
         found = [Part(theirs, ours) for ours, theirs in self.outside.items()]
         if spec.tied_embedding:
             found = [part for part in found if part.ours != "head.weight"]
@@ -117,7 +117,7 @@ def _decoder_config(spec: ModelSpec) -> Config:
 
 
 def _former_rope(rope: Config) -> Config:
-    """The same for programs with transformers 4, which would turn by the default base without an error."""
+    """The same for programs with transformers 4, which would silently use the default base of rotary positions."""
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     return {"rope_theta": rope["rope_theta"]} | ({} if rope["rope_type"] == "default" else {"rope_scaling": scaling})
 
@@ -127,7 +127,7 @@ def _decoder_misfit(spec: ModelSpec, layer: str, *, qk_norm: bool) -> str | None
     if set(spec.layers) != {layer}:
         return f"layers are not all {layer}"
     if spec.mup or attention is None or attention.rope_theta is None:
-        return "it knows no μP" if spec.mup else "it turns by positions (rope_theta)"
+        return "it does not support μP" if spec.mup else "it needs rotary positions (rope_theta)"
     if attention.qk_norm != qk_norm:
         return f"attention has qk_norm {attention.qk_norm}"
     return None
@@ -138,7 +138,7 @@ def _dense_misfit(spec: ModelSpec, *, qk_norm: bool, bias: bool) -> str | None:
         return reason
     assert spec.mlp is not None
     if spec.mlp.activation != "swiglu" or (spec.mlp.bias and not bias):
-        return "its MLP is SwiGLU" + ("" if bias else " without bias")
+        return "its MLP must be SwiGLU" + ("" if bias else " without bias")
     return None
 
 
@@ -148,9 +148,9 @@ def _moe_misfit(spec: ModelSpec) -> str | None:
     moe = spec.moe
     assert moe is not None
     if moe.activation != "swiglu" or moe.shared_width:
-        return "its experts are SwiGLU, without a shared one"
+        return "its experts must be SwiGLU, without a shared one"
     if moe.scores != "softmax" or moe.score_scale != 1 or moe.bias_update_rate:
-        return "its router is a softmax without scale and without a bias on the choice"
+        return "its router must be a softmax without a scale and without a bias on the choice"
     return None
 
 

@@ -19,7 +19,7 @@ def common(config: Config) -> Config:
 
 
 def refuse(config: Config, *, hold: dict[str, Any]) -> None:
-    """Fields that would make another model must have these values, where they are there at all."""
+    """Refuse a configuration that has other values than these; fields may be missing. Others change the model."""
     for name, value in hold.items():
         if (found := config.get(name, value)) != value:
             raise SpecError(f"config.json: {name} {found!r} is not supported, only {value!r}")

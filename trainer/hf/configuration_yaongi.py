@@ -1,10 +1,10 @@
-"""Configuration of a model of yaongi in transformers: its spec, under transformers' names where it has one."""
+"""Configuration of a yaongi model in transformers: its spec, under the names of transformers where those exist."""
 
 from transformers import PretrainedConfig
 
 
 class YaongiConfig(PretrainedConfig):
-    """`layers` and the sections of the kinds are those of the model's spec; an Engram has its `table_rows` too."""
+    """`layers` and the sections of the kinds are those of the model's spec; an Engram also has its `table_rows`."""
 
     model_type = "yaongi"
     keys_to_ignore_at_inference = ["past_key_values"]

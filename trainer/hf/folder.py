@@ -1,5 +1,5 @@
-"""A folder that transformers' AutoModelForCausalLM and AutoTokenizer load: configuration, weights, tokenizer, and of a
-model that transformers does not have its code."""
+"""A folder that transformers' AutoModelForCausalLM and AutoTokenizer load: configuration, weights, tokenizer, and the
+code of models that transformers does not have."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def write(
     dtype: torch.dtype,
     code: Sequence[Path] = (),
 ) -> list[str]:
-    """Write it; the names of the files.
+    """Write the folder and return the names of its files.
 
     Args:
-        config: of the architecture, without dtype and tokens.
-        named: the weights under their names there.
-        dtype: of most of them.
-        code: files that transformers imports, where it does not have the model itself.
+        config: the configuration of the architecture, without dtype and tokens.
+        named: the weights, under the names in the files.
+        dtype: the dtype of most weights.
+        code: files for transformers to import, if it does not have the model itself.
     """
     folder.mkdir()
     tokenizer = Tokenizer.load(tokenizer_dir)

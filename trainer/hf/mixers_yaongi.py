@@ -1,7 +1,7 @@
-"""The sublayers of a model of yaongi in transformers: Mamba-2, experts, attention, MLP and Engram, with their states.
+"""The sublayers of a yaongi model in transformers: Mamba-2, experts, attention, MLP and Engram, with their states.
 
-They are those of the trainer in plain torch, for rows of one document. Norms, routing, rotations and the state space
-are computed in FP32 whatever the dtype of the weights.
+They compute what the trainer computes, in plain torch, for rows of one document. Norms, routing, rotations and the
+state space are computed in FP32 for any dtype of the weights.
 
 Legend: B rows, T new positions, S cached and new positions, D hidden, V vocabulary, H heads, K key/value heads or
 chosen experts, G groups or rows of a first matrix, P and W widths of a head, I inner width, N width of a state or
@@ -19,12 +19,14 @@ from .configuration_yaongi import YaongiConfig
 
 
 class State(dict):
-    """What one sublayer remembers: tensors with the rows first. Also a layer of transformers' Cache, which calls it."""
+    """The state of one sublayer: tensors with rows as the first dimension. It is also a layer of transformers' Cache,
+    which calls its methods."""
 
     is_compileable = is_croppable = supports_early_init = False
 
     def last(self, name: str, new_BTC: Tensor, length: int) -> Tensor:
-        """The `length` positions before the new ones (zeros before the first), and these; remembers the last."""
+        """The last `length` positions before the new ones (zeros before the first) and the new ones; keeps the last
+        `length`."""
         before = self.get(name)
         if before is None:
             before = new_BTC.new_zeros(new_BTC.shape[0], length, *new_BTC.shape[2:])
@@ -33,7 +35,7 @@ class State(dict):
         return joined
 
     def all(self, name: str, new_BTC: Tensor) -> Tensor:
-        """All positions up to now; remembers them."""
+        """All positions so far, including the new ones; keeps them."""
         self[name] = torch.cat([self[name], new_BTC], dim=1) if name in self else new_BTC
         return self[name]
 
@@ -49,16 +51,16 @@ class State(dict):
         self.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("states of Mamba-2 cannot go back; start from an empty cache")
+        raise NotImplementedError("states of Mamba-2 cannot be rolled back; start from an empty cache")
 
 
 class Step(NamedTuple):
-    """What all sublayers of a pass share.
+    """What all sublayers of a forward pass share.
 
     Attributes:
-        keep_BT1: False at padding; None without any.
-        allowed_B1TS: which positions attention sees; None: all up to its own.
-        turn_BT1W: cosine and sine of rotary positions, None without.
+        keep_BT1: False at padding; None if there is no padding.
+        allowed_B1TS: the positions that attention sees; None: all positions up to its own.
+        turn_BT1W: cosine and sine of rotary positions; None without them.
     """
 
     ids_BT: Tensor
@@ -71,7 +73,7 @@ class Step(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """With `num_groups` each group of channels by itself; with a gate the norm of x · silu(gate)."""
+    """With `num_groups`, each group of channels is normalised separately; with a gate, x · silu(gate) is normalised."""
 
     def __init__(self, width: int, eps: float, num_groups: int = 1) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """State-space duality (Dao & Gu 2024): h_t = exp(dt_t·A) h_{t-1} + dt_t B_t x_tᵀ, y_t = C_tᵀ h_t, in FP32.
 
-    Chunk by chunk; within one as a masked product. Also returns the state after the last position.
+    Computed chunk by chunk, each as a masked product. Also returns the state after the last position.
     """
     per_group = x_BTHP.shape[2] // B_BTGN.shape[2]
     outputs = []
@@ -120,7 +122,7 @@ def scan(
         B_BQHN, C_BQHN = (tensor.repeat_interleave(per_group, dim=2) for tensor in (B_BQGN, C_BQGN))
         log_BHQ = (dt_BQH * A_H).transpose(1, 2)
         after_QQ = torch.ones(x_BQHP.shape[1], x_BQHP.shape[1], dtype=torch.bool, device=x_BQHP.device).tril(-1)
-        # Of i and j: the sum over j < k ≤ i, each added up by itself, because differences of long sums are rounded.
+        # For each i and j: the sum over j < k ≤ i, summed separately, because differences of long sums lose precision.
         log_BHQQ = torch.where(after_QQ, log_BHQ[..., None], 0).cumsum(-2).masked_fill(after_QQ.T, -math.inf)
         from_start_BQH1 = log_BHQ.cumsum(-1).exp().transpose(1, 2)[..., None]
         dtx_BQHP = dt_BQH[..., None] * x_BQHP
@@ -150,7 +152,7 @@ class Mamba2(nn.Module):
 
     def forward(self, x_BTD: Tensor, step: Step, state: State) -> Tensor:
         z_BTI, xBC_BTC = self.zxbc_proj(x_BTD).split([self.widths[0], sum(self.widths)], dim=-1)
-        # At padding a time step of 0 leaves the state as it is.
+        # At padding the time step is 0, which leaves the state unchanged.
         dt_BTH = step.without_padding(F.softplus(self.dt_proj(x_BTD).float() + self.dt_bias.float()))
         xBC_BTC = F.silu(self.conv(step.without_padding(xBC_BTC), state))
         x_BTI, B_BTS, C_BTS = xBC_BTC.split(self.widths, dim=-1)
@@ -169,7 +171,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, width = spec["num_heads"], spec["num_kv_heads"], spec["head_dim"]
         base = config.mup["base_head_dim"] if config.mup else None
-        self.factor = math.sqrt(base / width) if base else 1.0  # μP, beside the usual 1/√W
+        self.factor = math.sqrt(base / width) if base else 1.0  # of μP, in addition to 1/√W
         for name, rows in (("q_proj", self.heads), ("k_proj", self.kv_heads), ("v_proj", self.kv_heads)):
             setattr(self, name, nn.Linear(config.hidden_size, rows * width, bias=spec["bias"]))
         self.o_proj = nn.Linear(self.heads * width, config.hidden_size, bias=spec["bias"])
@@ -201,10 +203,10 @@ def rotate(x_BTHW: Tensor, cos_BT1W: Tensor, sin_BT1W: Tensor) -> Tensor:
 
 
 def rotary(spec: dict, position_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each position's angles, FP32 [B, T, 1, W/2], times the amplitude of yarn."""
+    """Cosine and sine of the angles of each position, FP32 [B, T, 1, W/2], times the amplitude of YaRN."""
     width, theta, scaling = spec["head_dim"], spec["rope_theta"], spec["rope_scaling"] or {"kind": None}
     rate_W = 1 / theta ** (torch.arange(0, width, 2, device=position_BT.device, dtype=torch.float32) / width)
-    amplitude, stays_W = 1.0, torch.ones_like(rate_W)  # of each rate, the share that is not divided by `factor`
+    amplitude, stays_W = 1.0, torch.ones_like(rate_W)  # share of each rate that is not divided by `factor`
     if scaling["kind"] == "linear":
         stays_W = torch.zeros_like(rate_W)
     elif scaling["kind"] == "llama3":
@@ -234,7 +236,7 @@ def activate(before_G: Tensor, kind: str) -> Tensor:
 
 
 def first(width: int, kind: str) -> tuple[str, int]:
-    """Name and rows of the first matrix: SwiGLU has gate and up one below the other."""
+    """Name and number of rows of the first matrix: SwiGLU stacks the rows of gate and up."""
     return ("gate_up", 2 * width) if kind == "swiglu" else ("up", width)
 
 
@@ -300,7 +302,7 @@ class NgramHash(nn.Module):
 
     def forward(self, ids_BT: Tensor, state: State) -> Tensor:
         length, back = ids_BT.shape[1], self.orders - 1
-        class_BS = self.class_V[state.last("ids", ids_BT, back)]  # PAD_TOKEN is 0, as what is before the first
+        class_BS = self.class_V[state.last("ids", ids_BT, back)]  # zeros before the first are PAD_TOKEN
         mix_BT, columns = class_BS[:, back:] * self.multiplier_N[0], []
         for order in range(1, self.orders):
             earlier_BT = class_BS[:, back - order : back - order + length]

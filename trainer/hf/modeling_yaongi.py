@@ -1,8 +1,8 @@
-"""A model of yaongi in transformers (5 or newer), loaded with `trust_remote_code=True`.
+"""A yaongi model in transformers (5 or newer), loaded with `trust_remote_code=True`.
 
 A layer is a string of sublayers, each x ← x + mixer(norm(x)): `M` Mamba-2, `E` mixture of experts, `*` grouped-query
-attention, `-` MLP, `N` Engram n-gram memory. A row is one document. It may be padded on either side; one that is padded
-on the right cannot be continued from the cache.
+attention, `-` MLP, `N` Engram n-gram memory. A row is one document. It may be padded on either side, but generation
+cannot continue from the cache of a row that is padded on the right.
 
 Legend: B rows, T new positions, S cached and new positions, D hidden, V vocabulary.
 """
@@ -20,7 +20,7 @@ from .mixers_yaongi import MIXERS, RMSNorm, State, Step, rotary
 
 
 class YaongiCache(Cache):
-    """A State for each sublayer, and a last one for the model itself: which positions are no padding."""
+    """A State for each sublayer, and one at the end for the model itself: which positions are not padding."""
 
     def __init__(self, num_sublayers: int) -> None:
         super().__init__(layers=[State() for _ in range(num_sublayers + 1)])
@@ -51,7 +51,7 @@ class YaongiForCausalLM(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values", "state"]
     _tied_weights_keys = {"head.weight": "embedding.weight"}
     _keep_in_fp32_modules_strict = ["norm", "A_log", "mixer.D", "dt_bias", "router", "bias_E"]
-    _is_stateful = True  # states cannot go back, which assisted generation asks for
+    _is_stateful = True  # states cannot be rolled back, which assisted generation needs
     _supports_sdpa = True
 
     def __init__(self, config: YaongiConfig) -> None:
@@ -73,7 +73,7 @@ class YaongiForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `forward` makes a cache of its own
+        return False  # `forward` makes its own cache
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
@@ -104,16 +104,16 @@ class YaongiForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: the new positions, [B, T].
-            attention_mask: [B, S] of the cached and the new ones, 0 at padding; None: no new one is padding.
-            position_ids: of rotary positions, [B, T]; None counts from the first token of each row.
-            labels: [B, T] the ids themselves, -100 where nothing is to be predicted; gives `loss`, a mean.
-            logits_to_keep: of how many positions at the end, or of which; 0: of all.
+            attention_mask: [B, S] for the cached and the new positions, 0 at padding; None: no new position is padding.
+            position_ids: rotary positions, [B, T]; None counts from the first token of each row.
+            labels: [B, T], equal to the ids, or -100 where nothing is predicted; gives `loss`, a mean.
+            logits_to_keep: the number of positions at the end, or their indices; 0: all positions.
         """
         if use_cache is None or past_key_values is not None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = YaongiCache(sum(map(len, self.layers))) if past_key_values is None else past_key_values
         if not isinstance(cache, YaongiCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; this model makes its own, a YaongiCache")
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; pass none, or a YaongiCache of this model")
         step = self._step(input_ids, attention_mask, position_ids, cache.layers[-1])
         x_BTD = self.embedding(input_ids)
         hidden_states, states = [], iter(cache.layers)
@@ -147,7 +147,7 @@ class YaongiForCausalLM(PreTrainedModel, GenerationMixin):
         attention, allowed_B1TS, turn_BT1W = self.config.attention, None, None
         if attention and (padded or (past and length > 1)):
             index_S = torch.arange(seen_BS.shape[1], device=ids_BT.device)
-            itself_TS = index_S[past:, None] == index_S  # for padding too: a softmax over nothing is no number
+            itself_TS = index_S[past:, None] == index_S  # also for padding: a softmax over nothing is NaN
             earlier_TS = index_S[past:, None] > index_S
             allowed_B1TS = (itself_TS | (earlier_TS & seen_BS[:, None]))[:, None]
         if attention and attention["rope_theta"] is not None:

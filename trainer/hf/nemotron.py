@@ -1,4 +1,4 @@
-"""NemotronH, transformers' hybrid: which of our models it is, and its configuration. Imports no torch."""
+"""NemotronH, transformers' hybrid: which of our models fit it, and its configuration. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.modelspec import ModelSpec
 
 BLOCKS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}  # NemotronH's names
 FORMER_BLOCKS = {"mamba": "M", "attention": "*"} | {name: symbol for symbol, name in BLOCKS.items()}
-NO_SHARED_WIDTH = 16  # NemotronH always has a shared expert; of zeros and so wide where ours has none
+NO_SHARED_WIDTH = 16  # NemotronH always has a shared expert: zeros of this width if ours has none
 
 
 def places(spec: ModelSpec) -> Iterator[tuple[str, str, str]]:
@@ -23,7 +23,7 @@ def places(spec: ModelSpec) -> Iterator[tuple[str, str, str]]:
 
 
 def _sections(spec: ModelSpec) -> tuple[MambaSpec | None, AttentionSpec | None, MoeSpec | None, MlpSpec | None]:
-    """Those that a layer uses."""
+    """The sections that a layer uses; None for the others."""
     used = set("".join(spec.layers))
     return (
         spec.mamba if "M" in used else None,
@@ -37,21 +37,21 @@ def misfit(spec: ModelSpec) -> str | None:
     if unknown := {section.label for _, section in spec.trunk() if section.symbol not in BLOCKS}:
         return f"it has no {', '.join(sorted(unknown))}"
     if spec.mup or spec.tied_embedding:
-        return "it knows no μP" if spec.mup else "its head has weights of its own"
+        return "it does not support μP" if spec.mup else "its head is never tied to the embedding"
     _, attends, moe, mlp = _sections(spec)
     if attends and (attends.rope_theta is not None or attends.qk_norm or attends.bias):
-        return "its attention has neither positions nor norms of queries and keys nor biases"
+        return "its attention has no positions, no norms of queries and keys, and no biases"
     if moe and mlp and mlp.bias:
-        return "biases of its MLPs are also in its shared experts"
+        return "if its MLPs have biases, so do its shared experts"
     if (moe and moe.activation != "relu2") or (mlp and mlp.activation != "relu2"):
-        return "its MLPs and experts are squared ReLU"
+        return "its MLPs and experts use squared ReLU"
     if moe and (moe.scores != "sigmoid" or not moe.renormalise):
-        return "its router is a sigmoid, renormalised"
+        return "its router uses a sigmoid, renormalised"
     return None
 
 
 def useless(spec: ModelSpec) -> str | None:
-    return None if "*" in "".join(spec.layers) else "its cache counts positions in attention, and there is none"
+    return None if "*" in "".join(spec.layers) else "its cache needs at least one attention layer"
 
 
 def reads(config: Config) -> Config:
@@ -70,7 +70,8 @@ def reads(config: Config) -> Config:
     blocks = config.get("layers_block_type") or list(config["hybrid_override_pattern"])
     symbols = [FORMER_BLOCKS.get(block, block) for block in blocks]
     if unknown := sorted(set(symbols) - BLOCKS.keys()):
-        raise SpecError(f"config.json: layers_block_type has '{unknown[0]}', known are {', '.join(BLOCKS.values())}")
+        known = ", ".join(BLOCKS.values())
+        raise SpecError(f"config.json: layers_block_type has '{unknown[0]}', which is not one of {known}")
     found = common(config) | {"layers": symbols, "norm_eps": config["layer_norm_epsilon"], "tied_embedding": False}
     if "M" in symbols:
         found["mamba"] = {
@@ -118,8 +119,8 @@ def writes(spec: ModelSpec) -> Config:
         "use_bias": False,
         "use_conv_bias": True,
         "mamba_proj_bias": False,
-        "mamba_ssm_cache_dtype": "float32",  # of vLLM's state, which is FP16 in some versions if nothing is said
-        # Its forward pass takes this, which initialisation is made of, for a lower bound of time steps; ours has none.
+        "mamba_ssm_cache_dtype": "float32",  # for vLLM; some versions use FP16 without it
+        # A parameter of initialisation, which its forward pass also uses as a lower bound of time steps. We have none.
         "time_step_min": 1e-30,
         "time_step_limit": [0.0, float("inf")],
     }

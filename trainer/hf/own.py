@@ -1,7 +1,7 @@
 """Models that transformers does not have: their configuration and weights for the files `…_yaongi.py` beside this one,
 which are copied into the folder. Imports neither torch nor those files, which need transformers.
 
-Their names of weights are ours.
+The weights keep our names.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from trainer.modelspec import ModelSpec
 CODE = tuple(
     Path(__file__).with_name(name) for name in ("configuration_yaongi.py", "mixers_yaongi.py", "modeling_yaongi.py")
 )
-SYMBOLS = frozenset("ME*-N")  # of the kinds that the files have
+SYMBOLS = frozenset("ME*-N")  # the kinds of layers in those files
 SHARED = ("vocab_size", "hidden", "mtp", "lora", "init_std", "tied_embedding")  # left out, or under transformers' names
-# Endings of names that stay FP32, as what is computed with them is: `_keep_in_fp32_modules_strict` in the file.
+# Suffixes of names of weights that stay FP32, because computations with them are FP32: the same weights as
+# `_keep_in_fp32_modules_strict` in modeling_yaongi.py.
 FP32 = ("norm.weight", "A_log", "mixer.D", "dt_bias", "router.weight", "bias_E")
 
 
 def misfit(spec: ModelSpec) -> str | None:
-    """Why the files do not know a model; None where they do."""
+    """Why the files cannot compute a model; None if they can."""
     unknown = sorted({section.label for _, section in spec.trunk() if section.symbol not in SYMBOLS})
     return f"the modelling file has no {unknown[0]}; add it to trainer/hf/mixers_yaongi.py" if unknown else None
 

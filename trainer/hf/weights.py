@@ -59,17 +59,17 @@ def read_into(
     ignored: tuple[str, ...] = (),
     kept: tuple[str, ...] = (),
 ) -> None:
-    """Fill the parameters of `model`, or what this rank holds of them, and its buffers.
+    """Fill the parameters of `model`, or the parts that this rank holds, and its buffers.
 
-    Shapes and names of all files are compared first, so that a model that does not fit costs no memory.
+    Shapes and names in all files are compared first, so that a model that does not fit uses no memory.
 
     Args:
-        parts: where everything lies in the files.
-        ignored: beginnings of names that the files may hold besides.
-        kept: beginnings of names of ours that stay as they are where the files have nothing for them.
+        parts: where each tensor is in the files.
+        ignored: prefixes of names that the files may contain in addition.
+        kept: prefixes of our names; tensors with them keep their values if the files do not have them.
 
     Raises:
-        CheckpointError: a tensor is missing, superfluous or wrongly shaped, or a file is damaged.
+        CheckpointError: a tensor is missing, unexpected or of the wrong shape, or a file is damaged.
     """
     ours = dict([*model.named_parameters(), *model.named_buffers()])
     by_name: dict[str, list[Part]] = defaultdict(list)
@@ -81,16 +81,16 @@ def read_into(
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name not in filled and not name.startswith(kept):
-                buffer.zero_()  # a router's bias where theirs has none
+                buffer.zero_()  # a router's bias, if their router has none
         for file in files:
             with _opened(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  it is no mapping
+                for name in tensors.keys():  # noqa: SIM118  it is not a mapping
                     for part in by_name.get(name, []):
                         _fill(part, tensors, ours[part.ours])
 
 
 def parts_of(architecture: Architecture, spec: ModelSpec) -> tuple[list[Part], tuple[str, ...]]:
-    """Where a model lies in files of transformers, and the beginnings of names there that are no weights of ours."""
+    """Where the tensors of a model are in files of transformers, and the prefixes of names there to ignore."""
     tied = ("lm_head.",) if spec.tied_embedding else ()
     return architecture.parts(spec), architecture.ignored + tied
 
@@ -203,7 +203,8 @@ def _pieces(parts: Iterable[Part], state: Mapping[str, Tensor]) -> Iterator[Tens
 
 
 def own_tensors(state: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """A whole model's tensors under our names, without multi-token prediction; integers stay, and some FP32."""
+    """A whole model's tensors under our names, without multi-token prediction. Integers and some FP32 tensors keep
+    their dtype."""
     for name, tensor in state.items():
         if not name.startswith("mtp."):
             wide = name.endswith(own.FP32) or not tensor.is_floating_point()

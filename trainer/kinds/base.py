@@ -251,11 +251,11 @@ class Kind(Spec):
         symbol: of a sublayer of this kind in `layers`.
         label: for tables.
         mixer: module and class that compute it, a `trainer.model.mixer.Mixer`.
-        pre_norm: whether an RMSNorm of the residual stream stands in front.
+        pre_norm: whether an RMSNorm of the residual stream comes before the mixer.
         recomputed: what selective activation checkpointing computes again.
-        attends: whether positions of a document see each other, by a mask or by where documents begin.
-        since: the version of specs that brought it (trainer/fields.py).
-        training_only: its fields that change how it is trained and nothing of a trained model.
+        attends: whether positions of a document see each other, by a mask or by the starts of documents.
+        since: the version of specs that introduced it (trainer/fields.py).
+        training_only: its fields that change training, but nothing in a trained model.
     """
 
     symbol: ClassVar[str]

@@ -55,8 +55,8 @@ class StepRecord:
     Attributes:
         loss: cross-entropy of the next token, the mean over all labels of the step.
         auxiliary: the other objectives by name (router_balance, mtp_1, …), unweighted if they have a weight.
-        skipped: why the step was skipped, None if it was not.
-        tokens: trained on so far.
+        skipped: why the step was skipped; None if it was not.
+        tokens: number of tokens trained on so far.
         trained_share: share of the step's tokens that are labels; None if all tokens of all sources are trained.
     """
 
