@@ -273,7 +273,8 @@ def describe(
 
     model = spec.train.model
     if optimizers:
-        print(rules.render(rules.assign([(p.name, p.shape) for p in parameters(model)], spec.train.optimizer, model)))
+        shapes = [(p.name, p.shape) for p in parameters(model) if not p.frozen]
+        print(rules.render(rules.assign(shapes, spec.train.optimizer, model)))
         return
     if fp8:
         recipe = spec.train.precision.fp8
