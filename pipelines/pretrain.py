@@ -74,14 +74,13 @@ def pretrain(
         kubernetes.add_pod_label(task, EGRESS_LABEL, HUB)
         return kubernetes.use_secret_as_env(placed(task, limit), HUB_SECRET, {"token": "HF_TOKEN"}, optional=True)
 
-    def as_owner(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """A step whose pod owns the jobs it creates."""
-        return kubernetes.use_field_path_as_env(task, "POD_NAME", "metadata.name")
-
     def launched(name: str, job: str, after: str) -> dsl.PipelineTask:
-        """A task of the trainer."""
-        task = placed(launch(job=job, task=name, after=after, pipeline_run=RUN_ID), OWN_CLOCKS)
-        return as_owner(task.set_display_name(name))
+        """A task of the trainer, or all of the tuning; the step's pod owns the jobs that it creates."""
+        if name == "tune":
+            task = from_hub(tune(job=job, after=after, pipeline_run=RUN_ID), OWN_CLOCKS)
+        else:
+            task = placed(launch(job=job, task=name, after=after, pipeline_run=RUN_ID), OWN_CLOCKS)
+        return kubernetes.use_field_path_as_env(task.set_display_name(name), "POD_NAME", "metadata.name")
 
     # Runs however the other steps end, even when the run is terminated, which kills a launcher without a signal.
     last = based(cleanup(pipeline_run=RUN_ID, preset=preset, overrides=overrides), SHORT_SECONDS)
@@ -108,5 +107,5 @@ def pretrain(
         model = launched("train", job, tokens).output
         quality = launched("evaluate", job, model).output
         exported = launched("export", job, quality).output
-        tuned = as_owner(from_hub(tune(job=job, after=exported, pipeline_run=RUN_ID), OWN_CLOCKS)).output
+        tuned = launched("tune", job, exported).output
         placed(summary(job=job, exported=tuned), SHORT_SECONDS)

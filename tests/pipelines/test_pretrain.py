@@ -13,7 +13,7 @@ from manifests.spec import ClusterSpec, preset, preset_names
 from pipelines.compile import COMMITTED
 
 ROOT = Path(components.__file__).parents[1]
-STEPS = {"plan", "download", "hygiene", "tokenizer", "shards", "train", "evaluate", "export", "summary"}
+STEPS = {"plan", "download", "hygiene", "tokenizer", "shards", "train", "evaluate", "export", "tune", "summary"}
 LOOP = "encode-ranges"  # its only step, `encode`, runs once for each of job.shards.pods
 
 
@@ -58,7 +58,8 @@ def test_steps_follow_one_another(dag, tasks):
         "train": {"shards"},
         "evaluate": {"train"},
         "export": {"evaluate"},
-        "summary": {"export"},
+        "tune": {"export"},
+        "summary": {"tune"},
     }
 
 
@@ -114,9 +115,10 @@ def test_what_comes_last_comes_always_and_knows_the_jobs_of_this_run(documents, 
     assert last["dependentTasks"] == ["exit-handler-1"]
     inputs = last["inputs"]["parameters"]
     assert inputs["ended"] == {"taskFinalStatus": {"producerTask": "exit-handler-1"}}
-    marks = [task["inputs"]["parameters"]["pipeline_run"] for key, task in dag.items() if key.startswith("launch")]
+    launchers = [task for key, task in dag.items() if key.startswith(("launch", "tune"))]
+    marks = [task["inputs"]["parameters"]["pipeline_run"] for task in launchers]
     # Resolved by the backend and by kfp.local alike, but only where it is the whole value.
-    assert marks == [inputs["pipeline_run"]] * 3 == [{"runtimeValue": {"constant": "{{$.pipeline_job_uuid}}"}}] * 3
+    assert marks == [inputs["pipeline_run"]] * 4 == [{"runtimeValue": {"constant": "{{$.pipeline_job_uuid}}"}}] * 4
 
 
 def test_a_step_that_hangs_ends_and_launchers_have_clocks_of_their_own(documents):
@@ -124,7 +126,7 @@ def test_a_step_that_hangs_ends_and_launchers_have_clocks_of_their_own(documents
     limits = {
         name.removeprefix("exec-"): int(found.get("activeDeadlineSeconds", 0)) for name, found in platform.items()
     }
-    assert {name for name, seconds in limits.items() if not seconds} == {"launch", "launch-2", "launch-3"}
+    assert {name for name, seconds in limits.items() if not seconds} == {"launch", "launch-2", "launch-3", "tune"}
     assert limits["cleanup"] == limits["plan"] == limits["summary"] == 1800
     assert limits["download"] == limits["hygiene"] == limits["tokenizer"] == limits["encode"] == limits["shards"]
 
@@ -140,8 +142,8 @@ def test_the_default_images_have_tags_that_no_node_pulls_anew(documents):
 def test_only_the_steps_that_fetch_see_the_hubs_token_and_none_needs_it(documents):
     platform = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     secrets = {name.removeprefix("exec-"): settings.get("secretAsEnv") for name, settings in platform.items()}
-    assert {name for name, found in secrets.items() if found} == {"download", "hygiene"}
-    for name in ("download", "hygiene"):
+    assert {name for name, found in secrets.items() if found} == {"download", "hygiene", "tune"}
+    for name in ("download", "hygiene", "tune"):
         (secret,) = secrets[name]
         assert secret["secretName"] == "huggingface" and secret["optional"] is True
         assert secret["keyToEnv"] == [{"envVar": "HF_TOKEN", "secretKey": "token"}]
@@ -149,8 +151,8 @@ def test_only_the_steps_that_fetch_see_the_hubs_token_and_none_needs_it(document
 
 def test_launchers_know_their_pod_so_that_jobs_belong_to_it(documents):
     platform = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    launchers = [settings for name, settings in platform.items() if name.startswith("exec-launch")]
-    assert len(launchers) == 3
+    launchers = [settings for name, settings in platform.items() if name.startswith(("exec-launch", "exec-tune"))]
+    assert len(launchers) == 4
     for settings in launchers:
         assert settings["fieldPathAsEnv"] == [{"name": "POD_NAME", "fieldPath": "metadata.name"}]
 
@@ -168,7 +170,7 @@ def test_the_pipeline_assumes_no_namespace():
 
 def test_component_files_hold_nothing_but_the_wrapper():
     files = sorted((ROOT / "components").glob("*/component.py"))
-    assert len(files) == 8
+    assert len(files) == 9
     for file in files:
         lines = [
             line for line in file.read_text().splitlines() if line.strip() and not line.startswith(("import", "from"))
@@ -188,4 +190,5 @@ def test_every_step_is_labelled_and_only_those_that_fetch_data_reach_the_web(doc
     labels = {name.removeprefix("exec-"): found["podMetadata"]["labels"] for name, found in platform.items()}
     assert labels.keys() == {name.removeprefix("exec-") for name in documents[0]["deploymentSpec"]["executors"]}
     assert {found["app.kubernetes.io/name"] for found in labels.values()} == {"yaongi-step"}
-    assert {name for name, found in labels.items() if found.get("yaongi/egress") == "hub"} == {"download", "hygiene"}
+    fetching = {name for name, found in labels.items() if found.get("yaongi/egress") == "hub"}
+    assert fetching == {"download", "hygiene", "tune"}

@@ -146,7 +146,7 @@ def test_the_lines_read_are_those_that_the_recorder_writes():
     """The trainer's own format strings, filled."""
     source = (Path(standing.__file__).parents[2] / "trainer/recording/recorder.py").read_text()
     step, saved = (re.search(rf'"({start} .*)"', source)[1] for start in ("step %d/%d", "checkpoint of step %d"))
-    values = (3, 1000, float("nan"), 1.0, 1e-3, "1,000", timedelta(seconds=61), "")
+    values = (3, 1000, float("nan"), 1.0, 1e-3, "1,000", timedelta(seconds=61), "  answers 33%", "")
     lines = [f"2026-01-01T11:59:00Z {text}" for text in (step % values, saved % (2, 0.1))]
     found = standing.of_log(lines, datetime.now(UTC))
     assert (found.step, found.left, found.checkpoint_step) == (3, timedelta(seconds=61), 2)

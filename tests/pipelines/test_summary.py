@@ -1,6 +1,7 @@
 """The end of `yaongi run`."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -9,11 +10,15 @@ from components.summary.step import RunSummary
 from pipelines.summary import show
 
 
-def test_the_command_to_try_the_model_stands_alone_on_one_line():
+def test_the_command_to_try_the_model_stands_alone_on_one_line_and_fits_it():
     numbers = dict.fromkeys(("loss_first", "loss_last", "loss", "tokens_per_second", "seconds"), 1.0)
     places = {name: Path("w") / name for name in ("checkpoint", "export", "report")}
-    run = RunSummary("mine-0123abcd", 1, 1, loss_steps=1, bits_per_byte={}, samples=[], **numbers, **places)
+    run = RunSummary("mine-0123abcd", 1, 1, loss_steps=1, bits_per_byte={}, before={}, samples=[], **numbers, **places)
     narrow = Console(file=io.StringIO(), width=40)
     show(run, Path("w/log"), narrow, Path("a workdir that is longer than a narrow terminal"))
     command = "yaongi generate mine-0123abcd --prompt '…' --workdir 'a workdir that is longer than a narrow terminal'"
     assert narrow.file.getvalue().splitlines()[-1] == command
+    show(replace(run, before={"ko": (7.1, 1.25)}), Path("w/log"), narrow, Path("w"), chat=True)
+    lines = narrow.file.getvalue().splitlines()
+    assert lines[-1] == "yaongi generate mine-0123abcd --chat --prompt '…' --workdir w"
+    assert "held-out loss   ko 7.100 → 1.250" in lines
