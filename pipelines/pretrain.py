@@ -76,11 +76,9 @@ def pretrain(
 
     def launched(name: str, job: str, after: str) -> dsl.PipelineTask:
         """A task of the trainer, or all of the tuning; the step's pod owns the jobs that it creates."""
-        if name == "tune":
-            task = from_hub(tune(job=job, after=after, pipeline_run=RUN_ID), OWN_CLOCKS)
-        else:
-            task = placed(launch(job=job, task=name, after=after, pipeline_run=RUN_ID), OWN_CLOCKS)
-        return kubernetes.use_field_path_as_env(task.set_display_name(name), "POD_NAME", "metadata.name")
+        given, place = {"job": job, "after": after, "pipeline_run": RUN_ID}, from_hub if name == "tune" else placed
+        task = tune(**given) if name == "tune" else launch(**given, task=name).set_display_name(name)
+        return kubernetes.use_field_path_as_env(place(task, OWN_CLOCKS), "POD_NAME", "metadata.name")
 
     # Runs however the other steps end, even when the run is terminated, which kills a launcher without a signal.
     last = based(cleanup(pipeline_run=RUN_ID, preset=preset, overrides=overrides), SHORT_SECONDS)

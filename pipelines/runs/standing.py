@@ -24,7 +24,7 @@ from trainer.specbase import parse, read_yaml
 TAIL_BYTES = 65536  # of metrics.jsonl: many steps
 RATE_STEPS = 20
 PROGRESS = re.compile(
-    r"step (?P<step>\d+)/(?P<steps>\d+)  loss (?P<loss>\S+) .* (?P<rate>[\d,]+) tokens/s  ETA (?P<left>.+?)(?:  \(|$)"
+    r"step (?P<step>\d+)/(?P<steps>\d+)  loss (?P<loss>\S+) .* (?P<rate>[\d,]+) tokens/s  ETA (?P<left>.+?)(?:  |$)"
 )
 PUBLISHED = re.compile(r"checkpoint of step (\d+) published")
 
