@@ -43,6 +43,19 @@ def test_a_conversation_is_written_as_transformers_writes_it(make, tmp_path: Pat
         assert ours.render(talk) == theirs.apply_chat_template(talk, tokenize=False)
 
 
+def test_templates_have_the_tags_filters_and_tokens_of_transformers(tmp_path: Path) -> None:
+    folder = qwen_tokenizer(tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": None}))
+    marked = TEMPLATE.replace("{{ '<|im_start|>'", "{% generation %}\n{{ '<|im_start|>'", 1)
+    marked = marked.replace("{% endfor %}", "{% endgeneration %}{% endfor %}", 1)
+    shown = "{{ bos_token }}{{ {'b': '가', 'a': 1} | tojson(ensure_ascii=True, sort_keys=True) }}{{ [1, 2] | tojson }}"
+    (folder / "chat_template.jinja").write_text(shown + marked)
+    ours, theirs = ChatTemplate(folder), AutoTokenizer.from_pretrained(folder)
+    for talk in TALKS:
+        assert ours.render(talk) == theirs.apply_chat_template(talk, tokenize=False)
+
+
 def test_answers_stand_between_tokens_that_are_found_out(tmp_path: Path) -> None:
     for make, wanted in (
         (qwen_tokenizer, ("<|im_start|>", "assistant\n", "<|im_end|>")),
@@ -85,11 +98,15 @@ def test_what_a_template_does_not_take_is_said_in_its_words(tmp_path: Path) -> N
             "does not mark start and end of an answer by",
         ),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails on a question and an answer"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", r"fails on .* \(maximum recursion depth exceeded"),
+        ("{% for i in range(10**9) %}{% endfor %}", r"fails on .* \(Range too big"),
+        ("{{ 1 / 0 }}", r"fails on .* \(division by zero"),
+        ("{{ '\udcff' }}", r"chat_template\.jinja: is not UTF-8"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_one_line(template: str, said: str, tmp_path: Path) -> None:
     folder = qwen_tokenizer(tmp_path)
-    (folder / "chat_template.jinja").write_text(template)
+    (folder / "chat_template.jinja").write_bytes(template.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=said) as error:
         ChatTemplate(folder)
     assert "\n" not in str(error.value)

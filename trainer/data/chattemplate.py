@@ -17,8 +17,11 @@ from typing import Any
 from trainer.data.chat import CHATML, ROLE, ChatFormat, TemplateError, question
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
+from trainer.files import unreadable
 
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+# What a program in Jinja may end with, besides Jinja's own errors.
+_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 _QUESTION, _ANSWER = "Is it so?", "It is."  # to find out how a template writes an answer
 
 
@@ -41,8 +44,9 @@ class ChatTemplate:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         self._tokenizer, self._folder = Tokenizer.load(folder), Path(folder)
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        extensions = [loopcontrols, _generation()]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment.filters["tojson"] = _json
         environment.globals["raise_exception"] = _refuse
         config = _config(self._folder / CONFIG)
         source = _source(self._folder, config)
@@ -51,7 +55,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise DataError(f"{folder}: its chat template is not valid Jinja ({error}); repair or replace it") from None
-        tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+        tokens = {name: value for name, value in config.items() if name.endswith("_token") and value}  # null: undefined
         self._tokens = {name: v.get("content") if isinstance(v, dict) else v for name, v in tokens.items()}
         specials = sorted(self._tokenizer.markup, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
@@ -79,8 +83,8 @@ class ChatTemplate:
 
         try:
             return self._template.render(messages=messages, add_generation_prompt=to_answer, **self._tokens)
-        except (JinjaError, TypeError, ValueError) as error:
-            raise TemplateError(" ".join(str(error).split())) from None
+        except (JinjaError, *_FAULTS) as error:
+            raise TemplateError(" ".join(str(error).split()) or type(error).__name__) from None
 
     def _form(self) -> ChatFormat:
         """Find what the template writes before and after an answer, by rendering one question and one answer.
@@ -145,12 +149,48 @@ def form_of(folder: str | Path) -> ChatFormat:
     return template.form if template else CHATML
 
 
+def _generation() -> type:
+    """The extension for {% generation %}, with which transformers marks the tokens to train; it changes no text.
+
+    Answers are found without it here, because most templates lack it.
+    """
+    from jinja2.ext import Extension
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Parser) -> list[Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
+
+
+def _json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter `tojson`, with the arguments that it has in transformers."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
 def _source(folder: Path, config: dict[str, Any]) -> str:
     if (folder / FILE).is_file():
-        return (folder / FILE).read_text(encoding="utf-8")
+        try:
+            return (folder / FILE).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"{folder / FILE}: is not UTF-8; repair or replace it") from None
+        except OSError as error:
+            raise unreadable(folder / FILE, error) from None
     found = config.get("chat_template")
-    if isinstance(found, list):  # several templates with names
-        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+    if isinstance(found, list):  # several, by name
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
     if not isinstance(found, str):
         raise DataError(f"{folder}: has no chat template ({FILE}, or chat_template in {CONFIG}); add one")
     return found
