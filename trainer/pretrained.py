@@ -159,6 +159,8 @@ def _checkpoint(folder: Path) -> Pretrained:
 
 
 def _export(folder: Path, config: dict[str, Any]) -> Pretrained:
+    if not (folder / EXPORT).is_file():
+        raise CheckpointError(f"{folder / EXPORT}: missing beside {CONFIG} of an export; copy the whole export again")
     manifest = read_json(folder / EXPORT)
     model = parse(ModelSpec, config, str(folder / CONFIG), manifest.get(VERSION_FIELD, 1))
     digest = manifest.get("checkpoint_digest", "")
@@ -189,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise unreadable(path, error) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is not a JSON object; write or download it again")

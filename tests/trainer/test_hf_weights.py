@@ -169,6 +169,11 @@ def test_fp8_blocks_are_multiplied_out(tmp_path: Path) -> None:
         ({"config": {"hidden_act": "gelu"}}, "hidden_act 'gelu' is not supported, only 'silu'"),
         ({"config": {"model_type": "mistral9"}}, "model_type 'mistral9' is not known; known are qwen3, "),
         ({"cut": True}, "is no readable safetensors file"),
+        ({"dtype": torch.int8}, r"down_proj\.weight has dtype I8; known are"),
+        (
+            {"dtype": torch.float8_e4m3fn, "add": "model.layers.0.mlp.down_proj.weight_scale_inv"},
+            r"down_proj\.weight_scale_inv has shape \[2, 2\], blocks of 128 × 128 need \[1, 1\]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(change: dict, message: str, tmp_path: Path) -> None:
@@ -178,6 +183,8 @@ def test_what_does_not_fit_is_one_line(change: dict, message: str, tmp_path: Pat
     weights.pop(change.get("drop", ""), None)
     if "add" in change:
         weights[change["add"]] = torch.zeros(2, 2)
+    if "dtype" in change:
+        weights["model.layers.0.mlp.down_proj.weight"] = torch.zeros(64, 96).to(change["dtype"])
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(config | change.get("config", {})))
     if "cut" in change:
@@ -186,6 +193,14 @@ def test_what_does_not_fit_is_one_line(change: dict, message: str, tmp_path: Pat
     with pytest.raises((CheckpointError, SpecError), match=message) as error:
         imported(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    qwen_for(DENSE).save_pretrained(tmp_path, max_shard_size="40KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    save_file(load_file(first) | load_file(second), second, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"-00002-of-.* is in another file too; download the folder again"):
+        imported(tmp_path)
 
 
 @pytest.mark.parametrize(

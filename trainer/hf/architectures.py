@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from trainer.errors import SpecError
 from trainer.hf import nemotron
-from trainer.hf.configs import Config, attention, common, refuse
+from trainer.hf.configs import MAX_LAYERS, Config, attention, common, count, refuse
 from trainer.kinds.base import Part
 from trainer.modelspec import ModelSpec
 
@@ -75,7 +75,7 @@ def architecture_of(config: Config, where: str) -> Architecture:
         SpecError: none that is known.
     """
     name = config.get("model_type")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise SpecError(f"{where}: model_type {name!r} is not known; known are {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
@@ -167,7 +167,7 @@ def _two_in_a_layer(mixers: tuple[str, str]) -> Callable[[ModelSpec], Iterator[t
 def _reads_dense(config: Config, *, qk_norm: bool) -> Config:
     refuse(config, hold={"hidden_act": "silu", "use_sliding_window": False})
     return common(config) | {
-        "layers": ["*-"] * config["num_hidden_layers"],
+        "layers": ["*-"] * count(config, "num_hidden_layers", MAX_LAYERS),
         "attention": attention(config, qk_norm=qk_norm),
         "mlp": {
             "width": config["intermediate_size"],
@@ -182,7 +182,7 @@ def _reads_moe(config: Config) -> Config:
     hold = {"hidden_act": "silu", "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
     refuse(config, hold=hold)
     return common(config) | {
-        "layers": ["*E"] * config["num_hidden_layers"],
+        "layers": ["*E"] * count(config, "num_hidden_layers", MAX_LAYERS),
         "attention": attention(config, qk_norm=True),
         "moe": {
             "num_experts": config["num_experts"] if "num_experts" in config else config["num_local_experts"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 
 from trainer.errors import SpecError
 from trainer.hf.configs import Config, attention, common, refuse
@@ -65,10 +66,18 @@ def reads(config: Config) -> Config:
         "norm_topk_prob": True,
         "moe_latent_size": None,
         "residual_in_fp32": False,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "sliding_window": None,
     }
     refuse(config, hold=hold)
-    blocks = config.get("layers_block_type") or list(config["hybrid_override_pattern"])
-    symbols = [FORMER_BLOCKS.get(block, block) for block in blocks]
+    limit = config.get("time_step_limit")
+    if limit not in (None, [0, inf], [0, {"__float__": "Infinity"}]):  # as Python's JSON and transformers 5 write it
+        raise SpecError(f"config.json: time_step_limit {limit} is not supported, only 0 to infinity")
+    blocks = config.get("layers_block_type") or config["hybrid_override_pattern"]
+    if not isinstance(blocks, str | list):
+        raise SpecError(f"config.json: layers_block_type is {blocks!r}; it must be a list of the layers' kinds")
+    symbols = [FORMER_BLOCKS.get(block, block) for block in map(str, blocks)]
     if unknown := sorted(set(symbols) - BLOCKS.keys()):
         known = ", ".join(BLOCKS.values())
         raise SpecError(f"config.json: layers_block_type has '{unknown[0]}', which is not one of {known}")
@@ -83,8 +92,7 @@ def reads(config: Config) -> Config:
             "chunk_size": config["chunk_size"],
         }
     if "*" in symbols:
-        none = {"rope_theta": None, "rope_scaling": None, "bias": False}
-        found["attention"] = attention(config, qk_norm=False) | none
+        found["attention"] = attention(config, qk_norm=False, turns=False)
     if "-" in symbols:
         found["mlp"] = {"width": config["intermediate_size"], "bias": bool(config.get("mlp_bias", False))}
     if "E" in symbols:

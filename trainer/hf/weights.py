@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from trainer.errors import CheckpointError
 from trainer.hf import own
 from trainer.hf.architectures import Architecture
+from trainer.hf.configs import FP8_BLOCK
 from trainer.kinds.base import Part
 from trainer.model.rows import own_rows
 from trainer.modelspec import ModelSpec
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SCALES = "_scale_inv"
-BLOCK = 128
+FP8 = ("F8_E4M3", "F8_E5M2")  # as safetensors name them
+FLOATS = ("F64", "F32", "BF16", "F16", *FP8)
 FP32 = ("e_score_correction_bias",)  # endings of names that stay FP32 there
 
 
@@ -38,7 +40,7 @@ def files_of(folder: Path) -> list[Path]:
     """
     if (folder / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+            names = sorted(map(str, set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{folder / INDEX}: is no index of weights; download it again") from None
     elif (folder / SINGLE).is_file():
@@ -105,11 +107,14 @@ def _compare(
     missing = set(by_name)
     for file in files:
         with _opened(file) as tensors:
-            names = list(tensors.keys())
-            for name in names:
+            names = set(tensors.keys())
+            for name in sorted(names):
                 if name in by_name:
+                    if name not in missing:
+                        raise CheckpointError(f"{file}: {name} is in another file too; download the folder again")
                     missing.discard(name)
                     _compare_shape(file, name, list(tensors.get_slice(name).get_shape()), by_name[name], ours)
+                    _compare_dtype(file, name, tensors, names, ours[by_name[name][0].ours])
                 elif not ((name.endswith(SCALES) and name.removesuffix(SCALES) in by_name) or name.startswith(ignored)):
                     raise CheckpointError(f"{file}: {name} belongs to no layer that config.json describes")
     missing = {name for name in missing if not all(part.ours.startswith(kept) for part in by_name[name])}
@@ -126,6 +131,24 @@ def _compare_shape(file: Path, name: str, found: list[int], parts: list[Part], o
     wanted = [max(part.their_first + shape[0] for part, shape in zip(parts, shapes, strict=True)), *shapes[0][1:]]
     if [side for side in found if side != 1] != [side for side in wanted if side != 1]:
         raise CheckpointError(f"{file}: {name} has shape {found}, config.json asks for {wanted}")
+
+
+def _compare_dtype(file: Path, name: str, tensors: Any, names: set[str], whole: Tensor) -> None:
+    found = tensors.get_slice(name)
+    dtype = found.get_dtype()
+    if whole.is_floating_point() and dtype not in FLOATS:
+        raise CheckpointError(
+            f"{file}: {name} has dtype {dtype}; known are {', '.join(FLOATS)}: take the model in BF16"
+        )
+    if dtype in FP8:
+        if name + SCALES not in names:
+            raise CheckpointError(f"{file}: {name} is FP8, but {name}{SCALES} is not beside it; download it again")
+        scales = tensors.get_slice(name + SCALES).get_shape()
+        if scales != (wanted := [-(-side // FP8_BLOCK) for side in found.get_shape()]):
+            raise CheckpointError(
+                f"{file}: {name}{SCALES} has shape {scales}, blocks of {FP8_BLOCK} × {FP8_BLOCK} need {wanted}; take "
+                "the model in BF16"
+            )
 
 
 def _shape(part: Part, whole: Tensor) -> tuple[int, ...]:
@@ -158,12 +181,10 @@ def _rows(tensors: Any, name: str, rows: slice) -> Tensor:
     values: Tensor = tensors.get_slice(name)[rows]
     if values.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         return values
-    if f"{name}{SCALES}" not in tensors.keys():  # noqa: SIM118
-        raise CheckpointError(f"{name} is FP8, but {name}{SCALES} is not beside it; download the checkpoint again")
-    first = rows.start // BLOCK
-    scales: Tensor = tensors.get_slice(f"{name}{SCALES}")[first : -(-rows.stop // BLOCK)]
-    by_row = scales.float().repeat_interleave(BLOCK, 0)[rows.start - first * BLOCK :][: values.shape[0]]
-    return values.float() * by_row.repeat_interleave(BLOCK, 1)[:, : values.shape[1]]
+    first = rows.start // FP8_BLOCK
+    scales: Tensor = tensors.get_slice(f"{name}{SCALES}")[first : -(-rows.stop // FP8_BLOCK)]
+    by_row = scales.float().repeat_interleave(FP8_BLOCK, 0)[rows.start - first * FP8_BLOCK :][: values.shape[0]]
+    return values.float() * by_row.repeat_interleave(FP8_BLOCK, 1)[:, : values.shape[1]]
 
 
 def _opened(file: Path) -> Any:
