@@ -23,6 +23,8 @@ from typing import Any
 import micro
 from ports import free_port
 
+from trainer.spec import TrainSpec
+
 # What ranks import, at the top of their modules or when they come to it.
 PRELOAD = (
     *("trainer.__main__", "trainer.loop", "trainer.compiled", "trainer.optim.shares", "trainer.model.rows"),
@@ -73,6 +75,12 @@ def done(found: list[tuple[int, str]]) -> list[str]:
     """The outputs of ranks that have all ended well."""
     assert not any(code for code, _ in found), "\n".join(output for _, output in found)[-8000:]
     return [output for _, output in found]
+
+
+def train(spec: TrainSpec, ranks: int) -> list[tuple[int, str]]:
+    """The program of a rank on a spec, which is written beside the run directory."""
+    file = micro.write_spec(spec, Path(spec.run_dir).with_suffix(".yaml"))
+    return run("trainer.__main__", ranks, ["train", "--spec", file], file.parent)
 
 
 def _server() -> subprocess.Popen[str]:

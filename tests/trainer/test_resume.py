@@ -35,14 +35,8 @@ EVERYTHING = {"checkpoint": {"keep_last": 9}, "steps": 24, "optimizer": RATES}
 def undisturbed(micro_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
     """Two ranks, 24 steps, all checkpoints kept."""
     spec = micro.micro_spec(micro_data, tmp_path_factory.mktemp("runs") / "undisturbed", **EVERYTHING)
-    forked.done(train(spec, 2))
+    forked.done(forked.train(spec, 2))
     return spec
-
-
-def train(spec: TrainSpec, ranks: int) -> list[tuple[int, str]]:
-    """Exit code and output of each rank."""
-    file = micro.write_spec(spec, Path(spec.run_dir).with_suffix(".yaml"))
-    return forked.run("trainer.__main__", ranks, ["train", "--spec", file], file.parent)
 
 
 def losses(spec: TrainSpec) -> list[tuple[int, str]]:
@@ -118,7 +112,7 @@ def test_world_size_may_change_on_the_way(undisturbed: TrainSpec, micro_data: Pa
     spec = micro.micro_spec(micro_data, tmp_path / "run", **EVERYTHING)
     target = checkpoint.step_dir(spec.run_dir, 4)
     shutil.copytree(checkpoint.step_dir(undisturbed.run_dir, 4), target)
-    (output,) = forked.done(train(spec, 1))
+    (output,) = forked.done(forked.train(spec, 1))
     assert "resuming from the checkpoint of step 4, saved by 2 ranks" in output
     two = {line["step"]: line for line in micro.metrics(undisturbed)}
     one = micro.metrics(spec)
@@ -149,7 +143,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     for path in steps:
         shutil.copytree(checkpoint.step_dir(undisturbed.run_dir, int(path.name[-8:])), path)
     damage(steps[1])
-    output = "".join(forked.done(train(spec, 2)))
+    output = "".join(forked.done(forked.train(spec, 2)))
     assert "Traceback" not in output, output
     assert f"resuming from {steps[0]} instead of step-00000024" in output
     assert "resuming from the checkpoint of step 20" in output
@@ -157,7 +151,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
 
     for path in checkpoint.published(spec.run_dir):
         damage(path)
-    for code, output in train(spec, 2):
+    for code, output in forked.train(spec, 2):
         assert code == ExitCode.CHECKPOINT and "Traceback" not in output, output
         assert "none of 2 checkpoints verifies" in output
 
