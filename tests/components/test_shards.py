@@ -138,7 +138,7 @@ def test_unchanged_shards_are_kept_and_damaged_ones_made_again(
     assert step.run(job, *inputs[1:]) == result and contents(result.path) == golden
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.proof])])
 def test_the_number_of_workers_changes_nothing(
     inputs: tuple[Path, StageResult, StageResult], tmp_path: Path, golden: dict[str, bytes], workers: int
 ) -> None:
@@ -192,7 +192,7 @@ def _journalled(directory: Path) -> dict[int, int]:
     return {n: units.unit_file(directory / "units", n).stat().st_ino for n in numbers}
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [20, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.proof])])
 def test_kill_9_at_random_moments_changes_nothing(
     inputs: tuple[Path, StageResult, StageResult],
     tmp_path: Path,

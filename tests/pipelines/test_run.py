@@ -189,13 +189,15 @@ def stopped(folder: Path, number: signal.Signals, code: int) -> tuple[Path, Path
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_has_saved_a_checkpoint(tmp_path):
-    stopped(tmp_path, signal.SIGINT, 130)
+@pytest.mark.proof
+def test_a_terminated_run_has_saved_a_checkpoint(tmp_path):
+    """So `yaongi stop` ends runs in test_verbs.py."""
+    stopped(tmp_path, signal.SIGTERM, 143)
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path):
-    job, run_dir = stopped(tmp_path, signal.SIGTERM, 143)
+def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
+    job, run_dir = stopped(tmp_path, signal.SIGINT, 130)
     again = yaongi("run", job, "--set", "train.runtime.log_every_steps=100", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     steps = [json.loads(line)["step"] for line in (run_dir / "logs/metrics.jsonl").read_text().splitlines()]
