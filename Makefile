@@ -11,7 +11,7 @@ PARALLEL ?= -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 HERE := not e2e and not gpu and not kernels and not peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint test-slow test-all test-gpu test-kernels test-peers images e2e gen lock
+.PHONY: help setup run test lint test-slow test-both test-all test-gpu test-kernels test-peers images e2e gen lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: lint ## everything that needs neither a cluster nor a GPU, nor more than a
 # To collect all files takes longer than some of these tests.
 test-slow: setup ## the long tests
 	$(BIN)/pytest $(PARALLEL) -m "slow and not proof and $(HERE)" $$(grep -rl 'mark\.slow' tests --include='test_*.py')
+
+test-both: lint ## test and test-slow at once, as CI runs them: files are collected once, and what tests share is made once
+	$(BIN)/pytest $(PARALLEL) -m "not proof and $(HERE)"
 
 test-all: test test-slow ## these two and the proofs: for a change of the version of torch, tokenizers or tiktoken, of trainer/optim, fp8, compile or the model's numbers
 	$(BIN)/pytest $(PARALLEL) -m "proof and $(HERE)"

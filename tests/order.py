@@ -9,10 +9,12 @@ TESTS = Path(__file__).parent
 # The files that take longest, the longest first, so that none of them begins when the others end.
 LONGEST = (
     "trainer/test_compile.py",
-    "trainer/test_parallel.py",
     "pipelines/test_dashboards_live.py",
-    "pipelines/test_run.py",
+    "trainer/test_parallel.py",
     "trainer/test_learning.py",
+    "pipelines/test_run.py",
+    "trainer/test_resume.py",
+    "trainer/test_gang.py",
     "pipelines/test_verbs.py",
     "e2e/test_pipeline.py",
 )
