@@ -6,14 +6,14 @@ BIN := .venv/bin
 READY := .venv/.ready
 UV_VERSION := 0.13.9
 UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
-# Tests run beside each other, those of a file in one process, in the order of tests/conftest.py.
+# Tests run in parallel, those of one file in one process, in the order that tests/conftest.py sets.
 PARALLEL ?= -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 HERE := not e2e and not gpu and not kernels and not peers
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test lint test-slow test-both test-all test-gpu test-kernels test-peers images e2e gen lock
 
-help: ## this list
+help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## build .venv from requirements.lock (needs Python 3.11 or newer and 6 GB)
@@ -27,27 +27,27 @@ lint: setup ## style, import direction and types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: lint ## everything that needs neither a cluster nor a GPU, nor more than a minute each
+test: lint ## lint, and the tests that need no cluster, no GPU and less than a minute each
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not proof and $(HERE)"
 
-# To collect all files takes longer than some of these tests.
-test-slow: setup ## the long tests
+# Only files with slow tests: collecting all files takes longer than some of these tests.
+test-slow: setup ## the slow tests
 	$(BIN)/pytest $(PARALLEL) -m "slow and not proof and $(HERE)" $$(grep -rl 'mark\.slow' tests --include='test_*.py')
 
-test-both: lint ## test and test-slow at once, as CI runs them: files are collected once, and what tests share is made once
+test-both: lint ## test and test-slow together, as in CI: files are collected once, and shared fixtures are made once
 	$(BIN)/pytest $(PARALLEL) -m "not proof and $(HERE)"
 
-test-all: test test-slow ## these two and the proofs: for a change of the version of torch, tokenizers or tiktoken, of trainer/optim, fp8, compile or the model's numbers
+test-all: test test-slow ## both of these and the proofs; run it after a change of torch, tokenizers or tiktoken, of trainer/optim, FP8, compile or the model's numbers
 	$(BIN)/pytest $(PARALLEL) -m "proof and $(HERE)"
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
 TE_WHEEL ?=
-test-kernels: .venv-kernels/.ready ## use of Transformer Engine and mamba_ssm against the real ones, without a GPU; TE_WHEEL=file saves 20 min
+test-kernels: .venv-kernels/.ready ## the calls of Transformer Engine and mamba_ssm, with the real packages, without a GPU; TE_WHEEL=file saves 20 min
 	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest -m kernels tests/kernels
 
-test-peers: .venv-peers/.ready ## token files in megatron-core, exports in lm_eval, in an environment of their own (5 GB)
+test-peers: .venv-peers/.ready ## token files in megatron-core, exports in lm_eval, in a separate environment (5 GB)
 	.venv-peers/bin/python -m pytest -m peers tests/peers
 
 .venv-peers/.ready: requirements-peers.txt | $(UV)
@@ -56,8 +56,8 @@ test-peers: .venv-peers/.ready ## token files in megatron-core, exports in lm_ev
 	$(UV) pip install --quiet --python .venv-peers/bin/python -r requirements-peers.txt
 	@touch $@
 
-# The registry has Transformer Engine for torch as source only: 20 minutes, a CUDA toolkit (CUDA_HOME), and the headers
-# of cuDNN, NCCL and NVSHMEM (CPATH).
+# The registry has Transformer Engine for torch only as source. Building it takes 20 minutes and needs a CUDA toolkit
+# (CUDA_HOME) and the headers of cuDNN, NCCL and NVSHMEM (CPATH).
 .venv-kernels/.ready: requirements-kernels.txt | $(UV)
 	$(CHECK_PYTHON)
 	$(UV) venv --quiet --clear --no-python-downloads --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv-kernels
@@ -68,13 +68,13 @@ test-peers: .venv-peers/.ready ## token files in megatron-core, exports in lm_ev
 	$(UV) pip install --quiet --python .venv-kernels/bin/python --no-deps --no-build-isolation -e .
 	@touch $@
 
-images: setup ## both container images and what is in them (dist/sbom); see docker/build.sh for BASE_IMAGE, TAG and the rest
+images: setup ## build both container images and their SBOMs (dist/sbom); docker/build.sh lists BASE_IMAGE, TAG and other options
 	docker/build.sh
 
-e2e: setup ## the real thing on the cluster of KUBECONFIG; see tests/e2e/run.sh
+e2e: setup ## the end-to-end test on the cluster of KUBECONFIG; see tests/e2e/run.sh
 	tests/e2e/run.sh
 
-gen: setup ## write what is generated: compiled pipeline, manifests, JSON schema
+gen: setup ## write the generated files: compiled pipeline, manifests, JSON schema, reference pages
 	$(BIN)/python -m pipelines.compile
 	$(BIN)/python -m manifests.generate
 	$(BIN)/python -m manifests.schema
@@ -83,7 +83,7 @@ gen: setup ## write what is generated: compiled pipeline, manifests, JSON schema
 	$(BIN)/python -m manifests.lint.page
 
 LOCK := pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url
-lock: $(UV) ## resolve the dependencies anew
+lock: $(UV) ## resolve the dependencies again
 	$(UV) $(LOCK) --extra train --extra data --extra cluster --extra dev -o requirements.lock
 	$(UV) $(LOCK) --extra data --extra buckets --extra cluster -o requirements-pipeline.lock
 	$(UV) $(LOCK) --extra train -o requirements-trainer.lock
@@ -97,7 +97,7 @@ endef
 $(READY): requirements.lock pyproject.toml | $(UV)
 	$(CHECK_PYTHON)
 	@[ -x $(BIN)/python ] || $(UV) venv --quiet --no-python-downloads --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv
-	@echo "installing some 6 GB into .venv, most of it PyTorch: minutes, by the speed of the network"
+	@echo "installing about 6 GB into .venv, most of it PyTorch; this takes minutes, depending on the network"
 	$(UV) pip install --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@

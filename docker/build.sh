@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds the wheel once, both images from it (PREFIXyaongi-{pipeline,trainer}:TAG), and lists what is in each: dist/sbom/*.cdx.json.
+# Builds the wheel, both images with it (PREFIXyaongi-{pipeline,trainer}:TAG), and a bill of materials of each: dist/sbom/*.cdx.json.
 #
-#   BASE_IMAGE           base of the trainer image (default: an NGC PyTorch image, whose torch is kept)
+#   BASE_IMAGE           base of the trainer image (default: an NGC PyTorch image, whose torch is used)
 #   PIPELINE_BASE_IMAGE  base of the pipeline image (default: python:3.11-slim-bookworm)
 #   IMAGE_PREFIX, TAG    default: localhost/ and the project's version
-#   CPU_ONLY=1           a smaller trainer image, without what only GPUs need
+#   CPU_ONLY=1           a smaller trainer image, without packages that only GPUs need
 #   BUILD_IMAGE          builder, called as `BUILD_IMAGE NAME CONTEXT ARGUMENT...` (default: buildah, podman or docker)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,12 +13,12 @@ python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || { echo "docker/build.sh: no $python; run 'make setup' first or set PYTHON" >&2; exit 2; }
 version=$("$python" -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])')
 revision=$(git describe --always --dirty --exclude '*' 2>/dev/null || echo unknown)
-# The time of the sources, so that the same sources give the same labels.
+# The time of the last commit, so that the same sources give the same labels.
 created=$(date -u -d "@${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || date +%s)}" +%Y-%m-%dT%H:%M:%SZ)
-# Where the sources are published; nothing for a clone of a folder. Never with what stands before an @: it may be a password.
+# The URL of the published sources; empty for a clone of a local folder. Anything before an @ is removed, as it may be a password.
 origin=$({ git remote get-url origin 2>/dev/null || true; } | sed -nE 's#^(https?://|ssh://|git@)([^/]*@)?([^:/]+)(:[0-9]+)?[:/](.*)$#https://\3/\5#p' | sed 's/\.git$//')
 
-# A clean build folder and a fixed time (a zip's earliest) make the wheel a function of the sources: unchanged, it hits the layer cache.
+# A clean build folder and a fixed time (the earliest of zip) make the wheel reproducible, so that unchanged sources hit the layer cache.
 rm -rf build dist
 SOURCE_DATE_EPOCH=315532800 "$python" -m build --wheel --no-isolation --outdir dist . >/dev/null
 "$python" docker/check_wheel.py dist/yaongi-"$version"-*.whl

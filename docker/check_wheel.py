@@ -1,4 +1,4 @@
-"""Refuse a wheel that lacks a file of the packages (presets, sample texts, templates, notices) or holds another one.
+"""Refuse a wheel that lacks a file of the packages (presets, sample texts, templates, notices) or contains other files.
 
 python check_wheel.py dist/yaongi-0.1.0-py3-none-any.whl      (from the root of the sources)
 """
@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 PACKAGES = ("pipelines", "components", "manifests", "trainer")
-# Generated for people to apply, upload or point an editor at, or what generates dashboards; nothing that runs reads it.
+# Files for people to apply, upload or use in an editor, and sources of the dashboards: no installed code reads them.
 NOT_PACKED = (
     "manifests/base/",
     "manifests/dashboards/",

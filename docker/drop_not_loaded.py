@@ -1,4 +1,4 @@
-"""Remove the libraries of NVIDIA's packages that `import torch` does not load: 0.7 GB, for images of CPUs only."""
+"""Remove the libraries of NVIDIA's packages that `import torch` does not load: 0.7 GB; for CPU-only images."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
 #!/bin/sh
-# PID 1 of both images: files that the group may write (volumes are shared through fsGroup), zombies reaped, signals passed on.
+# PID 1 of both images: makes files group-writable (volumes are shared through fsGroup), reaps zombies and forwards signals.
 umask 002
 exec tini -- "$@"

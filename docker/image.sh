@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# docker/image.sh VERB NAME [ARGUMENT...]: images with what this machine has of buildah, podman and docker.
+# docker/image.sh VERB NAME [ARGUMENT...]: one interface to buildah, podman or docker, whichever works on this machine.
 #
-#   build NAME CONTEXT ARGUMENT...   builds it, with $BUILD_IMAGE if that is set
-#   run NAME COMMAND...              runs a command in it, without its entry
-#   labels NAME                      prints its labels, NAME=VALUE on a line
-#   digest NAME                      prints the digest that its registry knows it by; nothing where it is not here
+#   build NAME CONTEXT ARGUMENT...   builds the image, with $BUILD_IMAGE if that is set
+#   run NAME COMMAND...              runs a command in it, without its entrypoint
+#   labels NAME                      prints its labels, one NAME=VALUE per line
+#   digest NAME                      prints its digest in the registry; nothing if the image is not on this machine
 set -euo pipefail
 verb=$1 name=$2
 shift 2
@@ -17,7 +17,7 @@ done
 [ -n "$engine" ] || { echo "docker/image.sh: none of buildah, podman and docker works here; install one" >&2; exit 2; }
 [ "$engine" = buildah ] && inspect=(buildah inspect --type image) || inspect=("$engine" image inspect)
 [ "$verb" = build ] || [ "$verb" = digest ] || "${inspect[@]}" "$name" >/dev/null 2>&1 || {
-    echo "docker/image.sh: $engine has no image $name; build it, or let CONTAINERS_STORAGE_CONF name where \$BUILD_IMAGE keeps images" >&2
+    echo "docker/image.sh: $engine has no image $name; build it, or set CONTAINERS_STORAGE_CONF to the storage of \$BUILD_IMAGE" >&2
     exit 2
 }
 

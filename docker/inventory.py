@@ -1,6 +1,6 @@
-"""Print as JSON which packages are in the image that this runs in: Debian's and Python's.
+"""Print the Debian and Python packages of an image as JSON.
 
-Runs in the image, so it uses the standard library alone.
+Runs inside the image, so it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FIELDS = ("Package", "Version", "Architecture")
 
 
 def debian() -> list[list[str]]:
-    """Name, version and architecture of what is installed; none in a base without dpkg."""
+    """Name, version and architecture of each installed package; empty without dpkg."""
     wanted = "\\t".join(f"${{{field}}}" for field in FIELDS)
     command = ["dpkg-query", "--show", "--showformat", f"${{db:Status-Status}}\\t{wanted}\\n"]
     try:
@@ -27,7 +27,7 @@ def debian() -> list[list[str]]:
 
 
 def licence(distribution: Distribution) -> str | None:
-    """SPDX where the package says so; a licence's whole text is none."""
+    """The SPDX expression if the package has one, else a short name; None if the metadata holds a full licence text."""
     metadata = distribution.metadata
     if expression := metadata.get("License-Expression"):
         return expression
@@ -39,7 +39,7 @@ def licence(distribution: Distribution) -> str | None:
 
 
 def python() -> list[list[str | None]]:
-    """Name, version and licence of what this environment has and the Python below it."""
+    """Name, version and licence of the packages of this environment and of its base Python."""
     ask = [sys._base_executable, "-c", "import json, sys; print(json.dumps(sys.path))"]
     below = json.loads(subprocess.run(ask, check=True, capture_output=True, text=True).stdout)
     found = {}

@@ -1,4 +1,4 @@
-# Runs the pipeline's own steps: plan, download, tokenizer, shards, launch. Slim, without torch.
+# Runs the pipeline's steps: plan, download, tokenizer, shards, launch. Small, without torch.
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
 
@@ -13,7 +13,7 @@ RUN set -eu; \
 
 COPY requirements-pipeline.lock requirements-uv.lock /opt/yaongi/
 WORKDIR /opt/yaongi
-# uv unpacks and compiles in a fraction of pip's time; it does not stay.
+# uv unpacks and compiles much faster than pip; it is removed afterwards.
 RUN set -eu; \
     python3 -m pip install --no-cache-dir --no-deps --require-hashes --target /tmp/uv -r requirements-uv.lock; \
     /tmp/uv/bin/uv pip install --python bin/python --system-certs --no-cache --compile-bytecode --no-deps --require-hashes \

@@ -1,8 +1,8 @@
-"""Write the bill of materials of an image as CycloneDX 1.6 JSON, from what inventory.py finds in it and its labels.
+"""Write the bill of materials of an image as CycloneDX 1.6 JSON, from its labels and what inventory.py finds in it.
 
     python docker/sbom.py IMAGE TARGET
 
-The same image gives the same bytes. It names packages, versions and licences: no hosts, no paths.
+The same image gives the same bytes. The bill names packages, versions and licences, but no hosts or paths.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def package(url: PackageURL, licence: str | None = None) -> Component:
 
 
 def bom(image: str, labels: dict[str, str], inventory: Inventory) -> Bom:
-    """Bill of the image `NAME:TAG`; revision and time are those of its sources."""
+    """The bill of materials of the image `NAME:TAG`; revision and time are those of its sources."""
     name, _, tag = image.rpartition("/")[2].partition(":")
     about = Component(type=ComponentType.CONTAINER, name=name, version=tag, bom_ref="image")
     revision = labels[LABEL + "revision"]

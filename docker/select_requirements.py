@@ -1,10 +1,10 @@
-"""Print the part of a lock file that an image needs; hashes stay, so `pip --require-hashes` still checks every file.
+"""Print the part of a lock file that an image needs. Hashes remain, so `pip --require-hashes` still checks every file.
 
     python3 select_requirements.py LOCK [--cpu-only]
 
-- A base image that brings its own torch keeps it and what that was built with: torch, triton, numpy, CUDA libraries.
-- `--cpu-only` leaves out what `import torch` does not link against (0.9 GB of 5.1): triton, cusolver, nvtx and CUDA's
-  Python bindings. Such an image trains on CPUs only; drop_not_loaded.py takes 0.7 GB more from it.
+- If the base image has its own torch, torch and what it was built with are left out: triton, numpy, CUDA libraries.
+- `--cpu-only` leaves out what `import torch` does not link against (0.9 of 5.1 GB): triton, cusolver, nvtx and CUDA's
+  Python bindings. Such an image trains only on CPUs; drop_not_loaded.py removes another 0.7 GB.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NOT_ON_CPU = re.compile(r"triton|nvidia-(cusolver|nvtx)|cuda-(bindings|pathfinde
 
 
 def requirements(lock: str) -> Iterator[tuple[str, str]]:
-    """(name, the requirement with its hashes and comments) in the order of the lock."""
+    """Yield (name, requirement with its hashes and comments) in the order of the lock file."""
     for block in re.split(r"\n(?=[A-Za-z0-9])", lock):
         if match := re.match(r"([A-Za-z0-9._-]+)==", block):
             yield match[1], block

@@ -1,7 +1,7 @@
-# Runs on GPUs: train, evaluate, export. Heavy layer (torch and what it needs) below, the wheel on top.
+# Runs on GPUs: train, evaluate, export. The large layer (torch and its dependencies) comes first, then the wheel.
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:25.10-py3
 FROM ${BASE_IMAGE}
-# 1: without what only GPUs need, for tests on CPUs.
+# 1: without packages that only GPUs need, for tests on CPUs.
 ARG CPU_ONLY=0
 
 USER 0:0
@@ -15,7 +15,7 @@ RUN set -eu; \
 
 COPY requirements-trainer.lock requirements-uv.lock docker/select_requirements.py docker/drop_not_loaded.py /opt/yaongi/
 WORKDIR /opt/yaongi
-# uv unpacks and compiles in a fraction of pip's time; it does not stay.
+# uv unpacks and compiles much faster than pip; it is removed afterwards.
 RUN set -eu; \
     if [ "$CPU_ONLY" = 1 ]; then flags=--cpu-only; else flags=; fi; \
     python3 select_requirements.py requirements-trainer.lock $flags > requirements.txt; \

@@ -75,18 +75,18 @@ ALERTS: tuple[Alert, ...] = (
         "critical",
         f"time() - max by ({_RANK}) (yaongi_heartbeat_timestamp_seconds) > 300 + 10 * {STEP_SECONDS}",
         "1m",
-        "A rank has stopped making steps.",
+        "A rank has stopped making progress.",
         "Rank {{ $labels.rank }} of {{ $labels.run }} finished its last step {{ $value | humanizeDuration }} ago. When "
-        "one rank hangs, all others wait for it: the one that does not respond or writes nothing is the culprit.",
+        "one rank hangs, all others wait for it: the cause is the rank that does not respond or logs nothing.",
     ),
     Alert(
         "NoProgress",
         "critical",
         f"(max_over_time({PROGRESS}[30m]) > 0 < 1) <= max_over_time({PROGRESS}[30m] offset 30m)",
         "10m",
-        "A run has not got any further for half an hour.",
-        "{{ $labels.run }} stands at {{ $value | humanizePercentage }} of its steps, as it did half an hour ago: it "
-        "hangs, or restarts and repeats the same steps.",
+        "A run has made no progress for half an hour.",
+        "{{ $labels.run }} is at {{ $value | humanizePercentage }} of its steps, as it was half an hour ago: it hangs, "
+        "or restarts and repeats the same steps.",
     ),
     Alert(
         "NonFinite",
@@ -95,7 +95,7 @@ ALERTS: tuple[Alert, ...] = (
         "0m",
         "Loss or gradients are not finite.",
         "{{ $labels.run }} skipped {{ $value | humanize }} steps in 10 minutes because loss or gradient norm was NaN "
-        "or infinite. After some in a row it ends with exit code 70.",
+        "or infinite. After several in a row the run ends with exit code 70.",
     ),
     Alert(
         "LossSpike",
@@ -105,8 +105,8 @@ ALERTS: tuple[Alert, ...] = (
             '(increase(yaongi_skipped_steps_total{reason=~"loss_spike|gradient_spike"}[15m])) >= 3'
         ),
         "2m",
-        "The loss has jumped up.",
-        "{{ $labels.run }} has a loss clearly above that of the half hour before, or keeps skipping steps as spikes "
+        "The loss has jumped.",
+        "The loss of {{ $labels.run }} is clearly above that of the half hour before, or it keeps skipping spikes "
         "({{ $value | humanize }}).",
     ),
     Alert(
@@ -116,8 +116,8 @@ ALERTS: tuple[Alert, ...] = (
         f" or sum by ({_STEP_POD}, task) (increase(yaongi_job_pod_restarts_total[30m])) >= 3",
         "0m",
         "A run keeps restarting.",
-        "{{ $labels.run }} restarted {{ $value | humanize }} times in half an hour. Without progress its budget is "
-        "soon spent and it ends with exit code 71.",
+        "{{ $labels.run }} restarted {{ $value | humanize }} times in half an hour. Without progress it soon reaches "
+        "its restart limit and ends with exit code 71.",
     ),
     Alert(
         "CheckpointTooOld",
@@ -134,7 +134,7 @@ ALERTS: tuple[Alert, ...] = (
         alive(f"sum by ({_RUN}) (increase(yaongi_checkpoint_failures_total[1h])) > 0"),
         "0m",
         "A checkpoint could not be saved.",
-        "{{ $labels.run }} failed to save a checkpoint and trains on; the one before stays the newest.",
+        "{{ $labels.run }} failed to save a checkpoint and continues; the previous checkpoint remains the newest.",
     ),
     Alert(
         "DataStall",
@@ -173,7 +173,7 @@ ALERTS: tuple[Alert, ...] = (
         "10m",
         "FP8 casts clamp too often.",
         "On rank {{ $labels.rank }} of {{ $labels.run }}, {{ $value | humanizePercentage }} of the FP8 tensors of a "
-        "step were larger than their delayed scale had foreseen.",
+        "step exceeded the range of their delayed scale.",
     ),
     Alert(
         "MemoryNearLimit",
@@ -191,7 +191,7 @@ ALERTS: tuple[Alert, ...] = (
         f'max by ({_STEP_POD}, task) (yaongi_job_phase_seconds_total{{phase="queued"}}) > 1800 and '
         f'max by ({_STEP_POD}, task) (yaongi_job_phase{{phase="queued"}}) == 1',
         "1m",
-        "A job has been waiting for room for half an hour.",
+        "A job has been queued for half an hour.",
         "The {{ $labels.task }} job of {{ $labels.run }} in {{ $labels.namespace }} has waited for nodes for "
         "{{ $value | humanizeDuration }}.",
     ),
@@ -201,8 +201,8 @@ ALERTS: tuple[Alert, ...] = (
         f'sum by ({_STEP_POD}) (increase(yaongi_lease_renewals_total{{outcome="failed"}}[2m])) >= 2',
         "0m",
         "The launcher cannot renew a run's lease.",
-        "The launcher {{ $labels.pod }} cannot write to the checkpoints volume; if that goes on for half a minute, its "
-        "run ends itself with a checkpoint and exit code 75.",
+        "The launcher {{ $labels.pod }} cannot write to the checkpoints volume; if this lasts for half a minute, its "
+        "run saves a checkpoint and ends with exit code 75.",
     ),
     Alert(
         "DataStepStalled",
@@ -210,18 +210,17 @@ ALERTS: tuple[Alert, ...] = (
         f"time() - max by ({_STEP_POD}, stage) "
         f'(yaongi_stage_heartbeat_timestamp_seconds{{stage!~"{_LAUNCHED}"}}) > 1800',
         "1m",
-        "A data step has not got any further for half an hour.",
-        "The step {{ $labels.stage }} (pod {{ $labels.pod }}) made its last progress {{ $value | humanizeDuration }} "
-        "ago.",
+        "A data step has made no progress for half an hour.",
+        "The step {{ $labels.stage }} (pod {{ $labels.pod }}) last made progress {{ $value | humanizeDuration }} ago.",
     ),
     Alert(
         "TargetDown",
         "critical",
         f"{_TARGETS} == 0 and max_over_time({_TARGETS}[1h]) == 1",
         "1m",
-        "A process that was there does not answer Prometheus any more.",
-        "Pod {{ $labels.pod }} of {{ $labels.run }} is there but its metrics are not: the process is stopped, starved "
-        "of CPU, or hangs in the kernel.",
+        "A process no longer answers Prometheus.",
+        "Pod {{ $labels.pod }} of {{ $labels.run }} exists but serves no metrics: its process is stopped, starved of "
+        "CPU, or hangs in the kernel.",
     ),
 )
 

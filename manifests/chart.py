@@ -55,7 +55,7 @@ def about() -> Object:
     return {
         "apiVersion": "v2",
         "name": project["name"],
-        "description": "What jobs of yaongi need in a namespace: rights, volumes, network policies, monitoring",
+        "description": "What yaongi's jobs need in a namespace: permissions, volumes, network policies, monitoring",
         "type": "application",
         "version": project["version"],
         "appVersion": project["version"],

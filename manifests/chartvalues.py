@@ -39,24 +39,24 @@ class Values(Spec):
 
 
 class Launcher(Values):
-    create: bool = Field(True, description="The launcher's role, its service account and their binding.")
+    create: bool = Field(True, description="Create the launcher's role, its service account and their binding.")
     accounts: list[DnsName] = Field(
         [name for name in ACCOUNTS if name != ROLE],
-        description=f"Service accounts of this namespace, beside {ROLE}, that may launch: those of KFP's steps.",
+        description=f"Service accounts of this namespace, besides {ROLE}, that may launch jobs: those of KFP's steps.",
     )
 
 
 class Claim(Values):
-    existing_claim: NameOrEmpty = Field("", description="Use this claim of the namespace and make none.")
-    name: DnsName = Field(description="Name of the claim that is made; jobs look for the default.")
-    size: Quantity = Field(description="What the claim asks for.")
+    existing_claim: NameOrEmpty = Field("", description="Use this existing claim instead of creating one.")
+    name: DnsName = Field(description="Name of the created claim; jobs expect the default.")
+    size: Quantity = Field(description="Requested size.")
     storage_class_name: NameOrEmpty = Field("", description="Storage class; empty is the cluster's default class.")
     access_modes: list[Literal["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]] = Field(
         ["ReadWriteMany"],
         min_length=1,
-        description="ReadWriteMany shares the volume between nodes; ReadWriteOnce will do for jobs on one node.",
+        description="ReadWriteMany shares the volume between nodes; ReadWriteOnce suffices for jobs on one node.",
     )
-    keep: bool = Field(True, description="The claim, and so its data, outlives `helm uninstall`.")
+    keep: bool = Field(True, description="Keep the claim, and so its data, on `helm uninstall`.")
 
 
 class Storage(Values):
@@ -71,35 +71,41 @@ class Storage(Values):
 
 
 class NetworkPolicy(Values):
-    enabled: bool = Field(True, description="Workers talk to each other only, steps to the cluster, some to the Hub.")
+    enabled: bool = Field(
+        True, description="Workers reach only each other; steps reach the cluster, some also the Hub."
+    )
     cluster_ranges: list[Cidr] = Field(
         list(PRIVATE),
-        description="Addresses that steps may reach: those of the API server, and of an object store for instance.",
+        description="Addresses that steps may reach: the API server, and for example an object store.",
     )
-    default_deny: bool = Field(False, description="Close the namespace's other pods too, KFP's own among them.")
+    default_deny: bool = Field(False, description="Isolate the namespace's other pods too, including KFP's own.")
 
 
 class PodMonitor(Values):
-    enabled: Switch = Field("auto", description="Scrape them; auto: where the Prometheus operator is installed.")
+    enabled: Switch = Field(
+        "auto", description="Create the PodMonitors; auto: if the Prometheus operator is installed."
+    )
     interval: Duration = Field(
-        f"{DEFAULT_OBSERVABILITY.scrape_interval_seconds:g}s", description="Time between two scrapes."
+        f"{DEFAULT_OBSERVABILITY.scrape_interval_seconds:g}s", description="Time between scrapes."
     )
 
 
 class Rules(Values):
-    enabled: Switch = Field("auto", description="Alerts; auto: where the Prometheus operator is installed.")
+    enabled: Switch = Field("auto", description="Create the alerts; auto: if the Prometheus operator is installed.")
     runbooks: str = Field(RUNBOOKS, description="URL of a copy of docs/runbooks, which the alerts link to.")
 
 
 class Dashboards(Values):
-    enabled: bool = Field(True, description="Grafana dashboards as ConfigMaps, which Grafana's sidecar loads.")
-    labels: Texts = Field({"grafana_dashboard": "1"}, description="Labels that the sidecar looks for.")
-    annotations: Texts = Field({"grafana_folder": "yaongi"}, description="Annotations; the sidecar reads its folder.")
+    enabled: bool = Field(True, description="Create Grafana dashboards as ConfigMaps, which Grafana's sidecar loads.")
+    labels: Texts = Field({"grafana_dashboard": "1"}, description="Labels by which the sidecar finds them.")
+    annotations: Texts = Field(
+        {"grafana_folder": "yaongi"}, description="Annotations, from which the sidecar reads the folder."
+    )
 
 
 class Monitoring(Values):
     labels: Texts = Field(
-        DEFAULT_OBSERVABILITY.monitor_labels, description="Labels that Prometheus selects monitors and rules by."
+        DEFAULT_OBSERVABILITY.monitor_labels, description="Labels by which Prometheus selects monitors and rules."
     )
     pod_monitor: PodMonitor = Field(PodMonitor(), description="PodMonitors of training pods and pipeline steps.")
     rules: Rules = Field(Rules(), description="PrometheusRule.")
@@ -107,30 +113,30 @@ class Monitoring(Values):
 
 
 class ClusterQueue(Values):
-    create: bool = Field(False, description="Make the ClusterQueue and its flavor; they belong to the whole cluster.")
-    name: DnsName = Field("yaongi", description="The ClusterQueue that the queue draws from, ours or another.")
-    flavor: DnsName = Field("yaongi", description="Name of the ResourceFlavor that is made with it.")
-    node_labels: Texts = Field({}, description="Labels of the flavor's nodes; none means every node.")
+    create: bool = Field(False, description="Create the ClusterQueue and its flavor; they are cluster-wide.")
+    name: DnsName = Field("yaongi", description="The ClusterQueue of the LocalQueue, created here or existing.")
+    flavor: DnsName = Field("yaongi", description="Name of the ResourceFlavor that is created with it.")
+    node_labels: Texts = Field({}, description="Labels of the flavor's nodes; empty means every node.")
     quotas: dict[str, Quantity] = Field(
-        {}, description="What its running jobs may request together, for each resource that they request."
+        {}, description="Total that running jobs may request, by resource; every requested resource needs an entry."
     )
 
 
 class Queue(Values):
     enabled: Switch = Field(
-        False, description="A Kueue LocalQueue for `cluster.queue` of jobs; auto: where Kueue is installed."
+        False, description="Create a Kueue LocalQueue for the jobs' `cluster.queue`; auto: if Kueue is installed."
     )
     name: DnsName = Field("yaongi", description="Name of the LocalQueue.")
-    cluster_queue: ClusterQueue = Field(ClusterQueue(), description="What is behind it.")
+    cluster_queue: ClusterQueue = Field(ClusterQueue(), description="The ClusterQueue behind it.")
 
 
 class ChartValues(Values):
     """Values of the chart yaongi."""
 
-    common_labels: Texts = Field({}, description="Labels put on every object.")
+    common_labels: Texts = Field({}, description="Labels added to every object.")
     launcher: Launcher = Field(Launcher(), description="Who may launch jobs.")
     storage: Storage = Field(Storage(), description="The two volumes.")
-    network_policy: NetworkPolicy = Field(NetworkPolicy(), description="Who may talk to whom.")
+    network_policy: NetworkPolicy = Field(NetworkPolicy(), description="Allowed connections.")
     monitoring: Monitoring = Field(Monitoring(), description="Prometheus and Grafana.")
     queue: Queue = Field(Queue(), description="Kueue.")
 

@@ -29,7 +29,7 @@ class Fp8State:
 
     Attributes:
         scale_N: of the delayed recipe; last_amax_N: of the last finished step; overflows_N: steps in which a tensor
-        was larger than its delayed scale had foreseen, so that its largest numbers were clamped.
+        exceeded the range of its delayed scale, so that its largest values were clamped.
     """
 
     def __init__(self, products: int, recipe: Recipe, history_steps: int, device: torch.device) -> None:

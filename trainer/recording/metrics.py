@@ -106,7 +106,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "fp8_overflows_total",
         "counter",
-        "Tensors whose largest numbers were clamped, as delayed FP8 scaling had foreseen smaller ones.",
+        "Tensors whose largest values were clamped because they exceeded the range of their delayed FP8 scale.",
         "tensors",
         per_rank=True,
     ),

@@ -32,8 +32,8 @@ items:
 {{ (index . 0).Files.Get (printf "files/%s.yaml" (index . 1)) }}
 {{- end }}
 
-{{/* The same if they are wanted, else none; the first one's API decides, or an older version of it that will do:
-(list root file switch needed [older]). */}}
+{{/* The same objects if the switch is on and their API exists, else none. The first object's API counts, or one of the
+older versions of it: (list root file switch needed [older]). */}}
 {{- define "yaongi.optional" -}}
 {{- $root := index . 0 -}}
 {{- $field := index . 2 -}}
