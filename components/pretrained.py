@@ -8,9 +8,9 @@ from components.volume import named
 from manifests.pretrained import hub_model
 from manifests.spec import JobSpec
 from trainer.data.chattemplate import ChatTemplate, chat_template
-from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer import Tokenizer, files_of
 from trainer.errors import SpecError
-from trainer.pretrained import find, refuse_misfit, tokenizer_of
+from trainer.pretrained import find, read_json, refuse_damaged, refuse_misfit, tokenizer_of
 
 INIT, TOKENIZER = "train.init_from", "tokenizer.from"
 
@@ -28,11 +28,17 @@ def check(job: JobSpec, *, downloaded: bool) -> None:
     there = {field: folder for field, folder in job.models.items() if downloaded or not hub_model(names[field] or "")}
     if INIT in there:
         with named(INIT):
-            refuse_misfit(find(there[INIT]), job.train.model)
+            found = find(there[INIT])
+            refuse_misfit(found, job.train.model)
+            if not hub_model(names[INIT] or ""):  # else its weights are fetched after this
+                refuse_damaged(found, job.train.model)
     if job.tokenizer_from and (field := TOKENIZER if job.tokenizer.source else INIT) in there:
         with named(field):
             used = tokenizer_folder(job)
             tokenizer = Tokenizer.load(used)
+            for file in files_of(used):
+                if file.suffix == ".json":  # an export takes them along
+                    read_json(file)
             if tokenizer.vocab_size > job.train.model.vocab_size:
                 raise SpecError(
                     f"the tokenizer of {used} has {tokenizer.vocab_size:,} entries, but train.model.vocab_size is "

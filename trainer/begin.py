@@ -13,14 +13,13 @@ from trainer.checkpoints.checkpointer import load_model, not_finite
 from trainer.distributed import World
 from trainer.errors import CheckpointError
 from trainer.files import checksum
-from trainer.hf.weights import SINGLE, parts_of, read_into
+from trainer.hf.files import SINGLE, parts_of
+from trainer.hf.weights import read_into
 from trainer.kinds.base import Part
 from trainer.lora import is_adapter
 from trainer.model.hybrid import HybridModel, build_model
-from trainer.pretrained import EXPORT, Pretrained, find, read_json, refuse_misfit
+from trainer.pretrained import EXPORT, MTP, Pretrained, find, read_json, refuse_misfit
 from trainer.spec import TrainSpec
-
-MTP = "mtp."
 
 log = logging.getLogger(__name__)
 

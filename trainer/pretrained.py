@@ -18,11 +18,14 @@ from trainer.errors import CheckpointError, SpecError
 from trainer.fields import stored
 from trainer.files import unreadable
 from trainer.hf.architectures import Architecture, architecture_of
+from trainer.hf.files import SINGLE, compare, header, parts_of
 from trainer.modelspec import ModelSpec
+from trainer.parameters import parameters
 from trainer.specbase import VERSION_FIELD, parse, read_yaml
 
 CONFIG, EXPORT = "config.json", "manifest.json"
 TOKENIZER = "tokenizer.json"
+MTP = "mtp."  # beginning of names that the other model may lack
 TRAINING_ONLY = ("init_std", "mtp", "lora")  # fields of a model that do not affect its trained weights
 
 
@@ -119,6 +122,21 @@ def refuse_misfit(found: Pretrained, model: ModelSpec) -> None:
         raise SpecError(
             f"train.model.layers {model.layers} is divided differently in {found.folder}: {found.model.layers}"
         )
+
+
+def refuse_damaged(found: Pretrained, model: ModelSpec) -> None:
+    """Compare the headers of its files with the run's model, before any data is made for it. A checkpoint of ours and
+    the contents of an export are compared with their checksums when the run begins.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a tensor is missing, superfluous or of another shape or dtype.
+    """
+    if found.kind == "export":
+        header(found.folder / SINGLE)
+    elif found.architecture is not None:
+        parts, ignored = parts_of(found.architecture, model)
+        shapes = {parameter.name: parameter.shape for parameter in parameters(model)}
+        compare(found.folder, parts, shapes, ignored=(*ignored, MTP), kept=(MTP,))
 
 
 def _without_training(model: ModelSpec) -> ModelSpec:

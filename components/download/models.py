@@ -24,7 +24,7 @@ from trainer.data.tokenizer import FILES as TOKENIZER_FILES
 from trainer.errors import DataError, VolumeError
 from trainer.files import sync_directory
 from trainer.preflight.measured import gibibytes
-from trainer.pretrained import CONFIG, is_weights
+from trainer.pretrained import CONFIG, find, is_weights, refuse_damaged
 
 
 def fetch_models(job: JobSpec) -> None:
@@ -44,6 +44,7 @@ def fetch_models(job: JobSpec) -> None:
     if INIT in hubs:
         with named(INIT):
             _fetch(hubs[INIT], Path(job.models[INIT]), weights=True)
+            refuse_damaged(find(job.models[INIT]), job.train.model)
 
 
 def fetch_config(hub: HubModel, folder: Path) -> None:

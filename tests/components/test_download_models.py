@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from components.pretrained import check
 from manifests.pretrained import hub_model
 from manifests.spec import JobSpec, job_from
 from trainer.data.manifest import read_manifest, verify
-from trainer.errors import DataError, SpecError
+from trainer.errors import CheckpointError, DataError, SpecError
 from trainer.pretrained import find
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -155,3 +156,28 @@ def test_folders_that_do_not_fit_are_refused_before_anything_runs(model: Path, t
     (tmp_path / "sp" / "tokenizer.json").write_text(json.dumps(pieces))
     with pytest.raises(DataError, match=r"^tokenizer\.from: .*not byte-level BPE"):
         check(job(tmp_path, tokenizer={"from": str(tmp_path / "sp")}, train={"init_from": None}), downloaded=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model-00002-of-", "is no readable safetensors file"),
+        ("model.safetensors.index.json", "is no index of weights"),
+        ("tokenizer.json", "not a tokenizer"),
+        ("tokenizer_config.json", "is not a JSON object"),
+    ],
+)
+def test_files_that_git_lfs_has_not_fetched_are_refused_before_anything_runs(
+    model: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    (file,) = (path for path in (tmp_path / "model").iterdir() if path.name.startswith(name))
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises((CheckpointError, DataError), match=rf"^train\.init_from: .*{file.name}: {message}"):
+        check(job(tmp_path, train={"init_from": str(tmp_path / "model")}), downloaded=False)
+
+
+def test_damaged_weights_of_the_hub_are_refused_when_they_are_here(served: Hub, tmp_path: Path) -> None:
+    name = next(name for name in served.server.files if name.endswith(".safetensors"))
+    served.server.files[name] = served.server.files[name][:-1]
+    assert "is no readable safetensors file" in (run(served, job(tmp_path))[1] or "")

@@ -14,9 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from trainer.errors import CheckpointError, SpecError
 from trainer.hf.architectures import architecture_of, native
-from trainer.hf.weights import parts_of, read_into, tensors
+from trainer.hf.files import parts_of
+from trainer.hf.weights import read_into, tensors
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec
+from trainer.pretrained import find, refuse_damaged
 from trainer.specbase import parse
 
 HYBRID = ModelSpec.model_validate(
@@ -169,7 +171,7 @@ def test_fp8_blocks_are_multiplied_out(tmp_path: Path) -> None:
         ({"config": {"hidden_act": "gelu"}}, "hidden_act 'gelu' is not supported, only 'silu'"),
         ({"config": {"model_type": "mistral9"}}, "model_type 'mistral9' is not known; known are qwen3, "),
         ({"cut": True}, "is no readable safetensors file"),
-        ({"dtype": torch.int8}, r"down_proj\.weight has dtype I8; known are"),
+        ({"dtype": torch.int8}, r"down_proj\.weight has dtype I8, known are"),
         (
             {"dtype": torch.float8_e4m3fn, "add": "model.layers.0.mlp.down_proj.weight_scale_inv"},
             r"down_proj\.weight_scale_inv has shape \[2, 2\], blocks of 128 × 128 need \[1, 1\]",
@@ -193,6 +195,8 @@ def test_what_does_not_fit_is_one_line(change: dict, message: str, tmp_path: Pat
     with pytest.raises((CheckpointError, SpecError), match=message) as error:
         imported(tmp_path)
     assert "\n" not in str(error.value)
+    with pytest.raises((CheckpointError, SpecError), match=message):  # without any weight, before there is data
+        refuse_damaged(found := find(tmp_path), found.model)
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:

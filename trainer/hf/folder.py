@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.data.chat import CHATML
 from trainer.data.tokenizer import Tokenizer, files_of
-from trainer.hf.weights import INDEX, SINGLE
+from trainer.hf.files import INDEX, SINGLE
 
 FILE_BYTES = 5 * 10**9  # of weights in one file
 CONFIG, GENERATION, CHAT = "config.json", "generation_config.json", "chat_template.jinja"

@@ -7,7 +7,6 @@ BF16 there is the same number in FP32 here, and comes back as it was.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,36 +20,12 @@ from trainer.errors import CheckpointError
 from trainer.hf import own
 from trainer.hf.architectures import Architecture
 from trainer.hf.configs import FP8_BLOCK
+from trainer.hf.files import SCALES, compare, files_of, shape_of
 from trainer.kinds.base import Part
 from trainer.model.rows import own_rows
 from trainer.modelspec import ModelSpec
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-SCALES = "_scale_inv"
-FP8 = ("F8_E4M3", "F8_E5M2")  # as safetensors name them
-FLOATS = ("F64", "F32", "BF16", "F16", *FP8)
 FP32 = ("e_score_correction_bias",)  # endings of names that stay FP32 there
-
-
-def files_of(folder: Path) -> list[Path]:
-    """The files with weights, in the order of their names.
-
-    Raises:
-        CheckpointError: there are none, or one is missing.
-    """
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(map(str, set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{folder / INDEX}: is no index of weights; download it again") from None
-    elif (folder / SINGLE).is_file():
-        names = [SINGLE]
-    else:
-        raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}; give a folder with safetensors files")
-    for name in names:
-        if "/" in name or not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: missing, but {INDEX} names it; download it again")
-    return [folder / name for name in names]
 
 
 def read_into(
@@ -77,90 +52,26 @@ def read_into(
     by_name: dict[str, list[Part]] = defaultdict(list)
     for part in parts:
         by_name[part.theirs].append(part)
-    files = files_of(folder)
-    _compare(files, by_name, ours, ignored, kept)
+    shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    integers = {name for name, tensor in ours.items() if not tensor.is_floating_point()}
+    every = [part for some in by_name.values() for part in some]
+    compare(folder, every, shapes, ignored=ignored, kept=kept, integers=integers)
     filled = {part.ours for parts in by_name.values() for part in parts}
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name not in filled and not name.startswith(kept):
                 buffer.zero_()  # a router's bias, if their router has none
-        for file in files:
+        for file in files_of(folder):
             with _opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  it is not a mapping
                     for part in by_name.get(name, []):
                         _fill(part, tensors, ours[part.ours])
 
 
-def parts_of(architecture: Architecture, spec: ModelSpec) -> tuple[list[Part], tuple[str, ...]]:
-    """Where the tensors of a model are in files of transformers, and the prefixes of names there to ignore."""
-    tied = ("lm_head.",) if spec.tied_embedding else ()
-    return architecture.parts(spec), architecture.ignored + tied
-
-
-def _compare(
-    files: list[Path],
-    by_name: Mapping[str, list[Part]],
-    ours: Mapping[str, Tensor],
-    ignored: tuple[str, ...],
-    kept: tuple[str, ...],
-) -> None:
-    missing = set(by_name)
-    for file in files:
-        with _opened(file) as tensors:
-            names = set(tensors.keys())
-            for name in sorted(names):
-                if name in by_name:
-                    if name not in missing:
-                        raise CheckpointError(f"{file}: {name} is in another file too; download the folder again")
-                    missing.discard(name)
-                    _compare_shape(file, name, list(tensors.get_slice(name).get_shape()), by_name[name], ours)
-                    _compare_dtype(file, name, tensors, names, ours[by_name[name][0].ours])
-                elif not ((name.endswith(SCALES) and name.removesuffix(SCALES) in by_name) or name.startswith(ignored)):
-                    raise CheckpointError(f"{file}: {name} belongs to no layer that config.json describes")
-    missing = {name for name in missing if not all(part.ours.startswith(kept) for part in by_name[name])}
-    if missing:
-        raise CheckpointError(
-            f"{files[0].parent}: {sorted(missing)[0]} is missing"
-            + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + ", which config.json asks for"
-        )
-
-
-def _compare_shape(file: Path, name: str, found: list[int], parts: list[Part], ours: Mapping[str, Tensor]) -> None:
-    shapes = [_shape(part, ours[part.ours]) for part in parts]
-    wanted = [max(part.their_first + shape[0] for part, shape in zip(parts, shapes, strict=True)), *shapes[0][1:]]
-    if [side for side in found if side != 1] != [side for side in wanted if side != 1]:
-        raise CheckpointError(f"{file}: {name} has shape {found}, config.json asks for {wanted}")
-
-
-def _compare_dtype(file: Path, name: str, tensors: Any, names: set[str], whole: Tensor) -> None:
-    found = tensors.get_slice(name)
-    dtype = found.get_dtype()
-    if whole.is_floating_point() and dtype not in FLOATS:
-        raise CheckpointError(
-            f"{file}: {name} has dtype {dtype}; known are {', '.join(FLOATS)}: take the model in BF16"
-        )
-    if dtype in FP8:
-        if name + SCALES not in names:
-            raise CheckpointError(f"{file}: {name} is FP8, but {name}{SCALES} is not beside it; download it again")
-        scales = tensors.get_slice(name + SCALES).get_shape()
-        if scales != (wanted := [-(-side // FP8_BLOCK) for side in found.get_shape()]):
-            raise CheckpointError(
-                f"{file}: {name}{SCALES} has shape {scales}, blocks of {FP8_BLOCK} × {FP8_BLOCK} need {wanted}; take "
-                "the model in BF16"
-            )
-
-
-def _shape(part: Part, whole: Tensor) -> tuple[int, ...]:
-    """Of the rows of ours that a part is."""
-    shape = tuple(whole.shape) if part.expert is None else tuple(whole.shape[1:])
-    return (part.rows if part.rows is not None else shape[0] - part.first, *shape[1:])
-
-
 def _fill(part: Part, tensors: Any, parameter: Tensor) -> None:
     """Copy what this rank holds of a part."""
     own, first = own_rows(parameter)
-    shape = _shape(part, parameter)
+    shape = shape_of(part, tuple(parameter.shape))
     if part.expert is not None:
         if not first <= part.expert < first + own.shape[0]:
             return
