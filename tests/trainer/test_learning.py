@@ -26,20 +26,19 @@ def learning():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_muon_learns_faster_than_adamw(learning, tmp_path):
-    """At once: in 80 steps Muon gets 0.35 nats below the entropy of single tokens, and 0.5 below AdamW."""
+def test_tiny_learns_by_muon_at_once(learning, tmp_path):
+    """In 80 steps it gets 0.35 nats below the entropy of single tokens."""
     job = learning.prepare("tiny", tmp_path, steps=80, batch=BATCH)
     entropy = learning.unigram_entropy(job.train_spec())
-    losses = {name: learning.run(job, name, learning.RATES[name], SEED) for name in ("Muon", "AdamW")}
-    last = {name: statistics.fmean(curve[-20:]) for name, curve in losses.items()}
-    assert last["Muon"] < entropy - LEAD and last["Muon"] < last["AdamW"] - LEAD, (last, entropy)
+    last = statistics.fmean(learning.run(job, "Muon", learning.RATES["Muon"], SEED)[-20:])
+    assert last < entropy - LEAD, (last, entropy)
 
 
 @pytest.mark.slow
 @pytest.mark.proof
 @pytest.mark.timeout(2400)
 def test_tiny_learns_and_muon_learns_fastest(learning, tmp_path):
-    """In 200 steps, also by layers orthogonalized together and with state in BF16."""
+    """In 200 steps, AdamW too but behind; also by layers orthogonalized together and with state in BF16."""
     job = learning.prepare("tiny", tmp_path, steps=200, batch=BATCH)
     entropy = learning.unigram_entropy(job.train_spec())
     losses = {name: learning.run(job, name, rate, SEED) for name, rate in learning.RATES.items()}
