@@ -1,10 +1,10 @@
-"""Peak host memory of ranks that begin with a folder of transformers, beside transformers' own loading of it.
+"""Peak host memory of ranks that start from a transformers folder, compared with loading it by transformers.
 
     python benchmarks/begin_memory.py [--preset dual-h100-dense] [--ranks 2] [--files 4]
 
-Writes the preset's model with random BF16 weights in so many files, then starts the ranks, which share it by FSDP, on
-CPUs. Printed for each: what it holds in the end (FP32), its highest resident memory above that before the model was
-built (/proc/self/status, VmHWM), and the promise: own share and one file.
+Writes the preset's model with random BF16 weights in `--files` files, then starts the ranks on CPUs, with the model
+sharded by FSDP. Prints for each rank: the size of its weights (FP32), its peak resident memory relative to that before
+the model was built (/proc/self/status, VmHWM), and the ratio to the promised limit: its own share plus one file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MIB = 2**20
 
 
 def write(spec: ModelSpec, folder: Path, files: int) -> int:
-    """The model in `files` files of about equal size; bytes of the largest."""
+    """Write the model as `files` files of about equal size; returns the bytes of the largest."""
     architecture, why = native(spec)
     assert architecture is not None, why
     shapes = build_model(spec, device="meta", seed=None).state_dict()
@@ -57,13 +57,13 @@ def write(spec: ModelSpec, folder: Path, files: int) -> int:
 
 
 def peak() -> int:
-    """Highest resident memory of this process since the last `reset`, in bytes."""
+    """Peak resident memory of this process since the last `reset`, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
 def reset() -> int:
-    """Let the peak begin anew; returns what is resident now."""
+    """Reset the peak; returns the current resident memory in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 

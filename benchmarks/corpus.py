@@ -1,7 +1,7 @@
-"""A mixed corpus of any size for benchmarks, always the same on one machine; nothing of it is in the repository.
+"""A mixed corpus of any size for benchmarks, generated and reproducible on one machine; it is not in the repository.
 
-It recombines the paragraphs of the sample corpus that ships with yaongi (ko, en, code, math) and mixes in Python source
-of the standard library and of the installed packages.
+It recombines the paragraphs of the sample corpus that ships with yaongi (ko, en, code, math) and adds Python sources of
+the standard library and the installed packages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DOMAINS = ("ko", "en", "code", "math")
 
 
 def write_corpus(path: Path, num_bytes: int, seed: int = 0) -> int:
-    """Write JSON lines of at least `num_bytes` bytes of text; returns how many."""
+    """Write JSON lines with at least `num_bytes` bytes of text; returns the number of bytes."""
     written = 0
     with open(path, "w", encoding="utf-8") as file:
         for text in _texts(seed):

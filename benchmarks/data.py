@@ -1,12 +1,13 @@
-"""Tokenisation into token files: ours against Megatron's preprocessing approach and datatrove, with one tokenizer.
+"""Tokenisation into token files: ours against Megatron's approach and datatrove, with the same tokenizer.
 
     python benchmarks/data.py --peers .venv-peers/bin/python     # `make test-peers` builds that environment
-    python benchmarks/data.py --megabytes 1000 --repeats 1       # without peers: memory and speed of ours alone
+    python benchmarks/data.py --megabytes 1000 --repeats 1       # without peers: only our memory and speed
 
-Each is run on the same corpus in turn, in a process of its own; imports are not counted. MB are 10⁶ bytes of UTF-8
-text. CPU seconds are those of all processes: on a busy machine their ratio says more than that of wall time. Megatron's
-approach is that of its tools/preprocess_data.py: a pool that encodes lines of one file, `imap` in chunks of 32, and one
-writer, here with `tokenizers` called directly. datatrove runs its MegatronDocumentTokenizer, a task for each core.
+They run in turn on the same corpus, each in a separate process; imports are not counted. MB are 10⁶ bytes of UTF-8
+text. CPU seconds are summed over all processes: on a busy machine their ratio is more reliable than that of wall times.
+Megatron's approach is that of its tools/preprocess_data.py: a pool encodes the lines of one file (`imap` in chunks of
+32) and one process writes; here `tokenizers` is called directly. datatrove runs MegatronDocumentTokenizer, one task per
+core.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def ours(work: Path, cores: int) -> Callable[[], object]:
 
 
 def train(work: Path, cores: int) -> Callable[[], object]:
-    """Training the tokenizer, as the step does."""
+    """Train the tokenizer as the tokenizer step does."""
     from components.tokenizer.step import run
 
     job, raw, _ = _stages(work, cores, trained=False)
@@ -79,7 +80,7 @@ def _stages(work: Path, cores: int, trained: bool = True):
 
 
 class _Encoder:
-    """What Megatron's workers do with a line: parse, encode, append the end of the document."""
+    """What Megatron's workers do with a line: parse it, encode it, append the end of the document."""
 
     def __init__(self, tokenizer: str) -> None:
         self.path = tokenizer
@@ -127,7 +128,7 @@ def datatrove(work: Path, cores: int) -> Callable[[], object]:
         str(work / "datatrove"), tokenizer_name_or_path=_tokenizer(work), eos_token="<|endoftext|>"
     )
     logs = str(work / "datatrove-logs")
-    # Forked, so that the CPU time of its workers is counted as that of children.
+    # Forked, so that the CPU time of its workers counts as that of child processes.
     steps = [reader, writer]
     return LocalPipelineExecutor(steps, tasks=len(FILES), workers=cores, logging_dir=logs, start_method="fork").run
 
@@ -140,7 +141,7 @@ RUNS = {"train": train, "ours": ours, "megatron": megatron, "datatrove": datatro
 
 
 def measured(name: str, work: Path, cores: int) -> dict[str, float]:
-    """Run one in this process."""
+    """Run one method in this process."""
     call = RUNS[name](work, cores)
     before, start = os.times(), time.perf_counter()
     call()

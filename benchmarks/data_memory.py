@@ -1,7 +1,7 @@
-"""Peak memory and speed of the download and hygiene steps on a made corpus: does either grow with it?
+"""Peak memory and speed of the download and hygiene steps on a generated corpus: does memory grow with its size?
 
-The corpus repeats the sample texts with their words' order changed, as one Parquet file with one row group (the worst
-case) and one gzipped JSON-lines file; a tenth of the documents are copies. Each step runs in a process of its own.
+The corpus repeats the sample texts with shuffled words, as one Parquet file with one row group (the worst case) and one
+gzipped JSON-lines file; a tenth of the documents are copies. Each step runs in a separate process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SAMPLE = Path(components.__file__).parent / "download" / "sample"
 def main(megabytes: Annotated[int, typer.Option(help="Size of the corpus.")] = 1000) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "job.json").write_text(_job(Path(folder)).model_dump_json())
-        # In a process of its own: a child's peak counts from what its parent held when it started.
+        # In a separate process: a child's peak includes what its parent held when it started.
         subprocess.run([sys.executable, __file__, "make", folder, str(megabytes * 10**6)], check=True)
         for step in ("download", "hygiene"):
             started = time.monotonic()

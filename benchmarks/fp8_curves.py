@@ -1,9 +1,9 @@
-"""Train `tiny` in BF16 and in emulated FP8 by each recipe on the sample corpus, and compare the losses.
+"""Train `tiny` in BF16 and in emulated FP8 with each recipe on the sample corpus, and compare the losses.
 
     python benchmarks/fp8_curves.py [--steps 40] [--work DIR]
 
-Same weights, same tokens. Prints the mean loss of each tenth of the run, and how far FP8 ends from BF16. BF16 layers at
-the ends are off, so that as much as possible is FP8.
+All runs have the same initial weights and tokens. Prints the mean loss of each tenth of the run, and the final
+difference between FP8 and BF16. No first or last layers are kept in BF16, so that as much as possible runs in FP8.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--tokens-per-step", type=int, default=1024)
-    parser.add_argument("--work", type=Path, help="directory for data and runs; a temporary one without it")
+    parser.add_argument("--work", type=Path, help="directory for data and runs; default: a temporary one")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         compare(arguments.work or Path(temporary), arguments.steps, arguments.tokens_per_step)

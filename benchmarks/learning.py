@@ -1,12 +1,12 @@
-"""What a preset learns in a few hundred steps with AdamW, Muon and TEON: same data, same seeds, one table, one plot.
+"""What a preset learns in a few hundred steps with AdamW, Muon and TEON on the same data with the same seeds.
 
-    python benchmarks/learning.py [--seeds 2]           tiny: table and plot into docs/learning.md and .png
-    python benchmarks/learning.py --sweep               tiny: which learning rate AdamW and Muon want
+    python benchmarks/learning.py [--seeds 2]           tiny: table and plot in docs/learning.md and .png
+    python benchmarks/learning.py --sweep               tiny: the best learning rates of AdamW and Muon
     python benchmarks/learning.py --sweep --preset small --steps 1000 --tokens-per-step 32768      on a GPU
 
-Each run is a real one, of `python -m trainer`, on the sample corpus; finished runs in --directory are used again. The
-yardstick is the entropy of single tokens, what a model knows that has learnt frequencies only. A loss is the mean of
-the last ten steps.
+Each run is a full run of `python -m trainer` on the sample corpus; finished runs in --directory are reused. The
+baseline is the entropy of single tokens: the loss of a model that has learnt only their frequencies. A loss is the mean
+of the last ten steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from trainer.spec import TrainSpec
 from trainer.specbase import to_yaml
 
 DOCS = Path(__file__).parent.parent / "docs"
-# Peak learning rates, each the best of the sweep in docs/decisions.md; AdamW's part of a Muon run has Muon's.
+# Peak learning rates, each the best of the sweep in docs/decisions.md. In a Muon run, AdamW's part has the same rate.
 RATES = {"AdamW": 2e-3, "Muon": 5e-3, "TEON": 5e-3}
 SWEEP = {"AdamW": (2e-3, 5e-3, 1e-2), "Muon": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)}
 MARKS = (0.25, 0.5, 0.75, 1.0)  # of the steps
@@ -44,13 +44,13 @@ SMOOTHED_STEPS = 10
 
 
 def optimizer(name: str, rate: float) -> dict[str, Any]:
-    """The optimizer section of a spec, with one peak rate for everything that it trains."""
+    """The optimizer section of a spec, with the same peak rate for all parameters."""
     muon = {"learning_rate": rate, "teon_layers": 2 if name == "TEON" else 1}
     return {"name": "adamw" if name == "AdamW" else "muon", "muon": muon, "adamw": {"learning_rate": rate}}
 
 
 def prepare(preset: str, directory: Path, **train: Any) -> JobSpec:
-    """The preset's job with its shards made, everything under `directory`."""
+    """The preset's job, with its shards written; everything is under `directory`."""
     storage = {"datasets_dir": str(directory / "datasets"), "checkpoints_dir": str(directory)}
     job = load_job(preset, {"storage": storage, "train": train, "cluster": {"nodes": 1, "gpus_per_node": 0}})
     raw = hygiene.run(job, download.run(job))
@@ -59,7 +59,7 @@ def prepare(preset: str, directory: Path, **train: Any) -> JobSpec:
 
 
 def unigram_entropy(spec: TrainSpec) -> float:
-    """Nats for each token of the mix, if only frequencies are known."""
+    """Entropy of single tokens of the mix, in nats per token."""
     directory = Path(spec.tokens.shards)
     manifest = read_manifest(directory, "shards")
     share = np.zeros(spec.model.vocab_size)
@@ -74,7 +74,7 @@ def unigram_entropy(spec: TrainSpec) -> float:
 
 
 def run(job: JobSpec, name: str, rate: float, seed: int) -> list[float]:
-    """Train, unless that was done before; the loss of each step. nan for those after a divergence."""
+    """Train, unless done before; returns the loss of each step, nan after a divergence."""
     spec = job.train_spec()
     state = spec.optimizer.state_dtype
     label = f"{job.name}-{name}-{rate:g}-{state}-seed{seed}-{spec.steps}x{spec.batch.tokens_per_step}"
@@ -94,7 +94,7 @@ def run(job: JobSpec, name: str, rate: float, seed: int) -> list[float]:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(to_yaml(spec), encoding="utf-8")
     done = subprocess.run([sys.executable, "-m", "trainer", "--spec", str(file)], capture_output=True, text=True)
-    if done.returncode not in (0, 70):  # 70: diverged, which a sweep may find
+    if done.returncode not in (0, 70):  # 70: diverged, which is a valid result of a sweep
         raise SystemExit(f"{label} ended with {done.returncode}: {done.stderr[-2000:]}")
     lines = (run_dir / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [math.nan if (loss := json.loads(line)["loss"]) is None else loss for line in lines]
@@ -107,7 +107,7 @@ def smoothed(losses: list[float], step: int) -> float:
 
 
 def learn(job: JobSpec, seeds: int, parallel: int) -> dict[str, list[list[float]]]:
-    """Losses by optimizer, one curve for each seed."""
+    """Plot the losses by optimizer, one curve per seed."""
     wanted = [(name, rate, seed) for seed in range(seeds) for name, rate in RATES.items()]
     with ThreadPoolExecutor(parallel) as pool:
         curves = list(pool.map(lambda one: run(job, *one), wanted))
@@ -115,7 +115,7 @@ def learn(job: JobSpec, seeds: int, parallel: int) -> dict[str, list[list[float]
 
 
 def table(curves: dict[str, list[list[float]]], entropy: float) -> str:
-    """Markdown: mean over seeds ± half the range between them, and how far below the entropy of tokens it ends."""
+    """Markdown: mean over seeds ± half their range, and how far the final loss is below the entropy of tokens."""
     steps = len(next(iter(curves.values()))[0])
     marks = [round(mark * steps) for mark in MARKS]
     lines = [
@@ -150,7 +150,7 @@ def plot(curves: dict[str, list[list[float]]], entropy: float, file: Path) -> No
 
 
 def sweep(job: JobSpec, rates: Iterable[float] | None, parallel: int) -> str:
-    """Markdown: the last loss for each rate."""
+    """Markdown: the final loss for each rate."""
     wanted = [(name, rate) for name, defaults in SWEEP.items() for rate in rates or defaults]
     with ThreadPoolExecutor(parallel) as pool:
         last = list(pool.map(lambda one: smoothed(run(job, *one, seed=0), job.train.steps), wanted))

@@ -2,10 +2,10 @@
 
     python benchmarks/loader.py --peer .venv-peers/bin/python
 
-Both give batches of 4 × 4,096 tokens of a mix of three sources in a shuffled order that a seed fixes, from one process
-without workers. GPTDataset runs twice: plain, and telling documents apart (`reset_position_ids`), which ours always
-does. Rounds alternate between the two, and the medians are compared. Then the start over an index of 15 billion tokens
-(15 million documents; the token file is sparse), fresh and in the middle of an epoch.
+Both return batches of 4 × 4,096 tokens of a mix of three sources, shuffled by a seed, in one process without workers.
+GPTDataset runs twice: by default, and with separate documents (`reset_position_ids`), which ours always has. Rounds of
+both alternate, and the medians are compared. Then the start is timed with an index of 15 billion tokens (15 million
+documents; the token file is sparse), from the beginning and in the middle of an epoch.
 
 The peer's Python needs megatron-core, torch and numpy.
 """
@@ -26,7 +26,7 @@ import numpy as np
 
 SOURCES = {"ko": 0.4, "en": 0.35, "code": 0.25}
 SEQ_LEN, ROWS, STEP_ROWS = 4096, 4, 128
-DOCUMENTS = 30_000  # of each source, 1,100 tokens on average: about 100 million tokens in all
+DOCUMENTS = 30_000  # per source, 1,100 tokens on average: about 100 million tokens in total
 INDEX_TOKENS, INDEX_DOCUMENTS = 15_000_000_000, 15_000_000
 PEER = """
 import json, os, sys, tempfile, time, warnings
@@ -66,7 +66,7 @@ print(json.dumps({"start": start, "rate": batches * rows * seq_len / seconds}))
 
 
 def write_corpus(directory: Path) -> None:
-    """Random tokens in documents of log-normal length, EOD at the end of each."""
+    """Random tokens in documents of log-normal length, each with EOD at the end."""
     from trainer.data.format import ShardWriter
 
     rng = np.random.default_rng(0)
@@ -82,7 +82,7 @@ def write_corpus(directory: Path) -> None:
 
 
 def write_index(directory: Path) -> None:
-    """A shard of 15 billion tokens whose .bin is a hole in the file system."""
+    """A shard of 15 billion tokens whose .bin is a sparse file."""
     from trainer.data.format import CODES, HEADER, MAGIC, VERSION
 
     rng = np.random.default_rng(0)
@@ -121,7 +121,7 @@ def write_manifests(directory: Path, written: dict[str, tuple[int, int]], checks
 
 
 def ours(directory: Path, mix: dict[str, float], steps: int, cursor: dict | None = None) -> dict[str, float]:
-    """Seconds to the first step and tokens per second after it."""
+    """Seconds to the first step, and tokens per second after it."""
     from trainer.data.loader import TokenLoader
     from trainer.data.plan import Cursor
     from trainer.spec import BatchSpec, MixSpec, TokensSpec
@@ -157,7 +157,7 @@ def peer(python: str, directory: Path, steps: int, *, apart: bool) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", help="Python that has megatron-core; without it only ours is measured")
+    parser.add_argument("--peer", help="Python with megatron-core; without it only ours is measured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="steps of 524,288 tokens in a round")
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
-"""A step of LoRA beside one of full training, on a CPU: time, operations by arithmetic, gradients and optimizer state.
+"""A training step with LoRA against full training, on a CPU: time, FLOPs, gradients and optimizer state.
 
     OMP_NUM_THREADS=1 python benchmarks/lora.py [--rounds 6] [--rank 16]
 
-Both by AdamW, forward, backward and update in turns; the best time of each counts (with one thread its CPU time, which
-other processes disturb less).
+Both use AdamW. Steps (forward, backward, update) alternate between the two, and the best time of each counts: with one
+thread the CPU time, which other processes disturb less.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Training throughput on CPU: our model against transformers', same shapes, same run.
+"""Training throughput on CPU: our model against transformers', with the same shapes, in the same run.
 
     OMP_NUM_THREADS=1 python benchmarks/model_cpu.py [--shape hybrid|dense|moe] [--part all] [--rows 4] [--length 1024]
 
 Shapes, all of hidden size 512: hybrid, seven layers (M E M * E M E) with 64 experts, against NemotronH; dense, four
-layers (*-), against Qwen3; moe, four layers (*E) with 32 experts, against Qwen3-MoE. Both run forward and backward in
-turns, the best time of each counts (with one thread its CPU time, which other processes disturb less), and a matrix
-product timed between the turns gives the peak that this machine had meanwhile. Part `ssm` times a Mamba-2 mixer on rows
-of 256 to 16,384 tokens, as many tokens each time: its cost for each token must not depend on the length.
+layers (*-), against Qwen3; moe, four layers (*E) with 32 experts, against Qwen3-MoE. Forward and backward passes
+alternate between the two, and the best time of each counts: with one thread the CPU time, which other processes disturb
+less. A matrix product timed in between gives the machine's peak. Part `ssm` times a Mamba-2 mixer on rows of 256 to
+16,384 tokens with the same total number of tokens: the cost per token must not depend on the length.
 """
 
 import argparse
@@ -55,16 +55,16 @@ MOE = DENSE.updated(
         | {"sequence_loss_weight": 0.0},
     }
 )
-# Theirs over ours: above 1 we are faster. For decoders of others it is enough not to be slower than 1.2 times.
+# Their time over ours: above 1 we are faster. For other architectures at most 1.2 times their time is accepted.
 GOALS = {("hybrid", "fp32"): 1.4, ("hybrid", "bf16"): 1.5}
 OTHERS_GOAL = 0.83
 LENGTHS = (256, 1024, 4096, 16384)
-BAND = 1.35  # longest over shortest time; the differences are caches and the noise of the machine
+BAND = 1.35  # longest over shortest time; caches and noise of the machine cause differences
 THEIR_NAMES = {"M": "linear_attention", "E": "moe", "*": "full_attention"}
 
 
 def nemotron() -> NemotronHForCausalLM:
-    """The same shapes; its shared expert, which it always has, is made one channel wide."""
+    """The same shapes; NemotronH always has a shared expert, here one channel wide."""
     mamba, attention, moe = SPEC.mamba, SPEC.attention, SPEC.moe
     return NemotronHForCausalLM(
         NemotronHConfig(
@@ -121,10 +121,10 @@ SHAPES: dict[str, tuple[ModelSpec, Callable[[], PreTrainedModel]]] = {
 
 
 def best_times(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The best time of each; they take turns, so that all meet the same neighbours on the machine."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # several threads wait in loops
+    """The best time of each; calls alternate, so that other processes affect all of them equally."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # waiting threads use CPU time too
     best = dict.fromkeys(candidates, float("inf"))
-    for _ in range(repeats + 1):  # the first round warms up and can hardly be the best
+    for _ in range(repeats + 1):  # one more, as the first round is the warm-up
         for name, run in candidates.items():
             started = clock()
             run()
@@ -133,7 +133,7 @@ def best_times(candidates: dict[str, Callable[[], object]], repeats: int) -> dic
 
 
 def compare(shape: str, rows: int, length: int, repeats: int, dtype: torch.dtype) -> None:
-    """Both models, forward and backward, under autocast if `dtype` is bfloat16."""
+    """Time both models, forward and backward, under autocast if `dtype` is bfloat16."""
     spec, peer = SHAPES[shape]
     torch.manual_seed(0)
     ids_BT = torch.randint(0, spec.vocab_size, (rows, length))
@@ -167,7 +167,7 @@ def compare(shape: str, rows: int, length: int, repeats: int, dtype: torch.dtype
 
 
 def flatness(repeats: int) -> None:
-    """Cost of a Mamba-2 mixer for each token, by length of the row. Exits with 1 where it leaves the band."""
+    """Cost of a Mamba-2 mixer per token by length of the row. Exits with 1 if its spread exceeds BAND."""
     sublayer = build_model(SPEC.updated({"layers": ["M"]}), seed=0).layers[0][0]
 
     def run(length: int) -> Callable[[], object]:

@@ -1,11 +1,11 @@
-"""What μP (trainer/mup.py) is for, on a CPU: the effect of a step at several widths, and each width's best rate.
+"""What μP (trainer/mup.py) achieves, on a CPU: the effect of a step at several widths, and the best rate of each width.
 
     OMP_NUM_THREADS=1 python benchmarks/mup.py [--widths 64 128 256] [--steps 40] [--plot docs/mup.png]
 
 Left, the coordinate check: how far five steps move the last hidden state and the logits (root mean square). With μP the
-lines are flat; without it they rise with the width, until a rate that suited a narrow model breaks a wide one. Right,
-the loss after `--steps` steps on Python sources of the standard library, by learning rate: with μP the best rate stays.
-Heads grow in number, experts and MLP in width. Some minutes on an idle core.
+lines are flat; without it they rise with the width, so a rate that works for a narrow model is too high for a wide one.
+Right, the loss after `--steps` steps on Python sources of the standard library, by learning rate: with μP the best rate
+stays the same. Wider models have more heads and wider experts and MLPs. Takes some minutes on an idle core.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RATES = [2.0**-exponent for exponent in (10, 9, 8, 7, 6, 5)]
 
 
 def model_spec(width: int, *, with_mup: bool, base: int = BASE) -> ModelSpec:
-    """Mamba-2, experts, attention and MLP; at `base` both parametrisations are nearly one."""
+    """Mamba-2, experts, attention and MLP; at width `base` both parametrisations are nearly the same."""
     times = width // 32
     return ModelSpec(
         vocab_size=256,
@@ -49,7 +49,7 @@ def optimizer_spec(rate: float, name: str = "muon") -> OptimizerSpec:
 
 
 def corpus(tokens: int) -> Tensor:
-    """Bytes of the standard library's sources."""
+    """Sources of the standard library, as bytes."""
     text = b"\n".join(path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40])
     return torch.frombuffer(bytearray(text[:tokens]), dtype=torch.uint8).long()
 
@@ -63,7 +63,7 @@ def batches(ids_N: Tensor, rows: int, length: int, seed: int):
 
 
 def train(model: HybridModel, optimizer: OptimizerSpec, steps: int, rows: int = 4, length: int = 64) -> list[float]:
-    """Losses of the steps, at a constant rate."""
+    """The loss of each step, at a constant learning rate."""
     optimizers = build_optimizers(model, optimizer, model.spec)
     losses = []
     for _, (ids_BT, labels_BT) in zip(range(steps), batches(corpus(200_000), rows, length, seed=0), strict=False):
@@ -103,7 +103,7 @@ def coordinate_check(
 
 
 def slope(widths: list[int], values: list[float]) -> float:
-    """Exponent of the width in the values, by least squares in logarithms."""
+    """The exponent with which the values grow with the width: a least-squares fit of logarithms."""
     x = torch.tensor([math.log(width) for width in widths])
     y = torch.tensor([math.log(value) for value in values])
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())

@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/optimizer.py [--layers 7] [--repeats 5]
 
-Both get the same matrices, gradients, coefficients and number of steps. torch.optim.Muon takes 2-D parameters only, so
-it gets each expert, head and block as one. It iterates in bfloat16, which CPUs without such units emulate slowly; to
-compare in one precision its own code is also run with `Tensor.bfloat16` replaced by `Tensor.float`, and that is the
-ratio to look at. Steps are taken in turns; the least CPU time, of all threads, counts: others on a busy machine take
-processor and cache, and only ever make a step dearer.
+Both get the same matrices, gradients, coefficients and number of steps. torch.optim.Muon accepts only 2-D parameters,
+so each expert, head and block is a separate parameter there. It iterates in bfloat16, which CPUs without hardware
+support emulate slowly. To compare in the same precision, its code also runs with `Tensor.bfloat16` replaced by
+`Tensor.float`; that ratio is the meaningful one. Steps alternate, and the lowest CPU time over all threads counts,
+because other processes can only make a step slower.
 """
 
 import argparse
@@ -29,7 +29,7 @@ COMMON = {"lr": 0.02, "momentum": 0.95, "nesterov": True, "weight_decay": 0.1}
 
 
 def quarter(layers: int) -> ModelSpec:
-    """The first layers of h100-4b, every width divided by four; numbers of heads and experts stay."""
+    """The first layers of h100-4b with every width divided by four and the same numbers of heads and experts."""
     full = load_job("h100-4b").train.model
     spec = full.model_dump()
     spec["layers"] = full.layers[:layers]
@@ -50,7 +50,7 @@ def quarter(layers: int) -> ModelSpec:
 
 
 def split(entry: Assignment, tensor: Tensor) -> list[Tensor]:
-    """The matrices that a stored parameter consists of."""
+    """The matrices in a stored parameter."""
     return list(tensor) if tensor.dim() == 3 else list(tensor.split(entry.block_rows or (tensor.shape[0],)))
 
 

@@ -1,12 +1,12 @@
-"""Compare every backend that runs on this machine with its reference, and record the outcome.
+"""Compare every backend that runs on this machine with its reference, and record the results.
 
     python benchmarks/parity.py [--device cuda] [--ops ssd,attention] [--write]
 
-Prints one line for each operation, backend and number format: errors of outputs and gradients and how far a
-neighbouring document reached, all relative. With --write they are merged into trainer/ops/parity/<device class>.json;
-`auto` uses a kernel on that class of device once the file is committed. Exits with 1 when a comparison failed.
-FP8 products (linear, fp8_experts) are compared with their emulation, a line for each recipe.
-Triton's kernels also run on a CPU: TRITON_INTERPRET=1 python benchmarks/parity.py --ops ssd
+Prints one line per operation, backend and number format: the relative errors of outputs and gradients, and the relative
+influence of a neighbouring document. With --write they are merged into trainer/ops/parity/<device class>.json; `auto`
+uses a kernel on that class of device once the file is committed. Exits with 1 if a comparison fails.
+FP8 products (linear, fp8_experts) are compared with their emulation, one line per recipe.
+Triton kernels also run on a CPU: TRITON_INTERPRET=1 python benchmarks/parity.py --ops ssd
 """
 
 import argparse
@@ -56,9 +56,9 @@ def main() -> int:
 
 
 def outcomes(op: str, device: torch.device) -> Iterator[tuple[str, Record | str | Exception]]:
-    """A record for each backend and format that runs here, the reason for each backend or FP8 recipe that does not.
+    """Yield a record for each backend and format that runs here, and the reason for each backend or recipe that cannot.
 
-    Errors are what a kernel refuses against its own promise; the others are still of interest.
+    An exception means that a kernel failed although it declared support; the other comparisons still run.
     """
     if op in fp8.OPERATIONS:
         for implementation, options in fp8.comparisons(op):

@@ -1,11 +1,11 @@
-"""Bytes of text for each token, by domain: a tokenizer of ours against two public ones that packages ship.
+"""Bytes of text per token, by domain: our tokenizer against two public ones that are part of packages.
 
     pip install --no-deps --target work/public dashscope mistral-common
     python benchmarks/tokenizer.py work/public
 
-Ours is trained on nine of ten documents of the sample corpus in this repository, 6 MB; all are measured on the tenth.
-The corpus is ours and small, so this shows how the vocabularies are spent, not how good one is elsewhere. The public
-ones, Qwen's and Mistral's, have four to five times as many tokens, trained on far more text.
+Ours is trained on nine tenths of the documents of the sample corpus in this repository, 6 MB; all are measured on the
+last tenth. The corpus is small and favours ours, so the result shows how the vocabularies are used, not their general
+quality. The public ones, of Qwen and Mistral, have four to five times as many tokens, trained on far more text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Count = Callable[[str], int]
 
 
 def texts(domain: str) -> tuple[list[str], list[str]]:
-    """(training texts, texts to measure on)."""
+    """(texts to train on, texts to measure)."""
     with gzip.open(SAMPLE / f"{domain}.jsonl.gz", "rt", encoding="utf-8") as lines:
         every = [json.loads(line)["text"] for line in lines]
     return [text for n, text in enumerate(every) if n % 10], every[::10]

@@ -1,13 +1,13 @@
-"""One training step of a preset on a GPU: tokens/s, MFU, peak memory, and what the time goes to.
+"""One training step of a preset on a GPU: tokens/s, MFU, peak memory, and the kernels that take the most time.
 
     python benchmarks/train_step.py [--preset h100-4b] [--tokens 8192,16384] [--precision bf16,fp8:current]
         [--recompute none,selective] [--compile] [--memory-fraction 0.553] [--out benchmarks/results/train_step.json]
 
-Micro-batches of packed random documents and the optimizer step are timed apart; a step of the preset's size is so many
-micro-batches and one optimizer step. MFU counts the operations of `trainer.arithmetic.flops` (nothing recomputed)
-against the dense BF16 peak of the device, whatever the precision. `--memory-fraction 0.553` (78 of 141 GB) proves on an
-H200 what fits an 80 GB GPU; a run that does not fit is a result too. Without a GPU it runs on the CPU, which shows that
-it runs.
+Micro-batches of packed random documents and the optimizer step are timed separately; a full step consists of the
+preset's number of micro-batches and one optimizer step. MFU relates the FLOPs of `trainer.arithmetic.flops` (without
+recomputation) to the dense BF16 peak of the device, in every precision. `--memory-fraction 0.553` (78 of 141 GB) shows
+on an H200 what fits on an 80 GB GPU; a run that does not fit is recorded too. Without a GPU it runs on the CPU, only to
+check that it works.
 """
 
 import argparse
@@ -46,7 +46,7 @@ MEAN_DOCUMENT = 512  # tokens
 
 @dataclass
 class Result:
-    """One combination; `problem` in place of figures where it could not run. Bytes and seconds."""
+    """The figures of one combination, in bytes and seconds; `problem` is set instead if it could not run."""
 
     tokens: int
     precision: str
@@ -72,7 +72,7 @@ def packed_rows(vocab_size: int, rows: int, length: int, device: torch.device) -
 
 
 def seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Mean after one call that is not counted."""
+    """Mean seconds of a call, after one warm-up call."""
     run()
     synchronise(device)
     started = time.perf_counter()
@@ -88,7 +88,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def top_kernels(run: Callable[[], object], device: torch.device) -> list[tuple[str, float, int]]:
-    """Those that take most of the device's time; of a GPU its kernels, without the operations that launched them."""
+    """The kernels (on a CPU: operations) that take the most device time."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
         run()
@@ -97,9 +97,9 @@ def top_kernels(run: Callable[[], object], device: torch.device) -> list[tuple[s
 
 
 def largest(events: Iterable[Any], *, on_gpu: bool) -> list[tuple[str, float, int]]:
-    """Name, share of the time and calls of the dearest of a profiler's averages.
+    """Name, share of the time and number of calls of the most expensive of a profiler's averages.
 
-    torch counts the time of a kernel under the operation that launched it too, and under ranges around both.
+    On a GPU only kernels count: torch adds their time also to the operations that launched them and to user ranges.
     """
     if on_gpu:
         events = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
@@ -110,7 +110,7 @@ def largest(events: Iterable[Any], *, on_gpu: bool) -> list[tuple[str, float, in
 
 
 def measure(train: JobTrainSpec, result: Result, device: torch.device, repeats: int) -> None:
-    """Fill in the figures of one combination. Raises ValueError or torch.OutOfMemoryError where it cannot run."""
+    """Fill in the figures of one combination. Raises ValueError or torch.OutOfMemoryError if it cannot run."""
     name, _, recipe = result.precision.partition(":")
     fp8 = {"recipe": recipe, "implementation": "torch" if device.type == "cuda" else "emulated"} if recipe else {}
     chosen = precision.resolve(parse(PrecisionSpec, {"dtype": name, "fp8": fp8}), precision.device_capability(device))
@@ -156,7 +156,7 @@ def measure(train: JobTrainSpec, result: Result, device: torch.device, repeats: 
 
 
 def run(train: JobTrainSpec, result: Result, device: torch.device, repeats: int) -> None:
-    """`measure`, with what keeps it from running as a result, and nothing left behind for the next one."""
+    """`measure`, but a failure becomes part of the result, and memory is freed for the next combination."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:

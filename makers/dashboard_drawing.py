@@ -1,4 +1,4 @@
-"""Draws a dashboard from its JSON and a Prometheus: its grid, titles, units, limits and annotations, by matplotlib."""
+"""Draw a dashboard with matplotlib, from its JSON and a Prometheus: grid, titles, units, limits and annotations."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _curves(axes: Axes, panel: Mapping[str, Any], found: list[Series], view: Vie
     axes.set_xlim(view.start, view.end)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, defaults["unit"])))
     low, high = axes.get_ylim()
-    if custom.get("scaleDistribution", {}).get("type") == "log" and high < 10 * low:  # no power of ten, or just one
+    if custom.get("scaleDistribution", {}).get("type") == "log" and high < 10 * low:  # less than a decade
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: shown(value, defaults["unit"])))
     else:
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -152,7 +152,7 @@ def _legend_columns(panel: Mapping[str, Any]) -> int:
 
 
 def _limits(axes: Axes, defaults: Mapping[str, Any]) -> None:
-    """Dashed lines; one that is far above the curves does not squeeze them."""
+    """Dashed lines; a limit far above the curves does not change the range of the axis."""
     low, high = axes.get_ylim()
     for step in defaults["thresholds"]["steps"][1:]:
         axes.axhline(step["value"], color=COLORS[step["color"]], linestyle="--", linewidth=1)
@@ -162,7 +162,7 @@ def _limits(axes: Axes, defaults: Mapping[str, Any]) -> None:
 
 
 def _marks(content: Mapping[str, Any], ask: Any, view: View) -> list[tuple[str, float]]:
-    """(colour, time) of each event that the dashboard marks; what goes on for several points is one event."""
+    """(colour, time) of each event that the dashboard marks; consecutive points are one event."""
     found = []
     for annotation, expression in zip(content["annotations"]["list"], event_queries(content).values(), strict=True):
         query = substituted(expression, view)
@@ -189,19 +189,19 @@ def _with_gaps(points: list[tuple[float, float]], longest: float) -> tuple[list[
 
 
 def _full_times(view: View) -> list[float]:
-    """At most six full minutes or hours."""
+    """At most six ticks, at whole minutes or hours."""
     apart = next(minutes * 60 for minutes in (1, 2, 5, 15, 60, 240, 1440) if view.end - view.start < 360 * minutes)
     first = math.ceil(view.start / apart)
     return [float(number * apart) for number in range(first, int(view.end / apart) + 1)]
 
 
 def _short(one: Series) -> str:
-    """Legends end in the run, which the picture names once."""
+    """Remove the run from the end of legends; the picture's title names it."""
     return one.name.removesuffix(one.labels.get("run", "")).strip() or one.name
 
 
 def shown(value: float, unit: str, decimals: int | None = None) -> str:
-    """A value in a unit of Grafana's."""
+    """A value in one of Grafana's units."""
     if unit == "percentunit":
         return f"{100 * value:.3g} %" if decimals is None else f"{100 * value:.{decimals}f} %"
     if unit == "s":

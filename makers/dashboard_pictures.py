@@ -1,9 +1,9 @@
-"""Draw each dashboard from a real run that a real Prometheus has watched: the pictures of docs/dashboards.
+"""Draw each dashboard from a real run scraped by a real Prometheus: the pictures in docs/dashboards.
 
     python makers/dashboard_pictures.py --steps 120 --out docs/dashboards
 
-Needs the program `prometheus`. The run trains `tiny` in emulated FP8 with a jumpy spike guard; one of its two processes
-is killed half way and the run resumed, so that restarts, skipped steps and lost work are there to be seen.
+Needs the program `prometheus`. The run trains `tiny` in emulated FP8 with a sensitive spike guard; one of its two
+processes is killed halfway and the run is resumed, so that restarts, skipped steps and lost work appear.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from trainer.specbase import changes_from_sets
 YAONGI = Path(sys.executable).with_name("yaongi")
 RANKS = 2
 NAMESPACE = "here"
-# A run in which everything that a dashboard shows does happen, within minutes and on a CPU.
+# A run in which everything that a dashboard shows happens within minutes on a CPU.
 EVENTFUL = (
     "train.precision.dtype=fp8",
     "train.precision.fp8.implementation=emulated",
-    "train.precision.fp8.recipe=delayed",  # its scale follows the numbers, which therefore overflow now and then
+    "train.precision.fp8.recipe=delayed",  # its scale follows the values with a delay, so that they sometimes overflow
     "train.precision.fp8.amax_history_steps=4",
     "train.optimizer.spike_guard.sigmas=0.8",
     "train.optimizer.spike_guard.window=8",
     "train.runtime.log_every_steps=1",
-    # The same texts in two sources, so that hygiene has something to leave out.
+    # The same texts in two sources, so that hygiene finds duplicates.
     'data.sources.math.origin.paths=["sample://math.jsonl.gz", "sample://code.jsonl.gz"]',
     "hygiene.exact_duplicates=true",
 )
-# Two rows of 256 tokens a step, so that a few hundred steps take minutes.
+# Two rows of 256 tokens per step, so that a few hundred steps take minutes.
 SMALL_STEPS = (
     "train.batch.tokens_per_step=512",
     "train.batch.micro_batch_rows=1",
@@ -83,7 +83,7 @@ class Prometheus:
     def __enter__(self) -> Prometheus:
         self._process = subprocess.Popen(self._command)
         wait_for("Prometheus", self._is_ready, timeout=30)
-        # It serves seconds before it scrapes; what lives shorter would be missed.
+        # It answers seconds before its first scrape; shorter-lived processes would be missed.
         wait_for("its first scrapes", lambda: len(self.ask("query", query="up")["result"]) == self._targets, timeout=60)
         return self
 
@@ -92,16 +92,16 @@ class Prometheus:
         self._process.wait()
 
     def ask(self, path: str, **parameters: str | float) -> Any:
-        """`data` of the answer to a request of its HTTP API, such as `query` or `query_range`.
+        """The field `data` of the response to a request to its HTTP API, such as `query` or `query_range`.
 
         Raises:
-            OSError: it refuses the request, or is gone.
+            OSError: Prometheus refuses the request or has ended.
         """
         with urlopen(f"http://127.0.0.1:{self.port}/api/v1/{path}?{urlencode(parameters)}") as response:
             return json.load(response)["data"]
 
     def _is_ready(self) -> bool:
-        assert self._process.poll() is None, "Prometheus ended at once; its reason is on stderr"
+        assert self._process.poll() is None, "Prometheus ended immediately; the reason is on stderr"
         try:
             with urlopen(f"http://127.0.0.1:{self.port}/-/ready"):
                 return True
@@ -110,7 +110,7 @@ class Prometheus:
 
 
 def free_ports(count: int) -> list[int]:
-    """The first of `count` free ports in a row."""
+    """The first of `count` consecutive free ports."""
     for first in range(20_000 + os.getpid() % 10_000, 60_000, count):
         try:
             for port in range(first, first + count):
@@ -131,7 +131,7 @@ def wait_for(what: str, is_there: Callable[[], bool], timeout: float) -> None:
 
 
 class WatchedRun:
-    """A job on this machine under Prometheus: trained by two processes, one killed at `kill_at`, resumed, finished."""
+    """Run a job here with Prometheus: two processes train it, one is killed at step `kill_at`, the run is resumed."""
 
     def __init__(self, workdir: Path, job_file: str, sets: Sequence[str]) -> None:
         server, self.step_port, first, *_ = free_ports(2 + RANKS)
@@ -145,7 +145,7 @@ class WatchedRun:
         self.prometheus = Prometheus(workdir / "prometheus", server, targets)
 
     def tell(self, kill_at: int) -> None:
-        """Train to the end, with a kill on the way."""
+        """Train to the end, with a kill in between."""
         first = self._start()
         wait_for(f"step {kill_at}", lambda: self._steps() >= kill_at or first.poll() is not None, timeout=900)
         if first.poll() is not None:
@@ -157,7 +157,7 @@ class WatchedRun:
             raise RuntimeError(f"the resumed run ended with exit code {code}")
 
     def view(self, started: float) -> View:
-        """All of it until now, as Grafana with a data source of 1 s would show it."""
+        """Draw the whole run until now, as Grafana would with a data source of 1 s."""
         chosen = dict.fromkeys(("run", "pipeline"), self.job.run_name) | {"namespace": NAMESPACE}
         return View(started, time.time(), 1.0, chosen)
 
@@ -176,7 +176,7 @@ class WatchedRun:
             try:
                 command = (entry / "cmdline").read_bytes().split(b"\0")
                 variables = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:  # no process, not ours, or gone by now
+            except OSError:  # no process, not ours, or already ended
                 continue
             if f"{self.job.run_dir}/train.yaml".encode() in command and f"RANK={rank}".encode() in variables:
                 return int(entry.name)

@@ -1,10 +1,10 @@
-"""Make `chat.jsonl.gz` of the sample corpus: short conversations in Korean and English, drawn from a seed.
+"""Make `chat.jsonl.gz` of the sample corpus: short conversations in Korean and English, generated from a seed.
 
     python makers/sample_chat.py
 
 Every kind of question is a function of a random generator that returns question, thought and answer in both languages.
 The answers follow from the question and from facts that occur in several wordings, so a model that is tuned on most of
-the conversations answers the others better. Answers are computed, or looked up in the tables here, never drawn.
+the conversations answers the others better. Answers are computed or looked up in the tables here, never random.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ BRIEF = ["Answer in one word.", "한 단어로 대답하세요."]
 
 
 def particle(word: str, closed: str, opened: str, quote: str = "") -> str:
-    """A Korean word, in quotes if they are given, with its particle: `closed` after a final consonant."""
+    """A Korean word, quoted if `quote` is given, with its particle: `closed` after a final consonant."""
     return f"{quote}{word}{quote}{closed if (ord(word[-1]) - ord('가')) % 28 else opened}"
 
 
@@ -157,10 +157,10 @@ KINDS: list[Callable[[random.Random], Pair]] = [capital, translation, opposite, 
 
 
 def conversations(count: int, seed: int = 0) -> Iterator[dict[str, object]]:
-    """Different conversations of one to three turns, English and Korean in turn.
+    """Distinct conversations of one to three turns, alternating between English and Korean.
 
-    A fifth begins with a general system prompt; an eighth asks for one word, and gets it; half of the calculations are
-    answered after a thought.
+    One in five starts with a general system prompt; one in eight asks for a one-word answer and gets it; half of the
+    calculations are answered after a thought.
     """
     r, known, number = random.Random(seed), set[str](), 0
     while number < count:

@@ -4,8 +4,8 @@
     for f in *.deb; do dpkg-deb -x "$f" tree; done
     python makers/sample_corpus.py /tmp/packages/tree
 
-Equal package versions give equal files: order is sorted or seeded, gzip carries no time. The README.md beside the
-corpus, in components/download/sample, records versions, licences and origins of what is committed.
+The same package versions give the same files: the order is sorted or seeded, and gzip contains no time. README.md
+beside the corpus, in components/download/sample, records the versions, licences and origins of the committed files.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ BLOCKS = {
 }
 SKIPPED_TAGS = {"script", "style", "nav", "header", "footer", "aside", "form", "button", "svg"}
 SKIPPED_CLASSES = {
-    # navigation and furniture of LibreOffice help, the Apache manual and Sphinx pages
+    # navigation and other page elements of LibreOffice help, the Apache manual and Sphinx pages
     "relatedtopics", "howtoget", "debug", "bug", "noteicon", "index-label", "toplang", "bottomlang", "top", "up",
     "menu", "apache", "permalink", "headerlink", "seealso", "sphinxsidebar", "related", "contents", "toctree-wrapper",
     "linenos", "versionmodified",
@@ -63,7 +63,7 @@ class Block(NamedTuple):
 
 
 class Extractor(HTMLParser):
-    """The readable blocks of a page, from the element whose id or role is in `mains`."""
+    """The text blocks of a page, from the element whose id or role is in `mains`."""
 
     def __init__(self, mains: set[str]) -> None:
         super().__init__(convert_charrefs=True)
@@ -154,9 +154,9 @@ def is_korean(text: str) -> bool:
 
 
 def kept(blocks: list[Block], seen: set[str], korean: bool) -> list[Block]:
-    """Without repeated and (for `korean`) untranslated blocks.
+    """Drop repeated and (for `korean`) untranslated blocks.
 
-    Code goes with the text before it, a heading or label with the text after it.
+    Code is dropped with the text before it, a heading or label with the text after it.
     """
     keep, last = list[bool](), False
     for kind, text in blocks:
@@ -176,7 +176,7 @@ def kept(blocks: list[Block], seen: set[str], korean: bool) -> list[Block]:
 
 
 def documents(blocks: list[Block]) -> Iterator[str]:
-    """Texts of 200 to 20,000 characters, cut at headings where the page is long."""
+    """Texts of 200 to 20,000 characters; long pages are split at headings."""
     text, previous = "", ""
     for kind, block in blocks:
         full = len(text) + len(block) > MAX_CHARACTERS
@@ -190,7 +190,7 @@ def documents(blocks: list[Block]) -> Iterator[str]:
 
 
 def is_prose(text: str) -> bool:
-    """More than half of it in lines long enough to be sentences."""
+    """Whether more than half of the text is in lines long enough to be sentences."""
     return sum(len(line) for line in text.split("\n") if len(line) > 30) > 0.6 * len(text)
 
 
@@ -213,7 +213,7 @@ def pages(
 
 
 def modules(root: Path) -> Iterator[dict]:
-    """Standard library files that carry no copyright notice but Python's own."""
+    """Standard library files without a copyright notice other than Python's own."""
     folder = root / "usr/lib/python3.11"
     for path in sorted(folder.rglob("*.py")):
         text = path.read_text("utf-8", errors="replace")
@@ -225,7 +225,7 @@ def modules(root: Path) -> Iterator[dict]:
 
 
 def write(name: str, corpora: Iterable[tuple[Iterable[dict], int]]) -> None:
-    """Documents of each corpus in seeded order, up to its number of UTF-8 bytes; a gzip without a time."""
+    """Write the documents of each corpus in seeded order, up to its number of UTF-8 bytes, as a gzip without a time."""
     chosen, texts = list[dict](), set[str]()
     for corpus, limit in corpora:
         pool = [d for d in corpus if MIN_CHARACTERS <= len(d["text"]) <= MAX_CHARACTERS]
@@ -244,7 +244,7 @@ def write(name: str, corpora: Iterable[tuple[Iterable[dict], int]]) -> None:
 
 
 def packed(rows: Iterable[dict[str, object]]) -> bytes:
-    """JSON lines as a gzip without a time."""
+    """JSON lines, compressed by gzip without a time."""
     stream = io.BytesIO()
     with gzip.GzipFile(fileobj=stream, mode="wb", compresslevel=9, mtime=0, filename="") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
@@ -252,7 +252,7 @@ def packed(rows: Iterable[dict[str, object]]) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the sample corpus; see the head of this file.")
+    parser = argparse.ArgumentParser(description="Make the sample corpus; see the docstring of this file.")
     parser.add_argument("tree", type=Path, help="where the packages were extracted")
     root = parser.parse_args().tree
     doc = "usr/share/doc"

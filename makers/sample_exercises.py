@@ -1,7 +1,7 @@
-"""Worked mathematics exercises in English and Korean, drawn from a seed: each has a question, steps and an answer.
+"""Worked mathematics exercises in English and Korean, generated from a seed: each has a question, steps and an answer.
 
 Every kind is a function of a random generator that returns the same exercise in both languages, so that numbers and
-reasoning agree; a document is a worksheet of exercises of one language. Answers are computed, never typed.
+reasoning agree; a document is a worksheet of exercises in one language. Answers are computed, never written by hand.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SIGNED = {True: "+", False: "-"}
 
 
 def josa(number: int | str, closed: str, opened: str) -> str:
-    """The Korean particle after a number: `closed` when its last digit is read with a final consonant (0 1 3 6 7 8)."""
+    """A number with its Korean particle: `closed` if its last digit is read with a final consonant (0 1 3 6 7 8)."""
     return f"{number}{closed if str(number)[-1] in '013678' else opened}"
 
 
@@ -406,7 +406,7 @@ KINDS: list[Callable[[random.Random], Pair]] = [
 
 
 def exercises(count: int, seed: int = 0) -> Iterator[dict]:
-    """`count` worksheets of one to five exercises, English and Korean in turn, in the sample corpus' record format."""
+    """`count` worksheets of one to five exercises, alternating English and Korean, in the sample corpus's format."""
     r = random.Random(seed)
     for number in range(count):
         korean = number % 2

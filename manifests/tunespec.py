@@ -18,14 +18,14 @@ from trainer.spec import AdamWSpec, BatchSpec, CheckpointSpec, OptimizerSpec, Pa
 from trainer.specbase import Spec
 
 SUFFIX = "-tune"
-_ORDER = ("curriculum", "skip")  # of the base run's own tokens
+_ORDER = ("curriculum", "skip")  # these refer to the base run's tokens
 RATES = {"full": 1e-5, "lora": 2e-4}  # of AdamW
 
 
 class ChatSource(SourceSpec):
-    """A source of conversations, as `data.sources` has them; `template` names the column of messages.
+    """A source of conversations, as in `data.sources`; `template` names the column of messages.
 
-    `weight` is relative to those of the other sources. `loss`: train only on the assistant's messages, or on all.
+    `weight` is relative to the other sources. `loss`: train only on the assistant's messages, or on all.
     """
 
     template: str | None = f"{{messages:{CHAT}}}"
@@ -59,11 +59,11 @@ class TuneSpec(Spec):
 
 
 def tuning(tune: TuneSpec, job: dict[str, Any], run_name: str) -> dict[str, Any]:
-    """The values of the job that tunes.
+    """The values of the tuning job.
 
     Args:
-        job: the values of the job that has the section, without it.
-        run_name: the name of the run that the job trains; it is tuned unless the section names another model.
+        job: the values of the job with the section, without the section itself.
+        run_name: the name of the job's own run, which is tuned unless the section names another model.
     """
     train = {name: value for name, value in job["train"].items() if name not in ("begun_with_steps", *_ORDER)}
     train |= {

@@ -15,7 +15,7 @@ from trainer.modelspec import ModelSpec
 
 
 def model_named(name: str) -> ModelSpec | None:
-    """The model in a folder, or of owner/name[@revision] on the Hub, of which only config.json is fetched; None if the
+    """The model in a folder, or owner/name[@revision] on the Hub, for which only config.json is fetched; None if the
     name is that of a preset or a file.
 
     Raises:

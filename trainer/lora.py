@@ -1,9 +1,9 @@
-"""LoRA (Hu et al., arXiv 2106.09685): matrices that stay as they are, and a product of two narrow ones beside each.
+"""LoRA (Hu et al., arXiv 2106.09685): frozen matrices, each with a trained product of two low-rank matrices.
 
-    y = W x + α/r · B A x        W [out, in] as it was found, A [r, in] drawn, B [out, r] zero at first
+    y = W x + α/r · B A x        W [out, in] frozen, A [r, in] initially random, B [out, r] initially zero
 
-A and B of a matrix are its adapters. A kind says which of its matrices may have them (`Kind.adaptable`); everything
-that loops over parameters then has them too. `trainer.model.lora` computes and merges them. Imports no torch.
+A and B are the adapters of W. A kind declares which of its matrices may have adapters (`Kind.adaptable`); everything
+that loops over parameters then includes them. `trainer.model.lora` computes and merges them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pydantic import Field, model_validator
 from trainer.kinds.base import ZEROS, Count, Init, Parameter
 from trainer.specbase import Spec
 
-DOWN, UP = "lora_A", "lora_B"  # how the names of adapters end, as in peft
+DOWN, UP = "lora_A", "lora_B"  # the last part of adapters' names, as in peft
 
 
 class LoraSpec(Spec):
-    """Train adapters of `rank` alone, whose products count `alpha` / `rank` times. Everything else stays as it is.
+    """Train only adapters of rank `rank`, whose products are scaled by `alpha` / `rank`. All other weights are frozen.
 
-    `targets`: names of matrices by section of the model (attention: [q_proj, v_proj]); without it all of the mixers,
-    experts included. Embedding, head, norms, convolutions, routers and Engram have none.
+    `targets`: names of matrices by section of the model (attention: [q_proj, v_proj]); without it all matrices of the
+    mixers, including experts. Embedding, head, norms, convolutions, routers and Engram have no adapters.
     """
 
     rank: Count = 16
@@ -35,38 +35,38 @@ class LoraSpec(Spec):
     @model_validator(mode="after")
     def _names_something(self) -> Self:
         if self.targets is not None and not (self.targets and all(self.targets.values())):
-            raise ValueError("targets names no matrix; name one in each section, or leave targets out for all of them")
+            raise ValueError("targets names no matrix; name one or more in each section, or leave out targets for all")
         return self
 
     @property
     def scale(self) -> float:
-        """The factor on the products of adapters."""
+        """The factor of the adapters' products."""
         return self.alpha / self.rank
 
     @property
     def named(self) -> str:
-        """Its targets in words."""
+        """The targets in words."""
         if self.targets is None:
             return "all matrices of the mixers"
         return "; ".join(f"{section} {', '.join(names)}" for section, names in self.targets.items())
 
     def takes(self, section: str, name: str) -> bool:
-        """Whether it is to train adapters of a matrix that may have some."""
+        """Whether a matrix that may have adapters gets them."""
         return self.targets is None or name in self.targets.get(section, ())
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is A or B of some matrix."""
+    """Whether a parameter with this name is A or B of a matrix."""
     return name.endswith((DOWN, UP))
 
 
 def plain(name: str) -> str:
-    """A matrix's name in `targets`: that of its parameter in the mixer."""
+    """A matrix's name in `targets`: the name of its parameter in the mixer."""
     return name.removesuffix(".weight")
 
 
 def adapters(matrix: Parameter, rank: int) -> Iterator[Parameter]:
-    """A and B of a matrix, or of each in a stack. A begins as peft's does, U(−1/√in, 1/√in); B is zero."""
+    """A and B of a matrix, or of each matrix in a stack. A is initialised as in peft, U(−1/√in, 1/√in); B is zero."""
     *stack, rows, columns = matrix.shape
     bound = 1 / math.sqrt(columns)
     at = plain(matrix.name) + ("." if matrix.name.endswith(".weight") else "_")

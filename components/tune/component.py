@@ -5,8 +5,8 @@ from components.images import PIPELINE_IMAGE
 
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
 def tune(job: str, after: str, pipeline_run: str) -> str:
-    """Tune the exported model on the job's chats, if the job has any: data, training, evaluation, export. Returns a
-    StageResult (JSON)."""
+    """Tune the exported model on the job's chats, if it has a section `tune`: data, training, evaluation, export.
+    Returns a StageResult (JSON)."""
     from components.running import step
     from components.tune.step import run
     from manifests.spec import job_from_json

@@ -1,6 +1,6 @@
-"""The tune step: a job's section `tune` as a job of its own, from its data to its export.
+"""The tune step: a job's section `tune` as a separate job, from its data to its export.
 
-It runs the steps of the pipeline one after the other in this process; the trainer's tasks are launched as for any run.
+The steps of the pipeline run one after the other in this process; the trainer's tasks are launched as for any run.
 Finished steps are not repeated.
 """
 
@@ -18,7 +18,7 @@ from trainer.data.manifest import StageResult
 
 
 def run(job: JobSpec, after: StageResult, pipeline_run: str = "") -> StageResult:
-    """Tune, or report that the job does not ask for it.
+    """Tune, or report that the job has no section `tune`.
 
     Args:
         after: the result of the previous step, returned if there is nothing to do.

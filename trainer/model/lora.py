@@ -1,8 +1,8 @@
-"""Adapters (trainer/lora.py) in a model: attach, compute for stacks of matrices, merge.
+"""Adapters (trainer/lora.py) in a model: attach them, compute them for stacks of matrices, merge them.
 
-A `Linear` adds the products of its own (trainer/model/linear.py). Experts are computed by functions of whole stacks, so
-for them W + α/r · B A is made in each pass; for the backward pass it is made again instead of being kept, as it is as
-large as the experts.
+A `Linear` adds the products of its own adapters (trainer/model/linear.py). Experts are computed by functions of whole
+stacks, so W + α/r · B A is computed for them in each pass. It is as large as the experts, so it is recomputed in the
+backward pass instead of being kept.
 
 Legend: E experts, O outputs, I inputs, r rank.
 """
@@ -25,7 +25,7 @@ from trainer.parameters import mixer_parameters
 
 
 def attach(model: ModelSpec, section: Kind, mixer: nn.Module) -> None:
-    """Give a mixer the adapters that the model's spec asks for."""
+    """Add the adapters of the model's spec to a mixer."""
     if model.lora is None:
         return
     for parameter in mixer_parameters(model, section):
@@ -38,7 +38,7 @@ def attach(model: ModelSpec, section: Kind, mixer: nn.Module) -> None:
 
 
 class Stack(NamedTuple):
-    """Matrices that this rank holds as one parameter, and their adapters."""
+    """Matrices that are one parameter on this rank, and their adapters."""
 
     weight_EOI: Tensor
     down_ErI: Tensor
@@ -46,7 +46,7 @@ class Stack(NamedTuple):
     scale: float
 
     def sum(self, first: int = 0, last: int | None = None) -> Tensor:
-        """W + α/r · B A of some of them, in FP32."""
+        """W + α/r · B A of the matrices [first, last), in FP32."""
         weight_eOI, down_erI, up_eOr = (tensor[first:last].float() for tensor in self[:3])
         with torch.autocast(weight_eOI.device.type, enabled=False):
             return torch.baddbmm(weight_eOI, up_eOr, down_erI, alpha=self.scale)
@@ -55,11 +55,11 @@ class Stack(NamedTuple):
 def with_stacks(
     mixer: nn.Module, names: Sequence[str], x: Tensor, function: Callable[..., Tensor], *, keep: bool
 ) -> Tensor:
-    """function(*matrices), with these parameters of a mixer [E, O, I] or what this rank holds of them. Those with
-    adapters come with their products, in the dtype of matrix products on x.
+    """function(*matrices), with the named parameters of a mixer [E, O, I] or this rank's part of them. Matrices with
+    adapters include their products, in the dtype of matrix products on x.
 
     Args:
-        keep: let autograd keep the sums, as other hooks of saved tensors already see to them.
+        keep: let autograd keep the sums, because other hooks already handle saved tensors.
     """
     matrices, made = [], {}
     for name in names:
@@ -81,7 +81,7 @@ def with_stacks(
 
 
 def _made_again(stack: Stack, view: Tensor) -> Callable[[], Tensor]:
-    """How to get a view of a stack's sum once that is gone."""
+    """A function that recomputes a view of a stack's sum after the sum has been freed."""
     dtype, size, stride, start = view.dtype, view.size(), view.stride(), view.storage_offset()
     each = stack.weight_EOI[0].numel()
     end = start + sum((n - 1) * step for n, step in zip(size, stride, strict=True))  # its last element
@@ -96,13 +96,13 @@ def _made_again(stack: Stack, view: Tensor) -> Callable[[], Tensor]:
 
 def _own(module: nn.Module, name: str) -> Any:
     parameter: Any = getattr(module, name, None)
-    # Gradients are declared as cut and equal among replicas; `trainer.parallel.gradients.average` makes that true.
+    # Gradients are declared with the parameter's placements; `trainer.parallel.gradients.average` makes that true.
     return parameter.to_local() if hasattr(parameter, "placements") else parameter
 
 
 @torch.no_grad()
 def merge(module: nn.Module) -> None:
-    """Add the products of all adapters, in FP64, to their matrices, and drop them."""
+    """Add the products of all adapters to their matrices, in FP64, and remove the adapters."""
     for each in module.modules():
         for name in [name for name, _ in each.named_parameters(recurse=False) if name.endswith(DOWN)]:
             stem = name.removesuffix(DOWN)
