@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from components.volume import named
-from manifests.pretrained import hub_model
+from manifests.pretrained import RUN_NAME, hub_model
 from manifests.spec import JobSpec
 from trainer.data.chattemplate import ChatTemplate, chat_template
 from trainer.data.tokenizer import Tokenizer, files_of
@@ -26,6 +26,10 @@ def check(job: JobSpec, *, downloaded: bool) -> None:
     """
     names = {INIT: job.train.init_from, TOKENIZER: job.tokenizer.source}
     there = {field: folder for field, folder in job.models.items() if downloaded or not hub_model(names[field] or "")}
+    for field, folder in there.items():
+        if RUN_NAME.fullmatch(name := names[field] or "") and not Path(folder).is_dir():
+            runs = Path(folder).parent
+            raise SpecError(f"{field}: {runs} has no run {name}; write ./{name} for a folder, owner/{name} for the Hub")
     if INIT in there:
         with named(INIT):
             found = find(there[INIT])

@@ -146,7 +146,7 @@ def _pipeline(job: str, sets: list[str] | None, target: str, workdir: Path, *, t
 
     console = Console()
     changes = _changes(sets)
-    spec, arguments = local_job(job, changes, target=target, workdir=workdir, tuning=tuning)
+    spec, arguments = local_job(job, changes, target=target, workdir=workdir, tuning=tuning, sets=sets)
     with driving(spec, workdir):
         if target == "local":
             from pipelines.ports import written

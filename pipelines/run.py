@@ -18,8 +18,10 @@ from components.plan.step import arguments_for, runnable_here
 from components.volume import made
 from manifests.paths import whole
 from manifests.spec import JobSpec, changes_of, job_from
+from pipelines.options import command
 from pipelines.progress import Watcher
 from pipelines.stopping import Stop, Stopped
+from trainer.checkpoints.checkpoint import candidates
 from trainer.errors import LaunchError, SpecError
 from trainer.exitcodes import of_process
 from trainer.fields import stored
@@ -28,7 +30,13 @@ from trainer.specbase import deep_merge
 
 
 def local_job(
-    preset_or_file: str, changes: dict[str, Any], *, target: str, workdir: Path, tuning: bool = False
+    preset_or_file: str,
+    changes: dict[str, Any],
+    *,
+    target: str,
+    workdir: Path,
+    tuning: bool = False,
+    sets: list[str] | None = None,
 ) -> tuple[JobSpec, dict[str, Any]]:
     """The job and the pipeline's arguments for a run driven by this machine.
 
@@ -51,6 +59,8 @@ def local_job(
         wanted = deep_merge({"storage": places}, wanted)
     job = job_from({"preset": preset} if preset else {}, wanted, preset_or_file)
     if tuning:
+        where = () if target == "local" else ("--target", target)
+        _refuse_untrained(job, command("run", preset_or_file, workdir, sets, *where))
         job = job.tuning()
         preset, wanted = "", stored(job)
     job = continued(job)
@@ -60,6 +70,16 @@ def local_job(
     for name in ("datasets_dir", "checkpoints_dir"):
         _require_writable(f"storage.{name}", Path(getattr(job.storage, name)), target)
     return job, arguments_for(preset, wanted)
+
+
+def _refuse_untrained(job: JobSpec, first: str) -> None:
+    """The run to tune must have a checkpoint, unless `tune` names another model.
+
+    Args:
+        first: the command that trains it.
+    """
+    if job.tune and not job.tune.init_from and not candidates(job.run_dir):
+        raise SpecError(f"run {job.run_name}, which is to be tuned, has no checkpoint yet; train it first: {first}")
 
 
 def _require_writable(field: str, directory: Path, target: str) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Self, get_args
 from pydantic import Field, model_validator
 
 from trainer.kinds.attention import AttentionSpec
-from trainer.kinds.base import Count, K, Kind, PlacedKind
+from trainer.kinds.base import Count, K, Kind, Parameter, PlacedKind
 from trainer.kinds.engram import EngramSpec
 from trainer.kinds.mamba2 import MambaSpec
 from trainer.kinds.mlp import MlpSpec
@@ -100,7 +100,20 @@ class ModelSpec(Spec):
                 raise ValueError(
                     f"lora.targets.{section} names '{unknown[0]}'; matrices there are {', '.join(known[section])}"
                 )
+        largest = max(min(matrix.shape[-2:]) for matrix in self._adapted())
+        if self.lora.rank > largest:
+            raise ValueError(
+                f"lora.rank {self.lora.rank} is above the smaller side of every matrix with adapters, {largest} at "
+                "most; lower it, or train the matrices themselves (without lora)"
+            )
         return self
+
+    def _adapted(self) -> Iterator[Parameter]:
+        """The matrices that have adapters."""
+        assert self.lora is not None
+        for symbol, name in self.section_names.items():
+            for section in self.sections(self.kinds[symbol]):
+                yield from (p for p in section.adaptable(self) if self.lora.takes(name, plain(p.name)))
 
     def adaptable(self) -> dict[str, list[str]]:
         """Names of matrices that may have adapters, by section."""

@@ -147,6 +147,10 @@ def test_folders_that_do_not_fit_are_refused_before_anything_runs(model: Path, t
         check(job(tmp_path, train={"init_from": str(model)}, tokenizer={"from": str(other)}), downloaded=True)
     with pytest.raises(SpecError, match=r"^train\.init_from: .*none is not a folder on this machine"):
         check(job(tmp_path, train={"init_from": str(tmp_path / "none")}), downloaded=True)
+    with pytest.raises(
+        SpecError, match=r"^train\.init_from: .*/runs has no run qwen; write \./qwen for a folder, owner/"
+    ):
+        check(job(tmp_path, train={"init_from": "qwen"}), downloaded=False)
     small = {"model": MODEL | {"vocab_size": 256}, "init_from": None}
     with pytest.raises(SpecError, match=r"^tokenizer\.from: the tokenizer of .* has 295 entries, .*vocab_size is 256"):
         check(job(tmp_path, train=small, tokenizer={"from": str(other)}), downloaded=True)

@@ -102,6 +102,10 @@ def test_other_steps_make_another_tuned_run_of_the_same_base() -> None:
             {"steps": 3, "sources": {"a": CHAT}, "lora": {"targets": {"attention": ["w_proj"]}}},
             r"^(JobSpec: )?tune: train\.model: .*w_proj.*q_proj",
         ),
+        (
+            {"steps": 3, "sources": {"a": CHAT}, "lora": {"rank": 999}},
+            r"lora\.rank 999 is above the smaller side of every matrix with adapters, \d+ at most; lower it",
+        ),
         ({"steps": 3, "sources": {"a": CHAT}, "lr": 1}, r"^tune\.lr: unknown field"),
     ],
 )

@@ -218,6 +218,15 @@ def test_what_has_to_be_done_first_is_a_whole_command(yaongi, tmp_path, asked, c
     assert list(tmp_path.iterdir()) == [], "no run has begun"
 
 
+def test_a_run_is_tuned_once_it_is_trained(yaongi, tmp_path):
+    chat = "tune.sources={c: {licence: MIT, origin: {kind: files, paths: [sample://chat.jsonl.gz]}}}"
+    asked = ["tiny", "--set", "tune.steps=1", "--set", chat]
+    code, _, error = yaongi("tune", *asked)
+    assert code == 2 and error.count("\n") == 1
+    assert "which is to be tuned, has no checkpoint yet; train it first: yaongi run tiny --set tune.steps=1" in error
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("asked", [["status"], ["logs"], ["generate", "--prompt", "a"]])
 def test_a_job_that_has_no_run_yet_is_told_how_to_begin_one(yaongi, monkeypatch, asked):
     monkeypatch.setenv("KUBECONFIG", "/nowhere/config")
