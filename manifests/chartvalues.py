@@ -13,11 +13,11 @@ from pydantic import ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from manifests.alerts import RUNBOOKS
+from manifests.clusterspec import ObservabilitySpec, StorageSpec
 from manifests.network import PRIVATE
 from manifests.objects import gibibytes
 from manifests.rbac import ACCOUNTS, ROLE
 from manifests.render import CHECKPOINTS_GIB, DATASETS_GIB
-from manifests.spec import ObservabilitySpec, StorageSpec
 from manifests.yamltext import to_yaml
 from trainer.specbase import Spec
 

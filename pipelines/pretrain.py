@@ -17,8 +17,8 @@ from components.shards.component import encode, shards
 from components.summary.component import summary
 from components.tokenizer.component import tokenizer
 from components.tune.component import tune
+from manifests.clusterspec import StorageSpec
 from manifests.names import APP_LABEL, EGRESS_LABEL, HUB, HUB_SECRET, STEP_APP
-from manifests.spec import StorageSpec
 
 STORAGE = StorageSpec()
 UID = 1000  # of both images

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from components.cluster import state
 from components.cluster.api import Cluster
 from components.launch.kubernetes import show
+from manifests.clusterspec import ClusterSpec
 from manifests.kinds import KINDS
 from manifests.names import PIPELINE_LABEL
-from manifests.spec import ClusterSpec
 from trainer.errors import LaunchError
 
 EXTRA_SECONDS = 60  # time that a node needs to remove a pod, on top of the grace period

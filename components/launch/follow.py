@@ -17,9 +17,9 @@ from components.cluster.api import Cluster
 from components.cluster.watch import Change, LogFollower, Watcher
 from components.diagnose import explain
 from components.launch.phases import PhaseMetrics
+from manifests.clusterspec import ClusterSpec
 from manifests.kinds import Object, kind_of, workers
 from manifests.names import TASK_LABEL
-from manifests.spec import ClusterSpec
 from trainer.errors import LaunchError
 
 # A registry that is down may come back, but GPUs must not stay reserved for long by pods that cannot pull.

@@ -21,10 +21,11 @@ from components.cluster import state
 from components.cluster.api import ApiUnreachable, Cluster, Refused
 from components.launch.follow import Follower, JobFailed
 from components.launch.lease import held
+from manifests.clusterspec import ClusterSpec
 from manifests.kinds import JobKind, Object, kind_of, pod_template
 from manifests.names import DIGEST_ANNOTATION, PIPELINE_LABEL, Task
 from manifests.render import job_objects
-from manifests.spec import ClusterSpec, JobSpec
+from manifests.spec import JobSpec
 from trainer.errors import LaunchError
 from trainer.exitcodes import ExitCode
 from trainer.process.limits import UNWATCHED_VARIABLE

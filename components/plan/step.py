@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from manifests.spec import ClusterSpec, JobSpec, job_from, preset
+from manifests.clusterspec import ClusterSpec
+from manifests.spec import JobSpec, job_from, preset
 from trainer.errors import SpecError
 from trainer.specbase import deep_merge, parse
 

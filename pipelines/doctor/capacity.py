@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from decimal import Decimal
 
 from components.diagnose.explain import tolerates
+from manifests.clusterspec import ClusterSpec
 from manifests.kinds import Object
 from manifests.lint.place import Place
 from manifests.lint.subjects import ACCELERATOR
-from manifests.spec import ClusterSpec
 from pipelines.doctor.findings import Finding
 
 PRODUCT = "nvidia.com/gpu.product"  # labels of NVIDIA's GPU feature discovery

@@ -9,9 +9,10 @@ from dataclasses import replace
 from functools import partial
 
 from components.cluster.api import Cluster, Refused
+from manifests.clusterspec import ClusterSpec, StorageSpec
 from manifests.kinds import Object
 from manifests.names import kind
-from manifests.spec import ClusterSpec, JobSpec, StorageSpec
+from manifests.spec import JobSpec
 from pipelines.doctor import capacity, operators, permissions, volumes
 from pipelines.doctor.findings import Finding, told
 from pipelines.doctor.look import Look

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from manifests.clusterspec import StorageSpec
 from manifests.kinds import Object
 from manifests.names import HUB_SECRET
-from manifests.spec import StorageSpec
 from pipelines.doctor.findings import Finding
 from pipelines.doctor.look import Look
 

@@ -28,9 +28,9 @@ from components.diagnose.gather import jobs, situation
 from components.diagnose.why import restarts, why
 from components.launch import kubernetes
 from components.launch.lease import held
+from manifests.clusterspec import ClusterSpec
 from manifests.kinds import QUEUE_LABEL, Object, kind_of
 from manifests.names import PIPELINE_LABEL, RUN_LABEL, TASK_LABEL
-from manifests.spec import ClusterSpec
 from pipelines.options import again
 from pipelines.runs.kept import Kept, keep, kept, run_dir_of
 from pipelines.runs.names import choose

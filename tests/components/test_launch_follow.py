@@ -21,9 +21,9 @@ from components.cluster import watch
 from components.cluster.api import Cluster, Refused
 from components.cluster.watch import Change, LogFollower, Watcher
 from components.launch.follow import Follower
+from manifests.clusterspec import ClusterSpec
 from manifests.kinds import PYTORCHJOB
 from manifests.names import TASK_LABEL
-from manifests.spec import ClusterSpec
 from trainer.errors import LaunchError
 
 Object = dict[str, Any]

@@ -7,7 +7,7 @@ import sys
 
 from components.cluster.api import Cluster
 from components.launch.kubernetes import launch
-from manifests.spec import ClusterSpec
+from manifests.clusterspec import ClusterSpec
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])

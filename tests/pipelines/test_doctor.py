@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ports import free_port
 
-from manifests.spec import ClusterSpec
+from manifests.clusterspec import ClusterSpec
 from pipelines import refusals
 from pipelines.doctor import capacity, cluster, machine, operators
 from trainer.errors import VolumeError

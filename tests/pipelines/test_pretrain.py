@@ -9,7 +9,8 @@ import yaml
 
 import components
 from components.plan.step import AS_PRESET
-from manifests.spec import ClusterSpec, preset, preset_names
+from manifests.clusterspec import ClusterSpec
+from manifests.spec import preset, preset_names
 from pipelines.compile import COMMITTED
 
 ROOT = Path(components.__file__).parents[1]

@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from components.cluster.api import RESOURCES, Cluster
+from manifests.clusterspec import StorageSpec
 from manifests.kinds import KINDS, Object, pod_template
 from manifests.render import job_objects
-from manifests.spec import JobSpec, StorageSpec, job_from
+from manifests.spec import JobSpec, job_from
 from trainer.process.limits import UNWATCHED_VARIABLE
 
 
