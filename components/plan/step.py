@@ -14,6 +14,7 @@ from typing import Any
 
 from manifests.clusterspec import ClusterSpec
 from manifests.spec import JobSpec, job_from, preset
+from trainer.checkpoints.checkpoint import published
 from trainer.errors import SpecError
 from trainer.specbase import deep_merge, parse
 
@@ -63,7 +64,7 @@ def runnable_here(job: JobSpec) -> JobSpec:
             a model of another architecture.
     """
     _place_is_here(job)
-    if job.models:
+    if job.models and not published(job.run_dir):  # else it has begun: to evaluate or export it, none is needed
         from components.pretrained import check  # most jobs do not need its imports
 
         check(job, downloaded=False)

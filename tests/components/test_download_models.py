@@ -15,6 +15,7 @@ from hub_worker import Hub
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from components.plan.step import runnable_here
 from components.pretrained import check
 from manifests.pretrained import hub_model
 from manifests.spec import JobSpec, job_from
@@ -62,7 +63,7 @@ def job(folder: Path, **changes: Any) -> JobSpec:
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"문서 {n} a text"}) + "\n" for n in range(40)))
     shared = {"domain": "en", "licence": "CC0-1.0", "weight": 1.0}
     source = shared | {"origin": {"kind": "files", "paths": [str(folder / "a.jsonl")]}}
-    value = {"preset": "tiny", "storage": {"datasets_dir": str(folder / "d")}}
+    value = {"preset": "tiny", "storage": {"datasets_dir": str(folder / "d"), "checkpoints_dir": str(folder / "c")}}
     value["data"] = {"sources": dict.fromkeys(("ko", "en", "code", "math")) | {"web": source}}
     train = {"model": MODEL, "init_from": "org/texts"} | changes.pop("train", {})
     return job_from(value, {"train": train, **changes})
@@ -160,6 +161,14 @@ def test_folders_that_do_not_fit_are_refused_before_anything_runs(model: Path, t
     (tmp_path / "sp" / "tokenizer.json").write_text(json.dumps(pieces))
     with pytest.raises(DataError, match=r"^tokenizer\.from: .*not byte-level BPE"):
         check(job(tmp_path, tokenizer={"from": str(tmp_path / "sp")}, train={"init_from": None}), downloaded=True)
+
+
+def test_a_run_that_has_begun_can_be_evaluated_without_the_model(tmp_path: Path) -> None:
+    begun = job(tmp_path, train={"init_from": str(tmp_path / "gone")}, cluster={"target": "local"})
+    with pytest.raises(SpecError, match="gone is not a folder"):
+        runnable_here(begun)
+    (Path(begun.run_dir) / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert runnable_here(begun) == begun
 
 
 @pytest.mark.parametrize(
