@@ -34,14 +34,14 @@ def check(job: JobSpec, *, downloaded: bool) -> None:
         with named(INIT):
             found = find(there[INIT])
             refuse_misfit(found, job.train.model)
-            if not hub_model(names[INIT] or ""):  # else its weights are fetched after this
+            if not hub_model(names[INIT] or ""):  # otherwise its weights are fetched later
                 refuse_damaged(found, job.train.model)
     if job.tokenizer_from and (field := TOKENIZER if job.tokenizer.source else INIT) in there:
         with named(field):
             used = tokenizer_folder(job)
             tokenizer = Tokenizer.load(used)
             for file in files_of(used):
-                if file.suffix == ".json":  # an export takes them along
+                if file.suffix == ".json":  # an export copies them
                     read_json(file)
             if tokenizer.vocab_size > job.train.model.vocab_size:
                 raise SpecError(

@@ -63,7 +63,7 @@ def rung(spec: TrainSpec, world: World) -> Precision:
     own = precision.device_capability(world.device)
     own_problems = precision.fp8_problems(spec.precision, own)
     if spec.model.lora:
-        own_problems = dict.fromkeys(own_problems, "computes no adapters (train.model.lora)")
+        own_problems = dict.fromkeys(own_problems, "does not support adapters (train.model.lora)")
     told = _told(world, (own, own_problems))
     place, (weakest, _) = min(told, key=lambda entry: entry[1][0] or (0, 0))
     best = max(capability or (0, 0) for _, (capability, _) in told)

@@ -79,7 +79,7 @@ def _fill(found: Pretrained, model: HybridModel, *, together: bool) -> None:
 
 
 def _stays(name: str) -> bool:
-    """Whether the other model may lack it."""
+    """Whether a parameter may be missing in the other model."""
     return name.startswith(MTP) or is_adapter(name)
 
 

@@ -72,7 +72,7 @@ class Kind:
         changes |= {names[symbol]: [] for symbol, kind in spec.kinds.items() if issubclass(kind, PlacedKind)}
         changes |= {names[section.symbol]: [section.model_dump(mode="json")] for section in self.placed}
         alone = spec.updated(changes)
-        # Of a layer without adapters in a model that has some nothing would be trained.
+        # A layer without adapters in a model with adapters would have nothing to train.
         return alone if any(not p.frozen for p in parameters(alone)) else alone.updated({"lora": None})
 
 

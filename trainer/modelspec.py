@@ -89,7 +89,7 @@ class ModelSpec(Spec):
         if self.lora is None:
             return self
         if self.mtp:
-            raise ValueError("lora trains adapters alone, and mtp modules of its own; remove one of them")
+            raise ValueError("lora trains only adapters, but mtp needs its own modules trained; remove one of them")
         known = self.adaptable()
         for section, names in (self.lora.targets or {}).items():
             if section not in known:

@@ -53,7 +53,7 @@ def sublayer_parameters(spec: ModelSpec, section: Kind, prefix: str) -> Iterator
 
 
 def mixer_parameters(spec: ModelSpec, section: Kind) -> Iterator[Parameter]:
-    """Those of a mixer under their names in it, each followed by its adapters."""
+    """The parameters of a mixer, with their names in it, each followed by its adapters."""
     if spec.lora is None:
         yield from section.parameters(spec)
         return

@@ -25,7 +25,7 @@ from trainer.specbase import VERSION_FIELD, parse, read_yaml
 
 CONFIG, EXPORT = "config.json", "manifest.json"
 TOKENIZER = "tokenizer.json"
-MTP = "mtp."  # beginning of names that the other model may lack
+MTP = "mtp."  # prefix of parameters that may be missing in the other model
 TRAINING_ONLY = ("init_std", "mtp", "lora")  # fields of a model that do not affect its trained weights
 
 
@@ -105,8 +105,8 @@ def refuse_misfit(found: Pretrained, model: ModelSpec) -> None:
     """
     if found.model.lora is not None:
         raise SpecError(
-            f"{found.folder} holds adapters (train.model.lora) beside the weights that they change; export that run, "
-            "which merges them, and give its export"
+            f"{found.folder} holds adapters (train.model.lora), not merged; export that run, which merges them, and "
+            "give its export"
         )
     theirs, ours = _weights_fields(found.model), _weights_fields(model)
     for field in [*ours, *(name for name in theirs if name not in ours)]:
@@ -125,8 +125,8 @@ def refuse_misfit(found: Pretrained, model: ModelSpec) -> None:
 
 
 def refuse_damaged(found: Pretrained, model: ModelSpec) -> None:
-    """Compare the headers of its files with the run's model, before any data is made for it. A checkpoint of ours and
-    the contents of an export are compared with their checksums when the run begins.
+    """Compare the headers of the model's files with the run's model, before data is prepared for the run. Checkpoints
+    and the contents of exports are verified by their checksums when the run starts.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor is missing, superfluous or of another shape or dtype.
@@ -169,7 +169,7 @@ def _checkpoint(folder: Path) -> Pretrained:
     manifest = read_checkpoint(folder)
     version = manifest.spec.get(VERSION_FIELD, 1)
     model = parse(ModelSpec, manifest.spec["model"], str(folder), version)
-    run = folder.parents[1] / "train.yaml"  # knows where the tokenizer is now, if the run has moved
+    run = folder.parents[1] / "train.yaml"  # if the run has moved, it has the tokenizer's new place
     specs = [manifest.spec, *([read_yaml(run)] if run.is_file() else [])]
     places = (Path(spec["tokens"]["tokenizer"]) for spec in specs)
     tokenizer = next((place for place in places if (place / TOKENIZER).is_file()), None)

@@ -388,7 +388,7 @@ class RecipeSpec(Spec):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The peak rate to which the schedule refers. Adapters (LoRA) are trained by AdamW, whatever the optimizer."""
+        """The peak learning rate of the schedule. Adapters (LoRA) are always trained by AdamW."""
         return self.optimizer.adamw.learning_rate if self.model.lora else self.optimizer.peak_learning_rate
 
     @property
@@ -443,15 +443,15 @@ class TrainSpec(RecipeSpec):
             return self
         if self.init_from is None:
             raise ValueError(
-                "train.model.lora trains adapters of a model that stays as it is; name that model in train.init_from, "
-                "or remove lora"
+                "train.model.lora trains adapters of an existing model; name that model in train.init_from, or remove "
+                "lora"
             )
         if self.precision.dtype == "fp8":
-            raise ValueError("train.precision.dtype fp8 computes no adapters (train.model.lora); write bf16")
+            raise ValueError("train.precision.dtype fp8 does not support adapters (train.model.lora); use bf16")
         if not any(is_adapter(p.name) for p in parameters(self.model)):
             raise ValueError(
-                f"train.model.lora has no matrix in train.model.layers, its targets are {self.model.lora.named}; name "
-                "some of a kind that is there"
+                f"train.model.lora: train.model.layers has none of its targets ({self.model.lora.named}); name "
+                "matrices of kinds that are in layers"
             )
         return self
 

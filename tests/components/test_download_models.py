@@ -174,8 +174,8 @@ def test_a_run_that_has_begun_can_be_evaluated_without_the_model(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model-00002-of-", "is no readable safetensors file"),
-        ("model.safetensors.index.json", "is no index of weights"),
+        ("model-00002-of-", "is not a readable safetensors file"),
+        ("model.safetensors.index.json", "is not a valid index of weights"),
         ("tokenizer.json", "not a tokenizer"),
         ("tokenizer_config.json", "is not a JSON object"),
     ],
@@ -193,4 +193,4 @@ def test_files_that_git_lfs_has_not_fetched_are_refused_before_anything_runs(
 def test_damaged_weights_of_the_hub_are_refused_when_they_are_here(served: Hub, tmp_path: Path) -> None:
     name = next(name for name in served.server.files if name.endswith(".safetensors"))
     served.server.files[name] = served.server.files[name][:-1]
-    assert "is no readable safetensors file" in (run(served, job(tmp_path))[1] or "")
+    assert "is not a readable safetensors file" in (run(served, job(tmp_path))[1] or "")

@@ -43,7 +43,7 @@ def in_folder(folder: Path, config: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("base", "change", "said"),
     [
-        (LLAMA, {"num_hidden_layers": "2"}, "num_hidden_layers is '2'; it must be a whole number from 1 on"),
+        (LLAMA, {"num_hidden_layers": "2"}, "num_hidden_layers is '2'; it must be a positive whole number"),
         (LLAMA, {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; .* up to 10,000"),
         (LLAMA, {"num_attention_heads": 0}, "num_attention_heads is 0; it must be"),
         (LLAMA, {"model_type": ["llama"]}, r"model_type \['llama'\] is not known"),
@@ -53,7 +53,7 @@ def in_folder(folder: Path, config: dict[str, Any]) -> Path:
         (LLAMA, {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}, "mscale 1.0 is not supported"),
         (LLAMA, {"rope_scaling": YARN | {"truncate": False}}, "truncate False is not supported, only True"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported, only 1.0"),
-        (LLAMA, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method 'gptq' .*; take .* BF16"),
+        (LLAMA, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method 'gptq' .*; use .* BF16"),
         (
             LLAMA,
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},

@@ -284,10 +284,13 @@ def test_what_does_not_go_together_is_one_line(tmp_path: Path):
     assert micro.micro_spec(tmp_path, tmp_path, **fits).peak_learning_rate == 2e-3
     for change, message in (
         ({"init_from": None}, "name that model in train.init_from, or remove lora"),
-        ({"precision": {"dtype": "fp8"}}, "fp8 computes no adapters"),
-        ({"model": {"mtp": {"depth": 1}}}, "mtp modules of its own; remove one of them"),
+        ({"precision": {"dtype": "fp8"}}, "fp8 does not support adapters"),
+        ({"model": {"mtp": {"depth": 1}}}, "mtp needs its own modules trained; remove one of them"),
         ({"model": {"layers": ["N", "N"], "lora": {}}}, "exactly one engram entry"),
-        ({"model": {"layers": ["M", "N"], "lora": {"targets": {"mlp": ["up"]}}}}, "its targets are mlp up; name some"),
+        (
+            {"model": {"layers": ["M", "N"], "lora": {"targets": {"mlp": ["up"]}}}},
+            r"none of its targets \(mlp up\); name",
+        ),
         (
             {"optimizer": {"adamw": {"learning_rate": 1e-6}}},
             r"exceeds the peak, train\.optimizer\.adamw\.learning_rate",
@@ -307,7 +310,7 @@ def test_fp8_is_not_chosen(monkeypatch: pytest.MonkeyPatch):
         spec = micro.micro_spec(Path("x"), Path("y"), model={"lora": adapters}, init_from="somewhere")
         chosen = agreement.rung(spec, SimpleNamespace(device=torch.device("cuda")))
         assert chosen.name == name
-    assert "te: computes no adapters (train.model.lora)" in chosen.reason
+    assert "te: does not support adapters (train.model.lora)" in chosen.reason
 
 
 def test_arithmetic():
@@ -328,7 +331,7 @@ def test_arithmetic():
     assert {p.name: p.shape for p in parameters(spec)} == {n: tuple(p.shape) for n, p in model.named_parameters()}
     page = io.StringIO()
     render(figures, Console(file=page, width=120))
-    assert "adapters, which alone are trained" in page.getvalue() and f"{adapters:,}" in page.getvalue()
+    assert "trained (only adapters)" in page.getvalue() and f"{adapters:,}" in page.getvalue()
     # Beside copies of the dense ones' adapters, one layer's experts with their products and the gradient of those.
     dense, experts = adapters - 4 * expert, 4 * (hidden * 32 + 16 * hidden)
     fields = {

@@ -47,8 +47,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Description:
-    """All figures of a model; counts in elements, sizes in bytes. `trained` are those of `total` that are not frozen;
-    `memory` is for a rank that holds everything."""
+    """All figures of a model; counts in elements, sizes in bytes. `trained` is the part of `total` that is not frozen;
+    `memory` is for a rank that holds the whole model."""
 
     rows: list[Row]
     seq_len: int
@@ -137,7 +137,7 @@ def render(description: Description, console: Console) -> None:
     frozen = description.trained < description.total
     for what, value in (
         ("parameters", f"{description.total:,}"),
-        *([("adapters, which alone are trained", f"{description.trained:,}")] if frozen else []),
+        *([("trained (only adapters)", f"{description.trained:,}")] if frozen else []),
         ("active, all that multiplies a token (A1)", f"{description.active_a1:,}"),
         ("active with input embedding (A2)", f"{description.active_a2:,}"),
         ("active without LM head (A3)", f"{description.active_a3:,}"),

@@ -26,8 +26,8 @@ def core_flops_per_token(spec: ModelSpec, symbol: str, seq_len: int, layer: int 
 
 
 def matrix_flops_per_token(found: Iterable[Parameter]) -> int:
-    """Training operations of matrix products with these weights: 2 · 3 for each active element, 2 · 2 where they stay
-    as they are (LoRA). That is what is needed: how adapters of experts are computed takes more."""
+    """Training operations of matrix products with these weights: 2 · 3 for each active element, 2 · 2 if it is frozen
+    (LoRA). These are the operations that are necessary: the adapters of experts are computed with more."""
     return sum(2 * (FROZEN_PASSES if p.frozen else TRAINING_PASSES) * p.active for p in found if p.multiplies)
 
 

@@ -92,8 +92,8 @@ def step_memory(spec: TrainSpec, layout: Layout | None = None) -> Memory:
 
 
 def _adapted(model: ModelSpec, layout: Layout, width: int) -> int:
-    """LoRA: the experts of one layer with the products of their adapters, and the gradient of that, in the dtype of
-    matrix products and while they are made in FP32 (trainer/model/lora.py)."""
+    """LoRA: the sums of experts and adapter products of one layer and their gradient, in the dtype of matrix products,
+    and in FP32 while they are computed (trainer/model/lora.py)."""
     known = {parameter.name: parameter for parameter in parameters(model)}
     layers: dict[str, int] = defaultdict(int)
     for name, parameter in known.items():
@@ -104,9 +104,9 @@ def _adapted(model: ModelSpec, layout: Layout, width: int) -> int:
 
 
 def _gathered(everything: list[Parameter], layout: Layout) -> int:
-    """FSDP: what lies outside layers (embedding, head, MTP's projections) stays whole during a step, with its gradient;
-    of the layers, MTP's among them, the largest at a time, with its gradients and the buffer they are exchanged in.
-    What stays as it is (LoRA) has no gradient."""
+    """FSDP: parameters outside layers (embedding, head, MTP's projections) are unsharded during a step, with their
+    gradients; of the layers, including MTP's, at most the largest one at a time, with its gradients and the buffer for
+    exchanging them. Frozen parameters (LoRA) have no gradient."""
     if layout.data == "ddp":
         return 0
     layers: dict[str, int] = defaultdict(int)

@@ -20,7 +20,7 @@ from trainer.errors import DataError
 from trainer.files import unreadable
 
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
-# What a program in Jinja may end with, besides Jinja's own errors.
+# Exceptions that a template may raise, besides Jinja's own.
 _FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 _QUESTION, _ANSWER = "Is it so?", "It is."  # to find out how a template writes an answer
 
@@ -150,9 +150,9 @@ def form_of(folder: str | Path) -> ChatFormat:
 
 
 def _generation() -> type:
-    """The extension for {% generation %}, with which transformers marks the tokens to train; it changes no text.
+    """The extension for {% generation %}, by which transformers marks the tokens to train; it does not change the text.
 
-    Answers are found without it here, because most templates lack it.
+    Answers are found without it here, because most templates do not have it.
     """
     from jinja2.ext import Extension
     from jinja2.nodes import Node

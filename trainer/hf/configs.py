@@ -9,7 +9,7 @@ from trainer.errors import SpecError
 Config = dict[str, Any]
 FP8_BLOCK = 128  # rows and columns of a weight with one scale
 MAX_LAYERS = 10_000
-# Fields of positions that would turn otherwise, and the values at which they do not.
+# Fields that change rotary positions in unsupported ways, and the values at which they do not.
 UNTURNED = {"partial_rotary_factor": 1.0}
 YARN = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True}
 
@@ -25,23 +25,23 @@ def common(config: Config) -> Config:
 
 
 def refuse(config: Config, *, hold: dict[str, Any]) -> None:
-    """Refuse a configuration that has other values than these; fields may be missing. Others change the model."""
+    """Refuse a configuration with other values than these, which would change the model; fields may be missing."""
     for name, value in hold.items():
         if (found := config.get(name, value)) != value:
             raise SpecError(f"config.json: {name} {found!r} is not supported, only {value!r}")
 
 
 def count(config: Config, name: str, most: int | None = None) -> int:
-    """A field with which something is computed here."""
+    """A field that must be a positive whole number, because it is used in computations here."""
     value = config[name]
     if not isinstance(value, int) or value < 1 or (most and value > most):
         limit = f" up to {most:,}" if most else ""
-        raise SpecError(f"config.json: {name} is {value!r}; it must be a whole number from 1 on{limit}")
+        raise SpecError(f"config.json: {name} is {value!r}; it must be a positive whole number{limit}")
     return value
 
 
 def _refuse_quantised(found: Any) -> None:
-    """Weights that are stored in another way than weights.py reads; said before any of them is downloaded."""
+    """Refuse weights in a format that weights.py cannot read, before any of them is downloaded."""
     if found is None:
         return
     method, block = (
@@ -50,7 +50,7 @@ def _refuse_quantised(found: Any) -> None:
     if method != "fp8" or block != [FP8_BLOCK, FP8_BLOCK]:
         raise SpecError(
             f"config.json: quantization_config with quant_method {method!r} and weight_block_size {block} is not "
-            f"supported, only 'fp8' with {[FP8_BLOCK, FP8_BLOCK]}; take the model in BF16"
+            f"supported, only 'fp8' with {[FP8_BLOCK, FP8_BLOCK]}; use the model in BF16"
         )
 
 
@@ -70,7 +70,7 @@ def scaling(rope: Config) -> Config | None:
 
 
 def attention(config: Config, *, qk_norm: bool, turns: bool = True) -> Config:
-    """`turns`: whether queries and keys are turned by positions."""
+    """`turns`: whether queries and keys have rotary positions."""
     heads = count(config, "num_attention_heads")
     found = {
         "num_heads": heads,

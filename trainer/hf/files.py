@@ -1,4 +1,4 @@
-"""Files with a model's weights, compared with a model by their headers: no weight is read. Imports no torch."""
+"""Compare the headers of a model's weight files with a model; no weights are read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def files_of(folder: Path) -> list[Path]:
         try:
             names = sorted(map(str, set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{folder / INDEX}: is no index of weights; download it again") from None
+            raise CheckpointError(f"{folder / INDEX}: is not a valid index of weights; download it again") from None
     elif (folder / SINGLE).is_file():
         names = [SINGLE]
     else:
@@ -65,17 +65,17 @@ def header(file: Path) -> dict[str, Stored]:
                 raise ValueError("its header does not end within the file")
             found = {name: entry for name, entry in json.loads(data.read(length)).items() if name != "__metadata__"}
         if (needed := 8 + length + max((entry["data_offsets"][1] for entry in found.values()), default=0)) != size:
-            raise ValueError(f"it has {size:,} bytes, its header asks for {needed:,}")
+            raise ValueError(f"it has {size:,} bytes, its header needs {needed:,}")
         return {name: Stored(str(entry["dtype"]), list(entry["shape"])) for name, entry in found.items()}
     except OSError as error:
         raise unreadable(file, error) from None
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         said = " ".join(str(error).split())
-        raise CheckpointError(f"{file}: is no readable safetensors file ({said}); download it again") from None
+        raise CheckpointError(f"{file}: is not a readable safetensors file ({said}); download it again") from None
 
 
 def parts_of(architecture: Architecture, spec: ModelSpec) -> tuple[list[Part], tuple[str, ...]]:
-    """Where the tensors of a model are in files of transformers, and the prefixes of names there to ignore."""
+    """Where a model's tensors are in transformers' files, and the prefixes of tensor names to ignore there."""
     tied = ("lm_head.",) if spec.tied_embedding else ()
     return architecture.parts(spec), architecture.ignored + tied
 
@@ -89,13 +89,14 @@ def compare(
     kept: tuple[str, ...] = (),
     integers: Collection[str] = (),
 ) -> None:
-    """
+    """Compare names, shapes and dtypes of the tensors in a folder's files with those of a model.
+
     Args:
-        parts: where everything lies in the files.
-        ours: shapes by name; a tensor that has none here is only looked for.
-        ignored: beginnings of names that the files may hold besides.
-        kept: beginnings of names of ours that the files may lack.
-        integers: those of ours that are no floats.
+        parts: where each of our tensors is in the files.
+        ours: shapes by name; a tensor without a shape here only has to exist.
+        ignored: prefixes of additional names that the files may contain.
+        kept: prefixes of our names that may be missing in the files.
+        integers: our tensors that are not floating point.
 
     Raises:
         CheckpointError: a tensor is missing, superfluous, wrongly shaped or of an unknown dtype, or a file is damaged.
@@ -121,7 +122,7 @@ def compare(
         raise CheckpointError(
             f"{folder}: {sorted(missing)[0]} is missing"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + ", which config.json asks for"
+            + ", which config.json requires"
         )
 
 
@@ -131,25 +132,25 @@ def _compare_shape(file: Path, name: str, found: list[int], parts: list[Part], o
     shapes = [shape_of(part, ours[part.ours]) for part in parts]
     wanted = [max(part.their_first + shape[0] for part, shape in zip(parts, shapes, strict=True)), *shapes[0][1:]]
     if [side for side in found if side != 1] != [side for side in wanted if side != 1]:
-        raise CheckpointError(f"{file}: {name} has shape {found}, config.json asks for {wanted}")
+        raise CheckpointError(f"{file}: {name} has shape {found}, config.json requires {wanted}")
 
 
 def _compare_dtype(file: Path, name: str, tensors: Mapping[str, Stored]) -> None:
     dtype, shape = tensors[name]
     if dtype not in FLOATS:
         known = ", ".join(FLOATS)
-        raise CheckpointError(f"{file}: {name} has dtype {dtype}, known are {known}; take the model in BF16")
+        raise CheckpointError(f"{file}: {name} has dtype {dtype}, supported are {known}; use the model in BF16")
     if dtype in FP8:
         if (scales := tensors.get(name + SCALES)) is None:
-            raise CheckpointError(f"{file}: {name} is FP8, but {name}{SCALES} is not beside it; download it again")
+            raise CheckpointError(f"{file}: {name} is FP8, but {name}{SCALES} is missing; download it again")
         if scales.shape != (wanted := [-(-side // FP8_BLOCK) for side in shape]):
             raise CheckpointError(
                 f"{file}: {name}{SCALES} has shape {scales.shape}, blocks of {FP8_BLOCK} × {FP8_BLOCK} need {wanted}; "
-                "take the model in BF16"
+                "use the model in BF16"
             )
 
 
 def shape_of(part: Part, whole: Shape) -> Shape:
-    """Of the rows of ours that a part is."""
+    """The shape of a part: of its rows in our tensor."""
     shape = whole if part.expert is None else whole[1:]
     return (part.rows if part.rows is not None else shape[0] - part.first, *shape[1:])

@@ -72,7 +72,7 @@ def reads(config: Config) -> Config:
     }
     refuse(config, hold=hold)
     limit = config.get("time_step_limit")
-    if limit not in (None, [0, inf], [0, {"__float__": "Infinity"}]):  # as Python's JSON and transformers 5 write it
+    if limit not in (None, [0, inf], [0, {"__float__": "Infinity"}]):  # as written by Python's JSON or transformers 5
         raise SpecError(f"config.json: time_step_limit {limit} is not supported, only 0 to infinity")
     blocks = config.get("layers_block_type") or config["hybrid_override_pattern"]
     if not isinstance(blocks, str | list):

@@ -102,7 +102,7 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: is no readable safetensors file ({error}); download it again") from None
+        raise CheckpointError(f"{file}: is not a readable safetensors file ({error}); download it again") from None
 
 
 def tensors(

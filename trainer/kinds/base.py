@@ -60,7 +60,7 @@ class Parameter:
         high_precision: why it is never multiplied in FP8; empty: it may be.
         whole: small and used in FP32, so that every rank holds all of it.
         per_expert: stacks all experts along its first dimension.
-        frozen: stays as it is; only adapters are trained (trainer/lora.py).
+        frozen: not trained, because only adapters are (trainer/lora.py).
     """
 
     name: str
@@ -272,7 +272,7 @@ class Kind(Spec):
         """Those of the mixer, in its order."""
 
     def adaptable(self, model: ModelShape) -> Iterator[Parameter]:
-        """Those of its parameters that may have adapters (trainer/lora.py): matrices, but no router's."""
+        """The parameters that may have adapters (trainer/lora.py): matrices, except those of routers."""
         return (parameter for parameter in self.parameters(model) if parameter.multiplies and not parameter.whole)
 
     @abstractmethod

@@ -71,7 +71,7 @@ class EngramSpec(PlacedKind):
         yield vector("conv.weight", model.hidden, self.conv_kernel, init=ZEROS, decay=True)
 
     def adaptable(self, model: ModelShape) -> Iterator[Parameter]:
-        """None: what it remembers is in its tables."""
+        """None: its tables hold what it learns, not its matrices."""
         yield from ()
 
     def kept(self, hidden: int, widths: Widths) -> int:

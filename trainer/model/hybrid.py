@@ -183,8 +183,8 @@ class HybridModel(nn.Module):
         return [module for module in self.modules() if isinstance(module, Moe)]
 
     def update_router_bias(self, expert_load_LE: Tensor) -> None:
-        """Move the router biases after an optimizer step; the counts are those of the whole global step. Adapters alone
-        are trained without it."""
+        """Move the router biases after an optimizer step; the counts are those of the whole global step. With LoRA the
+        biases do not change."""
         if self.spec.lora is not None:
             return
         for moe, load_E in zip(self.moe_sublayers(), expert_load_LE, strict=True):

@@ -34,7 +34,7 @@ class Moe(Mixer):
     def __init__(self, model: ModelSpec, spec: MoeSpec, functions: Functions) -> None:
         super().__init__()
         self.spec, hidden = spec, model.hidden
-        self.balances = model.lora is None  # adapters leave the router as it is
+        self.balances = model.lora is None  # with adapters the router is frozen
         self.run_experts: Callable[..., Tensor] = functions["experts"]
         self.exchange: Callable[..., Tensor] | None = None  # trainer.parallel.experts, where ranks share the experts
         self.router = Linear(hidden, spec.num_experts)

@@ -75,7 +75,7 @@ class _Experts(torch.autograd.Function):
             grad_RD = copies(grad_SD.to(dtype), order_R, top_k)
             weight_R1 = _in_order(weight_SK, order_R, dtype)
             activation = ACTIVATIONS[ctx.activation]
-            grad_up_EGD = grad_down_EDF = None  # of experts that stay as they are
+            grad_up_EGD = grad_down_EDF = None  # if the experts are frozen
             if ctx.needs_input_grad[2]:
                 outer_EDF = _outer(grad_RD, activation.weighted(before_RG, weight_R1), ends_E)
                 grad_down_EDF = outer_EDF.to(down_EDF.dtype)

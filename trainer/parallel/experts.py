@@ -32,8 +32,8 @@ def run_everywhere(
     group: dist.ProcessGroup,
     run_own: Callable[..., Tensor],
 ) -> Tensor:
-    """The experts' function, with this rank's part of the experts, which are cut over `group`; every rank of it calls
-    this.
+    """The experts' function, with this rank's part of the experts, which are split over `group`; a collective of its
+    ranks.
 
     Args:
         run_own: backend that computes the experts of this rank.

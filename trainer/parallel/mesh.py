@@ -108,7 +108,7 @@ class Mesh:
         if self.layout.world == 1 or self._dense is not None:
             return model
         if not any(p.requires_grad and not isinstance(p, DTensor) for p in model.parameters()):
-            return model  # adapters of cut experts alone, which DDP would refuse
+            return model  # only adapters of split experts are trained; DDP would refuse the model
         cut = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, cut)
         on_cpu = self._device.type == "cpu"
