@@ -1,4 +1,4 @@
-"""Bounds of numeric tests, and how near to them the numbers come: tests/margins.py sets MARGINS to a file for that."""
+"""Bounds of numeric tests, and how close the numbers come to them, written to the file MARGINS (tests/margins.py)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _nearest: dict[tuple[str, str], float] = {}
 
 
 def below(error: Any, bound: Any, what: object = "") -> None:
-    """The error, a number or a tensor of one element, is at most the bound."""
+    """Assert that the error, a number or a tensor with one element, is at most the bound."""
     error, bound = (float(x.detach() if isinstance(x, torch.Tensor) else x) for x in (error, bound))
     _write(error, bound)
     assert error <= bound, f"{what}: {error:.3g} is above {bound:.3g}"
 
 
 def _write(measured: float, bound: float) -> None:
-    """One line for each place in a test, and another whenever it comes nearer to its bound."""
+    """Write a line for each place in a test, and another whenever it comes closer to its bound."""
     if "MARGINS" not in os.environ or not (bound > 0 and measured > 0):  # exact, or meant to be
         return
     test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")  # ranks of a test inherit it
@@ -44,7 +44,7 @@ def _write(measured: float, bound: float) -> None:
 
 
 def _compare(actual: Any, expected: Any, rtol: float | None, atol: float | None) -> None:
-    """What `torch.testing.assert_close` compares, at the element that is nearest to what is allowed."""
+    """What `torch.testing.assert_close` compares, at the element closest to its tolerance."""
     if isinstance(actual, (list, tuple)):
         for a, e in zip(actual, expected, strict=False):
             _compare(a, e, rtol, atol)
@@ -62,7 +62,7 @@ def _compare(actual: Any, expected: Any, rtol: float | None, atol: float | None)
 
 
 def watch() -> None:
-    """Write what tests compare by the functions of torch, numpy and pytest too."""
+    """Also record what tests compare with the functions of torch, numpy and pytest."""
 
     def watched(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)

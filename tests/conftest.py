@@ -15,11 +15,11 @@ from tools import left_out
 
 Answer = tuple[int, str, str]
 
-# One thread each. Threads that wait for one that a busy machine has put aside spin meanwhile: with two, a test of half
-# a minute has taken ten. Set before PyTorch is imported, and inherited.
+# One thread each. With more, threads spin while they wait for one that a busy machine has suspended: with two, a test
+# of half a minute has taken ten minutes. Set before PyTorch is imported, and inherited.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-gc.disable()  # until all is imported: what stays to the end is looked through for nothing
+gc.disable()  # until all is imported: objects that live to the end need no collection
 
 if "MARGINS" in os.environ:  # tests/margins.py
     import bounds  # noqa: F401  it watches comparisons
@@ -27,7 +27,7 @@ if "MARGINS" in os.environ:  # tests/margins.py
 if importlib.util.find_spec("hypothesis"):  # not in the environments of the tests of kernels and peers
     from hypothesis import HealthCheck, settings
 
-    # The same examples everywhere, and no example fails for the time it took: a busy machine is no finding.
+    # The same examples everywhere, and no example fails because it was slow: a busy machine is not an error.
     settings.register_profile(
         "repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
     )
@@ -38,11 +38,11 @@ if importlib.util.find_spec("hypothesis"):  # not in the environments of the tes
 def yaongi(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., Answer]:
-    """Runs the command line in an empty folder; gives exit code, stdout and stderr."""
+    """Runs the command line in an empty folder; returns exit code, stdout and stderr."""
     from pipelines import cli
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("YAONGI_VERBOSE", "")  # set, so that what --verbose leaves there is undone too
+    monkeypatch.setenv("YAONGI_VERBOSE", "")  # set, so that changes by --verbose are undone too
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str) -> Answer:
@@ -58,7 +58,7 @@ def yaongi(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What this machine lacks, last, where a person looks."""
+    """Report what this machine lacks at the end, where it is noticed."""
     if line := left_out(terminalreporter.stats.get("skipped", [])):
         terminalreporter.write_line(line)
 
@@ -68,6 +68,6 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.hookimpl(trylast=True)  # what is deselected is gone
+@pytest.hookimpl(trylast=True)  # deselected tests are removed
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     longest_first(items)

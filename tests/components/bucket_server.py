@@ -1,6 +1,6 @@
-"""A small server that speaks what reading a bucket needs: S3 (list, head, get with ranges) and Google's JSON API.
+"""A small server with what reading a bucket needs: S3 (list, head, get with ranges) and Google's JSON API.
 
-Faults are given by key and used once each, in order: a status, or "reset" (cut half way).
+Faults are given by key and used once each, in order: a status, or "reset" (cut halfway).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def make_job() -> Callable[..., JobSpec]:
 
 @pytest.fixture(scope="session")
 def _hub_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """One for all tests: the Hub's address is fixed when its library is imported, and that takes seconds."""
+    """One for all tests: the Hub's address is fixed when its library is imported, and the import takes seconds."""
     with HubServer({}, datasets=repositories()) as server, Hub.started(server, tmp_path_factory.mktemp("hub")) as hub:
         yield hub
 

@@ -1,4 +1,4 @@
-"""A few rows of each source of the large presets, with the columns and the layout that the real dataset has."""
+"""A few rows of each source of the large presets, with the columns and the layout of the real dataset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHAT = (
 
 
 def blob(text: str, encoding: str) -> tuple[str, bytes]:
-    """(id, object) as Software Heritage keeps a content."""
+    """(id, object) as Software Heritage stores a content."""
     content = text.encode(encoding if encoding != "no-such-encoding" else "utf-8")
     return hashlib.sha1(content).hexdigest(), gzip.compress(content)
 

@@ -1,7 +1,7 @@
-"""A small server that speaks the part of the Hugging Face Hub's HTTP API that reading a dataset or a model needs.
+"""A small server with the part of the Hugging Face Hub's HTTP API that reading a dataset or a model needs.
 
-Info at a revision, tree and paths-info with LFS checksums, and resolve with byte ranges; besides, objects of a
-bucket below /content/. Faults are given by path; each is used once, in order.
+Info at a revision, tree and paths-info with LFS checksums, and resolve with byte ranges; also objects of a bucket
+under /content/. Faults are given by path; each is used once, in order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Served:
-    """A server on this machine while in its `with`; `answer` answers every request."""
+    """A context manager of a server on this machine; `answer` answers every request."""
 
     def __init__(self) -> None:
         served = self
@@ -52,9 +52,9 @@ class Served:
 
 
 class HubServer(Served):
-    """`files` of the dataset org/texts by path, and of further `datasets`, or models, by name.
+    """`files` of the dataset org/texts by path, and of other `datasets`, or models, by name.
 
-    Faults: a status, with "+seconds" for Retry-After, "reset" (cut half way), "wrong" (other bytes), "short" (too few).
+    Faults: a status, with "+seconds" for Retry-After, "reset" (cut halfway), "wrong" (other bytes), "short" (too few).
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class HubServer(Served):
         super().__init__()
 
     def reset(self) -> None:
-        """Forget faults, changes and what was asked."""
+        """Forget faults, changes and requests."""
         self.datasets = {name: dict(files) for name, files in self._all.items()}
-        self.commits = dict.fromkeys(self.datasets, COMMIT)  # what main is at; COMMIT stays there when main moves
+        self.commits = dict.fromkeys(self.datasets, COMMIT)  # of main; COMMIT stays available when main moves
         self.objects: dict[str, bytes] = {}
         self.faults: dict[str, list[str]] = {}
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.times: list[tuple[float, str]] = []
         self.tokens: set[str | None] = set()
-        self.gated: int | None = None  # the status that whoever asks for a file gets, as without the owner's leave
+        self.gated: int | None = None  # the status of requests for files, as without access to a gated repository
 
     def ranges_of(self, path: str) -> list[str | None]:
         return [wanted for method, asked, wanted in self.requests if method == "GET" and asked.endswith(path)]
@@ -98,7 +98,7 @@ class HubServer(Served):
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         if path.startswith("/content/"):
             return self._object(handler, path.removeprefix("/content/"))
-        # Files of a dataset are below /datasets, those of a model below its name.
+        # Files of a dataset are under /datasets, those of a model under its name.
         found = re.match(r"(?:/api/models/|(?:/api)?/datasets/|/(?!api/|datasets/))([^/]+/[^/]+)(?:/|$)(.*)", path)
         if not found or found[1] not in self.datasets:
             return send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
@@ -180,14 +180,14 @@ def _fail(handler: BaseHTTPRequestHandler, fault: str) -> None:
 
 
 def _wait_for_reader(connection: socket.socket) -> None:
-    """Return once the client has taken everything that was sent, and a little later, or after half a minute."""
+    """Return shortly after the client has received everything that was sent, or after half a minute."""
     (_, port), (_, peer) = connection.getsockname(), connection.getpeername()
     ends = {f"{port:04X} {peer:04X}", f"{peer:04X} {port:04X}"}
     for _ in range(600):
         with open("/proc/net/tcp") as table:
             rows = [line.split() for line in list(table)[1:]]
         queues = [row[4] for row in rows if f"{row[1][-4:]} {row[2][-4:]}" in ends]
-        if all(queue == "00000000:00000000" for queue in queues):  # of what is to be sent, and to be read
+        if all(queue == "00000000:00000000" for queue in queues):  # bytes still to be sent, and to be read
             break
         time.sleep(0.05)
     time.sleep(0.3)
@@ -203,7 +203,7 @@ def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dic
     handler.wfile.write(body[: len(body) // 2] if cut else body)
     if cut:
         handler.wfile.flush()
-        _wait_for_reader(handler.connection)  # the reset discards what was not read
+        _wait_for_reader(handler.connection)  # the reset discards unread data
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         handler.connection.close()
         handler.close_connection = True

@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from hub_server import HubServer
 
-# Reads jobs as JSON lines and answers each with its result or its error. The Hub's address is fixed when the library is
-# imported, hence a process of its own; one for all tests, because the import takes seconds.
+# Reads jobs as JSON lines and answers each with its result or its error. It is a separate process because the Hub's
+# address is fixed when the library is imported, and one for all tests because the import takes seconds.
 WORKER = """
 import contextlib, io, json, sys
 import huggingface_hub.constants as constants
@@ -39,7 +39,7 @@ for line in sys.stdin:
 
 
 class Hub:
-    """The server and the worker process; `run` gives (result, error), `said` is what it printed since."""
+    """The server and the worker process; `run` returns (result, error), `said` is what it printed meanwhile."""
 
     def __init__(self, server: HubServer, worker: subprocess.Popen[str]) -> None:
         self.server, self.worker, self.said = server, worker, ""

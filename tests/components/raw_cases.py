@@ -60,5 +60,5 @@ def write_raw(job: JobSpec, documents: int = 150, extra: dict[str, list[str]] | 
 
 
 def contents(directory: str | Path) -> dict[str, bytes]:
-    """Every file below a directory."""
+    """Every file in a directory and its subdirectories."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(Path(directory).rglob("*")) if p.is_file()}

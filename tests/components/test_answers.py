@@ -1,4 +1,4 @@
-"""`loss: answers`, from rows to shards: trained tokens against characters, and what is refused before there are any."""
+"""`loss: answers`, from rows to shards: trained tokens against characters, and what is refused before the shards."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def made(job: JobSpec) -> tuple[StageResult, StageResult]:
 
 
 def random_conversations(count: int, seed: int) -> list[list[Message]]:
-    """With system prompts, several turns, hostile and empty messages; each has an answer."""
+    """Conversations with system prompts, several turns, hostile and empty messages; each has an answer."""
     r, found = random.Random(seed), list[list[Message]]()
     while len(found) < count:
         messages = [{"role": "system", "content": "".join(r.choices(PIECES, k=4))}] if r.random() < 0.3 else []
@@ -128,7 +128,7 @@ def of_qwen(messages: list[Message]) -> Iterator[tuple[str, bool]]:
 
 
 def of_llama(messages: list[Message]) -> Iterator[tuple[str, bool]]:
-    """The same for one that puts a token before each text; its template strips the contents."""
+    """The same for a tokenizer that adds a token before each text; its template strips the contents."""
     yield "<|begin_of_text|>", False
     for message in messages:
         content = message["content"].strip()
@@ -139,7 +139,7 @@ def of_llama(messages: list[Message]) -> Iterator[tuple[str, bool]]:
 
 
 def compared(job: JobSpec, conversations: list[list[Message]], oracle: Oracle) -> tuple[int, int]:
-    """Compare all documents with the oracle; returns the numbers of tokens that are an answer's only in part, and of
+    """Compare all documents with the oracle; returns the numbers of tokens that are only partly in an answer, and of
     documents with several answers."""
     tokenized, shards = made(job)
     tokenizer, manifest = Tokenizer.load(tokenized.path), read_manifest(shards.path)
@@ -267,7 +267,7 @@ def test_a_row_without_an_answer_is_named_where_it_is_read(
     tmp_path: Path, messages: list[Message], said: str | None
 ) -> None:
     write(tmp_path, [[QUESTION, ANSWERED], None, messages, [QUESTION, ANSWERED]])
-    if said is None:  # a row without any text is no document, as in other sources
+    if said is None:  # a row without text is not a document, as in other sources
         assert download_step.run(job_of(tmp_path)).summary["documents"] == 2
         return
     with pytest.raises(DataError, match=rf"^source 'chat': [^\n]*chat\.jsonl:3: [^\n]*{said}$"):

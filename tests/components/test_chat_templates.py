@@ -1,4 +1,4 @@
-"""Conversations as another model's chat template writes them, against transformers' own rendering."""
+"""Conversations written by another model's chat template, against transformers' own rendering."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TALKS = [
         {"role": "assistant", "content": "\ny"},
     ],
 ]
-# As reasoning models write it: thoughts are opened by the prompt, and left out of all answers but the last.
+# As for reasoning models: the prompt opens the thoughts, and all answers except the last omit them.
 THINKING = (
     "{%- for m in messages %}{%- set text = m.content %}"
     "{%- if '</think>' in text and not loop.last %}"

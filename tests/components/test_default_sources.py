@@ -1,4 +1,4 @@
-"""The sources of the large presets, from a Hub and a bucket on this machine that hold a few rows of each."""
+"""The sources of the large presets, from a Hub and a bucket on this machine that contain a few rows of each."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_pause_that_the_bucket_asks_for_is_kept(hub: Hub, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "encoding", "text"),
     [
-        (b"+2AA- a", "utf-7", "\ufffd a"),  # spells a lone surrogate, which no UTF-8 can hold
+        (b"+2AA- a", "utf-7", "\ufffd a"),  # a lone surrogate, which UTF-8 cannot represent
         (b"abc", "hex", "abc"),
         (b"abc", "a\0b", "abc"),
         (b"abc", 5, "abc"),
@@ -172,7 +172,7 @@ def test_a_damaged_content_is_not_kept(hub: Hub, tmp_path: Path) -> None:
 def test_a_bucket_without_the_contents_is_one_line(hub: Hub, tmp_path: Path) -> None:
     there = hub.server.objects
     left = dict([next(iter(there.items()))])
-    for objects_left, missing in ((left, 3), (left, 3), ({}, 4)):  # what one run refused, the next does not take
+    for objects_left, missing in ((left, 3), (left, 3), ({}, 4)):  # the next run refuses it again
         hub.server.objects = objects_left
         result, error = hub.run(job(hub, tmp_path, only="code-stack-edu"))
         assert result is None and error is not None and "\n" not in error
@@ -202,7 +202,7 @@ def test_contents_cut_into_parts_continue_where_they_stopped(hub: Hub, tmp_path:
     whole, error = hub.run(job(hub, tmp_path / "whole", only="code-stack-edu"))
     assert error is None and whole is not None
     names = [blob(text, encoding)[0] for encoding, text in CODE.items()]
-    hub.server.faults = {names[2]: ["418"]}  # no server should say so: the run ends
+    hub.server.faults = {names[2]: ["418"]}  # servers should not answer so: the run ends
     first = job(hub, tmp_path / "cut", only="code-stack-edu") | {"part_bytes": 10}
     result, error = hub.run(first)
     assert result is None and error is not None and "answered 418; check blobs.url" in error

@@ -1,4 +1,4 @@
-"""From pods and events, as the API server returns them, to what the launcher tells."""
+"""From pods and events, as the API server returns them, to what the launcher prints."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ JOB: Object = {
     ("about", "time", "expected"),
     [
         ({"kind": "Pod", "name": "run-worker-3"}, "2026-01-01T12:00:00Z", True),
-        ({"kind": "Pod", "name": "run-worker-3"}, "2026-01-01T11:59:59Z", False),  # a former job of the name
+        ({"kind": "Pod", "name": "run-worker-3"}, "2026-01-01T11:59:59Z", False),  # an earlier job of the same name
         ({"kind": "Pod", "name": "run-evaluate-worker-0"}, "2026-01-01T12:00:05Z", False),
         ({"kind": "PyTorchJob", "name": "run", "uid": "1"}, "2026-01-01T12:00:05Z", True),
         ({"kind": "PyTorchJob", "name": "run", "uid": "0"}, "2026-01-01T12:00:05Z", False),

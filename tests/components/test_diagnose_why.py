@@ -1,4 +1,4 @@
-"""What `yaongi why` answers where a test cluster cannot be brought into the state: Kueue, lost nodes, webhooks."""
+"""What `yaongi why` answers in states that a test cluster cannot reach: Kueue, lost nodes, webhooks."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_ranges_are_asked_for_again_after_faults(
 
 @pytest.fixture
 def ends_at_fourth_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server lets no more be read at the fourth range of 10,000 bytes, once."""
+    """The server refuses the fourth range of 10,000 bytes, once."""
     real, calls = files.read_range, iter(range(100))
 
     def ends(*arguments: Any) -> bytes:

@@ -261,7 +261,7 @@ def test_a_killed_download_keeps_finished_files_and_ends_the_same(
 
 
 def broken(tmp_path: Path, what: str) -> str:
-    """A path, or pattern, to something that cannot be used."""
+    """A path or pattern of something that cannot be used."""
     path = tmp_path / f"bad{what[what.index('.') :]}" if "." in what else tmp_path / "none"
     good = json_lines(TEXTS * 100)
     content = {
@@ -323,7 +323,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(
     data = tmp_path / "data"
     job = make_job({"web": from_files(broken(tmp_path, what))}, data)
     messages = list[str]()
-    for _ in range(2):  # a second run does not take what the first refused
+    for _ in range(2):  # a second run refuses it again
         with pytest.raises(DataError) as caught:
             run(job)
         messages.append(str(caught.value))

@@ -1,4 +1,4 @@
-"""Sources on the Hub, against a server on this machine that speaks its API and fails on request."""
+"""Sources on the Hub, with a server on this machine that implements its API and fails on request."""
 
 from __future__ import annotations
 

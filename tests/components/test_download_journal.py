@@ -1,4 +1,4 @@
-"""A download's journal whose bytes a disk changed: the source is read again, and what comes of it is what was there."""
+"""A download's journal that the disk damaged: the source is read again, and the result is the same as before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXTS = [f"Text {n}." for n in range(30)]
 def remote_job(
     make_job: Callable[..., JobSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[JobSpec, Path]]:
-    """A job on a file elsewhere, whose parts hold a few texts each, and the folder of its source."""
+    """A job on a file elsewhere, with parts of a few texts each, and the folder of its source."""
     memory = fsspec.filesystem("memory")
     memory.pipe("/journal/a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode())
     monkeypatch.setattr(source, "PART_BYTES", 100)

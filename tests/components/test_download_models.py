@@ -1,4 +1,4 @@
-"""Models that a job begins with, from a Hub on this machine, and what does not fit."""
+"""Models that a job starts from, from a Hub on this machine, and models that do not fit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of Qwen's kind, in several files, with its tokenizer."""
+    """A model of Qwen's kind, in several files, with its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     rope = {"rope_type": "default", "rope_theta": 1e6}
     shape = {**SHAPE, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 384, "rope_parameters": rope}
@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def served(hub: Hub, model: Path) -> Hub:
-    """The Hub with the model as org/texts, beside what nobody asked for."""
+    """The Hub with the model as org/texts, and with files that are not needed."""
     hub.server.files = {path.name: path.read_bytes() for path in model.iterdir()}
     hub.server.files |= {
         "README.md": b"# Model",
@@ -95,7 +95,7 @@ def test_a_model_comes_once_at_one_commit_through_faults(served: Hub, model: Pat
     )
     assert load_file(folder / weights[0]).keys() == load_file(model / weights[0]).keys()
     asked = len(served.server.requests)
-    served.server.commits["org/texts"] = "f" * 40  # main has moved: this job stays
+    served.server.commits["org/texts"] = "f" * 40  # main has moved, but this job keeps its commit
     assert run(served, one)[1] is None and len(served.server.requests) == asked
 
 

@@ -1,4 +1,4 @@
-"""Which files a path or pattern means: on this machine, in a bucket and on the Hub."""
+"""Which files a path or pattern selects: on this machine, in a bucket and on the Hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NFC, NFD = unicodedata.normalize("NFC", "한글 é"), unicodedata.normalize("NFD
 
 
 def named(folder: Path, *patterns: str) -> list[str]:
-    """The files, relative to the folder, that patterns in it mean."""
+    """The files that patterns in the folder select, relative to it."""
     inputs = list_inputs(FilesSource(paths=[*patterns]), [], str(folder))
     return [os.path.relpath(one.location, folder) for one in inputs]
 

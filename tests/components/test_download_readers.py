@@ -1,4 +1,4 @@
-"""What each kind of file gives, and what is said of one that is nearly of that kind."""
+"""The rows of each kind of file, and the messages about files that are almost of that kind."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_a_changed_byte_of_a_page_with_a_checksum_is_found(tmp_path: Path) -> No
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:
-    """One to three flips, cuts and insertions."""
+    """Data with one to three flipped bytes, cuts and insertions."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(changed) + 1)

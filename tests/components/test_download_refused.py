@@ -1,4 +1,4 @@
-"""Sources that cannot be used or change under the download: what is said is true, and nothing is read twice."""
+"""Sources that cannot be used or change during the download: messages are correct, and nothing is read twice."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refused(job: JobSpec, code: int = ExitCode.DATA) -> str:
 
 
 class Answers:
-    """A web server that answers with these statuses first, for ever with the last of them; 200 gives LINES."""
+    """A web server that answers with these statuses in turn and then always with the last; 200 returns LINES."""
 
     def __init__(self) -> None:
         self.statuses: list[int] = [200]

@@ -30,7 +30,7 @@ def made(template: str, **row: Any) -> str:
 def test_a_template_fills_in_columns() -> None:
     assert made("# {title}\n\n{text} {{x}}", title="제목", text="본문") == "# 제목\n\n본문 {x}"
     assert made("{a}{b}", a=None, b="b") == "b"
-    assert made("Title: {a}", a=None) == made("Title: {a}", a=" ") == ""  # nothing but the template's own words
+    assert made("Title: {a}", a=None) == made("Title: {a}", a=" ") == ""  # only the template's own words
     assert parse(TextSpec, {"origin": ORIGIN, "template": "{b} {a} {b}"}).columns == ["b", "a"]
 
 

@@ -1,4 +1,4 @@
-"""A limit on the size of files (`ulimit -f`) is said in one line with its remedy, whichever file of a step meets it."""
+"""A limit on the size of files (`ulimit -f`) is reported in one line with its remedy, for every file of a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from manifests.spec import JobSpec
 from trainer.data.manifest import read_manifest, verify
 from trainer.errors import VolumeError
 
-# What is printed stays in memory, or the file that pytest keeps it in would meet the limit.
+# Output is captured in memory, because pytest's capture file would reach the limit.
 pytestmark = pytest.mark.usefixtures("capsys")
 SAID = (
     "a file would be larger than this process or the volume allows; raise the limit (ulimit -f) and run again, "

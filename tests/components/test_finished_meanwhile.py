@@ -1,4 +1,4 @@
-"""What another process finished between a step's first look and its lock is taken as it is, not made again."""
+"""What another process finishes between a step's first check and its lock is used, not made again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.data.manifest import StageResult
 
 
 def _inodes(directory: str) -> dict[str, int]:
-    """Of the finished files: one that stays is of a file that was not written again."""
+    """Inodes of the finished files: if one is unchanged, the file was not written again."""
     return {path.name: path.stat().st_ino for path in Path(directory).iterdir() if path.is_file()}
 
 

@@ -1,4 +1,4 @@
-"""Chats and texts by another model's tokenizer, from rows to shards: ids and trained tokens as in transformers."""
+"""Chats and texts with another model's tokenizer, from rows to shards: ids and trained tokens as in transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TALKS = [
 
 
 def broken(text: str, theirs: Any) -> str:
-    """As a message's special tokens are written, so that they are none."""
+    """The text with its special tokens changed so that they are not special tokens any more."""
     for token in (str(token) for token in theirs.added_tokens_decoder.values() if token.special):
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
@@ -50,7 +50,7 @@ def test_ids_and_trained_tokens_are_those_of_transformers(make, tmp_path: Path) 
         plain = [message | {"content": broken(message["content"], theirs)} for message in talk]
         ids = theirs.apply_chat_template(plain, tokenize=True, return_dict=False)
         trained = set[int]()
-        for number, message in enumerate(plain):  # the difference that an answer makes, but for the line break behind
+        for number, message in enumerate(plain):  # the difference that an answer makes, without the line break after it
             if message["role"] == "assistant":
                 before = theirs.apply_chat_template(
                     plain[:number], tokenize=True, add_generation_prompt=True, return_dict=False

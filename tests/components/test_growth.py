@@ -1,4 +1,4 @@
-"""More text for a longer run: what was there stays byte for byte, what follows is appended, at every stage."""
+"""More text for a longer run: in every stage existing data is unchanged, byte for byte, and new data is appended."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_what_was_there_stays_and_the_rest_is_appended(hub: Hub, job) -> None:
 
     again = made(hub, longer)
     assert again == after and contents(longer.storage.datasets_dir) == now
-    # A shorter job takes what is there.
+    # A shorter job uses the existing data.
     assert made(hub, short) == after
 
 

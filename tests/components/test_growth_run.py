@@ -1,4 +1,4 @@
-"""`yaongi` itself makes a run of a Hub source longer: more is downloaded, and it goes on from before its decay."""
+"""`yaongi` itself extends a run of a Hub source: more is downloaded, and the run continues from before its decay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hygiene step: what it writes beside raw text, runs that were killed, and what shards leave out because of it."""
+"""The hygiene step: its files beside the raw text, killed runs, and the documents that shards omit because of it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def job_for(directory: Path, **changes: Any) -> JobSpec:
 
 @pytest.fixture
 def job(tmp_path: Path) -> JobSpec:
-    """Duplicates are left out, and what holds the one question of an evaluation set."""
+    """Drops duplicates, and documents with the only question of an evaluation set."""
     (tmp_path / "exam.jsonl").write_text(json.dumps({"question": QUESTION}) + "\n" + json.dumps({"question": "2?"}))
     exam = {"origin": {"kind": "files", "paths": [str(tmp_path / "exam.jsonl")]}, "text_column": "question"}
     return job_for(tmp_path, hygiene={"exact_duplicates": True, "evaluation": {"exam": exam}})
@@ -44,7 +44,7 @@ def raw(job: JobSpec) -> StageResult:
 
 
 def left_out(job: JobSpec, raw: StageResult) -> dict[str, set[tuple[str, str]]]:
-    """(file, text) of what is left out, by source; read back from offsets alone."""
+    """(file, text) of dropped documents by source, read back only from their offsets."""
     found: dict[str, set[tuple[str, str]]] = {}
     for entry in read_manifest(raw.path).files:
         offsets = dropped(job.stage_dir("hygiene"), entry.path)
@@ -63,7 +63,7 @@ def test_marks_what_is_left_out_and_leaves_the_raw_text_alone(job: JobSpec, raw:
     verify(job.stage_dir("hygiene"), manifest)
     assert decisions(job, read_manifest(raw.path)) == manifest
 
-    # Brute force: every text but its first occurrence, in the order of the files; and the question.
+    # Brute force: every text except its first occurrence, in the order of the files; and the question.
     seen, expected, size = set[str](), dict[str, set[tuple[str, str]]](), 0
     count = 0
     for entry in read_manifest(raw.path).files:
@@ -123,7 +123,7 @@ def test_nothing_is_done_twice_and_other_raw_text_is_judged_anew(
 def test_what_an_earlier_version_decided_holds(
     job: JobSpec, raw: StageResult, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Runs were begun on it. Settings of before say nothing of invisible characters."""
+    """Runs were started on it. Earlier settings do not mention invisible characters."""
     step.run(job, raw)
     directory = Path(job.stage_dir("hygiene"))
     now = read_manifest(directory)
@@ -176,7 +176,7 @@ def test_kill_9_and_the_number_of_workers_change_nothing(tmp_path: Path, workers
     (tmp_path / "run.py").write_text(KILLED)
     killed = 0
     command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "job.yaml"), str(tmp_path / "raw.json")]
-    for seconds in (0, 0.05, 0.1, 0.2):  # the first while it scans, however fast the machine; the others somewhere
+    for seconds in (0, 0.05, 0.1, 0.2):  # the first is killed while it scans, on every machine; the others at any point
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         scans = Path(job.stage_dir("hygiene")) / "scans"

@@ -1,4 +1,4 @@
-"""The filters of hygiene against what brute force finds in small corpora."""
+"""The hygiene filters against brute force on small corpora."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Files = list[list[str]]
 
 
 def dropped(each: Filter, files: Files) -> list[Drop]:
-    """What the filter drops of a corpus; line n of a file is said to start at byte 1000 n."""
+    """What the filter drops from a corpus; line n of a file starts at byte 1000 n."""
     with tempfile.TemporaryDirectory() as folder:
         scans = []
         for number, texts in enumerate(files):

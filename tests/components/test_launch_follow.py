@@ -1,4 +1,4 @@
-"""What of following a job a cluster shows too rarely: broken logs, expired credentials, ends out of order."""
+"""Events of following a job that are too rare on a cluster: broken logs, expired credentials, ends out of order."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Log:
 
 
 class Told:
-    """A cluster whose watches tell nothing but what a test puts into the queue."""
+    """A cluster whose watches return only what a test puts into the queue."""
 
     namespace, server = "team", "https://api"
     custom = SimpleNamespace(list_namespaced_custom_object=list)
@@ -107,7 +107,7 @@ class Told:
 
 
 def followed(cluster: Told) -> list[str]:
-    """What is written of a job that succeeds at once."""
+    """What is printed about a job that succeeds immediately."""
     lines: list[str] = []
     follower = Follower(cluster, job(), ClusterSpec(), lines.append)  # type: ignore[arg-type]
     follower.watchers = []
@@ -126,7 +126,7 @@ def test_a_job_that_has_succeeded_has_though_nothing_more_can_be_asked() -> None
 
 
 def log_of(monkeypatch: pytest.MonkeyPatch, *answers: Log | Exception) -> tuple[list[str], Told]:
-    """Lines of one pod, which ends with the last of the answers."""
+    """Lines of one pod, which ends with the last answer."""
     monkeypatch.setattr(watch, "FIRST_PAUSE_SECONDS", 0.0)
     cluster, lines = Told(logs=answers), []
     follower = LogFollower(cluster, lines.append)  # type: ignore[arg-type]
@@ -223,7 +223,7 @@ def test_a_watcher_whose_credentials_are_refused_twice_ends_the_watch(monkeypatc
 
 
 def test_a_call_reads_the_credentials_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a server that takes only what the kubeconfig holds by now."""
+    """With a server that accepts only the current credentials of the kubeconfig."""
     tokens: list[str] = []
 
     class Api(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""The local launcher against a stand-in for the trainer's entrypoint, found first: it lies in the current folder."""
+"""The local launcher with a fake entrypoint of the trainer, found first because it is in the current folder."""
 
 import os
 import signal
@@ -132,14 +132,14 @@ def ends(pid: str) -> bool:
                 state = file.read().rpartition(")")[2].split()[0]
         except (FileNotFoundError, ProcessLookupError):
             return True
-        if state == "Z":  # whoever inherited it has not asked yet how it ended
+        if state == "Z":  # its new parent has not waited for it yet
             return True
         time.sleep(0.05)
     return False
 
 
 def test_a_stop_is_repeated_by_people_only(monkeypatch):
-    """The second one costs the checkpoint, so what several processes send for one reason arrives once."""
+    """A second signal costs the checkpoint, so signals that several processes send for one reason count once."""
     sent: list[int] = []
     child = type("Child", (), {"send_signal": staticmethod(sent.append)})
     with subprocess.Popen(["sleep", "600"]) as launching:

@@ -27,7 +27,7 @@ def job_for(tmp_path, **changes) -> JobSpec:
 
 
 def leave_training(job: JobSpec, weights: bytes = b"weights") -> str:
-    """What a finished training leaves: a published checkpoint of its last step and result.json; gives the digest."""
+    """Write what a finished training leaves: a checkpoint of its last step and result.json; returns the digest."""
     draft = unfinished_dir(job.run_dir, job.train.steps)
     draft.mkdir(parents=True, exist_ok=True)
     (draft / "weights.distcp").write_bytes(weights)
@@ -66,7 +66,7 @@ def leave_export(job: JobSpec, digest: str) -> None:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Tasks that were started, instead of starting them; `effects` is what each leaves behind."""
+    """Record tasks instead of starting them; `effects` is what each task writes."""
 
     class Started(list):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""The launcher that is told to stop takes its job along, however often it is told."""
+"""A launcher that is stopped also ends its job, even if it is stopped several times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from manifests.spec import load_job
 
 
 class Cluster:
-    """Keeps one job; each of its answers is preceded by what a test has `send` do."""
+    """A cluster with one job; before each answer it calls `send`, which a test sets."""
 
     namespace = "team"
 

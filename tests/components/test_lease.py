@@ -1,4 +1,4 @@
-"""The launcher's lease, as the trainer and a second launcher read it."""
+"""The launcher's lease, as read by the trainer and by a second launcher."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ QUICK = {"lease_seconds": 1.0, "renewal_seconds": 0.2}
 
 
 class Clock:
-    """Stands in for the module `time` of who watches a lease, so that a busy machine neither adds nor takes away any.
+    """Replaces the module `time` for the process that watches a lease, so that a busy machine has no influence.
 
-    A launcher's thread renews by real time all the same.
+    A launcher's thread still renews by real time.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ def renews() -> bool:
 
 
 def write(run: Path, renewed: float, **changes: float) -> None:
-    """A lease as a launcher that has just died leaves it."""
+    """The lease of a launcher that has just died."""
     fields = {"renewal_seconds": QUICK["renewal_seconds"], "lapses_after_seconds": QUICK["lease_seconds"], **changes}
     run.mkdir(parents=True, exist_ok=True)
     atomic_write(run / "lease", json.dumps(asdict(Lease("gone", renewed, **fields))).encode())
@@ -184,7 +184,7 @@ def test_a_lease_that_is_abandoned_stays_to_lapse(tmp_path: Path, clock: Clock) 
 
 def test_a_launcher_that_stood_still_leaves_the_lease_of_its_successor_alone(tmp_path: Path) -> None:
     with held(tmp_path, **QUICK):
-        while renews():  # a renewal that is under way when we write is written over ours
+        while renews():  # a renewal in progress overwrites ours
             write(tmp_path, time.time())
             left = (tmp_path / "lease").read_bytes()
             time.sleep(0.5)

@@ -61,7 +61,7 @@ def test_a_step_serves_what_it_counts_while_it_runs(port: int) -> None:
 
 
 class Clock:
-    """Stands in for the module `time` of the exporter, so that a busy machine neither adds nor takes away any."""
+    """Replaces the module `time` of the exporter, so that a busy machine has no influence."""
 
     now = 1000.0
 
@@ -112,7 +112,7 @@ def test_a_step_does_not_wait_for(
             clock.now += seconds_apart
             scrape(port)
         clock.now += seconds_after
-    # The clock stands still: it would wait for ever.
+    # The clock stands still, so it would wait forever.
 
 
 @pytest.mark.enable_socket

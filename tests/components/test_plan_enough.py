@@ -1,4 +1,4 @@
-"""Sources that cannot give a run's tokens are named by the data steps, with the trainer's own numbers."""
+"""Data steps name sources that are too small for a run, with the trainer's own numbers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_shards_are_refused_as_the_trainer_would_refuse_them(prepared: tuple[Pat
                 said.append(str(error))
         return said[0], said[1]
 
-    least, most = 1, 100_000  # the first number of steps that is refused, found by halving
+    least, most = 1, 100_000  # the first number of steps that is refused, found by bisection
     while least < most:
         middle = (least + most) // 2
         ours, trainers = refused(middle)

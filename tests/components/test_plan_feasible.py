@@ -1,4 +1,4 @@
-"""What cannot work on this machine is refused before its download, in one line with both numbers."""
+"""Jobs that do not fit on this machine are refused before their download, in one line with both numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIB = 2**30
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """Two cores, no GPU, much memory and disk, until a test says otherwise."""
+    """Two cores, no GPU, much memory and disk, unless a test changes it."""
     here = SimpleNamespace(memory=1 << 40, free=1 << 45, devices=tmp_path / "dev")
     here.devices.mkdir()
     monkeypatch.setattr(feasible, "DEVICES", here.devices)
@@ -63,7 +63,7 @@ def test_a_volume_without_room_for_data_and_checkpoints_is_named_with_both_numbe
     (machine.devices / "nvidia0").touch()
     machine.free = 50 * GIB
     large = job(tmp_path, "h100-4b")
-    # 108 GB ÷ 1.2 of text, a third of it once more as tokens; checkpoints come on top.
+    # 108 GB ÷ 1.2 of text, a third of that again as tokens, and the checkpoints.
     with pytest.raises(
         VolumeError, match=r"datasets has 50\.0 GiB free, the job needs about 111\.8 GiB there"
     ) as error:

@@ -1,4 +1,4 @@
-"""Which run a job makes longer, and what of a run may change on its way."""
+"""Which run a job extends, and what may change while a run is in progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the presets and the README say about the licences of the sample corpus is what its documents say."""
+"""Presets and README state the licences of the sample corpus that its documents state."""
 
 import gzip
 import json

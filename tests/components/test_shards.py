@@ -1,4 +1,4 @@
-"""The shards step: its contents against the raw text; the same bytes after any kills and with any number of workers."""
+"""The shards step: its contents against the raw text; the same bytes after kills and with any number of workers."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _forked(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> multiproc
 def _killed_until_done(
     job: JobSpec, results: tuple[StageResult, StageResult], kills: int, seed: int
 ) -> dict[str, bytes]:
-    """Start and kill -9 at random moments; finished work is thrown away as long as there are kills to spend."""
+    """Start and kill -9 at random moments; finished work is deleted while kills remain."""
     rng = random.Random(seed)
     directory = Path(job.stage_dir("shards"))
     begun = time.monotonic()
@@ -183,7 +183,7 @@ def _killed_until_done(
 
 
 def _journalled(directory: Path) -> dict[int, int]:
-    """Inode of every unit in the journal: an inode that stays is a file that was not written again."""
+    """Inode of every unit in the journal: if it is unchanged, the file was not written again."""
     journals = sorted((directory / "units").glob("journal*.jsonl"))
     if not journals or (directory / "manifest.json").exists():
         return {}
@@ -216,11 +216,11 @@ def test_workers_die_with_their_parent_and_the_rest_is_kept(
     command = [sys.executable, "-c", code, job.model_dump_json(), *(r.to_json() for r in inputs[1:])]
     directory = Path(job.stage_dir("shards"))
     kept: dict[int, int] = {}
-    for _ in range(10):  # on a busy machine a run may end before it is seen working
+    for _ in range(10):  # on a busy machine a run may end before its work is noticed
         shutil.rmtree(directory, ignore_errors=True)
         process = subprocess.Popen(command, start_new_session=True)
         while process.poll() is None:
-            with suppress(FileNotFoundError):  # it ends just now, and tidies up
+            with suppress(FileNotFoundError):  # it is just ending and cleans up
                 if len(_journalled(directory)) >= 3:
                     break
             time.sleep(0.001)
@@ -300,7 +300,7 @@ def test_ranges_of_units_are_made_side_by_side_and_none_twice(
             step.encode_range(_range(job, inputs, 0, 2))
     made = _journalled(Path(job.stage_dir("shards")))
     assert sorted(made) == [unit.number for unit in units.range_of(units_of_all, 1, 3)]
-    step.encode_range(_range(job, inputs, 1, 2))  # another division: finished work is kept
+    step.encode_range(_range(job, inputs, 1, 2))  # a different split: finished work is kept
     step.encode_range(_range(job, inputs, 0, 1))
     assert _journalled(Path(job.stage_dir("shards"))).items() > made.items()
     assert contents(step.run(job, *inputs[1:]).path) == golden

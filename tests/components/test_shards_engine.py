@@ -1,4 +1,4 @@
-"""tiktoken and tokenizers give the same ids on what either is known to stumble over, or tiktoken is not used."""
+"""tiktoken and tokenizers give the same ids for texts that are known to be difficult, or tiktoken is not used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.data.tokenizer import PATTERN, Tokenizer, save, train
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
-    # Hard texts among the training texts: their runs of blanks, jamo and signs become tokens that could be told apart.
+    # Difficult texts among the training texts, so that their runs of blanks, jamo and symbols become tokens.
     sample = [text for source in ("ko", "en", "code", "math") for text in texts(source, 100)]
     save(train(sample + list(hard_texts(100)) * 2, 4096), path)
     return path
@@ -48,13 +48,13 @@ def test_ids_are_equal_on_any_text(tokenizer: Tokenizer, fast: Encode, text: str
 
 @pytest.mark.parametrize("run", [" ", "\n", "\t ", "\r\n", " \n", "a", "가", "-", "1", "\u3000", "  x"])
 def test_long_runs_neither_break_nor_differ(tokenizer: Tokenizer, fast: Encode, run: str) -> None:
-    """tiktoken's regular expressions overflow their stack where a look-ahead stands behind an unbounded run."""
+    """tiktoken's regular expressions overflow their stack if a look-ahead follows an unbounded run."""
     text = run * (200_000 // len(run)) + "b"
     assert fast([text]) == [tokenizer.encode(text)]
 
 
 def _pieces_differ(code_points: range) -> bool:
-    """Whether tiktoken cuts text elsewhere than `tokenizers`: with every expected piece a token, ids show the cuts."""
+    """Whether tiktoken splits text differently from `tokenizers`: if every expected piece is a token, ids show it."""
     import tiktoken
 
     characters = [chr(n) for n in code_points if not 0xD800 <= n < 0xE000]

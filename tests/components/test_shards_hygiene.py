@@ -66,7 +66,7 @@ def test_special_tokens_are_such_only_where_a_template_wrote_them(tmp_path: Path
                 ids += [shard.document(n).tolist()[:-1] for n in range(len(shard))]
         assert loaded.encode(CHAT, specials=name == "marked") in ids
         assert loaded.encode(CHAT, specials=name != "marked") not in ids
-        assert loaded.encode(EVIL) in ids  # no text ends itself, whatever the source
+        assert loaded.encode(EVIL) in ids  # no text contains its own end, in any source
 
 
 @pytest.mark.parametrize("engine", ["tiktoken", "tokenizers"])

@@ -83,7 +83,7 @@ def test_only_one_process_at_a_time(tmp_path: Path) -> None:
     ):
         step.run(job, raw)
     result = step.run(job, raw)
-    with alone(Path(result.path), "waiting"):  # what is there can be read by any number of runs
+    with alone(Path(result.path), "waiting"):  # any number of runs can read the existing files
         assert step.run(job, raw) == result
 
 

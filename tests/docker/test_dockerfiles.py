@@ -50,7 +50,7 @@ def test_hadolint_is_content_without_exceptions(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_images_run_as_a_numeric_user_that_is_not_root(path: Path) -> None:
-    """A name would not do: the kubelet cannot tell whether `runAsNonRoot` holds for it."""
+    """It must be a number: the kubelet cannot check `runAsNonRoot` for a name."""
     last = re.findall(r"^USER (.*)$", path.read_text(), re.MULTILINE)[-1]
     assert re.fullmatch(r"[1-9][0-9]*:[1-9][0-9]*", last)
 

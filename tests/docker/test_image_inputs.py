@@ -1,4 +1,4 @@
-"""What goes into the images: the part of the lock that a base image needs, and a wheel with every file."""
+"""The inputs of the images: the part of the lock file that a base image needs, and a wheel with every file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_base_with_torch_keeps_it_and_what_it_was_built_with(tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of these sources, built beside them: setuptools leaves folders behind."""
+    """A wheel of a copy of these sources, because setuptools leaves folders behind."""
     sources = tmp_path_factory.mktemp("sources")
     for folder in ("pipelines", "components", "manifests", "trainer", "makers"):
         shutil.copytree(ROOT / folder, sources / folder, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""Jobs that cannot run, each for one reason, and what they need, or lack, in their namespace."""
+"""Jobs that cannot run, each for one reason, and the objects that they need or lack in their namespace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EMPTY: list[Object] = [{"name": "tmp", "emptyDir": {}}, {"name": "shm", "emptyDi
 
 
 def broken(name: str, namespace: str, *changes: Change, **cluster: Any) -> list[Object]:
-    """The objects of a job called `name` whose worker sleeps, on emptyDirs alone, after `changes`."""
+    """The objects of a job `name` whose worker sleeps, with only emptyDirs, after `changes`."""
     settings = {"cluster": {**SMALL, **SHORT, "namespace": namespace, **cluster}}
     objects = scripted(job_from({"preset": "tiny", "name": name}, settings), "sleep 3600", BUSYBOX)
     pod, container = parts(objects)
@@ -35,7 +35,7 @@ def broken(name: str, namespace: str, *changes: Change, **cluster: Any) -> list[
 
 
 def parts(objects: list[Object]) -> tuple[Object, Object]:
-    """The worker's pod spec and its container."""
+    """The pod spec of the worker, and its container."""
     pod = pod_template(objects)["spec"]
     return pod, pod["containers"][0]
 
@@ -102,7 +102,7 @@ def apart(objects: list[Object]) -> None:
 
 
 def surroundings(namespace: str) -> list[Object]:
-    """What the namespace holds; those of the whole cluster carry its name and have to be deleted."""
+    """The objects of the namespace; cluster-wide ones contain its name and must be deleted."""
     mine = {"kubernetes.io/metadata.name": namespace}
 
     def item(api: str, kind: str, name: str, **content: Any) -> Object:
@@ -132,7 +132,7 @@ def surroundings(namespace: str) -> list[Object]:
     }
     binding = {"policyName": namespace, "validationActions": ["Deny"]}
     admission = "admissionregistration.k8s.io/v1"
-    # A node without a kubelet: nothing that is put on it ever starts.
+    # A node without a kubelet: pods on it never start.
     taint = {"key": "team", "value": "other", "effect": "NoSchedule"}
     node = item("v1", "Node", namespace, spec={"taints": [taint]})
     node["metadata"]["labels"] = {"node-of": namespace}

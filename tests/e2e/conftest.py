@@ -1,4 +1,4 @@
-"""A namespace as a cluster's owner would prepare one: restricted Pod Security, claims, the launcher's rights."""
+"""A namespace as a cluster's owner would prepare it: restricted Pod Security, claims, the launcher's permissions."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SCRAPED = ("first", "stopped")  # the runs that Prometheus knows
 OPERATED = ("PodMonitor", "PrometheusRule")  # objects of the Prometheus operator, which a test cluster lacks
 BASE = Path(__file__).parents[2] / "manifests" / "base"
 
-# Files whose tests train for real. One process has them all: they share the run `first`, and two runs at once would ask
-# for more than two CPUs.
+# Files whose tests really train. One process runs them all: they share the run `first`, and two runs at once would
+# request more than two CPUs.
 TRAINING = ("test_pipeline", "test_disturbed", "test_trainjob", "test_aborts", "test_alerts", "test_dashboards")
 
 
 class Apart(LoadScopeScheduling):
-    """The tests that train in one process, those of every other file in one of the rest."""
+    """Run the tests that train in one process, and the other files in the remaining processes."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -47,7 +47,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Apart:
     return Apart(config, log)
 
 
-# A shell starts its background jobs with SIGINT ignored, and so would be the launchers that tests interrupt.
+# A shell starts background jobs with SIGINT ignored; the launchers that tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -63,7 +63,7 @@ def namespace() -> Iterator[Namespace]:
 
 @contextmanager
 def restricted_namespace() -> Iterator[Namespace]:
-    """A new and empty one that admits only pods of the restricted standard."""
+    """A new, empty namespace that admits only pods of the restricted standard."""
     if shutil.which("kubectl") is None or not os.environ.get("KUBECONFIG"):
         pytest.skip("needs kubectl and KUBECONFIG, a cluster with the training operator (make e2e)")
     name = f"yaongi-e2e-{uuid.uuid4().hex[:6]}"
@@ -91,7 +91,7 @@ def empty_namespace() -> Iterator[Namespace]:
 
 
 def base_objects(namespace: str) -> list[Object]:
-    """manifests/base as it is shipped, in another namespace; monitors need an operator that a test cluster lacks."""
+    """manifests/base as shipped, in another namespace; monitors need an operator that a test cluster lacks."""
     found = []
     for path in sorted(BASE.glob("*.yaml")):
         text = path.read_text().replace("namespace: kubeflow", f"namespace: {namespace}")
@@ -102,7 +102,7 @@ def base_objects(namespace: str) -> list[Object]:
 
 @pytest.fixture(scope="session")
 def volumes(namespace: Namespace) -> Iterator[Namespace]:
-    """A pod named `reader` with both volumes, to read what runs leave there."""
+    """A pod named `reader` with both volumes, to read the files of runs."""
     namespace.apply(pod("reader", PIPELINE_IMAGE, ["sleep", "infinity"]))
     namespace.running("reader")
     yield namespace
@@ -123,7 +123,7 @@ def prometheus(namespace: Namespace) -> Prometheus:
 
 @pytest.fixture(scope="session")
 def first(volumes: Namespace, prometheus: Prometheus) -> PipelineRun:
-    """A run that nothing disturbs, watched by Prometheus; its model is tuned in the end."""
+    """An undisturbed run, scraped by Prometheus; its model is tuned at the end."""
     run = PipelineRun.start(volumes, "first", TUNE)
     shown: list[str] = []
 

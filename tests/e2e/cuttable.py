@@ -1,4 +1,4 @@
-"""A TCP relay that can be cut: an API outage for one client, while the cluster itself goes on."""
+"""A TCP relay that can be cut: an API outage for one client while the cluster continues."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ MOUNTS = {"/mnt/datasets": "llm-datasets-pvc", "/mnt/checkpoints": "llm-checkpoi
 
 
 class Namespace:
-    """One namespace; a method fails the test with kubectl's own words when kubectl refuses."""
+    """One namespace; if kubectl fails, a method fails the test with its message."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -34,7 +34,7 @@ class Namespace:
         self.kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)}))
 
     def apply_when_admitted(self, *objects: Object) -> None:
-        """Also what an admission webhook refuses until it has seen the objects that were applied just before."""
+        """Retries while an admission webhook has not yet seen the objects that were applied just before."""
 
         def refusal() -> str:
             try:
@@ -55,7 +55,7 @@ class Namespace:
         )
 
     def find(self, kind: str, *selection: str) -> list[Object]:
-        """Objects of a kind, as `kubectl get KIND SELECTION` finds them."""
+        """Objects of a kind, as returned by `kubectl get KIND SELECTION`."""
         return json.loads(self.kubectl("get", kind, *selection, "-o", "json"))["items"]
 
     def get(self, kind: str, name: str) -> Object | None:
@@ -64,7 +64,7 @@ class Namespace:
         return json.loads(found) if found else None
 
     def show(self, title: str) -> None:
-        """Print what the namespace holds, for whoever reads the test's log."""
+        """Print the state of the namespace to the test's log."""
         print(f"--- {title}\n{self.kubectl('get', 'pytorchjobs,trainjobs,pods', '-o', 'wide')}", flush=True)
 
     def exit_of(self, pod: str, timeout: float, *, meanwhile: Callable[[], None] = lambda: None) -> tuple[int, str]:
@@ -91,10 +91,10 @@ class Namespace:
 def wait_for(
     what: str, value: Callable[[], T], timeout: float, *, is_there: Callable[[T], bool] = bool, every: float = 1.0
 ) -> T:
-    """The first `value()` that is there.
+    """Wait for the first `value()` that is not None.
 
     Raises:
-        AssertionError: none within `timeout` seconds.
+        AssertionError: there is none within `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
     while not is_there(found := value()):

@@ -1,4 +1,4 @@
-"""A launcher in a process of its own, for tests that end it: its argument is {namespace, objects, limits} as JSON."""
+"""A launcher in a separate process, for tests that end it: its argument is {namespace, objects, limits} as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs whose workers run shell scripts in place of the trainer, all else as `manifests` renders it; their launchers."""
+"""Jobs as rendered by `manifests`, but whose workers run shell scripts instead of the trainer; their launchers."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ HERE = Path(__file__).parent
 BUSYBOX = os.environ.get("YAONGI_BUSYBOX_IMAGE", "localhost/busybox:1.35")
 WORKER = 'index="${HOSTNAME##*-}"; '
 SMALL = {"nodes": 2, "cpus_per_node": 0.05, "memory_gib_per_node": 0.0625, "shared_memory_gib": 0.03125}
-# None of the time limits is reached but by a test that is about it and sets its own.
+# Time limits are reached only by tests about them, which set their own.
 SHORT = {"grace_seconds": 3, "queue_timeout_seconds": 300, "start_timeout_seconds": 300, "run_timeout_seconds": 600}
-# An elastic PyTorchJob has succeeded as soon as any worker has, and the operator removes those that still run: where a
-# line of worker 0 is wanted, the others stay until they are removed.
+# An elastic PyTorchJob has succeeded as soon as any worker has, and the operator then removes running workers. If a
+# test needs a line of worker 0, the others therefore run until they are removed.
 ALONE = '[ "$index" = 0 ] || sleep 600; '
 
 
 def tiny(namespace: Namespace, **changes: Any) -> JobSpec:
-    """A job of a name of its own, too small to wait for room on a node."""
+    """A job with a unique name, small enough to fit on a node immediately."""
     cluster = {**SMALL, **SHORT, "namespace": namespace.name, **changes.pop("cluster", {})}
     return job_from({"preset": "tiny", "name": f"t{uuid.uuid4().hex[:6]}"}, {"cluster": cluster, **changes})
 
@@ -50,13 +50,13 @@ def scripted(job: JobSpec, script: str, image: str = BUSYBOX, pipeline_run: str 
 
 
 def granted(namespace: Namespace, user: str, verb: str = "create", resource: str = "pytorchjobs") -> None:
-    """Wait until the API server knows of rights that were applied just before."""
+    """Wait until the API server applies permissions that were created just before."""
     question = ("auth", "can-i", verb, resource, "--as", user)
     wait_for(f"{user} to be allowed", lambda: namespace.kubectl(*question, check=False).strip() == "yes", 60)
 
 
 class Gate:
-    """A file on the volume of checkpoints that workers' scripts wait for, so that they last until a test has seen them.
+    """A file on the checkpoints volume for which workers' scripts wait, so that they run until a test has seen them.
 
     Args:
         volumes: with a pod named `reader`, which has the volume, too.
@@ -71,7 +71,7 @@ class Gate:
 
 
 class Launcher:
-    """Launches and keeps the lines written."""
+    """Launches, and keeps the lines that are written."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -127,7 +127,7 @@ def start_process(
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> None:
-    """Let the launcher run until it has said `text`."""
+    """Let the launcher run until it has printed `text`."""
     assert process.stdout is not None
     for line in process.stdout:
         print(line, end="", flush=True)
@@ -141,19 +141,19 @@ def pods_of(namespace: Namespace, job: JobSpec) -> list[Object]:
 
 
 def assert_gone(namespace: Namespace, job: JobSpec) -> None:
-    """The job, and its pods: one that an operator made by an old copy of the job may be collected a little later."""
+    """The job and its pods; a pod that an operator made from an old copy of the job may be collected a little later."""
     assert not jobs_of(namespace, job)
     wait_for("a pod of a job that is gone to be collected", lambda: not pods_of(namespace, job), 60)
 
 
 def running_pods_of(namespace: Namespace, job: JobSpec) -> list[str]:
-    """Those that have not ended: a pod object that is left to be looked at holds nothing."""
+    """The pods that have not ended; finished pod objects hold no resources."""
     pods = pods_of(namespace, job)
     return [found["metadata"]["name"] for found in pods if found["status"]["phase"] not in ("Succeeded", "Failed")]
 
 
 def both_pods_of(namespace: Namespace, job: JobSpec) -> set[str]:
-    """UIDs of both workers' pods; the second one's may be made when the first runs already."""
+    """UIDs of both workers' pods; the second pod may be created when the first already runs."""
     pods = wait_for("both workers' pods", lambda: pods_of(namespace, job), 120, is_there=lambda found: len(found) == 2)
     return {found["metadata"]["uid"] for found in pods}
 

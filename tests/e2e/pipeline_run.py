@@ -20,7 +20,7 @@ ACCOUNT = "yaongi-launcher"
 STEPS = 40
 SETS = [
     f"train.steps={STEPS}",
-    "train.batch.tokens_per_step=2048",  # half of the preset's: most of the processors' time is theirs
+    "train.batch.tokens_per_step=2048",  # half of the preset's: they take most of the CPU time
     "train.batch.micro_batch_rows=4",
     "train.checkpoint.every_steps=10",
     "train.runtime.log_every_steps=5",
@@ -31,7 +31,7 @@ TUNE = (
     "optimizer: {name: adamw, adamw: {learning_rate: 0.002}}, prompts: ['What is 3 + 4?'], sources: {chat: {"
     "licence: Apache-2.0, origin: {kind: files, paths: ['sample://chat.jsonl.gz']}}}}"
 )
-# Two workers and the test's other pods fit a node with two CPUs; still one thread for each rank.
+# Two workers and the test's other pods fit on a node with two CPUs; each rank still has one thread.
 ON_CLUSTER = [f"cluster.image={TRAINER_IMAGE}", "cluster.cpus_per_node=0.5", "cluster.memory_gib_per_node=2"]
 RUN_TIMEOUT = 1200
 TRAIN_STEP = (
@@ -43,7 +43,7 @@ TRAIN_STEP = (
 
 @dataclass
 class PipelineRun:
-    """`yaongi run tiny --target kubernetes` in a pod of its own, with the launcher's service account."""
+    """`yaongi run tiny --target kubernetes` in a separate pod, with the launcher's service account."""
 
     namespace: Namespace
     pod: str
@@ -64,7 +64,7 @@ class PipelineRun:
 
     @classmethod
     def start_training(cls, namespace: Namespace, name: str, *changes: str) -> PipelineRun:
-        """The launcher's step alone, the way Kubeflow Pipelines runs it: job in, one line out."""
+        """Only the launcher's step, as Kubeflow Pipelines runs it: job in, one line out."""
         job = load_job("tiny", changes_from_sets([f"name={name}", *SETS, *ON_CLUSTER, *changes]))
         command = ["python", "-c", TRAIN_STEP, job.model_dump_json()]
         namespace.apply(pod(name, PIPELINE_IMAGE, command, account=ACCOUNT))
@@ -77,7 +77,7 @@ class PipelineRun:
         return self
 
     def read(self, file: str) -> str:
-        """A file of the run directory, or "" when there is none."""
+        """A file of the run directory, or "" if there is none."""
         return self.namespace.execute("reader", "cat", f"{self.job.run_dir}/{file}", check=False)
 
     def read_json(self, file: str) -> Any:
@@ -85,7 +85,7 @@ class PipelineRun:
 
     @property
     def since(self) -> str:
-        """For PromQL's ranges: from now back to its start, however long the tests between have taken."""
+        """For PromQL's ranges: the time from the run's start until now."""
         return f"{math.ceil(time.time() - self.started) + 5}s"
 
     @property
@@ -113,7 +113,7 @@ def driver(name: str, command: list[str]) -> list[Object]:
 
 
 def losses(metrics_jsonl: str) -> list[float]:
-    """Loss by step; the file shows each step once and in order."""
+    """Loss by step; the file contains each step once and in order."""
     lines = [json.loads(line) for line in metrics_jsonl.splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]

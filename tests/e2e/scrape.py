@@ -1,7 +1,7 @@
-"""A real Prometheus in the namespace, with the alerts as they are shipped.
+"""A real Prometheus in the namespace, with the shipped alerts.
 
-It finds workers by the names that their operator gives them and drivers by a service that `PipelineRun` makes, since
-Debian's has no Kubernetes discovery; it labels them as the monitors of manifests/monitors.py do.
+It finds workers by the names that their operator gives them, and drivers by a service that `PipelineRun` creates, since
+Debian's Prometheus has no Kubernetes discovery; it labels them like the monitors of manifests/monitors.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PORT = 9400
 
 
 class Prometheus:
-    """Queries go through the API server's proxy, so that they work wherever kubectl does."""
+    """Queries use the API server's proxy, so that they work wherever kubectl works."""
 
     def __init__(self, namespace: Namespace) -> None:
         self.namespace = namespace
@@ -71,7 +71,7 @@ class Prometheus:
         }
 
     def firing(self, run: str) -> list[dict[str, str]]:
-        """Labels of the alerts that fire now for a run."""
+        """Labels of the alerts that are firing for a run."""
         return [series["metric"] for series in self.query(f'ALERTS{{alertstate="firing", run="{run}"}}')]
 
     def query(self, expression: str) -> list[Object]:
@@ -79,7 +79,7 @@ class Prometheus:
         return self.ask("query", query=expression)["result"]
 
     def ask(self, path: str, **parameters: str | float) -> Any:
-        """`data` of the answer to a request of its HTTP API."""
+        """`data` of the response to a request to its HTTP API."""
         api = f"/api/v1/namespaces/{self.namespace.name}/pods/prometheus:9090/proxy/api/v1"
         answer = json.loads(self.namespace.kubectl("get", "--raw", f"{api}/{path}?{urlencode(parameters)}"))
         assert answer["status"] == "success", answer

@@ -1,6 +1,6 @@
-"""However a launch ends: a minute later no worker of it runs any more. Each test prints how long it took.
+"""A minute after a launch ends in any way, none of its workers runs. Each test prints how long it took.
 
-Most workers here are shell scripts; where the trainer has to act, since nobody else is left to, it is the real one.
+Most workers here are shell scripts; in tests where only the trainer can act, it is the real trainer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LAUNCHER = (Path(__file__).parent / "launcher_process.py").read_text()
 SECONDS = 60
 WORKER = 'echo up; trap "exit 143" TERM; sleep 300 & wait'
 BOTH_KINDS = pytest.mark.parametrize("kind", KINDS)
-# The step that runs, in a pod that has no ps: a fork of a fork of what executes the pipeline.
+# The running step, in a pod without ps: a fork of a fork of the process that executes the pipeline.
 KILL_STEP = """
 import os, pathlib
 parents = {}
@@ -54,14 +54,14 @@ os.kill(int(step), 9)
 
 
 def gone_within_a_minute(route: str, running: Callable[[], object]) -> None:
-    """Wait until nothing runs any more and say how long that took."""
+    """Wait until nothing runs, and print how long that took."""
     begun = time.monotonic()
     wait_for(f"every worker to end after {route}", lambda: not running(), SECONDS, every=0.5)
     print(f"{route}: no worker left after {time.monotonic() - begun:.1f} s", flush=True)
 
 
 def in_a_pod(namespace: Namespace, name: str, job: JobSpec, owners: list[Object] | None = None) -> Object:
-    """A launcher in a pod of its own, as a step of Kubeflow Pipelines is; the job when all its workers run."""
+    """A launcher in a separate pod, like a step of Kubeflow Pipelines; returns the job when all its workers run."""
     command = ["python", "-c", LAUNCHER, process_arguments(job, WORKER, None)]
     body = pod(name, PIPELINE_IMAGE, command, account="yaongi-launcher", mounts={})
     body["metadata"]["ownerReferences"] = owners or []
@@ -106,7 +106,7 @@ def test_the_launchers_pod_is_deleted(namespace: Namespace, kind: str) -> None:
 
 
 def test_the_run_is_deleted(namespace: Namespace) -> None:
-    """As with Kubeflow Pipelines: the run's object owns the step's pod, which owns the job."""
+    """As in Kubeflow Pipelines: the run's object owns the step's pod, which owns the job."""
     job = tiny(namespace)
     namespace.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "workflow"}})
     uid = namespace.get("configmap", "workflow")["metadata"]["uid"]
@@ -118,7 +118,7 @@ def test_the_run_is_deleted(namespace: Namespace) -> None:
 
 
 def test_a_killed_launcher_whose_pod_stays_leaves_no_worker_and_a_checkpoint(volumes: Namespace) -> None:
-    """What Terminate does to a step: no signal, and the pod object, which owns the job, stays. The lease remains."""
+    """What Terminate does to a step: no signal is sent; the pod object, which owns the job, and the lease remain."""
     run = PipelineRun.start(volumes, "orphan", "train.steps=1000", "train.checkpoint.every_steps=1000")
     wait_for("step 3", lambda: len(run.read("logs/metrics.jsonl").splitlines()) >= 3, RUN_TIMEOUT, every=0.5)
     assert len(running_pods_of_run(run)) == 2 and not run.read("checkpoints/LATEST")
@@ -129,7 +129,7 @@ def test_a_killed_launcher_whose_pod_stays_leaves_no_worker_and_a_checkpoint(vol
     wait_for("the job to be known as failed", lambda: run.condition == "Failed", 120)
 
     def removed() -> list[Object]:
-        """The operator removes what still runs when the job is known to have failed, and it exits as it may."""
+        """The operator removes running workers when the job has failed; their exit codes do not matter."""
         return [found for found in pods_of_run(run) if "deletionTimestamp" in found["metadata"]]
 
     wait_for("pods that are being removed to go", lambda: not removed(), 120)
@@ -152,7 +152,7 @@ def running_pods_of_run(run: PipelineRun) -> list[Object]:
 
 
 def test_the_exit_handler_removes_what_a_killed_step_left_pending(volumes: Namespace) -> None:
-    """Workers that wait for a node read no lease."""
+    """Workers that wait for a node do not read the lease."""
     run = PipelineRun.start(volumes, "handled", "cluster.node_selector.absent=node")
     wait_for("both workers", lambda: len(running_pods_of_run(run)) == 2, RUN_TIMEOUT, every=0.5)
     volumes.execute("handled", "python", "-c", KILL_STEP)

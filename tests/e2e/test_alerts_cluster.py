@@ -1,4 +1,4 @@
-"""Alerts as a real Prometheus evaluates them over a real run: quiet while all is well, loud when a rank is stopped."""
+"""Alerts evaluated by a real Prometheus over a real run: none in normal operation, the right one for a stopped rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAUNCH = (
     "from manifests.spec import job_from_json;\n"
     "with step('train'): run(job_from_json(sys.argv[1]), 'train')"
 )
-# The rank's own process, not the entrypoint above it; told by its arguments, since the image has no pkill.
+# The rank's own process, not its parent, the entrypoint; found by its arguments, since the image has no pkill.
 SIGNAL = """
 import os, sys
 for pid in filter(str.isdigit, os.listdir("/proc")):

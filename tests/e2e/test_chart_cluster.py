@@ -1,4 +1,4 @@
-"""The Helm chart on a real cluster: installed, upgraded below a running job, uninstalled."""
+"""The Helm chart on a real cluster: installed, upgraded while a job runs, uninstalled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.e2e
 
 RELEASE = "yaongi"
 SMALL = ["--set", "storage.datasets.size=1Gi,storage.checkpoints.size=1Gi"]
-# Pinned by the digest that a go.sum would have.
+# Pinned by the digest that go.sum would contain.
 MONITORING = (
     "github.com/prometheus-operator/prometheus-operator",
     "v0.86.1",
@@ -43,7 +43,7 @@ def helm(space: Namespace, *arguments: str) -> str:
 
 
 def everything(space: Namespace) -> set[str]:
-    """Each object of the namespace as `kind/name`, whatever its kind; but events, which only report."""
+    """Each object of the namespace as `kind/name`, of every kind except events."""
     kinds = space.kubectl("api-resources", "--namespaced", "--verbs=list", "-o", "name").split()
     kinds = [kind for kind in kinds if not kind.startswith("events")]
     return set(space.kubectl("get", ",".join(kinds), "-o", "name", "--ignore-not-found").split())
@@ -88,7 +88,7 @@ def test_a_job_survives_an_upgrade_and_uninstalling_leaves_only_what_is_kept(emp
         launched.result(timeout=300)
     ended = {pod["metadata"]["name"]: (pod["metadata"]["uid"], pod["status"]["phase"]) for pod in pods_of(space, job)}
     print(f"workers after the upgrade: {ended}")
-    # An elastic job is done when any worker is; the operator then removes what it still sees running (cleanPodPolicy
+    # An elastic job is done when any worker is; the operator then removes workers that it sees running (cleanPodPolicy
     # Running), which may be the other one that is just about to end.
     assert ended
     assert ended.items() <= {name: (uid, "Succeeded") for name, uid in running.items()}.items()
@@ -147,7 +147,7 @@ def prometheus_operator_crds() -> Iterator[None]:
 
 @pytest.mark.usefixtures("prometheus_operator_crds")
 def test_monitors_and_rules_are_what_the_prometheus_operator_takes(empty_namespace: Namespace) -> None:
-    """`auto` sees the operator; its definitions, not only ours, accept what the chart makes."""
+    """`auto` detects the operator; its own definitions accept the chart's objects."""
     space = empty_namespace
     before = everything(space)
     helm(

@@ -1,4 +1,4 @@
-"""Every panel of every dashboard, asked of the Prometheus that has watched a run on the cluster."""
+"""The queries of every panel of every dashboard, with a Prometheus that has scraped a run on the cluster."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from manifests.dashboards.query import View, dashboards, panels, series, targets
 
 pytestmark = pytest.mark.e2e
 
-# Panel → why an undisturbed run in FP32 on CPUs has nothing for it; tests/pipelines/test_dashboards_live.py has all but
-# the first.
+# Panel → why an undisturbed run in FP32 on CPUs has no data for it; tests/pipelines/test_dashboards_live.py covers all
+# except the first.
 ELSEWHERE = {
     "Model FLOPs utilisation": "the peak of a CPU is not known",
     "FP8: largest magnitude": "no FP8",
     "FP8: clamped tensors": "no FP8",
-    "Documents left out": "the job asks for no hygiene",
-    "Left out": "the job asks for no hygiene",
+    "Documents left out": "hygiene is off in the job",
+    "Left out": "hygiene is off in the job",
 }
-# A data step of the sample corpus may be over between two scrapes, a second apart.
+# A data step of the sample corpus may start and end between two scrapes, which are a second apart.
 TOO_SHORT = {
     *{"Bytes worked through", "Download", "Requests tried again", "Documents", "Text"},
     *{"Tokens", "Tokens prepared", "Verified files"},

@@ -1,6 +1,6 @@
-"""Workers are deleted and killed while they train; the run ends as if nothing had happened, and its books say what has.
+"""Workers are deleted and killed while they train; the run ends as if undisturbed, and its records state what happened.
 
-The oracle is the run that nothing disturbed: the same steps, data and losses, to the last bit.
+The oracle is the undisturbed run: the same steps, data and losses, to the last bit.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ for process in pathlib.Path("/proc").glob("[0-9]*"):
 """
 KILL_EVERYTHING = "import os, signal; os.kill(-1, signal.SIGKILL)"  # but the container's first process, which follows
 
-# What rank 0 writes when it starts and when it goes on from a checkpoint.
+# What rank 0 logs when it starts and when it continues from a checkpoint.
 STARTED, RESUMED = r"mesh \(copies", "resuming from the checkpoint of step"
 START_SECONDS = 60  # also the time that torchrun's own rendezvous waits
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What one disturbance cost: seconds until a step was trained that had not been, and steps trained twice."""
+    """The cost of a disturbance: seconds until the next new step, and steps trained twice."""
 
     what: str
     seconds: float
@@ -52,9 +52,9 @@ class Disturbed:
         self.run, self.namespace = run, run.namespace
 
     def look(self) -> tuple[int, list[int]]:
-        """The last step trained; the step of the checkpoint that each start has gone on from, 0 for a fresh one.
+        """The last step trained, and the step of the checkpoint from which each start continued, 0 without one.
 
-        In a single request, since a fast machine trains many of the run's few steps in the time of some.
+        A single request, since a fast machine trains many of the run's few steps during several requests.
         """
         files = f"wc -l < metrics.jsonl || echo 0; grep -E '{STARTED}|{RESUMED}' rank-0.log"
         shown = self.namespace.execute("reader", "sh", "-c", f"cd {self.run.job.run_dir}/logs && {files}", check=False)
@@ -63,12 +63,12 @@ class Disturbed:
         return int(lines.strip().partition("\n")[0] or 0), [int(match[1]) if match else 0 for match in found]
 
     def check_driver(self) -> None:
-        """The launcher's pod has to be alive, else nobody would ever get further."""
+        """The launcher's pod must be alive, otherwise the run would never continue."""
         (driver,) = self.namespace.find("pods", "--field-selector", f"metadata.name={self.run.pod}")
         assert driver["status"]["phase"] in ("Pending", "Running"), self.namespace.kubectl("logs", self.run.pod)
 
     def reach(self, what: str, there: Callable[[int, list[int]], bool], timeout: float) -> list[int]:
-        """Wait for a step; where each start has gone on from."""
+        """Wait for a step; returns the steps from which each start continued."""
 
         def look() -> list[int] | None:
             step, starts = self.look()
@@ -83,7 +83,9 @@ class Disturbed:
         before, starts = wait_for("the run's files", self.look, 60, is_there=lambda found: bool(found[1]))
         act()
         began = time.monotonic()
-        shown: list[int] = []  # since the new start; at first perhaps what the former one had trained and not saved
+        shown: list[
+            int
+        ] = []  # since the new start; the first steps may repeat what the previous one trained but did not save
 
         def further(step: int, found: list[int]) -> bool:
             shown.extend([step] if len(found) > len(starts) else [])
@@ -103,7 +105,7 @@ class Disturbed:
 
 
 def start_with_worker_1_queued(namespace: Namespace) -> PipelineRun:
-    """A quota leaves room for the launcher and worker 0 alone, for longer than a rendezvous waits for late workers."""
+    """A quota admits only the launcher and worker 0, for longer than a rendezvous waits for late workers."""
 
     def alive() -> list[Object]:
         return [pod for pod in namespace.find("pods") if pod["status"]["phase"] in ("Pending", "Running")]
@@ -163,8 +165,8 @@ def test_lost_workers_change_neither_the_outcome_nor_the_losses(first: PipelineR
     for node in (zero, one):
         assert (books[node]["terminated"], books[node]["killed"]) == (1, 1)
         assert set(books[node]) <= {"terminated", "killed", "communication", "peer_stopped"}
-    # What one worker's loss costs the other is no restart of its own; only where a machine is so slow that a worker
-    # meets its peer's end once more, while both start, is there one without another cause.
+    # The loss of one worker does not count as a restart of the other. Only on a machine so slow that a worker sees its
+    # peer end again while both start, there is a restart without another cause.
     once_more = max(books[node].total() for node in (zero, one)) - len(recoveries)
     told = Counter({reason: int(count) for reason, count in exported.items()})
     assert (told.pop("terminated"), told.pop("killed")) == (2, 2)

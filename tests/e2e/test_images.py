@@ -1,4 +1,4 @@
-"""Both images as built: their labels, their user, and whether the bill of materials says what is in them."""
+"""Both built images: their labels, their user, and whether the bill of materials matches their contents."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ask(verb: str, image: str, *command: str) -> str:
 
 
 def packages_of_pip(image: str, which: str) -> set[tuple[str, str]]:
-    """What the base's pip lists, in an environment of its own or below it."""
+    """The packages that the base image's pip lists, in a separate environment or in its base Python."""
     command = f"PATH=/usr/local/bin:/usr/bin:/bin python3 -m pip {which} list --format=json"
     listed = json.loads(ask("run", image, "sh", "-c", command))
     return {(re.sub(r"[-_.]+", "-", item["name"]).lower(), item["version"]) for item in listed}

@@ -1,6 +1,6 @@
-"""The launcher against a real cluster, as the service account and in the restricted namespace that it is made for.
+"""The launcher with a real cluster, with its service account and in a restricted namespace.
 
-The workers run shell scripts in place of the trainer, everything around them is what `manifests` renders.
+The workers run shell scripts instead of the trainer; everything else is rendered by `manifests`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def test_a_failure_names_worker_node_code_and_reason(namespace: Namespace, launc
 def test_a_retryable_exit_is_told_and_the_new_pod_followed(volumes: Namespace, launcher: Launcher) -> None:
     job = tiny(volumes, cluster={"nodes": 1})
     flag, shown = f"/mnt/checkpoints/{job.run_name}", Gate(volumes)
-    launcher.acts["first"] = shown.open  # the pod goes with its log as soon as it has failed
+    launcher.acts["first"] = shown.open  # the pod is removed with its log as soon as it has failed
     launcher(job, f"if [ -e {flag} ]; then echo again; else touch {flag}; echo first; {shown.wait}; exit 160; fi")
     assert (launcher.count("first"), launcher.count("again")) == (1, 1)
     assert launcher.has("exited 160 (communication with another rank failed)")
@@ -107,7 +107,7 @@ def test_an_absent_claim_is_named_before_anything_is_created(namespace: Namespac
 
 
 def test_a_cluster_without_pytorchjob_is_told(namespace: Namespace) -> None:
-    """The real answer to a resource that is not there, for want of a cluster without the operator."""
+    """The real answer for a missing resource, since there is no cluster without the operator."""
     cluster = Cluster.connect(namespace.name)
     get = cluster.custom.get_namespaced_custom_object
     with pytest.raises(LaunchError, match=r"knows no PyTorchJob .* install the Kubeflow training operator"):
@@ -204,7 +204,7 @@ def test_a_job_deleted_by_somebody_else_is_told(namespace: Namespace, processes:
 
 @contextmanager
 def behind_relay(namespace: Namespace) -> Iterator[tuple[Launcher, Relay]]:
-    """A launcher whose way to the API server can be cut."""
+    """A launcher whose connection to the API server can be cut."""
     server = urlsplit(Cluster.connect(namespace.name).server)
     with relay(server.hostname, server.port) as way:
 

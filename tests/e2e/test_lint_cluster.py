@@ -1,4 +1,4 @@
-"""What the linter says of manifests against what a real API server does with them (dry run on the server)."""
+"""The linter's findings for manifests against the response of a real API server (dry run on the server)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from manifests.lint.schemas import Operators
 
 pytestmark = pytest.mark.e2e
 
-# Rules whose reason says that the API server or a webhook denies the object, and which object that is.
+# Rules whose reason says that the API server or a webhook denies the object, and that object.
 DENIED = {
     "replica-types": 0,
     "master-replicas": 0,
@@ -45,7 +45,7 @@ DENIED = {
     "not-a-quantity": 0,
     "written-twice": 0,
 }
-# Errors that the cluster accepts in silence: what a linter is for.
+# Errors that the cluster accepts silently, for which the linter is needed.
 ACCEPTED = {
     "no-rendezvous": 0,
     "elastic-with-master": 0,
@@ -85,11 +85,11 @@ ACCEPTED = {
 
 
 def dry_run(space: Namespace, body: Object) -> str | None:
-    """Why the server would not create the object; None if it would."""
+    """Why the server would refuse to create the object; None if it would not."""
     group, version, plural = RESOURCES[body["kind"]]
     api = Cluster.connect(space.name).custom
     metadata = {**body["metadata"], "namespace": space.name}
-    if body["kind"] == "TrainingRuntime":  # one of that name is there
+    if body["kind"] == "TrainingRuntime":  # an object of that name exists
         metadata["name"] = "another"
     body = {**body, "metadata": metadata}
     try:
@@ -102,7 +102,7 @@ def dry_run(space: Namespace, body: Object) -> str | None:
 
 
 def concerned(case: tuple[tuple[str, object], ...], of_rule: int) -> int:
-    """Which of the objects a case is about."""
+    """The object that a case is about."""
     path = case[0][0]
     return 3 if path.startswith(("TRAINER/", "trainjob/")) else 2 if path.startswith("runtime/") else of_rule
 
@@ -110,7 +110,7 @@ def concerned(case: tuple[tuple[str, object], ...], of_rule: int) -> int:
 @pytest.fixture(scope="module")
 def with_runtime(namespace: Namespace) -> Namespace:
     namespace.apply(good()["runtime"])
-    # The webhook looks for the runtime in a copy of the cluster's state that may lag behind.
+    # The webhook looks up the runtime in a cache that may be outdated.
     wait_for("the runtime to be known", lambda: dry_run(namespace, good()["trainjob"]) is None, 60)
     return namespace
 
@@ -149,7 +149,7 @@ def test_the_known_fields_are_those_of_the_cluster(namespace):
 
 
 def test_a_runtime_with_a_ttl_trains_again(namespace):
-    """The costliest trap of the list, seen: the second JobSet of one TrainJob."""
+    """The most expensive trap of the list, observed: the second JobSet of one TrainJob."""
     objects = good()
     runtime, job = objects["runtime"], objects["trainjob"]
     runtime["metadata"]["name"] = job["metadata"]["name"] = job["spec"]["runtimeRef"]["name"] = "again"
@@ -158,7 +158,7 @@ def test_a_runtime_with_a_ttl_trains_again(namespace):
     pod = replicated["template"]["spec"]["template"]["spec"]
     pod["volumes"].pop(0)
     container = pod["containers"][0]
-    container.update(command=["true"], env=[], resources={}, volumeMounts=[])  # no secret, claim or GPU is there
+    container.update(command=["true"], env=[], resources={}, volumeMounts=[])  # there is no secret, claim or GPU
     job["spec"]["trainer"] = {"image": BUSYBOX, "numNodes": 1, "numProcPerNode": 1}
     assert "runtime-ttl" in {finding.rule for finding in lint({"x": json.dumps(runtime)}).findings}
     namespace.apply(runtime)
