@@ -27,9 +27,11 @@ def check(job: JobSpec, *, downloaded: bool) -> None:
     names = {INIT: job.train.init_from, TOKENIZER: job.tokenizer.source}
     there = {field: folder for field, folder in job.models.items() if downloaded or not hub_model(names[field] or "")}
     for field, folder in there.items():
-        if RUN_NAME.fullmatch(name := names[field] or "") and not Path(folder).is_dir():
-            runs = Path(folder).parent
-            raise SpecError(f"{field}: {runs} has no run {name}; write ./{name} for a folder, owner/{name} for the Hub")
+        if (run := RUN_NAME.fullmatch(names[field] or "")) and not Path(folder).is_dir():
+            if run["step"]:
+                raise SpecError(f"{field}: {folder} is not there; train the run to that step")
+            said = f"{Path(folder).parent} has no run {run[0]}"
+            raise SpecError(f"{field}: {said}; write ./{run[0]} for a folder, owner/{run[0]} for the Hub")
     if INIT in there:
         with named(INIT):
             found = find(there[INIT])

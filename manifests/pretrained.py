@@ -7,9 +7,10 @@ import os
 import re
 from typing import NamedTuple
 
+from trainer.checkpoints.checkpoint import step_dir
 from trainer.specbase import canonical_digest
 
-RUN_NAME = re.compile(r"[a-z][-a-z0-9]*")
+RUN_NAME = re.compile(r"(?P<run>[a-z][-a-z0-9]*)(@(?P<step>\d{1,18}))?")
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
@@ -34,8 +35,9 @@ def hub_model(named: str) -> HubModel | None:
 
 def folder_of(named: str, datasets_dir: str, checkpoints_dir: str, sources_dir: str | None) -> str:
     """The folder of a named model, which may still have to be downloaded. Relative paths start in `sources_dir`."""
-    if RUN_NAME.fullmatch(named):
-        return f"{checkpoints_dir}/runs/{named}"
+    if found := RUN_NAME.fullmatch(named):
+        run_dir = f"{checkpoints_dir}/runs/{found['run']}"
+        return str(step_dir(run_dir, int(found["step"]))) if found["step"] else run_dir
     if hub := hub_model(named):
         return f"{datasets_dir}/models/{hub.key}"
     return os.path.abspath(os.path.join(sources_dir or "", os.path.expanduser(named)))

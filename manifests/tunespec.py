@@ -69,7 +69,7 @@ def tuning(tune: TuneSpec, job: dict[str, Any], run_name: str) -> dict[str, Any]
     train |= {
         "steps": tune.steps,
         "seed": tune.seed,
-        "init_from": tune.init_from or run_name,
+        "init_from": tune.init_from or f"{run_name}@{job['train']['steps']}",  # a longer run is another model
         "packing": tune.packing,
         "optimizer": stored(tune.optimizer or _optimizer("lora" if tune.lora else "full")),
         "schedule": stored(tune.schedule),

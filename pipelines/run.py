@@ -21,7 +21,7 @@ from manifests.spec import JobSpec, changes_of, job_from
 from pipelines.options import command
 from pipelines.progress import Watcher
 from pipelines.stopping import Stop, Stopped
-from trainer.checkpoints.checkpoint import candidates
+from trainer.checkpoints.checkpoint import step_dir
 from trainer.errors import LaunchError, SpecError
 from trainer.exitcodes import of_process
 from trainer.fields import stored
@@ -59,6 +59,7 @@ def local_job(
         wanted = deep_merge({"storage": places}, wanted)
     job = job_from({"preset": preset} if preset else {}, wanted, preset_or_file)
     if tuning:
+        job = continued(job)
         where = () if target == "local" else ("--target", target)
         _refuse_untrained(job, command("run", preset_or_file, workdir, sets, *where))
         job = job.tuning()
@@ -73,13 +74,14 @@ def local_job(
 
 
 def _refuse_untrained(job: JobSpec, first: str) -> None:
-    """The run to tune must have a checkpoint, unless `tune` names another model.
+    """The run to tune must be trained, unless `tune` names another model.
 
     Args:
         first: the command that trains it.
     """
-    if job.tune and not job.tune.init_from and not candidates(job.run_dir):
-        raise SpecError(f"run {job.run_name}, which is to be tuned, has no checkpoint yet; train it first: {first}")
+    if job.tune and not job.tune.init_from and not step_dir(job.run_dir, job.train.steps).is_dir():
+        what = f"run {job.run_name}, which is to be tuned, has no checkpoint of step {job.train.steps}"
+        raise SpecError(f"{what}; train it first: {first}")
 
 
 def _require_writable(field: str, directory: Path, target: str) -> None:

@@ -100,7 +100,7 @@ class ModelSpec(Spec):
                 raise ValueError(
                     f"lora.targets.{section} names '{unknown[0]}'; matrices there are {', '.join(known[section])}"
                 )
-        largest = max(min(matrix.shape[-2:]) for matrix in self._adapted())
+        largest = max((min(matrix.shape[-2:]) for matrix in self._adapted()), default=self.lora.rank)
         if self.lora.rank > largest:
             raise ValueError(
                 f"lora.rank {self.lora.rank} is above the smaller side of every matrix with adapters, {largest} at "

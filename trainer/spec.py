@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -454,6 +455,12 @@ class TrainSpec(RecipeSpec):
                 "matrices of kinds that are in layers"
             )
         return self
+
+    @property
+    def begun_with(self) -> str:
+        """The model of `init_from` as its folder names it, of a checkpoint its run and step; "" if there is none."""
+        run, above, name = ("", "", "", *Path(self.init_from or "").parts)[-3:]
+        return f"{run}, {name}" if above == "checkpoints" else name
 
     @property
     def decay_begins(self) -> int:

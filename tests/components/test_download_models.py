@@ -152,6 +152,8 @@ def test_folders_that_do_not_fit_are_refused_before_anything_runs(model: Path, t
         SpecError, match=r"^train\.init_from: .*/runs has no run qwen; write \./qwen for a folder, owner/"
     ):
         check(job(tmp_path, train={"init_from": "qwen"}), downloaded=False)
+    with pytest.raises(SpecError, match=r"^train\.init_from: .*step-00000007 is not there; train the run to that step"):
+        check(job(tmp_path, train={"init_from": "mine-0a1b2c3d@7"}), downloaded=False)
     small = {"model": MODEL | {"vocab_size": 256}, "init_from": None}
     with pytest.raises(SpecError, match=r"^tokenizer\.from: the tokenizer of .* has 295 entries, .*vocab_size is 256"):
         check(job(tmp_path, train=small, tokenizer={"from": str(other)}), downloaded=True)

@@ -23,8 +23,10 @@ def test_the_job_that_tunes_begins_with_the_jobs_own_run_and_its_tokenizer() -> 
     assert (plain.run_name, plain.keys) == (whole.run_name, whole.keys), "the section changes nothing of the run itself"
     tuned = whole.tuning()
     assert tuned.tune is None and tuned.name == "tiny-tune"
-    assert tuned.train.init_from == tuned.tokenizer_from == whole.run_name
-    assert tuned.train_spec().init_from == whole.run_dir
+    end = whole.train.steps
+    assert tuned.train.init_from == tuned.tokenizer_from == f"{whole.run_name}@{end}"
+    assert tuned.train_spec().init_from == f"{whole.run_dir}/checkpoints/step-{end:08}"
+    assert tuned.train_spec().begun_with == f"{whole.run_name}, step-{end:08}"
     assert {name: source.weight for name, source in tuned.data.sources.items()} == {"a": 0.25, "b": 0.75}
     assert {(source.loss, source.template) for source in tuned.data.sources.values()} == {
         ("answers", "{messages:chat}")
@@ -75,6 +77,12 @@ def test_the_base_runs_order_of_data_is_not_the_tuned_ones() -> None:
     ordered = {"train": {"curriculum": [{"from_tokens": 4096, "seq_len": 128}], "skip": [[0, 4096]]}}
     tuned = job({"steps": 3, "sources": {"a": CHAT}}, **ordered).tuning()
     assert (tuned.train.curriculum, tuned.train.skip) == ((), ())
+
+
+def test_a_run_that_was_lengthened_is_tuned_again() -> None:
+    first = job({"steps": 3, "sources": {"a": CHAT}})
+    longer = first.updated({"train": {"steps": first.train.steps + 20, "begun_with_steps": first.train.steps}})
+    assert longer.run_name == first.run_name and longer.tuning().run_name != first.tuning().run_name
 
 
 def test_other_steps_make_another_tuned_run_of_the_same_base() -> None:

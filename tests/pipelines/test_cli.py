@@ -223,7 +223,8 @@ def test_a_run_is_tuned_once_it_is_trained(yaongi, tmp_path):
     asked = ["tiny", "--set", "tune.steps=1", "--set", chat]
     code, _, error = yaongi("tune", *asked)
     assert code == 2 and error.count("\n") == 1
-    assert "which is to be tuned, has no checkpoint yet; train it first: yaongi run tiny --set tune.steps=1" in error
+    assert "which is to be tuned, has no checkpoint of step 120; train it first: " in error
+    assert error.split(": ", 2)[-1].startswith("yaongi run tiny --set tune.steps=1 --set ")
     assert list(tmp_path.iterdir()) == []
 
 

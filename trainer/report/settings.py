@@ -46,7 +46,7 @@ def hyperparameters(spec: TrainSpec) -> list[tuple[str, str]]:
         ("gradient clipping", "off" if optimizer.clip_norm is None else f"norm {optimizer.clip_norm:g}"),
     ]
     if spec.init_from:
-        rows.append(("begun with", Path(spec.init_from).name))
+        rows.append(("begun with", spec.begun_with))
     if moe := model.moe:
         rows.append(("experts", f"{moe.num_experts}, of which {moe.top_k} for a token, {moe.expert_width:,} wide"))
     rows += [
