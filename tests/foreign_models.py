@@ -1,4 +1,4 @@
-"""Small models of other people as they come: weights as transformers saves them, and a tokenizer of their own."""
+"""Small models as published by others: weights saved by transformers, and their own tokenizer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _bpe(vocab_size: int, specials: list[str]) -> Tokenizer:
 
 
 def qwen_tokenizer(folder: Path) -> Path:
-    """As Qwen's: special tokens behind the others, NFC, the end of a turn as eos, <think> an ordinary token."""
+    """Like Qwen's: special tokens after the others, NFC, the end of a turn as eos, <think> an ordinary token."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = _bpe(300, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     raw.normalizer = normalizers.NFC()
@@ -45,7 +45,7 @@ def qwen_tokenizer(folder: Path) -> Path:
 
 
 def llama_tokenizer(folder: Path) -> Path:
-    """As Llama 3's: a token before every text, and an end of a document under another name."""
+    """Like Llama 3's: a token before every text, and another name for the end of a document."""
     folder.mkdir(parents=True, exist_ok=True)
     first, last, turn = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
     raw = _bpe(290, [first, last, "<|start_header_id|>", "<|end_header_id|>", turn])

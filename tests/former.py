@@ -1,4 +1,4 @@
-"""What former versions wrote (tests/fixtures), laid out in a folder of the test's own."""
+"""Files of earlier versions (tests/fixtures), unpacked in a folder of the test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RUN = "micro-e6ef8d8f"
 
 
 def unpack(folder: Path) -> Path:
-    """`work`, `texts` and `job.yaml` of version 0.1 in `folder`; the run directory. Specs name the new place."""
+    """Unpack `work`, `texts` and `job.yaml` of version 0.1 to `folder`, adapt paths; returns the run directory."""
     with tarfile.open(FIXTURES / "v0.1" / "micro.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     run = folder / "work" / "checkpoints" / "runs" / RUN

@@ -1,4 +1,4 @@
-"""For each rule of the linter, changes of manifests without findings that make it speak, and where."""
+"""For each rule of the linter, changes of manifests without findings that trigger it, and where."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ BROKEN: dict[str, list[Case]] = {
     ],
     "unknown-ignore": [(("job/metadata/annotations", {"yaongi/lint-ignore": "no-tll"}),)],
 }
-# Rule → others that its cases break too.
+# Rule → other rules that its cases also break.
 ALONG: dict[str, set[str]] = {
     "elastic-bounds": {"elastic-half"},
     "launch-differs": {"master-init-container"},

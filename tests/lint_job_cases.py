@@ -166,7 +166,7 @@ JOBS: dict[str, list[Case]] = {
     "runtime-restarts-alone": [(("REPLICATED/template/spec/backoffLimit", ...),)],
     "runtime-elastic": [(("runtime/spec/mlPolicy/torch/elasticPolicy", {"minNodes": 1, "maxNodes": 4}),)],
 }
-# A launcher without an entrypoint of one's own is no trap under this policy.
+# A launcher without its own entrypoint is not an error under this policy.
 _BY_LAUNCHER = (
     "nproc-auto-cpu",
     "torchrun-nnodes",

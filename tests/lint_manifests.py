@@ -12,7 +12,7 @@ from manifests.lint.check import Result
 Object = dict[str, Any]
 Case = tuple[tuple[str, Any], ...]  # changes, all of which together break a rule
 
-# The shape of the first example in the operator's documentation, and of its elastic one.
+# The structure of the first example in the operator's documentation, and of its elastic example.
 SIMPLE = """\
 apiVersion: kubeflow.org/v1
 kind: PyTorchJob

@@ -1,9 +1,9 @@
-"""How near the numeric tests come to their bounds, with each instruction set that this processor has.
+"""How close the numeric tests come to their bounds, with each instruction set of this processor.
 
     python tests/margins.py [--sets aten-default,mkl-sse4.2] [pytest's arguments; default: what is not slow]
 
-Prints, as Markdown, the comparisons with a margin (bound / error) below 3, then the least margin of each file by set.
-MKL obeys its variables on Intel's processors only; elsewhere it is told, where there is a C compiler, that this is one.
+Prints, as Markdown, the comparisons with a margin (bound / error) below 3, then the smallest margin of each file by
+set. MKL respects its variables only on Intel processors; elsewhere, if there is a C compiler, it is made to see one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 ENOUGH = 3
 FOLDER = "tests/trainer/"
 NUMERIC = re.compile(r"assert_close|assert_allclose|approx\(|below\(|optim_ranks")
-# What a processor must have for a set, and the set.
+# The processor features that a set needs, and the set.
 SETS = {
     "as found": ("", {}),
     "aten-default": ("", {"ATEN_CPU_CAPABILITY": "default"}),
@@ -37,7 +37,7 @@ SETS = {
     "onednn-avx2": ("avx2", {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
     "onednn-avx512": ("avx512f", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
 }
-# Bits of one result of each library; a set that changes none of them need not be run.
+# The bits of one result of each library; a set that changes none of them is not run.
 FINGERPRINT = """
 import hashlib, torch
 torch.manual_seed(0)
@@ -50,7 +50,7 @@ INTEL = "int mkl_serv_intel_cpu(void) { return 1; }\nint mkl_serv_intel_cpu_true
 
 
 def runnable(directory: Path) -> dict[str, dict[str, str]]:
-    """The sets that this processor has and that give numbers of their own, with their environments."""
+    """The sets that this processor supports and that give different numbers, with their environments."""
     about = Path("/proc/cpuinfo").read_text()
     pretend = {}
     if "GenuineIntel" not in about and (compiler := shutil.which("cc")):
@@ -75,9 +75,9 @@ def runnable(directory: Path) -> dict[str, dict[str, str]]:
 
 
 def measure(files: list[str], arguments: list[str], environment: dict[str, str], out: Path) -> list[dict]:
-    """Run the tests; the nearest that each place of each test comes to its bound."""
+    """Run the tests; returns how close each place of each test comes to its bound."""
     command = [sys.executable, "-m", "pytest", "-q", "--durations=0", "--tb=line", *arguments, *files]
-    # inductor's cache of graphs does not know for which instructions they are: what it has for AVX2 fails without.
+    # inductor's graph cache ignores the instruction set: entries for AVX2 fail without it.
     places = {"MARGINS": str(out), "TORCHINDUCTOR_CACHE_DIR": f"{out}-generated"}
     subprocess.run(command, cwd=ROOT, env=os.environ | environment | places)
     nearest: dict[tuple[str, str], dict] = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-# The files that take longest, the longest first, so that none of them begins when the others end.
+# The slowest files, the slowest first, so that none of them starts when the others end.
 LONGEST = (
     "trainer/test_compile.py",
     "pipelines/test_dashboards_live.py",

@@ -12,7 +12,7 @@ _given: set[int] = set()
 
 
 def free_port() -> int:
-    """One that nobody listens on, on any address; never the same one twice."""
+    """A port on which nothing listens, on any address; never the same one twice."""
     while True:
         port = SystemRandom().randint(FIRST, LAST)
         if port in _given:

@@ -1,4 +1,4 @@
-"""What the tests say of themselves."""
+"""What the tests report about themselves."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Programs that tests call beside Python."""
+"""Programs other than Python that tests call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shipped to be applied as it is, against the real API server: schemas, admission webhooks, Pod Security."""
+"""The shipped manifests, unchanged, with a real API server: schemas, admission webhooks, Pod Security."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_examples_pass_the_servers_own_validation(namespace: Namespace, path: Pa
             namespace.apply(runtime)
         for item in needs:
             assert "(server dry run)" in dry_run(namespace, item)
-        # The webhook looks for the runtime in a copy of the cluster's state that may lag behind.
+        # The webhook looks up the runtime in a cache that may be outdated.
         admitted = f"/{job['metadata']['name']} created (server dry run)"
         wait_for("the job to be admitted", lambda: admitted in dry_run(namespace, job, check=False), 60)
     finally:

@@ -1,4 +1,4 @@
-"""The launcher's role holds what a launcher needs and no more: without any one right its work fails, and says so."""
+"""The launcher's role has exactly the permissions that it needs: without any of them it fails with a clear message."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.errors import LaunchError
 pytestmark = pytest.mark.e2e
 
 AT_ONCE = 6  # short jobs of one worker
-PATIENCE = 60  # seconds that a worker lasts without being adopted
+PATIENCE = 60  # seconds that a worker runs without being adopted
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def all_but(right: Right) -> list[Object]:
 
 
 def as_user(namespace: Namespace, user: str) -> Cluster:
-    """The cluster as the administrator sees it who acts for `user`."""
+    """The cluster for the administrator impersonating `user`."""
     settings = client.Configuration()
     config.load_kube_config(client_configuration=settings)
     settings.retries = 0
@@ -78,10 +78,10 @@ def as_user(namespace: Namespace, user: str) -> Cluster:
 
 
 def life_of_a_launcher(namespace: Namespace, user: str, job: JobSpec) -> list[str]:
-    """Create a job, adopt it, follow it to its end, run it again, clean up; what was said and what went wrong."""
+    """Create a job, adopt it, follow it to its end, run it again, clean up; returns the output and the errors."""
     launcher, adopted = Launcher(as_user(namespace, user)), Gate(namespace)
     launcher.acts["is there already; following it"] = adopted.open
-    # The worker lasts until it is adopted; where a right is lacking that may never be, so not for ever.
+    # The worker runs until it is adopted, which never happens if a permission is missing, so there is a limit.
     script = f"echo worked; i=0; until [ -e {adopted.file} ] || [ $i = {PATIENCE} ]; do i=$((i+1)); sleep 1; done"
 
     def attempt() -> None:
@@ -110,7 +110,7 @@ def life_of_a_launcher(namespace: Namespace, user: str, job: JobSpec) -> list[st
 
 @pytest.fixture(scope="module")
 def lives(volumes: Namespace) -> dict[Right | str, list[str]]:
-    """What launchers said that had all rights (by kind of job), and that had all but one."""
+    """The output of launchers with all permissions (by kind of job), and with all except one."""
     jobs: dict[Right | str, JobSpec] = {
         key: tiny(volumes, cluster={"nodes": 1, "job": key if isinstance(key, str) else key.kind})
         for key in ("pytorchjob", "trainjob", *rights())

@@ -1,4 +1,4 @@
-"""TrainJobs: the launcher tells the truth about a gang, and trains with one as it does with a PyTorchJob."""
+"""TrainJobs: the launcher reports the state of a gang correctly, and trains as with a PyTorchJob."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GANG = {"job": "trainjob"}
 
 
 def needs_of(namespace: Namespace, job: JobSpec) -> list[str]:
-    """What was made for the job and goes with it."""
+    """The objects that were created for the job and are deleted with it."""
     name = f"metadata.name={job.run_name}"
     found = namespace.find("trainingruntimes,jobsets,configmaps,networkpolicies", "--field-selector", name)
     return sorted(item["kind"] for item in found)
@@ -75,7 +75,7 @@ def test_a_permanent_failure_names_pod_node_code_and_reason_and_can_be_run_again
 def test_a_retryable_exit_restarts_all_workers_once(volumes: Namespace, launcher: Launcher) -> None:
     job = tiny(volumes, cluster=GANG)
     flag, shown = f"/mnt/checkpoints/{job.run_name}", Gate(volumes)
-    launcher.acts["worker 0 first"] = shown.open  # its pod goes with its log as soon as the other one has failed
+    launcher.acts["worker 0 first"] = shown.open  # its pod is removed with its log as soon as the other one has failed
     script = (
         f'if [ -e {flag}-$index ]; then echo "worker $index again"; exit 0; fi; touch {flag}-$index; '
         f'echo "worker $index first"; if [ "$index" = 1 ]; then {shown.wait}; exit 160; fi; '

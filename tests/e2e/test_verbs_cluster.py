@@ -1,4 +1,4 @@
-"""`yaongi status`, `logs`, `stop` and `resume` on a run of the cluster; a script speaks in the trainer's place."""
+"""`yaongi status`, `logs`, `stop` and `resume` on a run of the cluster; a script replaces the trainer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from manifests.kinds import KINDS
 
 pytestmark = pytest.mark.e2e
 
-# Goes on from the step in a file on the volume, and saves it when it is stopped.
+# Continues from the step in a file on the volume, and saves it when stopped.
 SCRIPT = """
 file=/mnt/checkpoints/$RUN; step=$(cat $file 2>/dev/null || echo 0)
 save() {

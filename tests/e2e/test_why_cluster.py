@@ -1,4 +1,4 @@
-"""`yaongi why` on jobs that a real cluster cannot run, one for each cause; all are made at once, then asked about."""
+"""`yaongi why` on jobs that a real cluster cannot run, one for each cause; all are created first, then diagnosed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from components.diagnose.why import why
 
 pytestmark = pytest.mark.e2e
 
-# Name → changes to a job that would run, and what the answer has to say. PyTorchJobs, or TrainJobs where marked.
+# Name → changes to a working job, and what the answer must contain. PyTorchJobs, or TrainJobs where marked.
 CAUSES: dict[str, tuple[list[Change], str]] = {
     "quota": ([asking("amd.com/gpu", "1")], r"^queued: .* exceeded quota: team.*kubectl describe quota team\)"),
     "gpu": ([asking("nvidia.com/gpu", "1")], r"^queued: .*Insufficient nvidia\.com/gpu.*cluster\.gpus_per_node"),
@@ -92,13 +92,13 @@ CAUSES: dict[str, tuple[list[Change], str]] = {
 
 @pytest.fixture(scope="module")
 def broken_jobs(namespace: Namespace) -> Iterator[Namespace]:
-    """A namespace of its own, with a quota and rules that other tests would stumble over."""
+    """A separate namespace, with a quota and rules that would disturb other tests."""
     space = Namespace(f"yaongi-why-{uuid.uuid4().hex[:6]}")
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     space.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": space.name, "labels": labels}})
     elsewhere = {"taint": {"nodeSelector": {"node-of": space.name}}}
     elsewhere |= {name: {"nodeName": space.name} for name in ("silent", "lost")}
-    elsewhere["silent"]["tolerations"] = [{"operator": "Exists"}]  # else it is evicted some minutes later
+    elsewhere["silent"]["tolerations"] = [{"operator": "Exists"}]  # otherwise it is evicted some minutes later
     try:
         space.made()
         space.apply(*surroundings(space.name))
@@ -109,7 +109,7 @@ def broken_jobs(namespace: Namespace) -> Iterator[Namespace]:
             if name.startswith("train-"):
                 cluster["job"] = "trainjob"
             objects += broken(name, space.name, *changes, in_pod(**elsewhere.get(name, {})), **cluster)
-        # The TrainJobs' operator has to have seen a runtime before it admits a job of it.
+        # The operator of TrainJobs must have seen a runtime before it admits a job with it.
         space.apply(*(item for item in objects if item["kind"] == "TrainingRuntime"))
         space.apply(*(item for item in objects if item["kind"] == "PyTorchJob"))
         space.apply_when_admitted(*(item for item in objects if item["kind"] == "TrainJob"))

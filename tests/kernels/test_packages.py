@@ -75,7 +75,7 @@ def test_recipes_with_a_history_keep_the_experts_in_bf16(te, name, stateless):
 
 
 def test_the_carrier_reads_our_weights(te):
-    """Its constructor asks for a GPU and then needs none for parameters on "meta"."""
+    """Its constructor requires a GPU, but does not use it for parameters on "meta"."""
     experts_te._carrier.cache_clear()
     weight_EFD = torch.randn(3, 32, 16, requires_grad=True)
     with patch("torch.cuda.is_available", return_value=True):

@@ -45,7 +45,7 @@ def test_autocast_takes_our_arguments_and_asks_for_a_gpu_when_entered(recipe):
 def test_conversion_replaces_modules_and_keeps_parameters(monkeypatch):
     """Every converted matrix of `small`: the same parameter objects under the same names, no pickle in the state."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # all that building on "meta" asks for
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # all that building on "meta" needs
     spec = load_job("small").train.model
     model = build_model(spec, device="meta", seed=0)
     before, modules = dict(model.named_parameters()), dict(model.named_modules())

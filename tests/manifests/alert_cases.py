@@ -13,7 +13,7 @@ COMMON = {"namespace": "ml", "run": "tiny-1a2b"}
 
 @dataclass(frozen=True)
 class Case:
-    """`at`: the minute to look; `fires`: labels that tell who it is about, None when nothing may fire."""
+    """`at`: the minute of the check; `fires`: the labels of the alert, None if nothing may fire."""
 
     alert: str
     story: str
@@ -23,7 +23,7 @@ class Case:
 
 
 def of(name: str, **labels: str) -> str:
-    """A series of a worker, or of a step's pod where a pod is named."""
+    """A series of a worker, or of a step's pod if a pod is named."""
     worker = labels.get("rank", "0")
     own = {"pod": f"tiny-1a2b-worker-{worker}", "instance": f"10.0.0.{worker}:9400", "job": "yaongi-trainer"}
     matchers = ",".join(f'{label}="{value}"' for label, value in ({**COMMON, **own, **labels}).items())
@@ -31,7 +31,7 @@ def of(name: str, **labels: str) -> str:
 
 
 def steps(seconds: int, minutes: int, rank: str = "0") -> dict[str, str]:
-    """The histogram of a rank that makes steps of so many seconds all the time."""
+    """The histogram of a rank whose steps all take this number of seconds."""
     return {
         of("yaongi_step_seconds_sum", rank=rank): f"0+60x{minutes}",
         of("yaongi_step_seconds_count", rank=rank): f"0+{60 / seconds:g}x{minutes}",

@@ -1,4 +1,4 @@
-"""The alerts: promtool finds the rules sound, each fires and keeps quiet when it should, and names only what exists."""
+"""The alerts: promtool accepts the rules, each fires only when it should, and they use only metrics that exist."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def as_unit_test(case: Case) -> dict[str, object]:
-    """The case for `promtool test rules`: the alert's own series says who fires, whatever the annotations are."""
+    """The case for `promtool test rules`: the series ALERTS says what fires, independent of annotations."""
     firing = f'ALERTS{{alertname="Yaongi{case.alert}", alertstate="firing"}}'
     if case.fires is None:
         looked_at = {"expr": f"count({firing})", "exp_samples": []}
@@ -74,7 +74,7 @@ def test_each_alert_has_cases_that_fire_and_that_do_not() -> None:
 
 
 def test_annotations_come_out_with_values(rules: Path, tmp_path: Path) -> None:
-    """Every template is filled in: promtool shows the annotations that it got where others were expected."""
+    """Every template is filled in: promtool prints the actual annotations, since the test expects other ones."""
     firing = {case.alert: case for case in CASES if case.fires is not None}
     other = {"exp_alerts": [{"exp_labels": {"another": "alert"}}]}
     asked = [

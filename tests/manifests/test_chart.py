@@ -24,7 +24,7 @@ from manifests.spec import job_from
 CHART = chart.CHART
 CONFIGURATIONS = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").iterdir())
 KUBERNETES = "1.34"
-# Values that wait for a kind of another project, and that kind.
+# Values that depend on a kind of another project, and that kind.
 SWITCHES = {
     "monitoring.podMonitor.enabled": "monitoring.coreos.com/v1/PodMonitor",
     "monitoring.rules.enabled": "monitoring.coreos.com/v1/PrometheusRule",
@@ -55,7 +55,7 @@ def rendered(*arguments: str | Path, apis: list[str] | None = None) -> list[Obje
 
 @pytest.fixture(scope="module")
 def configured() -> Callable[[str], list[Object]]:
-    """Objects of a supported configuration, by (kind, name) as the API would tell them apart."""
+    """Objects of a supported configuration by (kind, name), which identify them in the API."""
     known: dict[str, list[Object]] = {}
 
     def objects(name: str) -> list[Object]:
@@ -75,7 +75,7 @@ every_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
 
 @every_configuration
 def test_helm_lint_is_content(name: str) -> None:
-    """Lint knows no kinds but Kubernetes' own, so what needs others is left to it as `auto`."""
+    """Helm's lint knows only Kubernetes' own kinds, so values that need others are `auto`."""
     values = ["--values", CHART / "ci" / f"{name}-values.yaml"]
     auto = [f"--set={switch}=auto" for switch in SWITCHES]
     done = helm("lint", "--strict", CHART, f"--kube-version={KUBERNETES}", *values, *auto)
@@ -84,7 +84,7 @@ def test_helm_lint_is_content(name: str) -> None:
 
 @every_configuration
 def test_objects_are_what_kubernetes_takes(name: str, configured: Callable[[str], list[Object]]) -> None:
-    """Built-in kinds against Kubernetes' own schemas; the end-to-end tests ask an API server about the others."""
+    """Built-in kinds against Kubernetes' own schemas; the end-to-end tests check the others with an API server."""
     objects = configured(name)
     built_in = [item for item in objects if not item["apiVersion"].startswith(CUSTOM)]
     assert len(built_in) >= 3

@@ -1,4 +1,4 @@
-"""The dashboards as they are committed: whole, of our metrics alone, and all of those."""
+"""The committed dashboards: complete, with only our metrics, and with all of them."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_every_alert_is_explained_beside_what_it_watches() -> None:
 
 
 def test_uids_last() -> None:
-    """Whoever bookmarked a dashboard, or links to it, relies on these."""
+    """Bookmarks and links to dashboards depend on these."""
     uids = {name: content["uid"] for name, content in DASHBOARDS.items()}
     assert uids == {"training": "yaongi-training", "data": "yaongi-data", "cluster": "yaongi-cluster"}
     assert all(len(uid) <= 40 for uid in uids.values())  # Grafana's limit

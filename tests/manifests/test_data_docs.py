@@ -1,4 +1,4 @@
-"""What docs/data.md says of the default mix and of job files is what the presets and the spec say."""
+"""docs/data.md agrees with the presets and the spec on the default mix and job files."""
 
 from __future__ import annotations
 

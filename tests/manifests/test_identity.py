@@ -1,4 +1,4 @@
-"""Digests and names of jobs are the same in every version, so that what lies on the volumes is found again."""
+"""Digests and names of jobs are the same in every version, so that data on the volumes is found again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.spec import MuonSpec, TokensSpec, TrainSpec
 from trainer.specbase import Spec, to_yaml
 
 JOBS = json.loads((FIXTURES / "v0.1" / "identities.json").read_text())
-JOBS |= json.loads((FIXTURES / "later_identities.json").read_text())  # of presets that came after 0.1
+JOBS |= json.loads((FIXTURES / "later_identities.json").read_text())  # of presets added after 0.1
 MODULES = (modelspec, trainspec, dataspec, jobspec)
 SPECS = {
     name: value for module in MODULES for name, value in vars(module).items() if isinstance(value, type)

@@ -1,4 +1,4 @@
-"""What a job file and --set may say about a preset: another origin, fewer sources; mistakes take one line."""
+"""What a job file and --set may change in a preset: another origin, fewer sources; mistakes are one-line errors."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The linter against manifests that break one rule each, and against ours and well-known ones."""
+"""The linter with manifests that break one rule each, with ours and with well-known ones."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_rule_has_cases():
 
 @pytest.mark.parametrize(("rule", "changes"), [(rule, case) for rule, cases in BROKEN.items() for case in cases])
 def test_each_rule_finds_what_breaks_it(rule, changes):
-    """And no other rule finds anything, but what comes along by its nature."""
+    """No other rule finds anything, except those that its case necessarily breaks too."""
     result = lint({"x": text(*changed(*changes))})
     found = [finding for finding in result.findings if finding.rule == rule]
     assert found, f"{rule} says nothing"

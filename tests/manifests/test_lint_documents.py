@@ -1,4 +1,4 @@
-"""How the linter reads a text: lines, numbers, keys and texts as the cluster does; one line for what is no manifest."""
+"""How the linter reads a text: lines, numbers, keys and texts like the cluster; one line for what is not a manifest."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_key_that_is_written_twice_is_found_at_the_one_that_counts():
 
 
 def test_numbers_are_read_as_the_cluster_reads_them():
-    """What kubectl 1.34 made of each was tried; PyYAML by itself differs in half of them."""
+    """The results of kubectl 1.34 were observed; PyYAML alone differs in half of them."""
     denied = [
         "yes",
         "y",
@@ -78,7 +78,7 @@ def test_numbers_are_read_as_the_cluster_reads_them():
     st.from_regex(r"[-+]?[0-9a-f_.]{1,12}", fullmatch=True) | st.sampled_from(["y", "No", "12e456789012", "0129", ""])
 )
 def test_what_we_write_as_a_text_is_one_for_the_cluster(value):
-    """Digests are such texts; PyYAML's own dumper leaves some of them bare."""
+    """Digests are such texts; PyYAML's own dumper does not quote some of them."""
     (document,) = read(to_manifest([{"apiVersion": "v1", "kind": "ConfigMap", "data": {"a": value}}]), "x")
     assert document.value["data"] == {"a": value}
 

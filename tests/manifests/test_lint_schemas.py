@@ -1,4 +1,4 @@
-"""What the linter takes from schemas: one error at its place for whatever breaks one, and none for what does not."""
+"""The linter's checks by schemas: one error, with its place, for each violation, and none for valid manifests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def errors(object: dict[str, Any], version: str = TRAINER) -> list[Finding]:
 
 
 def changed(object: dict[str, Any], way: Way, value: Any = ...) -> dict[str, Any]:
-    """With another value at a place, or without what is there."""
+    """The manifest with another value at a place, or without the value there."""
     object = copy.deepcopy(object)
     place: Any = object
     for step in way[:-1]:
@@ -218,7 +218,7 @@ def test_every_object_refuses_unknown_fields_and_every_field_other_types(kind):
 
 
 def says_kubernetes(object: dict[str, Any]) -> bool:
-    """Whether the schemas of kubernetes-validate, another reading of Kubernetes' own, refuse it."""
+    """Whether the schemas of kubernetes-validate, which also derive from Kubernetes' own, refuse it."""
     by_default = "|".join(name.rpartition(".")[2] for name in NOT_NEEDED)  # the server itself fills these in
     try:
         kubernetes_validate.validate(object, schemas.KUBERNETES_RELEASE, strict=True)
@@ -406,7 +406,7 @@ def test_a_definition_of_a_custom_resource_becomes_lines_of_fields(tmp_path, mon
 
 
 def test_places_of_the_tables_lead_to_tables():
-    """Every object that a field names is there."""
+    """Every object that a field names exists."""
     for kind, object in FULL.items():
         assert all(fields(type_.name) is not None for _, type_ in of_schema(object) if type_.name), kind
     assert Place({}).path == ()

@@ -1,6 +1,6 @@
-"""Which pod may open a connection to which, by the semantics of the NetworkPolicy API over the rendered objects.
+"""Which pod may connect to which, by the semantics of the NetworkPolicy API applied to the rendered objects.
 
-The evaluator below is the oracle; a cluster whose network enforces policies is not needed and was not tried.
+The evaluator below is the oracle; no cluster with enforced network policies is needed, and none was tried.
 """
 
 from __future__ import annotations

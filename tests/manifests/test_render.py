@@ -1,4 +1,4 @@
-"""What every rendered object must hold, whatever the spec: names that fit, restricted pods, a rendezvous."""
+"""What all rendered objects must have, for every spec: valid names, restricted pods, a rendezvous."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_steps_are_scraped_at_an_address_made_of_their_pods() -> None:
 @every_task
 @every_kind
 def test_pods_are_restricted(kind: str, preset: str, task: Task) -> None:
-    """The fields that the restricted Pod Security Standard asks for, and a root nobody can write to."""
+    """The fields that the restricted Pod Security Standard requires, and a read-only root."""
     rendered = job_objects(job(preset, cluster={"job": kind}), task)
     spec, main = pod_spec(rendered), container(rendered)
     assert spec["securityContext"]["runAsNonRoot"] is True

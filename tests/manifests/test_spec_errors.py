@@ -1,4 +1,4 @@
-"""A wrong job is answered with what is wrong, where, and how to fix it, in one line for each problem."""
+"""Errors of a job say what is wrong, where, and how to fix it, in one line for each problem."""
 
 from collections.abc import Callable
 from pathlib import Path

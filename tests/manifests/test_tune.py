@@ -1,4 +1,4 @@
-"""The section `tune`: the job that it becomes, and what is refused."""
+"""The section `tune`: the job that results from it, and what is refused."""
 
 from __future__ import annotations
 

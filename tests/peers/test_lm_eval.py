@@ -1,4 +1,4 @@
-"""lm_eval's command line on folders for transformers: its numbers are those of our models. `make test-peers`."""
+"""lm_eval's command line on exported transformers folders gives the numbers of our models. `make test-peers`."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ metric_list: [{metric: exact_match}]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two tasks and a tokenizer; lm_eval's libraries read where to keep things when they are imported."""
+    """Two tasks and a tokenizer; lm_eval's libraries read their cache folders when they are imported."""
     place, rng = tmp_path_factory.mktemp("lm-eval"), random.Random(1)
     texts = [" ".join(rng.choices(WORDS, k=rng.randrange(4, 40))) for _ in range(200)]
     (place / "tokenizer").mkdir()

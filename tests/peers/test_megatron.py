@@ -1,4 +1,4 @@
-"""Token files against megatron-core itself, both ways. Runs in the environment of the peers: `make test-peers`."""
+"""Token files exchanged with megatron-core in both directions. Runs in the peers' environment: `make test-peers`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_we_read_megatrons_whatever_type_it_chose(tmp_path: Path, vocab_size: in
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     made = documents(vocab_size)
-    dtype = DType.optimal_dtype(vocab_size)  # int32 from 65,500 on, where uint16 would do up to 65,536
+    dtype = DType.optimal_dtype(vocab_size)  # int32 from 65,500 on, although uint16 suffices up to 65,536
     builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=dtype)
     for document in made:
         builder.add_document(document, [len(document)])

@@ -55,7 +55,7 @@ def test_a_job_file_that_is_not_there_is_named_as_it_was_looked_for(yaongi, tmp_
 
 
 def test_places_are_named_without_the_way_to_them(tmp_path, monkeypatch):
-    """And are those that the system would find, also where a folder on the way is a link."""
+    """They are also the files that the system finds if a folder in the path is a link."""
     (tmp_path / "there/below").mkdir(parents=True)
     (tmp_path / "link").symlink_to("there/below")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Every panel of every dashboard, asked of a real Prometheus that has watched a real run, killed once and resumed."""
+"""The queries of all panels, with a real Prometheus that has scraped a real run, killed once and resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 FILE = ROOT / "makers" / "dashboard_pictures.py"
 SAMPLE = ROOT / "components" / "download" / "sample" / "ko.jsonl.gz"
 STEPS, KILLED_AT, CHECKPOINT_EVERY = 28, 16, 7
-# Panel → why this run has nothing for it. They are tried in tests/e2e/test_dashboards_cluster.py, but for the first.
+# Panel → why this run has no data for it. tests/e2e/test_dashboards_cluster.py covers all of these except the first.
 ELSEWHERE = {
     "Model FLOPs utilisation": "the peak of a CPU is not known",
     "Replaced pods": "there are no pods",
@@ -30,11 +30,11 @@ ELSEWHERE = {
     "Time in each phase": "the local launcher has no phases",
     "Renewals of the lease": "the local launcher has no lease",
 }
-# The sample's Korean source so many times over, so that each step that makes data lives for several scrapes.
+# The sample's Korean source, repeated, so that each data step lasts for several scrapes.
 COPIES = 24
 # Files are verified at the speed of a disk, within less than two scrapes.
 TOO_SHORT = {"Verified files"}
-# Counter → why it stands still here.
+# Counter → why it does not rise here.
 STILL = {
     "checkpoint_failures_total": "no checkpoint fails",
     "download_retries_total": "nothing is fetched over a network",
@@ -91,15 +91,13 @@ def test_every_panel_shows_something(watched: tuple[Any, View]) -> None:
 
 
 def test_panels_show_the_same_whatever_is_chosen_of_one_run(watched: tuple[Any, View]) -> None:
-    """A Prometheus of one's own puts no labels on: All must take series that have none."""
+    """A separate Prometheus adds no labels: the choice All must include series without them."""
     ask, view = watched
     everything = View(view.start, view.end, view.scrape_interval, {})
     for content in dashboards().values():
         for panel in panels(content):
             for target in targets(panel):
-                found = [
-                    repr(series(ask, target, each)) for each in (view, everything)
-                ]  # nan equals nothing, itself too
+                found = [repr(series(ask, target, each)) for each in (view, everything)]  # nan does not equal itself
                 assert found[0] == found[1], panel["title"]
 
 

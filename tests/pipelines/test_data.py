@@ -1,4 +1,4 @@
-"""`yaongi data`: damage is named, totals are those of the files, a row is shown with its boundaries and origins."""
+"""`yaongi data`: damage is reported, totals match the files, a row is shown with its boundaries and origins."""
 
 from __future__ import annotations
 

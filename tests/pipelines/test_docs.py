@@ -1,4 +1,4 @@
-"""What READMEs, docs and runbooks name is there: files, verbs and their options, make targets, fields of a job."""
+"""What READMEs, docs and runbooks name exists: files, verbs and their options, make targets, fields of a job."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def verb(words: list[str]) -> Any:
-    """The command that the words begin with, as Typer has made it; None if there is none."""
+    """The Typer command that the words begin with; None if there is none."""
     found: Any = get_command(app)
     for word in words:
         if not hasattr(found, "commands"):

@@ -1,4 +1,4 @@
-"""`yaongi doctor` without a cluster: this machine, and nodes as an API server would list them."""
+"""`yaongi doctor` without a cluster: this machine, and nodes as listed by an API server."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_small_pods_share_a_node():
 
 
 def kubeconfig(path: Path) -> None:
-    """Of a cluster at a port where nothing listens."""
+    """The kubeconfig of a cluster at a port where nothing listens."""
     context = {"name": "c", "context": {"cluster": "c", "user": "u"}}
     there = {"name": "c", "cluster": {"server": "https://127.0.0.1:9"}}
     config = {"contexts": [context], "current-context": "c", "clusters": [there], "users": [{"name": "u", "user": {}}]}

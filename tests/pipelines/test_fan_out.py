@@ -1,4 +1,4 @@
-"""Two ranges of the encoding as a ParallelFor under kfp.local give the files of one process."""
+"""Encoding two ranges in a ParallelFor under kfp.local gives the same files as one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of a former version is this version's too: its data verifies, its run is found, nothing is done again."""
+"""A folder of an earlier version works with this one: its data verifies, its run is found, nothing is repeated."""
 
 from __future__ import annotations
 

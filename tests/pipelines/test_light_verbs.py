@@ -1,4 +1,4 @@
-"""A command answers before what only others need is imported."""
+"""A command answers without importing packages that only other commands need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.cli import VERBS
 
 ROOT = Path(__file__).parents[2]
 
-# What takes long to import; rfc3987_syntax compiles two seconds of grammars, for nothing that is used here.
+# Slow imports; rfc3987_syntax compiles grammars for two seconds, which are not used here.
 HEAVY = (
     *("torch", "kfp", "kubernetes", "rfc3987_syntax", "pyarrow", "matplotlib", "transformers", "datasets", "numpy"),
     *("tokenizers", "huggingface_hub", "fsspec", "jinja2", "tensorboard", "prometheus_client", "requests", "urllib3"),
@@ -30,7 +30,7 @@ def told():
 atexit.register(told)
 """
 COMMAND = PROGRAM + "from pipelines.cli import main\nmain()\n"
-# Each command in a fork of a process that has imported the command line, which half of a command's time goes into.
+# Each command in a fork of a process that has imported the command line, which takes half of a command's time.
 FORKS = f"""
 import json, os, sys
 
@@ -105,12 +105,12 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
 
 @pytest.mark.parametrize("line", LINES)
 def test_a_command_imports_nothing_that_it_does_not_need(commands: dict[str, list], line: str) -> None:
-    """None of them has a cluster, and what they are asked about is not there."""
+    """None of them has a cluster, and their arguments name things that do not exist."""
     assert commands[line] == [[], "SystemExit"]
 
 
 def test_help_takes_little_cpu() -> None:
-    """Against what its own packages take, as a processor may be slow or busy: three times as much, measured."""
+    """Relative to the time of its own packages, as a processor may be slow or busy: three times as much, measured."""
     _, least = told(PROGRAM + "import typer, rich.console, pydantic")
     _, taken = told(COMMAND, "--help")
     assert taken < 10 * least
@@ -129,7 +129,7 @@ def test_help_takes_little_cpu() -> None:
     ],
 )
 def test_a_step_that_finds_its_work_done_imports_little(step: str, may: set[str]) -> None:
-    """By its module alone: what it would do the work with is imported where the work begins."""
+    """Only its module is imported: packages for the work are imported when the work starts."""
     program = PROGRAM + f"import components.{step}.step, components.running, manifests.spec\n"
     program += "manifests.spec.load_job('tiny')\n"
     assert told(program)[0] <= may | {"prometheus_client"}

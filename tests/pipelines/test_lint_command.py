@@ -15,7 +15,7 @@ from pipelines import cli
 
 @pytest.fixture
 def lint(monkeypatch, capsys, tmp_path):
-    """Runs `yaongi lint` in an empty folder with a text on stdin; gives exit code, stdout and stderr."""
+    """Runs `yaongi lint` in an empty folder with a text on stdin; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 

@@ -1,4 +1,4 @@
-"""Metrics ports that a person has named are tried before a run begins; status says which ones it has."""
+"""Metrics ports that a user has set are tried before a run starts; status shows which ones it has."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Data is prepared alone, a stage at a time, by the pipeline's own steps; the run goes on from it."""
+"""Data is prepared separately, stage by stage, by the pipeline's own steps; the run continues from it."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def executors(documents):
 
 
 def test_the_committed_pipeline_is_the_compiled_one(tmp_path):
-    # In a process of its own, without this machine's image names.
+    # In a separate process, without this machine's image names.
     code = "import sys; from pathlib import Path; from pipelines.compile import write; write(Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, tmp_path / "new.yaml"], check=True, env={"PATH": "/usr/bin:/bin"})
     assert (tmp_path / "new.yaml").read_text() == COMMITTED.read_text(), "pretrain.yaml is stale; run `make gen`"
@@ -110,7 +110,7 @@ def test_every_claims_name_is_known_where_the_backend_looks_it_up(documents):
 
 
 def test_what_comes_last_comes_always_and_knows_the_jobs_of_this_run(documents, dag):
-    """kfp.local takes a step for an exit handler's only if it asks how the others ended."""
+    """kfp.local treats a step as an exit handler's only if it takes the status of the others as input."""
     last = documents[0]["root"]["dag"]["tasks"]["cleanup"]
     assert last["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
     assert last["dependentTasks"] == ["exit-handler-1"]

@@ -1,5 +1,5 @@
-"""`yaongi status`, `stop` and `resume` on runs of a cluster, against a server that keeps objects as an API server does
-and has no operator that would make pods of them."""
+"""`yaongi status`, `stop` and `resume` on runs of a cluster, with a server that stores objects like an API server but
+has no operator that creates pods for them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ApiServer(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def has(self, path: str) -> list[Object]:
-        """What is in a collection."""
+        """The objects in a collection."""
         return [found for place, found in self.objects.items() if place.rpartition("/")[0] == path]
 
 
@@ -100,7 +100,7 @@ def jobs_at(kind: str) -> str:
 
 
 def launched(kind: str, name: str) -> JobSpec:
-    """A job that a launcher has made."""
+    """A job created by a launcher."""
     job = job_from({"preset": "tiny", "name": name}, {"cluster": {"job": kind}})
     cluster = Cluster.connect("team")
     for item in job_objects(job):
@@ -155,7 +155,7 @@ def test_a_stopped_run_that_was_launched_again_is_shown_once(server, kind, yaong
     assert yaongi("stop", name)[0] == 0
     (file,) = Path("work/stopped").iterdir()
     (file.parent / file.name.replace("team.", "other.")).write_bytes(file.read_bytes())
-    file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7")  # what macOS leaves on a foreign disk
+    file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7")  # what macOS creates on other disks
     launched(kind, "mine")
     shown = yaongi("status", "-n", "team")[1]
     assert f"{name} " in shown and "stopped" not in shown

@@ -35,7 +35,7 @@ STEPS = [
 ]
 
 
-# Seven processes import PyTorch, one after another; on a busy machine that takes its time.
+# Seven processes import PyTorch in turn, which is slow on a busy machine.
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -46,7 +46,7 @@ def yaongi(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str
 
 
 def artefacts(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of everything that the steps made, except what every launch writes anew."""
+    """Size and modification time of all files that the steps wrote, except those that every launch writes again."""
     return {
         str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
         for tree in ("datasets", "checkpoints")
@@ -57,13 +57,13 @@ def artefacts(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """A folder in which a small job has run from text to export and was tuned, and what that printed."""
+    """A folder in which a small job ran from text to export and was tuned, and the output."""
     folder = tmp_path_factory.mktemp("ran")
     return folder, yaongi("run", small_job(folder, tuned=True), cwd=folder)
 
 
 def run_dirs(folder: Path) -> tuple[Path, Path]:
-    """Of the run, and of the one that tuned it."""
+    """The directories of the run and of the run that tuned it."""
     runs = folder / "work/checkpoints/runs"
     (tuned,) = runs.glob("small-tune-*")
     (first,) = (run for run in runs.iterdir() if run != tuned)
@@ -97,7 +97,7 @@ def test_a_job_runs_from_text_to_export_and_a_second_time_does_nothing(ran):
 
 
 def test_the_run_is_shown_beside_the_pipeline(ran, tmp_path):
-    """Report, overview, numbers and model as Kubeflow Pipelines gets them from the last step."""
+    """Report, overview, numbers and model that Kubeflow Pipelines gets from the last step."""
     folder, first = ran
     assert first.returncode == 0, first.stdout + first.stderr
     run_dir, tuned = run_dirs(folder)
@@ -171,8 +171,8 @@ def processes_naming(text: str) -> list[str]:
 
 
 def stopped(folder: Path, number: signal.Signals, code: int) -> tuple[Path, Path]:
-    """Job and run directory of a run that has got a signal after its first steps."""
-    job = small_job(folder, steps=200, checkpoint={"every_steps": 1000})  # but for the one that the stop saves
+    """Job and run directory of a run that received a signal after its first steps."""
+    job = small_job(folder, steps=200, checkpoint={"every_steps": 1000})  # except the one that the stop saves
     with subprocess.Popen(
         [YAONGI, "run", job], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -1,4 +1,4 @@
-"""Which run a person means, how far it is, and who drives it."""
+"""Which run a user means, its progress, and which process drives it."""
 
 import fcntl
 import inspect
@@ -58,7 +58,7 @@ def job(tmp_path):
 
 @pytest.fixture
 def run(job, tmp_path):
-    """A run whose directory is as the launcher leaves it before the trainer starts."""
+    """A run with the directory that the launcher prepares before the trainer starts."""
     found = local.LocalRun(job.run_name, tmp_path / "checkpoints/runs" / job.run_name, tmp_path)
     found.directory.mkdir(parents=True)
     atomic_write(found.directory / "job.yaml", to_yaml(job).encode())

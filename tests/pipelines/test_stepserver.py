@@ -1,4 +1,4 @@
-"""Steps as forks of one process: what they print and how they end, beside each other, signalled, without a server."""
+"""Steps as forks of one process: their output and exit, in parallel, with signals, and without a server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# Each test in a process of its own, since the server is a fork of the one that asks for it.
+# Each test in a separate process, since the server is a fork of the process that starts it.
 BEGIN = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
@@ -63,7 +63,7 @@ def marked(lines: list[str]) -> list[str]:
         ("print('wrong', file=sys.stderr); sys.exit(65)", 65, "wrong"),
         ("raise KeyError('absent')", 1, "KeyError: 'absent'"),
         ("print('going', flush=True); os.kill(os.getpid(), signal.SIGKILL)", -9, "run out of memory"),
-        # As in a process of its own: what it starts can be waited for, and a signal ends it.
+        # As in a separate process: it can wait for its children, and a signal ends it.
         ("print(subprocess.run(['sh', '-c', 'exit 7']).returncode, signal.getsignal(15))", 0, "7 0"),
     ],
 )

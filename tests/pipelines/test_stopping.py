@@ -1,4 +1,4 @@
-"""A stop is heard whenever it comes: before the first step, between two, while one runs, and again with more force."""
+"""A stop works at any time: before the first step, between two, while one runs; a second one acts at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from manifests.spec import job_from
 from pipelines import background, execute, pretrain, stopping
 from pipelines.runs.local import LocalRun
 
-# Says which signals have come, and ends by none.
+# Prints the signals that it receives, and is not ended by them.
 STUBBORN = """
 import os, signal
 for number in (signal.SIGINT, signal.SIGTERM):

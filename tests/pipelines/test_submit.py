@@ -1,5 +1,5 @@
-"""`yaongi submit`, and the verbs on its runs, against a server that speaks as much of the API of Kubeflow Pipelines as
-they need; the answers have the shapes of the client's own models."""
+"""`yaongi submit`, and the verbs on its runs, with a server that implements the part of Kubeflow Pipelines' API that
+they need; its answers are shaped like the client's own models."""
 
 import io
 import json

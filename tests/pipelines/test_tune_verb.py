@@ -1,4 +1,4 @@
-"""`yaongi tune` of a model of others, with its own tokenizer: from chats to a folder that transformers loads."""
+"""`yaongi tune` of a published model with its own tokenizer: from chats to a folder that transformers loads."""
 
 from __future__ import annotations
 

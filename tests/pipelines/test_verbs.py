@@ -76,7 +76,7 @@ def test_a_background_run_that_is_stopped_and_resumed_trains_as_if_undisturbed(y
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     for place in (undisturbed, disturbed):
         place.mkdir()
-        job = small_job(place, steps=150, checkpoint={"every_steps": 1000})  # but for the one that the stop saves
+        job = small_job(place, steps=150, checkpoint={"every_steps": 1000})  # except the one that the stop saves
         # The same name in both places: what a run computes is in it, and so are its paths.
         job.write_text(job.read_text().replace(f"{place}/", ""))
     monkeypatch.chdir(undisturbed)
