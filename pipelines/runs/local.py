@@ -40,14 +40,18 @@ class LocalRun:
         """The job of the last start; None if neither the run directory nor the workdir has it."""
         for file in (self.directory / "job.yaml", background.job_file(self.workdir, self.name)):
             if file.is_file():
-                # Unless it says otherwise, relative paths in it start where the job was started, not here.
-                return job_from({"storage": {"sources_dir": None}}, read_yaml(file), str(file))
+                return _stored(file)
         return None
 
     def view(self) -> View:
         alive = background.is_alive(self.workdir, self.name)  # first: a run that ends in between would look killed
         process, log = background.read(self.workdir, self.name), locallogs.newest(self.workdir, self.name)
-        state, why = _running(process, log) if alive else self._ended(process)
+        if alive:
+            state, why = _running(process, log)
+        else:
+            state, why = (
+                ("running", f"in step tune of {base.name}") if (base := self._tuner()) else self._ended(process)
+            )
         rows = [("directory", str(self.directory))]
         if process:
             rows.append(("process", f"{process.pid} on {process.host}, started in {process.cwd}"))
@@ -60,7 +64,18 @@ class LocalRun:
     def show_logs(self, console: Console, *, follow: bool, rank: int | None, task: str) -> None:
         locallogs.show(self, self.directory, self.workdir, console, follow=follow, rank=rank, task=task)
 
+    def _tuner(self) -> LocalRun | None:
+        """The run in whose step `tune` this one is trained now."""
+        for file in background.folder(self.workdir).glob("*.yaml"):
+            if file.stem != self.name and background.is_alive(self.workdir, file.stem):
+                job = _stored(file)
+                if job.tune and job.tuning().run_name == self.name:
+                    return LocalRun(file.stem, self.directory.parent / file.stem, self.workdir)
+        return None
+
     def stop(self, write: Callable[[str], None]) -> str:
+        if not background.is_alive(self.workdir, self.name) and (base := self._tuner()):
+            return base.stop(write)
         job, name, place = self.job(), self.name, again(self.workdir)
         directory = Path(job.run_dir) if job else self.directory  # on the cluster's volume if it trains there
         before = latest_step(directory)
@@ -79,6 +94,11 @@ class LocalRun:
 
     def resume(self, sets: Sequence[str], write: Callable[[str], None]) -> str:
         job, name = self.job(), self.name
+        if base := self._tuner():
+            raise LaunchError(
+                f"run {name} is already running, in step tune of {base.name}; follow it: yaongi logs {base.name} "
+                f"--follow{again(self.workdir)}"
+            )
         if job is None:
             raise LaunchError(
                 f"run {name}: neither {self.directory} nor {self.workdir} holds its job; start it: "
@@ -119,6 +139,11 @@ class LocalRun:
         if process.code in STOPS:
             return "stopped", go_on
         return "failed", process.error
+
+
+def _stored(file: Path) -> JobSpec:
+    # Unless it says otherwise, relative paths in it start where the job was started, not here.
+    return job_from({"storage": {"sources_dir": None}}, read_yaml(file), str(file))
 
 
 def local_runs(workdir: Path) -> dict[str, LocalRun]:

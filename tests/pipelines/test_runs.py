@@ -168,6 +168,25 @@ def test_only_one_process_drives_a_run_and_how_it_ended_is_kept(job, run, tmp_pa
     assert run.view().state == "finished"
 
 
+def test_a_run_that_is_tuned_is_driven_by_the_run_whose_job_tunes_it(job, run, tmp_path, monkeypatch):
+    chat = {"licence": "MIT", "origin": {"kind": "files", "paths": ["sample://chat.jsonl.gz"]}}
+    tunes = job.updated({"tune": {"steps": 3, "sources": {"chat": chat}}})
+    assert tunes.run_name == run.name
+    tuned = local.LocalRun(tunes.tuning().run_name, run.directory.parent / tunes.tuning().run_name, tmp_path)
+    (tuned.directory / "checkpoints").mkdir(parents=True)
+    stopped = []
+    monkeypatch.setattr(
+        background, "stop", lambda workdir, name, *_: stopped.append(name) or background.read(workdir, name)
+    )
+    with background.driving(tunes, tmp_path):
+        shown = tuned.view()
+        assert (shown.state, shown.why) == ("running", f"in step tune of {run.name}")
+        with pytest.raises(LaunchError, match=rf"already running, in step tune of {run.name}; follow it: yaongi logs"):
+            tuned.resume([], print)
+        assert f"stopped {run.name}" in tuned.stop(print) and stopped == [run.name]
+    assert tuned.view().state == "idle"
+
+
 def test_somebody_who_just_looks_keeps_nobody_from_driving_a_run(job, tmp_path, monkeypatch):
     monkeypatch.setattr(background, "LOOK_PATIENCE_SECONDS", 60)  # on a busy machine the look takes its time
     with background.driving(job, tmp_path):
