@@ -1,4 +1,4 @@
-"""Waiting for what threads and processes do."""
+"""Wait for threads and processes."""
 
 from __future__ import annotations
 

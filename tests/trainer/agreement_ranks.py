@@ -1,4 +1,4 @@
-"""One of two ranks that are told of unlike machines: what each would have chosen, and what both choose together."""
+"""One of two ranks with simulated, different machines: what each would choose alone, and what both choose together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CAPABILITY = {False: (8, 0), True: (7, 5)}
 
 
 def chosen_together(spec, world: World) -> dict:
-    """What the run is made of, and what the log says of it."""
+    """The run's dtypes and backends, and the log about them."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -85,7 +85,7 @@ def main() -> None:
     with (
         patch.object(agreement, "device_bytes", lambda _: memory),
         patch.object(compiled, "compiler_problem", lambda _: "the compiler fails" if weak else None),
-        patch.object(compiled, "problem", lambda *_: world.barrier()),  # where ranks that share experts would wait
+        patch.object(compiled, "problem", lambda *_: world.barrier()),  # where ranks that share experts would block
     ):
         shared = spec.updated({"parallel": {"expert": 2}, "runtime": {"compile": "auto"}})
         found["shared experts"] = chosen_together(shared, world)

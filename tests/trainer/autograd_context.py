@@ -1,4 +1,4 @@
-"""Hand-written functions called without autograd, whose engine asks for a real GPU."""
+"""Call hand-written autograd functions without autograd's engine, which needs a real GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Context:
-    """In place of autograd's, for a call with `arguments`."""
+    """Replaces autograd's context, for a call with `arguments`."""
 
     saved_tensors: tuple[Tensor, ...]
 

@@ -23,7 +23,7 @@ def micro_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def answers_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, but of one of the two sources only answers are trained."""
+    """The same, but only answers of one of the two sources are trained."""
     directory = tmp_path_factory.mktemp("answers-data")
     micro.make_data(directory, answers={"ko": 3})
     return directory
@@ -31,13 +31,13 @@ def answers_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
-    """What a test draws does not depend on the tests before it."""
+    """Random numbers of a test do not depend on earlier tests."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def remote_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies the code that it imports from a model's folder; not into the home directory here."""
+    """Keep transformers from copying code that it imports from a model's folder into the home directory."""
     from transformers import dynamic_module_utils
 
     with pytest.MonkeyPatch.context() as patch:
@@ -49,14 +49,14 @@ def remote_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def quiet_checkpoint_library() -> None:
-    """It logs every call at DEBUG, which a failing test would show instead of the failure."""
+    """It logs every call at DEBUG, which would hide the failure in a failing test's output."""
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
     logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
 
 
 @pytest.fixture
 def leave_no_traces() -> Iterator[None]:
-    """Training changes signal handlers, threads and determinism of its process; it owns the process elsewhere."""
+    """Restore signal handlers, threads and determinism, which training changes; normally it owns its process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     threads = torch.get_num_threads()
     yield

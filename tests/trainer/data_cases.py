@@ -15,7 +15,7 @@ VOCAB = 4096
 
 
 def random_documents(seed: int, count: int, longest: int = 120) -> list[np.ndarray]:
-    """Documents of 1 … `longest` tokens that end in EOD (0) and hold no other 0."""
+    """Documents of 1 … `longest` tokens that end in EOD (0) and contain no other 0."""
     rng = np.random.default_rng(seed)
     documents = [rng.integers(1, VOCAB, rng.integers(1, longest + 1)).astype(np.uint16) for _ in range(count)]
     for document in documents:

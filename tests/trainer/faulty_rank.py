@@ -1,8 +1,8 @@
-"""The entrypoint as it is, but with ranks that misbehave as FAULT says: `faulty_rank.py [ARGUMENT OF THE ENTRYPOINT]…`.
+"""The unchanged entrypoint with ranks that fail as FAULT says: `faulty_rank.py [ARGUMENT OF THE ENTRYPOINT]…`.
 
-FAULT is a word and, after a space, what it needs: `stall STEP` never gets the data of that step; `hold STEP` gets it
-once the rank has been asked to stop, and no step after it before that; `late FILE` makes a file and only then, on the
-last rank, goes to the final barrier; `die FILE` is killed there instead.
+FAULT is a word and, after a space, its argument: `stall STEP` never gets the data of that step; `hold STEP` gets it,
+and later steps, only after the rank has been asked to stop; with `late FILE` the last rank creates a file before it
+enters the final barrier; with `die FILE` it is killed there instead.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Ranks as forks of one process that has imported PyTorch, which is most of what a rank of a small test costs.
+"""Ranks as forks of one process that has imported PyTorch, which is most of the cost of a rank in a small test.
 
-What users start has a process of its own for each rank, and so have the tests that start the entrypoint. Here a rank
-differs only in that the imports were made before it.
+Users' ranks are separate processes, and so are those of tests that start the entrypoint. The only difference of ranks
+here is that the imports were made before them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ports import free_port
 
 from trainer.spec import TrainSpec
 
-# What ranks import, at the top of their modules or when they come to it.
+# What ranks import, at the top of their modules or later.
 PRELOAD = (
     *("trainer.__main__", "trainer.loop", "trainer.compiled", "trainer.optim.shares", "trainer.model.rows"),
     *("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"),
@@ -41,11 +41,11 @@ def run(
     variables: Sequence[dict[str, str]] = (),
     timeout: float = 600,
 ) -> list[tuple[int, str]]:
-    """Call `module.main()` on so many ranks that meet each other, with `arguments` in sys.argv.
+    """Call `module.main()` on ranks of one process group, with `arguments` in sys.argv.
 
     Args:
         directory: where the ranks' outputs are written.
-        variables: for each rank, beside those of torchrun.
+        variables: environment of each rank, in addition to torchrun's.
 
     Returns:
         Exit code and output of each rank.
@@ -64,7 +64,7 @@ def run(
     ready, _, _ = select.select([server.stdout], [], [], timeout)
     answer = server.stdout.readline() if ready else ""
     outputs = [log.read_text() if log.exists() else "" for log in logs]
-    if not answer:  # with its ranks, and the next test has another
+    if not answer:  # with its ranks; the next test gets a new one
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         raise AssertionError(f"no answer from the ranks in {timeout} s:\n" + "\n".join(outputs)[-8000:])
@@ -72,7 +72,7 @@ def run(
 
 
 def done(found: list[tuple[int, str]]) -> list[str]:
-    """The outputs of ranks that have all ended well."""
+    """The outputs of ranks, all of which must have succeeded."""
     assert not any(code for code, _ in found), "\n".join(output for _, output in found)[-8000:]
     return [output for _, output in found]
 

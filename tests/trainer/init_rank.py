@@ -1,4 +1,4 @@
-"""Rank 0 of 64 that only this process believes in builds the requested model: what it holds, and what that took."""
+"""Build the requested model as rank 0 of 64, the others of which do not exist: what it holds, and its peak memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.parallel.mesh import Mesh
 
 
 def peak() -> int:
-    """Bytes that this process has had at most since its peak was reset."""
+    """Peak memory of this process in bytes, since its peak was reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

@@ -19,7 +19,7 @@ from trainer.spec import TrainSpec
 
 
 def make_model(spec: TrainSpec) -> HybridModel:
-    """Random weights large enough that wrong wiring shows in the logits, and router biases that are not zero."""
+    """Random weights large enough that errors show in the logits, and router biases that are not zero."""
     classes = token_classes(Path(spec.tokens.tokenizer) / "tokenizer.json")
     model = build_model(spec.model, spec.backends, seed=3, token_classes=classes)
     generator = torch.Generator().manual_seed(4)
@@ -32,7 +32,7 @@ def make_model(spec: TrainSpec) -> HybridModel:
 
 
 def save_checkpoint(spec: TrainSpec, model: HybridModel, step: int) -> CheckpointManifest:
-    """What training would have published after `step` steps, without its optimizer state."""
+    """Publish a checkpoint as after `step` steps of training, without optimizer state."""
     hidden = checkpoint.unfinished_dir(spec.run_dir, step)
     hidden.mkdir(parents=True)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -64,7 +64,7 @@ def make_run(
 
 
 def write_metrics(spec: TrainSpec, steps: int) -> None:
-    """logs/metrics.jsonl as training writes it: a falling loss, one skipped step, unequal sources."""
+    """Write logs/metrics.jsonl as training does: a falling loss, one skipped step, unequal sources."""
     lines = []
     for step in range(1, steps + 1):
         line = {

@@ -1,4 +1,4 @@
-"""A model and a corpus so small that a whole run of several processes takes seconds: for tests of the runtime."""
+"""A model and a corpus so small that a run of several processes takes seconds: for tests of the runtime."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_data(directory: Path, seed: int = 7, answers: dict[str, int] | None = N
     """`directory/{tokenizer,shards}`: two sources of random sentences.
 
     Args:
-        answers: sources of whose documents only random ranges are trained, and at most how many of each document.
+        answers: sources whose documents are trained only on random ranges, with their maximum number per document.
     """
     rng = random.Random(seed)
     texts = {
@@ -106,7 +106,7 @@ def write_spec(spec: TrainSpec, file: Path) -> Path:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Of child processes: no variables of a surrounding torchrun, one thread."""
+    """The environment of child processes: no variables of a surrounding torchrun, one thread."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PET_", "TORCHELASTIC", "YAONGI"))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         kept.pop(name, None)
@@ -119,7 +119,7 @@ def start(
     """Start the entrypoint (or one rank) on a spec, which is written beside the run directory.
 
     Args:
-        fault: the entrypoint's ranks misbehave so, see faulty_rank.py.
+        fault: how the entrypoint's ranks fail, see faulty_rank.py.
     """
     file = write_spec(spec, Path(spec.run_dir).with_suffix(".yaml"))
     program = [FAULTY] if fault else ["-m", module]
@@ -139,13 +139,13 @@ def finish(process: subprocess.Popen, timeout: float = 400) -> tuple[int, str]:
 
 
 def end_rank(code: int = 0) -> NoReturn:
-    """End a rank's process without the teardown of torch's threads, as trainer/__main__.py does and for its reasons."""
+    """End a rank's process without the teardown of torch's threads, as in trainer/__main__.py, for the same reasons."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def metrics(spec: TrainSpec) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl, but for one that is being written."""
+    """Lines of metrics.jsonl, except one that is still being written."""
     *lines, _unfinished = (Path(spec.run_dir) / "logs" / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""Bare parameters under the names of a model with every kind of layer, and what the optimizers make of each."""
+"""Bare parameters with the names of a model with every kind of layer, and the expected optimizer of each."""
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ DECODER = ModelSpec.model_validate(
     }
 )
 
-# name → (shape, optimizer, number of Muon blocks, rate factor, decay), written down by hand.
+# name → (shape, optimizer, number of Muon blocks, rate factor, decay), written by hand.
 EXPECTED = {
     "embedding.weight": ((32, 16), "adamw", 0, 1, True),
     "head.weight": ((32, 16), "adamw", 0, 1, True),

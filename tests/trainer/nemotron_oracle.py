@@ -1,4 +1,4 @@
-"""transformers' NemotronH as an oracle: the same architecture written by others, with our weights copied into it."""
+"""transformers' NemotronH as an oracle: an independent implementation of the architecture, with our weights."""
 
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
@@ -36,14 +36,14 @@ def nemotron_for(spec: ModelSpec) -> NemotronHForCausalLM:
     model = NemotronHForCausalLM(config)
     for block in model.model.layers:
         if block.block_type == "linear_attention":
-            # The mixer class takes time_step_min, a constant of the initialisation, for a lower bound of dt in the
-            # forward pass; the published checkpoints and the paper have none.
+            # The mixer class uses time_step_min, a constant of the initialisation, as a lower bound of dt in the
+            # forward pass; the published checkpoints and the paper have no bound.
             block.mixer.time_step_limit = tuple(config.time_step_limit)
     return model
 
 
 def paired_parameters(ours: HybridModel, theirs: NemotronHForCausalLM) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(name, our tensor, the view of their tensor that means the same) for every parameter and router bias of ours."""
+    """(name, our tensor, the corresponding view of their tensor) for each of our parameters and router biases."""
     backbone = theirs.model
     pairs = [
         ("embedding.weight", ours.embedding.weight, backbone.embeddings.weight),
@@ -109,7 +109,7 @@ class _Rows:
 @torch.no_grad()
 def copy_weights(ours: HybridModel, theirs: NemotronHForCausalLM) -> None:
     for block in theirs.model.layers:
-        if block.block_type == "moe":  # they always have a shared expert; an output of zero is none
+        if block.block_type == "moe":  # they always have a shared expert; with zero output it has no effect
             block.mixer.shared_experts.down_proj.weight.zero_()
     for _name, mine, other in paired_parameters(ours, theirs):
         other.copy_(mine)

@@ -1,4 +1,4 @@
-"""What each process of test_optim_distributed.py does: train the same parameters alone and with the other ranks."""
+"""A process of test_optim_distributed.py: train the same parameters alone and with the other ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def spec(**changes) -> OptimizerSpec:
 
 
 def gradients(step: int) -> dict[str, torch.Tensor]:
-    """After the first step some blocks have none, which ranks that hold only a part of them must find out together."""
+    """After the first step some blocks have no gradient, which ranks with only parts of them must detect together."""
     generator = torch.Generator().manual_seed(step)
     found = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     found["layers.0.0.mixer.zxbc_proj.weight"] *= 1e-30
@@ -65,7 +65,7 @@ def train(network: Named, optimizers: Optimizers) -> list[float]:
 
 
 class Counter:
-    """Stands in for the orthogonalisation and counts matrices by shape."""
+    """Replaces the orthogonalisation and counts matrices by shape."""
 
     def __init__(self) -> None:
         self.original: Callable = muon.orthogonalise_
@@ -103,7 +103,7 @@ def case(layout: str, options: dict, mesh: DeviceMesh, directory: Path) -> None:
     everything = sum(tensor.numel() for tensor in reference.state_dict().values() if tensor.dim())
     assert int(own) == everything, "momentum and moments exist once"
 
-    # Saved by all ranks, loaded by one that is alone, and by all of them into another layout.
+    # Saved by all ranks, loaded by a single rank, and by all ranks into another layout.
     path = directory / f"{layout}-{'-'.join(map(str, options)) or 'plain'}-{dist.get_world_size()}"
     dcp.save(optimizers.state_dict(), checkpoint_id=path)
     for other in (build_optimizers(Named(SHAPES), spec(**options), DEEP, share_over=over) for over in (None, mesh)):

@@ -1,6 +1,6 @@
-"""One rank of several training runs, one after the other in the same processes: importing PyTorch costs most of a test.
+"""One rank of several training runs in turn in the same processes, since importing PyTorch is most of a test's cost.
 
-`run` starts the ranks. A case is a TrainSpec, and a run to begin from the first checkpoint of.
+`run` starts the ranks. A case is a TrainSpec, and optionally a run from whose first checkpoint it starts.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from trainer.specbase import parse
 
 @dataclass
 class Case:
-    """What to train, and whose run it goes on with from the first checkpoint."""
+    """What to train, and the run that it continues from its first checkpoint."""
 
     spec: TrainSpec
     begin: Path | None = None
 
 
 def run(specs: list[TrainSpec], ranks: int, directory: Path, timeout: float = 900) -> list[list[dict[str, Any]]]:
-    """Train all specs, in order, on `ranks` processes. For each spec what each rank has observed (see `observe`)."""
+    """Train all specs in order on `ranks` processes; returns what each rank observed for each spec (see `observe`)."""
     return run_cases([Case(spec) for spec in specs], ranks, directory, timeout)
 
 
@@ -47,7 +47,7 @@ def run_cases(cases: Sequence[Case], ranks: int, directory: Path, timeout: float
 
 
 def observe(run: Any) -> dict[str, Any]:
-    """Elements that this rank keeps, and whether its initial weights are a part of those of a model built whole."""
+    """Number of elements on this rank, and whether its initial weights equal its part of the unsharded model's."""
     import torch
 
     from trainer.kinds.ngrams import token_classes
@@ -75,7 +75,7 @@ def observe(run: Any) -> dict[str, Any]:
 
 
 def refuses_broken_weights(run: Any) -> bool:
-    """Whether this rank saves no checkpoint while a number that the last rank holds is none."""
+    """Whether this rank saves no checkpoint while the last rank holds a number that is not finite."""
     import torch
 
     from trainer.errors import DivergedError
@@ -119,7 +119,7 @@ def main() -> None:
         return prepared
 
     loop.prepare = observing
-    # What the compiler captures does not depend on the backend; this one makes no code, which would take minutes.
+    # What the compiler captures does not depend on the backend; this one generates no code, which would take minutes.
     preparing.compile_layers = compiled.compile_layers = partial(preparing.compile_layers, backend="aot_eager")
     for port, value, begin in json.loads(file.read_text()):
         os.environ["MASTER_PORT"] = str(port)

@@ -1,6 +1,6 @@
-"""One of three ranks of the preflight tests: makes the checks between ranks, in turn with one fault after another.
+"""One of three ranks of the preflight tests: runs the checks between ranks with one fault after another.
 
-Each rank prints what a case gave, as JSON; `NODE_NAME` says which machine it pretends to be on.
+Each rank prints the result of a case as JSON; `NODE_NAME` is the machine on which it pretends to be.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""transformers' Qwen3 and Qwen3-MoE as oracles: the same decoders written by others, with our weights copied in."""
+"""transformers' Qwen3 and Qwen3-MoE as oracles: independent implementations of the decoders, with our weights."""
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -64,7 +64,7 @@ def qwen_for(spec: ModelSpec) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
 
 
 def paired(ours: HybridModel, theirs) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:
-    """Name → our tensor and theirs, which one below the other make ours."""
+    """Name → our tensor and their tensors, which concatenated by rows give ours."""
     found = {"embedding.weight": (ours.embedding.weight, [theirs.model.embed_tokens.weight])}
     if not ours.spec.tied_embedding:
         found["head.weight"] = (ours.head.weight, [theirs.lm_head.weight])

@@ -1,4 +1,4 @@
-"""Two real ranks on machines that are told to be unlike: both choose the same, what the weaker one can do."""
+"""Two real ranks on simulated, different machines: both choose the same, which the weaker one supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training and scoring with the loss on answers: the mean over a step's trained tokens, however it is divided."""
+"""Training and scoring with the loss on answers: the mean over a step's trained tokens, for every division of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that begin with the weights of another model, over ranks that share them in several ways."""
+"""Runs that start with the weights of another model, in several layouts of ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer.pretrained import find, refuse_misfit, tokenizer_of
 from trainer.spec import TrainSpec
 from trainer.trained import load_trained
 
-STILL = {  # a step that changes nothing, so that the checkpoint after it holds what the run began with
+STILL = {  # a step without effect, so that its checkpoint holds the initial weights
     "steps": 1,
     "optimizer": {"muon": {"learning_rate": 1e-30}, "adamw": {"learning_rate": 1e-30}},
     "schedule": {"final_learning_rate": 0.0},

@@ -1,4 +1,4 @@
-"""Checkpoints on a disk that lies, fills up or loses bytes."""
+"""Checkpoints on a disk that corrupts data, fills up or loses bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_checkpoint(run_dir: Path, step: int, *, skipped: int = 0, broken: bool
     """A checkpoint of a small module, made of the same parts as a real one.
 
     Args:
-        skipped: so many steps before it were skipped.
+        skipped: number of skipped steps before it.
         broken: a weight is infinite, which an earlier version would have published.
     """
     torch.manual_seed(step)
@@ -278,7 +278,7 @@ def test_weights_come_back_and_another_shape_is_refused(two_checkpoints: Path):
 
 
 def test_tensors_that_cannot_be_read_are_one_line(two_checkpoints: Path, tmp_path: Path):
-    """What happens to a file between verification and loading, or on another node than the one that verified."""
+    """A file changes between verification and loading, or on another node than the one that verified it."""
     path = tmp_path / "step-00000008"
     shutil.copytree(two_checkpoints / "checkpoints" / "step-00000008", path)
     (path / "__0_0.distcp").unlink()

@@ -1,4 +1,4 @@
-"""A checkpoint's index is pickled: every Python that runs yaongi reads every other's, and nothing else is let in."""
+"""A checkpoint's index is pickled: every supported Python reads those of all others, and other content is refused."""
 
 import pickle
 from typing import Any

@@ -1,4 +1,4 @@
-"""Layers under torch.compile: one graph for each kind, none again over many packed batches, and the same numbers."""
+"""Layers under torch.compile: one graph for each kind, no recompilation over many packed batches, the same numbers."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def _fresh():
 
 
 def batches(steps: int, length: int = 64):
-    """Rows cut into documents at random, so that no two batches have as many, and other experts are chosen."""
+    """Rows split randomly into documents, so that batches differ in their number, and in the chosen experts."""
     generator = torch.Generator().manual_seed(3)
     for _ in range(steps):
         ids_BT = torch.randint(0, SPEC.vocab_size, (2, length), generator=generator)
@@ -59,7 +59,7 @@ def train(model: HybridModel, *, steps: int) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "steps"), [("none", 50), ("selective", 10), ("full", 10)])
 def test_no_graph_break_and_no_recompilation_over_packed_batches(policy, steps):
-    """What dynamo captures does not depend on the backend; this one makes no code of its own, so that it is quick."""
+    """What dynamo captures does not depend on the backend; this one generates no code, so that it is quick."""
     expected = train(build_model(SPEC, seed=0), steps=steps)
     model = build_model(SPEC, seed=0)
     set_policy(model, policy)
@@ -76,14 +76,14 @@ def test_no_graph_break_and_no_recompilation_over_packed_batches(policy, steps):
 
 
 def one_layer(symbols: str, shared_width: int = 0) -> ModelSpec:
-    """Five experts are no multiple of a vector's width."""
+    """Five experts are not a multiple of a vector's width."""
     engram = [{**SPEC.engram[0].model_dump(), "layer": 0}] if "N" in symbols else []
     moe = {"num_experts": 5, "shared_width": shared_width}
     return SPEC.updated({"layers": [symbols], "engram": engram, "moe": moe, "mtp": None})
 
 
 def decoder(symbols: str) -> ModelSpec:
-    """What the hybrid has not: norms and biases in attention, rotations, gates, a softmax router, one embedding."""
+    """What the hybrid lacks: norms and biases in attention, rotations, gates, a softmax router, tied embeddings."""
     changes = {
         "attention": {"rope_theta": 1e4, "qk_norm": True, "bias": True},
         "mlp": {"activation": "swiglu", "bias": True},
@@ -120,7 +120,7 @@ def assert_same_gradients(
 
 
 def test_generated_code_reads_after_it_has_scattered():
-    """The gradient of chosen scores beside that of all scores; torch alone, so that it says whose fault it is."""
+    """The gradient of chosen scores and that of all scores; only torch, so that it shows where an error comes from."""
     compiling._keep_mutations_in_order()
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(128, 5, generator=generator).argsort(1)[:, :2].contiguous()
@@ -203,7 +203,7 @@ def test_generated_code_recomputes_what_it_differentiates(policy: str, symbols: 
     [("*-", 0.03), rarely("N", 0.15), *(rarely(symbols, compiled.TOLERANCE["bf16"]) for symbols in ("E", "ME"))],
 )
 def test_generated_code_differs_in_bf16_by_less_than_the_check_of_a_run_allows(symbols: str, rel: float):
-    """It rounds less often; in one of 128 tokens or so another expert is then chosen."""
+    """It rounds less often, so about one in 128 tokens chooses another expert."""
     assert_same_gradients(one_layer(symbols), dtype=torch.bfloat16, rel=rel)
 
 

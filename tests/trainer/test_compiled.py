@@ -1,4 +1,4 @@
-"""The comparison at the start of a compiled run: what it finds, what follows from it, and that it leaves no trace."""
+"""The comparison at the start of a compiled run: what it finds, its consequences, and that it has no side effects."""
 
 from __future__ import annotations
 

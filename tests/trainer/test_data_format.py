@@ -1,4 +1,4 @@
-"""Shards against golden bytes and a reader written from the format's description alone."""
+"""Shards against golden bytes and a reader written only from the format's description."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_reads_golden_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("blocks", [3, 1000])
 def test_independent_reader_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
-    monkeypatch.setattr(shards, "BLOCK", blocks)  # the index is finished and checked in blocks: cover their borders
+    monkeypatch.setattr(shards, "BLOCK", blocks)  # the index is written and checked in blocks: cover their boundaries
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 70_000, rng.integers(1, 9)).tolist() for _ in range(100)]
     write(tmp_path / "a", documents, "int32", at_once=7)

@@ -1,4 +1,4 @@
-"""Rows of a step: exactly its tokens, whatever the packing; best fit cuts few documents."""
+"""Rows of a step: exactly its tokens with every packing; best fit splits few documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arithmetic of `describe` against the modules that are really built, and against published counts."""
+"""The arithmetic of `describe` against real modules, and against published counts."""
 
 import io
 import subprocess
@@ -152,7 +152,7 @@ def test_flops_are_those_that_torch_counts(layer, changes):
     counted = counter.get_total_flops() / ids_BT.numel()
     weights, core = matrix_flops_per_token(parameters(spec)), core_flops_per_token(spec, layer, length)
     if layer == "*":
-        core *= 2  # the reference computes both halves of the causal square, of which one is useful
+        core *= 2  # the reference computes both halves of the causal square, only one of which is needed
     assert counted - weights == pytest.approx(core, rel=0.06)
 
 

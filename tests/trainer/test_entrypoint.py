@@ -1,4 +1,4 @@
-"""The entrypoint: how the ends of real child processes become exit codes, restarts and a termination message."""
+"""The entrypoint: from the ends of real child processes to exit codes, restarts and a termination message."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def after(file):
 def shim(
     micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., tuple[int, dict]]]:
-    """Runs the entrypoint in this process on children that run `body`; gives exit code and termination message."""
+    """Runs the entrypoint in this process with children that run `body`; returns exit code and termination message."""
     for name in list(os.environ):
         if name.startswith(("PET_", "YAONGI", "OMP_")):
             monkeypatch.delenv(name)
@@ -101,7 +101,7 @@ CASES = {
     "hang": ("fail(161, 'no step finished')", 161),
     "gpu": ("fail(162, 'CUDA error')", 162),
     "stopped elsewhere": ("os._exit(143)", 143),
-    # One rank fails and the other only notices, in either order.
+    # One rank fails and the other only notices it, in either order.
     "peer killed": ("wait() if rank else os.kill(os.getpid(), signal.SIGKILL)", 137),
     "peer has bad data": (
         "(after(directory + '/rank-0.json'), fail(160, 'peer gone')) if rank else fail(65, 'bad shard')",

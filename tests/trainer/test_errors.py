@@ -1,4 +1,4 @@
-"""Every foreseen error is one row of the table of exit codes; everything else is a fault of the program."""
+"""Every foreseen error has one row in the table of exit codes; all others are bugs."""
 
 from __future__ import annotations
 

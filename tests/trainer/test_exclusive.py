@@ -1,4 +1,4 @@
-"""One training in a run directory, whatever becomes of the processes and machines that train."""
+"""Only one process group trains in a run directory, even if processes and machines fail."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_holder_on_another_machine_is_believed_as_long_as_it_gives_signs_of_life
 def test_lock_that_a_lost_machine_left_is_taken_over_and_its_process_ends_when_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """NFS may keep such a lock for ever. The holder stands still, as behind a network that is gone."""
+    """NFS may keep such a lock forever. The holder is suspended, as if its network were gone."""
     monkeypatch.setattr(limits, "MISSED_RENEWALS", 2)
     with trained(tmp_path, "there") as lost:
         os.kill(lost.pid, 19)  # SIGSTOP

@@ -1,4 +1,4 @@
-"""An exported directory gives back the checkpoint's logits, refuses damage, and says what it is made of."""
+"""An exported directory gives the checkpoint's logits, refuses damage, and states what it contains."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What a failure of a rank is called: codes of exceptions and signals, which one explains the others, the watchdog."""
+"""Names of a rank's failures: codes of exceptions and signals, which failure caused the others, the watchdog."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs and exports of former versions load for ever: resumed, evaluated, exported and read."""
+"""Runs and exports of earlier versions still load: they are resumed, evaluated, exported and read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison that writes FP8 parity records: it must pass what is right and fail what is a little wrong.
+"""The comparison that writes FP8 parity records: it must accept correct results and reject slightly wrong ones.
 
 torch's tensor-wise products also run on a CPU, which accepts more than a GPU: enough to exercise the comparison.
 """
@@ -53,7 +53,7 @@ def test_transformer_engine_is_compared_where_it_takes_the_number_of_tokens():
 
 
 def test_a_kernel_that_refuses_is_a_line_and_the_others_go_on(monkeypatch, capsys):
-    """Whatever it raises: Triton's errors are no RuntimeErrors."""
+    """With any exception: Triton's errors are not RuntimeErrors."""
     file = Path(__file__).parents[2] / "benchmarks" / "parity.py"
     spec = importlib.util.spec_from_file_location("parity_benchmark", file)
     benchmark = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""torch's own rules for operands of scaled products on a GPU, which it checks on tensors without data too.
+"""torch's own rules for operands of scaled products on a GPU, which it also checks on tensors without data.
 
 A CPU's products accept more layouts than a GPU's, so running them here would prove nothing; these checks are the ones
 that torch applies before it calls a kernel.
@@ -38,7 +38,7 @@ def test_a_gpu_would_take_the_operands_of_all_three_products(scaling, gradient, 
 
 
 def test_those_rules_refuse_what_a_gpu_would_refuse():
-    """Else the test above could not fail."""
+    """Otherwise the test above could not fail."""
     with FakeTensorMode():
         a, one = torch.empty(32, 64, dtype=E4M3, device="cuda"), torch.empty((), device="cuda")
         with pytest.raises(RuntimeError, match="col_major"):

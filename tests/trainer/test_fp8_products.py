@@ -1,4 +1,4 @@
-"""FP8 layers on a CPU, by emulation, against the same products computed in FP64 from numbers that are rounded here."""
+"""Emulated FP8 layers on a CPU, against the same products computed in FP64 from numbers that are rounded here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fp8_linear(inputs: int, outputs: int, how: Recipe, history: int = 4) -> tupl
 
 
 def rounded(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
-    """FP64 numbers that FP8 with this scale stands for."""
+    """The FP64 values of numbers in FP8 with this scale."""
     return (x.float() * scale.float()).clamp(-MAX[dtype], MAX[dtype]).to(dtype).double() / scale.double()
 
 
@@ -66,7 +66,7 @@ def expected(x: Tensor, w: Tensor, g: Tensor, scaling: str, gradient: torch.dtyp
 @pytest.mark.parametrize("scaling", RECIPES)
 @pytest.mark.parametrize("tokens", [48, 130])
 def test_the_three_products(scaling, gradient, tokens):
-    """At the first step the delayed recipe knows nothing and scales by the tensor's own amax."""
+    """At the first step the delayed recipe has no history and scales by the tensor's own amax."""
     layer, state = fp8_linear(256, 128, recipe(scaling, gradient))
     x = (torch.randn(2, tokens // 2, 256) * torch.logspace(-1, 1, 256)).requires_grad_()
     g = torch.randn(2, tokens // 2, 128) * 1e-4
@@ -160,7 +160,7 @@ def test_overflow_of_activations_or_gradients_reaches_the_gradient_norm(scaling,
 @pytest.mark.parametrize(("activation", "maps"), [("relu2", 1), ("swiglu", 2)])
 @pytest.mark.parametrize("scaling", RECIPES)
 def test_grouped_experts_equal_one_expert_after_the_other(scaling, activation, maps):
-    """Against the reference in full precision. Expert 1 gets nobody, expert 2 more than a block of tokens."""
+    """Against the reference in full precision. Expert 1 gets no token, expert 2 more than a block of tokens."""
     torch.manual_seed(0)
     how = recipe(scaling, E4M3 if scaling == "block128" else E5M2)
     state, owner = Fp8State(2, how, 4, CPU), nn.Module()

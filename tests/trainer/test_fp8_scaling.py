@@ -39,7 +39,7 @@ def nearest(value: float, dtype: torch.dtype) -> float:
 
 
 def awkward(dtype: torch.dtype) -> torch.Tensor:
-    """All numbers of the format, the midpoints between neighbours, and what lies a hair beside those."""
+    """All numbers of the format, the midpoints between neighbours, and numbers just above and below these."""
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     numbers = codes[codes.isfinite()].unique()
     middles = (numbers[1:] + numbers[:-1]) / 2

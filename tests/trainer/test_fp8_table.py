@@ -1,4 +1,4 @@
-"""The conversion table of every preset: what takes part in FP8, what does not, and that the two are everything."""
+"""The conversion table of every preset: which matrices use FP8, which do not, and that no matrix is missing."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from trainer.spec import Fp8Spec, RuntimeSpec
 
 
 class Meta:
-    """Stands in for a recipe's state with a history of two steps."""
+    """Replaces a recipe's state, with a history of two steps."""
 
     def __init__(self, values: list[float]) -> None:
         self.amax_history = torch.tensor([[0.0] * len(values), values])
@@ -42,7 +42,7 @@ def test_state_is_the_histories_and_scales_of_all_modules(monkeypatch):
 
 
 def test_conversion_keeps_module_and_parameter(monkeypatch):
-    """FSDP2 puts gathered weights into the module objects it met, so another object would compute with cut ones."""
+    """FSDP2 puts gathered weights into the module objects that it wrapped; another object would use sharded ones."""
 
     class Linear(nn.Module):
         def __init__(self, inputs: int, outputs: int, *, bias: bool, params_dtype: torch.dtype, device: str) -> None:

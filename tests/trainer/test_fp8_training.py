@@ -1,4 +1,4 @@
-"""Runs with FP8 products: they resume exactly, share scales between ranks, read other checkpoints and learn as BF16."""
+"""Runs with FP8 products: they resume exactly, share scales between ranks, read other checkpoints, learn like BF16."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_nothing_to_convert_is_one_clear_line(micro_data: Path, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["delayed", pytest.param("current", marks=pytest.mark.proof)])
 def test_ranks_agree_on_the_scales(micro_data: Path, tmp_path: Path, recipe: str):
-    """The same micro-batches on one rank and on two, so the same amaxes, the largest of which all ranks must know."""
+    """The same micro-batches on one rank and on two give the same amaxes; all ranks must know the largest."""
     runs = []
     for ranks in (1, 2):
         spec = micro.micro_spec(micro_data, tmp_path / str(ranks), steps=2, precision=fp8(recipe))

@@ -1,4 +1,4 @@
-"""Several nodes, each an entrypoint of its own, and ranks that misbehave: what the others do then."""
+"""Several nodes, each with its own entrypoint, and failing ranks: the reaction of the others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.spec import TrainSpec
 
 pytestmark = pytest.mark.slow  # up to four processes that import PyTorch
 
-HANG_SECONDS = 20  # start-up and every step before the one that hangs take less, on a busy machine too
+HANG_SECONDS = 20  # start-up and every step before the one that hangs take less, even on a busy machine
 
 
 def start(spec: TrainSpec, directory: Path, fault: str, node: int = 0, **extra: str) -> subprocess.Popen:
@@ -61,5 +61,5 @@ def test_no_node_ends_well_before_every_rank_has(micro_data: Path, tmp_path: Pat
                 assert reached.exists() or code, f"node {node} ended well while a rank was still at work"
                 found[node] = code
         time.sleep(0.05)
-    # Which of the two is rank 0 the rendezvous decides.
+    # The rendezvous decides which of the two is rank 0.
     assert sorted(found.values()) == sorted(codes.values())

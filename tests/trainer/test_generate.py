@@ -14,7 +14,7 @@ STOP = 0
 
 
 class Chain(nn.Module):
-    """Logits that depend on the last id only: row `id` of a table."""
+    """Logits that depend only on the last id: row `id` of a table."""
 
     def __init__(self, table):
         super().__init__()

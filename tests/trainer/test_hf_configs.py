@@ -1,4 +1,4 @@
-"""Configurations of transformers that would make another model than ours, or none: refused in one line by `find`."""
+"""Configurations of transformers that describe an unsupported model are refused by `find` in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies beside the weights in a folder for transformers: chat template, ends of a text, a tokenizer's own files."""
+"""Files beside the weights in a transformers folder: chat template, ends of a text, a tokenizer's own files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of the process and what it may have."""
+"""The memory of the process and its limit."""
 
 from __future__ import annotations
 

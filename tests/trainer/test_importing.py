@@ -1,4 +1,4 @@
-"""What is imported without the garbage collector."""
+"""Imports without the garbage collector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How we call GPU packages, with stand-ins that check what the packages' sources demand and compute in plain torch."""
+"""Our calls of GPU packages, with fakes that check the requirements of the packages' sources and use plain torch."""
 
 import inspect
 from itertools import pairwise
@@ -20,7 +20,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Let `packages.load(module)` give an object with these attributes."""
+    """Let `packages.load(module)` return an object with these attributes."""
 
     def put(**modules: object) -> None:
         known = {name.replace("__", "."): module for name, module in modules.items()}
@@ -92,7 +92,7 @@ def test_the_real_varlen_takes_what_we_pass():
 
 @pytest.mark.parametrize("name", ["varlen", "flash_attn", "causal_conv1d"])
 def test_calls_compile_as_one_graph(stand_in, name):
-    """Imports, signatures and memory layouts are settled while compiling."""
+    """Imports, signatures and memory layouts are resolved while compiling."""
 
     def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, 0), causal=True):
         return query * key.shape[1] + cu_seq_q[-1] + max_q

@@ -1,4 +1,4 @@
-"""A kind of layer is known by its own file and one field of the model's spec: shown with one that is made here."""
+"""A kind of layer needs only its own files and one field of the model's spec, as shown with one defined here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Manifests, results of steps and checkpoints of a later version: what it added is ignored with one warning."""
+"""Manifests, results of steps and checkpoints of a later version: unknown fields are ignored with one warning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.errors import CheckpointError, DataError
 
 
 def sealed(value: dict[str, Any]) -> str:
-    """As a version that knows these fields would seal them."""
+    """Seal them like a version that knows these fields."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""`tiny` learns from the sample corpus; the optimizers stand in the order that docs/learning.md shows."""
+"""`tiny` learns from the sample corpus; the optimizers rank as in docs/learning.md."""
 
 import importlib.util
 import statistics

@@ -1,4 +1,4 @@
-"""A run that is made longer trains as one that had the length from the start, or says from where it cannot."""
+"""An extended run trains like one that had the length from the start, or says from which step it cannot."""
 
 from __future__ import annotations
 

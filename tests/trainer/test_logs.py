@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard on a disk that is full for a while. A limit on file sizes stands in for the disk."""
+"""metrics.jsonl and TensorBoard on a disk that is temporarily full, simulated by a limit on file sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop in this process, one rank: what it computes, writes and refuses."""
+"""The training loop in this process, with one rank: what it computes, writes and refuses."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_gradients_that_stay_infinite_end_the_run_with_70(
 def test_weights_that_are_not_finite_are_never_published(
     micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ):
-    """An update at step 6 breaks an expert that gets no token, so that no loss and no gradient ever shows it."""
+    """An update at step 6 breaks an expert without tokens, so that it does not show in losses or gradients."""
     plain, calls = Optimizers.step, []
 
     def breaking(optimizers: Optimizers) -> None:
@@ -174,7 +174,7 @@ def test_row_of_skipped_steps_leaves_the_way_back_and_names_it(
 
 
 def test_run_does_not_go_on_from_broken_weights(micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A checkpoint of an earlier version, which looked at nothing."""
+    """A checkpoint of an earlier version, which did not check weights."""
     spec = micro.micro_spec(micro_data, tmp_path / "run", steps=4, checkpoint={"every_steps": 2}, schedule=CONSTANT)
     plain, calls = Optimizers.step, []
 
@@ -255,7 +255,7 @@ def test_save_on_a_full_disk_leaves_the_older_checkpoint_and_training_goes_on(
     caplog: pytest.LogCaptureFixture,
     asynchronous: bool,
 ):
-    """A limit on file sizes stands in for the full disk: the write itself fails, half-way through a file."""
+    """A limit on file sizes simulates a full disk: the write itself fails, halfway through a file."""
     plain = Checkpointer._write
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 

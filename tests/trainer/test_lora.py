@@ -1,4 +1,4 @@
-"""LoRA: adapters alone are trained, as a plain loop over torch.optim.AdamW trains them; an export has them merged."""
+"""LoRA: only adapters are trained, as by a plain loop over torch.optim.AdamW; in an export they are merged."""
 
 from __future__ import annotations
 

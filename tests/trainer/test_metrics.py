@@ -1,4 +1,4 @@
-"""Metrics as a Prometheus server sees them: scraped over HTTP and parsed."""
+"""Metrics as seen by a Prometheus server: scraped over HTTP and parsed."""
 
 import ast
 import pathlib
@@ -134,7 +134,7 @@ def test_conventions():
 
 
 def test_every_metric_of_the_table_is_recorded_somewhere():
-    """A name in the table that no code passes on would be a panel that stays empty."""
+    """The panel of a metric that no code sets would stay empty."""
     table = pathlib.Path(metrics_module.__file__)
     root = table.parents[2]
     for processes, package in ((("trainer",), "trainer"), (("launcher", "data"), "components")):

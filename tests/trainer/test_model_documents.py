@@ -1,4 +1,4 @@
-"""Packed documents do not see each other, whatever the backend, forward and backward."""
+"""Packed documents do not see each other, with any backend, forward and backward."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def build(backends: dict[str, str], spec: ModelSpec = SPEC):
         for layer in model.layers:
             for sublayer in layer:
                 if type(sublayer.mixer).__name__ == "Engram":
-                    sublayer.mixer.conv.weight.normal_(0, 0.5)  # at zero it could not leak
+                    sublayer.mixer.conv.weight.normal_(0, 0.5)  # with zero weights nothing could leak
     return model
 
 

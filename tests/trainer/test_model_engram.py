@@ -79,7 +79,7 @@ def test_ngrams_stop_at_the_start_of_their_document():
 
 
 def byte_level(text: str) -> str:
-    """A text as byte-level BPE stores it: one printable character for each byte of its UTF-8."""
+    """A text as stored by byte-level BPE: one printable character per UTF-8 byte."""
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
     return "".join(piece for piece, _span in pieces)
 

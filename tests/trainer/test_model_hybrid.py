@@ -147,9 +147,9 @@ def test_a_few_steps_learn_a_repeated_text():
     ],
 )
 def test_one_training_step_at_the_widths_of_h100_4b(layers, share):
-    """One layer of each kind with its true sizes, the vocabulary apart; Engram is the larger of the two (4-grams).
+    """One layer of each kind with its real sizes, except the vocabulary; Engram is the larger of the two (4-grams).
 
-    Its tables usually have one row of `share`: what takes 15 s is to draw them.
+    Its tables usually have only one in `share` rows, because initialising all of them takes 15 s.
     """
     engram = {**LARGE.engram[1].model_dump(), "layer": 0}
     engram = [engram | {"rows_per_head": engram["rows_per_head"] // share}] if layers == ["N"] else []

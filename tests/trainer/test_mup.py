@@ -1,4 +1,4 @@
-"""μP: the spectral condition on what is really drawn and stepped, and the coordinate check over widths."""
+"""μP: the spectral condition on real initial weights and updates, and the coordinate check over widths."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def benchmark() -> ModuleType:
 
 @pytest.mark.parametrize("name", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_coordinate_check(name):
-    """What five steps change is as large at four times the width with μP, and larger without."""
+    """Five steps have the same effect at four times the width with μP, and a larger one without."""
     mup, widths = benchmark(), [64, 256]
     exponents = {}
     for with_mup in (False, True):

@@ -21,12 +21,12 @@ CPU = torch.device("cpu")
 
 
 def backends_of(op: str) -> list[str]:
-    """The portable ones; kernels of packages are compared by test_parity.py where they run."""
+    """The portable backends; test_parity.py compares kernels of packages on machines where they run."""
     return [name for name, backend in OPS[op].backends.items() if name != "reference" and backend.portable]
 
 
 def ragged_documents(batch: int, length: int) -> Documents:
-    """Rows cut differently: many short documents, a cut at a chunk's edge, one document alone."""
+    """Rows split differently: many short documents, a boundary at a chunk's edge, a single document."""
     seq_idx_BT = torch.zeros(batch, length, dtype=torch.int32)
     for cut in (1, 2, 7, 16, 17, 23, 32, 40):
         seq_idx_BT[0, min(cut, length) :] += 1
@@ -144,7 +144,7 @@ def expert_inputs(dtype: torch.dtype = torch.float32, maps: int = 1) -> tuple[li
     torch.manual_seed(0)
     tokens, hidden, experts, width, top_k = 50, 16, 6, 24, 2
     choices = torch.stack([torch.randperm(experts - 1)[:top_k] for _ in range(tokens)])
-    choices[choices >= 2] += 1  # expert 2 is chosen by nobody
+    choices[choices >= 2] += 1  # no token chooses expert 2
     tensors = [
         torch.randn(tokens, hidden, dtype=dtype),
         torch.randn(experts, maps * width, hidden, dtype=dtype) / 4,
@@ -173,7 +173,7 @@ def test_experts_equal_reference_with_an_empty_expert(backend, dtype, tolerance,
 
     found, expected = run(function), run(experts_reference)
     assert_all_close(found, expected, tolerance)
-    assert found[2][2].eq(0).all() and found[3][2].eq(0).all()  # no tokens, no gradient, and no rubbish either
+    assert found[2][2].eq(0).all() and found[3][2].eq(0).all()  # no tokens, no gradient, and no uninitialised values
 
 
 def test_choices_are_counted_as_bincount_does():

@@ -301,7 +301,7 @@ EXTRAS = {
 @pytest.mark.parametrize("extra", [None, *EXTRAS])
 @pytest.mark.parametrize("preset", ["tiny", "small", "h100-4b", "h100-4b-interleaved"])
 def test_rules_are_complete_for_every_preset(preset, extra):
-    """Against the real model, on the meta device: every parameter gets its line, matrices Muon, vectors AdamW."""
+    """With the real model, on the meta device: every parameter gets its line, matrices Muon, vectors AdamW."""
     changes = dict(EXTRAS.get(extra, {}))
     if "interleaved" in preset and "mtp" in changes:
         changes["mlp"] = {"width": 512}

@@ -1,4 +1,4 @@
-"""Optimizers that share work and state over ranks do what one process does, and do it once."""
+"""Optimizers that split work and state over ranks give the results of one process, without duplicate work."""
 
 import forked
 import pytest

@@ -105,7 +105,7 @@ def test_bfloat16_is_close_to_exact(shape):
 @pytest.mark.parametrize("exponent", [-148, -140, -100, -80, -40, 20, 120])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_direction_does_not_depend_on_the_size_of_the_gradient(exponent, dtype):
-    """Not by one bit; below 2^-126 numbers have fewer digits, so what is left of them is what is compared."""
+    """Equal to the last bit; below 2^-126 numbers have fewer digits, so only the remaining digits are compared."""
     small = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(3)) * 2.0**exponent
     near_1 = (small.double() * 2.0**-exponent).float()
     assert torch.equal(orthogonalise(small, dtype=dtype), orthogonalise(near_1, dtype=dtype))
@@ -293,7 +293,7 @@ def test_a_block_without_any_gradient_keeps_still(kind, decay, state_dtype):
 
 
 def test_a_matrix_of_a_stack_without_any_gradient_has_no_part_in_it():
-    """The other member gets what it would get beside a matrix of zeros, at the rate of the whole stack."""
+    """The other member gets the same update as with a matrix of zeros, at the rate of the whole stack."""
     parameters, gradients, optimizer = _group("stacked", weight_decay=0.0)
     _step(optimizer, parameters, gradients[0])
     gradients[1][0].zero_()

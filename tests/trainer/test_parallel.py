@@ -1,4 +1,4 @@
-"""However ranks share the model, the run is the same: losses, gradient norms, initial weights, checkpoints."""
+"""The run is the same in every layout of ranks: losses, gradient norms, initial weights, checkpoints."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def compiled(data: Path, directory: Path, model: dict[str, Any]) -> Comparison:
 def hybrid_and_decoder(
     micro_data: Path, answers_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Comparison, Comparison]:
-    """Two ranks; the second trains on answers only."""
+    """Two ranks; the second trains only on answers."""
     directory = tmp_path_factory.mktemp("two-ranks")
     keep = {"every_steps": 2, "keep_last": 9}
     layouts = ["experts and fsdp", "sharded optimizer"]

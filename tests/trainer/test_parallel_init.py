@@ -1,4 +1,4 @@
-"""The requested model, built as one rank of 64: in one process that only believes in the other ranks."""
+"""The requested model, built as one rank of 64 in a single process; the other ranks are simulated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Meshes: which ones exist, what each rank then holds, and that nobody needs PyTorch to know."""
+"""Meshes: which ones are valid, what each rank holds, and that computing this needs no PyTorch."""
 
 from __future__ import annotations
 

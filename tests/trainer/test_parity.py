@@ -1,4 +1,4 @@
-"""What counts as proven, what may run without, and what a missing or broken package looks like."""
+"""Which backends count as proven, which may run without proof, and how missing or broken packages are reported."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The precision ladder for GPUs that this machine does not have, and loss scaling on the one it has."""
+"""The choice of precision on GPUs that this machine does not have, and loss scaling on its own device."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_autocast_gives_the_dtype_of_products(name):
 
 
 def test_transformer_engines_context_surrounds_the_forward_pass(monkeypatch):
-    """Its recipe must be in force where modules run, inside torch's own autocast."""
+    """Its recipe must be active when modules run, inside torch's own autocast."""
     events = []
 
     class Context:

@@ -1,4 +1,4 @@
-"""Preflight: what is wrong with a node or between nodes is said in one line before the first step."""
+"""Preflight: problems of a node or between nodes are reported in one line before the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients, and the bytes that trainer.arithmetic.activations says."""
+"""Activation checkpointing: the same gradients, and the bytes that trainer.arithmetic.activations computes."""
 
 import pytest
 import torch

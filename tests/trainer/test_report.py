@@ -1,4 +1,4 @@
-"""The report as a browser gets it: one file, valid ids, escaped text, right numbers; also for an unfinished run."""
+"""The report as received by a browser: one file, valid ids, escaped text, correct numbers; also of unfinished runs."""
 
 import json
 import re

@@ -1,6 +1,6 @@
 """A run that was killed, stopped and started again repeats an undisturbed one bit for bit.
 
-By real processes where any is killed or stopped; elsewhere ranks are forks (tests/trainer/forked.py).
+Tests that kill or stop ranks use real processes; in the others ranks are forks (tests/trainer/forked.py).
 """
 
 from __future__ import annotations

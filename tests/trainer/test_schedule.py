@@ -1,4 +1,4 @@
-"""Schedules against transformers' at every step, and their own promises."""
+"""Schedules against transformers' at every step, and their own guarantees."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Stored specs say which version they need, and what a later one wrote is refused or left out in one line."""
+"""Stored specs state which version they need; what a later version wrote is refused or ignored with one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guard against spikes: its arithmetic against numpy, and in the loop with a batch that does not belong there."""
+"""The spike guard: its arithmetic against numpy, and in the loop with an abnormal batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole training step on tensors that say they are a GPU's, without their data.
+"""A whole training step on fake GPU tensors, which have no data.
 
 torch then checks what no CPU can show: that nothing on the host is mixed with what is on the device, and that products
 get dtypes and shapes as kernels of a GPU take them. Its autograd engine wants a real GPU; so each hand-written backward
@@ -96,7 +96,7 @@ def test_every_tensor_of_a_step_is_on_the_gpu(preset: str, monkeypatch: pytest.M
 
 
 def test_a_tensor_left_on_the_host_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the test above could not fail."""
+    """Otherwise the test above could not fail."""
     spec = load_job("tiny").train_spec()
     with gpu_without_data(monkeypatch):
         model = made(spec, BackendsSpec())

@@ -1,4 +1,4 @@
-"""Ranks and ports that follow the machine on which a person starts a run, with made-up numbers of GPUs."""
+"""Ranks and ports that depend on the machine on which a user starts a run, with simulated numbers of GPUs."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""The benchmark of a training step does on a CPU what it will do on a GPU."""
+"""The benchmark of a training step runs on a CPU as on a GPU."""
 
 import importlib.util
 import json

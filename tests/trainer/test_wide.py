@@ -63,7 +63,7 @@ def test_it_rounds_as_bf16_does_and_no_further(spec: ModelSpec, monkeypatch: pyt
     assert ours["loss"] == pytest.approx(theirs["loss"].item(), rel=1e-3)
     error, usual = distance(ours, exact), distance(theirs, exact)
     below(1e-4, error, "BF16's rounding is there")
-    below(error, 3 * usual, "and not more of it")  # it is `usual` itself, give or take; FP8's is 16 times as much
+    below(error, 3 * usual, "and not more of it")  # about the same as `usual`; FP8's is 16 times as much
     below(distance(ours, theirs), 3 * usual)
 
 
