@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from foreign_models import llama_tokenizer, qwen_tokenizer
 from test_answers import job_of, made, write
+from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoTokenizer
 
 from components.download import step as download_step
 from trainer.data.documents import SourceDocuments
 from trainer.data.manifest import read_manifest
+from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 
 TALKS = [
@@ -66,6 +69,32 @@ def test_ids_and_trained_tokens_are_those_of_transformers(make, tmp_path: Path) 
             ids = tuple(documents.tokens(number).tolist())
             found[ids] = {n for first, stop in documents.answers(number).tolist() for n in range(first, stop)}
     assert found == expected
+
+
+def test_limits_that_somebody_left_in_a_tokenizer_do_not_cut_documents(tmp_path: Path) -> None:
+    path = qwen_tokenizer(tmp_path) / "tokenizer.json"
+    text = "서울 is big. " * 20
+    whole = Tokenizer.load(tmp_path).document(Tokenizer.load(tmp_path).encode(text))
+    left = RawTokenizer.from_file(str(path))
+    left.enable_truncation(4)
+    left.enable_padding(length=2048)
+    left.save(str(path))
+    assert RawTokenizer.from_file(str(path)).truncation
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.prefix == [] and tokenizer.document(tokenizer.encode_batch([text])[0]) == whole
+
+
+def test_a_vocabulary_may_have_entries_that_no_bytes_make(tmp_path: Path) -> None:
+    path = qwen_tokenizer(tmp_path) / "tokenizer.json"
+    value = json.loads(path.read_text())
+    value["model"]["vocab"]["漢字"] = 350
+    path.write_text(json.dumps(value))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode_bytes([*tokenizer.encode("가a"), 350]) == "가a漢字".encode()
+    value["model"] = {"type": "WordLevel", "vocab": {"a": 0, "<|endoftext|>": 1}, "unk_token": "a"}
+    path.write_text(json.dumps(value))
+    with pytest.raises(DataError, match="not byte-level BPE"):
+        Tokenizer.load(tmp_path)
 
 
 def test_texts_have_what_the_tokenizer_puts_around_them(tmp_path: Path) -> None:

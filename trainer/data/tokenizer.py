@@ -101,8 +101,13 @@ class Tokenizer:
         try:
             raw = RawTokenizer.from_buffer(data)
         except ValueError as error:
-            raise DataError(f"{path}: not a tokenizer ({error}); run the tokenizer step again") from None
-        if "ByteLevel" not in str(json.loads(data).get("decoder")) or raw.get_vocab_size() == 0:
+            raise DataError(f"{path}: not a tokenizer ({error}); download it or run the tokenizer step again") from None
+        # Some are stored with the limits of whoever used them last. transformers ignores both too.
+        raw.no_truncation()
+        raw.no_padding()
+        written = json.loads(data)
+        is_bpe = written["model"].get("type", "BPE") == "BPE" and "ByteLevel" in str(written.get("decoder"))
+        if not is_bpe or raw.get_vocab_size() == 0:
             raise DataError(
                 f"{path}: not byte-level BPE, which keeps every byte of a text; use a model with such a tokenizer "
                 "(GPT-2, Llama 3, Qwen and Nemotron have one)"
@@ -218,7 +223,9 @@ class Tokenizer:
         special = self._raw.get_added_tokens_decoder()
         texts = {n: text for text, n in self._raw.get_vocab().items()}
         tokens = [texts.get(n, "") for n in range(self.vocab_size)]  # some vocabularies have gaps
-        return [t.encode() if n in special else bytes(map(BYTE_OF.__getitem__, t)) for n, t in enumerate(tokens)]
+        known = BYTE_OF.keys()  # some vocabularies also have entries of other characters, which no merge makes
+        exact = [n in special or not known >= set(text) for n, text in enumerate(tokens)]
+        return [t.encode() if exact[n] else bytes(map(BYTE_OF.__getitem__, t)) for n, t in enumerate(tokens)]
 
     @cached_property
     def _byte_ids(self) -> list[int]:
