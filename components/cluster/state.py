@@ -115,7 +115,7 @@ def running_seconds(job: Object) -> float:
 
 
 def age_seconds(job: Object) -> float:
-    """Seconds since the job started, according to the cluster (a resumed job starts anew)."""
+    """Seconds since the job started, according to the cluster (a resumed job starts again at 0)."""
     status = job.get("status", {})
     resumed = [c["lastTransitionTime"] for c in status.get("conditions", []) if c["type"] == "Suspended"]
     stamp = status.get("startTime") or (resumed and resumed[-1]) or job["metadata"]["creationTimestamp"]

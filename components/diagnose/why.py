@@ -262,7 +262,7 @@ def _restarting(found: Situation, now: datetime) -> Answer | None:
         return None
     return Answer(
         "restarting",
-        f"a worker is made anew, {_times(restarts(found))}: {last.describe()}",
+        f"a worker is being recreated, {_times(restarts(found))}: {last.describe()}",
         f"log: yaongi logs {found.name}",
     )
 

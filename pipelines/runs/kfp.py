@@ -115,7 +115,7 @@ def _until_ended(client: Any, run_id: str) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class KfpRun:
-    """A run by its id. Each operation connects anew and raises as `connect`; LaunchError for an unknown run."""
+    """A run by its id. Each operation connects again and raises as `connect`; LaunchError for an unknown run."""
 
     name: str
     host: str

@@ -17,7 +17,7 @@ class Run(Protocol):
     def name(self) -> str: ...
 
     def view(self) -> View:
-        """Its progress now; each call reads anew."""
+        """The current progress, read again by each call."""
 
     def show_logs(self, console: Console, *, follow: bool, rank: int | None, task: str) -> None:
         """Print its log.

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The end-to-end test on a real cluster: builds the images, brings them to the nodes, runs tests/e2e.
+# The end-to-end test on a real cluster: builds the images, loads them onto the nodes, runs tests/e2e.
 #
-#   KUBECONFIG      the cluster; it has the Kubeflow training operator (PyTorchJob v1), Kubeflow Trainer 2.1 (TrainJob) and ReadWriteMany
-#                   volumes by default
-#   YAONGI_IMAGES   "given": the nodes have or can pull the images already (names: YAONGI_{PIPELINE,TRAINER,PROMETHEUS}_IMAGE)
-#   LOAD_IMAGE      command that brings an image to the nodes, called with its name, for kind: "kind load docker-image"
-#   PARALLEL        how tests run beside each other, as pytest-xdist's options; "-n 0": one after another
+#   KUBECONFIG      the cluster; it needs the Kubeflow training operator (PyTorchJob v1), Kubeflow Trainer 2.1 (TrainJob) and a default
+#                   storage class with ReadWriteMany
+#   YAONGI_IMAGES   "given": the nodes have the images or can pull them (names: YAONGI_{PIPELINE,TRAINER,PROMETHEUS}_IMAGE)
+#   LOAD_IMAGE      command that loads an image onto the nodes, called with its name, for kind: "kind load docker-image"
+#   PARALLEL        how tests run in parallel, as pytest-xdist's options; "-n 0": one after another
 #   YAONGI_CLUSTER  instead of a running cluster: a program that starts one, with the verbs build, up, base-image, install-operator,
 #                   install-trainer and build-image NAME CONTEXT ARGUMENT... (build and load); it writes KUBECONFIG
 #
-# Arguments go to pytest in place of tests/e2e.
+# Arguments are passed to pytest instead of tests/e2e.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 fail() { echo "e2e: $*" >&2; exit 1; }
@@ -57,5 +57,5 @@ section "the cluster"
 kubectl get nodes -o wide
 kubectl get storageclass
 section "pytest"
-# What tests print, times among it, comes at the end (-rP), since tests run beside each other.
+# The output of tests, including times, is printed at the end (-rP), since tests run in parallel.
 exec "$python" -m pytest ${PARALLEL:--n 2 --no-loadscope-reorder} -m e2e -v -rP --timeout=1800 "${@:-tests/e2e}"

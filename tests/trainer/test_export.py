@@ -184,7 +184,7 @@ def test_model_card_has_licences_shares_and_this_checkpoints_numbers(exported):
     card = (directory / "README.md").read_text()
     assert "| ko | en | 50.0% | CC0-1.0 | random words | 1 |" in card
     assert f"{result['all']['bits_per_byte']:.4f}" in card
-    save_checkpoint(spec, model, 16)  # a newer checkpoint, which eval.json does not speak of
+    save_checkpoint(spec, model, 16)  # a newer checkpoint, which eval.json does not cover
     export.run(spec)
     assert "This checkpoint was not evaluated." in (directory / "README.md").read_text()
 

@@ -187,7 +187,7 @@ def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> CheckpointManif
     manifest = read_manifest(path)
     try:
         _compare(Path(path), manifest, share)
-    except OSError as error:  # an unreadable file is as good as lost
+    except OSError as error:  # an unreadable file counts as missing
         raise _damaged(Path(error.filename or path), f"cannot be read ({error.strerror})") from None
     return manifest
 

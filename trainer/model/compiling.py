@@ -43,10 +43,10 @@ def layers_of(model: nn.Module) -> list[Layer]:
 def _keep_mutations_in_order() -> None:
     """Fix torch's C++ code generator, which may read a buffer before a scatter into it.
 
-    Where it fuses loops of unlike rank, torch (to 2.13 at least; pull request 185873 of pytorch/pytorch) derives anew
-    what a node reads, and forgets that a read is of the buffer as it is after a mutation. The node is then fused with
-    what fills the buffer with zeros, in front of the scatter: the gradient of the chosen scores, and with it that of
-    the router, was lost so. Code for GPUs is not made by this way. Doing it twice is harmless.
+    When torch (up to at least 2.13; pull request 185873 of pytorch/pytorch) fuses loops of different rank, it derives
+    again what a node reads, and loses that a read must see the buffer after a mutation. The node is then fused with the
+    one that fills the buffer with zeros, before the scatter: this lost the gradient of the chosen scores, and so that
+    of the router. GPU code is generated differently. Applying the fix twice is harmless.
     """
     from torch._inductor.scheduler import SchedulerNode
 

@@ -28,7 +28,7 @@ POLISH = (1.875, -1.25, 0.375)
 
 # On the Gram matrix alone s steps need 2m²n + (4s-3)m³ multiplications instead of s·(2m²n + m³). But it has the square
 # of the condition: what it cannot tell from zero errs by about the rounding times the square of the steps' slope at
-# zero, which is 990 for the five above. So it is computed anew before the slope passes a bound. Not in bfloat16.
+# zero, which is 990 for the five above. So it is recomputed before the slope passes a bound. Not in bfloat16.
 GRAM_FROM = 2  # columns for each row
 GRAM_SLOPE = 50.0
 

@@ -96,7 +96,7 @@ class Mesh:
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no mean
 
     def _our_own(self, model: HybridModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Cut experts, and what every rank holds whole beside FSDP2. `to_empty` makes parameters anew; ask after it."""
+        """Sharded experts, and parameters outside FSDP2. Call it after `to_empty`, which replaces the parameters."""
         known = parameters(model.spec)
         cut = [model.get_parameter(p.name) for p in known if self._experts is not None and p.per_expert]
         whole = [model.get_parameter(p.name) for p in known if self._dense is not None and p.whole]
