@@ -83,7 +83,7 @@ class TokenizerSpec(Spec):
         padded = _padded(self.vocab_size)
         if padded != self.vocab_size:
             raise ValueError(
-                f"vocab_size {self.vocab_size} is no multiple of {VOCAB_MULTIPLE}, which the matrix products of the "
+                f"vocab_size {self.vocab_size} is not a multiple of {VOCAB_MULTIPLE}, which the matrix products of the "
                 f"head want on a GPU; make it and train.model.vocab_size {padded}, reserved tokens fill it up"
             )
         return self

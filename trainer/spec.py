@@ -156,7 +156,7 @@ class AdamWSpec(Spec):
     engram_rate_factor: Positive = 5.0
 
 
-BF16_MAX_DECAY = 0.99  # x·β of a bf16 x rounds back to x, for ever, from β = 1 − 2⁻⁸ = 0.996 on
+BF16_MAX_DECAY = 0.99  # x·β of a bf16 x rounds back to x, forever, from β = 1 − 2⁻⁸ = 0.996 on
 
 
 MAX_SKIPPED_STEPS = 10  # consecutive; then the run has diverged

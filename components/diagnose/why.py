@@ -113,7 +113,7 @@ def _ended(found: Situation, now: datetime) -> Answer | None:
         return Answer(
             "failed",
             f"its activeDeadlineSeconds have passed{before}",
-            "raise it (cluster.run_timeout_seconds) and start the job again; it goes on from its last checkpoint",
+            "raise it (cluster.run_timeout_seconds) and start the job again; it continues from its last checkpoint",
         )
     if cause is None:
         return Answer("failed", said or "it gives no reason", "its pods are gone; look at the run directory's logs")
@@ -140,7 +140,7 @@ def _suspended(found: Situation, now: datetime) -> Answer | None:
         )
     patch = '{"spec":{"suspend":false}}' if "suspend" in spec else '{"spec":{"runPolicy":{"suspend":false}}}'
     resume = f"kubectl patch {found.kind.lower()} {found.name} -n {found.namespace} --type merge -p '{patch}'"
-    return Answer("suspended", "somebody has suspended it", f"resume it: {resume}")
+    return Answer("suspended", "someone has suspended it", f"resume it: {resume}")
 
 
 def _without_pods(found: Situation, now: datetime) -> Answer | None:
@@ -196,7 +196,7 @@ def _crashing(found: Situation, now: datetime) -> Answer | None:
         words = explain.own_reason(last.get("message", ""))
         return Answer(
             "restarting",
-            f"{pod['metadata']['name']} crashes again and again, {_times(status['restartCount'])}: exit code "
+            f"{pod['metadata']['name']} keeps crashing, {_times(status['restartCount'])}: exit code "
             f"{last.get('exitCode')} ({meaning})" + (f": {words}" if words else ""),
             f"the log says more: yaongi logs {found.name}",
         )

@@ -128,7 +128,7 @@ class Follower:
         mine = [found for found in change.objects if found["metadata"]["uid"] == self.uid]
         gone = not mine if change.type == "LISTED" else bool(mine) and change.type == "DELETED"
         if gone:
-            raise LaunchError(f"job {self.name} was deleted in namespace '{self.cluster.namespace}' by somebody else")
+            raise LaunchError(f"job {self.name} was deleted in namespace '{self.cluster.namespace}' by someone else")
         for job in mine:
             self.job = job
             if state.has_succeeded(job):

@@ -228,7 +228,7 @@ def _adopt(cluster: Cluster, current: Object, job: Object) -> None:
         if error.status != HTTPStatus.NOT_FOUND:
             raise
         raise LaunchError(
-            f"job {name} in namespace '{cluster.namespace}' is being deleted by somebody else; start again"
+            f"job {name} in namespace '{cluster.namespace}' is being deleted by someone else; start again"
         ) from None
 
 

@@ -51,7 +51,7 @@ def nproc_option(start: Start) -> Iterator[Hit]:
     ERROR,
     Start,
     why="An --nnodes on torchrun's command line overrides PET_NNODES, which the operator sets. If it differs "
-    "from the number of pods, the job waits for ever or runs split.",
+    "from the number of pods, the job waits forever or runs split.",
     fix="Leave --nnodes out; torchrun reads PET_NNODES.",
 )
 def torchrun_nnodes(start: Start) -> Iterator[Hit]:

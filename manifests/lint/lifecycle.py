@@ -48,7 +48,7 @@ def restart_always(job: PyTorchJob) -> Iterator[Hit]:
     "restart-unbounded",
     WARNING,
     PyTorchJob,
-    why="OnFailure, the default, without backoffLimit restarts a failing container for ever, on the same node even if "
+    why="OnFailure, the default, without backoffLimit restarts a failing container forever, on the same node even if "
     "that node is the fault.",
     fix="Write runPolicy.backoffLimit, or restartPolicy: ExitCode and a budget in the training process.",
 )
@@ -156,7 +156,7 @@ def no_deadline(job: PyTorchJob) -> Iterator[Hit]:
     "no-ttl",
     WARNING,
     PyTorchJob,
-    why="Finished jobs and their pods stay until somebody deletes them. (A job that ended by a permanent exit "
+    why="Finished jobs and their pods stay until someone deletes them. (A job that ended by a permanent exit "
     "code under ExitCode has no completion time, so that its TTL never runs out: delete that one yourself.)",
     fix="Write runPolicy.ttlSecondsAfterFinished, a day for instance.",
 )
@@ -201,7 +201,7 @@ def negative_number(job: PyTorchJob) -> Iterator[Hit]:
     "suspended",
     WARNING,
     PyTorchJob,
-    why="The job is created suspended and names no queue whose controller would resume it: it waits for ever, "
+    why="The job is created suspended and names no queue whose controller would resume it: it waits forever, "
     "which looks like a full cluster.",
     fix=f"Name a queue in the label {QUEUE_LABEL}, or remove suspend.",
 )
@@ -214,7 +214,7 @@ def suspended(job: PyTorchJob) -> Iterator[Hit]:
     "trainjob-suspended",
     WARNING,
     TrainJob,
-    why="The job is created suspended and names no queue whose controller would resume it: it waits for ever, "
+    why="The job is created suspended and names no queue whose controller would resume it: it waits forever, "
     "which looks like a full cluster.",
     fix=f"Name a queue in the label {QUEUE_LABEL}, or remove suspend.",
 )

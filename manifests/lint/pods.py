@@ -20,7 +20,7 @@ ISTIO = "sidecar.istio.io/inject"
     WARNING,
     Pod,
     why="A pod ends when all its containers have ended. A container beside the training container that keeps "
-    "running leaves the pod, and so the job, Running for ever after training has finished.",
+    "running leaves the pod, and so the job, Running forever after training has finished.",
     fix="Make it an init container with restartPolicy: Always, which ends with the others.",
 )
 def extra_container(pod: Pod) -> Iterator[Hit]:

@@ -176,7 +176,7 @@ class _Walk:
                     yield Problem("name", inside, f"resource '{name}'; did you mean '{near[0]}'?")
                 elif not validation.RESOURCE.fullmatch(name):
                     hint = "; GPUs are nvidia.com/gpu" if "gpu" in name.lower() else ""
-                    yield Problem("name", inside, f"'{name}' is no resource{hint}")
+                    yield Problem("name", inside, f"'{name}' is not a resource{hint}")
             elif where in validation.DATA:
                 if not validation.DATA_KEY.fullmatch(name):
                     yield Problem("name", inside, f"key '{_cut(name)}' is not of letters, digits, -, _ and .")
@@ -184,9 +184,9 @@ class _Walk:
                 if isinstance(inside.value, str) and validation.VARIABLE.search(inside.value):
                     yield Problem("template", inside, f"{name} is still '{_cut(inside.value)}'")
                 elif not validation.LABEL_KEY.fullmatch(name):
-                    yield Problem("name", inside, f"'{_cut(name)}' is no key of a label")
+                    yield Problem("name", inside, f"'{_cut(name)}' is not a valid label key")
                 elif isinstance(inside.value, str) and not validation.LABEL_VALUE.fullmatch(inside.value):
-                    yield Problem("name", inside, f"'{_cut(inside.value)}' is no value of a label")
+                    yield Problem("name", inside, f"'{_cut(inside.value)}' is not a valid label value")
 
     def _quantity(self, place: Place) -> Iterator[Problem]:
         written, name = place.value, _name(place)
@@ -202,7 +202,7 @@ class _Walk:
         hint, digits = "", re.fullmatch(r"([0-9.]+)\s*([kmgtpe])i?b?", text.strip().lower())
         if isinstance(written, str) and digits:
             hint = f"; did you mean {digits[1]}{digits[2].upper()}i?"
-        yield Problem("quantity", place, f"{name}: {described(written)} is no quantity{hint}")
+        yield Problem("quantity", place, f"{name}: {described(written)} is not a quantity{hint}")
 
     def _hint(self, name: str, place: Place, object: str) -> str:
         """The likely meaning of an unknown field, if known."""
@@ -286,7 +286,7 @@ def _text(place: Place, type_: Type, where: str) -> Iterator[Problem]:
     if type_.kind == "time" and not validation.TIME.fullmatch(text):
         yield Problem("type", place, f"{name} is {described(text)}, not a time as 2026-01-31T12:00:00Z")
     elif type_.kind == "bytes" and not _is_base64(text):
-        yield Problem("type", place, f"{name} is no base64")
+        yield Problem("type", place, f"{name} is not base64")
     elif text not in (limits.get("enum") or ([*words, ""] if words else [text])):
         said = ", ".join(filter(None, limits.get("enum") or words))
         yield Problem("word", place, f"{name} '{_cut(text)}' is none of {said}")

@@ -261,7 +261,7 @@ def test_a_call_reads_the_credentials_again_once(tmp_path: Path, monkeypatch: py
         with pytest.raises(Refused) as refused:
             cluster.pods(PYTORCHJOB, "run")
         assert refused.value.status == 401
-        assert len(tokens) == 2, "asked twice, not for ever"
+        assert len(tokens) == 2, "asked twice, not forever"
         write("new")
         assert cluster.pods(PYTORCHJOB, "run") == []
         assert tokens[2:] == ["Bearer old", "Bearer new"]

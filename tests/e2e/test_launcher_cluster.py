@@ -198,7 +198,7 @@ def test_a_job_deleted_by_somebody_else_is_told(namespace: Namespace, processes:
     process = start_process(namespace, job, "echo up; sleep 600", processes)
     read_until(process, "up")
     namespace.kubectl("delete", "pytorchjob", job.run_name)
-    read_until(process, f"job {job.run_name} was deleted in namespace '{namespace.name}' by somebody else")
+    read_until(process, f"job {job.run_name} was deleted in namespace '{namespace.name}' by someone else")
     assert process.wait(timeout=300) == 1
 
 

@@ -145,5 +145,5 @@ def test_without_one_right_the_verb_the_resource_and_the_remedy_are_named(
     print("\n".join(lines))
     assert [line for line in lines if line.endswith(told)], lives[right]
     # The launcher that is refused removes the job, which the other one notices.
-    others = [line for line in lines if told not in line and "by somebody else" not in line]
+    others = [line for line in lines if told not in line and "by someone else" not in line]
     assert not others, others

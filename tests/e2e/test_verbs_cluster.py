@@ -78,7 +78,7 @@ def test_a_run_is_shown_stopped_and_resumed(
 
     suspension = {"suspend": True} if kind == "trainjob" else {"runPolicy": {"suspend": True}}
     namespace.kubectl("patch", kind, name, "--type=merge", "-p", json.dumps({"spec": suspension}))
-    wait_for("the suspension", lambda: "suspended: somebody has suspended it" in good("status", name), 300, every=2)
+    wait_for("the suspension", lambda: "suspended: someone has suspended it" in good("status", name), 300, every=2)
     wait_for("the workers to go", lambda: not pods_of(namespace, job), 300)
     good("resume", name)
     wait_for("new workers", lambda: "worker 0 begins" in ask("logs", name)[1], 300, every=2)

@@ -53,7 +53,7 @@ CAUSES: dict[str, tuple[list[Change], str]] = {
     "secret": ([secret("absent")], r"^starting: .*create the secret 'absent' in the job's namespace"),
     "key": ([secret("present")], r"^starting: .*add the key 'token' to Secret 'present'"),
     "config": ([mounting("absent")], r"^starting: .*cannot be mounted.*create the configmap 'absent'"),
-    "suspended": ([in_policy(suspend=True)], r'^suspended: somebody has suspended it.*"runPolicy":\{"suspend":false'),
+    "suspended": ([in_policy(suspend=True)], r'^suspended: someone has suspended it.*"runPolicy":\{"suspend":false'),
     "managed": ([in_policy(managedBy="kueue.x-k8s.io/multikueue")], r"^queued: it is left to 'kueue.x-k8s.io/multik"),
     "badspec": ([shell("sleep 1; exit 2")], r"^failed: badspec-worker-0 on node \S+ exited 2 \(bad spec\)"),
     "traceback": (
@@ -62,7 +62,7 @@ CAUSES: dict[str, tuple[list[Change], str]] = {
     ),
     "looping": (
         [shell("echo boom; exit 3"), restarting("OnFailure")],
-        r"^restarting: looping-worker-0 crashes again and again, (once|\d+ times) so far: exit code 3 .*: boom",
+        r"^restarting: looping-worker-0 keeps crashing, (once|\d+ times) so far: exit code 3 .*: boom",
     ),
     "communication": (
         [shell("exit 160")],
@@ -84,7 +84,7 @@ CAUSES: dict[str, tuple[list[Change], str]] = {
     "train-quota": ([asking("amd.com/gpu", "1")], r"^queued: .*exceeded quota: team.*kubectl describe quota team\)"),
     "train-cpu": ([asking("cpu", "5000")], r"^queued: .*Insufficient cpu.*cluster\.cpus_per_node"),
     "train-image": ([in_container(image="localhost/absent:1")], r"^starting: .*localhost/absent:1' cannot be pulled"),
-    "train-suspended": ([in_spec(suspend=True)], r"^suspended: somebody has suspended it.*kubectl patch trainjob"),
+    "train-suspended": ([in_spec(suspend=True)], r"^suspended: someone has suspended it.*kubectl patch trainjob"),
     "train-badspec": ([shell("exit 2")], r"^failed: .*exited 2 \(bad spec\)"),
     "train-fine": ([], r"^running: 1 of 1 workers run"),
 }

@@ -67,7 +67,7 @@ def test_sides_that_cannot_be_tiled_are_named():
         for recipe in ("current", "block128")
     }
     assert by_recipe["current"].converted
-    assert by_recipe["block128"].reason == "side 320 is no multiple of 128"
+    assert by_recipe["block128"].reason == "side 320 is not a multiple of 128"
 
 
 def test_options_move_the_border():

@@ -105,7 +105,7 @@ def test_checkpoints_pass_between_precisions(micro_data: Path, tmp_path: Path, c
 
 def test_nothing_to_convert_is_one_clear_line(micro_data: Path, tmp_path: Path):
     spec = micro.micro_spec(micro_data, tmp_path / "run", precision=fp8("block128"))
-    with pytest.raises(ValueError, match=r"no product of this model can be FP8 \(.*side 32 is no multiple of 128"):
+    with pytest.raises(ValueError, match=r"no product of this model can be FP8 \(.*side 32 is not a multiple of 128"):
         train(spec)
 
 

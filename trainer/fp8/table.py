@@ -65,7 +65,7 @@ def _why_kept(model: ModelSpec, fp8: Fp8Spec, parameter: Parameter) -> str | Non
     if not fp8.bf16_end_layers <= int(layer[1]) < len(model.layers) - fp8.bf16_end_layers:
         return f"in the first or last {fp8.bf16_end_layers} layers"
     if odd := [side for side in parameter.shape[-2:] if side % fp8.side_multiple]:
-        return f"side {odd[0]} is no multiple of {fp8.side_multiple}"
+        return f"side {odd[0]} is not a multiple of {fp8.side_multiple}"
     return None
 
 

@@ -13,7 +13,7 @@ def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
     for dim, placement in enumerate(tensor.placements):
         if placement.is_replicate():
             continue
-        assert placement.is_shard(0), f"{placement} is no cut along dimension 0"
+        assert placement.is_shard(0), f"{placement} is not a split along dimension 0"
         part = -(-rows // tensor.device_mesh.size(dim))  # as torch.chunk cuts: the last parts are smaller or empty
         start = min(rows, part * tensor.device_mesh.get_local_rank(dim))
         first, rows = first + start, min(part, rows - start)

@@ -10,7 +10,7 @@ result. The paper stacks whole query, key and value matrices; here a head is a m
 stands beside head h of the next.
 
 A block whose gradient is exactly zero (an expert without tokens) is not updated: its momentum decays, but
-orthogonalised it would move the block at full speed for ever, in the end in the direction of rounding errors. Weight
+orthogonalised it would move the block at full speed forever, in the end in the direction of rounding errors. Weight
 decay still applies.
 
 Shape suffixes: N matrices, m rows, n columns of one block (after the cuts of rules.py), k = K·n columns of a stack.

@@ -1,7 +1,7 @@
 """One training at a time in a run directory: a lock that ends with its process, plus a heartbeat in the lock file.
 
 The kernel releases the lock of a process however it dies, so the next start need not wait. Between machines a lock
-alone is not reliable: NFS keeps the lock of a lost machine for a minute and a half or for ever, and some mounts only
+alone is not reliable: NFS keeps the lock of a lost machine for a minute and a half or forever, and some mounts only
 have local locks. So the holder renews the file's content, and a process that finds another machine's name in it checks
 whether renewals continue. A process that was considered dead ends itself. Rank 0 holds the lock for all ranks. Imports
 no torch.

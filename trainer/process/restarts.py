@@ -1,7 +1,7 @@
 """Restart budget: how often a node may restart without progress of the run.
 
 The operator recreates a failed pod without limit, so a run that dies at the same step each time (memory, a bad batch)
-would hold its GPUs for ever. The count is in `run_dir/restarts.json`, one entry per node, because a new pod has no
+would hold its GPUs forever. The count is in `run_dir/restarts.json`, one entry per node, because a new pod has no
 memory of it; it is incremented at the start, because a killed pod cannot do it at its end. Imports no torch.
 """
 
