@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from components.cluster.kubeconfig import NoCluster, require_cluster
+from components.running import one_line
 from pipelines.runs import kept, local
 from pipelines.runs.names import UnknownRun, named
 from pipelines.runs.protocol import Run
 from pipelines.runs.view import View
-from trainer.errors import LaunchError
+from trainer.errors import ForeseenError, LaunchError
 
 KFP_RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -126,7 +127,7 @@ def all_views(where: Where, console: Console) -> list[View]:
     Raises:
         LaunchError: the namespace's cluster cannot be reached.
     """
-    views = [] if where.namespace else [each.view() for each in local.local_runs(where.workdir).values()]
+    views = [] if where.namespace else [_listed(each) for each in local.local_runs(where.workdir).values()]
     stopped = kept.kept(where.workdir, where.namespace)
     try:
         there = connect(where.namespace)
@@ -143,6 +144,14 @@ def all_views(where: Where, console: Console) -> list[View]:
         if not isinstance(error, NoCluster):
             console.print(f"cluster: {error}", style="dim", soft_wrap=True, highlight=False)
     return views + [each.view() for each in stopped]
+
+
+def _listed(run: local.LocalRun) -> View:
+    """A run whose files cannot be used does not hide the others."""
+    try:
+        return run.view()
+    except ForeseenError as error:
+        return View(run.name, "here", "unreadable", one_line(error))
 
 
 def _of_kfp(run_id: str, where: Where) -> Run:

@@ -12,8 +12,15 @@ from rich.text import Text
 from pipelines.runs.standing import Standing
 from trainer.recording.results import loss_of
 
-OVER = {"finished", "succeeded", "failed", "stopped", "killed", "gone", "idle", "canceled", "skipped"}
-COLOURS = {"running": "green", "finished": "green", "succeeded": "green", "failed": "red", "killed": "red"}
+OVER = {"finished", "succeeded", "failed", "stopped", "killed", "gone", "idle", "canceled", "skipped", "unreadable"}
+COLOURS = {
+    "running": "green",
+    "finished": "green",
+    "succeeded": "green",
+    "failed": "red",
+    "killed": "red",
+    "unreadable": "red",
+}
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,16 @@ def test_a_run_that_is_tuned_is_driven_by_the_run_whose_job_tunes_it(job, run, t
     assert tuned.view().state == "idle"
 
 
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(yaongi, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("KUBECONFIG", "/nowhere/config")
+    other = run.directory.parent / "other-0123abcd"
+    other.mkdir()
+    (other / "train.yaml").write_text("steps: many\n")
+    code, output, _ = yaongi("status", "--workdir", str(tmp_path))
+    assert code == 0 and re.search(rf"{run.name} +here +idle", output)
+    assert re.search(r"other-0123abcd +here +unreadable", output) and "steps: a whole number is wanted" in output
+
+
 def test_somebody_who_just_looks_keeps_nobody_from_driving_a_run(job, tmp_path, monkeypatch):
     monkeypatch.setattr(background, "LOOK_PATIENCE_SECONDS", 60)  # on a busy machine the look takes its time
     with background.driving(job, tmp_path):
