@@ -125,9 +125,11 @@ class LocalRun:
 
     def _ended(self, process: Process | None) -> tuple[str, str]:
         go_on = f"continue: yaongi resume {self.name}{again(self.workdir)}"
+        exported = self.directory / "export" / "manifest.json"
+        done = read_json(self.directory / "result.json") is not None and exported.is_file()
+        if process and done and process.ended and process.ended < exported.stat().st_mtime:
+            return "finished", ""  # in step tune of another run, after its own process ended
         if process is None:
-            result = read_json(self.directory / "result.json")
-            done = result is not None and (self.directory / "export" / "manifest.json").is_file()
             return ("finished", "") if done else ("idle", f"no process drives it from {self.workdir}; {go_on}")
         if process.ended is None:
             return (

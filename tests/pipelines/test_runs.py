@@ -185,6 +185,14 @@ def test_a_run_that_is_tuned_is_driven_by_the_run_whose_job_tunes_it(job, run, t
             tuned.resume([], print)
         assert f"stopped {run.name}" in tuned.stop(print) and stopped == [run.name]
     assert tuned.view().state == "idle"
+    with pytest.raises(LaunchError, match="no disk"), background.driving(tunes.tuning(), tmp_path):
+        raise LaunchError("no disk")
+    assert tuned.view().state == "failed"
+    (tuned.directory / "export").mkdir()
+    for name in ("result.json", "export/manifest.json"):  # as the other run writes them later
+        (tuned.directory / name).write_text("{}")
+        os.utime(tuned.directory / name, (later := datetime.now(UTC).timestamp() + 9, later))
+    assert tuned.view().state == "finished"
 
 
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(yaongi, run, monkeypatch, tmp_path):
