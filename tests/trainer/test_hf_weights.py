@@ -76,6 +76,14 @@ def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTra
     return model.eval()
 
 
+def without_limit(model: PreTrainedModel) -> None:
+    """Remove the lower bound of time steps that transformers reads into NemotronH's configuration, see
+    nemotron_oracle."""
+    for block in model.model.layers:
+        if getattr(block, "block_type", "") == "linear_attention":
+            block.mixer.time_step_limit = (0.0, float("inf"))
+
+
 def imported(folder: Path) -> HybridModel:
     config = json.loads((folder / "config.json").read_text())
     architecture = architecture_of(config, str(folder))
@@ -94,10 +102,7 @@ def logits(model: HybridModel, ids_BT: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_theirs_and_what_is_written_loads_there_again(name: str, tmp_path: Path) -> None:
     theirs = saved(name, tmp_path / "in")
-    if "nemotron" in name:
-        for block in theirs.model.layers:
-            if block.block_type == "linear_attention":
-                block.mixer.time_step_limit = (0.0, float("inf"))  # see nemotron_oracle
+    without_limit(theirs)
     ours = imported(tmp_path / "in")
     ids_BT = torch.randint(0, 96, (2, 40))
     with torch.no_grad():
@@ -115,6 +120,36 @@ def test_logits_are_theirs_and_what_is_written_loads_there_again(name: str, tmp_
     again.eval()
     with torch.no_grad():
         torch.testing.assert_close(again(ids_BT).logits, expected, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_of_what_came_in_are_theirs(name: str, tmp_path: Path) -> None:
+    theirs = saved(name, tmp_path / "in")
+    without_limit(theirs)
+    ours = imported(tmp_path / "in")
+    ids_BT = torch.randint(0, 96, (2, 40))
+    expected = theirs(ids_BT, labels=ids_BT).loss
+    expected.backward()
+    labels_BT = torch.cat([ids_BT[:, 1:], torch.full((2, 1), -100)], dim=1)
+    loss = ours(ids_BT, torch.zeros_like(ids_BT, dtype=torch.int32), labels_BT).ce_sum / (labels_BT >= 0).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # saved as weights, gradients have the names that weights have in files
+            parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    theirs.save_pretrained(tmp_path / "gradients")
+    wanted = load_file(tmp_path / "gradients" / "model.safetensors")
+    gradients = ours.state_dict() | {key: p.grad for key, p in ours.named_parameters() if p.grad is not None}
+    architecture, _ = native(ours.spec)
+    assert architecture is not None
+    found = {part.theirs for part in architecture.parts(ours.spec)}
+    for key, value in tensors(architecture, ours.spec, gradients, torch.float32):
+        if key in found and not key.endswith("e_score_correction_bias"):
+            scale = wanted[key].abs().max().item()
+            torch.testing.assert_close(
+                value, wanted[key], rtol=1e-4, atol=1e-4 * scale, msg=lambda m, k=key: f"{k}: {m}"
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
