@@ -181,12 +181,20 @@ def test_fp8_blocks_are_multiplied_out(tmp_path: Path) -> None:
         wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: value.shape[0], : value.shape[1]]
         stored[name], stored[f"{name}_scale_inv"] = (value / wide).to(torch.float8_e4m3fn), scale
         wanted[name] = stored[name].float() * wide
-    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
-    ours = imported(tmp_path)
-    architecture, _ = native(ours.spec)
-    assert architecture is not None
-    for name, value in tensors(architecture, ours.spec, ours.state_dict(), torch.float32):
-        assert torch.equal(value, wanted[name]), name
+    apart = {name: "b.safetensors" if name.endswith("_scale_inv") else "a.safetensors" for name in stored}
+    for place in apart.values():  # scales may be in the file after that of their weight
+        save_file({name: stored[name] for name in apart if apart[name] == place}, tmp_path / place, {"format": "pt"})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": apart}))
+    for together in (False, True):
+        if together:
+            index.unlink()
+            save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+        ours = imported(tmp_path)
+        architecture, _ = native(ours.spec)
+        assert architecture is not None
+        for name, value in tensors(architecture, ours.spec, ours.state_dict(), torch.float32):
+            assert torch.equal(value, wanted[name]), name
     del stored["model.layers.0.mlp.up_proj.weight_scale_inv"]
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"up_proj.weight is FP8, but .*_scale_inv is missing"):

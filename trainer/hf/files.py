@@ -88,8 +88,9 @@ def compare(
     ignored: tuple[str, ...] = (),
     kept: tuple[str, ...] = (),
     integers: Collection[str] = (),
-) -> None:
-    """Compare names, shapes and dtypes of the tensors in a folder's files with those of a model.
+) -> dict[str, Path]:
+    """Compare names, shapes and dtypes of the tensors in a folder's files with those of a model. Returns the file of
+    each tensor.
 
     Args:
         parts: where each of our tensors is in the files.
@@ -104,26 +105,29 @@ def compare(
     by_name: dict[str, list[Part]] = defaultdict(list)
     for part in parts:
         by_name[part.theirs].append(part)
-    missing = set(by_name)
+    where: dict[str, Path] = {}
+    tensors: dict[str, Stored] = {}
     for file in files_of(folder):
-        tensors = header(file)
-        for name in tensors:
-            if name in by_name:
-                if name not in missing:
-                    raise CheckpointError(f"{file}: {name} is in another file too; download the folder again")
-                missing.discard(name)
-                _compare_shape(file, name, tensors[name].shape, by_name[name], ours)
-                if not any(part.ours in integers for part in by_name[name]):
-                    _compare_dtype(file, name, tensors)
-            elif not ((name.endswith(SCALES) and name.removesuffix(SCALES) in by_name) or name.startswith(ignored)):
-                raise CheckpointError(f"{file}: {name} belongs to no layer that config.json describes")
-    missing = {name for name in missing if not all(part.ours.startswith(kept) for part in by_name[name])}
+        for name, stored in header(file).items():
+            if name in where and name in by_name:
+                raise CheckpointError(f"{file}: {name} is in another file too; download the folder again")
+            where[name], tensors[name] = file, stored
+    for name, file in where.items():
+        if name in by_name:
+            _compare_shape(file, name, tensors[name].shape, by_name[name], ours)
+            if not any(part.ours in integers for part in by_name[name]):
+                _compare_dtype(file, name, tensors)
+        elif not ((name.endswith(SCALES) and name.removesuffix(SCALES) in by_name) or name.startswith(ignored)):
+            raise CheckpointError(f"{file}: {name} belongs to no layer that config.json describes")
+    absent = by_name.keys() - where.keys()
+    missing = {name for name in absent if not all(part.ours.startswith(kept) for part in by_name[name])}
     if missing:
         raise CheckpointError(
             f"{folder}: {sorted(missing)[0]} is missing"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
             + ", which config.json requires"
         )
+    return where
 
 
 def _compare_shape(file: Path, name: str, found: list[int], parts: list[Part], ours: Mapping[str, Shape]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def read_into(
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
     integers = {name for name, tensor in ours.items() if not tensor.is_floating_point()}
     every = [part for some in by_name.values() for part in some]
-    compare(folder, every, shapes, ignored=ignored, kept=kept, integers=integers)
+    where = compare(folder, every, shapes, ignored=ignored, kept=kept, integers=integers)
     filled = {part.ours for parts in by_name.values() for part in parts}
     with torch.no_grad():
         for name, buffer in model.named_buffers():
@@ -65,11 +66,17 @@ def read_into(
             with _opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  it is not a mapping
                     for part in by_name.get(name, []):
-                        _fill(part, tensors, ours[part.ours])
+                        # The scales of a file's last weight may be in the next file.
+                        scales = where.get(name + SCALES, file)
+                        _fill(part, tensors, ours[part.ours], None if scales == file else scales)
 
 
-def _fill(part: Part, tensors: Any, parameter: Tensor) -> None:
-    """Copy what this rank holds of a part."""
+def _fill(part: Part, tensors: Any, parameter: Tensor, elsewhere: Path | None) -> None:
+    """Copy what this rank holds of a part.
+
+    Args:
+        elsewhere: the file with the FP8 scales of the tensor, if it is another one.
+    """
     own, first = own_rows(parameter)
     shape = shape_of(part, tuple(parameter.shape))
     if part.expert is not None:
@@ -84,16 +91,18 @@ def _fill(part: Part, tensors: Any, parameter: Tensor) -> None:
     if low >= high:
         return
     rows = slice(part.their_first + low - start, part.their_first + high - start)
-    target[low - first : high - first].copy_(_rows(tensors, part.theirs, rows).reshape(high - low, *shape[1:]))
+    values = _rows(tensors, part.theirs, rows, elsewhere)
+    target[low - first : high - first].copy_(values.reshape(high - low, *shape[1:]))
 
 
-def _rows(tensors: Any, name: str, rows: slice) -> Tensor:
-    """Some rows of a tensor in a file, multiplied out where it is FP8 by blocks."""
+def _rows(tensors: Any, name: str, rows: slice, elsewhere: Path | None) -> Tensor:
+    """Some rows of a tensor in a file, multiplied by its scales if it is FP8 by blocks."""
     values: Tensor = tensors.get_slice(name)[rows]
     if values.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         return values
-    first = rows.start // FP8_BLOCK
-    scales: Tensor = tensors.get_slice(f"{name}{SCALES}")[first : -(-rows.stop // FP8_BLOCK)]
+    first, blocks = rows.start // FP8_BLOCK, slice(rows.start // FP8_BLOCK, -(-rows.stop // FP8_BLOCK))
+    with nullcontext(tensors) if elsewhere is None else _opened(elsewhere) as holder:
+        scales: Tensor = holder.get_slice(f"{name}{SCALES}")[blocks]
     by_row = scales.float().repeat_interleave(FP8_BLOCK, 0)[rows.start - first * FP8_BLOCK :][: values.shape[0]]
     return values.float() * by_row.repeat_interleave(FP8_BLOCK, 1)[:, : values.shape[1]]
 
