@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import DataError
-from trainer.files import atomic_write, unreadable
+from trainer.data.sidecar import beside, damaged, explained
+from trainer.files import atomic_write
 
 MAGIC = b"YAOANSW1"
 HEADER = struct.Struct("<8sQ")
@@ -32,7 +32,7 @@ def write_answers(prefix: str | Path, counts: NDArray[np.integer], ranges: Range
     assert int(counts.sum()) == len(ranges)
     firsts = np.concatenate([[0], np.cumsum(counts)]).astype("<u8")
     data = HEADER.pack(MAGIC, len(ranges)) + firsts.tobytes() + ranges.astype("<u4").tobytes()
-    atomic_write(_named(Path(prefix)), data)
+    atomic_write(beside(prefix, SUFFIX), data)
 
 
 class Answers:
@@ -43,8 +43,8 @@ class Answers:
     """
 
     def __init__(self, prefix: str | Path, documents: int) -> None:
-        self._path = path = _named(Path(prefix))
-        try:
+        self._path = path = beside(prefix, SUFFIX)
+        with explained(path):
             data = np.memmap(path, mode="r", dtype=np.uint8)
             magic, count = HEADER.unpack(bytes(data[: HEADER.size]))
             if magic != MAGIC:
@@ -54,12 +54,6 @@ class Answers:
                 raise ValueError(f"{len(data)} bytes, but {documents} documents with {count} answers need {expected}")
             self._firsts: NDArray[np.uint64] = np.frombuffer(data, "<u8", documents + 1, HEADER.size)
             self._ranges: Ranges = np.frombuffer(data, "<u4", 2 * count, at).reshape(count, 2)
-        except FileNotFoundError:
-            raise DataError(f"{path}: missing; run the shards step again") from None
-        except OSError as error:
-            raise unreadable(path, error) from None
-        except (ValueError, struct.error) as error:
-            raise self._damaged(str(error)) from None
 
     def check(self, lengths: NDArray[np.integer]) -> None:
         """Check that the answers are in order and inside their documents, whose numbers of tokens are `lengths`.
@@ -69,14 +63,11 @@ class Answers:
         """
         firsts, (starts, stops) = self._firsts.astype(np.int64), self._ranges.astype(np.int64).T
         if firsts[0] != 0 or firsts[-1] != len(starts) or (np.diff(firsts) < 0).any():
-            raise self._damaged("the index of first answers does not ascend to the number of answers")
+            raise damaged(self._path, "the index of first answers does not ascend to the number of answers")
         document = np.repeat(np.arange(len(lengths)), np.diff(firsts))
         follows = document[1:] == document[:-1]
         if (starts >= stops).any() or (stops > lengths[document]).any() or (starts[1:] < stops[:-1])[follows].any():
-            raise self._damaged("answers are empty, overlap, or reach beyond their document")
-
-    def _damaged(self, problem: str) -> DataError:
-        return DataError(f"{self._path}: damaged ({problem}); run the shards step again")
+            raise damaged(self._path, "answers are empty, overlap, or reach beyond their document")
 
     def __len__(self) -> int:
         return len(self._firsts) - 1
@@ -96,7 +87,3 @@ def trained(ranges: Ranges, start: int, stop: int) -> NDArray[np.bool_]:
 def count_trained(ranges: Ranges, start: int, stop: int) -> int:
     """The number of a document's tokens [start, stop) that are in one of the ranges."""
     return sum(max(min(last, stop) - max(first, start), 0) for first, last in ranges.tolist())
-
-
-def _named(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + SUFFIX)

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import DataError
-from trainer.files import sync_directory, unreadable
+from trainer.data.sidecar import beside, explained
+from trainer.files import sync_directory
 
 MAGIC = b"YAODOCS1"
 TABLE_BYTES = struct.Struct("<I")
@@ -48,7 +48,7 @@ class OriginsWriter:
     """
 
     def __init__(self, prefix: str | Path, files: Sequence[str]) -> None:
-        self._path = _named(Path(prefix))
+        self._path = beside(prefix, SUFFIX)
         self._temporary = self._path.with_name(self._path.name + ".tmp")
         self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by close
         table = json.dumps(list(files), ensure_ascii=False).encode()
@@ -76,8 +76,8 @@ class Origins:
     """
 
     def __init__(self, prefix: str | Path, documents: int) -> None:
-        path = _named(Path(prefix))
-        try:
+        path = beside(prefix, SUFFIX)
+        with explained(path):
             data = np.memmap(path, mode="r", dtype=np.uint8)
             if bytes(data[: len(MAGIC)]) != MAGIC:
                 raise ValueError("no list of origins")
@@ -89,12 +89,6 @@ class Origins:
             self._records = np.frombuffer(data, RECORD, documents, records)
             if documents and int(self._records["file"].max()) >= len(self.files):
                 raise ValueError("names files that are not in its table")
-        except FileNotFoundError:
-            raise DataError(f"{path}: missing; run the shards step again") from None
-        except OSError as error:
-            raise unreadable(path, error) from None
-        except (ValueError, struct.error) as error:
-            raise DataError(f"{path}: damaged ({error}); run the shards step again") from None
 
     def __len__(self) -> int:
         return len(self._records)
@@ -102,7 +96,3 @@ class Origins:
     def __getitem__(self, index: int) -> Origin:
         file, offset = self._records[index].item()
         return Origin(self.files[file], offset)
-
-
-def _named(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + SUFFIX)
