@@ -76,14 +76,6 @@ def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTra
     return model.eval()
 
 
-def without_limit(model: PreTrainedModel) -> None:
-    """Remove the lower bound of time steps that transformers reads into NemotronH's configuration, see
-    nemotron_oracle."""
-    for block in model.model.layers:
-        if getattr(block, "block_type", "") == "linear_attention":
-            block.mixer.time_step_limit = (0.0, float("inf"))
-
-
 def imported(folder: Path) -> HybridModel:
     config = json.loads((folder / "config.json").read_text())
     architecture = architecture_of(config, str(folder))
@@ -94,6 +86,15 @@ def imported(folder: Path) -> HybridModel:
     return model.eval()
 
 
+def both(name: str, folder: Path) -> tuple[PreTrainedModel, HybridModel, torch.Tensor]:
+    """A model as transformers has it and as it is imported, and some ids."""
+    theirs = saved(name, folder)
+    for block in theirs.model.layers:
+        if getattr(block, "block_type", "") == "linear_attention":
+            block.mixer.time_step_limit = (0.0, float("inf"))  # see nemotron_oracle
+    return theirs, imported(folder), torch.randint(0, 96, (2, 40))
+
+
 def logits(model: HybridModel, ids_BT: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(ids_BT, torch.zeros_like(ids_BT, dtype=torch.int32)).logits_BTV
@@ -101,10 +102,7 @@ def logits(model: HybridModel, ids_BT: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_theirs_and_what_is_written_loads_there_again(name: str, tmp_path: Path) -> None:
-    theirs = saved(name, tmp_path / "in")
-    without_limit(theirs)
-    ours = imported(tmp_path / "in")
-    ids_BT = torch.randint(0, 96, (2, 40))
+    theirs, ours, ids_BT = both(name, tmp_path / "in")
     with torch.no_grad():
         expected = theirs(ids_BT).logits
     torch.testing.assert_close(logits(ours, ids_BT), expected, atol=5e-5, rtol=1e-4)
@@ -124,10 +122,7 @@ def test_logits_are_theirs_and_what_is_written_loads_there_again(name: str, tmp_
 
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_of_what_came_in_are_theirs(name: str, tmp_path: Path) -> None:
-    theirs = saved(name, tmp_path / "in")
-    without_limit(theirs)
-    ours = imported(tmp_path / "in")
-    ids_BT = torch.randint(0, 96, (2, 40))
+    theirs, ours, ids_BT = both(name, tmp_path / "in")
     expected = theirs(ids_BT, labels=ids_BT).loss
     expected.backward()
     labels_BT = torch.cat([ids_BT[:, 1:], torch.full((2, 1), -100)], dim=1)
