@@ -24,10 +24,10 @@ def check(job: JobSpec, *, downloaded: bool) -> None:
     Raises:
         SpecError, DataError, CheckpointError: one line that begins with the name of the field.
     """
-    names = {INIT: job.train.init_from, TOKENIZER: job.tokenizer.source}
-    there = {field: folder for field, folder in job.models.items() if downloaded or not hub_model(names[field] or "")}
+    names = job.named_models
+    there = {field: folder for field, folder in job.models.items() if downloaded or not hub_model(names[field])}
     for field, folder in there.items():
-        if (run := RUN_NAME.fullmatch(names[field] or "")) and not Path(folder).is_dir():
+        if (run := RUN_NAME.fullmatch(names[field])) and not Path(folder).is_dir():
             if run["step"]:
                 raise SpecError(f"{field}: {folder} is not there; train the run to that step")
             said = f"{Path(folder).parent} has no run {run[0]}"
@@ -36,9 +36,9 @@ def check(job: JobSpec, *, downloaded: bool) -> None:
         with named(INIT):
             found = find(there[INIT])
             refuse_misfit(found, job.train.model)
-            if not hub_model(names[INIT] or ""):  # otherwise its weights are fetched later
+            if not hub_model(names[INIT]):  # otherwise its weights are fetched later
                 refuse_damaged(found, job.train.model)
-    if job.tokenizer_from and (field := TOKENIZER if job.tokenizer.source else INIT) in there:
+    if job.tokenizer_from and (field := _tokenizer_field(job)) in there:
         with named(field):
             used = tokenizer_folder(job)
             tokenizer = Tokenizer.load(used)
@@ -56,7 +56,7 @@ def check(job: JobSpec, *, downloaded: bool) -> None:
 
 def tokenizer_folder(job: JobSpec) -> Path:
     """The folder with the tokenizer that a job takes from a model."""
-    return tokenizer_of(job.models[TOKENIZER if job.tokenizer.source else INIT])
+    return tokenizer_of(job.models[_tokenizer_field(job)])
 
 
 def conversations(job: JobSpec) -> ChatTemplate | None:
@@ -67,8 +67,13 @@ def conversations(job: JobSpec) -> ChatTemplate | None:
     """
     if not job.tokenizer_from or not any(source.has_markup for source in job.data.sources.values()):
         return None
-    with named(TOKENIZER if job.tokenizer.source else INIT):
+    with named(_tokenizer_field(job)):
         return chat_template(tokenizer_folder(job))
+
+
+def _tokenizer_field(job: JobSpec) -> str:
+    """The field that names the model whose tokenizer the job takes."""
+    return TOKENIZER if job.tokenizer.source else INIT
 
 
 def _refuse_other_words(tokenizer: Tokenizer, used: Path, own: Path | None) -> None:

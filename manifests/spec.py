@@ -279,10 +279,15 @@ class JobSpec(Spec):
         return self.tokenizer.source or self.train.init_from
 
     @property
-    def models(self) -> dict[str, str]:
-        """The folders of the models that the job starts from, by the field that names them."""
+    def named_models(self) -> dict[str, str]:
+        """The names of the models that the job starts from, by the field that names them."""
         named = {"train.init_from": self.train.init_from, "tokenizer.from": self.tokenizer.source}
-        return {field: self._model_dir(name) for field, name in named.items() if name}
+        return {field: name for field, name in named.items() if name}
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The folders of these models, by the same fields."""
+        return {field: self._model_dir(name) for field, name in self.named_models.items()}
 
     def _model_dir(self, named: str) -> str:
         storage = self.storage

@@ -18,7 +18,7 @@ from pipelines import verbs
 from pipelines.data import app as data_app
 from pipelines.doctor.command import doctor
 from pipelines.lint import lint
-from pipelines.options import Job, Sets, Workdir
+from pipelines.options import Job, Sets, Target, Workdir
 from pipelines.prepare import prepare
 
 EXAMPLES = """
@@ -118,7 +118,7 @@ def _changes(sets: list[str] | None) -> dict[str, Any]:
 def run(
     job: Job,
     sets: Sets = None,
-    target: Annotated[str, typer.Option(help="Where the trainer runs: local or kubernetes.")] = "local",
+    target: Target = "local",
     workdir: Workdir = Path("work"),
     verbose: Verbose = False,
 ) -> None:
@@ -130,7 +130,7 @@ def run(
 def tune(
     job: Job,
     sets: Sets = None,
-    target: Annotated[str, typer.Option(help="Where the trainer runs: local or kubernetes.")] = "local",
+    target: Target = "local",
     workdir: Workdir = Path("work"),
     verbose: Verbose = False,
 ) -> None:

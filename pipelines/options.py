@@ -14,6 +14,7 @@ Sets = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the job: train.steps=20; repeatable."),
 ]
 WORKDIR = Path("work")
+Target = Annotated[str, typer.Option(help="Where the trainer runs: local or kubernetes.")]
 Workdir = Annotated[Path, typer.Option(help="Folder for data, checkpoints and logs of local runs.")]
 Namespace = Annotated[
     str, typer.Option("--namespace", "-n", help="Kubernetes namespace; default: that of the kubeconfig context.")

@@ -123,8 +123,10 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         "samples": [{"prompt": p, "text": t} for p, t in zip(spec.evaluate.prompts, texts, strict=True)],
         "seconds": round(time.monotonic() - began, 3),
     }
+    tokenizer = trained.tokenizer
+    del trained  # one model in memory is enough
     if spec.init_from and (before := begun_with(spec, device, precision.autocast_dtype)) is not None:
-        scores = _score_sources(spec, before, trained.tokenizer, device, precision)[0]
+        scores = _score_sources(spec, before, tokenizer, device, precision)[0]
         domains = {domain: score.summary() for domain, score in _by_domain(scores, domain_of).items()}
         result["begun_with"] = {"model": spec.init_from, "domains": domains}
     write_report(spec.run_dir, result)

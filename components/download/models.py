@@ -14,7 +14,7 @@ from pathlib import Path
 from components.download.hubaccess import HTTP_ERRORS, Repository, as_input, commit_of, fetch, files_of, refused
 from components.download.writer import Input
 from components.lock import alone
-from components.pretrained import INIT, TOKENIZER, check
+from components.pretrained import INIT, check
 from components.progress import ByteProgress
 from components.volume import named, volume_explained
 from manifests.pretrained import HubModel, hub_model
@@ -34,8 +34,7 @@ def fetch_models(job: JobSpec) -> None:
         SpecError: a model does not fit.
         DataError, LaunchError, VolumeError: it cannot be fetched or stored. Finished files are kept.
     """
-    names = {INIT: job.train.init_from, TOKENIZER: job.tokenizer.source}
-    hubs = {field: hub for field, name in names.items() if name and (hub := hub_model(name))}
+    hubs = {field: hub for field, name in job.named_models.items() if (hub := hub_model(name))}
     for field, hub in hubs.items():
         with named(field):
             _fetch(hub, Path(job.models[field]), weights=False)

@@ -94,7 +94,7 @@ class UnitEncoder:
         tokenizer, encode = _opened(self.tokenizer_dir, self.engine)
         if unit.source in self.markup:
             encode = with_markup(encode, tokenizer)
-        find_answers = AnswerFinder(tokenizer, form_of(self.tokenizer_dir)) if unit.source in self.answers else None
+        find_answers = _answer_finder(self.tokenizer_dir, self.engine) if unit.source in self.answers else None
         dtype = token_dtype(tokenizer.vocab_size)
         parts: dict[Split, list[EncodedDocuments]] = {split: [] for split in SPLITS}
         path = Path(self.raw_dir) / unit.path
@@ -235,6 +235,12 @@ def _record(number: int, digest: str) -> dict[str, Any]:
 def _opened(directory: str, engine: EngineName) -> tuple[Tokenizer, Encode]:
     tokenizer = Tokenizer.load(directory)
     return tokenizer, open_engine(engine, tokenizer)
+
+
+@lru_cache(maxsize=1)  # its tables are as long as the vocabulary, and units are many
+def _answer_finder(directory: str, engine: EngineName) -> AnswerFinder:
+    tokenizer, _ = _opened(directory, engine)
+    return AnswerFinder(tokenizer, form_of(directory, tokenizer))
 
 
 def _batches(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[list[int], list[str]]]:

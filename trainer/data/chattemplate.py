@@ -29,6 +29,7 @@ class ChatTemplate:
     """
     Args:
         folder: the tokenizer's folder.
+        tokenizer: that tokenizer, already loaded.
 
     Attributes:
         digest: sha256 of the template.
@@ -38,12 +39,12 @@ class ChatTemplate:
         DataError: there is no template, or answers cannot be found in its output.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
         from jinja2 import TemplateSyntaxError
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        self._tokenizer, self._folder = Tokenizer.load(folder), Path(folder)
+        self._tokenizer, self._folder = tokenizer or Tokenizer.load(folder), Path(folder)
         extensions = [loopcontrols, _generation()]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _json
@@ -110,13 +111,19 @@ class ChatTemplate:
         return ChatFormat(first[0], head[first.end() :], last[0])
 
 
-def chat_template(folder: str | Path) -> ChatTemplate | None:
+def chat_template(folder: str | Path, tokenizer: Tokenizer | None = None) -> ChatTemplate | None:
     """The chat template of a tokenizer; None for one that was trained here, whose markup is our own.
 
     Raises:
         DataError: as ChatTemplate.
     """
-    return None if Tokenizer.load(folder).is_own else ChatTemplate(folder)
+    tokenizer = tokenizer or Tokenizer.load(folder)
+    return None if tokenizer.is_own else ChatTemplate(folder, tokenizer)
+
+
+def has_template(folder: Path) -> bool:
+    """Whether a tokenizer comes with a chat template."""
+    return (folder / FILE).is_file() or "chat_template" in _config(folder / CONFIG)
 
 
 class Asking:
@@ -133,7 +140,8 @@ class Asking:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._tokenizer, self._template = Tokenizer.load(folder), chat_template(folder)
+        self._tokenizer = Tokenizer.load(folder)
+        self._template = chat_template(folder, self._tokenizer)
         form = self._template.form if self._template else CHATML
         self.stops = {self._tokenizer.eod_id, *self._tokenizer.encode(form.end, specials=True)}
 
@@ -143,9 +151,9 @@ class Asking:
         return self._tokenizer.begun(self._tokenizer.encode(asked, specials=True))
 
 
-def form_of(folder: str | Path) -> ChatFormat:
-    """The tokens before and after an answer of a chat. Raises as `chat_template`."""
-    template = chat_template(folder)
+def form_of(folder: str | Path, tokenizer: Tokenizer | None = None) -> ChatFormat:
+    """The tokens before and after an answer of a chat. Arguments and errors are those of `chat_template`."""
+    template = chat_template(folder, tokenizer)
     return template.form if template else CHATML
 
 

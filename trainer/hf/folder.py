@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.data.chat import CHATML
+from trainer.data.chattemplate import FILE as CHAT
+from trainer.data.chattemplate import has_template
 from trainer.data.tokenizer import Tokenizer, files_of
 from trainer.hf.files import INDEX, SINGLE
 
 FILE_BYTES = 5 * 10**9  # of weights in one file
-CONFIG, GENERATION, CHAT = "config.json", "generation_config.json", "chat_template.jinja"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 def write(
@@ -52,16 +54,10 @@ def write(
         ends = tokenizer.eod_id if turn is None else [tokenizer.eod_id, turn]
         _write_json(folder / GENERATION, {**tokens, "eos_token_id": ends, "do_sample": True, "temperature": 0.8})
         written.append(GENERATION)
-    if tokenizer.is_own and not _has_template(tokenizer_dir):
+    if tokenizer.is_own and not has_template(tokenizer_dir):
         shutil.copyfile(Path(__file__).with_name(CHAT), folder / CHAT)
         written.append(CHAT)
     return written
-
-
-def _has_template(tokenizer_dir: Path) -> bool:
-    config = tokenizer_dir / "tokenizer_config.json"
-    inside = config.is_file() and "chat_template" in json.loads(config.read_bytes())
-    return inside or (tokenizer_dir / CHAT).is_file()
 
 
 def _write_weights(folder: Path, named: Iterable[tuple[str, Tensor]]) -> list[str]:
