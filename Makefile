@@ -84,9 +84,9 @@ gen: setup ## write the generated files: compiled pipeline, manifests, JSON sche
 
 LOCK := pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url
 lock: $(UV) ## resolve the dependencies again
-	$(UV) $(LOCK) --extra train --extra data --extra cluster --extra dev -o requirements.lock
+	$(UV) $(LOCK) --extra train --extra eval --extra serve --extra onnx --extra data --extra cluster --extra dev -o requirements.lock
 	$(UV) $(LOCK) --extra data --extra buckets --extra cluster -o requirements-pipeline.lock
-	$(UV) $(LOCK) --extra train -o requirements-trainer.lock
+	$(UV) $(LOCK) --extra train --extra eval --extra serve -o requirements-trainer.lock
 	echo uv==$(UV_VERSION) | $(UV) $(subst pyproject.toml,-,$(LOCK)) --no-annotate -o requirements-uv.lock
 
 define CHECK_PYTHON

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from trainer.errors import SpecError
+from trainer.evaluatespec import EvaluateSpec
 from trainer.kinds.base import Count
 from trainer.lora import is_adapter
 from trainer.modelspec import ModelSpec
@@ -343,19 +344,6 @@ class RuntimeSpec(Spec):
     max_restarts: Annotated[int, Field(ge=0)] = 10
     deadline_seconds: Count | None = None
     preflight: PreflightSpec = PreflightSpec()
-
-
-class EvaluateSpec(Spec):
-    """Held-out evaluation: at most `max_tokens` tokens of each domain, and one generated sample per prompt.
-
-    `chat`: the prompts are asked as questions of a chat.
-    """
-
-    max_tokens: Count = 200_000
-    prompts: list[Annotated[str, Field(min_length=1)]] = []
-    sample_tokens: Count = 64
-    temperature: NonNegative = 0.8
-    chat: bool = False
 
 
 class ExportSpec(Spec):
