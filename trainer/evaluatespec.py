@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from trainer.fields import stored
+from trainer.gatespec import GateSpec
 from trainer.kinds.base import Count
 from trainer.specbase import Spec
 
@@ -13,7 +15,8 @@ from trainer.specbase import Spec
 class EvaluateSpec(Spec):
     """Held-out evaluation: at most `max_tokens` tokens of each domain, and one generated sample per prompt.
 
-    `chat`: the prompts are asked as questions of a chat.
+    `chat`: the prompts are asked as questions of a chat. `every_steps`: also during training, every so many steps and
+    after the last, of `every_max_tokens` tokens of each domain. `gate`: what must hold for the model to be exported.
     """
 
     max_tokens: Count = 200_000
@@ -21,3 +24,16 @@ class EvaluateSpec(Spec):
     sample_tokens: Count = 64
     temperature: Annotated[float, Field(ge=0)] = 0.8
     chat: bool = False
+    every_steps: Count | None = None
+    every_max_tokens: Count = 20_000
+    gate: list[GateSpec] = []
+
+
+# Fields that change nothing of what is measured of the finished model.
+_BESIDE = frozenset({"every_steps", "every_max_tokens", "gate"})
+
+
+def measured(spec: EvaluateSpec) -> dict[str, Any]:
+    """The settings on which the contents of eval.json depend; with others, the model is evaluated again."""
+    settings: dict[str, Any] = stored(spec, without=_BESIDE)
+    return settings

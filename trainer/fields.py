@@ -86,7 +86,12 @@ LATER: dict[str, dict[str, Later]] = {
     "TrainSpec": {"begun_with_steps": Later(2, None), "init_from": Later(5, None), "export": Later(5, None)},
     "JobSpec": {"tune": Later(5, None)},
     "StorageSpec": {"sources_dir": Later(2, None)},
-    "EvaluateSpec": {"chat": Later(5, False)},
+    "EvaluateSpec": {
+        "chat": Later(5, False),
+        "every_steps": Later(6, None),
+        "every_max_tokens": Later(6, 20_000),
+        "gate": Later(6, []),
+    },
     "TokenizerSpec": {"from": Later(5, None)},
     "DataSpec": {"begun_with_max_bytes": Later(3, None)},
     "AttentionSpec": {"rope_scaling": Later(4, None), "qk_norm": Later(4, False), "bias": Later(4, False)},

@@ -13,7 +13,7 @@ import pytest
 import torch
 from made_run import make_run
 
-from trainer import evaluate
+from trainer import evaluate, scoring
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.checkpointer import load_model_weights
 from trainer.data.answers import Answers
@@ -192,6 +192,6 @@ def test_labels_of_a_cut_document_end_with_its_last_scored_token() -> None:
         2: (6, [11, -100, -100, -100, 15]),
         9: (8, [11, -100, -100, -100, 15, 16, 17]),
     }.items():
-        ids, found = evaluate.labelled(document, ranges, room)
+        ids, found = scoring.labelled(document, ranges, room)
         assert (ids.tolist(), found.tolist()) == (list(range(10, 10 + end)), labels)
-    assert evaluate.labelled(document, np.empty((0, 2), np.uint32), 3)[1].tolist() == []
+    assert scoring.labelled(document, np.empty((0, 2), np.uint32), 3)[1].tolist() == []

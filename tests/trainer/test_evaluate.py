@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_run import make_model, make_run, save_checkpoint
 
-from trainer import evaluate
+from trainer import evaluate, scoring
 from trainer.data.loader import IGNORED, heldout_documents
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ForeseenError
@@ -116,8 +116,8 @@ def test_max_tokens_is_kept_and_shared_by_weight(tmp_path):
 def test_windows_have_the_rows_of_the_last_step(tmp_path, monkeypatch):
     """12 steps of 256 tokens, 100 of the stream skipped: the last one begins at 2916, where a stage may begin too."""
     made = []
-    pack = evaluate.pack
-    monkeypatch.setattr(evaluate, "pack", lambda ids, seq_len, rows: made.append(seq_len) or pack(ids, seq_len, rows))
+    pack = scoring.pack
+    monkeypatch.setattr(scoring, "pack", lambda ids, seq_len, rows: made.append(seq_len) or pack(ids, seq_len, rows))
     spec, _ = make_run(tmp_path, evaluate={"max_tokens": 50})
     assert (spec.steps, spec.batch.tokens_per_step) == (12, 256)
     for first, length in ((2915, 16), (2916, 16), (2917, 32), (3172, 32)):
@@ -140,7 +140,7 @@ def test_nothing_is_read_after_the_budget(tmp_path, monkeypatch):
 
     spec, _ = make_run(tmp_path, evaluate={"max_tokens": 100})
     found = ((name, domain, Document(ids), None) for name, domain, ids, _ in heldout_documents(spec.tokens))
-    monkeypatch.setattr(evaluate, "heldout_documents", lambda tokens: found)
+    monkeypatch.setattr(scoring, "heldout_documents", lambda tokens: found)
     scores = evaluate.run(spec)["sources"].values()
     assert len(read) == sum(score["documents"] for score in scores) < 20
 
@@ -206,7 +206,7 @@ def test_packing_scores_every_token_once_in_its_own_window(lengths, seq_len, num
             window_start = ids[0] + (i - 1) // seq_len * seq_len
             expected.append((tuple(range(window_start, ids[i])), ids[i]))
     found = []
-    for batch in evaluate.pack(documents, seq_len, num_rows):
+    for batch in scoring.pack(documents, seq_len, num_rows):
         assert batch.ids_BT.shape[1] == seq_len and 1 <= batch.ids_BT.shape[0] <= num_rows
         for ids, labels, seq_idx in zip(batch.ids_BT, batch.labels_BT, batch.seq_idx_BT, strict=True):
             assert (seq_idx.diff() >= 0).all()
