@@ -251,7 +251,9 @@ def save_checkpoint(run: Run, step: int, batch: StepBatch) -> None:
 
 def finish(run: Run) -> None:
     """Wait for the last checkpoint, write the result, and exit together with the other ranks."""
-    if problem := run.checkpoints.wait():
+    with run.recorder.phase("checkpoint"):
+        problem = run.checkpoints.wait()
+    if problem:
         raise VolumeError(f"{problem}; free space or fix the volume, then resume")
     run.loader.close()
     path = checkpoint.step_dir(run.spec.run_dir, run.checkpoints.saved_step)

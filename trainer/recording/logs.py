@@ -55,13 +55,13 @@ class MetricsFile:
     """logs/metrics.jsonl, open for appending after `resumed_step`.
 
     Attributes:
-        lost_seconds: time spent in the steps whose lines were dropped.
+        dropped: the lines after `resumed_step`, of steps that are trained again.
     """
 
     def __init__(self, run_dir: str | Path, resumed_step: int) -> None:
         self.path = Path(run_dir) / "logs" / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lost_seconds = 0.0
+        self.dropped: list[dict[str, Any]] = []
         self._unwritten = b""
         self._warned = False
         draft = self.path.with_suffix(".draft")
@@ -70,7 +70,7 @@ class MetricsFile:
                 if record["step"] <= resumed_step:
                     stream.write(json.dumps(record) + "\n")
                 else:
-                    self.lost_seconds += record["seconds"]
+                    self.dropped.append(record)
             stream.flush()
             os.fsync(stream.fileno())
         draft.replace(self.path)

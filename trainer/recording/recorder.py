@@ -29,6 +29,7 @@ from trainer.process import hostmemory, restarts
 from trainer.process.owntime import OwnTime
 from trainer.recording.board import Board
 from trainer.recording.exporter import Metrics
+from trainer.recording.goodput import Ledger
 from trainer.recording.logs import MetricsFile
 from trainer.recording.results import headline_loss, loss_of
 from trainer.spec import TrainSpec
@@ -88,11 +89,13 @@ class Recorder:
         self.own = OwnTime(world.device)
         self._file: MetricsFile | None = None
         self._board: Board | None = None
+        self._ledger: Ledger | None = None
         self._phases: dict[str, float] = {}
         self._phase, self._steps_done = "preparation", 0
         self._sources: dict[str, int] = {}
         self._rate: float | None = None
         self._fp8_overflows = 0.0
+        self._fp8_line: dict[str, dict[str, float]] = {}
         self._flops_per_token = lru_cache(lambda seq_len: flops_per_token(spec.model, seq_len))
         self._peak_flops = peak_flops(world.device)
         self.seconds_before = 0.0
@@ -122,9 +125,13 @@ class Recorder:
             log.info("metrics of rank 0: port %d, as %d is taken", self.metrics.port, self._moved_from)
         atomic_write(Path(self._spec.run_dir) / thismachine.PORTS_FILE, json.dumps({"ports": ports}).encode())
         self._file = MetricsFile(self._spec.run_dir, step)
-        self.metrics.add("goodput_seconds_total", self._file.lost_seconds, **{"class": "lost"})
+        dropped = self._file.dropped
+        self.metrics.add("goodput_seconds_total", sum(line["seconds"] for line in dropped), **{"class": "lost"})
         self._board = Board(self._spec.run_dir, step)
-        for cause, count in (dict.fromkeys(restarts.REASONS, 0) | restarts.summary(self._spec.run_dir)).items():
+        causes = restarts.summary(self._spec.run_dir)
+        self._ledger = Ledger(self._spec.run_dir, self._started, step, dropped, causes)
+        self._ledger.write(step, at_once=True)
+        for cause, count in (dict.fromkeys(restarts.REASONS, 0) | causes).items():
             self.metrics.add("restarts_total", count, reason=cause)
 
     def preflight(self, findings: list[Finding]) -> None:
@@ -149,6 +156,8 @@ class Recorder:
             self._phases[name] = self._phases.get(name, 0.0) + seconds
             self.metrics.add("phase_seconds_total", seconds, phase=name)
             self.metrics.add("goodput_seconds_total", seconds, **{"class": _GOODPUT[name]})
+            if self._ledger:
+                self._ledger.add(_GOODPUT[name], seconds)
             if name == "data":
                 self.metrics.add("own_seconds_total", seconds)
 
@@ -166,9 +175,12 @@ class Recorder:
         """Export one finished step, whose rows had `seq_len` tokens."""
         self._export(record, epochs, seq_len)
         self._steps_done = record.step
-        if self._file is None or self._board is None:
+        if self._file is None or self._board is None or self._ledger is None:
             return
-        self._file.write({k: v for k, v in vars(record).items() if k != "trained_share" or v is not None})
+        self._ledger.write(record.step)
+        line = {k: v for k, v in vars(record).items() if k != "trained_share" or v is not None}
+        mfu = self._mfu(record, seq_len)
+        self._file.write(line | ({} if mfu is None else {"mfu": mfu}) | self._fp8_line)
         scalars = {name: getattr(record, name) for name in _SCALARS} | record.auxiliary
         self._board.add(record.step, {f"train/{name}": value for name, value in scalars.items()})
         speed = record.tokens_per_second
@@ -190,6 +202,7 @@ class Recorder:
 
     def fp8(self, step: int, state: Fp8State | TeState) -> None:
         """Export FP8 statistics only every `log_every_steps` steps, because reading them waits for the device."""
+        self._fp8_line = {}
         if step % self._spec.runtime.log_every_steps:
             return
         amax, overflows = state.figures()
@@ -199,6 +212,7 @@ class Recorder:
             self.metrics.set("fp8_amax", value, operand=operand)
         self.metrics.add("fp8_overflows_total", overflows - self._fp8_overflows)
         self._fp8_overflows = overflows
+        self._fp8_line = {"fp8": {**amax, "overflows": overflows}}
 
     def checkpointed(self, step: int, seconds: float) -> None:
         """A checkpoint was published; may come from another thread."""
@@ -211,10 +225,11 @@ class Recorder:
         self.metrics.add("checkpoint_failures_total")
 
     def sync(self) -> None:
-        """Make metrics.jsonl and TensorBoard durable up to here."""
-        if self._file and self._board:
+        """Make metrics.jsonl, goodput.json and TensorBoard durable up to here."""
+        if self._file and self._board and self._ledger:
             self._file.sync()
             self._board.flush()
+            self._ledger.write(self._steps_done, at_once=True)
 
     def seconds(self) -> float:
         """Wall seconds of the run, including earlier processes up to their last checkpoint."""
@@ -261,7 +276,8 @@ class Recorder:
 
     def close(self) -> None:
         self.metrics.close()
-        if self._file and self._board:
+        if self._file and self._board and self._ledger:
+            self._ledger.write(self._steps_done, at_once=True)
             self._file.close()
             self._board.close()
 
@@ -287,9 +303,15 @@ class Recorder:
         metrics.set("memory_bytes", hostmemory.peak_bytes(), place="host")
         if self._world.device.type == "cuda":
             metrics.set("memory_bytes", torch.cuda.max_memory_allocated(self._world.device), place="gpu")
-            if self._peak_flops:
-                flops = self._flops_per_token(seq_len) * record.tokens_per_second
-                metrics.set("mfu_ratio", flops / (self._peak_flops * self._world.size))
+        if (mfu := self._mfu(record, seq_len)) is not None:
+            metrics.set("mfu_ratio", mfu)
+
+    def _mfu(self, record: StepRecord, seq_len: int) -> float | None:
+        """Model FLOPs per second as a share of the devices' peak; None if that is unknown."""
+        if not self._peak_flops:
+            return None
+        flops = self._flops_per_token(seq_len) * record.tokens_per_second
+        return flops / (self._peak_flops * self._world.size)
 
     def _export_memory_limits(self) -> None:
         self.metrics.set("memory_limit_bytes", hostmemory.limit_bytes() / self._world.local_size, place="host")
