@@ -20,6 +20,7 @@ from pipelines.doctor.command import doctor
 from pipelines.lint import lint
 from pipelines.options import Job, Sets, Target, Workdir
 from pipelines.prepare import prepare
+from pipelines.verify import sign, verify
 
 EXAMPLES = """
 Train a language model from raw text to a verified export: on this machine, or on Kubernetes.
@@ -46,7 +47,8 @@ missing or in the way, 74 file or volume, 130 and 143 stopped; docs/exit-codes.m
 
 # In the order in which people need them.
 VERBS = (
-    *("run", "tune", "prepare", "train", "evaluate", "export", "generate", "local", "status", "logs", "stop", "resume"),
+    *("run", "tune", "prepare", "train", "evaluate", "export", "verify", "sign", "generate"),
+    *("local", "status", "logs", "stop", "resume"),
     *("describe", "presets", "data", "doctor", "submit", "compile", "render", "lint", "why"),
 )
 
@@ -71,7 +73,8 @@ app.add_typer(data_app, name="data")
 verbs.register(app)
 app.command()(lint)
 app.command()(doctor)
-app.command()(prepare)
+for command in (prepare, verify, sign):
+    app.command()(command)
 
 
 def _be_verbose(on: bool) -> None:

@@ -5,7 +5,9 @@
     tokenizer.json      as trained; tokenizer_config.json lets transformers' AutoTokenizer load it
     transformers/       a folder that transformers loads, in the dtype of train.export (trainer/hf)
     README.md           model card: data and licences, shares, evaluation
-    manifest.json       origin, counts, and size and digests of every other file
+    manifest.json       origin, counts, and size and digests of all files above
+    passport.json       data, code and training that it comes from, and the digests of all files above
+    passport.dsse.json  signature of the passport, if a key is given (trainer/signing.py)
 
 It is written under a hidden name and renamed, so a directory named `export` is complete.
 """
@@ -24,7 +26,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.torch import load_file, save_file
 
-from trainer import __version__
+from trainer import __version__, passport, signing
 from trainer.checkpoints.checkpoint import CheckpointFile, describe_files
 from trainer.data.tokenizer import Tokenizer, files_of
 from trainer.errors import CheckpointError
@@ -56,9 +58,12 @@ def run(spec: TrainSpec) -> dict[str, Any]:
 
     Raises:
         LaunchError, CheckpointError, DataError: no checkpoint, none that verifies, tokenizer missing or different.
+        SpecError: the key for the signature cannot be used.
     """
+    signer = signing.signer()
     # Weights are only copied: the kernels named for training need not exist here.
     trained = load_trained(spec.model_copy(update={"backends": BackendsSpec()}), torch.device("cpu"))
+    trained_as = spec
     if spec.model.lora is not None:
         merge(trained.model)
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"lora": None})})
@@ -68,7 +73,14 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     for leftover in final.parent.glob(".export-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     draft.mkdir(parents=True)
-    manifest = _write(draft, spec, trained)
+    record = read_run(spec.run_dir)
+    manifest = _write(draft, spec, trained, record)
+    passport.write(draft, trained_as, trained.checkpoint, manifest, record)
+    if signer is not None:
+        key_id = signing.sign(draft, *passport.read(draft / passport.PASSPORT), signer)
+        log.info("signed the passport with key %s", key_id)
+    _sync(draft / passport.PASSPORT)
+    sync_directory(draft)
     if final.exists():
         final.rename(old)
     draft.rename(final)
@@ -106,7 +118,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Hyb
     return model.eval(), Tokenizer.load(directory)
 
 
-def _write(draft: Path, spec: TrainSpec, trained: Trained) -> dict[str, Any]:
+def _write(draft: Path, spec: TrainSpec, trained: Trained, record: Run) -> dict[str, Any]:
     state = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
     save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
     _write_text(draft / "config.json", json.dumps(stored(spec.model), indent=1) + "\n")
@@ -131,8 +143,9 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained) -> dict[str, Any]:
     if beside:
         manifest["transformers"] = TRANSFORMERS
         manifest["trust_remote_code"] = f"{TRANSFORMERS}/{own.CODE[0].name}" in beside
-    _write_text(draft / "README.md", model_card(read_run(spec.run_dir), manifest))
+    _write_text(draft / "README.md", model_card(record, manifest))
     names = sorted(("model.safetensors", "config.json", *(file.name for file in tokenizer), "README.md", *beside))
+    manifest["passport"] = passport.PASSPORT
     manifest["sha256"] = {name: checksum(draft / name, "sha256") for name in names}
     manifest["files"] = {name: entry.model_dump() for name, entry in describe_files(draft, names).items()}
     for name in names:

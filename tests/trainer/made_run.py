@@ -13,6 +13,8 @@ import torch.distributed.checkpoint as dcp
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.checkpoint import CheckpointManifest
 from trainer.data.manifest import read_manifest
+from trainer.data.order import ORDER_VERSION
+from trainer.data.plan import Cursor
 from trainer.kinds.ngrams import token_classes
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.spec import TrainSpec
@@ -37,15 +39,16 @@ def save_checkpoint(spec: TrainSpec, model: HybridModel, step: int) -> Checkpoin
     hidden.mkdir(parents=True)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     dcp.save(state, checkpoint_id=hidden, no_dist=True)
+    drawn = {"ko": 156 * step, "en": 100 * step}
     stages = {"shards": spec.tokens.shards, "tokenizer": spec.tokens.tokenizer}
     manifest = CheckpointManifest(
         step=step,
         spec=spec.model_dump(mode="json"),
         code_version="test",
         digests={name: read_manifest(directory).digest for name, directory in stages.items()},
-        cursor={},
+        cursor=Cursor(ORDER_VERSION, "made", drawn, dict.fromkeys(drawn, 0)).to_dict(),
         world_size=1,
-        scalars={},
+        scalars={"seconds": 0.5 * step},
         files=checkpoint.describe_files(hidden, [path.name for path in hidden.iterdir()]),
     )
     return checkpoint.read_manifest(checkpoint.publish(spec.run_dir, manifest))

@@ -50,7 +50,7 @@ def test_what_others_left_is_neither_exported_nor_in_the_way(exported):
     export.load(directory)
     assert export.run(spec) == manifest
     assert not (directory / "._config.json").exists()
-    assert files(directory) == {*manifest["files"], "manifest.json"}
+    assert files(directory) == {*manifest["files"], "manifest.json", "passport.json"}
 
 
 def test_weights_that_come_from_a_file_are_not_drawn_first(tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_a_tensor_that_the_file_lacks_is_named(tmp_path, name):
 def test_manifest_has_the_digest_of_every_file(exported):
     _, _, manifest, directory = exported
     assert json.loads((directory / "manifest.json").read_text()) == manifest
-    present = files(directory) - {"manifest.json"}
+    present = files(directory) - {"manifest.json", "passport.json"}
     weights = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
     beside = {*weights, "generation_config.json", "chat_template.jinja", *(path.name for path in own.CODE)}
     assert present == {*weights, "README.md", *(f"transformers/{name}" for name in beside)}

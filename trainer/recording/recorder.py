@@ -45,8 +45,13 @@ _SCALARS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "expert_l
 
 def peak_flops(device: torch.device) -> float | None:
     """FLOP/s of one device by its name; None for a CPU and for a GPU that is not in the table."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    name = device_name(device)
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def device_name(device: torch.device) -> str:
+    """As CUDA names it, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @dataclass(frozen=True)
@@ -257,6 +262,7 @@ class Recorder:
             "checkpoint": str(checkpoint),
             "checkpoint_digest": manifest.digest,
             "world_size": self._world.size,
+            "device": device_name(self._world.device),
             "seconds": self.seconds(),
             "restarts": restarts.count(self._spec.run_dir),
         }
