@@ -1,4 +1,5 @@
-"""The training loop. `train` reads top to bottom: prepare, then steps of data → gradients → update → record → save.
+"""The training loop. `train` reads top to bottom: prepare, then steps of data → gradients → update → record →
+validate → save.
 
 Everything is reduced over ranks exactly once: gradients by `Mesh.summing_gradients`, and loss, expert loads and stop
 requests in one vector per step. So all ranks always make the same decision at the same step.
@@ -69,6 +70,12 @@ def train(spec: TrainSpec) -> int:
             watchdog.beat()
             last = step + 1 == spec.steps
             code = 0 if last else totals.stop_code
+            if run.validation and run.validation.is_due(step + 1) and not code:
+                with run.recorder.phase("validation"):
+                    tokens = sum(batch.tokens_by_source.values())
+                    scores = run.validation.measure(step + 1, tokens, batch.seq_len, watchdog.beat)
+                run.recorder.validated(scores)
+                watchdog.beat()
             if last or code or (step + 1) % spec.checkpoint.every_steps == 0:
                 with run.recorder.phase("checkpoint"):
                     save_checkpoint(run, step + 1, batch)

@@ -39,6 +39,7 @@ from trainer.recording.recorder import Recorder
 from trainer.spec import TrainSpec
 from trainer.specbase import to_stored_yaml
 from trainer.spikes import SpikeGuard
+from trainer.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Run:
     loader: TokenLoader
     checkpoints: Checkpointer
     recorder: Recorder
+    validation: Validation | None
     first_step: int
     guard: SpikeGuard
     skipped_in_a_row: int
@@ -142,6 +144,9 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     recompute.set_policy(model, spec.runtime.activation_checkpointing)
     if compiles:
         compile_layers(model)
+    validation = None
+    if spec.evaluate.every_steps and first_step < spec.steps:
+        validation = Validation(spec, world, layout, model, chosen, compiles=compiles)
     guard = SpikeGuard(spec.optimizer.spike_guard)
     guard.load(resumed.scalars if resumed else {})
     return Run(
@@ -157,6 +162,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         loader=loader,
         checkpoints=checkpoints,
         recorder=recorder,
+        validation=validation,
         first_step=first_step,
         guard=guard,
         skipped_in_a_row=int(resumed.scalars.get(SKIPPED_IN_A_ROW, 0)) if resumed else 0,

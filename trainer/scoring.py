@@ -70,6 +70,9 @@ class Score:
 class Heldout:
     """The held-out documents of a mix, cut to a budget, and the scores of its sources.
 
+    Args:
+        budget_field: the field of the spec that says `max_tokens`, for errors.
+
     Attributes:
         scores: tokens, bytes and documents are counted as documents are read; whoever runs the model adds `nats`.
         domain_of: the domain of each source.
@@ -79,8 +82,14 @@ class Heldout:
         DataError: the shards have no manifest, or it lacks a source of the mix.
     """
 
-    def __init__(self, tokens: TokensSpec, tokenizer: Tokenizer, max_tokens: int) -> None:
-        self._tokens = tokens
+    def __init__(
+        self,
+        tokens: TokensSpec,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        budget_field: str = "train.evaluate.max_tokens",
+    ) -> None:
+        self._tokens, self._budget_field = tokens, budget_field
         self._budgets, self.domain_of = source_budgets(tokens, max_tokens)
         self._byte_lengths = np.array(tokenizer.byte_lengths())
         self.scores = {source: Score() for source in self._budgets}
@@ -97,7 +106,7 @@ class Heldout:
         if nothing := [source for source, score in self.scores.items() if not score.bytes]:
             raise DataError(
                 f"{self._tokens.shards}: no held-out text of source '{nothing[0]}' to score; raise "
-                "data.heldout_fraction or train.evaluate.max_tokens",
+                f"data.heldout_fraction or {self._budget_field}",
             )
 
     def by_domain(self) -> dict[str, Score]:

@@ -72,15 +72,19 @@ def _learning() -> list[Any]:
             "Mean cross-entropy of each step.",
             "none",
             Query(_of_run("loss")),
-            width=12,
             alerts=["LossSpike"],
+        ),
+        chart(
+            "Held-out text",
+            "Bits per byte by domain at the last validation; only with train.evaluate.every_steps.",
+            "none",
+            Query(f"max by (run, domain) ({metric('validation_bits_per_byte')})", "{{domain}} {{run}}"),
         ),
         chart(
             "Gradient norm",
             "Before clipping. Spikes that come more and more often go before a divergence.",
             "none",
             Query(_of_run("grad_norm")),
-            width=12,
             logarithmic=True,
         ),
         chart(

@@ -293,6 +293,7 @@ def test_every_metric_of_the_table_is_exported(micro_data: Path, tmp_path: Path,
         steps=3,
         precision={"dtype": "fp8", "fp8": fp8},
         runtime={"log_every_steps": 1},
+        evaluate={"every_steps": 3, "every_max_tokens": 100},
     )
     Path(spec.run_dir).mkdir()
     nodes = {"pod": NodeRecord(total=2, reasons={"killed": 2})}
@@ -309,7 +310,7 @@ def test_every_metric_of_the_table_is_exported(micro_data: Path, tmp_path: Path,
     assert "yaongi_tokens_total 768.0" in lines and "yaongi_steps_total 3.0" in lines
     values = {line.split()[0]: float(line.split()[1]) for line in lines}
     assert all(values[f'yaongi_fp8_amax{{operand="{name}",rank="0"}}'] > 0 for name in ("input", "weight", "gradient"))
-    for name in ("step", "startup", "data_wait", "checkpoint"):
+    for name in ("step", "startup", "data_wait", "validation", "checkpoint"):
         assert values[f'yaongi_goodput_seconds_total{{class="{name}"}}'] > 0
     assert sum(values[f'yaongi_source_tokens_total{{source="{name}"}}'] for name in ("ko", "en")) == 768
 

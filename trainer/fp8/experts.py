@@ -23,6 +23,7 @@ from trainer.fp8.linear import Recipe, Slots, cast, note
 from trainer.fp8.scaling import BLOCK, E4M3, Scaled, block_scale, by_rows, by_tiles, dequantised, to_fp8
 from trainer.ops.activation import ACTIVATIONS
 from trainer.ops.experts import by_expert, combine, compute_dtype, dispatch
+from trainer.ops.experts_grouped import experts_grouped
 
 
 def experts_fp8(
@@ -36,7 +37,9 @@ def experts_fp8(
     up: Fp8Grouped,
     down: Fp8Grouped,
 ) -> Tensor:
-    """`trainer.ops.experts.experts_grouped` with FP8 for both grouped products."""
+    """`experts_grouped` with FP8 for both grouped products; itself in evaluation mode."""
+    if not up.owner.training:
+        return experts_grouped(x_SD, up_EGD, down_EDF, expert_SK, weight_SK, activation)
     routing, dtype = by_expert(expert_SK, up_EGD.shape[0]), compute_dtype(x_SD)
     ends_E = routing.count_E.cumsum(0).to(torch.int32)
     hidden_RF = ACTIVATIONS[activation].value(up(dispatch(x_SD.to(dtype), routing), up_EGD, ends_E))
@@ -56,19 +59,18 @@ class Fp8GroupedProduct(torch.autograd.Function):
         amax_3: Tensor,
         scale_3: Tensor,
         recipe: Recipe,
-        record: bool,
     ) -> Tensor:
-        ctx.recipe, ctx.record, ctx.amax_3, ctx.scale_3 = recipe, record, amax_3, scale_3
+        ctx.recipe, ctx.amax_3, ctx.scale_3 = recipe, amax_3, scale_3
         ctx.save_for_backward(x_RK, w_ENK, ends_E)
-        x = _rows(x_RK, 0, amax_3, scale_3, recipe, record)
-        w = _weights(w_ENK, amax_3, scale_3, recipe, record)
+        x = _rows(x_RK, 0, amax_3, scale_3, recipe)
+        w = _weights(w_ENK, amax_3, scale_3, recipe)
         return _PRODUCTS[recipe.implementation](x, w, w_ENK.shape, ends_E, x_RK.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, g_RN: Tensor) -> tuple[Tensor | None, ...]:
         x_RK, w_ENK, ends_E = ctx.saved_tensors
         recipe, amax_3, scale_3 = ctx.recipe, ctx.amax_3, ctx.scale_3
-        g = _rows(g_RN, 2, amax_3, scale_3, recipe, ctx.record)
+        g = _rows(g_RN, 2, amax_3, scale_3, recipe)
         w = _weights(w_ENK, amax_3, scale_3, recipe, record=False)
         grad_x_RK = _PRODUCTS[recipe.implementation](g, w, w_ENK.shape, ends_E, x_RK.dtype, transposed=True)
         if recipe.implementation == "torch":
@@ -80,20 +82,18 @@ class Fp8GroupedProduct(torch.autograd.Function):
             x = _rows(x_RK, 0, amax_3, scale_3, recipe, record=False)
             grad_w_ENK = F.grouped_mm(g.data_MK.bfloat16().t(), x.data_MK.bfloat16(), offs=ends_E).float()
             grad_w_ENK *= g.inverse * x.inverse
-        return grad_x_RK, grad_w_ENK.to(w_ENK.dtype), None, None, None, None, None
+        return grad_x_RK, grad_w_ENK.to(w_ENK.dtype), None, None, None, None
 
 
 class Fp8Grouped:
-    """Passed to `trainer.ops.experts.experts_grouped` instead of torch's grouped product."""
+    """A grouped product of FP8 numbers, of an `owner` in training mode."""
 
     def __init__(self, recipe: Recipe, slots: Slots, owner: torch.nn.Module) -> None:
         self.recipe, self.slots, self.owner = recipe, slots, owner
 
     def __call__(self, x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor) -> Tensor:
         with torch.autocast(x_RK.device.type, enabled=False):
-            return Fp8GroupedProduct.apply(
-                x_RK, w_ENK, ends_E, self.slots.amax, self.slots.scale, self.recipe, self.owner.training
-            )
+            return Fp8GroupedProduct.apply(x_RK, w_ENK, ends_E, self.slots.amax, self.slots.scale, self.recipe)
 
 
 def along_tokens(x_RK: Tensor, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,7 +111,7 @@ def along_tokens(x_RK: Tensor, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
     return (to_fp8(x_RK, scale_RK, dtype).float() / scale_RK).bfloat16()
 
 
-def _rows(x_RK: Tensor, slot: int, amax_3: Tensor, scale_3: Tensor, recipe: Recipe, record: bool) -> Scaled:
+def _rows(x_RK: Tensor, slot: int, amax_3: Tensor, scale_3: Tensor, recipe: Recipe, record: bool = True) -> Scaled:
     if recipe.scaling != "block128":
         return cast(x_RK, slot, amax_3, scale_3, recipe, record)
     if record:
@@ -119,7 +119,7 @@ def _rows(x_RK: Tensor, slot: int, amax_3: Tensor, scale_3: Tensor, recipe: Reci
     return by_rows(x_RK, recipe.gradient if slot == 2 else recipe.forward)
 
 
-def _weights(w_ENK: Tensor, amax_3: Tensor, scale_3: Tensor, recipe: Recipe, record: bool) -> Scaled:
+def _weights(w_ENK: Tensor, amax_3: Tensor, scale_3: Tensor, recipe: Recipe, record: bool = True) -> Scaled:
     """Of all experts, one below the other [E·N, K]: tiles never span two experts, as N is a multiple of 128 then."""
     w_MK = w_ENK.flatten(0, 1)
     if recipe.scaling != "block128":

@@ -1,7 +1,7 @@
-"""Log lines of a run, and logs/metrics.jsonl with one line per step.
+"""Log lines of a run, and its files of numbers: logs/metrics.jsonl with one line per step, validation.jsonl.
 
-Reports and comparisons read metrics.jsonl, so it must have each step exactly once whatever happened: a resumed run
-first drops the lines of steps that it will train again.
+Reports and comparisons read them, so they must have each step at most once whatever happened: a resumed run first drops
+the lines of steps that it will train again.
 """
 
 from __future__ import annotations
@@ -51,15 +51,18 @@ class _Plain(logging.Formatter):
         return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
 
 
+METRICS, VALIDATIONS = "logs/metrics.jsonl", "validation.jsonl"  # one line per step, one per validation
+
+
 class MetricsFile:
-    """logs/metrics.jsonl, open for appending after `resumed_step`.
+    """A file of a run with a line for some steps, such as logs/metrics.jsonl, open for appending after `resumed_step`.
 
     Attributes:
         dropped: the lines after `resumed_step`, of steps that are trained again.
     """
 
-    def __init__(self, run_dir: str | Path, resumed_step: int) -> None:
-        self.path = Path(run_dir) / "logs" / "metrics.jsonl"
+    def __init__(self, run_dir: str | Path, resumed_step: int, name: str = METRICS) -> None:
+        self.path = Path(run_dir) / name
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.dropped: list[dict[str, Any]] = []
         self._unwritten = b""

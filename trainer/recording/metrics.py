@@ -49,7 +49,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "phase_seconds_total",
         "counter",
-        "Time in each phase of the steps: data, forward_backward, optimizer, checkpoint.",
+        "Time in each phase of the steps: data, forward_backward, optimizer, validation, checkpoint.",
         "s",
         ("phase",),
         per_rank=True,
@@ -82,6 +82,13 @@ METRICS: tuple[Metric, ...] = (
         "Objectives of the last step beside that: router_balance (weighted, per row), mtp_<depth> (nats/token).",
         "",
         ("objective",),
+    ),
+    Metric(
+        "validation_bits_per_byte",
+        "gauge",
+        "Bits per byte of held-out text at the last validation by domain; absent without train.evaluate.every_steps.",
+        "bits",
+        ("domain",),
     ),
     Metric("grad_norm", "gauge", "Global gradient norm of the last step before clipping.", ""),
     Metric("clips_total", "counter", "Steps whose gradients were clipped.", "steps"),
@@ -172,7 +179,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "goodput_seconds_total",
         "counter",
-        "Wall time of this process by class: step, startup, data_wait, checkpoint, lost.",
+        "Wall time of this process by class: step, startup, data_wait, validation, checkpoint, lost.",
         "s",
         ("class",),
     ),

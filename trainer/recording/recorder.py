@@ -1,4 +1,4 @@
-"""Records the numbers of a run: metrics.jsonl, progress line, TensorBoard, Prometheus, and result.json at the end."""
+"""Records the numbers of a run: files of lines, progress line, TensorBoard, Prometheus, and result.json at the end."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ from trainer.process.owntime import OwnTime
 from trainer.recording.board import Board
 from trainer.recording.exporter import Metrics
 from trainer.recording.goodput import Ledger
-from trainer.recording.logs import MetricsFile
+from trainer.recording.logs import VALIDATIONS, MetricsFile
 from trainer.recording.results import headline_loss, loss_of
 from trainer.spec import TrainSpec
 from trainer.spikes import SKIP_REASONS, SkipReason
@@ -39,7 +40,14 @@ log = logging.getLogger(__name__)
 
 # Dense BF16 peak in FLOP/s, by a part of the device's name (vendor data sheets, without sparsity).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "T4": 65e12}
-_GOODPUT = {"data": "data_wait", "forward_backward": "step", "optimizer": "step", "checkpoint": "checkpoint"}
+_GOODPUT = {
+    "data": "data_wait",
+    "forward_backward": "step",
+    "optimizer": "step",
+    "validation": "validation",
+    "checkpoint": "checkpoint",
+}
+_AFTER_STEP = ("validation", "checkpoint")  # phases that do not count as time of the step before them
 _SCALARS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "expert_load_max_ratio", "expert_starved_ratio")
 
 
@@ -93,6 +101,7 @@ class Recorder:
         self._moved_from = wanted if wanted != self.metrics.port else None
         self.own = OwnTime(world.device)
         self._file: MetricsFile | None = None
+        self._validations: MetricsFile | None = None
         self._board: Board | None = None
         self._ledger: Ledger | None = None
         self._phases: dict[str, float] = {}
@@ -132,6 +141,10 @@ class Recorder:
         self._file = MetricsFile(self._spec.run_dir, step)
         dropped = self._file.dropped
         self.metrics.add("goodput_seconds_total", sum(line["seconds"] for line in dropped), **{"class": "lost"})
+        if self._spec.evaluate.every_steps or (Path(self._spec.run_dir) / VALIDATIONS).exists():
+            self._validations = MetricsFile(self._spec.run_dir, step, VALIDATIONS)
+            for scores in list(self._validations.records())[-1:]:  # shown until there are newer ones
+                self._export_validation(scores)
         self._board = Board(self._spec.run_dir, step)
         causes = restarts.summary(self._spec.run_dir)
         self._ledger = Ledger(self._spec.run_dir, self._started, step, dropped, causes)
@@ -151,7 +164,7 @@ class Recorder:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase of a step: data, forward_backward, optimizer or checkpoint."""
+        """Time a phase of a step: data, forward_backward, optimizer, validation or checkpoint."""
         began = time.perf_counter()
         self._phase = name
         try:
@@ -168,11 +181,11 @@ class Recorder:
 
     def doing(self) -> str:
         """The current phase; may be called from another thread."""
-        return f"{self._phase} of step {self._steps_done + (self._phase != 'checkpoint')}"
+        return f"{self._phase} of step {self._steps_done + (self._phase not in _AFTER_STEP)}"
 
     def step_seconds(self) -> float:
-        """Seconds in all phases except checkpoint since the last call."""
-        seconds = sum(value for name, value in self._phases.items() if name != "checkpoint")
+        """Seconds in all phases except validation and checkpoint since the last call."""
+        seconds = sum(value for name, value in self._phases.items() if name not in _AFTER_STEP)
         self._phases.clear()
         return seconds
 
@@ -205,6 +218,22 @@ class Recorder:
                 f"  (skipped: {record.skipped})" if record.skipped else "",
             )
 
+    def validated(self, scores: dict[str, Any]) -> None:
+        """Record a line of validation.jsonl (trainer/validation.py)."""
+        if self._validations is None or self._board is None:
+            return
+        self._validations.write(scores)
+        self._export_validation(scores)
+        domains: dict[str, dict[str, float]] = scores["domains"]
+        points = {f"{key}/{name}": domain[key] for key in ("bits_per_byte", "loss") for name, domain in domains.items()}
+        self._board.add(scores["step"], {f"validation/{name}": value for name, value in points.items()})
+        log.info(
+            "validation after step %d: %s bits per byte of held-out text (%.1f s)",
+            scores["step"],
+            "  ".join(f"{name} {domain['bits_per_byte']:.4f}" for name, domain in domains.items()),
+            scores["seconds"],
+        )
+
     def fp8(self, step: int, state: Fp8State | TeState) -> None:
         """Export FP8 statistics only every `log_every_steps` steps, because reading them waits for the device."""
         self._fp8_line = {}
@@ -235,6 +264,8 @@ class Recorder:
             self._file.sync()
             self._board.flush()
             self._ledger.write(self._steps_done, at_once=True)
+        if self._validations:
+            self._validations.sync()
 
     def seconds(self) -> float:
         """Wall seconds of the run, including earlier processes up to their last checkpoint."""
@@ -286,6 +317,8 @@ class Recorder:
             self._ledger.write(self._steps_done, at_once=True)
             self._file.close()
             self._board.close()
+        if self._validations:
+            self._validations.close()
 
     def _export(self, record: StepRecord, epochs: dict[str, float], seq_len: int) -> None:
         metrics = self.metrics
@@ -318,6 +351,11 @@ class Recorder:
             return None
         flops = self._flops_per_token(seq_len) * record.tokens_per_second
         return flops / (self._peak_flops * self._world.size)
+
+    def _export_validation(self, scores: dict[str, Any]) -> None:
+        for name, domain in scores["domains"].items():
+            if domain["bits_per_byte"] is not None:  # of a file; it was not finite
+                self.metrics.set("validation_bits_per_byte", domain["bits_per_byte"], domain=name)
 
     def _export_memory_limits(self) -> None:
         self.metrics.set("memory_limit_bytes", hostmemory.limit_bytes() / self._world.local_size, place="host")
