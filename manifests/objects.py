@@ -8,7 +8,19 @@ from __future__ import annotations
 import math
 
 from manifests.kinds import Object
-from manifests.names import SPEC_DIR, SPEC_FILE, Task, job_name, kind, labels, ranks_per_pod
+from manifests.names import (
+    EGRESS_LABEL,
+    HUB,
+    HUB_SECRET,
+    JUDGE_SECRET,
+    SPEC_DIR,
+    SPEC_FILE,
+    Task,
+    job_name,
+    kind,
+    labels,
+    ranks_per_pod,
+)
 from manifests.spec import JobSpec
 from trainer.process.failures import NODE_VARIABLE
 
@@ -41,7 +53,7 @@ def pod_template(job: JobSpec, task: Task) -> Object:
     if cluster.tolerations:
         spec["tolerations"] = [toleration.model_dump(exclude_none=True) for toleration in cluster.tolerations]
     metadata = {
-        "labels": labels(job, task),
+        "labels": labels(job, task) | ({EGRESS_LABEL: HUB} if _has_benchmarks(job, task) else {}),
         # A service mesh's sidecar outlives the training process and encrypts NCCL's traffic: the pod would never
         # finish.
         "annotations": {"sidecar.istio.io/inject": "false"},
@@ -60,6 +72,10 @@ def container(job: JobSpec, task: Task) -> Object:
         "env": [
             *({"name": name, "value": value} for name, value in environment(job, task).items()),
             {"name": NODE_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+            *(
+                {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": "token", "optional": True}}}
+                for name, secret in secrets(job, task).items()
+            ),
         ],
         **({"ports": ports} if ports else {}),
         "resources": resources(job, task),
@@ -83,7 +99,9 @@ def container(job: JobSpec, task: Task) -> Object:
 def environment(job: JobSpec, task: Task) -> dict[str, str]:
     """Variables that depend on the pod: its share of the CPUs, and that only /tmp is writable."""
     threads = max(1, math.floor(job.cluster.cpus_per_node / ranks_per_pod(job, task)))
-    return {
+    # The datasets of benchmarks, kept from one evaluation to the next. The volume of the datasets is read-only here.
+    cache = {"HF_HOME": f"{job.storage.checkpoints_dir}/huggingface"} if _has_benchmarks(job, task) else {}
+    return cache | {
         "OMP_NUM_THREADS": str(threads),
         "HOME": "/tmp",
         "TMPDIR": "/tmp",
@@ -94,15 +112,27 @@ def environment(job: JobSpec, task: Task) -> dict[str, str]:
     }
 
 
+def secrets(job: JobSpec, task: Task) -> dict[str, str]:
+    """The variables of access tokens, and the secrets whose key `token` they are."""
+    if not _has_benchmarks(job, task):
+        return {}
+    judge = job.train.evaluate.judge
+    return {"HF_TOKEN": HUB_SECRET} | ({judge.api_key_env: JUDGE_SECRET} if judge and judge.api_key_env else {})
+
+
 def metrics_ports(job: JobSpec, task: Task) -> list[Object]:
-    """One port for each local rank; evaluation and export serve no metrics."""
+    """One port for each local rank; an evaluation serves metrics only of benchmarks, an export none."""
     first = job.train.runtime.metrics_port
-    if task != "train" or first == 0:
+    if first == 0 or not (task == "train" or _has_benchmarks(job, task)):
         return []
     return [
         {"name": f"metrics-{rank}", "containerPort": first + rank, "protocol": "TCP"}
-        for rank in range(job.cluster.ranks_per_node)
+        for rank in range(ranks_per_pod(job, task))
     ]
+
+
+def _has_benchmarks(job: JobSpec, task: Task) -> bool:
+    return task == "evaluate" and job.train.evaluate.has_benchmarks
 
 
 def resources(job: JobSpec, task: Task) -> Object:

@@ -332,6 +332,8 @@ class JobSpec(Spec):
         recipe = {name: getattr(self.train, name) for name in RecipeSpec.model_fields}
         if self.train.init_from:
             recipe["init_from"] = self._model_dir(self.train.init_from)
+        if self.storage.sources_dir:
+            recipe["evaluate"] = self.train.evaluate.beside(self.storage.sources_dir)
         return TrainSpec(run=self.run_name, run_dir=self.run_dir, tokens=tokens, **recipe)
 
 

@@ -15,6 +15,7 @@ from trainer.begin import begun_with
 from trainer.data.chattemplate import Asking
 from trainer.distributed import pick_device
 from trainer.evaluatespec import measured
+from trainer.evaluation import measure
 from trainer.files import atomic_write
 from trainer.generate import complete
 from trainer.precision import device_capability, resolve_for_evaluation
@@ -32,9 +33,10 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     Raises:
         LaunchError, CheckpointError: no checkpoint, or none that verifies.
         DataError: held-out data is missing or damaged.
-        SpecError: this device cannot run the spec.
+        SpecError: this device cannot run the spec, or benchmarks are not as they must be.
     """
     began = time.monotonic()
+    measure.refuse(spec)
     device = pick_device(spec.runtime.device)
     precision = resolve_for_evaluation(spec.precision, device_capability(device))
     trained = load_trained(spec, device, precision.autocast_dtype)
@@ -65,14 +67,15 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         },
         "all": sum(heldout.scores.values(), Score()).summary(),
         "samples": [{"prompt": p, "text": t} for p, t in zip(spec.evaluate.prompts, texts, strict=True)],
-        "seconds": round(time.monotonic() - began, 3),
     }
+    result |= measure.measure(spec, trained, device, precision)
     tokenizer = trained.tokenizer
     del trained  # one model in memory is enough
     if spec.init_from and (before := begun_with(spec, device, precision.autocast_dtype)) is not None:
         scores = score_sources(spec, before, tokenizer, device, precision).by_domain()
         domains = {domain: score.summary() for domain, score in scores.items()}
         result["begun_with"] = {"model": spec.init_from, "domains": domains}
+    result["seconds"] = round(time.monotonic() - began, 3)
     write_report(spec.run_dir, result)
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     # last: it declares the task finished

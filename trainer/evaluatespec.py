@@ -6,17 +6,20 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from trainer.benchmarkspec import BenchmarksSpec
 from trainer.fields import stored
 from trainer.gatespec import GateSpec
 from trainer.kinds.base import Count
-from trainer.specbase import Spec
+from trainer.specbase import begins_with
 
 
-class EvaluateSpec(Spec):
+@begins_with("max_tokens", "prompts", "sample_tokens", "temperature", "chat")
+class EvaluateSpec(BenchmarksSpec):
     """Held-out evaluation: at most `max_tokens` tokens of each domain, and one generated sample per prompt.
 
-    `chat`: the prompts are asked as questions of a chat. `every_steps`: also during training, every so many steps and
-    after the last, of `every_max_tokens` tokens of each domain. `gate`: what must hold for the model to be exported.
+    `chat`: the prompts are asked as questions of a chat, also those of benchmarks. `every_steps`: also during training,
+    every so many steps and after the last, of `every_max_tokens` tokens of each domain. `gate`: what must hold for the
+    model to be exported. The other fields are benchmarks (trainer/benchmarkspec.py).
     """
 
     max_tokens: Count = 200_000

@@ -30,6 +30,7 @@ from trainer import __version__, passport, signing
 from trainer.checkpoints.checkpoint import CheckpointFile, describe_files
 from trainer.data.tokenizer import Tokenizer, files_of
 from trainer.errors import CheckpointError
+from trainer.evaluation.scores import rows
 from trainer.fields import stored, version_of
 from trainer.files import checksum, sync_directory
 from trainer.hf import own
@@ -182,7 +183,8 @@ def model_card(run: Run, manifest: dict[str, Any]) -> str:
     if evaluation is not None and evaluation["checkpoint_digest"] != manifest["checkpoint_digest"]:
         evaluation = None
     environment = Environment(loader=PackageLoader("trainer", "report"), undefined=StrictUndefined, trim_blocks=True)
-    return environment.get_template("model_card.md.j2").render(run=run, manifest=manifest, evaluation=evaluation)
+    template = environment.get_template("model_card.md.j2")
+    return template.render(run=run, manifest=manifest, evaluation=evaluation, benchmarks=rows(evaluation or {}))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

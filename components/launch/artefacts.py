@@ -13,6 +13,7 @@ from manifests.spec import JobSpec
 from trainer.checkpoints.checkpoint import CheckpointFile, describe_files, latest, read_manifest
 from trainer.data.manifest import StageResult
 from trainer.evaluatespec import measured
+from trainer.evaluation.scores import rows
 from trainer.recording.results import read_json
 
 Task = Literal["train", "evaluate", "export"]
@@ -48,9 +49,10 @@ def _evaluated(job: JobSpec) -> StageResult | None:
         or result["checkpoint_digest"] != _checkpoint_digest(job)
     ):
         return None
-    if result["settings"] != measured(job.train.evaluate):
+    if result["settings"] != measured(job.train_spec().evaluate):
         return None
     summary = {f"bits_per_byte_{domain}": value["bits_per_byte"] for domain, value in result["domains"].items()}
+    summary |= {row.name: row.value for row in rows(result)}
     return StageResult(kind="evaluate", path=str(path), digest=result["checkpoint_digest"], summary=summary)
 
 

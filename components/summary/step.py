@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from components.launch.artefacts import NUMBERS
 from manifests.spec import JobSpec
 from trainer.checkpoints.checkpoint import latest
 from trainer.errors import LaunchError
+from trainer.evaluation.scores import Row, rows
 from trainer.recording.results import loss_of, read_json
 
 
@@ -20,6 +21,7 @@ class RunSummary:
     """Losses in nats per token; quality in bits per byte of held-out text by domain.
 
     Attributes:
+        benchmarks: scores with their standard errors, where benchmarks were asked for.
         loss: the mean of the last `loss_steps` steps.
         before: for each domain, the held-out loss of the model that the run started from, and of the trained model;
             empty for a new model.
@@ -40,11 +42,13 @@ class RunSummary:
     export: Path
     report: Path
     samples: list[tuple[str, str]]
+    benchmarks: list[Row] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """The numbers for comparing runs; only finite ones, because JSON, and so Kubeflow Pipelines, has no others."""
         quality = {f"bits_per_byte_{domain}": value for domain, value in self.bits_per_byte.items()}
         numbers = {name: float(getattr(self, name)) for name in (*NUMBERS, "loss")} | quality
+        numbers |= {row.name: row.value for row in self.benchmarks}
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
     def rows(self) -> list[tuple[str, str]]:
@@ -56,6 +60,7 @@ class RunSummary:
             ("loss", f"{self.loss_first:.3f} → {self.loss:.3f} ({loss_of(self.loss_steps)})"),
             ("bits per byte", quality),
             *([("held-out loss", changes)] if changes else []),
+            *((row.task, f"{row.metric} {row.text}") for row in self.benchmarks),
             ("speed", f"{self.tokens_per_second:,.0f} tokens/s, {self.seconds:.0f} s of training"),
             ("checkpoint", str(self.checkpoint)),
             ("exported model", str(self.export)),
@@ -93,6 +98,7 @@ def read_run(run_dir: str | Path) -> RunSummary:
         export=run_dir / "export",
         report=run_dir / "report.html",
         samples=[(sample["prompt"], sample["text"]) for sample in evaluation["samples"]],
+        benchmarks=rows(evaluation),
     )
 
 

@@ -19,6 +19,7 @@ def training() -> dict[str, Any]:
             Row("Learning", _learning()),
             Row("Speed", _speed()),
             Row("Experts and FP8", _experts_and_fp8()),
+            Row("Evaluation", _evaluation()),
             Row("Ranks", _ranks()),
         ],
         steps=False,
@@ -212,6 +213,18 @@ def _experts_and_fp8() -> list[Any]:
             limits=[("red", MOST_FP8_OVERFLOWS)],
             least=0,
             alerts=["Fp8Overflow"],
+        ),
+    ]
+
+
+def _evaluation() -> list[Any]:
+    return [
+        chart(
+            "Benchmarks",
+            "Scores so far, while the evaluation runs and as the last scrape saw them. LogicKor's go from 1 to 10.",
+            "none",
+            Query(f"max by (run, task, metric) ({metric('benchmark_score')})", "{{task}} {{metric}} {{run}}"),
+            width=24,
         ),
     ]
 

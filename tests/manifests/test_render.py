@@ -134,6 +134,24 @@ def test_each_local_rank_has_its_metrics_port(kind: str) -> None:
     assert selected <= pod_template(job_objects(eight))["metadata"]["labels"].items()
 
 
+@every_kind
+def test_an_evaluation_with_benchmarks_may_fetch_them(kind: str) -> None:
+    judge = {"url": "https://judge.example/v1", "model": "m", "questions": "/q.jsonl", "api_key_env": "JUDGE"}
+    asked = {"suites": ["ko"], "judge": judge}
+    spec = job(cluster={"job": kind, "target": "kubernetes"}, train={"evaluate": asked})
+    pod = pod_template(job_objects(spec, "evaluate"))
+    (box,) = pod["spec"]["containers"]
+    env = {each["name"]: each.get("value", each.get("valueFrom")) for each in box["env"]}
+    assert pod["metadata"]["labels"]["yaongi/egress"] == "hub"
+    assert env["HF_HOME"].startswith(spec.storage.checkpoints_dir), "the volume that a worker may write to"
+    assert env["JUDGE"] == {"secretKeyRef": {"name": "judge", "key": "token", "optional": True}}
+    assert [port["name"] for port in box["ports"]] == ["metrics-0"]
+    for other in (job_objects(spec, "train"), job_objects(job(cluster={"job": kind}), "evaluate")):
+        template = pod_template(other)
+        names = {each["name"] for each in template["spec"]["containers"][0]["env"]}
+        assert "yaongi/egress" not in template["metadata"]["labels"] and not names & {"JUDGE", "HF_HOME", "HF_TOKEN"}
+
+
 def test_steps_are_scraped_at_an_address_made_of_their_pods() -> None:
     """Kubeflow Pipelines declares no container port, among which `port` and `portNumber` select."""
     spec = step_monitor(job())["spec"]

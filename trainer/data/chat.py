@@ -62,6 +62,18 @@ def question(text: str) -> str:
     return f"{CHATML.start}user\n{plain(text)}{CHATML.end}\n{CHATML.start}{CHATML.header}"
 
 
+def conversation(messages: Sequence[dict[str, str]]) -> str:
+    """Messages in our own markup, as the chat template of an export writes them, followed by the header of the
+    answer."""
+    written = []
+    for message in messages:
+        content = plain(message["content"])
+        if message["role"] == ROLE:
+            content = content.replace("<think>", "<|think_start|>").replace("</think>", "<|think_end|>")
+        written.append(f"{CHATML.start}{plain(message['role'])}\n{content}{CHATML.end}\n")
+    return f"{''.join(written)}{CHATML.start}{CHATML.header}"
+
+
 def plain(text: str) -> str:
     """The text with spaces inserted into our special tokens, so that it contains none."""
     return MARKUP.sub(r"<| \1 |>", text)

@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from trainer.data.chat import CHATML, ROLE, ChatFormat, TemplateError, question
+from trainer.data.chat import CHATML, ROLE, ChatFormat, TemplateError, conversation, question
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 from trainer.files import unreadable
@@ -73,7 +73,12 @@ class ChatTemplate:
 
     def question(self, text: str) -> str:
         """A user's message, followed by the start of the answer (the generation prompt)."""
-        return self._rendered([{"role": "user", "content": self.plain(text)}], to_answer=True)
+        return self.asked([{"role": "user", "content": text}])
+
+    def asked(self, messages: Sequence[dict[str, str]]) -> str:
+        """As `render`, followed by the start of the answer (the generation prompt)."""
+        plain = [{name: self.plain(text) for name, text in message.items()} for message in messages]
+        return self._rendered(plain, to_answer=True)
 
     def plain(self, text: str) -> str:
         """The text with a space inserted into each special token."""
@@ -149,6 +154,27 @@ class Asking:
         """The ids of the question, up to the start of the answer."""
         asked = self._template.question(text) if self._template else question(text)
         return self._tokenizer.begun(self._tokenizer.encode(asked, specials=True))
+
+    def text(self, messages: Sequence[dict[str, str]]) -> str:
+        """A conversation up to the start of the next answer. A template that has no place for a system message gets
+        none.
+
+        Raises:
+            DataError: the template rejects the conversation.
+        """
+        if self._template is None:
+            return conversation(messages)
+        without = [message for message in messages if message["role"] != "system"]
+        for tried in (messages, without):
+            try:
+                return self._template.asked(tried)
+            except TemplateError as error:
+                said = error
+        raise DataError(f"the chat template rejects a conversation ({said}); repair the template, or set chat: false")
+
+    def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The ids of `text`."""
+        return self._tokenizer.begun(self._tokenizer.encode(self.text(messages), specials=True))
 
 
 def form_of(folder: str | Path, tokenizer: Tokenizer | None = None) -> ChatFormat:

@@ -92,6 +92,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("grad_norm", "gauge", "Global gradient norm of the last step before clipping.", ""),
     Metric("clips_total", "counter", "Steps whose gradients were clipped.", "steps"),
+    Metric(
+        "benchmark_score",
+        "gauge",
+        "Scores of the benchmarks that the evaluation has measured so far; LogicKor's are from 1 to 10.",
+        "",
+        ("task", "metric"),
+    ),
     Metric("learning_rate", "gauge", "Learning rate in force, of the matrices.", ""),
     Metric("source_tokens_total", "counter", "Tokens trained on by source.", "tokens", ("source",)),
     Metric("source_epochs", "gauge", "Epochs of each source so far.", "epochs", ("source",)),

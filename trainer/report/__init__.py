@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from trainer.evaluation.scores import rows
 from trainer.files import atomic_write
 from trainer.recording.results import headline_loss, loss_of
 from trainer.report.charts import line_chart
@@ -53,6 +54,7 @@ def render(run: Run) -> str:
         facts=facts(run),
         charts=charts(run),
         shares=shares(run),
+        benchmarks=rows(run.evaluation or {}),
         hyperparameters=hyperparameters(run.spec),
         dates=dates(run.directory),
         spec_yaml=to_yaml(run.spec),

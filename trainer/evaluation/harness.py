@@ -1,0 +1,265 @@
+"""Runs tasks of lm-evaluation-harness one after another, and keeps the result of each as soon as it is known.
+
+The results lie in run_dir/benchmarks.json; each has a key of everything that it depends on, so an evaluation that was
+stopped, or asks for more tasks, computes only what is missing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.benchmarkspec import BenchmarksSpec, TaskSpec
+from trainer.errors import DataError, ForeseenError, LaunchError, SpecError, in_words
+from trainer.files import atomic_write
+from trainer.recording.results import read_json
+from trainer.specbase import canonical_digest
+
+if TYPE_CHECKING:
+    from trainer.evaluation.lm import HarnessModel
+
+log = logging.getLogger(__name__)
+
+FILE = "benchmarks.json"
+PACKAGE = "lm_eval"
+Scores = dict[str, Any]
+
+
+def refuse_unknown(spec: BenchmarksSpec) -> None:
+    """Refuse, before anything is loaded, what cannot be run.
+
+    Raises:
+        SpecError: the package is missing, a name is unknown, task_files is not a folder, or a task runs code without
+            permission.
+    """
+    if not spec.benchmarks:
+        return
+    if find_spec(PACKAGE) is None:
+        raise SpecError(
+            "train.evaluate: benchmarks need lm-evaluation-harness, which is not installed; install it with "
+            "pip install 'yaongi[eval]', or remove suites and tasks"
+        )
+    if spec.task_files is not None and not Path(spec.task_files).is_dir():
+        raise SpecError(
+            f"train.evaluate.task_files: {spec.task_files} is not a folder; name the folder of the YAML files"
+        )
+    if not spec.tasks and not spec.task_files:
+        return  # the names of the suites are known
+    index = _manager(spec.task_files).task_index
+    for task in spec.benchmarks:
+        if task.task not in index:
+            near = difflib.get_close_matches(task.task, index, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "`lm_eval ls tasks` lists them"
+            raise SpecError(f"train.evaluate.tasks: lm-evaluation-harness has no task '{task.task}'; {hint}")
+        if not spec.allow_code_execution and (unsafe := _runs_code(task.task, index)):
+            raise SpecError(
+                f"train.evaluate.tasks: {unsafe} runs programs that the model wrote, with the rights of this process; "
+                "set train.evaluate.allow_code_execution: true where that is acceptable, or leave it out"
+            )
+
+
+def run(
+    spec: BenchmarksSpec, lm: HarnessModel, run_dir: str, known: dict[str, Any], told: Callable[[str, Scores], None]
+) -> dict[str, Scores]:
+    """The scores of all tasks, by name; those of a group also have its `subtasks`.
+
+    Args:
+        known: what the scores depend on besides the spec: the checkpoint, and how it is computed.
+        told: called with each task's scores as soon as they are there.
+
+    Raises:
+        LaunchError: some tasks could not be read; the scores of the others are kept.
+        DataError: a task's own definition is wrong, or does not suit the model; as before.
+    """
+    path, found, failed = Path(run_dir) / FILE, dict[str, Scores](), dict[str, ForeseenError]()
+    stored = (read_json(path) or {}).get("tasks", {})
+    for name in spec.left_out:
+        log.info("%s is left out: it runs programs that the model wrote; train.evaluate.allow_code_execution", name)
+    for task in spec.benchmarks:
+        key = canonical_digest([known, version(PACKAGE), task.model_dump(mode="json"), _files_digest(spec.task_files)])
+        if stored.get(task.task, {}).get("key") == key:
+            found |= stored[task.task]["scores"]
+            log.info("%s: measured before", task.task)
+        else:
+            began = time.monotonic()
+            log.info("%s …", task.task)
+            try:
+                scores = _measured(spec, task, lm)
+            except ForeseenError as error:
+                failed[task.task] = error
+                log.warning("%s: %s", task.task, error)
+                continue
+            found |= scores
+            seconds = round(time.monotonic() - began, 3)
+            stored[task.task] = {"key": key, "seconds": seconds, "scores": scores}
+            atomic_write(path, (json.dumps({"tasks": stored}, indent=1, ensure_ascii=False) + "\n").encode())
+        for name, scores in found.items():
+            told(name, scores)
+    if failed:
+        name, first = next(iter(failed.items()))
+        others = [other for other in failed if other != name]
+        more = f" (also failed: {', '.join(others)})" if others else ""
+        kept = f"; what was measured is kept in {path}" if found else ""
+        raise type(first)(f"benchmark {name}: {first}{more}{kept}")
+    return found
+
+
+def _measured(spec: BenchmarksSpec, task: TaskSpec, lm: HarnessModel) -> dict[str, Scores]:
+    """The scores of one task; those of a tag are of several tasks."""
+    from lm_eval.evaluator import simple_evaluate
+
+    with _quiet(), _allowing_code(spec.allow_code_execution):
+        manager = _manager(spec.task_files)
+        try:
+            loaded = manager.load([task.task])
+        except Exception as error:  # the definition of a task is a program of its author
+            raise _unloadable(error, manager.task_index[task.task].cfg) from error
+        groups = loaded.get("groups", {})
+        wanted = [groups[task.task]] if task.task in groups else list(loaded["tasks"].values())
+        try:
+            result = simple_evaluate(
+                lm,
+                tasks=wanted,
+                task_manager=manager,
+                num_fewshot=task.num_fewshot,
+                limit=task.limit,
+                log_samples=False,
+                apply_chat_template=lm.chats,
+                confirm_run_unsafe_code=spec.allow_code_execution,
+            )
+        except ForeseenError:
+            raise
+        except Exception as error:
+            if _is_ours(error):
+                raise
+            raise DataError(f"its definition does not work ({type(error).__name__}: {in_words(error)})") from error
+    assert result is not None
+    if task.task not in groups:
+        return {name: _scores(name, result) for name in loaded["tasks"]}
+    return {task.task: _scores(task.task, result) | {"subtasks": {n: _scores(n, result) for n in loaded["tasks"]}}}
+
+
+def _scores(name: str, result: Any) -> Scores:
+    """The metrics of a task or group with their standard errors, where the harness has one."""
+    metrics: dict[str, dict[str, float | None]] = {}
+    for key, value in result["results"].get(name, {}).items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not _is_number(value):
+            continue
+        error = result["results"][name].get(f"{metric}_stderr,{filtered}")
+        metrics[metric if filtered == "none" else key] = {
+            "value": float(value),
+            "stderr": float(error) if _is_number(error) else None,
+        }
+    samples = result["n-samples"].get(name, {}).get("effective") or result["results"].get(name, {}).get("sample_len")
+    if samples is None:
+        leaves = result["n-samples"].values()
+        samples = sum(leaf["effective"] for leaf in leaves)
+    return {
+        "metrics": metrics,
+        "version": result["versions"].get(name),
+        "num_fewshot": result["n-shot"].get(name),
+        "samples": samples,
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _unloadable(error: Exception, definition: dict[str, Any] | None) -> ForeseenError:
+    """The error for a task that cannot be loaded: mostly its data cannot be read."""
+    dataset = (definition or {}).get("dataset_path")
+    said = in_words(error)
+    if isinstance(error, ConnectionError | FileNotFoundError | TimeoutError):
+        data = f"its dataset {dataset}" if dataset and dataset != "json" else "its data"
+        return LaunchError(
+            f"{data} cannot be read ({said}); connect this machine to huggingface.co, or copy a Hugging Face cache "
+            "that has it here and set HF_HOME to it and HF_HUB_OFFLINE=1"
+        )
+    return DataError(f"its definition cannot be loaded ({type(error).__name__}: {said})")
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether it was raised in our model, so that the task is not to blame."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "trainer.evaluation.lm" for frame, _ in frames)
+
+
+@cache
+def _manager(task_files: str | None) -> Any:
+    """The harness's index of tasks; reading its 15,000 files takes seconds."""
+    with _quiet():
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_path=task_files)
+
+
+def _runs_code(name: str, index: dict[str, Any]) -> str | None:
+    """The task with that name, or in the group or tag of that name, that runs programs of the model."""
+    entry = index.get(name)
+    if entry is None:
+        return None
+    if (entry.cfg or {}).get("unsafe_code"):
+        return name
+    inside = (entry.cfg or {}).get("task")
+    members = list(entry.tags) if entry.cfg is None else inside if isinstance(inside, list) else []
+    named = (member.get("task") if isinstance(member, dict) else member for member in members)
+    return next((found for one in named if isinstance(one, str) and (found := _runs_code(one, index))), None)
+
+
+def _files_digest(folder: str | None) -> str | None:
+    """Of all own tasks and of what they use."""
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.suffix != ".pyc"):
+        digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
+        digest.update(file.read_bytes() if file.suffix in (".yaml", ".py") else b"")
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks and progress bars of the harness and of the libraries that fetch its data."""
+    if os.environ.get("YAONGI_VERBOSE"):
+        yield
+        return
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    names = ("lm_eval", "huggingface_hub", "datasets", "evaluate")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _allowing_code(allowed: bool) -> Iterator[None]:
+    """The library that runs the programs asks for this variable."""
+    name = "HF_ALLOW_CODE_EVAL"
+    before = os.environ.pop(name, None)
+    if allowed:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before

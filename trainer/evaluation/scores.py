@@ -1,0 +1,60 @@
+"""The benchmark scores in eval.json as rows, for everything that shows them. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+LOGICKOR = "logickor"
+
+
+class Row(NamedTuple):
+    """One number; `stderr` is None where there is none, `num_fewshot` and `version` for LogicKor."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    num_fewshot: int | None
+    samples: int
+    version: str | None
+
+    @property
+    def name(self) -> str:
+        """A name for systems that know only numbers with names."""
+        return re.sub(r"\W+", "_", f"benchmark_{self.task}_{self.metric}").strip("_")
+
+    @property
+    def text(self) -> str:
+        """The number with its standard error."""
+        return shown(self.value, self.stderr)
+
+
+def shown(value: float, stderr: float | None) -> str:
+    """A number with its standard error; both with as many decimals as the error makes sensible."""
+    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
+
+
+def rows(evaluation: dict[str, Any], *, subtasks: bool = False) -> list[Row]:
+    """All scores of an eval.json.
+
+    Args:
+        subtasks: also those of the tasks inside groups, as "group/task".
+    """
+    found: list[Row] = []
+    for task, scores in evaluation.get("benchmarks", {}).items():
+        found += of_task(task, scores)
+        for inner, below in scores.get("subtasks", {}).items() if subtasks else ():
+            found += of_task(f"{task}/{inner}", below)
+    if judged := evaluation.get(LOGICKOR):
+        found += of_task(LOGICKOR, judged)
+    return found
+
+
+def of_task(task: str, scores: dict[str, Any]) -> Iterator[Row]:
+    """The rows of one task's scores."""
+    few, version = scores.get("num_fewshot"), scores.get("version")
+    for metric, number in scores["metrics"].items():
+        said = None if version is None else str(version)
+        yield Row(task, metric, number["value"], number["stderr"], few, scores["samples"], said)
