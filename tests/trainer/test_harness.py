@@ -207,6 +207,7 @@ def test_an_evaluation_measures_keeps_and_shows_benchmarks(own, tmp_path, monkey
     acc = choice["metrics"]["acc"]
     assert acc["stderr"] == pytest.approx((acc["value"] * (1 - acc["value"]) / 7) ** 0.5)
     assert rolling["metrics"]["bits_per_byte"]["value"] > 1
+    assert (acc["higher_is_better"], rolling["metrics"]["bits_per_byte"]["higher_is_better"]) == (True, False)
     assert result["harness"]["version"] == version("lm-eval")
     labels = {"task": "own_choice", "metric": "acc"}
     assert kept[0].get_sample_value("yaongi_benchmark_score", labels) == acc["value"]

@@ -154,7 +154,7 @@ def _measured(spec: BenchmarksSpec, task: TaskSpec, lm: HarnessModel) -> dict[st
 
 def _scores(name: str, result: Any) -> Scores:
     """The metrics of a task or group with their standard errors, where the harness has one."""
-    metrics: dict[str, dict[str, float | None]] = {}
+    metrics, better = dict[str, dict[str, float | bool | None]](), result["higher_is_better"].get(name) or {}
     for key, value in result["results"].get(name, {}).items():
         metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr") or not _is_number(value):
@@ -163,6 +163,7 @@ def _scores(name: str, result: Any) -> Scores:
         metrics[metric if filtered == "none" else key] = {
             "value": float(value),
             "stderr": float(error) if _is_number(error) else None,
+            "higher_is_better": better.get(metric),
         }
     samples = result["n-samples"].get(name, {}).get("effective") or result["results"].get(name, {}).get("sample_len")
     if samples is None:
