@@ -19,7 +19,7 @@ from trainer.evaluation import measure
 from trainer.files import atomic_write
 from trainer.generate import complete
 from trainer.precision import device_capability, resolve_for_evaluation
-from trainer.report import write_report
+from trainer.report import update_report
 from trainer.scoring import Score, score_sources
 from trainer.spec import TrainSpec
 from trainer.trained import load_trained
@@ -76,7 +76,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         domains = {domain: score.summary() for domain, score in scores.items()}
         result["begun_with"] = {"model": spec.init_from, "domains": domains}
     result["seconds"] = round(time.monotonic() - began, 3)
-    write_report(spec.run_dir, result)
+    update_report(spec.run_dir, result)
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     # last: it declares the task finished
     atomic_write(Path(spec.run_dir) / "eval.json", text.encode())

@@ -40,7 +40,7 @@ from trainer.hf.weights import own_tensors, tensors, without_place
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.model.lora import merge
 from trainer.modelspec import ModelSpec
-from trainer.report import write_report
+from trainer.report import update_report
 from trainer.report.run import Run, read_run
 from trainer.spec import BackendsSpec, TrainSpec
 from trainer.specbase import VERSION_FIELD, parse
@@ -88,7 +88,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     sync_directory(final.parent)
     shutil.rmtree(old, ignore_errors=True)
     log.info("exported %d parameters to %s", manifest["parameters"], final)
-    write_report(spec.run_dir)
+    update_report(spec.run_dir)
     return manifest
 
 

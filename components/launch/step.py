@@ -1,8 +1,8 @@
 """Launch one task of a run (train, evaluate, export) where the spec says, and verify its artefact.
 
-The run directory is the contract between launcher and trainer: the launcher writes `job.yaml` and `train.yaml` into it,
-the trainer adds its artefact, and only a verified artefact counts as success. A task whose verified artefact exists
-does no work.
+The run directory is the contract between launcher and trainer: the launcher writes `job.yaml`, `train.yaml` and
+`preset.json` into it, the trainer adds its artefact, and only a verified artefact counts as success. A task whose
+verified artefact exists does no work.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from components.launch import local
 from components.launch.artefacts import Task, finished
+from manifests.nearest import PRESET_FILE, preset_file_text
 from manifests.spec import JobSpec, job_file_text
 from trainer.checkpoints.checkpoint import candidates, latest, read_manifest
 from trainer.checkpoints.length import continuable
@@ -66,7 +67,7 @@ def run(
 
 
 def write_specs(job: JobSpec) -> None:
-    """Write job.yaml and train.yaml to the run directory, atomically.
+    """Write job.yaml, train.yaml and preset.json, which the report shows, to the run directory, each atomically.
 
     Raises:
         LaunchError: the directory holds a run that computes something else.
@@ -88,6 +89,7 @@ def write_specs(job: JobSpec) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         atomic_write(run_dir / "job.yaml", job_file_text(job))
         atomic_write(path, to_stored_yaml(spec))
+        atomic_write(run_dir / PRESET_FILE, preset_file_text(job))
     except OSError as error:
         raise VolumeError(
             f"{run_dir}: cannot be written ({error.strerror}); mount the checkpoints volume there or set "

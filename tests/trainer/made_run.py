@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import micro
@@ -88,3 +89,16 @@ def write_metrics(spec: TrainSpec, steps: int) -> None:
     path = Path(spec.run_dir) / "logs" / "metrics.jsonl"
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(lines), encoding="utf-8")
+
+
+def write_validations(spec: TrainSpec, steps: Iterable[int]) -> Path:
+    """Write validation.jsonl as training does: two domains, a text for each prompt; returns its path."""
+    lines = []
+    for step in steps:
+        domains = {"ko": {"bits_per_byte": 1 + 50 / step, "loss": 2.0}, "en": {"bits_per_byte": 2.0, "loss": 3.0}}
+        samples = [{"prompt": prompt, "text": f" {step} texts"} for prompt in spec.evaluate.prompts or ["a"]]
+        line = {"step": step, "tokens": 256 * step, "domains": domains, "samples": samples, "seconds": 1.5}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    path = Path(spec.run_dir) / "validation.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path

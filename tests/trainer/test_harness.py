@@ -212,7 +212,7 @@ def test_an_evaluation_measures_keeps_and_shows_benchmarks(own, tmp_path, monkey
     labels = {"task": "own_choice", "metric": "acc"}
     assert kept[0].get_sample_value("yaongi_benchmark_score", labels) == acc["value"]
     page = (Path(spec.run_dir) / "report.html").read_text(encoding="utf-8")
-    assert "<h2>Benchmarks</h2>" in page and f"{acc['value']:.3f} ± {acc['stderr']:.3f}" in page
+    assert ">Benchmarks</h2>" in page and f"{acc['value']:.3f} ± {acc['stderr']:.3f}" in page
     run = read_numbers(spec)
     assert run["benchmark_own_choice_acc"] == acc["value"]
 

@@ -6,15 +6,20 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import former
 import numpy as np
 import pytest
-from made_run import make_run, write_metrics
+from made_run import make_run, write_metrics, write_validations
 
 from trainer import evaluate, export
 from trainer.errors import ForeseenError
-from trainer.report import compact, duration, write_report
-from trainer.report.charts import LINE, MAX_POINTS, _averaged, line_chart
+from trainer.recording.goodput import Process
+from trainer.report import update_report, write_report
+from trainer.report.charts import MAX_POINTS, Line, _averaged, line_chart, ticks
+from trainer.report.run import read_run
+from trainer.report.sections import ledger, samples
 from trainer.report.settings import dates
+from trainer.report.words import compact, duration
 
 VOID = {"meta", "br", "img", "link"}
 
@@ -55,6 +60,7 @@ def run(tmp_path_factory):
     evaluation = {"max_tokens": 60, "prompts": prompts, "sample_tokens": 4}
     spec, _ = make_run(tmp_path_factory.mktemp("report"), evaluate=evaluation)
     write_metrics(spec, 200)
+    write_validations(spec, range(50, 250, 50))
     result = evaluate.run(spec)
     manifest = export.run(spec)
     return spec, result, manifest, (Path(spec.run_dir) / "report.html").read_text(encoding="utf-8")
@@ -63,10 +69,11 @@ def run(tmp_path_factory):
 def test_stands_alone_and_is_well_formed(run):
     page = Page(run[3])
     assert all(reference.startswith("#") for reference in page.references)
-    assert "url(http" not in run[3] and "@import" not in run[3]
+    assert not re.search(r"url\(|@import|https?://|fetch\(|\bimport\b", run[3])
     assert len(page.ids) == len(set(page.ids))
     assert {reference[1:] for reference in page.references} <= set(page.ids)
-    assert set(re.findall(r"url\(#([^)]+)\)", run[3])) <= set(page.ids)
+    sections = {"spec", "data", "training", "validation", "evaluation", "samples", "time", "restarts", "provenance"}
+    assert sections == set(page.ids)
 
 
 def test_shows_the_numbers(run):
@@ -84,6 +91,7 @@ def test_shows_the_numbers(run):
 def test_shows_hyperparameters_and_dates(run):
     spec, _, _, html = run
     cells = [text.strip() for text in Page(html).text if text.strip()]
+    cells = cells[cells.index("Hyperparameters") + 1 :]
     shown = dict(pairwise(cells))
     assert f"{spec.batch.tokens_per_step:,} tokens per step" in shown["batch"]
     assert f"learning rate {spec.optimizer.muon.learning_rate:g}" in shown["Muon"]
@@ -101,9 +109,66 @@ def test_a_start_is_the_first_of_all_nodes(tmp_path):
     assert dates(tmp_path) == []
 
 
+def test_ledger_has_target_and_consumed_tokens_and_epochs(run):
+    spec, _, _, html = run
+    tokens = read_run(spec.run_dir).shards.counts("ko", "train").tokens
+    row = re.search(r"<tr><td>ko</td>.*?</tr>", html, re.DOTALL)[0]
+    cells = [" ".join(re.sub(r"<[^>]*>", "", cell).split()) for cell in re.findall(r"<td.*?</td>", row, re.DOTALL)]
+    planned = spec.steps * spec.batch.tokens_per_step / 2  # of which this run has made more steps
+    assert cells[2:4] == ["50.0%", "60.94%"] and cells[5:7] == ["25,600", f"{156 * 200:,}"]
+    assert cells[7] == compact(planned)
+    assert cells[8] == f"{156 * 200 / tokens:.3g} of {spec.tokens.mix['ko'].max_epochs:g}"
+
+
+def test_a_curriculum_moves_the_targets(tmp_path):
+    stage = {"from_tokens": 512, "weights": {"ko": 1.0, "en": 0.0}}
+    spec, _ = make_run(tmp_path, tokens={"curriculum": [stage]})
+    write_metrics(spec, 4)
+    targets = {row["name"]: row["target"] for row in ledger(read_run(spec.run_dir))}
+    assert targets == {"ko": 256 + 512, "en": 256}
+
+
+def test_samples_of_several_checkpoints(run):
+    spec, result, _, html = run
+    shown = dict(samples(read_run(spec.run_dir)))["다리 강물"]
+    assert [when for when, _ in shown] == ["step 12", "step 50", "step 100", "step 150", "step 200"]
+    assert shown[1][1] == " 50 texts" and shown[0][1] == result["samples"][0]["text"]
+    assert " 150 texts" in html
+
+
+def test_only_the_last_validation_of_a_step_that_was_trained_again_counts(tmp_path):
+    spec, _ = make_run(tmp_path)
+    write_metrics(spec, 120)
+    file = write_validations(spec, [50, 100, 150, 50])
+    file.write_text(file.read_text().replace("50 texts", "old texts", 1))
+    found = read_run(spec.run_dir).validations
+    assert [line["step"] for line in found] == [50, 100], "step 150 has not been trained"
+    assert found[0]["samples"][0]["text"] == " 50 texts"
+
+
+def test_classes_of_the_wall_time_sum_to_all_of_it(tmp_path):
+    spec, _ = make_run(tmp_path)
+    write_metrics(spec, 8)
+    processes = [
+        Process(100.0, 160.0, 0, 6, {"startup": 40.0, "step": 15.0, "data_wait": 1.0}),
+        Process(200.0, 230.0, 4, 8, {"startup": 20.0, "step": 4.0, "checkpoint": 3.0}, 5.0, {"out_of_memory": 1}),
+    ]
+    entries = {"processes": [vars(process) for process in processes]}
+    (Path(spec.run_dir) / "goodput.json").write_text(json.dumps(entries))
+    nodes = {"nodes": {"a": {"first_start": 90, "total": 1, "reasons": {"out_of_memory": 1}}}}
+    (Path(spec.run_dir) / "restarts.json").write_text(json.dumps(nodes))
+    html = write_report(spec.run_dir).read_text(encoding="utf-8")
+    shares = {name: float(part) for name, part in re.findall(r'<i class="g-(\w+)" style="flex:([\d.]+)"', html)}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+    assert shares["down"] == pytest.approx(40 / 140, abs=1e-5) and shares["startup"] == pytest.approx(0.5, abs=1e-5)
+    assert "100.0%" in html and "2 min 20 s" in html
+    text = " ".join(" ".join(Page(html).text).split())
+    assert "1970-01-01 00:03 UTC out of memory 6 4 5.0 s 40.0 s" in text and "In all: 1 × out of memory." in text
+
+
 def test_text_of_the_model_is_text(run):
     assert "다리 강물" in run[3]
-    assert "<script>" not in run[3] and "&lt;script&gt;" in run[3]
+    assert "<script>alert" not in run[3] and "&lt;script&gt;" in run[3]
 
 
 def test_run_that_has_only_begun(tmp_path):
@@ -134,6 +199,33 @@ def test_damaged_file_is_an_error(tmp_path, name, content):
     assert caught.value.code == 66
 
 
+def test_a_task_does_not_fail_because_of_its_report(tmp_path, caplog):
+    spec, _ = make_run(tmp_path)
+    (Path(spec.run_dir) / "eval.json").write_text('{"all": <')
+    update_report(spec.run_dir)
+    assert "the report could not be made" in caplog.text
+    html = (Path(spec.run_dir) / "report.html").read_text(encoding="utf-8")
+    assert "eval.json" in "".join(Page(html).text)
+    (Path(spec.run_dir) / "eval.json").unlink()
+    update_report(spec.run_dir)
+    assert "could not be made" not in (Path(spec.run_dir) / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_of_version_0_1(tmp_path):
+    run = former.unpack(tmp_path)
+    html = write_report(run).read_text(encoding="utf-8")
+    text = " ".join(Page(html).text)
+    assert "step 8" in text and "not recorded by an earlier version" in text
+
+
+def test_what_differs_from_the_preset(tmp_path):
+    spec, _ = make_run(tmp_path)
+    value = {"preset": "tiny", "differences": [{"field": "train.steps", "preset": "300", "run": "12"}]}
+    (Path(spec.run_dir) / "preset.json").write_text(json.dumps(value))
+    text = " ".join(" ".join(Page(write_report(spec.run_dir).read_text(encoding="utf-8")).text).split())
+    assert "differs from preset tiny preset this run train.steps 300 12" in text
+
+
 def test_shards_out_of_reach(tmp_path):
     spec, _ = make_run(tmp_path)
     Path(spec.tokens.shards).rename(tmp_path / "away")
@@ -146,34 +238,66 @@ def test_long_run_stays_small(tmp_path):
     assert write_report(spec.run_dir).stat().st_size < 400_000
 
 
-def line(svg):
-    """Path of the drawn line."""
-    (path,) = re.findall(rf'<path d="([^"]*)" clip-path="[^"]*" style="fill: none; stroke: {LINE}', svg)
-    return path
+def paths(figure, kind="line"):
+    """The drawn paths of a kind: points (x, y) of an SVG of 1000 by 1000 that counts downwards."""
+    found = re.findall(rf'<path class="{kind} c\d"[^>]* d="([^"]*)"', figure)
+    return [np.array([tuple(map(float, pair)) for pair in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", d)]) for d in found]
 
 
 def test_chart_is_proportional_to_the_values():
     values = [1.0, 3.0, 2.0, 5.0, 4.0]
-    path = line(line_chart(range(5), values, title="t", name="n", smooth=False))
-    x, y = np.array([tuple(map(float, pair)) for pair in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)]).T
-    assert np.allclose(np.diff(x), x[1] - x[0])
-    # SVG counts downwards
-    assert np.allclose(np.diff(y) / (y[1] - y[0]), np.diff(values) / (values[1] - values[0]), atol=1e-3)
+    figure = line_chart("t", "u", [Line("n", range(5), values)])
+    (points,) = paths(figure)
+    left, right, bottom, top = map(float, re.search(r'data-range="([^"]*)"', figure)[1].split())
+    np.testing.assert_allclose(left + points[:, 0] / 1000 * (right - left), range(5), atol=1e-3)
+    np.testing.assert_allclose(top - points[:, 1] / 1000 * (top - bottom), values, atol=1e-3)
+    # A label stands where its number is.
+    labels = [
+        (float(place), float(text)) for place, text in re.findall(r'class="y" style="top:([\d.]+)%">(\d+)<', figure)
+    ]
+    assert len(labels) >= 3
+    for place, number in labels:
+        assert top - place / 100 * (top - bottom) == pytest.approx(number, abs=1e-3)
+
+
+def test_logarithmic_chart():
+    (points,) = paths(line_chart("t", "u", [Line("n", range(4), [1e-3, 1e-2, 1e-1, 0.0])], log=True))
+    assert len(points) == 3 and np.allclose(np.diff(points[:, 1], n=2), 0, atol=0.2)
+
+
+def test_lines_share_their_axes_and_names_are_text():
+    figure = line_chart("a <t>", "u", [Line("<b>", [0, 10], [1, 2]), Line("c", [5, 20], [2, 4])], x_name="token")
+    first, second = paths(figure)
+    assert first[1][1] == second[0][1], "both are 2"
+    assert [first[1][0], second[0][0], second[1][0]] == [500, 250, 1000]
+    assert "<b>" not in re.sub(r"<b>[\d.]+</b>", "", figure) and "<t>" not in figure
+
+
+def test_chart_without_a_value_is_none():
+    assert line_chart("t", "u", [Line("n", [1, 2], [None, float("nan")])]) == ""
+    assert "NaN" not in line_chart("t", "u", [Line("n", [3], [7.0])]), "a single point has limits too"
 
 
 @pytest.mark.parametrize(("points", "lines"), [(19, 1), (20, 2), (120, 2)])
 def test_a_noisy_curve_is_smoothed_once_it_has_points(points, lines):
     values = 2 + (-1.0) ** np.arange(points)
-    svg = line_chart(range(points), list(values), title="t", name="n")
-    drawn = re.findall(rf'<path d="([^"]*)" clip-path="[^"]*" style="fill: none; stroke: {LINE}', svg)
-    assert len(drawn) == lines
-    heights = [[float(y) for y in re.findall(r"[ML] [-\d.]+ ([-\d.]+)", path)] for path in drawn]
-    spread = [max(found) - min(found) for found in heights]
-    assert lines == 1 or spread[1] < spread[0] / 2
+    figure = line_chart("t", "u", [Line("n", range(points), list(values), smooth=True)])
+    raw, (shown,) = paths(figure, "raw"), paths(figure)
+    assert len(raw) == lines - 1
+    assert lines == 1 or np.ptp(shown[:, 1]) < np.ptp(raw[0][:, 1]) / 2
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 10, [0, 2, 4, 6, 8, 10]), (-1, 1, [-1, -0.5, 0, 0.5, 1]), (0.0013, 0.0029, [0.0015, 0.002, 0.0025])],
+)
+def test_ticks_are_round_numbers(low, high, expected):
+    assert ticks(low, high, 4) == pytest.approx(expected)
 
 
 def test_missing_value_is_a_gap():
-    assert line(line_chart(range(5), [1.0, 2.0, None, 4.0, 5.0], title="t", name="n", smooth=False)).count("M") == 2
+    figure = line_chart("t", "u", [Line("n", range(5), [1.0, 2.0, None, 4.0, 5.0])])
+    assert re.search(r'class="line c0"[^>]* d="([^"]*)"', figure)[1].count("M") == 2
 
 
 def test_long_run_is_averaged():
@@ -204,6 +328,11 @@ def test_reading_json_needs_no_torch():
     import sys
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_parameters_are_those_of_the_export(run):
+    spec, _, manifest, _ = run
+    assert read_run(spec.run_dir).parameters == manifest["parameters"]
 
 
 def test_evaluation_of_the_page_is_the_files(run):

@@ -5,19 +5,23 @@ It is written after evaluation and after export; parts that do not exist yet are
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from trainer.evaluation.scores import rows
 from trainer.files import atomic_write
-from trainer.recording.results import headline_loss, loss_of
 from trainer.report.charts import line_chart
+from trainer.report.curves import curves, validation_curves
+from trainer.report.pages import page
 from trainer.report.run import Run, read_run
+from trainer.report.sections import facts, ledger, restarts, samples, scale, time_spent
 from trainer.report.settings import dates, hyperparameters
 from trainer.specbase import to_yaml
+
+log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 
@@ -39,119 +43,39 @@ def write_report(run_dir: str | Path, evaluation: dict[str, Any] | None = None) 
     return path
 
 
+def update_report(run_dir: str | Path, evaluation: dict[str, Any] | None = None) -> None:
+    """`write_report` for a task, which must not fail because of its report: a problem is a warning, and the page says
+    it."""
+    try:
+        write_report(run_dir, evaluation)
+    except Exception as error:  # a bug here, or a file that something else damaged
+        problem = f"{type(error).__name__}: {error}"
+        log.warning("the report could not be made (%s)", problem)
+        text = page("failed.html.j2", title=Path(run_dir).name, problem=problem)
+        with suppress(OSError):
+            atomic_write(Path(run_dir) / REPORT, text.encode())
+
+
 def render(run: Run) -> str:
     """The page."""
-    environment = Environment(
-        loader=PackageLoader("trainer", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"count": count, "duration": duration, "compact": compact}
-    return environment.get_template("report.html.j2").render(
+    listed, causes = restarts(run)
+    validation = line_chart("Validation", "bits per byte by domain", validation_curves(run), x_name="token", wide=True)
+    return page(
+        "report.html.j2",
+        title=run.spec.run,
         run=run,
         facts=facts(run),
-        charts=charts(run),
-        shares=shares(run),
         benchmarks=rows(run.evaluation or {}),
+        curves=curves(run),
+        validation=validation,
+        validated=len(run.validations),
+        ledger=ledger(run),
+        goodput=time_spent(run),
+        restarts=listed,
+        causes=causes,
+        samples=samples(run),
         hyperparameters=hyperparameters(run.spec),
         dates=dates(run.directory),
         spec_yaml=to_yaml(run.spec),
-        widest=max((s["bits_per_byte"] for s in run.evaluation["domains"].values()), default=1)
-        if run.evaluation
-        else 1,
+        widest=scale([each["bits_per_byte"] for each in run.evaluation["domains"].values()] if run.evaluation else []),
     )
-
-
-def facts(run: Run) -> list[tuple[str, str, str]]:
-    """(label, value, unit or remark) of the tiles on top."""
-    spec, last = run.spec, run.steps[-1] if run.steps else None
-    tiles = []
-    if last:
-        tiles.append(("Steps", f"{last['step']:,}", f"of {spec.steps:,}"))
-        tiles.append(("Tokens", compact(last["tokens"]), f"{last['tokens']:,}"))
-        loss, loss_steps = headline_loss(run.steps)
-        if loss is not None:
-            first = run.steps[0]["loss"]
-            since = f", from {first:.3f}" if first else ""
-            tiles.append(("Loss", f"{loss:.3f}", f"nats/token, {loss_of(loss_steps)}{since}"))
-    if run.evaluation:
-        overall = run.evaluation["all"]
-        tiles.append(("Held-out", f"{overall['bits_per_byte']:.3f}", "bits per byte, all domains"))
-    if run.export:
-        tiles.append(("Parameters", compact(run.export["parameters"]), f"{run.export['parameters']:,}"))
-    if run.result:
-        tiles.append(("Speed", compact(run.result["tokens_per_second"]), "tokens/s, mean"))
-        tiles.append(
-            (
-                "Time",
-                duration(run.result["seconds"]),
-                "1 rank" if run.result["world_size"] == 1 else f"{run.result['world_size']} ranks",
-            )
-        )
-        tiles.append(("Restarts", str(run.result["restarts"]), ""))
-    return tiles
-
-
-def charts(run: Run) -> list[dict[str, str]]:
-    """Title, unit and SVG of each chart; the first also in a wide version."""
-    if not run.steps:
-        return []
-    steps = [line["step"] for line in run.steps]
-    clipped = [line["step"] for line in run.steps if line["clipped"]]
-
-    def chart(title: str, key: str, unit: str, **options: Any) -> dict[str, str]:
-        values = [line[key] for line in run.steps]
-        return {"title": title, "unit": unit, "svg": line_chart(steps, values, title=title, name=key, **options)}
-
-    losses = [line["loss"] for line in run.steps]
-    made = [
-        chart("Training loss", "loss", "nats per token"),
-        chart("Learning rate", "learning_rate", "of the matrices", smooth=False),
-        chart("Throughput", "tokens_per_second", "tokens per second"),
-        chart("Gradient norm", "grad_norm", "before clipping", marks=clipped, mark_label="clipped"),
-    ]
-    made[0]["wide"] = line_chart(steps, losses, title="Training loss", name="loss-wide", wide=True)
-    if run.spec.model.moe:
-        made.append(chart("Fullest expert", "expert_load_max_ratio", "load / mean load, worst layer"))
-    return made
-
-
-def shares(run: Run) -> list[dict[str, object]]:
-    """Asked and actual share of each source in the tokens trained on."""
-    tokens = run.steps[-1]["by_source"] if run.steps else {}
-    total = sum(tokens.values()) or 1
-    return [
-        {
-            "name": name,
-            "asked": mix.weight,
-            "actual": tokens.get(name, 0) / total,
-            "tokens": tokens.get(name, 0),
-            "source": run.sources.get(name),
-        }
-        for name, mix in run.spec.tokens.mix.items()
-    ]
-
-
-def count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def compact(value: float) -> str:
-    """1234567 → 1.23 M."""
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Two leading units: 3 h 12 min."""
-    whole = round(seconds)
-    days, hours, minutes = whole // 86400, whole % 86400 // 3600, whole % 3600 // 60
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{seconds:.1f} s"

@@ -7,17 +7,24 @@ torch.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoints.checkpoint import CheckpointManifest, latest_step, read_manifest, step_dir
-from trainer.data.manifest import SourceEntry
+from trainer.data.manifest import Manifest, SourceEntry
 from trainer.data.manifest import read_manifest as read_data_manifest
 from trainer.errors import CheckpointError, DataError
+from trainer.parameters import parameters
+from trainer.process import restarts
+from trainer.recording import goodput
+from trainer.recording.goodput import Process
 from trainer.recording.results import read_json
 from trainer.spec import TrainSpec
 from trainer.specbase import parse, read_yaml
+
+PRESET = "preset.json"  # by the launcher (manifests/nearest.py)
 
 
 @dataclass(frozen=True)
@@ -26,19 +33,49 @@ class Run:
 
     Attributes:
         steps: the lines of logs/metrics.jsonl, one for each step.
-        result, evaluation, export: result.json, eval.json and export/manifest.json, None when absent.
+        validations: the lines of validation.jsonl, one for each validation during training, in the order of steps.
+        result, evaluation, export, preset: result.json, eval.json, export/manifest.json and preset.json, None when
+            absent.
         checkpoint: of the newest checkpoint; not verified, that takes minutes for a large one.
-        sources: provenance of each source of the mix; empty when the shards are not reachable from here.
+        shards: manifest of the shards; None when it is not reachable from here.
+        causes: number of restarts by cause.
+        begun: Unix time of the first start.
     """
 
     directory: Path
     spec: TrainSpec
     steps: list[dict[str, Any]] = field(repr=False)
+    validations: list[dict[str, Any]] = field(repr=False)
     result: dict[str, Any] | None
     evaluation: dict[str, Any] | None
     export: dict[str, Any] | None
+    preset: dict[str, Any] | None
     checkpoint: CheckpointManifest | None
-    sources: dict[str, SourceEntry]
+    shards: Manifest | None
+    processes: list[Process]
+    causes: dict[str, int]
+    begun: float | None
+
+    @property
+    def sources(self) -> dict[str, SourceEntry]:
+        """Provenance of each source of the mix; empty when the shards are not reachable from here."""
+        known = self.shards.sources if self.shards else {}
+        return {name: known[name] for name in self.spec.tokens.mix if name in known}
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained and frozen parameters, without adapters, as in an export."""
+        model = self.spec.model.model_copy(update={"lora": None})
+        return sum(math.prod(parameter.shape) for parameter in parameters(model))
+
+    @property
+    def tokens(self) -> int:
+        return int(self.steps[-1]["tokens"]) if self.steps else 0
+
+    @property
+    def goodput(self) -> dict[str, float]:
+        """Seconds of wall time by class."""
+        return goodput.account(self.processes, self.steps, self.begun, (self.result or {}).get("seconds", 0.0))
 
 
 def read_run(run_dir: str | Path) -> Run:
@@ -51,29 +88,40 @@ def read_run(run_dir: str | Path) -> Run:
     directory = Path(run_dir)
     spec = parse(TrainSpec, read_yaml(directory / "train.yaml"), str(directory / "train.yaml"))
     newest = step_dir(directory, latest_step(directory))
+    steps = _read_lines(directory / "logs" / "metrics.jsonl")
     return Run(
         directory=directory,
         spec=spec,
-        steps=_read_steps(directory / "logs" / "metrics.jsonl"),
+        steps=steps,
+        validations=_read_validations(directory, steps),
         result=read_json(directory / "result.json"),
         evaluation=read_json(directory / "eval.json"),
         export=read_json(directory / "export" / "manifest.json"),
+        preset=read_json(directory / PRESET),
         checkpoint=read_manifest(newest) if newest.is_dir() else None,
-        sources=read_sources(spec),
+        shards=_read_shards(spec),
+        processes=goodput.read(directory),
+        causes=restarts.summary(directory),
+        begun=restarts.begun(directory),
     )
 
 
-def read_sources(spec: TrainSpec) -> dict[str, SourceEntry]:
-    """Provenance of the sources of the mix from the shards' manifest; empty when that is not here."""
+def _read_shards(spec: TrainSpec) -> Manifest | None:
     try:
-        manifest = read_data_manifest(spec.tokens.shards, "shards")
+        return read_data_manifest(spec.tokens.shards, "shards")
     except DataError:
-        return {}
-    return {name: manifest.sources[name] for name in spec.tokens.mix if name in manifest.sources}
+        return None
 
 
-def _read_steps(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; the last may be cut off, because the run may be writing it now."""
+def _read_validations(directory: Path, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line for each step: a step that was trained again was also validated again, and only the last one counts."""
+    by_step = {line["step"]: line for line in _read_lines(directory / "validation.jsonl")}
+    last = steps[-1]["step"] if steps else 0
+    return [by_step[step] for step in sorted(by_step) if step <= last]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of JSON; the last may be cut off, because the run may be writing it now."""
     if not path.exists():
         return []
     *lines, rest = path.read_text(encoding="utf-8").split("\n")

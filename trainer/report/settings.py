@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 from trainer.process import restarts
+from trainer.report.words import moment
 from trainer.spec import TrainSpec
 
 
@@ -79,4 +79,4 @@ def dates(run_dir: Path) -> list[tuple[str, str]]:
     ):
         if (file := run_dir / name).exists():
             found.append((what, file.stat().st_mtime))
-    return [(what, datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%d %H:%M UTC")) for what, when in found]
+    return [(what, moment(when)) for what, when in found]
