@@ -18,6 +18,7 @@ from pipelines import verbs
 from pipelines.data import app as data_app
 from pipelines.doctor.command import doctor
 from pipelines.lint import lint
+from pipelines.onnxverb import onnx
 from pipelines.options import Job, Sets, Target, Workdir
 from pipelines.prepare import prepare
 from pipelines.verify import sign, verify
@@ -47,7 +48,7 @@ missing or in the way, 74 file or volume, 130 and 143 stopped; docs/exit-codes.m
 
 # In the order in which people need them.
 VERBS = (
-    *("run", "tune", "prepare", "train", "evaluate", "export", "verify", "sign", "generate"),
+    *("run", "tune", "prepare", "train", "evaluate", "export", "verify", "sign", "onnx", "generate"),
     *("local", "status", "logs", "stop", "resume"),
     *("describe", "presets", "data", "doctor", "submit", "compile", "render", "lint", "why"),
 )
@@ -73,7 +74,7 @@ app.add_typer(data_app, name="data")
 verbs.register(app)
 app.command()(lint)
 app.command()(doctor)
-for command in (prepare, verify, sign):
+for command in (prepare, verify, sign, onnx):
     app.command()(command)
 
 

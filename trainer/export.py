@@ -99,6 +99,21 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Hyb
         CheckpointError: naming the file that is missing, damaged or does not fit.
     """
     directory = Path(directory)
+    _, spec = read(directory)
+    model = build_model(spec, device=device, seed=None)
+    weights = load_file(directory / "model.safetensors", device=str(device))
+    if different := sorted(weights.keys() ^ model.state_dict().keys()):
+        raise _damaged(directory / "model.safetensors", f"and config.json disagree about {different[0]}")
+    model.load_state_dict(weights, assign=True)
+    return model.eval(), Tokenizer.load(directory)
+
+
+def read(directory: Path) -> tuple[dict[str, Any], ModelSpec]:
+    """The manifest and the architecture of an exported directory, after its files were verified.
+
+    Raises:
+        CheckpointError: naming the file that is missing, damaged or does not fit.
+    """
     manifest = _read_json(directory / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise _damaged(directory / MANIFEST, f"has format {manifest.get('format')}, this version reads {FORMAT}")
@@ -110,13 +125,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Hyb
         if entry != expected[name]:
             raise _damaged(directory / name, "differs from what was written")
     config = directory / "config.json"
-    spec = parse(ModelSpec, _read_json(config), str(config), manifest.get(VERSION_FIELD, 1))
-    model = build_model(spec, device=device, seed=None)
-    weights = load_file(directory / "model.safetensors", device=str(device))
-    if different := sorted(weights.keys() ^ model.state_dict().keys()):
-        raise _damaged(directory / "model.safetensors", f"and config.json disagree about {different[0]}")
-    model.load_state_dict(weights, assign=True)
-    return model.eval(), Tokenizer.load(directory)
+    return manifest, parse(ModelSpec, _read_json(config), str(config), manifest.get(VERSION_FIELD, 1))
 
 
 def _write(draft: Path, spec: TrainSpec, trained: Trained, record: Run) -> dict[str, Any]:

@@ -8,14 +8,17 @@ chosen experts, G groups or rows of a first matrix, P and W widths of a head, I 
 orders of n-grams, J tables, C channels, E experts, F width between two matrices, R tokens, Q positions of a chunk.
 """
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .configuration_yaongi import YaongiConfig
+if TYPE_CHECKING:  # it needs transformers, and this file does not: trainer/onnxexport.py uses it without
+    from .configuration_yaongi import YaongiConfig
 
 
 class State(dict):

@@ -1,5 +1,5 @@
 """Models that transformers does not have: their configuration and weights for the files `…_yaongi.py` beside this one,
-which are copied into the folder. Imports neither torch nor those files, which need transformers.
+which are copied into the folder. Imports neither torch nor those files.
 
 The weights keep our names.
 """
