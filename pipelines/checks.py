@@ -14,7 +14,7 @@ from trainer.checkpoints.checkpoint import read_manifest as read_checkpoint
 from trainer.checkpoints.checkpoint import step_dir
 from trainer.data.manifest import Kind, read_manifest
 from trainer.data.manifest import verify as verify_data
-from trainer.errors import CheckpointError, DataError, ForeseenError
+from trainer.errors import CheckpointError, DataError, ForeseenError, LaunchError
 from trainer.files import checksum
 from trainer.passport import PASSPORT, FileRecord, Passport
 from trainer.pretrained import read_json
@@ -67,8 +67,11 @@ def of_files(directory: Path, content: Passport) -> Check:
 
 
 def _of_former(directory: Path, manifest: dict[str, Any]) -> Check:
-    sums = manifest["sha256"].items()
-    files = {name: FileRecord(bytes=manifest["files"][name]["bytes"], sha256=sha256) for name, sha256 in sums}
+    try:
+        sums = manifest["sha256"].items()
+        files = {name: FileRecord(bytes=manifest["files"][name]["bytes"], sha256=sha256) for name, sha256 in sums}
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise CheckpointError(f"{directory / MANIFEST}: is not that of an export; export the run again") from None
     return _unchanged(directory, files, {MANIFEST})
 
 
@@ -201,8 +204,10 @@ def _of_first_model(begun: passport.BegunRecord, spec: TrainSpec | None) -> Chec
 def _of_signature(directory: Path, content: Passport, data: bytes, key: SSlibKey | None) -> Check:
     try:
         signed = signing.read(directory)
-    except ForeseenError as error:
+    except CheckpointError as error:
         return Check(BAD, "signature", str(error))
+    except LaunchError as error:  # the package is missing; with a key, this was said before
+        return Check(OPEN, "signature", f"there is one, not checked: {error}")
     if signed is None:
         return _unsigned(key)
     keys = ", ".join(key_id[:12] for key_id in signed.key_ids)

@@ -47,5 +47,5 @@ def estimate(device: str | None, count: int, seconds: float | None) -> dict[str,
     return {
         "kwh": round(count * watts * seconds / 3.6e6, 6),
         "basis": f"estimate, not measured: {count} × {watts} W, the nominal power of {device}, for all of the "
-        f"{seconds / 3600:.2f} h of wall time; without hosts, network, cooling and discarded attempts",
+        f"{seconds / 3600:.2f} h of wall time; without hosts, network and cooling",
     }

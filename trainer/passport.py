@@ -22,6 +22,7 @@ from trainer.data.manifest import Manifest, first_problem, read_manifest
 from trainer.data.plan import Cursor
 from trainer.energy import estimate
 from trainer.errors import CheckpointError, DataError, ForeseenError
+from trainer.evaluation import scores
 from trainer.fields import Stored, stored, version_of
 from trainer.files import checksum
 from trainer.pretrained import find
@@ -105,7 +106,7 @@ class DataRecord(Stored):
 
 
 class TrainingRecord(Stored):
-    """`device`: as CUDA names it, or cpu; `devices`: ranks of the last part; `hours`: wall time, all parts."""
+    """`device`: as CUDA names it, or cpu; `devices`: ranks of the last part; `hours`: wall time of all processes."""
 
     steps: int
     hours: float | None
@@ -162,7 +163,7 @@ def write(directory: Path, spec: TrainSpec, checkpoint: CheckpointManifest, mani
         image=_image(run.directory),
         begun_with=_begun_with(spec),
         data=_data(spec, checkpoint),
-        training=_training(checkpoint, run.result),
+        training=_training(checkpoint, run),
         evaluation=_evaluation(run.evaluation, checkpoint),
         files=dict(sorted(files.items())),
     )
@@ -291,10 +292,9 @@ def _shards(spec: TrainSpec, checkpoint: CheckpointManifest) -> Manifest | None:
         return None
 
 
-def _training(checkpoint: CheckpointManifest, result: dict[str, Any] | None) -> TrainingRecord:
-    seconds, devices = checkpoint.scalars.get("seconds"), checkpoint.world_size
-    of_this = result is not None and result.get("checkpoint_digest") == checkpoint.digest
-    device = result.get("device") if result is not None and of_this else None
+def _training(checkpoint: CheckpointManifest, run: Run) -> TrainingRecord:
+    seconds, devices, result = _seconds(checkpoint, run), checkpoint.world_size, run.result or {}
+    device = result.get("device") if result.get("checkpoint_digest") == checkpoint.digest else None
     return TrainingRecord(
         steps=checkpoint.step,
         hours=None if seconds is None else round(seconds / 3600, 6),
@@ -304,8 +304,16 @@ def _training(checkpoint: CheckpointManifest, result: dict[str, Any] | None) -> 
     )
 
 
+def _seconds(checkpoint: CheckpointManifest, run: Run) -> float | None:
+    """Wall time of all processes; of a run that did not record it, without steps that were trained again."""
+    if run.processes:
+        return sum(seconds for name, seconds in run.goodput.items() if name != "down")
+    return checkpoint.scalars.get("seconds")
+
+
 def _evaluation(evaluation: dict[str, Any] | None, checkpoint: CheckpointManifest) -> dict[str, Any] | None:
-    """The scores of eval.json, without samples; None if it is of another checkpoint."""
+    """The scores of eval.json; None if it is of another checkpoint. Not its settings, which may name places."""
     if evaluation is None or evaluation["checkpoint_digest"] != checkpoint.digest:
         return None
-    return {name: evaluation[name] for name in ("settings", "domains", "all", "benchmarks") if name in evaluation}
+    found = {name: evaluation[name] for name in ("domains", "all", "harness") if name in evaluation}
+    return found | {"benchmarks": [row._asdict() for row in scores.rows(evaluation)]}

@@ -32,6 +32,15 @@ from trainer.data.manifest import read_manifest
 from trainer.pretrained import find
 
 Answer = tuple[int, str, str]
+BENCHMARK = {
+    "task": "kmmlu",
+    "metric": "acc",
+    "value": 0.5,
+    "stderr": 0.1,
+    "num_fewshot": 5,
+    "samples": 25,
+    "version": "1",
+}
 KEYS: dict[str, Callable[[], Any]] = {
     "ed25519": ed25519.Ed25519PrivateKey.generate,
     "ecdsa": lambda: ec.generate_private_key(ec.SECP256R1()),
@@ -54,10 +63,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec, _ = make_run(folder, evaluate={"max_tokens": 50})
     evaluate.run(spec)
     run = Path(spec.run_dir)
-    digest = json.loads((run / "eval.json").read_text())["checkpoint_digest"]
+    scores = json.loads((run / "eval.json").read_text())
+    numbers = {"metrics": {"acc": {"value": 0.5, "stderr": 0.1}}, "num_fewshot": 5, "samples": 25, "version": 1}
+    (run / "eval.json").write_text(json.dumps(scores | {"benchmarks": {"kmmlu": numbers}}))
+    digest = scores["checkpoint_digest"]
     result = {"checkpoint_digest": digest, "device": "NVIDIA H200"}
     result |= {"tokens_per_second": 1.0, "seconds": 6.0, "world_size": 1, "restarts": 0}
     (run / "result.json").write_text(json.dumps(result))
+    times = [
+        {"started": 100.0 * n, "until": 100.0 * n + 3, "from_step": 0, "step": 6 * n, "seconds": {}} for n in (1, 2)
+    ]
+    (run / "goodput.json").write_text(json.dumps({"processes": times}))
     (run / "job.yaml").write_text("cluster: {target: kubernetes, image: 'r/trainer:1@sha256:0abc'}\n")
     with pytest.MonkeyPatch.context() as patch:
         private, _ = write_key(folder, "ours", KEYS["ed25519"]())
@@ -103,7 +119,7 @@ def test_it_states_what_is_known_of_code_data_training_and_evaluation(made: Path
         "revision": "1",
     }
     scores = json.loads((made / "run" / "eval.json").read_text())
-    assert value["evaluation"] == {name: scores[name] for name in ("settings", "domains", "all")}
+    assert value["evaluation"] == {name: scores[name] for name in ("domains", "all")} | {"benchmarks": [BENCHMARK]}
     training = value["training"]
     assert (training["steps"], training["devices"], training["device"]) == (12, 1, "NVIDIA H200")
     assert training["hours"] == pytest.approx(6 / 3600, abs=1e-6)
@@ -386,6 +402,13 @@ def test_a_checkpoint_without_a_cursor_has_no_ledger(tmp_path: Path, yaongi) -> 
     checkpoint = save_checkpoint(spec, model, 16)
     assert passport.ledger(checkpoint) == {"ko": 16 * 156, "en": 16 * 100}
     assert passport.ledger(checkpoint.model_copy(update={"cursor": {}})) is None
+
+
+def test_a_manifest_without_digests_is_refused(tmp_path: Path, yaongi) -> None:
+    export_dir = former.unpack(tmp_path) / "export"
+    edit(export_dir / "manifest.json", lambda value: value.pop("sha256"))
+    code, _, error = yaongi("verify", str(export_dir))
+    assert code == 66 and "manifest.json: is not that of an export" in error and error.count("\n") == 1
 
 
 def test_verifying_needs_no_torch(made: Path) -> None:
