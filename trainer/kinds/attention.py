@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from trainer.kinds.base import (
     FP32_BYTES,
     RESIDUAL,
+    Cached,
     Count,
     Kind,
     ModelShape,
@@ -73,6 +74,9 @@ class AttentionSpec(Kind):
         if self.qk_norm:
             yield vector("q_norm.weight", self.head_dim)
             yield vector("k_norm.weight", self.head_dim)
+
+    def cached(self, model: ModelShape) -> tuple[Cached, ...]:
+        return tuple(Cached(name, (self.num_kv_heads, self.head_dim), per_position=True) for name in ("k", "v"))
 
     def parts(self) -> Iterator[Part]:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):

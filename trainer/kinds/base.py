@@ -207,6 +207,24 @@ class Convolution(NamedTuple):
     aligned: Rows
 
 
+class Cached(NamedTuple):
+    """What a sublayer keeps of a text that grows, for each row (trainer/inference).
+
+    Attributes:
+        shape: of one row, or with `per_position` of one position; otherwise its size does not depend on the length.
+        dtype: that of the activations, FP32, or INT64 for token ids.
+    """
+
+    name: str
+    shape: Rows
+    per_position: bool = False
+    dtype: Literal["activation", "fp32", "int64"] = "activation"
+
+    def count(self, length: int) -> int:
+        """Numbers for a row of at most `length` positions."""
+        return math.prod(self.shape) * (length if self.per_position else 1)
+
+
 class Part(NamedTuple):
     """A tensor of a Hugging Face checkpoint, or some rows of it, and where they lie in ours.
 
@@ -290,6 +308,10 @@ class Kind(Spec):
     @abstractmethod
     def kept_selective(self, hidden: int, widths: Widths) -> int:
         """The same under selective checkpointing, besides the residual stream: the results of the first products."""
+
+    def cached(self, model: ModelShape) -> tuple[Cached, ...]:
+        """What its mixer's `extend` keeps from one call to the next; all of it begins as zeros."""
+        return ()
 
     def parts(self) -> Iterator[Part]:
         """Its parameters and buffers under the names of Hugging Face's models; nothing where none has such a kind."""

@@ -12,6 +12,7 @@ from trainer.kinds.base import (
     INDEX_BYTES,
     RESIDUAL,
     ZEROS,
+    Cached,
     Convolution,
     Count,
     ModelShape,
@@ -84,6 +85,13 @@ class EngramSpec(PlacedKind):
 
     def kept_selective(self, hidden: int, widths: Widths) -> int:
         return 0
+
+    def cached(self, model: ModelShape) -> tuple[Cached, ...]:
+        """The last tokens of n-grams, and the inputs that the convolution still needs."""
+        return (
+            Cached("ids", (self.max_order - 1,), dtype="int64"),
+            Cached("conv", ((self.conv_kernel - 1) * self.max_order, model.hidden)),
+        )
 
     def convolutions(self, hidden: int) -> tuple[Convolution, ...]:
         return (Convolution(self.conv_kernel, self.max_order, (hidden,)),)

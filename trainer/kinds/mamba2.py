@@ -11,6 +11,7 @@ from pydantic import model_validator
 from trainer.kinds.base import (
     FP32_BYTES,
     RESIDUAL,
+    Cached,
     Convolution,
     Count,
     Init,
@@ -79,6 +80,11 @@ class MambaSpec(Kind):
         yield vector("conv.bias", self.conv_dim, init=filters)
         yield vector("norm.weight", self.d_inner)
         yield matrix("out_proj.weight", model.hidden, self.d_inner, RESIDUAL)
+
+    def cached(self, model: ModelShape) -> tuple[Cached, ...]:
+        """The inputs that the convolution still needs, and the state."""
+        state = (self.num_heads, self.head_dim, self.d_state)
+        return Cached("conv", (self.conv_kernel - 1, self.conv_dim)), Cached("state", state, dtype="fp32")
 
     def parts(self) -> Iterator[Part]:
         rows = self.d_inner + self.conv_dim

@@ -31,6 +31,8 @@ from trainer.model.linear import Linear
 from trainer.model.mamba2 import CausalConv
 from trainer.model.mixer import Functions, Mixed, Mixer
 from trainer.model.norm import RMSNorm
+from trainer.model.ready import Ready, normed
+from trainer.model.step import State, Step, convolved
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
 
@@ -69,11 +71,23 @@ class NgramHash(nn.Module):
     def forward(self, ids_BT: Tensor, documents: Documents) -> Tensor:
         """[B, T, J] int64 rows in the joint table; columns go order by order, within an order head by head."""
         class_BT = self.class_V[ids_BT]
+
+        def earlier(back: int) -> Tensor:
+            return torch.where(documents.same_BT(back), class_BT.roll(back, dims=1), self.class_V[PAD_TOKEN])
+
+        return self._rows(class_BT, earlier)
+
+    def extend(self, ids_BT: Tensor, step: Step, state: State) -> Tensor:
+        """The same at new positions. Zeros before the first one are PAD_TOKEN."""
+        before, new = self.spec.max_order - 1, step.new
+        class_BS = self.class_V[step.joined(state["ids"], ids_BT)]
+        return self._rows(class_BS[:, before:], lambda back: class_BS[:, before - back : before - back + new])
+
+    def _rows(self, class_BT: Tensor, earlier: Callable[[int], Tensor]) -> Tensor:
         mix_BT = class_BT * self.multiplier_N[0]
         columns = []
         for back in range(1, self.spec.max_order):
-            earlier_BT = class_BT.roll(back, dims=1)
-            earlier_BT = torch.where(documents.same_BT(back), earlier_BT, self.class_V[PAD_TOKEN])
+            earlier_BT = earlier(back)
             mix_BT = mix_BT ^ (earlier_BT * self.multiplier_N[back])
             first = (back - 1) * self.spec.num_heads
             columns.append(mix_BT[..., None] % self.prime_J[first : first + self.spec.num_heads])
@@ -108,12 +122,26 @@ class Engram(Mixer):
 
     def recall(self, h_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> Tensor:
         """The memory's contribution to the hidden state."""
-        memory_BTM = self.tables(self.hash(ids_BT, documents)).flatten(2)
-        key_BTD, value_BTD = self.key_proj(memory_BTM), self.value_proj(memory_BTM)
-        gate_BT1 = memory_gate(self.key_norm(key_BTD), self.query_norm(h_BTD), self.gate_factor)
-        u_BTD = gate_BT1.to(value_BTD.dtype) * value_BTD
+        u_BTD = self._gated(h_BTD, self.hash(ids_BT, documents))
         smooth_BTD = self.convolve(self.conv_norm(u_BTD), self.conv.weight, None, documents, self.spec.max_order)
         return u_BTD + F.silu(smooth_BTD)
+
+    def ready(self, norm: nn.Module) -> Ready:
+        conv_norm, w_CK, orders = normed(self.conv_norm), self.conv.weight, self.spec.max_order
+
+        def extend(x_BTD: Tensor, step: Step, state: State) -> Tensor:
+            u_BTD = self._gated(x_BTD, self.hash.extend(step.ids_BT, step, state))
+            normed_BSD = step.joined(state["conv"], conv_norm(u_BTD))
+            return u_BTD + F.silu(convolved(normed_BSD, w_CK, None, step.new, orders))
+
+        return extend
+
+    def _gated(self, h_BTD: Tensor, row_BTJ: Tensor) -> Tensor:
+        """The value of what the rows hold, times the gate."""
+        memory_BTM = self.tables(row_BTJ).flatten(2)
+        key_BTD, value_BTD = self.key_proj(memory_BTM), self.value_proj(memory_BTM)
+        gate_BT1 = memory_gate(self.key_norm(key_BTD), self.query_norm(h_BTD), self.gate_factor)
+        return gate_BT1.to(value_BTD.dtype) * value_BTD
 
 
 def memory_gate(key_BTD: Tensor, query_BTD: Tensor, factor: float = 1.0) -> Tensor:

@@ -133,16 +133,16 @@ class HybridModel(nn.Module):
         ce_sum = logits_BTV = None
         mtp_ce_sums, mtp_labels = [], []
         if labels_BT is None:
-            logits_BTV = product(self._readout(self.final_norm, x_BTD), self._head_weight)
+            logits_BTV = product(self.readout(self.final_norm, x_BTD), self.head_weight)
         else:
-            ce_sum = self._cross_entropy(self._readout(self.final_norm, x_BTD), labels_BT)
+            ce_sum = self._cross_entropy(self.readout(self.final_norm, x_BTD), labels_BT)
             for places, module in enumerate(self.mtp if self.training else [], start=1):
                 token_BTD = self.embedding(ahead(ids_BT, places, documents, PAD_TOKEN))
                 x_BTD, sequence_loss, layer_loads = module(x_BTD, token_BTD, ids_BT, documents)
                 aux_sum = aux_sum + self.spec.mtp_factor * sequence_loss
                 loads += layer_loads
                 ahead_BT = ahead(labels_BT, places, documents, IGNORE)
-                mtp_ce_sums.append(self._cross_entropy(self._readout(module.head_norm, x_BTD), ahead_BT))
+                mtp_ce_sums.append(self._cross_entropy(self.readout(module.head_norm, x_BTD), ahead_BT))
                 mtp_labels.append((ahead_BT != IGNORE).sum())
         return ModelOutput(
             ce_sum,
@@ -153,7 +153,7 @@ class HybridModel(nn.Module):
             logits_BTV,
         )
 
-    def _readout(self, norm: RMSNorm, x_BTD: Tensor) -> Tensor:
+    def readout(self, norm: RMSNorm, x_BTD: Tensor) -> Tensor:
         """What the head multiplies."""
         return norm(x_BTD) * mup.output_factor(self.spec) if self.spec.mup else norm(x_BTD)
 
@@ -172,10 +172,10 @@ class HybridModel(nn.Module):
         return documents
 
     def _cross_entropy(self, h_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        return cross_entropy_sum(h_BTD.flatten(0, 1), self._head_weight, labels_BT.flatten())
+        return cross_entropy_sum(h_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten())
 
     @property
-    def _head_weight(self) -> Tensor:
+    def head_weight(self) -> Tensor:
         return self.embedding.weight if self.spec.tied_embedding else self.head.weight
 
     def moe_sublayers(self) -> list[Moe]:

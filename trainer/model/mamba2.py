@@ -3,8 +3,8 @@
 The time-step projection is a separate matrix: it has few rows and is too narrow and too sensitive for FP8. Without it,
 z, x, B and C form one matrix whose row count is a multiple of 128 at the widths of the large presets.
 
-Legend: B rows, T positions, D hidden, I d_inner = H·P, H heads, P head width, G groups, N d_state, C conv channels =
-I + 2·G·N.
+Legend: B rows, T positions, S positions with those that the convolution remembers, D hidden, I d_inner = H·P, H heads,
+P head width, G groups, N d_state, C conv channels = I + 2·G·N.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from trainer.kinds.mamba2 import MambaSpec
 from trainer.model.linear import Linear
 from trainer.model.mixer import Functions, Mixed, Mixer
 from trainer.model.norm import GatedRMSNorm
+from trainer.model.ready import Ready, linear, normed
+from trainer.model.step import State, Step, convolved
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
+from trainer.ops.ssd_state import ssd_extend
 
 
 class CausalConv(nn.Module):
@@ -70,3 +73,33 @@ class Mamba2(Mixer):
             )
             y_BTI = self.norm(y_BTHP.flatten(2), z_BTI)
         return self.out_proj(y_BTI)
+
+    def ready(self, norm: nn.Module) -> Ready:
+        spec, norm_D = self.spec, normed(norm)
+        project, project_dt, out = (linear(m) for m in (self.zxbc_proj, self.dt_proj, self.out_proj))
+        first, second = [spec.d_inner, spec.conv_dim], [spec.d_inner, spec.state_width, spec.state_width]
+        inner, group = (spec.num_heads, spec.head_dim), (spec.num_groups, spec.d_state)
+        w_CK, bias_C, dt_bias_H = self.conv.weight, self.conv.bias, self.dt_bias.float()
+        A_H, D_H1 = -torch.exp(self.A_log.float()), self.D.float()[:, None]
+        gated_norm = self.norm.without_gradient
+
+        def scanned(zxBC: Tensor, dt_BTH: Tensor, step: Step, state: State) -> Tensor:
+            z_BTI, xBC_BTC = zxBC.split(first, dim=-1)
+            dt_BTH = F.softplus(dt_BTH.float() + dt_bias_H)
+            xBC_BTC = F.silu(convolved(step.joined(state["conv"], xBC_BTC), w_CK, bias_C, step.new))
+            x_BTI, B_BTS, C_BTS = xBC_BTC.split(second, dim=-1)
+            B_BTGN, C_BTGN = B_BTS.unflatten(-1, group), C_BTS.unflatten(-1, group)
+            x_BTHP = x_BTI.unflatten(-1, inner)
+            y_BTHP = ssd_extend(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H1, state["state"], step.kept_BT)
+            return gated_norm(y_BTHP.flatten(2), z_BTI)
+
+        def extend(x_BTD: Tensor, step: Step, state: State) -> Tensor:
+            x_BTD = norm_D(x_BTD)
+            zxBC, dt_BTH = project(x_BTD), project_dt(x_BTD)
+            if not torch.is_autocast_enabled(x_BTD.device.type):
+                return out(scanned(zxBC, dt_BTH, step, state))
+            with torch.autocast(x_BTD.device.type, enabled=False):
+                y_BTI = scanned(zxBC, dt_BTH, step, state)
+            return out(y_BTI)
+
+        return extend

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.kinds.base import first_rows
 from trainer.kinds.mlp import MlpSpec
 from trainer.model.linear import Linear
 from trainer.model.mixer import Functions, Mixed, Mixer
+from trainer.model.ready import Ready, linear, normed
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
 from trainer.ops.activation import ACTIVATIONS
@@ -27,3 +28,12 @@ class Mlp(Mixer):
 
     def mix(self, before_BTG: Tensor, documents: Documents) -> Mixed:
         return Mixed(self.region("selective", lambda before_BTG: self.down(self.activate(before_BTG)), before_BTG))
+
+    def ready(self, norm: nn.Module) -> Ready:
+        norm_D, first, down, activate = (
+            normed(norm),
+            linear(getattr(self, self.spec.first)),
+            linear(self.down),
+            self.activate,
+        )
+        return lambda x_BTD, step, state: down(activate(first(norm_D(x_BTD))))

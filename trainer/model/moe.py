@@ -11,9 +11,11 @@ G rows of an expert's first matrix (F, or 2·F with a gate), K chosen experts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -22,10 +24,13 @@ from trainer.kinds.moe import MoeSpec
 from trainer.model.linear import Linear
 from trainer.model.lora import with_stacks
 from trainer.model.mixer import Functions, Mixed, Mixer
+from trainer.model.ready import Ready, normed
+from trainer.model.step import State, Step
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
 from trainer.ops.activation import ACTIVATIONS
 from trainer.ops.experts import count_choices
+from trainer.ops.experts_few import experts_without_gradient
 
 
 class Moe(Mixer):
@@ -64,10 +69,7 @@ class Moe(Mixer):
             return run(x_SD, first_EGD, down_EDF, expert_SK, weight_SK, spec.activation)
 
         y_SD = with_stacks(self, (spec.first, "down_EDF"), x_SD, experts, keep=self.policy == "full")
-        y_BTD = y_SD.view_as(x_BTD)
-        if spec.shared_width:
-            hidden_BTF = ACTIVATIONS[spec.activation].value(getattr(self, spec.shared_first)(x_BTD))
-            y_BTD = y_BTD + self.shared_down(hidden_BTF)
+        y_BTD = self._with_shared(y_SD.view_as(x_BTD), x_BTD)
         load_E = count_choices(expert_SK.flatten(), spec.num_experts)
         if not self.balances:
             return Mixed(y_BTD, load_E=load_E)
@@ -75,6 +77,35 @@ class Moe(Mixer):
         if spec.balance_loss_weight:
             aux_loss = aux_loss + self.balance_loss(scores_BTE, load_E)
         return Mixed(y_BTD, aux_loss, load_E)
+
+    def _with_shared(self, y_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+        """Adds the expert that every token goes through, if there is one."""
+        spec = self.spec
+        if not spec.shared_width:
+            return y_BTD
+        hidden_BTF = ACTIVATIONS[spec.activation].value(getattr(self, spec.shared_first)(x_BTD))
+        return y_BTD + self.shared_down(hidden_BTF)
+
+    def ready(self, norm: nn.Module) -> Ready:
+        spec, norm_D, router_ED = self.spec, normed(norm), self.router.weight.float()
+        first_EGD, down_EDF = getattr(self, spec.first), self.down_EDF
+        on_cpu = experts_without_gradient(first_EGD, down_EDF, spec.activation) if not first_EGD.is_cuda else None
+
+        def extend(x_BTD: Tensor, step: Step, state: State) -> Tensor:
+            x_BTD = norm_D(x_BTD)
+            x_SD = x_BTD.flatten(0, 1)
+            with torch.autocast(x_BTD.device.type, enabled=False) if autocast else nullcontext():
+                logits_SE = F.linear(x_SD.float(), router_ED)
+                scores_SE = logits_SE.softmax(-1) if spec.scores == "softmax" else logits_SE.sigmoid_()
+            expert_SK, weight_SK = self.choose(scores_SE)
+            if on_cpu is not None:
+                y_SD = on_cpu(x_SD, expert_SK, weight_SK)
+            else:
+                y_SD = self.run_experts(x_SD, first_EGD, down_EDF, expert_SK, weight_SK, spec.activation)
+            return self._with_shared(y_SD.view_as(x_BTD), x_BTD)
+
+        autocast = torch.is_autocast_enabled(first_EGD.device.type)
+        return extend
 
     def reset_buffers(self, token_classes: list[int] | None) -> None:
         self.bias_E.zero_()

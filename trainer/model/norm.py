@@ -30,6 +30,10 @@ class RMSNorm(nn.Module):
     def forward(self, x_D: Tensor) -> Tensor:
         return _RMSNorm.apply(x_D, self.weight, self.eps, compute_dtype(x_D))
 
+    def without_gradient(self, x_D: Tensor) -> Tensor:
+        """The same up to rounding, in one operation."""
+        return F.rms_norm(x_D.float(), self.weight.shape, self.weight, self.eps).to(compute_dtype(x_D))
+
 
 class GatedRMSNorm(nn.Module):
     """First y · silu(z), then RMSNorm within each of `num_groups` groups of channels, as Mamba-2 does."""
@@ -42,6 +46,12 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y_D: Tensor, z_D: Tensor) -> Tensor:
         return _GatedRMSNorm.apply(y_D, z_D, self.weight, self.num_groups, self.eps)
+
+    def without_gradient(self, y_D: Tensor, z_D: Tensor) -> Tensor:
+        """The same up to rounding, in few operations."""
+        gated_GW = (F.silu(z_D.float()) * y_D).unflatten(-1, (self.num_groups, -1))
+        normed_GW = F.rms_norm(gated_GW, gated_GW.shape[-1:], None, self.eps)
+        return (normed_GW.flatten(-2) * self.weight).to(y_D.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -1,0 +1,1 @@
+"""Generation of text: caches, sampling, and an engine that continues many texts at once."""

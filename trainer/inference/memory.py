@@ -1,0 +1,44 @@
+"""Whether the caches of an engine fit into memory, known before anything is allocated."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.errors import SpecError
+from trainer.inference.cache import cache_bytes
+from trainer.model.hybrid import HybridModel
+from trainer.ops.experts import compute_dtype
+from trainer.process.hostmemory import limit_bytes, resident_bytes
+
+MIB = 2**20
+
+
+def needed(model: HybridModel, rows: int, length: int, *, drafts: bool = False) -> int:
+    """Bytes of the caches of an Engine."""
+    size = compute_dtype(model.embedding.weight).itemsize
+    return (rows + 1) * cache_bytes(model.spec, length + 1, size, drafts=drafts)
+
+
+def free(device: torch.device) -> int:
+    """Bytes that this process may still allocate."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return max(0, limit_bytes() - resident_bytes())
+
+
+def check(model: HybridModel, rows: int, length: int, *, drafts: bool = False) -> int:
+    """`needed`, if it is free.
+
+    Raises:
+        SpecError: it is not; says how many texts or which length would fit.
+    """
+    device = model.embedding.weight.device
+    wanted, available = needed(model, rows, length, drafts=drafts), free(device)
+    if wanted <= available:
+        return wanted
+    fitting = available // max(1, needed(model, 0, length, drafts=drafts)) - 1
+    advice = f"{fitting} fit" if fitting > 0 else "not even one fits; lower the length"
+    raise SpecError(
+        f"{rows} texts of {length} tokens need {wanted // MIB:,} MiB for their states and {available // MIB:,} MiB are "
+        f"free on {device}: {advice}"
+    )
