@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from components.running import told
 from pipelines import verbs
+from pipelines.compare import compare
 from pipelines.data import app as data_app
 from pipelines.doctor.command import doctor
 from pipelines.lint import lint
@@ -49,7 +50,7 @@ missing or in the way, 74 file or volume, 130 and 143 stopped; docs/exit-codes.m
 # In the order in which people need them.
 VERBS = (
     *("run", "tune", "prepare", "train", "evaluate", "export", "verify", "sign", "onnx", "generate"),
-    *("local", "status", "logs", "stop", "resume"),
+    *("local", "status", "logs", "compare", "stop", "resume"),
     *("describe", "presets", "data", "doctor", "submit", "compile", "render", "lint", "why"),
 )
 
@@ -74,7 +75,7 @@ app.add_typer(data_app, name="data")
 verbs.register(app)
 app.command()(lint)
 app.command()(doctor)
-for command in (prepare, verify, sign, onnx):
+for command in (prepare, compare, verify, sign, onnx):
     app.command()(command)
 
 

@@ -84,7 +84,7 @@ def line_chart(
             f'<path class="grid" d="{grid}"/>{paths}</svg>',
             *(_label("y", "top", heights[value], text) for value, text in y_texts),
             *(_label("x", "left", widths[value], text) for value, text in _texts(x_ticks)),
-            f'</div><div class="legend">{legend}<em>{escape(x_name)}</em></div></figure>',
+            f'</div><div class="legend">{legend}<em>{escape(x_name)}s</em></div></figure>',
         )
     )
 
