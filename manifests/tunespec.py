@@ -12,6 +12,7 @@ from pydantic import Field
 
 from manifests.dataspec import CHAT, NAME_LENGTH, Name, SourceSpec
 from trainer.fields import stored
+from trainer.gatespec import GateSpec
 from trainer.kinds.base import Count
 from trainer.lora import LoraSpec
 from trainer.spec import AdamWSpec, BatchSpec, CheckpointSpec, OptimizerSpec, Packing, Positive, ScheduleSpec
@@ -40,7 +41,7 @@ class TuneSpec(Spec):
     `init_from`: the model to tune, named as in `train.init_from`; by default the job's own run. `lora` trains only
     adapters, which are merged at export. Fields that are left out are as in `train`, except that the optimizer is AdamW
     with a peak rate of 1e-5 (2e-4 for adapters) without weight decay, and the schedule is a cosine to 0. `prompts` are
-    questions whose answers the report shows.
+    questions whose answers the report shows. `gate` is that of the tuned model (trainer/gatespec.py).
     """
 
     init_from: Annotated[str, Field(min_length=1)] | None = None
@@ -56,6 +57,7 @@ class TuneSpec(Spec):
     lora: LoraSpec | None = None
     checkpoint: CheckpointSpec | None = None
     prompts: list[Annotated[str, Field(min_length=1)]] | None = None
+    gate: list[GateSpec] = []
 
 
 def tuning(tune: TuneSpec, job: dict[str, Any], run_name: str) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def tuning(tune: TuneSpec, job: dict[str, Any], run_name: str) -> dict[str, Any]
     if tune.lora:
         train["model"] = train["model"] | {"lora": stored(tune.lora), "mtp": None}
     asked = {"chat": True} | ({} if tune.prompts is None else {"prompts": tune.prompts})
-    train["evaluate"] = train.get("evaluate", {}) | asked
+    train["evaluate"] = train.get("evaluate", {}) | asked | {"gate": stored(tune.gate)}
     total = sum(source.weight for source in tune.sources.values())
     sources = {name: source.model_dump(mode="json") for name, source in tune.sources.items()}
     for source in sources.values():

@@ -182,7 +182,7 @@ def export(job: Job, sets: Sets = None, workdir: Workdir = Path("work"), verbose
 
 
 def _stage(task: Any, job: str, sets: list[str] | None, workdir: Path) -> None:
-    from components.launch import local, step
+    from components.launch import step
     from pipelines import made
     from pipelines.background import driving
     from pipelines.options import command
@@ -191,7 +191,7 @@ def _stage(task: Any, job: str, sets: list[str] | None, workdir: Path) -> None:
 
     if Path(job).is_file() and "run_dir" in read_yaml(job):
         # The number of processes is in torchrun's own variable; a job's spec states it itself.
-        local.run_entrypoint(task, job, int(os.environ.get("PET_NPROC_PER_NODE", "1")), sets or [])
+        step.run_file(task, job, int(os.environ.get("PET_NPROC_PER_NODE", "1")), sets or [])
         return
     changes = _changes(sets)
     spec, _ = local_job(job, changes, target="local", workdir=workdir)

@@ -65,6 +65,12 @@ class BudgetError(ForeseenError):
     code = ExitCode.BUDGET
 
 
+class GateError(ForeseenError):
+    """The trained model did not pass a gate of its spec."""
+
+    code = ExitCode.GATE
+
+
 class VolumeError(ForeseenError):
     """A file or volume of this machine cannot be used: full, too slow, read-only, no permission."""
 

@@ -5,18 +5,17 @@ The definition of bits per byte is in trainer/scoring.py.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
+from trainer import gate
 from trainer.begin import begun_with
 from trainer.data.chattemplate import Asking
 from trainer.distributed import pick_device
 from trainer.evaluatespec import measured
 from trainer.evaluation import measure
-from trainer.files import atomic_write
 from trainer.generate import complete
 from trainer.precision import device_capability, resolve_for_evaluation
 from trainer.report import update_report
@@ -76,10 +75,12 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         domains = {domain: score.summary() for domain, score in scores.items()}
         result["begun_with"] = {"model": spec.init_from, "domains": domains}
     result["seconds"] = round(time.monotonic() - began, 3)
+    if gates := gate.results(spec, result):
+        result["gates"] = gates
     update_report(spec.run_dir, result)
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    # last: it declares the task finished
-    atomic_write(Path(spec.run_dir) / "eval.json", text.encode())
+    gate.write(Path(spec.run_dir) / gate.EVALUATION, result)  # last: it declares the task finished
     for domain, score in by_domain.items():
         log.info("%s: %.4f bits per byte over %d tokens", domain, score.summary()["bits_per_byte"], score.tokens)
+    for found in gates:
+        log.log(logging.INFO if found["passed"] else logging.WARNING, "gate: %s", found["sentence"])
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field
 
@@ -30,6 +30,10 @@ class EvaluateSpec(BenchmarksSpec):
     every_steps: Count | None = None
     every_max_tokens: Count = 20_000
     gate: list[GateSpec] = []
+
+    def beside(self, folder: str) -> Self:
+        """The same, with relative paths that start in `folder`."""
+        return super().beside(folder).model_copy(update={"gate": [gate.beside(folder) for gate in self.gate]})
 
 
 # Fields that change nothing of what is measured of the finished model.

@@ -20,6 +20,7 @@ class ExitCode(IntEnum):
     UNAVAILABLE = 69
     DIVERGED = 70
     BUDGET = 71
+    GATE = 72
     VOLUME = 74
     LIMIT = 75
     INTERRUPTED = 130
@@ -41,6 +42,7 @@ MEANING: dict[ExitCode, str] = {
     ExitCode.UNAVAILABLE: "cannot be done as things stand: something is missing, in the way or does not answer",
     ExitCode.DIVERGED: "training diverged",
     ExitCode.BUDGET: "restart budget spent",
+    ExitCode.GATE: "the model did not pass a gate of its spec; it is not exported",
     ExitCode.VOLUME: "a file or volume cannot be used: full, read-only, no permission, too slow",
     ExitCode.LIMIT: "deadline passed or launcher gone; checkpoint saved",
     ExitCode.INTERRUPTED: "interrupted (SIGINT); checkpoint saved",

@@ -26,7 +26,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.torch import load_file, save_file
 
-from trainer import __version__, passport, signing
+from trainer import __version__, gate, passport, signing
 from trainer.checkpoints.checkpoint import CheckpointFile, describe_files
 from trainer.data.tokenizer import Tokenizer, files_of
 from trainer.errors import CheckpointError
@@ -58,10 +58,12 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     """Export the newest checkpoint of the run to run_dir/export; returns the manifest and updates the report.
 
     Raises:
+        GateError: the model has not passed the gates of its spec.
         LaunchError, CheckpointError, DataError: no checkpoint, none that verifies, tokenizer missing or different.
         SpecError: the key for the signature cannot be used.
     """
     signer = signing.signer()
+    gate.refuse(spec)
     # Weights are only copied: the kernels named for training need not exist here.
     trained = load_trained(spec.model_copy(update={"backends": BackendsSpec()}), torch.device("cpu"))
     trained_as = spec

@@ -98,6 +98,7 @@ LATER: dict[str, dict[str, Later]] = {
         "allow_code_execution": Later(6, False),
         "judge": Later(6, None),
     },
+    "TuneSpec": {"gate": Later(6, [])},
     "TokenizerSpec": {"from": Later(5, None)},
     "DataSpec": {"begun_with_max_bytes": Later(3, None)},
     "AttentionSpec": {"rope_scaling": Later(4, None), "qk_norm": Later(4, False), "bias": Later(4, False)},

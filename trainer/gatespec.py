@@ -6,6 +6,7 @@ Metrics: `bits_per_byte.D`, `loss.D` and `perplexity.D` of held-out text, where 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -28,6 +29,17 @@ class GateSpec(Spec):
     at_most: float | None = None
     better_than: Annotated[str, Field(min_length=1)] | None = None
     by: Annotated[float, Field(ge=0)] = 0.0
+
+    @property
+    def names_a_path(self) -> bool:
+        """Whether `better_than` is a path and not the name of a run."""
+        return self.better_than is not None and ("/" in self.better_than or self.better_than.endswith(".json"))
+
+    def beside(self, folder: str) -> Self:
+        """The same, with a relative path that starts in `folder`."""
+        if self.better_than is None or not self.names_a_path:
+            return self
+        return self.model_copy(update={"better_than": str(Path(folder, self.better_than))})
 
     @model_validator(mode="after")
     def _metric_is_known(self) -> Self:

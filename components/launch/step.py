@@ -7,12 +7,15 @@ verified artefact exists does no work.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from components.launch import local
 from components.launch.artefacts import Task, finished
 from manifests.nearest import PRESET_FILE, preset_file_text
 from manifests.spec import JobSpec, job_file_text
+from trainer import gate
+from trainer.__main__ import load_spec
 from trainer.checkpoints.checkpoint import candidates, latest, read_manifest
 from trainer.checkpoints.length import continuable
 from trainer.data.manifest import StageResult
@@ -41,6 +44,7 @@ def run(
 
     Raises:
         SpecError: there is nothing to evaluate or export.
+        GateError: the evaluated model has not passed the gates of the job, so it is not exported.
         LaunchError: the run directory holds another run, the task failed or left no complete artefact, or its input
             changed.
         DataError, CheckpointError: shards or checkpoint cannot be read.
@@ -50,10 +54,12 @@ def run(
     if task != "train" and latest(job.run_dir) is None:  # checked before an empty run directory is created
         raise SpecError(f"{job.run_dir}: there is no checkpoint to {task}; train the job first: {train_with}")
     write_specs(job)
+    if task == "export":
+        gate.refuse(job.train_spec())
     done = finished(job, task)
     if done is not None:
         print(f"{task}: unchanged and verified, nothing to do", flush=True)
-        return done
+        return _passed(job, done)
     if job.cluster.target == "local":
         local.run(job, task)
     else:
@@ -63,7 +69,21 @@ def run(
     done = finished(job, task)
     if done is None:
         raise LaunchError(f"{task} ended without an error but left no finished result in {job.run_dir}; see its logs")
+    return _passed(job, done)
+
+
+def _passed(job: JobSpec, done: StageResult) -> StageResult:
+    """The result of a task; of an evaluation only if the model passes the gates."""
+    if done.kind == "evaluate":
+        gate.refuse(job.train_spec())
     return done
+
+
+def run_file(task: Task, file: str, ranks: int, sets: Sequence[str]) -> None:
+    """Run a task of a TrainSpec file on this machine. Raises as `run`."""
+    local.run_entrypoint(task, file, ranks, sets)
+    if task == "evaluate":
+        gate.refuse(load_spec(file, sets))
 
 
 def write_specs(job: JobSpec) -> None:

@@ -25,6 +25,7 @@ class RunSummary:
         loss: the mean of the last `loss_steps` steps.
         before: for each domain, the held-out loss of the model that the run started from, and of the trained model;
             empty for a new model.
+        gates: a sentence for each gate that was passed, as all are in a run that was exported.
     """
 
     name: str
@@ -43,6 +44,7 @@ class RunSummary:
     report: Path
     samples: list[tuple[str, str]]
     benchmarks: list[Row] = field(default_factory=list)
+    gates: list[str] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """The numbers for comparing runs; only finite ones, because JSON, and so Kubeflow Pipelines, has no others."""
@@ -61,6 +63,7 @@ class RunSummary:
             ("bits per byte", quality),
             *([("held-out loss", changes)] if changes else []),
             *((row.task, f"{row.metric} {row.text}") for row in self.benchmarks),
+            *(("gate passed", sentence) for sentence in self.gates),
             ("speed", f"{self.tokens_per_second:,.0f} tokens/s, {self.seconds:.0f} s of training"),
             ("checkpoint", str(self.checkpoint)),
             ("exported model", str(self.export)),
@@ -99,6 +102,7 @@ def read_run(run_dir: str | Path) -> RunSummary:
         report=run_dir / "report.html",
         samples=[(sample["prompt"], sample["text"]) for sample in evaluation["samples"]],
         benchmarks=rows(evaluation),
+        gates=[gate["sentence"] for gate in evaluation.get("gates", []) if gate["passed"]],
     )
 
 

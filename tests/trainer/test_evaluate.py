@@ -80,7 +80,7 @@ def test_eval_json_comes_last_and_the_report_already_shows_it(tmp_path, monkeypa
     def killed(path, data):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "atomic_write", killed)
+    monkeypatch.setattr(evaluate.gate, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(spec)
     assert not (Path(spec.run_dir) / "eval.json").exists()
