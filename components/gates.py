@@ -25,9 +25,8 @@ def check(job: JobSpec) -> None:
         if kind in HELDOUT and name not in (*domains, gate.ALL):
             problem = f"metric {each.metric}: no source has domain {name}; there are {', '.join(sorted(domains))}"
         if kind == BENCHMARKS and not any(task.partition("/")[0] in asked for task, _ in gate.splits(name)):
-            problem = (
-                f"metric {each.metric}: no such task in train.evaluate; there are {', '.join(sorted(asked)) or 'none'}"
-            )
+            there = ", ".join(sorted(asked)) or "none"
+            problem = f"metric {each.metric}: train.evaluate asks for no such task; it asks for {there}"
         if problem:
             problems.append(f"{gate.FIELD}[{number}]: {problem}")
     if problems:

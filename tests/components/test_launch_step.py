@@ -10,7 +10,7 @@ from manifests.spec import JobSpec, job_from
 from trainer.checkpoints.checkpoint import CheckpointManifest, describe_files, publish, unfinished_dir
 from trainer.data.manifest import StageResult
 from trainer.errors import ForeseenError, LaunchError, VolumeError
-from trainer.fields import stored
+from trainer.evaluatespec import measured
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError, parse
 
@@ -50,7 +50,7 @@ def leave_training(job: JobSpec, weights: bytes = b"weights") -> str:
 
 
 def leave_evaluation(job: JobSpec, digest: str) -> None:
-    value = {"checkpoint_digest": digest, "settings": stored(job.train.evaluate)}
+    value = {"checkpoint_digest": digest, "settings": measured(job.train.evaluate)}
     value["domains"] = {"ko": {"bits_per_byte": 2.5}}
     (Path(job.run_dir) / "report.html").write_text("report")
     (Path(job.run_dir) / "eval.json").write_text(json.dumps(value))
