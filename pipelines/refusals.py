@@ -17,10 +17,21 @@ def checks(job: JobSpec, changes: dict[str, Any]) -> dict[str, Callable[[], None
     Args:
         changes: the fields that the user wrote (`pipelines.ports.written`).
     """
-    return {"ports": lambda: refuse_taken(job, changes), **feasible.checks(job, train=True)}
+    return {
+        "ports": lambda: refuse_taken(job, changes),
+        "benchmarks": lambda: _refuse_benchmarks(job),
+        **feasible.checks(job, train=True),
+    }
 
 
 def refuse(job: JobSpec, changes: dict[str, Any]) -> None:
     """Raise the error of the first failing check; return if none fails."""
     for check in checks(job, changes).values():
         check()
+
+
+def _refuse_benchmarks(job: JobSpec) -> None:
+    if job.train.evaluate.has_benchmarks:
+        from trainer.evaluation.refused import refuse as refuse_benchmarks
+
+        refuse_benchmarks(job.train_spec().evaluate)

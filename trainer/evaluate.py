@@ -16,6 +16,7 @@ from trainer.data.chattemplate import Asking
 from trainer.distributed import pick_device
 from trainer.evaluatespec import measured
 from trainer.evaluation import measure
+from trainer.evaluation.refused import refuse
 from trainer.generate import complete
 from trainer.precision import device_capability, resolve_for_evaluation
 from trainer.report import update_report
@@ -35,7 +36,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         SpecError: this device cannot run the spec, or benchmarks are not as they must be.
     """
     began = time.monotonic()
-    measure.refuse(spec)
+    refuse(spec.evaluate)
     device = pick_device(spec.runtime.device)
     precision = resolve_for_evaluation(spec.precision, device_capability(device))
     trained = load_trained(spec, device, precision.autocast_dtype)

@@ -91,7 +91,7 @@ def run(
     for task in spec.benchmarks:
         key = canonical_digest([known, version(PACKAGE), task.model_dump(mode="json"), _files_digest(spec.task_files)])
         if stored.get(task.task, {}).get("key") == key:
-            found |= stored[task.task]["scores"]
+            scores = stored[task.task]["scores"]
             log.info("%s: measured before", task.task)
         else:
             began = time.monotonic()
@@ -102,12 +102,12 @@ def run(
                 failed[task.task] = error
                 log.warning("%s: %s", task.task, error)
                 continue
-            found |= scores
             seconds = round(time.monotonic() - began, 3)
             stored[task.task] = {"key": key, "seconds": seconds, "scores": scores}
             atomic_write(path, (json.dumps({"tasks": stored}, indent=1, ensure_ascii=False) + "\n").encode())
-        for name, scores in found.items():
-            told(name, scores)
+        found |= scores
+        for name, one in scores.items():
+            told(name, one)
     if failed:
         name, first = next(iter(failed.items()))
         others = [other for other in failed if other != name]

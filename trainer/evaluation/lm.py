@@ -13,33 +13,26 @@ Legend: B rows, T positions, V vocabulary.
 from __future__ import annotations
 
 import json
-import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from trainer.data.chat import CHATML
 from trainer.data.chattemplate import Asking
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
-from trainer.evaluation.write import write
+from trainer.evaluation.write import Autocast, Teller, Writer, read_object, stops
 from trainer.model.hybrid import HybridModel
-
-log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 256  # of the harness, where a task says nothing
 MOST_LOGITS = 2**28  # of a batch: 1 GiB in FP32
-TELL_SECONDS = 60.0
 Pair = tuple[Any, list[int], list[int]]  # a key of the harness, the ids of a context, those of its continuation
 Answer = tuple[float, bool]
 
@@ -59,6 +52,7 @@ class HarnessModel(TemplateLM):
         batch_tokens: positions of one forward pass, at most, unless a single row is longer.
         autocast: makes the context of every forward pass.
         asking: writes conversations, if the harness is to use the chat template.
+        seed: of draws.
     """
 
     def __init__(
@@ -69,19 +63,17 @@ class HarnessModel(TemplateLM):
         *,
         max_length: int,
         batch_tokens: int,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        autocast: Autocast = nullcontext,
         asking: Asking | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self._model, self._own, self._asking, self._seed = model, tokenizer, asking, seed
-        self._autocast = autocast
-        self.max_length = max_length
+        self._autocast, self.max_length = autocast, max_length
         self._batch_tokens = min(batch_tokens, max(MOST_LOGITS // model.spec.vocab_size, 1))
-        self._device = next(model.parameters()).device
-        self._first, self._stops = _begin(Path(folder), tokenizer), stops(Path(folder), tokenizer, asking)
-        lengths = tokenizer.byte_lengths()
-        self._special = {n for n, size in enumerate(lengths) if size == 0}
+        self._first = _begin(Path(folder), tokenizer)
+        ends = stops(Path(folder), tokenizer, asking)
+        self._write = Writer(model, tokenizer, ends, autocast)
 
     @property
     def chats(self) -> bool:
@@ -140,9 +132,9 @@ class HarnessModel(TemplateLM):
             ids = (context + scored)[-(self.max_length + 1) : -1]
             rows.setdefault(tuple(ids), []).append(_Wanted(number, scored))
         answers: list[Answer | None] = [None] * len(requests)
-        told = _Teller(len(rows))
-        for batch in self._batches(list(rows)):
-            for row, logits_TV in zip(batch, self._logits(batch), strict=True):
+        inputs, told = list(rows), Teller(len(rows))
+        for batch in batches([len(row) for row in inputs], self._batch_tokens):
+            for row, logits_TV in zip(some := [inputs[n] for n in batch], self._logits(some), strict=True):
                 longest = max(len(wanted.ids) for wanted in rows[row])
                 scores_TV = logits_TV[len(row) - longest : len(row)].float().log_softmax(-1)
                 likeliest_T = scores_TV.argmax(-1).tolist()
@@ -155,70 +147,33 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each context, up to the first of its stop strings, or the end of the document or turn."""
-        texts, told = [""] * len(requests), _Teller(len(requests))
-        asked = [(number, *self._to_write(*request.args)) for number, request in enumerate(requests)]
-        by_options: dict[str, dict[tuple[int, ...], list[int]]] = {}
-        for number, ids, options in asked:
-            place = () if json.loads(options)["temperature"] == 0 else (-1, number)  # each draw is one of its own
-            by_options.setdefault(options, {}).setdefault((*ids, *place), []).append(number)
-        seed = self._seed
-        for options, rows in by_options.items():
+        texts = [""] * len(requests)
+        alike: dict[str, dict[tuple[int, ...], list[int]]] = {}
+        for number, request in enumerate(requests):
+            ids, options = self._to_write(*request.args)
+            draw = () if json.loads(options)["temperature"] == 0 else (number,)  # each is one of its own
+            alike.setdefault(options, {}).setdefault((*ids, *draw), []).append(number)
+        for options, rows in alike.items():
             given: dict[str, Any] = json.loads(options)
-            drawn = 0 if given["temperature"] == 0 else 2
-            for keys in self._batches(list(rows), more=given["max_gen_toks"]):
-                with self._autocast():
-                    written = write(
-                        self._model,
-                        [key[: len(key) - drawn] for key in keys],
-                        max_tokens=given["max_gen_toks"],
-                        temperature=given["temperature"],
-                        seed=seed,
-                        stops=self._stops,
-                        ended=partial(self._is_over, given["until"]),
-                    )
-                for key, ids in zip(keys, written, strict=True):
-                    for number in rows[key]:
-                        texts[number] = self._cut(ids, given["until"])
-                seed += len(keys)
-                told.done(len(keys))
+            prompts = [row if given["temperature"] == 0 else row[:-1] for row in rows]
+            for numbers, text in zip(rows.values(), self._write(prompts, seed=self._seed, **given), strict=True):
+                for number in numbers:
+                    texts[number] = text
         return texts
 
     def _to_write(self, context: str, options: dict[str, Any]) -> tuple[list[int], str]:
         """The ids of a context, cut so that there is room for the answer, and its normalised options as JSON."""
         used = normalize_gen_kwargs(options, DEFAULT_NEW_TOKENS)
         until = handle_stop_sequences(used["until"], eos=self._own.eod)
-        kept = {
-            "until": until,
-            "max_gen_toks": used["max_gen_toks"],
-            "temperature": float(used.get("temperature", 0.0)),
-        }
-        room = self.max_length - used["max_gen_toks"]
+        amount = used["max_gen_toks"]
+        kept = {"until": until, "max_tokens": amount, "temperature": float(used.get("temperature", 0.0))}
+        room = self.max_length - amount
         if room <= 0:
             raise DataError(
-                f"an answer may have {used['max_gen_toks']} tokens, the model reads only {self.max_length} with its "
-                "question; leave the task out, or train with longer rows (train.seq_len)"
+                f"an answer may have {amount} tokens, the model reads only {self.max_length} with its question; leave "
+                "the task out, or train with longer rows (train.seq_len)"
             )
         return self.tok_encode(context)[-room:] or [self._first], json.dumps(kept, sort_keys=True)
-
-    def _is_over(self, until: list[str], ids: list[int]) -> bool:
-        text = self._own.decode(ids)
-        return any(stop in text for stop in until if stop)
-
-    def _cut(self, ids: list[int], until: list[str]) -> str:
-        text = self._own.decode([n for n in ids if n not in self._special])
-        cut: str = postprocess_generated_text(text, until, None)
-        return cut
-
-    def _batches(self, rows: Sequence[tuple[int, ...]], more: int = 0) -> Iterator[list[tuple[int, ...]]]:
-        """Rows in batches of at most `batch_tokens` positions, `more` of them after each row's end; longest first."""
-        batch: list[tuple[int, ...]] = []
-        for ids in sorted(rows, key=len, reverse=True):
-            if batch and (len(batch[0]) + more) * (len(batch) + 1) > self._batch_tokens:
-                yield batch
-                batch = []
-            batch.append(ids)
-        if batch:
-            yield batch
 
     @torch.inference_mode()
     def _logits(self, rows: Sequence[Sequence[int]]) -> Iterable[Tensor]:
@@ -233,41 +188,23 @@ class HarnessModel(TemplateLM):
         return logits_BTV
 
 
-def stops(folder: Path, tokenizer: Tokenizer, asking: Asking | None = None) -> set[int]:
-    """The ids that end a text: as generation_config.json beside the tokenizer says, else the end of a document and of a
-    turn in our own markup; with a chat template also the end of its answers."""
-    found = _read(folder / "generation_config.json").get("eos_token_id")
-    ends = {found} if isinstance(found, int) else set(found) if isinstance(found, list) else set[int]()
-    if not ends and (turn := tokenizer.markup.get(CHATML.end)) is not None:
-        ends = {turn}
-    return ends | {tokenizer.eod_id} | (asking.stops if asking else set())
-
-
 def _begin(folder: Path, tokenizer: Tokenizer) -> int:
     """The id before a text without context: the token of the tokenizer for the begin of a text, else for its end."""
     if tokenizer.prefix:
         return tokenizer.prefix[0]
-    token = _read(folder / "tokenizer_config.json").get("bos_token")
+    token = read_object(folder / "tokenizer_config.json").get("bos_token")
     name = token.get("content") if isinstance(token, dict) else token
     return tokenizer.ids().get(name, tokenizer.eod_id) if isinstance(name, str) else tokenizer.eod_id
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-class _Teller:
-    """Logs progress once a minute."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._at = total, 0, time.monotonic()
-
-    def done(self, number: int) -> None:
-        self._done += number
-        if time.monotonic() - self._at > TELL_SECONDS:
-            self._at = time.monotonic()
-            log.info("  %s of %s rows", f"{self._done:,}", f"{self._total:,}")
+def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """The numbers of rows with these lengths, longest first, in batches whose padded size is at most `most`; a longer
+    row is alone."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda n: lengths[n], reverse=True):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > most:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch

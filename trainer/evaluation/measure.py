@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer.data.chattemplate import Asking
-from trainer.errors import SpecError
-from trainer.evaluation import harness
-from trainer.evaluation.scores import of_task
+from trainer.errors import DataError, ForeseenError, SpecError
+from trainer.evaluation import harness, logickor
+from trainer.evaluation.scores import LOGICKOR, of_task
+from trainer.evaluation.write import Autocast, Writer, stops
 from trainer.precision import Precision
 from trainer.recording.exporter import Metrics
 from trainer.spec import TrainSpec
@@ -21,22 +23,15 @@ from trainer.trained import Trained
 log = logging.getLogger(__name__)
 
 
-def refuse(spec: TrainSpec) -> None:
-    """Refuse benchmarks that cannot be run, before the model is loaded. Raises as `harness.refuse_unknown`."""
-    harness.refuse_unknown(spec.evaluate)
-
-
 def measure(spec: TrainSpec, trained: Trained, device: torch.device, precision: Precision) -> dict[str, Any]:
     """What eval.json says of benchmarks; empty without any. The scores are exported as metrics while it runs.
 
     Raises:
-        LaunchError, DataError: as `harness.run`.
+        LaunchError, DataError: as `harness.run` and `logickor.run`. What was measured before is kept.
     """
-    wanted = spec.evaluate
-    if not wanted.benchmarks:
+    wanted, found, failed = spec.evaluate, dict[str, Any](), list[ForeseenError]()
+    if not wanted.has_benchmarks:
         return {}
-    from trainer.evaluation.lm import HarnessModel
-
     longest = max([spec.tokens.seq_len, *(stage.seq_len or 0 for stage in spec.tokens.curriculum)])
     known = {
         "checkpoint": trained.checkpoint.digest,
@@ -45,6 +40,10 @@ def measure(spec: TrainSpec, trained: Trained, device: torch.device, precision: 
         "chat": wanted.chat,
         "seed": spec.seed,
     }
+
+    def autocast() -> AbstractContextManager[Any]:
+        return precision.autocast(device.type)
+
     with _served(spec.runtime.metrics_port) as metrics:
 
         def told(task: str, scores: dict[str, Any]) -> None:
@@ -52,20 +51,59 @@ def measure(spec: TrainSpec, trained: Trained, device: torch.device, precision: 
                 metrics.set("benchmark_score", row.value, task=row.task, metric=row.metric)
                 log.info("%s: %s %s", row.task, row.metric, row.text)
 
-        lm = HarnessModel(
-            trained.model,
-            trained.tokenizer,
-            spec.tokens.tokenizer,
-            max_length=longest,
-            batch_tokens=spec.batch.micro_batch_rows * spec.tokens.seq_len,
-            autocast=lambda: precision.autocast(device.type),
-            asking=Asking(spec.tokens.tokenizer) if wanted.chat else None,
-            seed=spec.seed,
+        if wanted.benchmarks:
+            try:
+                scores = _harness(spec, trained, autocast, known, told)
+                name = {"name": "lm-evaluation-harness", "version": harness.version(harness.PACKAGE)}
+                found |= {"harness": name, "benchmarks": scores}
+            except ForeseenError as error:
+                failed.append(error)
+        if wanted.judge is not None:
+            answer = _answerer(spec, trained, longest, autocast)
+            found[LOGICKOR] = logickor.run(wanted.judge, answer, spec.run_dir, known)
+            told(LOGICKOR, found[LOGICKOR])
+    if failed:
+        raise failed[0]
+    return found
+
+
+def _harness(
+    spec: TrainSpec, trained: Trained, autocast: Autocast, known: dict[str, Any], told: Callable[..., None]
+) -> dict[str, Any]:
+    from trainer.evaluation.lm import HarnessModel
+
+    lm = HarnessModel(
+        trained.model,
+        trained.tokenizer,
+        spec.tokens.tokenizer,
+        max_length=known["max_length"],
+        batch_tokens=spec.batch.micro_batch_rows * spec.tokens.seq_len,
+        autocast=autocast,
+        asking=Asking(spec.tokens.tokenizer) if spec.evaluate.chat else None,
+        seed=spec.seed,
+    )
+    return harness.run(spec.evaluate, lm, spec.run_dir, known, told)
+
+
+def _answerer(spec: TrainSpec, trained: Trained, longest: int, autocast: Autocast) -> logickor.Write:
+    """Answers conversations with the chat template, greedily. One that is too long loses its beginning."""
+    assert spec.evaluate.judge is not None
+    amount, asking = spec.evaluate.judge.max_tokens, Asking(spec.tokens.tokenizer)
+    if (room := longest - amount) <= 0:
+        raise DataError(
+            f"train.evaluate.judge.max_tokens {amount} leaves no room for a question, as the model reads {longest} "
+            "tokens; lower it, or train with longer rows (train.seq_len)"
         )
-        return {
-            "harness": {"name": "lm-evaluation-harness", "version": harness.version(harness.PACKAGE)},
-            "benchmarks": harness.run(wanted, lm, spec.run_dir, known, told),
-        }
+    ends = stops(Path(spec.tokens.tokenizer), trained.tokenizer, asking)
+    writer = Writer(trained.model, trained.tokenizer, ends, autocast)
+
+    def answer(talks: list[logickor.Messages]) -> list[str]:
+        prompts = [asking.ids(talk) for talk in talks]
+        if cut := sum(len(prompt) > room for prompt in prompts):
+            log.warning("logickor: %d questions are longer than %d tokens and lose their beginning", cut, room)
+        return [text.strip() for text in writer([prompt[-room:] for prompt in prompts], max_tokens=amount)]
+
+    return answer
 
 
 @contextmanager

@@ -22,8 +22,7 @@ def needed(model: HybridModel, rows: int, length: int, *, drafts: bool = False) 
 def free(device: torch.device) -> int:
     """Bytes that this process may still allocate."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator, unused
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+        return int(torch.cuda.mem_get_info(device)[0])
     return max(0, limit_bytes() - resident_bytes())
 
 
