@@ -28,7 +28,7 @@ from trainer.data.chattemplate import Asking
 from trainer.data.loader import IGNORED, MicroBatch
 from trainer.data.tokenizer import Tokenizer
 from trainer.distributed import World
-from trainer.errors import ForeseenError
+from trainer.errors import ForeseenError, in_words
 from trainer.generate import complete
 from trainer.model.hybrid import HybridModel
 from trainer.parallel.layout import Layout
@@ -140,17 +140,22 @@ class Validation:
         return self._batches[1]
 
     def _samples(self) -> list[dict[str, str]]:
+        """None at all where they cannot be generated now, such as for memory; a training does not end for that."""
         spec, directory = self._spec.evaluate, self._spec.tokens.tokenizer
-        with self._precision.autocast(self._world.device.type):
-            texts = complete(
-                self._model,
-                Tokenizer.load(directory),
-                spec.prompts,
-                max_tokens=spec.sample_tokens,
-                temperature=spec.temperature,
-                seed=self._spec.seed,
-                asking=Asking(directory) if spec.chat else None,
-            )
+        try:
+            with self._precision.autocast(self._world.device.type):
+                texts = complete(
+                    self._model,
+                    Tokenizer.load(directory),
+                    spec.prompts,
+                    max_tokens=spec.sample_tokens,
+                    temperature=spec.temperature,
+                    seed=self._spec.seed,
+                    asking=Asking(directory) if spec.chat else None,
+                )
+        except (ForeseenError, torch.OutOfMemoryError) as error:
+            log.warning("validation: no samples (%s)", in_words(error))
+            return []
         return [{"prompt": prompt, "text": text} for prompt, text in zip(spec.prompts, texts, strict=True)]
 
 

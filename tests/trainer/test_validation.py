@@ -14,9 +14,10 @@ import torch
 from prometheus_client import generate_latest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer import evaluate
+from trainer import evaluate, validation
 from trainer import prepare as preparing
 from trainer.checkpoints import checkpoint
+from trainer.errors import SpecError
 from trainer.loop import train
 from trainer.recording.exporter import Metrics
 from trainer.spec import TrainSpec
@@ -82,7 +83,15 @@ def test_training_is_the_same_to_the_bit_and_the_numbers_are_shown(
 def test_the_last_numbers_are_those_of_evaluate_and_a_resumed_run_replaces_what_came_after(
     micro_data: Path, tmp_path: Path
 ):
-    spec = micro.micro_spec(micro_data, tmp_path / "run", steps=4, schedule={"name": "constant"}, evaluate=EVERY)
+    """Its rows become shorter on the way, as those of the training."""
+    spec = micro.micro_spec(
+        micro_data,
+        tmp_path / "run",
+        steps=4,
+        schedule={"name": "constant"},
+        evaluate=EVERY,
+        tokens={"curriculum": [{"from_tokens": 1024, "seq_len": 16}]},
+    )
     assert train(spec) == 0
     file = Path(spec.run_dir) / "validation.jsonl"
     first = file.read_text()
@@ -131,8 +140,20 @@ def test_ranks_together_measure_what_one_measures_and_train_as_without(micro_dat
             assert len(line["samples"]) == (layout == "ddp"), "only where a rank holds the whole model"
 
 
-def test_validation_compiles_nothing(micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_validation_compiles_nothing_and_does_without_samples_that_do_not_fit(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     graphs: list[bool] = []
+    complete = validation.complete
+
+    def complete_at_first(*arguments: Any, **options: Any) -> list[str]:
+        monkeypatch.setattr(validation, "complete", too_large)
+        return complete(*arguments, **options)
+
+    def too_large(*_: Any, **__: Any) -> list[str]:
+        raise SpecError("1 texts need 9 MiB and 1 MiB are free")
+
+    monkeypatch.setattr(validation, "complete", complete_at_first)
 
     def backend(graph: torch.fx.GraphModule, _inputs: list[Any]) -> Any:
         graphs.append(torch.is_grad_enabled())
@@ -144,5 +165,5 @@ def test_validation_compiles_nothing(micro_data: Path, tmp_path: Path, monkeypat
     spec = micro.micro_spec(micro_data, tmp_path / "run", steps=3, model=model, evaluate={**EVERY, "every_steps": 1})
     assert train(spec) == 0
     torch._dynamo.reset()
-    assert len(lines_of(spec)) == 3
+    assert [len(line["samples"]) for line in lines_of(spec)] == [1, 0, 0]
     assert graphs == [True], "the layer in training, once"

@@ -22,7 +22,8 @@ def needed(model: HybridModel, rows: int, length: int, *, drafts: bool = False) 
 def free(device: torch.device) -> int:
     """Bytes that this process may still allocate."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator, unused
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return max(0, limit_bytes() - resident_bytes())
 
 
