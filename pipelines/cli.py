@@ -44,7 +44,7 @@ Train a language model from raw text to a verified export: on this machine, or o
     yaongi run mine.yaml
 
 Exit codes: 0 done, 2 bad spec or option, 3 a bug in this program, 65 bad data, 66 corrupt checkpoint, 69 something is
-missing or in the way, 74 file or volume, 130 and 143 stopped; docs/exit-codes.md lists all.
+missing or in the way, 72 a gate was not passed, 74 file or volume, 130 and 143 stopped; docs/exit-codes.md lists all.
 """
 
 # In the order in which people need them.

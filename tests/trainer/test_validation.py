@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trainer import evaluate, validation
 from trainer import prepare as preparing
 from trainer.checkpoints import checkpoint
-from trainer.errors import SpecError
+from trainer.data.manifest import read_manifest, write_manifest
+from trainer.errors import DataError, SpecError
 from trainer.loop import train
 from trainer.recording.exporter import Metrics
 from trainer.spec import TrainSpec
@@ -167,3 +169,15 @@ def test_validation_compiles_nothing_and_does_without_samples_that_do_not_fit(
     torch._dynamo.reset()
     assert [len(line["samples"]) for line in lines_of(spec)] == [1, 0, 0]
     assert graphs == [True], "the layer in training, once"
+
+
+def test_missing_held_out_text_is_said_before_the_first_step(micro_data: Path, tmp_path: Path):
+    data = tmp_path / "data"
+    shutil.copytree(micro_data, data)
+    manifest = read_manifest(data / "shards")
+    files = [file for file in manifest.files if file.split == "train" or file.source == "en"]
+    write_manifest(data / "shards", manifest.model_copy(update={"files": files}))
+    spec = micro.micro_spec(data, tmp_path / "run", evaluate=EVERY)
+    with pytest.raises(DataError, match=r"no held-out text of source 'ko' .*train\.evaluate\.every_max_tokens"):
+        train(spec)
+    assert not checkpoint.published(spec.run_dir) and micro.metrics(spec) == []
