@@ -41,10 +41,8 @@ def differences(specs: Sequence[Any], path: str = "") -> list[Difference]:
 def _text(value: Any) -> str:
     if value is MISSING:
         return "–"
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    if isinstance(value, int | float):
-        return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else f"{value:g}"
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)  # all digits, as a spec file has them
     if isinstance(value, str):
         return value
     return yaml.safe_dump(
