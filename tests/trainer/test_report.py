@@ -16,6 +16,7 @@ from trainer.errors import ForeseenError
 from trainer.recording.goodput import Process
 from trainer.report import update_report, write_report
 from trainer.report.charts import MAX_POINTS, Line, _averaged, line_chart, ticks
+from trainer.report.curves import curves
 from trainer.report.run import read_run
 from trainer.report.sections import ledger, samples
 from trainer.report.settings import dates
@@ -224,6 +225,24 @@ def test_what_differs_from_the_preset(tmp_path):
     (Path(spec.run_dir) / "preset.json").write_text(json.dumps(value))
     text = " ".join(" ".join(Page(write_report(spec.run_dir).read_text(encoding="utf-8")).text).split())
     assert "differs from preset tiny preset this run train.steps 300 12" in text
+
+
+def test_curves_of_all_that_was_recorded(tmp_path):
+    spec, _ = make_run(tmp_path)
+    write_metrics(spec, 60)
+    lines = [json.loads(line) for line in (Path(spec.run_dir) / "logs" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["mfu"], line["auxiliary"]["mtp_1"] = 0.4, 5.0
+        if line["step"] % 10 == 0:
+            line["fp8"] = {"input": 10.0, "weight": 1.0, "gradient": 0.001, "overflows": line["step"]}
+    (Path(spec.run_dir) / "logs" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = {re.search("<figcaption>([^<]*?) <", figure)[1]: figure for figure in curves(read_run(spec.run_dir))}
+    assert {"Training loss", "Router balance loss", "MFU", "FP8 amax", "FP8 overflows", "Fullest expert"} < set(figures)
+    assert "Answers" not in figures, "a value that no step has gives no chart"
+    assert re.findall('data-name="([^"]*)"', figures["Training loss"]) == ["next token", "2 tokens ahead"]
+    assert [len(points) for points in paths(figures["FP8 amax"])] == [6, 6, 6]
+    assert "M68 975v25" in figures["Training loss"], "step 5 of 1 to 60 was skipped"
+    assert figures["Gradient norm"].count("975v25") == 3, "three steps were clipped"
 
 
 def test_shards_out_of_reach(tmp_path):

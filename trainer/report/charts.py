@@ -55,7 +55,9 @@ def line_chart(
     """
     drawn = []
     for place, line in enumerate(lines):
-        x, y = _averaged(np.array(line.x, float), np.array([math.nan if v is None else v for v in line.y], float))
+        if not line.x:
+            continue
+        x, y = _averaged(np.array(line.x, float), np.array(line.y, float))  # None becomes NaN
         if log:
             y = np.log10(np.where(y > 0, y, np.nan))
         if np.isfinite(y).any():
@@ -66,7 +68,7 @@ def line_chart(
     paths = "".join(_paths(each, frame) for each in drawn)
     legend = "".join(_named(each, log=log) for each in drawn)
     if len(marks):
-        places = "".join(f"M{x:.1f} 975v25" for x in frame.across(np.array(marks, float)).tolist())
+        places = "".join(f"M{x} 975v25" for x in sorted({round(x) for x in frame.across(np.array(marks, float))}))
         paths += f'<path class="mark" d="{places}"/>'
         legend += f'<span class="mark">{escape(mark_label)}</span>'
     x_ticks, y_ticks = ticks(frame.left, frame.right, 6 if wide else 4), ticks(frame.bottom, frame.top, 4)

@@ -17,10 +17,7 @@ def curves(run: Run) -> list[str]:
     steps = [line["step"] for line in lines]
 
     def curve(name: str, value: Callable[[dict[str, Any]], float | None], *, smooth: bool = True) -> Line:
-        found = [(step, value(line)) for step, line in zip(steps, lines, strict=True)]
-        if name in SPARSE:  # recorded every few steps only
-            found = [(step, number) for step, number in found if number is not None]
-        return Line(name, [step for step, _ in found], [number for _, number in found], smooth)
+        return Line(name, steps, list(map(value, lines)), smooth)
 
     def recorded(key: str, name: str, *, smooth: bool = True) -> Line:
         return curve(name, lambda line: line.get(key), smooth=smooth)
@@ -59,8 +56,10 @@ def curves(run: Run) -> list[str]:
         figures.append(line_chart("Fullest expert", "load / mean load, worst layer", [fullest]))
         figures.append(line_chart("Starved experts", "share below a tenth of the mean load", [starved], from_zero=True))
 
+    with_fp8 = [line for line in lines if "fp8" in line]  # every few steps only
+
     def fp8(name: str, *, smooth: bool = True) -> Line:
-        return curve(name, lambda line: line.get("fp8", {}).get(name), smooth=smooth)
+        return Line(name, [line["step"] for line in with_fp8], [line["fp8"].get(name) for line in with_fp8], smooth)
 
     operands = [fp8(name) for name in AMAX]
     figures.append(line_chart("FP8 amax", "largest magnitude cast, logarithmic", operands, log=True))
@@ -70,7 +69,6 @@ def curves(run: Run) -> list[str]:
 
 
 AMAX = ("input", "weight", "gradient")
-SPARSE = frozenset((*AMAX, "overflows"))
 
 
 def validation_curves(run: Run, key: str = "bits_per_byte") -> list[Line]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Run:
     def tokens(self) -> int:
         return int(self.steps[-1]["tokens"]) if self.steps else 0
 
-    @property
+    @cached_property
     def goodput(self) -> dict[str, float]:
         """Seconds of wall time by class."""
         return goodput.account(self.processes, self.steps, self.begun, (self.result or {}).get("seconds", 0.0))
