@@ -122,7 +122,7 @@ def test_ranks_together_measure_what_one_measures_and_train_as_without(micro_dat
         "cut": {"parallel": {"data": "fsdp", "expert": 2}},
     }
     watched = {**EVERY, "every_max_tokens": 150}
-    fixed: dict[str, Any] = {"steps": 4, "model": model, "optimizer": RATES}
+    fixed: dict[str, Any] = {"steps": 3, "model": model, "optimizer": RATES}
     alone = micro.micro_spec(micro_data, tmp_path / "alone", evaluate=watched, **fixed)
     specs = {
         (layout, on): micro.micro_spec(
