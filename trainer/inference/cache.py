@@ -19,7 +19,7 @@ from trainer.kinds.base import Cached, Kind
 from trainer.model.hybrid import HybridModel
 from trainer.model.linear import product
 from trainer.model.norm import RMSNorm
-from trainer.model.ready import Ready
+from trainer.model.ready import Ready, normed
 from trainer.model.step import State, Step
 from trainer.modelspec import ModelSpec
 from trainer.ops.experts import compute_dtype
@@ -106,9 +106,9 @@ class Cache:
         return self.logits(x_BTD, module.head_norm)
 
     def logits(self, h_BTD: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        """FP32 logits of the next token, for what `extend` returned."""
+        """FP32 logits of the next token, for what `extend` returned. `norm`: another one in front of the head."""
         model = self.model
-        return product(model.readout(norm or model.final_norm, h_BTD), model.head_weight).float()
+        return product(model.readout(normed(norm or model.final_norm), h_BTD), model.head_weight).float()
 
     def clear(self, first: int, rows: int) -> None:
         """Make rows new. Keys and values may stay: nothing sees them before they are overwritten."""
@@ -136,5 +136,5 @@ class Cache:
 
     def _through(self, sublayers: list[Ready], states: list[State], x_BTD: Tensor, step: Step) -> Tensor:
         for extend, state in zip(sublayers, states, strict=False):
-            x_BTD = x_BTD + extend(x_BTD, step, state)
+            x_BTD.add_(extend(x_BTD, step, state))
         return x_BTD

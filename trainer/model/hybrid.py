@@ -153,7 +153,7 @@ class HybridModel(nn.Module):
             logits_BTV,
         )
 
-    def readout(self, norm: RMSNorm, x_BTD: Tensor) -> Tensor:
+    def readout(self, norm: Callable[[Tensor], Tensor], x_BTD: Tensor) -> Tensor:
         """What the head multiplies."""
         return norm(x_BTD) * mup.output_factor(self.spec) if self.spec.mup else norm(x_BTD)
 

@@ -17,7 +17,7 @@ from trainer.kinds.mamba2 import MambaSpec
 from trainer.model.linear import Linear
 from trainer.model.mixer import Functions, Mixed, Mixer
 from trainer.model.norm import GatedRMSNorm
-from trainer.model.ready import Ready, linear, normed
+from trainer.model.ready import Ready, linear, normed, plain, rms
 from trainer.model.step import State, Step, convolved
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
@@ -82,6 +82,9 @@ class Mamba2(Mixer):
         w_CK, bias_C, dt_bias_H = self.conv.weight, self.conv.bias, self.dt_bias.float()
         A_H, D_H1 = -torch.exp(self.A_log.float()), self.D.float()[:, None]
         gated_norm = self.norm.without_gradient
+        if spec.num_groups == 1 and plain(self.norm.weight):
+            rms_I = rms(self.norm.weight, self.norm.eps)
+            gated_norm = lambda y_BTI, z_BTI: rms_I(F.silu(z_BTI).mul_(y_BTI))  # noqa: E731
 
         def scanned(zxBC: Tensor, dt_BTH: Tensor, step: Step, state: State) -> Tensor:
             z_BTI, xBC_BTC = zxBC.split(first, dim=-1)

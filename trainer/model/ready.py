@@ -7,8 +7,10 @@ Legend: B rows, T new positions, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,8 +41,17 @@ def linear(module: nn.Module) -> Function:
 def normed(module: nn.Module) -> Function:
     """A norm, or nothing for the identity, as a function without gradient."""
     if not isinstance(module, RMSNorm):
-        return lambda x_BTD: x_BTD
-    weight, shape, eps = module.weight, module.weight.shape, module.eps
-    if not plain(weight):
-        return module.without_gradient
-    return lambda x_BTD: F.rms_norm(x_BTD, shape, weight, eps)
+        return lambda x_D: x_D
+    return rms(module.weight, module.eps) if plain(module.weight) else module.without_gradient
+
+
+def rms(weight_D: Tensor, eps: float) -> Function:
+    """x · rsqrt(mean(x²) + eps) · weight in FP32, as x · √n / √(Σx² + n·eps): fewer operations than torch's on CPUs."""
+    width = weight_D.shape[-1]
+    scaled_D, eps = weight_D * math.sqrt(width), width * eps
+
+    def function(x_D: Tensor) -> Tensor:
+        norm_1 = torch.linalg.vector_norm(x_D, dim=-1, keepdim=True)
+        return (x_D * norm_1.square_().add_(eps).rsqrt_()).mul_(scaled_D)
+
+    return function
