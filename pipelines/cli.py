@@ -209,28 +209,35 @@ def _stage(task: Any, job: str, sets: list[str] | None, workdir: Path) -> None:
 
 @app.command()
 def generate(
-    source: Annotated[str, typer.Argument(metavar="RUN", help="A job, or a run's name or directory.")],
+    source: Annotated[str, typer.Argument(metavar="RUN", help="A job, a run's name or directory, or an export.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest with this probability together.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Draw from those with this share of the likeliest's probability.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: against tokens that have occurred.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="String at which a text ends; repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask each prompt as a question, for a tuned model.")] = False,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="Let multi-token prediction propose tokens; with --temperature 0.")
+    ] = False,
     seed: int = 0,
     workdir: Workdir = Path("work"),
     verbose: Verbose = False,
 ) -> None:
-    """Continue a text with a trained model, or ask it."""
+    """Continue texts with a trained model, or ask it. Texts go to stdout, what they took to stderr."""
     from pipelines.models import find
 
     directory = find(source, workdir)
-    from trainer.data.chattemplate import Asking
-    from trainer.export import load
-    from trainer.generate import complete
+    from pipelines.generate import generate as write
+    from trainer.errors import SpecError
+    from trainer.inference.sampling import Sampling
 
-    model, tokenizer = load(directory)
-    asking = Asking(directory) if chat else None
-    texts = complete(model, tokenizer, prompt, max_tokens=tokens, temperature=temperature, seed=seed, asking=asking)
-    for beginning, text in zip(prompt, texts, strict=True):
-        print(f"{beginning}\n{text}" if chat else beginning + text)
+    if speculate and temperature:
+        raise SpecError("--speculate proposes tokens for greedy texts only; add --temperature 0")
+    sampling = Sampling(tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()))
+    write(directory, prompt, sampling, chat=chat, drafts=speculate)
 
 
 @app.command()

@@ -77,7 +77,7 @@ def continued(
         sampling: of all prompts, or one for each.
         seed: that of the first prompt, increased by one for each further one; None: those of `sampling`.
         drafts: as in Engine.
-        each: called after each pass, with all texts.
+        each: called before the first pass and after each one, with all texts.
     """
     if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
         raise SpecError(f"prompt {empty[0] + 1} is empty; give it at least one character")
@@ -91,8 +91,9 @@ def continued(
     memory.check(model, rows, length, drafts=drafts)
     engine = Engine(model, tokenizer, rows=rows, length=length, drafts=drafts)
     texts = [engine.submit(prompt, s) for prompt, s in zip(prompts, samplings, strict=True)]
+    tell = each or (lambda texts, engine: None)
+    tell(texts, engine)
     while engine.busy:
         engine.step()
-        if each is not None:
-            each(texts, engine)
+        tell(texts, engine)
     return texts

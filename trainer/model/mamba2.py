@@ -81,10 +81,8 @@ class Mamba2(Mixer):
         inner, group = (spec.num_heads, spec.head_dim), (spec.num_groups, spec.d_state)
         w_CK, bias_C, dt_bias_H = self.conv.weight, self.conv.bias, self.dt_bias.float()
         A_H, D_H1 = -torch.exp(self.A_log.float()), self.D.float()[:, None]
-        gated_norm = self.norm.without_gradient
-        if spec.num_groups == 1 and plain(self.norm.weight):
-            rms_I = rms(self.norm.weight, self.norm.eps)
-            gated_norm = lambda y_BTI, z_BTI: rms_I(F.silu(z_BTI).mul_(y_BTI))  # noqa: E731
+        fast = plain(self.norm.weight) and spec.num_groups == 1
+        rms_I = rms(self.norm.weight, self.norm.eps) if fast else None
 
         def scanned(zxBC: Tensor, dt_BTH: Tensor, step: Step, state: State) -> Tensor:
             z_BTI, xBC_BTC = zxBC.split(first, dim=-1)
@@ -94,7 +92,8 @@ class Mamba2(Mixer):
             B_BTGN, C_BTGN = B_BTS.unflatten(-1, group), C_BTS.unflatten(-1, group)
             x_BTHP = x_BTI.unflatten(-1, inner)
             y_BTHP = ssd_extend(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H1, state["state"], step.kept_BT)
-            return gated_norm(y_BTHP.flatten(2), z_BTI)
+            y_BTI = y_BTHP.flatten(2)
+            return self.norm.without_gradient(y_BTI, z_BTI) if rms_I is None else rms_I(F.silu(z_BTI).mul_(y_BTI))
 
         def extend(x_BTD: Tensor, step: Step, state: State) -> Tensor:
             x_BTD = norm_D(x_BTD)

@@ -1,0 +1,85 @@
+"""The verb `generate`: texts on stdout as they are written, what it took on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from trainer.data.chattemplate import Asking
+from trainer.distributed import pick_device
+from trainer.export import load
+from trainer.generate import continued
+from trainer.inference.engine import Engine
+from trainer.inference.sampling import Sampling
+from trainer.inference.text import Text
+
+MIB = 2**20
+
+
+def generate(directory: Path, prompts: list[str], sampling: Sampling, *, chat: bool, drafts: bool) -> None:
+    """Print the continuation of each prompt, or the answer to it. A single one appears while it is written.
+
+    Args:
+        sampling: of the first prompt; each further one has the next seed.
+        drafts: propose tokens by multi-token prediction; only for greedy texts.
+
+    Raises:
+        SpecError: a value out of range, or not enough memory.
+        CheckpointError, DataError: the export cannot be used.
+    """
+    model, tokenizer = load(directory, pick_device("auto"))
+    asking = Asking(directory) if chat else None
+    put = asking or (lambda prompt: tokenizer.begun(tokenizer.encode(prompt)))
+    stops = asking.stops if asking else {tokenizer.eod_id}
+    stream, began = Stream(prompts[0], chat) if len(prompts) == 1 else None, time.monotonic()
+    engines: list[Engine] = []
+
+    def each(texts: list[Text], engine: Engine) -> None:
+        if not engines:
+            engines.append(engine)
+            _note(
+                f"{len(texts)} texts of up to {engine.length:,} tokens, {engine.rows} at a time: states of "
+                f"{engine.cache.bytes / MIB:,.1f} MiB"
+            )
+        if stream:
+            stream.show(texts[0])
+
+    texts = continued(
+        model,
+        tokenizer,
+        [put(prompt) if prompt else [] for prompt in prompts],
+        replace(sampling, stop_ids=frozenset(stops)),
+        sampling.seed,
+        drafts=drafts,
+        each=each,
+    )
+    for prompt, text in zip(prompts, texts, strict=True):
+        print("" if stream else f"{prompt}\n{text.text}" if chat else prompt + text.text)
+    written, seconds = sum(len(text.made) for text in texts), time.monotonic() - began
+    _note(f"{written:,} tokens in {seconds:.1f} s, {written / seconds:,.1f} tokens/s")
+    if drafts:
+        engine = engines[0]
+        _note(
+            f"{engine.accepted} of {engine.proposed} proposals accepted"
+            + (f" ({engine.accepted / engine.proposed:.0%})" if engine.proposed else "")
+            + f", {engine.passes} passes"
+        )
+
+
+class Stream:
+    """Writes a text to stdout as it grows."""
+
+    def __init__(self, prompt: str, chat: bool) -> None:
+        sys.stdout.write(f"{prompt}\n" if chat else prompt)
+        self._shown = 0
+
+    def show(self, text: Text) -> None:
+        sys.stdout.write(text.text[self._shown :])
+        sys.stdout.flush()
+        self._shown = len(text.text)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
