@@ -232,6 +232,26 @@ def read_numbers(spec: Any) -> dict[str, float]:
     return {row.name: row.value for row in rows(evaluation)}
 
 
+def test_a_group_has_its_own_score_and_those_of_its_tasks(own, place, tmp_path):
+    """Its score is the mean over all documents."""
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    rows = (place[0] / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, kept in (("one", rows[:2]), ("two", rows[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(kept), encoding="utf-8")
+        text = f"{TASKS['own_choice']}{COMMON}".replace("FILE", str(tmp_path / f"{name}.jsonl"))
+        (tasks / f"{name}.yaml").write_text(text.replace("task: own_choice", f"task: {name}\ntag: own_tag"))
+    averaged = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]"
+    (tasks / "group.yaml").write_text(f"group: own_group\ntask: [one, two]\n{averaged}\nmetadata: {{version: 3}}\n")
+    result = evaluate.run(own(tmp_path, "own_group", "own_tag", task_files=str(tasks)))["benchmarks"]
+    assert list(result) == ["own_group", "one", "two"]
+    whole, inside = result["own_group"], result["own_group"]["subtasks"]
+    assert inside == {name: result[name] for name in ("one", "two")}
+    one, two = (inside[name]["metrics"]["acc"]["value"] for name in ("one", "two"))
+    assert whole["metrics"]["acc"]["value"] == pytest.approx((2 * one + 6 * two) / 8)
+    assert (whole["samples"], whole["version"], inside["one"]["samples"]) == (8, "3", 2)
+
+
 def test_a_task_that_fails_is_one_line_and_the_others_are_kept(own, place, tmp_path):
     tasks = tmp_path / "tasks"
     tasks.mkdir()

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import random
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from trainer.benchmarkspec import BenchmarksSpec, TaskSpec
 from trainer.errors import DataError, ForeseenError, LaunchError, SpecError, in_words
@@ -35,6 +38,7 @@ log = logging.getLogger(__name__)
 
 FILE = "benchmarks.json"
 PACKAGE = "lm_eval"
+OTHER_SEED, SEED = 0, 1234
 Scores = dict[str, Any]
 
 
@@ -118,26 +122,30 @@ def run(
 
 
 def _measured(spec: BenchmarksSpec, task: TaskSpec, lm: HarnessModel) -> dict[str, Scores]:
-    """The scores of one task; those of a tag are of several tasks."""
-    from lm_eval.evaluator import simple_evaluate
+    """The scores of one task; for a tag, and a group without scores of its own, those of its tasks."""
+    from lm_eval.evaluator import evaluate
 
     with _quiet(), _allowing_code(spec.allow_code_execution):
         manager = _manager(spec.task_files)
+        random.seed(OTHER_SEED)  # for tasks that shuffle; the seeds are the harness's own
+        np.random.seed(SEED)
         try:
             loaded = manager.load([task.task])
         except Exception as error:  # the definition of a task is a program of its author
             raise _unloadable(error, manager.task_index[task.task].cfg) from error
-        groups = loaded.get("groups", {})
-        wanted = [groups[task.task]] if task.task in groups else list(loaded["tasks"].values())
+        for one in loaded["tasks"].values():
+            usual = one.get_config("num_fewshot")
+            if usual is None or (usual and task.num_fewshot is not None):  # 0 means that examples make no sense there
+                one.set_config(key="num_fewshot", value=task.num_fewshot or 0)
+            one.set_fewshot_seed(seed=SEED)
         try:
-            result = simple_evaluate(
+            result = evaluate(
                 lm,
-                tasks=wanted,
-                task_manager=manager,
-                num_fewshot=task.num_fewshot,
+                loaded,
                 limit=task.limit,
                 log_samples=False,
                 apply_chat_template=lm.chats,
+                fewshot_as_multiturn=True,
                 confirm_run_unsafe_code=spec.allow_code_execution,
             )
         except ForeseenError:
@@ -147,9 +155,11 @@ def _measured(spec: BenchmarksSpec, task: TaskSpec, lm: HarnessModel) -> dict[st
                 raise
             raise DataError(f"its definition does not work ({type(error).__name__}: {in_words(error)})") from error
     assert result is not None
-    if task.task not in groups:
-        return {name: _scores(name, result) for name in loaded["tasks"]}
-    return {task.task: _scores(task.task, result) | {"subtasks": {n: _scores(n, result) for n in loaded["tasks"]}}}
+    groups = loaded.get("groups", {})
+    if task.task in groups and (whole := _scores(task.task, result))["metrics"]:
+        inside = [name for name in (*groups, *loaded["tasks"]) if name != task.task]
+        return {task.task: whole | {"subtasks": {name: _scores(name, result) for name in inside}}}
+    return {name: _scores(name, result) for name in loaded["tasks"]}
 
 
 def _scores(name: str, result: Any) -> Scores:
@@ -239,7 +249,10 @@ def _quiet() -> Iterator[None]:
     if os.environ.get("YAONGI_VERBOSE"):
         yield
         return
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    from tqdm.std import tqdm
+
+    show = tqdm.__init__
+    tqdm.__init__ = lambda self, *given, **options: show(self, *given, **{**options, "disable": True})
     names = ("lm_eval", "huggingface_hub", "datasets", "evaluate")
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
@@ -247,6 +260,7 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
+        tqdm.__init__ = show
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
 
