@@ -171,7 +171,7 @@ def train(job: Job, sets: Sets = None, workdir: Workdir = Path("work"), verbose:
 
 @app.command()
 def evaluate(job: Job, sets: Sets = None, workdir: Workdir = Path("work"), verbose: Verbose = False) -> None:
-    """Measure a run's last checkpoint on held-out text and generate samples."""
+    """Measure a run's last checkpoint on held-out text, and on the benchmarks in train.evaluate; generate samples."""
     _stage("evaluate", job, sets, workdir)
 
 
