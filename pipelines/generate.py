@@ -39,10 +39,9 @@ def generate(directory: Path, prompts: list[str], sampling: Sampling, *, chat: b
     def each(texts: list[Text], engine: Engine) -> None:
         if not engines:
             engines.append(engine)
-            _note(
-                f"{len(texts)} texts of up to {engine.length:,} tokens, {engine.rows} at a time: states of "
-                f"{engine.cache.bytes / MIB:,.1f} MiB"
-            )
+            size, many = engine.cache.bytes / MIB, "s" if len(texts) > 1 else ""
+            rows = f"{len(texts)} text{many} of up to {engine.length:,} tokens, {engine.rows} at a time"
+            _note(f"{rows}: states of {size:,.1f} MiB")
         if stream:
             stream.show(texts[0])
 
@@ -72,11 +71,12 @@ class Stream:
     """Writes a text to stdout as it grows."""
 
     def __init__(self, prompt: str, chat: bool) -> None:
-        sys.stdout.write(f"{prompt}\n" if chat else prompt)
+        self._before = f"{prompt}\n" if chat else prompt
         self._shown = 0
 
     def show(self, text: Text) -> None:
-        sys.stdout.write(text.text[self._shown :])
+        sys.stdout.write(self._before + text.text[self._shown :])
+        self._before = ""
         sys.stdout.flush()
         self._shown = len(text.text)
 

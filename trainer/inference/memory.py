@@ -38,7 +38,7 @@ def check(model: HybridModel, rows: int, length: int, *, drafts: bool = False) -
     if wanted <= available:
         return wanted
     fitting = available // max(1, needed(model, 0, length, drafts=drafts)) - 1
-    advice = f"{fitting} fit" if fitting > 0 else "not even one fits; lower the length"
+    advice = f"{fitting} fit" if fitting > 0 else "not even one fits; ask for shorter texts"
     raise SpecError(
         f"{rows} texts of {length} tokens need {wanted // MIB:,} MiB for their states and {available // MIB:,} MiB are "
         f"free on {device}: {advice}"
