@@ -62,7 +62,7 @@ class RunSummary:
             ("loss", f"{self.loss_first:.3f} → {self.loss:.3f} ({loss_of(self.loss_steps)})"),
             ("bits per byte", quality),
             *([("held-out loss", changes)] if changes else []),
-            *((row.task, f"{row.metric} {row.text}") for row in self.benchmarks),
+            *(("benchmark", f"{row.task} {row.metric} {row.text}") for row in self.benchmarks),
             *(("gate passed", sentence) for sentence in self.gates),
             ("speed", f"{self.tokens_per_second:,.0f} tokens/s, {self.seconds:.0f} s of training"),
             ("checkpoint", str(self.checkpoint)),

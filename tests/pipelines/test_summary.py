@@ -8,6 +8,7 @@ from rich.console import Console
 
 from components.summary.step import RunSummary
 from pipelines.summary import show
+from trainer.evaluation.scores import Row
 
 
 def test_the_command_to_try_the_model_stands_alone_on_one_line_and_fits_it():
@@ -22,3 +23,18 @@ def test_the_command_to_try_the_model_stands_alone_on_one_line_and_fits_it():
     lines = narrow.file.getvalue().splitlines()
     assert lines[-1] == "yaongi generate mine-0123abcd --chat --prompt '…' --workdir w"
     assert "held-out loss   ko 7.100 → 1.250" in lines
+
+
+def test_benchmarks_are_lines_and_numbers():
+    rows = [
+        Row("kmmlu", "acc", 0.25, 0.004, 5, 35030, "2.0"),
+        Row("gsm8k", "exact_match,strict-match", 0.5, None, 5, 9, "3"),
+    ]
+    numbers = dict.fromkeys(("loss_first", "loss_last", "loss", "tokens_per_second", "seconds"), 1.0)
+    places = {name: Path("w") / name for name in ("checkpoint", "export", "report")}
+    none = {"bits_per_byte": {}, "before": {}, "samples": []}
+    run = RunSummary("mine-0123abcd", 1, 1, loss_steps=1, benchmarks=rows, **none, **numbers, **places)
+    shown = [value for label, value in run.rows() if label == "benchmark"]
+    assert shown == ["kmmlu acc 0.250 ± 0.004", "gsm8k exact_match,strict-match 0.500"]
+    found = {name: value for name, value in run.metrics().items() if name.startswith("benchmark")}
+    assert found == {"benchmark_kmmlu_acc": 0.25, "benchmark_gsm8k_exact_match_strict_match": 0.5}

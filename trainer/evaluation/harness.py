@@ -6,7 +6,6 @@ stopped, or asks for more tasks, computes only what is missing.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -17,16 +16,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainer.benchmarkspec import BenchmarksSpec, TaskSpec
-from trainer.errors import DataError, ForeseenError, LaunchError, SpecError, in_words
+from trainer.errors import DataError, ForeseenError, LaunchError, in_words
+from trainer.evaluation.tasks import PACKAGE, manager, quiet
 from trainer.files import atomic_write
 from trainer.recording.results import read_json
 from trainer.specbase import canonical_digest
@@ -37,42 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FILE = "benchmarks.json"
-PACKAGE = "lm_eval"
 OTHER_SEED, SEED = 0, 1234
 Scores = dict[str, Any]
-
-
-def refuse_unknown(spec: BenchmarksSpec) -> None:
-    """Refuse, before anything is loaded, what cannot be run.
-
-    Raises:
-        SpecError: the package is missing, a name is unknown, task_files is not a folder, or a task runs code without
-            permission.
-    """
-    if not spec.benchmarks:
-        return
-    if find_spec(PACKAGE) is None:
-        raise SpecError(
-            "train.evaluate: benchmarks need lm-evaluation-harness, which is not installed; install it with "
-            "pip install 'yaongi[eval]', or remove suites and tasks"
-        )
-    if spec.task_files is not None and not Path(spec.task_files).is_dir():
-        raise SpecError(
-            f"train.evaluate.task_files: {spec.task_files} is not a folder; name the folder of the YAML files"
-        )
-    if not spec.tasks and not spec.task_files:
-        return  # the names of the suites are known
-    index = _manager(spec.task_files).task_index
-    for task in spec.benchmarks:
-        if task.task not in index:
-            near = difflib.get_close_matches(task.task, index, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "`lm_eval ls tasks` lists them"
-            raise SpecError(f"train.evaluate.tasks: lm-evaluation-harness has no task '{task.task}'; {hint}")
-        if not spec.allow_code_execution and (unsafe := _runs_code(task.task, index)):
-            raise SpecError(
-                f"train.evaluate.tasks: {unsafe} runs programs that the model wrote, with the rights of this process; "
-                "set train.evaluate.allow_code_execution: true where that is acceptable, or leave it out"
-            )
 
 
 def run(
@@ -125,14 +89,14 @@ def _measured(spec: BenchmarksSpec, task: TaskSpec, lm: HarnessModel) -> dict[st
     """The scores of one task; for a tag, and a group without scores of its own, those of its tasks."""
     from lm_eval.evaluator import evaluate
 
-    with _quiet(), _allowing_code(spec.allow_code_execution):
-        manager = _manager(spec.task_files)
+    with quiet(), _allowing_code(spec.allow_code_execution):
+        index = manager(spec.task_files)
         random.seed(OTHER_SEED)  # for tasks that shuffle; the seeds are the harness's own
         np.random.seed(SEED)
         try:
-            loaded = manager.load([task.task])
+            loaded = index.load([task.task])
         except Exception as error:  # the definition of a task is a program of its author
-            raise _unloadable(error, manager.task_index[task.task].cfg) from error
+            raise _unloadable(error, index.task_index[task.task].cfg) from error
         for one in loaded["tasks"].values():
             usual = one.get_config("num_fewshot")
             if usual is None or (usual and task.num_fewshot is not None):  # 0 means that examples make no sense there
@@ -140,8 +104,8 @@ def _measured(spec: BenchmarksSpec, task: TaskSpec, lm: HarnessModel) -> dict[st
             one.set_fewshot_seed(seed=SEED)
         try:
             result = evaluate(
-                lm,
-                loaded,
+                lm=lm,
+                task_dict=loaded,
                 limit=task.limit,
                 log_samples=False,
                 apply_chat_template=lm.chats,
@@ -210,28 +174,6 @@ def _is_ours(error: Exception) -> bool:
     return any(frame.f_globals.get("__name__") == "trainer.evaluation.lm" for frame, _ in frames)
 
 
-@cache
-def _manager(task_files: str | None) -> Any:
-    """The harness's index of tasks; reading its 15,000 files takes seconds."""
-    with _quiet():
-        from lm_eval.tasks import TaskManager
-
-        return TaskManager(include_path=task_files)
-
-
-def _runs_code(name: str, index: dict[str, Any]) -> str | None:
-    """The task with that name, or in the group or tag of that name, that runs programs of the model."""
-    entry = index.get(name)
-    if entry is None:
-        return None
-    if (entry.cfg or {}).get("unsafe_code"):
-        return name
-    inside = (entry.cfg or {}).get("task")
-    members = list(entry.tags) if entry.cfg is None else inside if isinstance(inside, list) else []
-    named = (member.get("task") if isinstance(member, dict) else member for member in members)
-    return next((found for one in named if isinstance(one, str) and (found := _runs_code(one, index))), None)
-
-
 def _files_digest(folder: str | None) -> str | None:
     """Of all own tasks and of what they use."""
     if folder is None:
@@ -241,28 +183,6 @@ def _files_digest(folder: str | None) -> str | None:
         digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
         digest.update(file.read_bytes() if file.suffix in (".yaml", ".py") else b"")
     return digest.hexdigest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the remarks and progress bars of the harness and of the libraries that fetch its data."""
-    if os.environ.get("YAONGI_VERBOSE"):
-        yield
-        return
-    from tqdm.std import tqdm
-
-    show = tqdm.__init__
-    tqdm.__init__ = lambda self, *given, **options: show(self, *given, **{**options, "disable": True})
-    names = ("lm_eval", "huggingface_hub", "datasets", "evaluate")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        tqdm.__init__ = show
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager

@@ -71,7 +71,9 @@ class HarnessModel(TemplateLM):
         self._model, self._own, self._asking, self._seed = model, tokenizer, asking, seed
         self._autocast, self.max_length = autocast, max_length
         self._batch_tokens = min(batch_tokens, max(MOST_LOGITS // model.spec.vocab_size, 1))
-        self._first = _begin(Path(folder), tokenizer)
+        named = _named(Path(folder), tokenizer)
+        self._last = named.get("eos_token", tokenizer.eod_id)
+        self._first = named.get("bos_token", self._last)
         ends = stops(Path(folder), tokenizer, asking)
         self._write = Writer(model, tokenizer, ends, autocast)
 
@@ -82,7 +84,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self._own.eod_id
+        return self._last
 
     @property
     def prefix_token_id(self) -> int:
@@ -123,7 +125,10 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: Any) -> list[Answer]:
         """Of each continuation: the sum of its tokens' log-probabilities, and whether each was the likeliest."""
         rows: dict[tuple[int, ...], list[_Wanted]] = {}
+        answers: list[Answer] = [(0.0, True)] * len(requests)
         for number, (_key, context, scored) in enumerate(requests):
+            if not scored:  # nothing is certain
+                continue
             if len(scored) > self.max_length:
                 raise DataError(
                     f"an answer has {len(scored)} tokens, the model reads at most {self.max_length}; leave the task "
@@ -131,7 +136,6 @@ class HarnessModel(TemplateLM):
                 )
             ids = (context + scored)[-(self.max_length + 1) : -1]
             rows.setdefault(tuple(ids), []).append(_Wanted(number, scored))
-        answers: list[Answer | None] = [None] * len(requests)
         inputs, told = list(rows), Teller(len(rows))
         for batch in batches([len(row) for row in inputs], self._batch_tokens):
             for row, logits_TV in zip(some := [inputs[n] for n in batch], self._logits(some), strict=True):
@@ -143,7 +147,7 @@ class HarnessModel(TemplateLM):
                     taken_T = scores_TV[-len(wanted) :].gather(1, ids_T[:, None])[:, 0]
                     answers[number] = float(taken_T.double().sum()), likeliest_T[-len(wanted) :] == wanted
             told.done(len(batch))
-        return [answer for answer in answers if answer is not None]
+        return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each context, up to the first of its stop strings, or the end of the document or turn."""
@@ -164,7 +168,7 @@ class HarnessModel(TemplateLM):
     def _to_write(self, context: str, options: dict[str, Any]) -> tuple[list[int], str]:
         """The ids of a context, cut so that there is room for the answer, and its normalised options as JSON."""
         used = normalize_gen_kwargs(options, DEFAULT_NEW_TOKENS)
-        until = handle_stop_sequences(used["until"], eos=self._own.eod)
+        until = handle_stop_sequences(used["until"], eos=self._own.decode([self._last]))
         amount = used["max_gen_toks"]
         kept = {"until": until, "max_tokens": amount, "temperature": float(used.get("temperature", 0.0))}
         room = self.max_length - amount
@@ -188,13 +192,15 @@ class HarnessModel(TemplateLM):
         return logits_BTV
 
 
-def _begin(folder: Path, tokenizer: Tokenizer) -> int:
-    """The id before a text without context: the token of the tokenizer for the begin of a text, else for its end."""
-    if tokenizer.prefix:
-        return tokenizer.prefix[0]
-    token = read_object(folder / "tokenizer_config.json").get("bos_token")
-    name = token.get("content") if isinstance(token, dict) else token
-    return tokenizer.ids().get(name, tokenizer.eod_id) if isinstance(name, str) else tokenizer.eod_id
+def _named(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of bos_token and eos_token, where the tokenizer's configuration names them; others use only that file."""
+    config, ids, found = read_object(folder / "tokenizer_config.json"), tokenizer.ids(), dict[str, int]()
+    for name in ("bos_token", "eos_token"):
+        token = config.get(name)
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str) and content in ids:
+            found[name] = ids[content]
+    return found
 
 
 def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

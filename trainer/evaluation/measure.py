@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from trainer.data.chattemplate import Asking
 from trainer.errors import DataError, ForeseenError, SpecError
 from trainer.evaluation import harness, logickor
 from trainer.evaluation.scores import LOGICKOR, of_task
+from trainer.evaluation.tasks import PACKAGE
 from trainer.evaluation.write import Autocast, Writer, stops
 from trainer.precision import Precision
 from trainer.recording.exporter import Metrics
@@ -54,7 +56,7 @@ def measure(spec: TrainSpec, trained: Trained, device: torch.device, precision: 
         if wanted.benchmarks:
             try:
                 scores = _harness(spec, trained, autocast, known, told)
-                name = {"name": "lm-evaluation-harness", "version": harness.version(harness.PACKAGE)}
+                name = {"name": "lm-evaluation-harness", "version": version(PACKAGE)}
                 found |= {"harness": name, "benchmarks": scores}
             except ForeseenError as error:
                 failed.append(error)

@@ -1,0 +1,228 @@
+"""The benchmarks of an evaluation: what is measured, kept, shown and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from made_run import make_run
+from own_tasks import TASKS, make_tasks, write_task
+
+from trainer import evaluate
+from trainer.benchmarkspec import RUNS_CODE, SUITES, BenchmarksSpec
+from trainer.errors import ForeseenError, LaunchError, SpecError
+from trainer.evaluation import harness, measure, tasks
+from trainer.evaluation.scores import rows
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder with the rows of the own tasks, and their folder."""
+    place = tmp_path_factory.mktemp("tasks")
+    with pytest.MonkeyPatch.context() as patch:
+        import datasets
+
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
+        yield place, make_tasks(place)
+
+
+ASKS = """
+import os
+
+def results(doc, made):
+    return {"allowed": float(os.environ.get("HF_ALLOW_CODE_EVAL") == "1")}
+"""
+
+
+def index_with(monkeypatch: pytest.MonkeyPatch, manager: Any) -> None:
+    for module in (tasks, harness):
+        monkeypatch.setattr(module, "manager", manager)
+
+
+@pytest.fixture
+def own(place, monkeypatch):
+    """A run with one checkpoint, and its benchmarks: only own tasks, as the index of all takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    index_with(monkeypatch, lambda folder: TaskManager(include_path=folder, include_defaults=False))
+
+    def make(directory: Path, *tasks: Any, **more: Any) -> Any:
+        evaluate = {"max_tokens": 50, "tasks": list(tasks), "task_files": str(place[1]), **more}
+        return make_run(directory, evaluate=evaluate, tokens={"seq_len": 64})[0]
+
+    return make
+
+
+def test_an_evaluation_measures_keeps_and_shows_benchmarks(own, tmp_path, monkeypatch, caplog):
+    kept = []
+
+    class Kept(measure.Metrics):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            kept.append(self.registry)
+
+    monkeypatch.setattr(measure, "Metrics", Kept)
+    spec = own(tmp_path, {"task": "own_choice", "num_fewshot": 2}, {"task": "own_rolling", "limit": 3})
+    result = evaluate.run(spec)
+    choice, rolling = (result["benchmarks"][name] for name in ("own_choice", "own_rolling"))
+    assert (choice["num_fewshot"], choice["samples"], choice["version"]) == (2, 8, 1.5)
+    assert (rolling["num_fewshot"], rolling["samples"]) == (0, 3)
+    acc = choice["metrics"]["acc"]
+    assert acc["stderr"] == pytest.approx((acc["value"] * (1 - acc["value"]) / 7) ** 0.5)
+    assert rolling["metrics"]["bits_per_byte"]["value"] > 1
+    assert (acc["higher_is_better"], rolling["metrics"]["bits_per_byte"]["higher_is_better"]) == (True, False)
+    assert result["harness"]["version"] == version("lm-eval")
+    labels = {"task": "own_choice", "metric": "acc"}
+    assert kept[0].get_sample_value("yaongi_benchmark_score", labels) == acc["value"]
+    page = (Path(spec.run_dir) / "report.html").read_text(encoding="utf-8")
+    assert ">Benchmarks</h2>" in page and f"{acc['value']:.3f} ± {acc['stderr']:.3f}" in page
+    run = read_numbers(spec)
+    assert run["benchmark_own_choice_acc"] == acc["value"]
+
+    # asked for one more, it measures only that one; for other examples, again
+    measured = []
+    monkeypatch.setattr(harness, "_measured", lambda spec, task, lm: measured.append(task.task) or {})
+    more = ["own_writing", *(task.model_dump() for task in spec.evaluate.tasks)]
+    again = evaluate.run(spec.updated({"evaluate": {"tasks": more}}))
+    assert measured == ["own_writing"]
+    assert again["benchmarks"] == result["benchmarks"]
+    evaluate.run(spec.updated({"evaluate": {"tasks": ["own_choice"]}}))
+    assert measured == ["own_writing", "own_choice"]
+
+
+def read_numbers(spec: Any) -> dict[str, float]:
+    evaluation = json.loads((Path(spec.run_dir) / "eval.json").read_text(encoding="utf-8"))
+    return {row.name: row.value for row in rows(evaluation)}
+
+
+def test_a_group_has_its_own_score_and_those_of_its_tasks(own, place, tmp_path):
+    """Its score is the mean over all documents."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    lines = (place[0] / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, kept in (("one", lines[:2]), ("two", lines[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(kept), encoding="utf-8")
+        changes = [f"task: {name}", "tag: own_tag"]
+        write_task(folder / f"{name}.yaml", TASKS["own_choice"], tmp_path / f"{name}.jsonl", changes)
+    averaged = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]"
+    (folder / "group.yaml").write_text(f"group: own_group\ntask: [one, two]\n{averaged}\nmetadata: {{version: 3}}\n")
+    result = evaluate.run(own(tmp_path, "own_group", "own_tag", task_files=str(folder)))["benchmarks"]
+    assert list(result) == ["own_group", "one", "two"]
+    whole, inside = result["own_group"], result["own_group"]["subtasks"]
+    assert inside == {name: result[name] for name in ("one", "two")}
+    one, two = (inside[name]["metrics"]["acc"]["value"] for name in ("one", "two"))
+    assert whole["metrics"]["acc"]["value"] == pytest.approx((2 * one + 6 * two) / 8)
+    assert (whole["samples"], whole["version"], inside["one"]["samples"]) == (8, "3", 2)
+
+
+def test_a_task_that_fails_is_one_line_and_the_others_are_kept(own, place, tmp_path):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    write_task(folder / "choice.yaml", TASKS["own_choice"], place[0] / "rows.jsonl")
+    broken = {
+        "own_field": (["output_typ: multiple_choice"], "definition cannot be loaded"),
+        "own_column": (["doc_to_text: '{{nothing.there}}'"], "definition cannot be loaded"),
+        "own_row": (["doc_to_text: '{{[text][text|length // 250].upper()}}'"], "definition does not work"),
+        "own_long": ([f"doc_to_choice: ['a', '{'강물 ' * 99}']", "doc_to_target: 0"], "at most 64; leave the task"),
+    }
+    for name, (changes, _) in broken.items():
+        write_task(folder / f"{name}.yaml", TASKS["own_choice"], place[0] / "rows.jsonl", [f"task: {name}", *changes])
+    for name, (_, said) in broken.items():
+        spec = own(tmp_path / name, name, "own_choice", task_files=str(folder))
+        with pytest.raises(ForeseenError, match=said) as caught:
+            evaluate.run(spec)
+        assert str(caught.value).startswith(f"benchmark {name}: ") and "\n" not in str(caught.value)
+        stored = json.loads((Path(spec.run_dir) / harness.FILE).read_text(encoding="utf-8"))["tasks"]
+        assert list(stored) == ["own_choice"]
+        assert not (Path(spec.run_dir) / "eval.json").exists()
+
+
+def test_programs_of_the_model_run_only_with_permission(own, place, tmp_path, monkeypatch):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    changes = [
+        "task: own_code",
+        "unsafe_code: true",
+        "process_results: !function asks.results",
+        "metric_list: [{metric: allowed, aggregation: mean, higher_is_better: true}]",
+    ]
+    write_task(folder / "own_code.yaml", TASKS["own_writing"], place[0] / "rows.jsonl", changes)
+    (folder / "asks.py").write_text(ASKS)
+    (folder / "group.yaml").write_text("group: own_codes\ntask: [own_code]\n")
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    for name in ("own_code", "own_codes"):
+        with pytest.raises(SpecError, match="own_code runs programs that the model wrote"):
+            evaluate.run(own(tmp_path / name, name, task_files=str(folder)))
+    spec = own(tmp_path / "allowed", "own_codes", task_files=str(folder), allow_code_execution=True)
+    assert evaluate.run(spec)["benchmarks"]["own_code"]["metrics"]["allowed"]["value"] == 1
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "0"
+
+
+def asked(**changes: Any) -> BenchmarksSpec:
+    return BenchmarksSpec.model_validate(changes)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """The folders of the harness that have the tasks of the suites; reading all of them takes seven seconds."""
+    from lm_eval import tasks as theirs
+
+    parts = "kmmlu/default haerae kobest hellaswag arc piqa winogrande super_glue mmlu/default gsm8k humaneval"
+    folders = [Path(theirs.__file__).parent / part for part in parts.split()]
+    manager = theirs.TaskManager(include_path=folders, include_defaults=False)
+    index_with(monkeypatch, lambda folder: manager)
+
+
+def test_what_cannot_be_run_is_refused_before_the_model_is_loaded(known, tmp_path, monkeypatch):
+    names = {name for suite in SUITES.values() for name in (task.task for task in suite)}
+    index = tasks.manager(None).task_index
+    assert names <= set(index)
+    assert {name for name in names if tasks.runs_code(name, index)} == RUNS_CODE
+    tasks.refuse_unknown(asked(suites=list(SUITES), tasks=["mmlu_anatomy"]))
+    cases = {
+        "no task 'kmmluu'; did you mean 'kmmlu'": asked(tasks=["kmmluu"]),
+        "no task 'q9'; `lm_eval ls tasks` lists them": asked(tasks=["q9"]),
+        "humaneval_plus runs programs that the model wrote": asked(tasks=["humaneval_plus"]),
+        "is not a folder": asked(tasks=["kmmlu"], task_files=str(tmp_path / "nowhere")),
+    }
+    for said, spec in cases.items():
+        with pytest.raises(SpecError, match=re.escape(said)):
+            tasks.refuse_unknown(spec)
+    spec, _ = make_run(tmp_path, evaluate={"tasks": ["kmmluu"]})
+    monkeypatch.setattr(evaluate, "load_trained", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(SpecError, match="kmmluu"):
+        evaluate.run(spec)
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    with pytest.raises(SpecError, match=re.escape("pip install 'yaongi[eval]'")):
+        evaluate.run(spec)
+
+
+def test_a_real_task_without_network_is_one_line(known, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    more = {"max_tokens": 50, "tasks": ["piqa", "kmmlu", {"task": "haerae", "limit": 1}]}
+    spec, _ = make_run(tmp_path, evaluate=more)
+    with pytest.raises(LaunchError, match="benchmark piqa: its dataset baber/piqa cannot be read") as caught:
+        evaluate.run(spec)
+    said = str(caught.value)
+    assert "HF_HOME" in said and said.endswith("(also failed: kmmlu, haerae)") and "\n" not in said
+
+
+def test_suites_and_tasks_are_one_list():
+    spec = asked(suites=["ko", "code-math"], tasks=["piqa", {"task": "kobest", "limit": 3}], limit=7)
+    found = {task.task: (task.num_fewshot, task.limit) for task in spec.benchmarks}
+    assert found == {"kmmlu": (5, 7), "kobest": (5, 3), "haerae": (0, 7), "gsm8k": (5, 7), "piqa": (None, 7)}
+    assert spec.left_out == ["humaneval"]
+    allowed = asked(suites=["code-math"], allow_code_execution=True)
+    assert [task.task for task in allowed.benchmarks] == ["gsm8k", "humaneval"] and not allowed.left_out
+    with pytest.raises(ValueError, match="humaneval runs programs that the model wrote"):
+        asked(tasks=["humaneval"])
