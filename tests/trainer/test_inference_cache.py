@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "E SwiGLU, softmax": {"layers": ["E"], "moe": {"activation": "swiglu", "scores": "softmax", "renormalise": False}},
     "-": {"layers": ["-"], "mlp": {"activation": "swiglu", "bias": True}},
     "N": {"layers": ["N", "-", "N"], "engram": [{"layer": 0, **ENGRAM}, {"layer": 2, **ENGRAM, "max_order": 4}]},
+    "adapters (LoRA)": {"layers": ["ME", "*-"], "lora": {"rank": 2}, "moe": {"shared_width": 16}},
     "all, tied, μP": {
         "layers": ["ME", "*-", "N", "M*E"],
         "engram": [{"layer": 2, **ENGRAM}],

@@ -80,6 +80,15 @@ def with_stacks(
         return function(*matrices)
 
 
+def summed(mixer: nn.Module, name: str) -> Tensor:
+    """A stack of matrices with the products of its adapters, if it has any; without gradient."""
+    weight_EOI: Tensor = _own(mixer, name)
+    if (down_ErI := _own(mixer, f"{name}_{DOWN}")) is None:
+        return weight_EOI
+    with torch.no_grad():
+        return Stack(weight_EOI, down_ErI, _own(mixer, f"{name}_{UP}"), mixer.lora_scale).sum().to(weight_EOI.dtype)
+
+
 def _made_again(stack: Stack, view: Tensor) -> Callable[[], Tensor]:
     """A function that recomputes a view of a stack's sum after the sum has been freed."""
     dtype, size, stride, start = view.dtype, view.size(), view.stride(), view.storage_offset()

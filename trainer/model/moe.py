@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from trainer.kinds.base import first_rows
 from trainer.kinds.moe import MoeSpec
 from trainer.model.linear import Linear
-from trainer.model.lora import with_stacks
+from trainer.model.lora import summed, with_stacks
 from trainer.model.mixer import Functions, Mixed, Mixer
 from trainer.model.ready import Ready, normed
 from trainer.model.step import State, Step
@@ -88,7 +88,7 @@ class Moe(Mixer):
 
     def ready(self, norm: nn.Module) -> Ready:
         spec, norm_D, router_ED = self.spec, normed(norm), self.router.weight.float()
-        first_EGD, down_EDF = getattr(self, spec.first), self.down_EDF
+        first_EGD, down_EDF = summed(self, spec.first), summed(self, "down_EDF")
         on_cpu = experts_without_gradient(first_EGD, down_EDF, spec.activation) if not first_EGD.is_cuda else None
 
         def extend(x_BTD: Tensor, step: Step, state: State) -> Tensor:
