@@ -206,15 +206,28 @@ def test_what_cannot_be_run_is_refused_before_the_model_is_loaded(known, tmp_pat
 
 
 def test_a_real_task_without_network_is_one_line(known, tmp_path, monkeypatch):
-    import huggingface_hub
+    """After the first failure, only the cache of datasets is looked at."""
+    from huggingface_hub import constants
+    from lm_eval.tasks import TaskManager
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    more = {"max_tokens": 50, "tasks": ["piqa", "kmmlu", {"task": "haerae", "limit": 1}]}
+    load = TaskManager.load
+
+    def unreachable(self: Any, names: list[str]) -> Any:
+        if names == ["kmmlu"]:
+            raise ConnectionError("no route")
+        assert constants.HF_HUB_OFFLINE
+        return load(self, names)
+
+    monkeypatch.setattr(TaskManager, "load", unreachable)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    more = {"max_tokens": 50, "tasks": ["kmmlu", "piqa", {"task": "haerae", "limit": 1}]}
     spec, _ = make_run(tmp_path, evaluate=more)
-    with pytest.raises(LaunchError, match="benchmark piqa: its dataset baber/piqa cannot be read") as caught:
+    first = r"benchmark kmmlu: its dataset HAERAE-HUB/KMMLU cannot be read \(no route\)"
+    with pytest.raises(LaunchError, match=first) as caught:
         evaluate.run(spec)
     said = str(caught.value)
-    assert "HF_HOME" in said and said.endswith("(also failed: kmmlu, haerae)") and "\n" not in said
+    assert "HF_HOME" in said and said.endswith("(also failed: piqa, haerae)") and "\n" not in said
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_suites_and_tasks_are_one_list():
@@ -226,3 +239,10 @@ def test_suites_and_tasks_are_one_list():
     assert [task.task for task in allowed.benchmarks] == ["gsm8k", "humaneval"] and not allowed.left_out
     with pytest.raises(ValueError, match="humaneval runs programs that the model wrote"):
         asked(tasks=["humaneval"])
+
+
+def test_the_docs_have_the_suites():
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for name, suite in SUITES.items():
+        listed = ", ".join(f"{task.task} {task.num_fewshot}" for task in suite)
+        assert f"| `{name}` | {listed}" in page

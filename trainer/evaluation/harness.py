@@ -24,7 +24,7 @@ import numpy as np
 
 from trainer.benchmarkspec import BenchmarksSpec, TaskSpec
 from trainer.errors import DataError, ForeseenError, LaunchError, in_words
-from trainer.evaluation.tasks import PACKAGE, manager, quiet
+from trainer.evaluation.tasks import PACKAGE, cached_after, dataset_of, manager, quiet
 from trainer.files import atomic_write
 from trainer.recording.results import read_json
 from trainer.specbase import canonical_digest
@@ -65,7 +65,8 @@ def run(
             began = time.monotonic()
             log.info("%s …", task.task)
             try:
-                scores = _measured(spec, task, lm)
+                with cached_after(list(failed.values())):
+                    scores = _measured(spec, task, lm)
             except ForeseenError as error:
                 failed[task.task] = error
                 log.warning("%s: %s", task.task, error)
@@ -96,7 +97,7 @@ def _measured(spec: BenchmarksSpec, task: TaskSpec, lm: HarnessModel) -> dict[st
         try:
             loaded = index.load([task.task])
         except Exception as error:  # the definition of a task is a program of its author
-            raise _unloadable(error, index.task_index[task.task].cfg) from error
+            raise _unloadable(error, dataset_of(task.task, index.task_index)) from error
         for one in loaded["tasks"].values():
             usual = one.get_config("num_fewshot")
             if usual is None or (usual and task.num_fewshot is not None):  # 0 means that examples make no sense there
@@ -155,15 +156,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _unloadable(error: Exception, definition: dict[str, Any] | None) -> ForeseenError:
+def _unloadable(error: Exception, dataset: str | None) -> ForeseenError:
     """The error for a task that cannot be loaded: mostly its data cannot be read."""
-    dataset = (definition or {}).get("dataset_path")
     said = in_words(error)
     if isinstance(error, ConnectionError | FileNotFoundError | TimeoutError):
-        data = f"its dataset {dataset}" if dataset and dataset != "json" else "its data"
         return LaunchError(
-            f"{data} cannot be read ({said}); connect this machine to huggingface.co, or copy a Hugging Face cache "
-            "that has it here and set HF_HOME to it and HF_HUB_OFFLINE=1"
+            f"its {f'dataset {dataset}' if dataset else 'data'} cannot be read ({said}); connect this machine to "
+            "huggingface.co, or copy a Hugging Face cache that has it here and set HF_HOME to it and HF_HUB_OFFLINE=1"
         )
     return DataError(f"its definition cannot be loaded ({type(error).__name__}: {said})")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -62,15 +62,27 @@ def manager(task_files: str | None) -> Any:
 
 def runs_code(name: str, index: dict[str, Any]) -> str | None:
     """The task with that name, or in the group or tag of that name, that runs programs of the model."""
-    entry = index.get(name)
-    if entry is None:
-        return None
-    if (entry.cfg or {}).get("unsafe_code"):
-        return name
-    inside = (entry.cfg or {}).get("task")
-    members = list(entry.tags) if entry.cfg is None else inside if isinstance(inside, list) else []
-    named = (member.get("task") if isinstance(member, dict) else member for member in members)
-    return next((found for one in named if isinstance(one, str) and (found := runs_code(one, index))), None)
+    return next((task for task, cfg in _inside(name, index) if cfg.get("unsafe_code")), None)
+
+
+def dataset_of(name: str, index: dict[str, Any]) -> str | None:
+    """The dataset on the Hub that a task reads, or the first one of a group or tag; None for local files."""
+    found = (cfg.get("dataset_path") for _, cfg in _inside(name, index))
+    return next((path for path in found if isinstance(path, str) and "/" in path), None)
+
+
+def _inside(name: str, index: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tasks of that name, and what their files say."""
+    if (entry := index.get(name)) is None:
+        return
+    members = entry.cfg.get("task") if entry.cfg else sorted(entry.tags)
+    if not isinstance(members, list):
+        yield name, entry.cfg or {}
+        return
+    for member in members:
+        inner = member.get("task", member.get("group")) if isinstance(member, dict) else member
+        if isinstance(inner, str):
+            yield from _inside(inner, index)
 
 
 @contextmanager
@@ -93,3 +105,18 @@ def quiet() -> Iterator[None]:
         tqdm.__init__ = show
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def cached_after(failed: Sequence[BaseException]) -> Iterator[None]:
+    """Read from the cache of datasets only, if one of these errors says that the Hub cannot be reached: its client has
+    tried for half a minute, and would for every other dataset."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    if any(isinstance(error.__cause__, ConnectionError) for error in failed):
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
