@@ -127,12 +127,12 @@ class Engram(Mixer):
         return u_BTD + F.silu(smooth_BTD)
 
     def ready(self, norm: nn.Module) -> Ready:
-        conv_norm, w_CK, orders = normed(self.conv_norm), self.conv.weight, self.spec.max_order
+        conv_norm, w_KC, orders = normed(self.conv_norm), self.conv.weight.T.contiguous(), self.spec.max_order
 
         def extend(x_BTD: Tensor, step: Step, state: State) -> Tensor:
             u_BTD = self._gated(x_BTD, self.hash.extend(step.ids_BT, step, state))
             normed_BSD = step.joined(state["conv"], conv_norm(u_BTD))
-            return u_BTD + F.silu(convolved(normed_BSD, w_CK, None, step.new, orders))
+            return u_BTD + F.silu(convolved(normed_BSD, w_KC, None, step.new, orders))
 
         return extend
 

@@ -79,7 +79,7 @@ class Mamba2(Mixer):
         project, project_dt, out = (linear(m) for m in (self.zxbc_proj, self.dt_proj, self.out_proj))
         first, second = [spec.d_inner, spec.conv_dim], [spec.d_inner, spec.state_width, spec.state_width]
         inner, group = (spec.num_heads, spec.head_dim), (spec.num_groups, spec.d_state)
-        w_CK, bias_C, dt_bias_H = self.conv.weight, self.conv.bias, self.dt_bias.float()
+        w_KC, bias_C, dt_bias_H = self.conv.weight.T.contiguous(), self.conv.bias, self.dt_bias.float()
         A_H, D_H1 = -torch.exp(self.A_log.float()), self.D.float()[:, None]
         fast = plain(self.norm.weight) and spec.num_groups == 1
         rms_I = rms(self.norm.weight, self.norm.eps) if fast else None
@@ -87,7 +87,7 @@ class Mamba2(Mixer):
         def scanned(zxBC: Tensor, dt_BTH: Tensor, step: Step, state: State) -> Tensor:
             z_BTI, xBC_BTC = zxBC.split(first, dim=-1)
             dt_BTH = F.softplus(dt_BTH.float() + dt_bias_H)
-            xBC_BTC = F.silu(convolved(step.joined(state["conv"], xBC_BTC), w_CK, bias_C, step.new))
+            xBC_BTC = F.silu(convolved(step.joined(state["conv"], xBC_BTC), w_KC, bias_C, step.new))
             x_BTI, B_BTS, C_BTS = xBC_BTC.split(second, dim=-1)
             B_BTGN, C_BTGN = B_BTS.unflatten(-1, group), C_BTS.unflatten(-1, group)
             x_BTHP = x_BTI.unflatten(-1, inner)

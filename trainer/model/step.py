@@ -88,13 +88,17 @@ class Step:
         return both_BSC
 
 
-def convolved(both_BSC: Tensor, w_CK: Tensor, bias_C: Tensor | None, new: int, dilation: int = 1) -> Tensor:
-    """A causal depthwise convolution (trainer/ops/conv.py) of positions that have all their taps in front of them."""
-    w_CK = w_CK.to(both_BSC.dtype)
+def convolved(both_BSC: Tensor, w_KC: Tensor, bias_C: Tensor | None, new: int, dilation: int = 1) -> Tensor:
+    """A causal depthwise convolution (trainer/ops/conv.py) of positions that have all their taps in front of them.
+
+    Args:
+        w_KC: the filters by tap; contiguous, which halves the time of a single position.
+    """
+    w_KC = w_KC.to(both_BSC.dtype)
     if new == 1:
-        y_BTC = (both_BSC[:, ::dilation] * w_CK.T).sum(1, keepdim=True)
+        y_BTC = (both_BSC[:, ::dilation] * w_KC).sum(1, keepdim=True)
     else:
-        y_BTC = both_BSC[:, :new] * w_CK[:, 0]
-        for tap in range(1, w_CK.shape[1]):
-            y_BTC.addcmul_(both_BSC[:, tap * dilation : tap * dilation + new], w_CK[:, tap])
+        y_BTC = both_BSC[:, :new] * w_KC[0]
+        for tap in range(1, len(w_KC)):
+            y_BTC.addcmul_(both_BSC[:, tap * dilation : tap * dilation + new], w_KC[tap])
     return y_BTC if bias_C is None else y_BTC.add_(bias_C.to(y_BTC.dtype))
