@@ -69,7 +69,7 @@ class Cache:
         self._rotation = next((section.rotation for section in model.spec.used() if section.rotation), None)
         self._sublayers = [each.mixer.ready(each.norm) for layer in model.layers for each in layer]
         self._ahead = [each.mixer.ready(each.norm) for each in model.mtp[0].layer] if drafts else []
-        self._views: dict[tuple[int, int], list[State]] = {}
+        self._views: dict[int, list[State]] = {}
 
     @property
     def bytes(self) -> int:
@@ -127,11 +127,12 @@ class Cache:
                     tensor[target] = tensor[source]
 
     def _of(self, first: int, rows: int) -> list[State]:
-        """Views of the states of some rows."""
-        found = self._views.get((first, rows))
-        if found is None:
-            found = [{name: tensor[first : first + rows] for name, tensor in s.items()} for s in self._states]
-            self._views[first, rows] = found
+        """Views of the states of some rows; those of the first rows are made once, as every pass needs them."""
+        if first == 0 and rows in self._views:
+            return self._views[rows]
+        found = [{name: tensor[first : first + rows] for name, tensor in s.items()} for s in self._states]
+        if first == 0:
+            self._views[rows] = found
         return found
 
     def _through(self, sublayers: list[Ready], states: list[State], x_BTD: Tensor, step: Step) -> Tensor:
