@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from manifests.alerts import ALERTS, RECORDED
-from manifests.names import APP, STEP_APP, STEP_METRICS_PORT
+from manifests.names import APP, SERVER_APP, STEP_APP, STEP_METRICS_PORT
 from trainer.recording.metrics import METRICS, PREFIX, Metric, Process
 
 COMMITTED = Path(__file__).parent.parent / "docs" / "metrics.md"
@@ -16,6 +16,8 @@ SERVED: dict[Process, str] = {
     f"(YAONGI_METRICS_PORT; 0 serves none). Job `{STEP_APP}`.",
     "data": "The other steps of the pipeline, on the same port. "
     "Where several steps run on one machine at once, the first has the port.",
+    "server": f"A server of an exported model ([serving](serving.md)), on its `--metrics-port`. Job `{SERVER_APP}`; "
+    "the label `run` is the release of the chart.",
 }
 HEAD = """# Metrics
 

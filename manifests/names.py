@@ -20,6 +20,7 @@ PIPELINE_LABEL = "yaongi/pipeline-run"  # on launched jobs: the run of the pipel
 DIGEST_ANNOTATION = "yaongi/digest"
 
 STEP_APP = "yaongi-step"  # on pods of the pipeline's steps
+SERVER_APP = "yaongi-server"  # on pods that serve an exported model
 STEP_METRICS_PORT = 9390  # below those of the ranks, which may run on the same machine
 
 HUB_SECRET = "huggingface"  # optional; its key `token` is an access token of the Hugging Face Hub

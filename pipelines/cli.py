@@ -22,6 +22,7 @@ from pipelines.lint import lint
 from pipelines.onnxverb import onnx
 from pipelines.options import Job, Sets, Target, Workdir
 from pipelines.prepare import prepare
+from pipelines.serve import serve
 from pipelines.verify import sign, verify
 
 EXAMPLES = """
@@ -49,7 +50,7 @@ missing or in the way, 72 a gate was not passed, 74 file or volume, 130 and 143 
 
 # In the order in which people need them.
 VERBS = (
-    *("run", "tune", "prepare", "train", "evaluate", "export", "verify", "sign", "onnx", "generate"),
+    *("run", "tune", "prepare", "train", "evaluate", "export", "verify", "sign", "onnx", "generate", "serve"),
     *("local", "status", "logs", "compare", "stop", "resume"),
     *("describe", "presets", "data", "doctor", "submit", "compile", "render", "lint", "why"),
 )
@@ -75,7 +76,7 @@ app.add_typer(data_app, name="data")
 verbs.register(app)
 app.command()(lint)
 app.command()(doctor)
-for command in (prepare, compare, verify, sign, onnx):
+for command in (prepare, compare, verify, sign, onnx, serve):
     app.command()(command)
 
 

@@ -12,7 +12,8 @@ def files() -> dict[str, str]:
     """File name → JSON of each dashboard."""
     from manifests.dashboards.cluster import cluster
     from manifests.dashboards.data import data
+    from manifests.dashboards.serving import serving
     from manifests.dashboards.training import training
 
-    made = {"training": training(), "data": data(), "cluster": cluster()}
+    made = {"training": training(), "data": data(), "cluster": cluster(), "serving": serving()}
     return {f"{name}.json": json.dumps(content, indent=1) + "\n" for name, content in made.items()}

@@ -24,16 +24,23 @@ class Row:
     panels: Sequence[Panel]
 
 
-def build(uid: str, title: str, description: str, rows: Sequence[Row], *, steps: bool = True) -> dict[str, Any]:
+def build(
+    uid: str,
+    title: str,
+    description: str,
+    rows: Sequence[Row],
+    *,
+    variables: Sequence[str] = ("run", "pipeline", "rank"),
+) -> dict[str, Any]:
     """The JSON model of a dashboard, for Grafana or a ConfigMap.
 
     Args:
         uid: permanent id, used in links.
-        steps: whether it also shows pipeline steps, not only training.
+        variables: what can be chosen besides the data source and the namespace: run, pipeline, rank, server.
     """
     made = dashboard.Dashboard(title).uid(uid).description(description).tags([TAG]).time("now-6h", "now").refresh("30s")
     made.tooltip(model.DashboardCursorSync.CROSSHAIR).timezone("browser").editable()
-    made.variables(_variables(steps)).annotations(_annotations())
+    made.variables(_variables(variables)).annotations(_annotations())
     others = dashboard.DashboardLink("yaongi").type(model.DashboardLinkType.DASHBOARDS).tags([TAG])
     made.link(others.icon("external link").include_vars(True).keep_time(True).as_dropdown(False))
     number = 0
@@ -47,7 +54,7 @@ def build(uid: str, title: str, description: str, rows: Sequence[Row], *, steps:
     return content
 
 
-def _variables(steps: bool) -> list[dashboard.DatasourceVariable | dashboard.QueryVariable]:
+def _variables(names: Sequence[str]) -> list[dashboard.DatasourceVariable | dashboard.QueryVariable]:
     """By default all are selected, even series without the label, such as those of a Prometheus on a workstation."""
     source = dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus")
     queries = {
@@ -55,9 +62,8 @@ def _variables(steps: bool) -> list[dashboard.DatasourceVariable | dashboard.Que
         "run": f'label_values({PREFIX}build_info{{namespace=~"$namespace"}}, run)',
         "pipeline": f'label_values({PREFIX}stage_heartbeat_timestamp_seconds{{namespace=~"$namespace"}}, run)',
         "rank": f"label_values({PREFIX}heartbeat_timestamp_seconds{{{OF_RUN}}}, rank)",
+        "server": f'label_values({PREFIX}serve_running_texts{{namespace=~"$namespace"}}, run)',
     }
-    if not steps:
-        del queries["pipeline"]
     chosen = [
         dashboard.QueryVariable(name)
         .label(name.capitalize())
@@ -70,6 +76,7 @@ def _variables(steps: bool) -> list[dashboard.DatasourceVariable | dashboard.Que
         .all_value(".*")
         .current(EVERYTHING)
         for name, query in queries.items()
+        if name in ("namespace", *names)
     ]
     return [source, *chosen]
 

@@ -21,6 +21,7 @@ from trainer.recording.metrics import BY_NAME, PREFIX
 DATASOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 OF_RUN = 'namespace=~"$namespace", run=~"$run"'
 OF_STEPS = 'namespace=~"$namespace", run=~"$pipeline"'  # a step only has the run id of its pipeline
+OF_SERVERS = 'namespace=~"$namespace", run=~"$server"'  # the release of the chart
 
 Panel = timeseries.Panel | stat.Panel | table.Panel
 Limit = tuple[str, float]
@@ -45,7 +46,7 @@ def metric(name: str, suffix: str = "", **labels: str) -> str:
     known = BY_NAME[name]
     assert (known.kind == "histogram") == bool(suffix), f"{name} is a {known.kind}"
     assert set(labels) <= set(known.labels), f"{name} has the labels {known.labels}"
-    chosen = OF_RUN if "trainer" in known.processes else OF_STEPS
+    chosen = {"trainer": OF_RUN, "server": OF_SERVERS}.get(known.processes[0], OF_STEPS)
     matchers = [chosen, *(f'{label}="{value}"' for label, value in labels.items())]
     if known.per_rank:
         matchers.append('rank=~"$rank"')

@@ -18,7 +18,7 @@ from typing import Any
 Ask = Callable[..., Any]
 FOLDER = Path(__file__).parents[2] / "charts" / "yaongi" / "files" / "dashboards"
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
-VARIABLES = ("namespace", "run", "pipeline", "rank")
+VARIABLES = ("namespace", "run", "pipeline", "rank", "server")
 
 
 @dataclass(frozen=True)

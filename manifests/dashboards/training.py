@@ -22,7 +22,7 @@ def training() -> dict[str, Any]:
             Row("Evaluation", _evaluation()),
             Row("Ranks", _ranks()),
         ],
-        steps=False,
+        variables=("run", "rank"),
     )
 
 

@@ -33,7 +33,8 @@ def test_every_panel_shows_something(first: PipelineRun, prometheus: Prometheus)
     view = View(first.started - 5, first.ended + 5, 1.0, chosen, points=900)
     empty = {
         panel["title"]
-        for content in dashboards().values()
+        for name, content in dashboards().items()
+        if name != "serving"  # no server runs here
         for panel in panels(content)
         for target in targets(panel)
         if all(one.is_empty for one in series(prometheus.ask, target, view))

@@ -24,12 +24,12 @@ def expressions(content: dict[str, Any]) -> list[str]:
     return found + list(event_queries(content).values())
 
 
-def test_there_are_three_and_they_are_the_generated_ones() -> None:
+def test_there_are_four_and_they_are_the_generated_ones() -> None:
     pytest.importorskip("grafana_foundation_sdk")
     from manifests.dashboards import files
 
     generated = {name.removesuffix(".json"): json.loads(text) for name, text in files().items()}
-    assert set(generated) == {"training", "data", "cluster"}
+    assert set(generated) == {"training", "data", "cluster", "serving"}
     assert generated == DASHBOARDS, "run python -m manifests.generate and commit what it wrote"
 
 
@@ -91,7 +91,7 @@ def test_every_variable_is_used_and_every_use_is_a_variable(content: dict[str, A
     view = View(start=0, end=3600, scrape_interval=15, chosen={"run": ["a-1", "b.2"]})
     for expression in expressions(content):
         assert "$" not in substituted(expression, view)
-        of_run = r'namespace=~"\$namespace", run=~"\$(run|pipeline)"'
+        of_run = r'namespace=~"\$namespace", run=~"\$(run|pipeline|server)"'
         assert len(re.findall(of_run, expression)) == expression.count("{"), (
             "the choice of a run changes it only in part"
         )
@@ -123,7 +123,7 @@ def test_every_alert_is_explained_beside_what_it_watches() -> None:
 def test_uids_last() -> None:
     """Bookmarks and links to dashboards depend on these."""
     uids = {name: content["uid"] for name, content in DASHBOARDS.items()}
-    assert uids == {"training": "yaongi-training", "data": "yaongi-data", "cluster": "yaongi-cluster"}
+    assert uids == {name: f"yaongi-{name}" for name in ("training", "data", "cluster", "serving")}
     assert all(len(uid) <= 40 for uid in uids.values())  # Grafana's limit
 
 

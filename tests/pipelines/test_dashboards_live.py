@@ -30,6 +30,8 @@ ELSEWHERE = {
     "Time in each phase": "the local launcher has no phases",
     "Renewals of the lease": "the local launcher has no lease",
 }
+# That of servers has a test of its own, tests/trainer/test_serving_process.py.
+OF_RUNS = {name: content for name, content in dashboards().items() if name != "serving"}
 # The sample's Korean source, repeated, so that each data step lasts for several scrapes.
 COPIES = 24
 # Files are verified at the speed of a disk, within less than two scrapes.
@@ -81,7 +83,7 @@ def test_every_panel_shows_something(watched: tuple[Any, View]) -> None:
     ask, view = watched
     empty = {
         panel["title"]
-        for content in dashboards().values()
+        for content in OF_RUNS.values()
         for panel in panels(content)
         for target in targets(panel)
         if all(one.is_empty for one in series(ask, target, view))
@@ -94,7 +96,7 @@ def test_panels_show_the_same_whatever_is_chosen_of_one_run(watched: tuple[Any, 
     """A separate Prometheus adds no labels: the choice All must include series without them."""
     ask, view = watched
     everything = View(view.start, view.end, view.scrape_interval, {})
-    for content in dashboards().values():
+    for content in OF_RUNS.values():
         for panel in panels(content):
             for target in targets(panel):
                 found = [repr(series(ask, target, each)) for each in (view, everything)]  # nan does not equal itself

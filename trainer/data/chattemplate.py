@@ -155,9 +155,11 @@ class Asking:
         asked = self._template.question(text) if self._template else question(text)
         return self._tokenizer.begun(self._tokenizer.encode(asked, specials=True))
 
-    def text(self, messages: Sequence[dict[str, str]]) -> str:
-        """A conversation up to the start of the next answer. A template that has no place for a system message gets
-        none.
+    def text(self, messages: Sequence[dict[str, str]], *, whole: bool = False) -> str:
+        """A conversation up to the start of the next answer.
+
+        Args:
+            whole: with every message. Otherwise a template that has no place for a system message gets none.
 
         Raises:
             DataError: the template rejects the conversation.
@@ -165,16 +167,16 @@ class Asking:
         if self._template is None:
             return conversation(messages)
         without = [message for message in messages if message["role"] != "system"]
-        for tried in (messages, without):
+        for tried in (messages,) if whole else (messages, without):
             try:
                 return self._template.asked(tried)
             except TemplateError as error:
                 said = error
         raise DataError(f"the chat template rejects a conversation ({said}); repair the template, or set chat: false")
 
-    def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def ids(self, messages: Sequence[dict[str, str]], *, whole: bool = False) -> list[int]:
         """The ids of `text`."""
-        return self._tokenizer.begun(self._tokenizer.encode(self.text(messages), specials=True))
+        return self._tokenizer.begun(self._tokenizer.encode(self.text(messages, whole=whole), specials=True))
 
 
 def form_of(folder: str | Path, tokenizer: Tokenizer | None = None) -> ChatFormat:

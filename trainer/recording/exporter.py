@@ -19,7 +19,7 @@ from prometheus_client import (
 )
 
 from trainer.errors import SpecError
-from trainer.recording.metrics import BY_NAME, METRICS, PREFIX, STEP_BUCKETS, Metric, Process
+from trainer.recording.metrics import BY_NAME, METRICS, PREFIX, Metric, Process
 
 disable_created_metrics()  # an additional, useless series for each counter
 MOST_TRIES, LAST_PORT = 64, 65535
@@ -38,14 +38,23 @@ class Metrics:
         stride: 0 uses only this port. Otherwise, if it is taken, the port `stride` higher is tried, and so on, so that
             processes with neighbouring ports never try the same one; `port` has the result.
         process: metrics of other processes are ignored.
+        setting: what sets the port, for the message of the error.
 
     Raises:
         SpecError: the port (with a stride, each one tried) is taken or not allowed.
     """
 
-    def __init__(self, *, rank: int, port: int, stride: int = 0, process: Process = "trainer") -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        port: int,
+        stride: int = 0,
+        process: Process = "trainer",
+        setting: str = "train.runtime.metrics_port",
+    ) -> None:
         self.registry = CollectorRegistry()
-        self._rank, self._process = rank, process
+        self._rank, self._process, self._setting = rank, process, setting
         self._collectors: dict[str, Gauge | Counter | Histogram] = {}
         for metric in METRICS:
             # Labelled metrics have no value before a label is given; creating them now avoids a race between threads.
@@ -70,8 +79,7 @@ class Metrics:
                     continue
                 what = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
                 raise SpecError(
-                    f"metrics port {port} {what}; set train.runtime.metrics_port to a free one, or to 0 for no metrics "
-                    "server"
+                    f"metrics port {port} {what}; set {self._setting} to a free one, or to 0 for no metrics server"
                 ) from None
 
     def set(self, name: str, value: float, **labels: str) -> None:
@@ -134,7 +142,7 @@ class Metrics:
             elif metric.kind == "counter":
                 made = Counter(name, metric.help, labels, registry=self.registry)
             else:
-                made = Histogram(name, metric.help, labels, registry=self.registry, buckets=STEP_BUCKETS)
+                made = Histogram(name, metric.help, labels, registry=self.registry, buckets=metric.buckets)
             self._collectors[metric.name] = made
         return self._collectors[metric.name]
 

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 PREFIX = "yaongi_"
-Process = Literal["trainer", "launcher", "data"]
+Process = Literal["trainer", "launcher", "data", "server"]
 STEP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 60, 120, 300)
+ANSWER_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
+TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Name without prefix, kind, help (one sentence), unit for axes, labels besides `rank`, and exporting processes.
+    """Name without prefix, kind, help (one sentence), unit for axes, labels besides `rank`, exporting processes, and
+    the upper ends of a histogram's buckets.
 
     `launcher` is any pipeline step that launches a task of the trainer; the label `stage` is a step's name.
     """
@@ -32,10 +35,12 @@ class Metric:
     labels: tuple[str, ...] = ()
     per_rank: bool = False
     processes: tuple[Process, ...] = ("trainer",)
+    buckets: tuple[float, ...] = STEP_BUCKETS
 
 
 LAUNCHER: tuple[Process, ...] = ("launcher",)
 DATA: tuple[Process, ...] = ("data",)
+SERVER: tuple[Process, ...] = ("server",)
 
 METRICS: tuple[Metric, ...] = (
     Metric(
@@ -282,5 +287,49 @@ METRICS: tuple[Metric, ...] = (
         ("stage",),
         processes=DATA,
     ),
+    Metric(
+        "serve_requests_total",
+        "counter",
+        "Requests by path and status; 499 when the client left before the answer began.",
+        "requests",
+        ("path", "code"),
+        processes=SERVER,
+    ),
+    Metric(
+        "serve_refused_total",
+        "counter",
+        "Answers that are errors, by reason: rate_limit_exceeded, context_length_exceeded, invalid_api_key and so on.",
+        "requests",
+        ("reason",),
+        processes=SERVER,
+    ),
+    Metric(
+        "serve_request_seconds",
+        "histogram",
+        "Duration of requests that were answered, from their arrival to the last byte.",
+        "s",
+        processes=SERVER,
+        buckets=ANSWER_BUCKETS,
+    ),
+    Metric(
+        "serve_first_token_seconds",
+        "histogram",
+        "Time from the arrival of a request to the first token of each of its texts.",
+        "s",
+        processes=SERVER,
+        buckets=ANSWER_BUCKETS,
+    ),
+    Metric(
+        "serve_inter_token_seconds",
+        "histogram",
+        "Time from one token of a text to the next.",
+        "s",
+        processes=SERVER,
+        buckets=TOKEN_BUCKETS,
+    ),
+    Metric("serve_prompt_tokens_total", "counter", "Tokens of prompts.", "tokens", processes=SERVER),
+    Metric("serve_completion_tokens_total", "counter", "Tokens written.", "tokens", processes=SERVER),
+    Metric("serve_running_texts", "gauge", "Texts that are continued at the moment.", "texts", processes=SERVER),
+    Metric("serve_waiting_texts", "gauge", "Texts that wait for one of those to end.", "texts", processes=SERVER),
 )
 BY_NAME = {metric.name: metric for metric in METRICS}
