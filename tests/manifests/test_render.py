@@ -82,7 +82,7 @@ def test_trainjobs_fail_for_permanent_codes_and_restart_as_a_gang_for_others(pre
     codes = rule["onExitCodes"]
     assert (rule["action"], codes["operator"], codes["containerName"]) == ("FailJob", "In", "node")
     ours = {int(code) for code in ExitCode} - {0}
-    assert ours & set(codes["values"]) == {1, 2, 3, 65, 66, 69, 70, 71, 74, 75} and max(codes["values"]) == 127
+    assert ours & set(codes["values"]) == {1, 2, 3, 65, 66, 69, 70, 71, 72, 74, 75} and max(codes["values"]) == 127
     assert jobset["failurePolicy"]["restartStrategy"] == "BlockingRecreate", "two generations would share a run"
     (rule,) = jobset["failurePolicy"]["rules"]
     assert rule["action"] == "FailJobSet" and "PodFailurePolicy" in rule["onJobFailureReasons"]

@@ -55,7 +55,7 @@ def run(
     path, found, failed = Path(run_dir) / FILE, dict[str, Scores](), dict[str, ForeseenError]()
     stored = (read_json(path) or {}).get("tasks", {})
     for name in spec.left_out:
-        log.info("%s is left out: it runs programs that the model wrote; train.evaluate.allow_code_execution", name)
+        log.info("%s is left out, as it runs programs that the model wrote (train.evaluate.allow_code_execution)", name)
     for task in spec.benchmarks:
         key = canonical_digest([known, version(PACKAGE), task.model_dump(mode="json"), _files_digest(spec.task_files)])
         if stored.get(task.task, {}).get("key") == key:
