@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_inference_cache import BASE, ENGRAM
+from transformers import AutoModelForCausalLM
 
 from trainer.errors import SpecError
+from trainer.hf.architectures import native
+from trainer.hf.weights import tensors
 from trainer.inference.cache import Cache
 from trainer.inference.engine import Engine
 from trainer.inference.memory import check, needed
@@ -166,3 +172,25 @@ def test_a_kind_without_a_cache_says_so() -> None:
 
     with pytest.raises(NotImplementedError, match="Mixer has no cache for generation"):
         Mixer().ready(torch.nn.Identity())
+
+
+def test_texts_are_those_of_transformers_with_its_cache(tmp_path: Path) -> None:
+    """NemotronH, an independent implementation, with the weights of our export."""
+    spec = ModelSpec.model_validate(BASE).updated({"layers": ["M", "E", "*", "-", "M"], "mamba": {"num_groups": 2}})
+    torch.manual_seed(0)
+    model = build_model(spec, seed=1).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    architecture, why_not = native(spec)
+    assert architecture is not None, why_not
+    save_file(dict(tensors(architecture, spec, model.state_dict(), torch.float32)), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(architecture.config(spec, 128)))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    engine = Engine(model, rows=3, length=80)
+    texts = [engine.submit(prompt, Sampling(max_tokens=20)) for prompt in PROMPTS]
+    engine.run()
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        with torch.inference_mode():
+            row = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, min_new_tokens=20, do_sample=False)
+        assert text.made == row[0, len(prompt) :].tolist()
