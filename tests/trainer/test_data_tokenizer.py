@@ -87,6 +87,13 @@ def test_end_of_document_is_zero_and_no_text_can_write_it(tokenizer: Tokenizer) 
     assert 0 not in tokenizer.encode(EOD), "specials hold for one call only"
 
 
+def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+    """What Python makes of a wrong byte on the command line, and JSON of half an emoji."""
+    with pytest.raises(DataError, match=r"not valid Unicode \('a\\udcff'\); write it in UTF-8"):
+        tokenizer.encode("a\udcff")
+    assert tokenizer.decode(tokenizer.encode("😀")) == "😀"
+
+
 def test_pattern_cuts_words_digits_and_indentation(directory: Path) -> None:
     raw = RawTokenizer.from_file(str(directory / "tokenizer.json"))
     text = "GPU를 서울에서는 12345개\n\n        x.append(_y)"

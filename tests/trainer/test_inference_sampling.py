@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from trainer.data.tokenizer import Tokenizer
-from trainer.errors import SpecError
+from trainer.errors import CheckpointError, SpecError
 from trainer.inference.sampling import Sampling, choose, penalised, probabilities
 from trainer.inference.text import Decoder, Text
 
@@ -74,6 +74,19 @@ def test_greedy_and_drawn_texts_in_one_batch() -> None:
     assert choose(logits_BV, samplings, [[0], [0], [1]], [torch.Generator()] * 3) == [1, 1, 0]
 
 
+def test_a_temperature_that_fp32_cannot_divide_by_is_greedy() -> None:
+    logits_BV = torch.tensor([[0.0, 50.0, 49.9]])
+    assert choose(logits_BV, [Sampling(temperature=1e-40)], [[0]], [torch.Generator()]) == [1]
+    assert Sampling(temperature=1e-40).greedy
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_computes_nan_is_refused(temperature: float) -> None:
+    logits_BV = torch.tensor([[0.0, 1.0], [0.0, float("nan")]])
+    with pytest.raises(CheckpointError, match="logits are NaN"):
+        choose(logits_BV, [Sampling(temperature=temperature)] * 2, [[0]] * 2, [torch.Generator()] * 2)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -85,6 +98,7 @@ def test_greedy_and_drawn_texts_in_one_batch() -> None:
         ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be above 0"),
         ({"stop": ("a", "")}, "without empty strings"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it must be a whole number of at most 64 bits"),
     ],
 )
 def test_values_out_of_range_are_refused(wrong: dict, says: str) -> None:

@@ -156,10 +156,16 @@ class Tokenizer:
         return ids
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        """Ids of `text`, without an end of document. `specials`: special tokens written in the text count as such."""
+        """Ids of `text`, without an end of document. `specials`: special tokens written in the text count as such.
+
+        Raises:
+            DataError: the text has half of a surrogate pair, which a wrong byte on the command line becomes.
+        """
         self._raw.encode_special_tokens = not specials
         try:
             return self._raw.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise DataError(f"a text is not valid Unicode ({text[:40]!r}); write it in UTF-8") from None
         finally:
             self._raw.encode_special_tokens = True
 

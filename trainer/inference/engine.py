@@ -135,7 +135,9 @@ class Engine:
         rows, first = self._reading, len(self._running)
         if not rows:
             return []
-        length = min(max(len(row.pending) for row in rows), max(1, self.prefill_tokens // len(rows)))
+        # Padding is written behind a row as well, so it must not reach beyond the cache.
+        room = min(self.cache.length - row.length for row in rows)
+        length = min(max(len(row.pending) for row in rows), max(1, self.prefill_tokens // len(rows)), room)
         keep = [min(length, len(row.pending)) for row in rows]
         lengths = [row.length for row in rows]
         h_BTD = self.cache.extend(self._padded([row.pending[:length] for row in rows]), first, lengths, keep)

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.errors import SpecError
+from trainer.errors import CheckpointError, SpecError
+
+COLD = 1e-5  # temperatures below would make numbers that FP32 does not have
+SEEDS = range(-(2**63), 2**64)  # those of torch
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Sampling:
     """
     Attributes:
         max_tokens: new tokens at most.
-        temperature: divides the logits; 0 always takes the likeliest token.
+        temperature: divides the logits; 0, or less than COLD, always takes the likeliest token.
         top_k: draw from the k likeliest; 0 from all.
         top_p: draw from the likeliest that together have at least this probability.
         min_p: draw from those with at least this share of the likeliest one's probability.
@@ -57,6 +60,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1: none)"),
+            ("seed", self.seed in SEEDS, "a whole number of at most 64 bits"),
             ("stop", all(self.stop), "without empty strings"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0"),
         ):
@@ -65,7 +69,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < COLD
 
 
 def penalised(logits_V: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
@@ -113,11 +117,17 @@ def choose(
         logits_BV: FP32.
         ids: of each text so far, with its prompt.
         generators: on the CPU.
+
+    Raises:
+        CheckpointError: the model computes NaN.
     """
     for b, sampling in enumerate(samplings):
         if sampling.repetition_penalty != 1:
             logits_BV[b] = penalised(logits_BV[b], ids[b], sampling.repetition_penalty)
-    tokens: list[int] = logits_BV.argmax(-1).tolist()
+    best_B = logits_BV.max(-1)
+    if best_B.values.isnan().any():
+        raise CheckpointError("the model's logits are NaN: its weights are damaged; export an earlier checkpoint")
+    tokens: list[int] = best_B.indices.tolist()
     if drawn := [b for b, sampling in enumerate(samplings) if not sampling.greedy]:
         p_BV = probabilities(logits_BV[drawn], [samplings[b] for b in drawn]).cpu()
         for b, p_V in zip(drawn, p_BV, strict=True):
