@@ -241,6 +241,16 @@ def test_suites_and_tasks_are_one_list():
         asked(tasks=["humaneval"])
 
 
+def test_paths_start_beside_the_job_file():
+    judge = {"url": "http://j/v1", "model": "m", "questions": "q.jsonl", "prompts": "/all/templates.py"}
+    spec = asked(task_files="tasks", judge=judge).beside("/jobs")
+    assert spec.judge is not None
+    assert (spec.task_files, spec.judge.questions) == ("/jobs/tasks", "/jobs/q.jsonl")
+    assert spec.judge.prompts == "/all/templates.py"
+    spec = asked(judge=judge | {"questions": "https://h/q.jsonl"}).beside("/jobs")
+    assert spec.judge is not None and (spec.task_files, spec.judge.questions) == (None, "https://h/q.jsonl")
+
+
 def test_the_docs_have_the_suites():
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     for name, suite in SUITES.items():

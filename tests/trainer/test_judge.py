@@ -38,6 +38,7 @@ class JudgeServer:
         self.faults: list[Any] = []
         self.requests: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
+        self.pages: dict[str, bytes] = {}
         self.most = self._now = 0
         self.pause = 0.0
         self._lock = threading.Lock()
@@ -48,6 +49,13 @@ class JudgeServer:
 
             def do_POST(self) -> None:
                 served.answer(self)
+
+            def do_GET(self) -> None:
+                data = served.pages.get(self.path)
+                self.send_response(404 if data is None else 200)
+                self.send_header("Content-Length", str(len(data or b"")))
+                self.end_headers()
+                self.wfile.write(data or b"")
 
             def log_message(self, *_: object) -> None: ...
 
@@ -237,9 +245,11 @@ def test_refusals_are_one_line_without_the_key(server, spec, tmp_path, monkeypat
     with pytest.raises(LaunchError, match="gave no score for any answer"):
         run(spec, tmp_path, retries=0)
     assert KEY not in (tmp_path / logickor.FILE).read_text(encoding="utf-8")
-    monkeypatch.delenv("JUDGE_API_KEY")
-    with pytest.raises(SpecError, match="the environment variable JUDGE_API_KEY is not set"):
-        logickor.refuse(spec)
+    for value, said in (("", "is not set"), (f"{KEY}\n{KEY}", "holds more than a key"), (f"{KEY} 열쇠", "holds more")):
+        monkeypatch.setenv("JUDGE_API_KEY", value)
+        with pytest.raises(SpecError, match=f"the environment variable JUDGE_API_KEY {said}") as missing:
+            logickor.refuse(spec)
+        assert KEY not in str(missing.value)
     server.faults, server.keys = [], set()
     assert run(spec, tmp_path, api_key_env=None, model="n")["unscored"] == 0
     assert server.keys == {None}
@@ -272,6 +282,14 @@ def test_wrong_questions_are_one_line(spec, tmp_path, said):
     with pytest.raises(DataError, match=said) as caught:
         read_questions(spec.model_copy(update={"questions": str(file)}))
     assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
+
+
+def test_questions_may_have_an_address(server, spec):
+    server.pages["/q.jsonl"] = Path(spec.questions).read_bytes()
+    root = server.url.removesuffix("/v1")
+    assert read_questions(spec.model_copy(update={"questions": f"{root}/q.jsonl"})) == read_questions(spec)
+    with pytest.raises(LaunchError, match=r"other\.jsonl: answered 404; check train\.evaluate\.judge\.questions"):
+        read_questions(spec.model_copy(update={"questions": f"{root}/other.jsonl"}))
 
 
 def test_published_instructions_are_read_and_not_run(spec, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.benchmarkspec import JudgeSpec
@@ -36,7 +37,7 @@ def key_of(spec: JudgeSpec) -> str | None:
     """The API's key from the environment; None for a judge without one.
 
     Raises:
-        SpecError: the variable is not set.
+        SpecError: the variable is not set, or cannot be a key.
     """
     if spec.api_key_env is None:
         return None
@@ -44,6 +45,11 @@ def key_of(spec: JudgeSpec) -> str | None:
         raise SpecError(
             f"train.evaluate.judge: the environment variable {spec.api_key_env} is not set; put the key of the judge's "
             "API there, or set api_key_env: null for a server without one"
+        )
+    if not re.fullmatch(r"[!-~]+", key):  # a header with it would be refused, in a message that shows it
+        raise SpecError(
+            f"train.evaluate.judge: the environment variable {spec.api_key_env} holds more than a key; put only "
+            "the key there, without spaces and line breaks"
         )
     return key
 
