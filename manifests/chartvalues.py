@@ -18,7 +18,9 @@ from manifests.network import PRIVATE
 from manifests.objects import gibibytes
 from manifests.rbac import ACCOUNTS, ROLE
 from manifests.render import CHECKPOINTS_GIB, DATASETS_GIB
+from manifests.serving import PullPolicy, Server
 from manifests.yamltext import to_yaml
+from trainer.serving.options import Device
 from trainer.specbase import Spec
 
 Switch = Literal["auto", True, False]
@@ -30,6 +32,9 @@ Quantity = (
 Duration = Annotated[str, Field(pattern=r"^[0-9]+(ms|s|m|h)$")]
 Cidr = Annotated[str, Field(pattern=r"^[0-9a-fA-F.:]+/[0-9]{1,3}$")]
 Texts = dict[str, str]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+SERVER = Server("")
 DEFAULT_STORAGE = StorageSpec()
 DEFAULT_OBSERVABILITY = ObservabilitySpec()
 
@@ -130,6 +135,34 @@ class Queue(Values):
     cluster_queue: ClusterQueue = Field(ClusterQueue(), description="The ClusterQueue behind it.")
 
 
+class Serve(Values):
+    enabled: bool = Field(False, description="Serve an exported model with OpenAI's API; see docs/serving.md.")
+    export: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*)?$")] = Field(
+        "", description="Folder of the export on the volume of checkpoints: runs/NAME/export."
+    )
+    image: str = Field(SERVER.image, min_length=1, description="The trainer's image.")
+    image_pull_policy: PullPolicy = Field(SERVER.image_pull_policy, description="When the image is pulled.")
+    replicas: Count = Field(SERVER.replicas, description="Servers, each with the whole model.")
+    api_key_secret: NameOrEmpty = Field(
+        SERVER.secret,
+        description="Secret whose key `key` is the API key; empty: whoever reaches the server may use it.",
+    )
+    rows: Positive = Field(SERVER.rows, description="Texts at the same time, for each server.")
+    length: Count = Field(
+        SERVER.length, description="Tokens of the longest text, prompt included; 0: as long as in training."
+    )
+    max_waiting: Count = Field(SERVER.max_waiting, description="Texts that may wait beside them; more get status 429.")
+    device: Device = Field(SERVER.device, description="Where the model computes.")
+    cpus: Quantity = Field(SERVER.cpus, description="Requested CPUs of each server.")
+    memory: Quantity = Field(SERVER.memory, description="Requested and largest memory of each server.")
+    gpus: Count = Field(SERVER.gpus, description="GPUs of each server; it uses one.")
+    node_selector: Texts = Field({}, description="Labels of the nodes for servers; empty: any node.")
+    grace_seconds: Count = Field(
+        SERVER.grace_seconds, description="For running answers when a server ends, for example in a roll-out."
+    )
+    start_seconds: Positive = Field(SERVER.start_seconds, description="For loading the model.")
+
+
 class ChartValues(Values):
     """Values of the chart yaongi."""
 
@@ -139,6 +172,7 @@ class ChartValues(Values):
     network_policy: NetworkPolicy = Field(NetworkPolicy(), description="Allowed connections.")
     monitoring: Monitoring = Field(Monitoring(), description="Prometheus and Grafana.")
     queue: Queue = Field(Queue(), description="Kueue.")
+    serve: Serve = Field(Serve(), description="A server of an exported model.")
 
 
 def schema() -> str:

@@ -5,8 +5,10 @@ Series have the label `run` besides the operator's namespace and pod; alerts and
 
 from __future__ import annotations
 
+import re
+
 from manifests.kinds import Object
-from manifests.names import APP, APP_LABEL, RUN_LABEL, STEP_APP, STEP_METRICS_PORT
+from manifests.names import APP, APP_LABEL, INSTANCE_LABEL, RUN_LABEL, SERVER_APP, STEP_APP, STEP_METRICS_PORT
 from manifests.spec import JobSpec
 
 KFP_RUN_LABEL = "pipeline/runid"  # set by Kubeflow Pipelines on every pod of a run
@@ -37,6 +39,11 @@ def step_monitor(job: JobSpec) -> Object:
     return _pod_monitor(job, STEP_APP, [{"relabelings": relabelings}])
 
 
+def server_monitor(job: JobSpec) -> Object:
+    """Scrapes servers of exported models; their `run` is the release that installed them."""
+    return _pod_monitor(job, SERVER_APP, [{"port": "metrics", "relabelings": [_run_from(INSTANCE_LABEL)]}])
+
+
 def _pod_monitor(job: JobSpec, app: str, endpoints: list[Object]) -> Object:
     interval = f"{job.observability.scrape_interval_seconds:g}s"
     return {
@@ -53,7 +60,10 @@ def _pod_monitor(job: JobSpec, app: str, endpoints: list[Object]) -> Object:
 
 def _run_from(label: str) -> Object:
     # Prometheus replaces characters that its label names do not allow by _.
-    return {"sourceLabels": [f"__meta_kubernetes_pod_label_{label.replace('/', '_')}"], "targetLabel": "run"}
+    return {
+        "sourceLabels": [f"__meta_kubernetes_pod_label_{re.sub(r'[^a-zA-Z0-9]', '_', label)}"],
+        "targetLabel": "run",
+    }
 
 
 def _ranks(job: JobSpec) -> range:

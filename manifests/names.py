@@ -13,6 +13,7 @@ Task = Literal["train", "evaluate", "export"]
 
 APP = "yaongi-trainer"
 APP_LABEL = "app.kubernetes.io/name"
+INSTANCE_LABEL = "app.kubernetes.io/instance"
 EGRESS_LABEL, HUB = "yaongi/egress", "hub"  # on steps that fetch data from the web
 RUN_LABEL = "yaongi/run"
 TASK_LABEL = "yaongi/task"
@@ -65,7 +66,7 @@ def job_name(job: JobSpec, task: Task = "train") -> str:
 def labels(job: JobSpec, task: Task) -> dict[str, str]:
     return {
         APP_LABEL: APP,
-        "app.kubernetes.io/instance": job_name(job, task),
+        INSTANCE_LABEL: job_name(job, task),
         "app.kubernetes.io/component": task,
         "app.kubernetes.io/part-of": "yaongi",
         "app.kubernetes.io/managed-by": "yaongi",

@@ -14,6 +14,8 @@ from manifests.names import (
     APP_LABEL,
     EGRESS_LABEL,
     HUB,
+    INSTANCE_LABEL,
+    SERVER_APP,
     STEP_APP,
     STEP_METRICS_PORT,
     Task,
@@ -55,6 +57,12 @@ def network_policies(private: Sequence[str] = PRIVATE) -> list[Object]:
     ]
 
 
+def server_policy(*ports: int) -> Object:
+    """Servers of exported models answer the cluster's pods, and reach nothing themselves."""
+    answers = {"from": [ANY_POD], "ports": [_port(port) for port in ports]}
+    return _policy(SERVER_APP, {APP_LABEL: SERVER_APP}, ingress=[answers], egress=[])
+
+
 def default_deny() -> Object:
     """Denies all traffic of every pod in a namespace, ours or not, except what other policies allow."""
     return _policy("yaongi-default-deny", {}, ingress=[], egress=[])
@@ -65,7 +73,7 @@ def worker_policy(job: JobSpec, task: Task) -> Object:
 
     It does not restrict egress, so that it is harmless where the other policies are not installed.
     """
-    own = {"matchLabels": {"app.kubernetes.io/instance": job_name(job, task)}}
+    own = {"matchLabels": {INSTANCE_LABEL: job_name(job, task)}}
     ingress: list[Object] = [{"from": [{"podSelector": own}]}]
     if ports := metrics_ports(job, task):
         ingress.append({"from": [ANY_POD], "ports": [_port(port["containerPort"]) for port in ports]})

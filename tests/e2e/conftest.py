@@ -31,7 +31,15 @@ BASE = Path(__file__).parents[2] / "manifests" / "base"
 
 # Files whose tests really train. One process runs them all: they share the run `first`, and two runs at once would
 # request more than two CPUs.
-TRAINING = ("test_pipeline", "test_disturbed", "test_trainjob", "test_aborts", "test_alerts", "test_dashboards")
+TRAINING = (
+    "test_pipeline",
+    "test_disturbed",
+    "test_trainjob",
+    "test_aborts",
+    "test_alerts",
+    "test_dashboards",
+    "test_serving",
+)
 
 
 class Apart(LoadScopeScheduling):

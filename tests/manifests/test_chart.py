@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from tools import tool
 
-from manifests import chart, dashboards
+from manifests import chart, dashboards, serving
 from manifests.alerts import prometheus_rule
 from manifests.chartvalues import ChartValues, defaults
 from manifests.network import default_deny, network_policies
@@ -169,13 +170,57 @@ def test_monitors_scrape_every_rank_with_the_labels_that_prometheus_selects(
     configured: Callable[[str], list[Object]],
 ) -> None:
     ours = configured("prometheus-operator")
-    monitor, of_steps = of_kind(ours, "PodMonitor")
+    monitor, of_steps, of_servers = of_kind(ours, "PodMonitor")
     endpoints = monitor["spec"]["podMetricsEndpoints"]
     assert [endpoint["port"] for endpoint in endpoints] == [f"metrics-{rank}" for rank in range(16)]
     assert {endpoint["interval"] for endpoint in endpoints} == {"5s"}
     (rule,) = of_kind(ours, "PrometheusRule")
-    assert {each["metadata"]["labels"]["prometheus"] for each in (monitor, of_steps, rule)} == {"main"}
+    assert {each["metadata"]["labels"]["prometheus"] for each in (monitor, of_steps, of_servers, rule)} == {"main"}
     assert monitor["spec"]["selector"] == chart.objects()["podmonitor"][0]["spec"]["selector"]
+    (endpoint,) = of_servers["spec"]["podMetricsEndpoints"]
+    (relabeling,) = endpoint["relabelings"]
+    assert relabeling["sourceLabels"] == ["__meta_kubernetes_pod_label_app_kubernetes_io_instance"]
+
+
+def test_a_server_is_that_of_the_manifests(configured: Callable[[str], list[Object]]) -> None:
+    """The template sets the values where the manifests would."""
+    assert not of_kind(configured("default"), "Deployment") and not of_kind(configured("default"), "Service")
+    values = yaml.safe_load((CHART / "ci" / "serving-values.yaml").read_text(encoding="utf-8"))["serve"]
+    given = {re.sub("[A-Z]", lambda found: f"_{found[0].lower()}", name): value for name, value in values.items()}
+    assert given.pop("enabled") is True
+    selector, secret = given.pop("node_selector"), given.pop("api_key_secret")
+    deployment, service, policy = serving.objects(serving.Server(secret=secret, **given))
+    template = deployment["spec"]["template"]
+    template["spec"]["nodeSelector"] = selector
+    template["metadata"]["labels"]["app.kubernetes.io/instance"] = "rel"
+    found = {(item["kind"], item["metadata"]["name"]): item for item in configured("serving")}
+    for item in (deployment, service, policy):
+        assert found[item["kind"], item["metadata"]["name"]]["spec"] == item["spec"]
+
+
+def test_a_server_follows_the_volume_the_secret_and_the_network_policy() -> None:
+    on = "serve.enabled=true,serve.export=runs/a/export"
+    objects = rendered(
+        "--set", f"{on},serve.apiKeySecret=,storage.checkpoints.existingClaim=team,networkPolicy.enabled=false"
+    )
+    (deployment,) = of_kind(objects, "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "team"}
+    assert "YAONGI_API_KEY" not in {each["name"] for each in pod["containers"][0]["env"]}
+    assert not of_kind(objects, "NetworkPolicy")
+    refused = template("--set", "serve.enabled=true")
+    assert refused.returncode and "serve.export is empty; set it to the folder of an export" in refused.stderr
+
+
+def test_the_servers_arguments_are_what_it_takes() -> None:
+    from trainer.serving.__main__ import parser
+
+    *_, directory = (arguments := serving.arguments(serving.Server("runs/a/export")))[:4]
+    assert arguments[:3] == ["python", "-m", "trainer.serving"] and directory == "/mnt/checkpoints/runs/a/export"
+    options = parser().parse_args(arguments[3:])
+    assert (options.host, options.port, options.metrics_port) == ("0.0.0.0", serving.PORT, serving.METRICS_PORT)
+    spec = serving.objects(serving.Server("x"))[0]["spec"]["template"]["spec"]
+    assert spec["terminationGracePeriodSeconds"] > options.grace + serving.FORGETTING_SECONDS
 
 
 def test_alerts_are_those_of_the_manifests_and_link_to_the_runbooks_given() -> None:
@@ -252,6 +297,8 @@ def test_optional_kinds_follow_the_cluster(switch: str, api: str) -> None:
         ("launcher.accounts={Pipeline Runner}", "at '/launcher/accounts/0'"),
         ("huggingfaceToken=secret", "additional properties 'huggingfaceToken' not allowed"),
         ("queue.name=Team_A", "at '/queue/name'"),
+        ("serve.export=../secrets", "at '/serve/export'"),
+        ("serve.export=/mnt", "at '/serve/export'"),
     ],
 )
 def test_a_wrong_value_is_named(wrong: str, message: str) -> None:
