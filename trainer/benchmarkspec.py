@@ -144,6 +144,14 @@ class BenchmarksSpec(Spec):
         return [task.model_copy(update={"limit": task.limit or self.limit}) for task in chosen.values()]
 
     @property
+    def files(self) -> dict[str, str]:
+        """The paths of files and folders that are read, by field."""
+        judge = self.judge
+        named = {"judge.questions": judge.questions, "judge.prompts": judge.prompts} if judge else {}
+        paths = {"task_files": self.task_files, **named}
+        return {field: path for field, path in paths.items() if path is not None and "://" not in path}
+
+    @property
     def has_benchmarks(self) -> bool:
         return bool(self.benchmarks) or self.judge is not None
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from components.benchmarkfiles import check as check_benchmarks
 from components.gates import check as check_gates
 from manifests.clusterspec import ClusterSpec
 from manifests.spec import JobSpec, job_from, preset
@@ -62,11 +63,13 @@ def runnable_here(job: JobSpec) -> JobSpec:
     Raises:
         SpecError: the trainer should run here but PyTorch is missing; or it should run in pods, but their volumes are
             not mounted here, so that they would not see the steps' files; or a model's folder is missing or holds
-            a model of another architecture; or a gate compares with something that will not be there.
+            a model of another architecture; or a gate compares with something that will not be there, or
+            pods would not see the files of benchmarks.
     """
     _place_is_here(job)
     for each in (job, *([job.tuning()] if job.tune else [])):
         check_gates(each)
+        check_benchmarks(each)
     if job.models and not published(job.run_dir):  # else it has begun: to evaluate or export it, none is needed
         from components.pretrained import check  # most jobs do not need its imports
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -120,3 +121,20 @@ def test_training_in_place_needs_pytorch_there(monkeypatch):
     monkeypatch.setattr(step, "find_spec", lambda name: None)
     with pytest.raises(SpecError, match=r"^cluster\.target: local trains in this very place, which has no PyTorch"):
         runnable_here(job)
+
+
+def test_files_of_benchmarks_must_be_on_a_volume_of_the_cluster(mounted):
+    volume = mounted["checkpoints_dir"]
+
+    def job(questions: str, target: str = "kubernetes"):
+        judge = {"url": "http://judge/v1", "model": "m", "questions": questions}
+        fields = {"storage": mounted, "cluster": {"target": target}, "train": {"evaluate": {"judge": judge}}}
+        return resolve("tiny", json.dumps(fields))
+
+    with pytest.raises(SpecError, match=r"train\.evaluate\.judge\.questions: /home/q\.jsonl is not on a volume"):
+        runnable_here(job("/home/q.jsonl"))
+    with pytest.raises(SpecError, match=r"q\.jsonl is not there; copy it to the volume"):
+        runnable_here(job(f"{volume}/q.jsonl"))
+    Path(volume, "q.jsonl").touch()
+    for fine in (job(f"{volume}/q.jsonl"), job("https://h/q.jsonl"), job("/home/q.jsonl", "local")):
+        assert runnable_here(fine) is fine
