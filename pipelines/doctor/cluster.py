@@ -66,6 +66,7 @@ def examine(cluster: Cluster, job: JobSpec | None) -> Iterator[Finding]:
         "nodes": partial(_nodes, look, job),
         "extras": partial(operators.extras, look, wanted.queue),
         "secret": partial(volumes.secret, look),
+        "judge": partial(volumes.judge_secret, look, job),
         "network policies": partial(_network, look),
         "image": partial(_image, wanted),
         "Kubeflow Pipelines": partial(operators.pipelines, os.environ.get("KFP_HOST", "")),

@@ -1,4 +1,4 @@
-"""The volume claims that the pods of a run share, and the secret for gated data."""
+"""The volume claims that the pods of a run share, and the secrets for gated data and for a judge."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from manifests.clusterspec import StorageSpec
 from manifests.kinds import Object
-from manifests.names import HUB_SECRET
+from manifests.names import HUB_SECRET, JUDGE_SECRET
+from manifests.spec import JobSpec
 from pipelines.doctor.findings import Finding
 from pipelines.doctor.look import Look
 
@@ -49,6 +50,19 @@ def secret(look: Look) -> Iterator[Finding]:
     detail = f"'{HUB_SECRET}' has no key 'token'" if found else f"no '{HUB_SECRET}'; only gated datasets need it"
     remedy = f"kubectl -n {look.namespace} create secret generic {HUB_SECRET} --from-file=token=FILE"
     yield Finding("secret", "missing", detail, remedy)
+
+
+def judge_secret(look: Look, job: JobSpec | None) -> Iterator[Finding]:
+    """The secret with the key of the judge's API, where the job has a judge that wants one."""
+    judge = job.train.evaluate.judge if job else None
+    if judge is None or judge.api_key_env is None:
+        return
+    found = look.in_namespace("secrets", JUDGE_SECRET)
+    if found and "token" in (found.get("data") or {}):
+        yield Finding("judge", "ok", f"'{JUDGE_SECRET}' has a key for {judge.url}")
+        return
+    remedy = f"kubectl -n {look.namespace} create secret generic {JUDGE_SECRET} --from-file=token=FILE"
+    yield Finding("judge", "no", f"no secret '{JUDGE_SECRET}' with a key 'token'; the evaluation needs it", remedy)
 
 
 def _binds_late(look: Look, name: str | None) -> bool:

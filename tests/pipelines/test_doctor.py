@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from ports import free_port
 
 from manifests.clusterspec import ClusterSpec
+from manifests.spec import load_job
 from pipelines import refusals
-from pipelines.doctor import capacity, cluster, machine, operators
+from pipelines.doctor import capacity, cluster, machine, operators, volumes
 from trainer.errors import VolumeError
 
 
@@ -159,3 +161,18 @@ def test_a_cluster_that_a_job_is_meant_for_is_needed(yaongi, monkeypatch, asking
 def test_a_tool_that_is_absent_is_told_with_its_purpose(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     assert of_machine(tmp_path)["kubectl"].detail == "not in PATH; needed only to apply manifests and look at clusters"
+
+
+def test_the_key_of_a_judge_is_looked_for_where_a_job_has_one():
+    judge = {"url": "https://judge/v1", "model": "m", "questions": "https://h/q.jsonl"}
+    asked = load_job("tiny", {"train": {"evaluate": {"judge": judge}}})
+    keyless = load_job("tiny", {"train": {"evaluate": {"judge": judge | {"api_key_env": None}}}})
+
+    def found(job, secrets):
+        look = SimpleNamespace(namespace="mine", in_namespace=lambda kind, name: secrets.get(name))
+        return [(each.state, each.remedy) for each in volumes.judge_secret(look, job)]
+
+    remedy = "kubectl -n mine create secret generic judge --from-file=token=FILE"
+    assert found(asked, {}) == found(asked, {"judge": {"data": {"other": "x"}}}) == [("no", remedy)]
+    assert found(asked, {"judge": {"data": {"token": "x"}}}) == [("ok", "")]
+    assert found(keyless, {}) == found(load_job("tiny"), {}) == found(None, {}) == []
