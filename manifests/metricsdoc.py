@@ -12,6 +12,8 @@ COMMITTED = Path(__file__).parent.parent / "docs" / "metrics.md"
 SERVED: dict[Process, str] = {
     "trainer": f"Every rank, on port `train.runtime.metrics_port` (9400) + local rank. Job `{APP}` in Prometheus; "
     "values of the whole run come from rank 0, those with the label `rank` from each.",
+    "evaluation": "An evaluation with [benchmarks](evaluation.md), while it measures them, on port "
+    f"`train.runtime.metrics_port`. Job `{APP}`.",
     "launcher": f"The steps train, evaluate and export of the pipeline, on port {STEP_METRICS_PORT} "
     f"(YAONGI_METRICS_PORT; 0 serves none). Job `{STEP_APP}`.",
     "data": "The other steps of the pipeline, on the same port. "
@@ -25,9 +27,9 @@ Generated from `trainer/recording/metrics.py` and `manifests/alerts.py` by `pyth
 
 Base units, `_total` for counters, which count since the process started. No label names a run, a step or a host: the
 monitors in `manifests/base/podmonitor.yaml` attach `namespace`, `pod`, `job` and `run` (of a pipeline's step the
-pipeline run's id). Evaluation and export serve no metrics of their own: they are single processes of minutes, whose
-launcher tells phase and time. Alerts are explained in [runbooks](runbooks/README.md); a Prometheus without the operator
-takes them from `python -m manifests.generate rules`.
+pipeline run's id). Export, and an evaluation without benchmarks, serve no metrics of their own: they are single
+processes of minutes, whose launcher tells phase and time. Alerts are explained in [runbooks](runbooks/README.md); a
+Prometheus without the operator takes them from `python -m manifests.generate rules`.
 """
 
 

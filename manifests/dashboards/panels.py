@@ -46,7 +46,7 @@ def metric(name: str, suffix: str = "", **labels: str) -> str:
     known = BY_NAME[name]
     assert (known.kind == "histogram") == bool(suffix), f"{name} is a {known.kind}"
     assert set(labels) <= set(known.labels), f"{name} has the labels {known.labels}"
-    chosen = {"trainer": OF_RUN, "server": OF_SERVERS}.get(known.processes[0], OF_STEPS)
+    chosen = {"trainer": OF_RUN, "evaluation": OF_RUN, "server": OF_SERVERS}.get(known.processes[0], OF_STEPS)
     matchers = [chosen, *(f'{label}="{value}"' for label, value in labels.items())]
     if known.per_rank:
         matchers.append('rank=~"$rank"')

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.e2e
 # Panel → why an undisturbed run in FP32 on CPUs has no data for it; tests/pipelines/test_dashboards_live.py covers all
 # except the first.
 ELSEWHERE = {
+    "Benchmarks": "the evaluation has none",
+    "Held-out text": "the training is not validated",
     "Model FLOPs utilisation": "the peak of a CPU is not known",
     "FP8: largest magnitude": "no FP8",
     "FP8: clamped tensors": "no FP8",

@@ -24,6 +24,8 @@ SAMPLE = ROOT / "components" / "download" / "sample" / "ko.jsonl.gz"
 STEPS, KILLED_AT, CHECKPOINT_EVERY = 28, 16, 7
 # Panel → why this run has no data for it. tests/e2e/test_dashboards_cluster.py covers all of these except the first.
 ELSEWHERE = {
+    "Benchmarks": "the evaluation has none",
+    "Held-out text": "the training is not validated",
     "Model FLOPs utilisation": "the peak of a CPU is not known",
     "Replaced pods": "there are no pods",
     "Phase of the job": "the local launcher has no phases",

@@ -112,10 +112,10 @@ def _answerer(spec: TrainSpec, trained: Trained, longest: int, autocast: Autocas
 def _served(port: int) -> Iterator[Metrics]:
     """Metrics on that port; on none if it is taken, as by a run that trains meanwhile."""
     try:
-        metrics = Metrics(rank=0, port=port)
+        metrics = Metrics(rank=0, port=port, process="evaluation")
     except SpecError as error:
         log.warning("the evaluation serves no metrics: %s", error)
-        metrics = Metrics(rank=0, port=0)
+        metrics = Metrics(rank=0, port=0, process="evaluation")
     try:
         yield metrics
         metrics.await_scrape()

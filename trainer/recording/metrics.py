@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 PREFIX = "yaongi_"
-Process = Literal["trainer", "launcher", "data", "server"]
+Process = Literal["trainer", "evaluation", "launcher", "data", "server"]
 STEP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 60, 120, 300)
 ANSWER_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
@@ -38,6 +38,7 @@ class Metric:
     buckets: tuple[float, ...] = STEP_BUCKETS
 
 
+EVALUATION: tuple[Process, ...] = ("evaluation",)
 LAUNCHER: tuple[Process, ...] = ("launcher",)
 DATA: tuple[Process, ...] = ("data",)
 SERVER: tuple[Process, ...] = ("server",)
@@ -103,6 +104,7 @@ METRICS: tuple[Metric, ...] = (
         "Scores of the benchmarks that the evaluation has measured so far; LogicKor's are from 1 to 10.",
         "",
         ("task", "metric"),
+        processes=EVALUATION,
     ),
     Metric("learning_rate", "gauge", "Learning rate in force, of the matrices.", ""),
     Metric("source_tokens_total", "counter", "Tokens trained on by source.", "tokens", ("source",)),
