@@ -6,14 +6,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.data.chattemplate import Asking
-from trainer.distributed import pick_device
-from trainer.export import load
-from trainer.generate import continued
-from trainer.inference.engine import Engine
-from trainer.inference.sampling import Sampling
-from trainer.inference.text import Text
+
+if TYPE_CHECKING:  # they import torch
+    from trainer.inference.engine import Engine
+    from trainer.inference.sampling import Sampling
+    from trainer.inference.text import Text
 
 MIB = 2**20
 
@@ -29,6 +29,10 @@ def generate(directory: Path, prompts: list[str], sampling: Sampling, *, chat: b
         SpecError: a value out of range, or not enough memory.
         CheckpointError, DataError: the export cannot be used.
     """
+    from trainer.distributed import pick_device
+    from trainer.export import load
+    from trainer.generate import continued
+
     model, tokenizer = load(directory, pick_device("auto"))
     asking = Asking(directory) if chat else None
     put = asking or (lambda prompt: tokenizer.begun(tokenizer.encode(prompt)))
