@@ -119,7 +119,10 @@ def read(directory: Path) -> tuple[dict[str, Any], ModelSpec]:
     manifest = _read_json(directory / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise _damaged(directory / MANIFEST, f"has format {manifest.get('format')}, this version reads {FORMAT}")
-    expected = {name: CheckpointFile.model_validate(entry) for name, entry in manifest["files"].items()}
+    try:
+        expected = {name: CheckpointFile.model_validate(entry) for name, entry in manifest["files"].items()}
+    except (KeyError, AttributeError, ValueError):
+        raise _damaged(directory / MANIFEST, "does not name the files of an export") from None
     for name in expected:
         if not (directory / name).is_file():
             raise _damaged(directory / name, "is missing")

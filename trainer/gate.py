@@ -122,6 +122,14 @@ def _task(name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
     return found.get("subtasks", {}).get(inner, {}) if inner else found
 
 
+def _others(metric: str, evaluation: dict[str, Any]) -> list[str]:
+    """The metrics of the same benchmark that were measured."""
+    kind, _, rest = metric.partition(".")
+    if kind in HELDOUT:
+        return []
+    return next((sorted(found) for task, _ in splits(rest) if (found := _task(task, evaluation).get("metrics"))), [])
+
+
 def splits(name: str) -> Iterator[tuple[str, str]]:
     """Task and metric, either of which may contain dots."""
     parts = name.split(".")
@@ -144,7 +152,8 @@ def _result(gate: GateSpec, where: str, evaluation: dict[str, Any], run_dir: str
         remark = f", {baseline_file(gate, run_dir).parent.name}'s {_shown(other)[0]}{by}"
     assert threshold is not None
     if value is None:
-        sentence = f"{label} was not measured ({where})"
+        there = f"; there is {', '.join(others)}" if (others := _others(gate.metric, evaluation)) else ""
+        sentence = f"{label} was not measured ({where}){there}"
         return {"passed": False, "value": None, "threshold": threshold, "sentence": sentence}
     passed = value <= threshold if at_most else value >= threshold  # NaN does not pass
     shown, bound = _shown(value, threshold)
@@ -160,8 +169,10 @@ def _baseline(gate: GateSpec, run_dir: str) -> tuple[float | None, str]:
         return None, f"better_than {gate.better_than} is this run itself; name another"
     try:
         evaluation = read_json(file)
-    except (CheckpointError, OSError) as error:
+    except CheckpointError as error:
         return None, f"better_than {gate.better_than}: {error}"
+    except OSError as error:
+        return None, f"better_than {gate.better_than}: {file} cannot be read ({error.strerror}); name another"
     if evaluation is None:
         return None, f"better_than {gate.better_than}: {file} is not there; evaluate that run first, or name another"
     value = measured_value(gate.metric, evaluation)

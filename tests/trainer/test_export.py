@@ -153,6 +153,15 @@ def test_damage_is_named(exported, name, damage):
     assert caught.value.code == 66 and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("written", ['{"format": 1}', '{"format": 1, "files": 3}', '{"format": 1, "files": {"a": {}}}'])
+def test_a_manifest_without_files_is_refused(exported, written):
+    (exported[3] / export.MANIFEST).write_text(written)
+    with pytest.raises(
+        ForeseenError, match=r"manifest\.json does not name the files of an export; export the run again"
+    ):
+        export.load(exported[3])
+
+
 def test_export_again_replaces_and_leaves_nothing_behind(exported):
     spec, model, first, directory = exported
     with torch.no_grad():

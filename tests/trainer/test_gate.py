@@ -51,6 +51,18 @@ def test_metrics_are_found_where_eval_json_has_them():
     assert gate.measured_value("benchmarks.kmmlu.acc", {"domains": {}}) is None
 
 
+def test_a_metric_that_was_not_measured_names_those_that_were(tmp_path: Path):
+    said = decided(tmp_path, metric="benchmarks.kmmlu.f1", at_least=0.1)["sentence"]
+    assert said == "kmmlu f1 was not measured (train.evaluate.gate[0]); there is acc, word.perplexity"
+    assert (
+        decided(tmp_path, metric="loss.code", at_most=9.0)["sentence"]
+        == "code loss was not measured (train.evaluate.gate[0])"
+    )
+    (tmp_path / "file").touch()
+    said = decided(tmp_path, metric="loss.ko", better_than=str(tmp_path / "file" / "run"))["sentence"]
+    assert said.endswith("/eval.json cannot be read (Not a directory); name another")
+
+
 @pytest.mark.parametrize(
     ("fields", "passed"),
     [
