@@ -10,7 +10,7 @@ import typer
 
 from pipelines.options import Workdir
 from pipelines.verify import Export
-from trainer.serving.options import HELP, Device, Options, require
+from trainer.serving.options import HELP, Device, Options, prepare
 
 
 def serve(
@@ -33,7 +33,7 @@ def serve(
     options = Options(Path(), host, port, rows, length, max_waiting, device, metrics_port, timeout, grace)
     from pipelines.models import find
 
-    require()
+    prepare()
     directory = find(source, workdir)
     from trainer.serving.server import run
 

@@ -32,7 +32,7 @@ ELSEWHERE = {
     "Time in each phase": "the local launcher has no phases",
     "Renewals of the lease": "the local launcher has no lease",
 }
-# That of servers has a test of its own, tests/trainer/test_serving_process.py.
+# That of servers has a test of its own, tests/trainer/test_serving.py.
 OF_RUNS = {name: content for name, content in dashboards().items() if name != "serving"}
 # The sample's Korean source, repeated, so that each data step lasts for several scrapes.
 COPIES = 24

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
-import os
-import re
 import signal
-import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,11 @@ import openai
 import pytest
 from made_run import make_run
 from ports import free_port
+from served import KEY, Process, start
+from tools import tool
 from waiting import wait_until
 
+from manifests.dashboards.query import View, dashboards, panels, series, targets
 from trainer import export
 from trainer.data.chattemplate import Asking
 from trainer.data.tokenizer import Tokenizer
@@ -32,7 +33,8 @@ from trainer.model.hybrid import HybridModel
 
 pytestmark = [pytest.mark.enable_socket, pytest.mark.timeout(240)]
 
-KEY, MODEL = "a key of many", "micro"
+ROOT = Path(__file__).parents[2]
+MODEL = "micro"
 PROMPTS = ["river", "다리 강물 stone moon", "x", "light seven def return"]
 GREEDY: dict[str, Any] = {"model": MODEL, "max_tokens": 12, "temperature": 0}
 MESSAGES: list[Any] = [
@@ -41,46 +43,6 @@ MESSAGES: list[Any] = [
     {"role": "assistant", "content": "stone"},
     {"role": "user", "content": "moon"},
 ]
-
-
-@dataclass
-class Process:
-    """A server. Its output is read by a thread, so that it never blocks."""
-
-    process: subprocess.Popen[str]
-    lines: list[str]
-    metrics: int
-
-    @property
-    def address(self) -> str:
-        found = [re.search(r"http://\S+", line) for line in self.lines]
-        return next(each[0] for each in found if each).removesuffix("/v1")
-
-    def client(self, key: str = KEY) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60)
-
-    def get(self, path: str) -> tuple[int, Any]:
-        try:
-            with urllib.request.urlopen(self.address + path, timeout=60) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
-
-    def metric(self, name: str) -> float:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=60) as response:
-            return sum(float(x) for x in re.findall(rf"^yaongi_serve_{name}\S* (\S+)$", response.read().decode(), re.M))
-
-
-def start(directory: Path, *options: str, key: str = "") -> Process:
-    metrics = free_port()
-    command = [sys.executable, "-m", "trainer.serving", str(directory), "--port=0", f"--metrics-port={metrics}"]
-    environment = {**os.environ, "YAONGI_API_KEY": key, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    lines: list[str] = []
-    threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True).start()
-    return Process(process, lines, metrics)
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +281,29 @@ def test_many_streams_at_once_are_not_mixed_up(server: Process, trained: tuple[H
 
     assert asyncio.run(all_streams()) == expected
     assert server.metric("first_token_seconds_count") >= 64 and server.metric("waiting_texts") == 0
+
+
+def test_every_panel_of_the_dashboard_shows_something(server: Process, tmp_path: Path) -> None:
+    """With a real Prometheus that scrapes the server while it answers and refuses."""
+    tool("prometheus")
+    maker = importlib.util.spec_from_file_location("dashboard_pictures", ROOT / "makers" / "dashboard_pictures.py")
+    assert maker and maker.loader
+    module = importlib.util.module_from_spec(maker)
+    sys.modules["dashboard_pictures"] = module  # its dataclasses look there
+    maker.loader.exec_module(module)
+    client, begin = server.client(), time.time()
+    targets_of = [(server.metrics, {"namespace": "here", "run": "served"})]
+
+    def empty() -> set[str]:
+        client.completions.create(prompt=PROMPTS, **GREEDY)
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(prompt=[], **GREEDY)
+        view = View(begin, time.time(), 1.0, {"namespace": "here", "server": "served"})
+        found = [(panel["title"], each) for panel in panels(dashboards()["serving"]) for each in targets(panel)]
+        return {title for title, each in found if all(one.is_empty for one in series(prometheus.ask, each, view))}
+
+    with module.Prometheus(tmp_path, free_port(), targets_of) as prometheus:
+        wait_until(lambda: not empty())
 
 
 LONG: dict[str, Any] = {"model": MODEL, "prompt": "x", "max_tokens": 2900, "temperature": 0, "stream": True}

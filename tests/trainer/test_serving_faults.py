@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Breaks(Engine):
 
     def step(self) -> list[Text]:
         if self.stands:
+            time.sleep(0.002)
             return []
         if self.passes == 2:
             raise RuntimeError("CUDA error: an illegal memory access\nmore of it")
@@ -83,14 +85,17 @@ ASK = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 50, "temperature": 0}
 
 def test_requests_end_with_an_error_when_the_engine_fails(engine: Callable[[], Breaks]) -> None:
     async def story() -> None:
-        service = service_of(engine(), timeout=60)
+        breaks = engine()
+        breaks.stands = True
+        service = service_of(breaks, timeout=60)
         app = app_of(service)
         await service.thread.loaded.wait()
-        whole, stream, waits = await asyncio.gather(
-            asked(app, "POST", "/v1/completions", ASK),
-            asked(app, "POST", "/v1/completions", {**ASK, "stream": True}),
-            asked(app, "POST", "/v1/completions", {**ASK, "n": 2}),
-        )
+        asks = (ASK, {**ASK, "stream": True}, {**ASK, "n": 2})
+        answers = [asyncio.create_task(asked(app, "POST", "/v1/completions", each)) for each in asks]
+        while service.thread.open < 4:
+            await asyncio.sleep(0.01)
+        breaks.stands = False
+        whole, stream, waits = await asyncio.gather(*answers)
         assert whole[0] == waits[0] == 500
         error = json.loads(whole[1])["error"]
         assert (error["type"], error["code"]) == ("server_error", "failed")

@@ -17,7 +17,7 @@ from typing import get_args
 
 from trainer.errors import foreseen
 from trainer.exitcodes import ExitCode
-from trainer.serving.options import HELP, Device, Options, require
+from trainer.serving.options import HELP, Device, Options, prepare
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: os._exit(0))
     try:
         options = Options(**vars(parser().parse_args(arguments)))
-        require()
+        prepare()
         from trainer.serving.server import run
 
         run(options)

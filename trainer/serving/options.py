@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,10 +61,12 @@ class Options:
                 raise SpecError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {wanted}")
 
 
-def require() -> None:
-    """
+def prepare() -> None:
+    """Before PyTorch is imported.
+
     Raises:
         LaunchError: the packages of the extra `serve` are missing.
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise LaunchError(f"{missing[0]} is not installed; run: pip install 'yaongi[serve]'")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in trainer/__main__.py, for the same reason
