@@ -51,7 +51,7 @@ def artefacts(folder: Path) -> dict[str, tuple[int, int]]:
         str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
         for tree in ("datasets", "checkpoints")
         for path in sorted((folder / "work" / tree).rglob("*"))
-        if path.is_file() and path.name not in ("job.yaml", "train.yaml")
+        if path.is_file() and path.name not in ("job.yaml", "train.yaml", "preset.json")
     }
 
 
