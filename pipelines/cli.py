@@ -22,6 +22,7 @@ from pipelines.lint import lint
 from pipelines.onnxverb import onnx
 from pipelines.options import Job, Sets, Target, Workdir
 from pipelines.prepare import prepare
+from pipelines.quantize import Weights, quantize
 from pipelines.serve import serve
 from pipelines.verify import sign, verify
 
@@ -50,7 +51,8 @@ missing or in the way, 72 a gate was not passed, 74 file or volume, 130 and 143 
 
 # In the order in which people need them.
 VERBS = (
-    *("run", "tune", "prepare", "train", "evaluate", "export", "verify", "sign", "onnx", "generate", "serve"),
+    *("run", "tune", "prepare", "train", "evaluate", "export", "verify", "sign"),
+    *("quantize", "onnx", "generate", "serve"),
     *("local", "status", "logs", "compare", "stop", "resume"),
     *("describe", "presets", "data", "doctor", "submit", "compile", "render", "lint", "why"),
 )
@@ -76,7 +78,7 @@ app.add_typer(data_app, name="data")
 verbs.register(app)
 app.command()(lint)
 app.command()(doctor)
-for command in (prepare, compare, verify, sign, onnx, serve):
+for command in (prepare, compare, verify, sign, quantize, onnx, serve):
     app.command()(command)
 
 
@@ -223,6 +225,9 @@ def generate(
     speculate: Annotated[
         bool, typer.Option("--speculate", help="Let multi-token prediction propose tokens; with --temperature 0.")
     ] = False,
+    weights: Annotated[
+        Weights, typer.Option(help="How weights are held; auto: as stored, FP32 as BF16 on a GPU that has it.")
+    ] = Weights.AUTO,
     seed: int = 0,
     workdir: Workdir = Path("work"),
     verbose: Verbose = False,
@@ -238,7 +243,7 @@ def generate(
     if speculate and temperature:
         raise SpecError("--speculate proposes tokens for greedy texts only; add --temperature 0")
     sampling = Sampling(tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()))
-    write(directory, prompt, sampling, chat=chat, drafts=speculate)
+    write(directory, prompt, sampling, chat=chat, drafts=speculate, weights=weights.value)
 
 
 @app.command()

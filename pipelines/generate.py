@@ -14,26 +14,30 @@ if TYPE_CHECKING:  # they import torch
     from trainer.inference.engine import Engine
     from trainer.inference.sampling import Sampling
     from trainer.inference.text import Text
+    from trainer.loading import Weights
 
 MIB = 2**20
 
 
-def generate(directory: Path, prompts: list[str], sampling: Sampling, *, chat: bool, drafts: bool) -> None:
+def generate(
+    directory: Path, prompts: list[str], sampling: Sampling, *, chat: bool, drafts: bool, weights: Weights = "auto"
+) -> None:
     """Print the continuation of each prompt, or the answer to it. A single one appears while it is written.
 
     Args:
         sampling: of the first prompt; each further one has the next seed.
         drafts: propose tokens by multi-token prediction; only for greedy texts.
+        weights: how they are held in memory.
 
     Raises:
         SpecError: a value out of range, or not enough memory.
         CheckpointError, DataError: the export cannot be used.
     """
     from trainer.distributed import pick_device
-    from trainer.export import load
     from trainer.generate import continued
+    from trainer.loading import load
 
-    model, tokenizer = load(directory, pick_device("auto"))
+    model, tokenizer = load(directory, pick_device("auto"), weights)
     asking = Asking(directory) if chat else None
     put = asking or (lambda prompt: tokenizer.begun(tokenizer.encode(prompt)))
     stops = asking.stops if asking else {tokenizer.eod_id}

@@ -9,6 +9,11 @@
     passport.json       data, code and training that it comes from, and the digests of all files above
     passport.dsse.json  signature of the passport, if a key is given (trainer/signing.py)
 
+Format 1 is FP32. Format 2, written by trainer/quantise.py, has `weights` int8 or fp8 in its manifest: in
+model.safetensors the weights that trainer/model/quantised.py names are of that dtype, with the FP32 scales of their
+rows under the same name and `_scale`; the rest is FP32, and there is no folder transformers. A version that does not
+know a format refuses it.
+
 It is written under a hidden name and renamed, so a directory named `export` is complete.
 """
 
@@ -19,6 +24,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +45,10 @@ from trainer.hf.folder import write as write_folder
 from trainer.hf.weights import own_tensors, tensors, without_place
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.model.lora import merge
+from trainer.model.quantised import install
 from trainer.modelspec import ModelSpec
+from trainer.ops import quantised
+from trainer.ops.quantised import Kind
 from trainer.report import update_report
 from trainer.report.run import Run, read_run
 from trainer.spec import BackendsSpec, TrainSpec
@@ -48,9 +57,11 @@ from trainer.trained import Trained, load_trained
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT, QUANTISED_FORMAT = 1, 2
+WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
 TRANSFORMERS = "transformers"
+FORMATS = [(FORMAT, None), *((QUANTISED_FORMAT, kind) for kind in quantised.DTYPES)]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -82,7 +93,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     if signer is not None:
         key_id = signing.sign(draft, *passport.read(draft / passport.PASSPORT), signer)
         log.info("signed the passport with key %s", key_id)
-    _sync(draft / passport.PASSPORT)
+    sync(draft / passport.PASSPORT)
     sync_directory(draft)
     if final.exists():
         final.rename(old)
@@ -95,19 +106,44 @@ def run(spec: TrainSpec) -> dict[str, Any]:
 
 
 def load(directory: str | Path, device: torch.device | str = "cpu") -> tuple[HybridModel, Tokenizer]:
-    """The model and tokenizer of an exported directory, after its files were verified.
+    """The model and tokenizer of an exported directory, after its files were verified. Weights are as they are stored;
+    `trainer.inference.loading` converts them.
 
     Raises:
         CheckpointError: naming the file that is missing, damaged or does not fit.
     """
     directory = Path(directory)
-    _, spec = read(directory)
-    model = build_model(spec, device=device, seed=None)
-    weights = load_file(directory / "model.safetensors", device=str(device))
-    if different := sorted(weights.keys() ^ model.state_dict().keys()):
-        raise _damaged(directory / "model.safetensors", f"and config.json disagree about {different[0]}")
-    model.load_state_dict(weights, assign=True)
-    return model.eval(), Tokenizer.load(directory)
+    manifest, spec = read(directory)
+    state = load_file(directory / WEIGHTS, device=str(device))
+    return assemble(directory, spec, state, device, kind=manifest.get("weights")), Tokenizer.load(directory)
+
+
+def assemble(
+    directory: Path,
+    spec: ModelSpec,
+    state: Mapping[str, torch.Tensor],
+    device: torch.device | str,
+    *,
+    kind: Kind | None = None,
+    stream: torch.dtype = torch.float32,
+) -> HybridModel:
+    """The model of a state dict, on `device`.
+
+    Args:
+        directory: where the state comes from.
+        kind: of its quantised weights; None: it has none.
+        stream: dtype of the residual stream.
+
+    Raises:
+        CheckpointError: the state has other tensors than the model.
+    """
+    model = build_model(spec, device=device, dtype=None if stream == torch.float32 else stream, seed=None)
+    if kind is not None:
+        install(model, spec, kind, stream)
+    if different := sorted(state.keys() ^ model.state_dict().keys()):
+        raise _damaged(directory / WEIGHTS, f"and config.json disagree about {different[0]}")
+    model.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
+    return model.eval()
 
 
 def read(directory: Path) -> tuple[dict[str, Any], ModelSpec]:
@@ -117,8 +153,9 @@ def read(directory: Path) -> tuple[dict[str, Any], ModelSpec]:
         CheckpointError: naming the file that is missing, damaged or does not fit.
     """
     manifest = _read_json(directory / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise _damaged(directory / MANIFEST, f"has format {manifest.get('format')}, this version reads {FORMAT}")
+    if (manifest.get("format"), manifest.get("weights")) not in FORMATS:
+        stated = f"{manifest.get('format')} {manifest.get('weights', '')}".rstrip()
+        raise _damaged(directory / MANIFEST, f"has format {stated}, this version reads up to {QUANTISED_FORMAT}")
     try:
         expected = {name: CheckpointFile.model_validate(entry) for name, entry in manifest["files"].items()}
     except (KeyError, AttributeError, ValueError):
@@ -135,9 +172,9 @@ def read(directory: Path) -> tuple[dict[str, Any], ModelSpec]:
 
 def _write(draft: Path, spec: TrainSpec, trained: Trained, record: Run) -> dict[str, Any]:
     state = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
-    save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
-    _write_text(draft / "config.json", json.dumps(stored(spec.model), indent=1) + "\n")
-    shutil.copymode(draft / "config.json", draft / "model.safetensors")  # safetensors ignores the umask
+    save_file(state, draft / WEIGHTS, metadata={"format": "pt"})
+    write_text(draft / "config.json", json.dumps(stored(spec.model), indent=1) + "\n")
+    shutil.copymode(draft / "config.json", draft / WEIGHTS)  # safetensors ignores the umask
     tokenizer = files_of(Path(spec.tokens.tokenizer))
     for file in tokenizer:
         shutil.copyfile(file, draft / file.name)
@@ -158,15 +195,15 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained, record: Run) -> dict[
     if beside:
         manifest["transformers"] = TRANSFORMERS
         manifest["trust_remote_code"] = f"{TRANSFORMERS}/{own.CODE[0].name}" in beside
-    _write_text(draft / "README.md", model_card(record, manifest))
-    names = sorted(("model.safetensors", "config.json", *(file.name for file in tokenizer), "README.md", *beside))
+    write_text(draft / "README.md", model_card(record, manifest))
+    names = sorted((WEIGHTS, "config.json", *(file.name for file in tokenizer), "README.md", *beside))
     manifest["passport"] = passport.PASSPORT
     manifest["sha256"] = {name: checksum(draft / name, "sha256") for name in names}
     manifest["files"] = {name: entry.model_dump() for name, entry in describe_files(draft, names).items()}
     for name in names:
-        _sync(draft / name)
-    _write_text(draft / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    _sync(draft / MANIFEST)
+        sync(draft / name)
+    write_text(draft / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    sync(draft / MANIFEST)
     sync_directory(draft)
     return manifest
 
@@ -217,10 +254,10 @@ def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"exported model: {path} {what}; export the run again")
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -42,7 +42,7 @@ from trainer.hf.folder import CONFIG
 from trainer.hf.mixers_yaongi import MIXERS, Attention, RMSNorm, State, Step, rotary
 from trainer.modelspec import ModelSpec
 from trainer.passport import PASSPORT
-from trainer.pretrained import MTP, find
+from trainer.pretrained import MTP, find, refuse_quantised
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ def run(directory: Path, output: Path) -> Path:
     if output.exists() and not (output / FILE).is_file() and not (output.is_dir() and not any(output.iterdir())):
         raise SpecError(f"{output} exists and is not an ONNX export; give another folder, or remove it")
     manifest, spec = read(directory)
+    refuse_quantised(directory, manifest, "ONNX is written from")
     draft, old = (output.with_name(f".{output.name}-{what}-{time.time_ns()}") for what in ("unfinished", "old"))
     draft.mkdir(parents=True)
     try:

@@ -14,6 +14,8 @@ from trainer.kinds.base import Kind, Parameter, matrix, table, vector
 from trainer.lora import adapters, plain
 from trainer.modelspec import ModelSpec
 
+LM_HEAD = "LM head: its logits are the loss"
+
 
 def parameters(spec: ModelSpec) -> list[Parameter]:
     """Embedding, sublayers, final norm, head, and the modules of multi-token prediction."""
@@ -40,8 +42,8 @@ def head(spec: ModelSpec) -> Parameter:
     tied it has the embedding's name."""
     name = "embedding.weight" if spec.tied_embedding else "head.weight"
     shown = replace(table(name, spec.vocab_size, spec.hidden), multiplies=True)
-    exact, frozen = "LM head: its logits are the loss", spec.lora is not None
-    return replace(shown, active=math.prod(shown.shape), high_precision=exact, frozen=frozen)
+    frozen = spec.lora is not None
+    return replace(shown, active=math.prod(shown.shape), high_precision=LM_HEAD, frozen=frozen)
 
 
 def sublayer_parameters(spec: ModelSpec, section: Kind, prefix: str) -> Iterator[Parameter]:

@@ -115,6 +115,15 @@ class TrainingRecord(Stored):
     energy: dict[str, Any]
 
 
+class QuantisedRecord(Stored):
+    """Weights of low precision. `passport_sha256`: of the passport of the export that they were made from, whose
+    evaluation this one states; `measured`: held-out text before and after."""
+
+    weights: str
+    passport_sha256: str
+    measured: dict[str, Any]
+
+
 class Passport(Stored):
     format: int
     name: str
@@ -128,6 +137,7 @@ class Passport(Stored):
     training: TrainingRecord
     evaluation: dict[str, Any] | None
     files: dict[str, FileRecord]
+    quantised: QuantisedRecord | None = None
 
     @field_validator("files")
     @classmethod
@@ -145,17 +155,11 @@ def write(directory: Path, spec: TrainSpec, checkpoint: CheckpointManifest, mani
         spec: of the training.
         manifest: the content of the export's manifest.json.
     """
-    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    listed = {name: FileRecord(bytes=sizes[name], sha256=sha256) for name, sha256 in manifest["sha256"].items()}
-    own = directory / "manifest.json"
-    files = listed | {own.name: FileRecord(bytes=own.stat().st_size, sha256=checksum(own, "sha256"))}
     passport = Passport(
         format=FORMAT,
         name=manifest["name"],
         parameters=manifest["parameters"],
-        code=CodeRecord(
-            version=trainer.__version__, sha256=code_digest(), python=platform.python_version(), torch=_torch()
-        ),
+        code=_code(),
         spec=SpecRecord(sha256=spec_digest(spec), version=version_of(spec)),
         checkpoint=CheckpointRecord(
             step=checkpoint.step, digest=checkpoint.digest, code_version=checkpoint.code_version
@@ -165,10 +169,47 @@ def write(directory: Path, spec: TrainSpec, checkpoint: CheckpointManifest, mani
         data=_data(spec, checkpoint),
         training=_training(checkpoint, run),
         evaluation=_evaluation(run.evaluation, checkpoint),
-        files=dict(sorted(files.items())),
+        files=_files(directory, manifest),
     )
+    _store(directory, passport)
+
+
+def write_quantised(directory: Path, source: Path, manifest: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Write the passport of a quantised export whose other files are complete.
+
+    Args:
+        source: the folder of the export that it was made from, with a passport.
+        manifest: the content of its own manifest.json.
+
+    Raises:
+        CheckpointError: the source's passport is damaged.
+    """
+    content, data = read(source / PASSPORT)
+    made = QuantisedRecord(
+        weights=manifest["weights"], passport_sha256=hashlib.sha256(data).hexdigest(), measured=measured
+    )
+    changed = {"code": _code(), "files": _files(directory, manifest), "quantised": made}
+    _store(directory, content.model_copy(update=changed))
+
+
+def _store(directory: Path, passport: Passport) -> None:
     text = json.dumps(passport.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
     (directory / PASSPORT).write_text(text, encoding="utf-8")
+
+
+def _files(directory: Path, manifest: dict[str, Any]) -> dict[str, FileRecord]:
+    """All files of an export, from its manifest, and the manifest itself."""
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    listed = {name: FileRecord(bytes=sizes[name], sha256=sha256) for name, sha256 in manifest["sha256"].items()}
+    own = directory / "manifest.json"
+    files = listed | {own.name: FileRecord(bytes=own.stat().st_size, sha256=checksum(own, "sha256"))}
+    return dict(sorted(files.items()))
+
+
+def _code() -> CodeRecord:
+    return CodeRecord(
+        version=trainer.__version__, sha256=code_digest(), python=platform.python_version(), torch=_torch()
+    )
 
 
 def read(path: Path) -> tuple[Passport, bytes]:

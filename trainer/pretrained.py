@@ -97,6 +97,19 @@ def tokenizer_of(folder: str | Path) -> Path:
     return found
 
 
+def refuse_quantised(folder: Path, manifest: dict[str, Any], what: str) -> None:
+    """
+    Args:
+        manifest: the content of an export's manifest.json.
+        what: needs whole weights.
+
+    Raises:
+        SpecError: the export holds weights of low precision.
+    """
+    if weights := manifest.get("weights"):
+        raise SpecError(f"{folder} holds weights as {weights}, but {what} FP32; name the export that it was made from")
+
+
 def refuse_misfit(found: Pretrained, model: ModelSpec) -> None:
     """
     Raises:
@@ -108,6 +121,8 @@ def refuse_misfit(found: Pretrained, model: ModelSpec) -> None:
             f"{found.folder} holds adapters (train.model.lora), not merged; export that run, which merges them, and "
             "give its export"
         )
+    if found.kind == "export":
+        refuse_quantised(found.folder, read_json(found.folder / EXPORT), "training begins with")
     theirs, ours = _weights_fields(found.model), _weights_fields(model)
     for field in [*ours, *(name for name in theirs if name not in ours)]:
         if theirs.get(field) != ours.get(field):

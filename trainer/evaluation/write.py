@@ -72,7 +72,7 @@ class Writer:
     def _rows(self, wanted: int, length: int) -> int:
         """Texts at the same time: as many as fit into most of the memory."""
         each = memory.needed(self._model, 0, length)
-        room = int(memory.free(self._model.embedding.weight.device) * MEMORY_SHARE) // each - 1
+        room = int(memory.free(self._model.no_tokens.device) * MEMORY_SHARE) // each - 1
         rows = min(wanted, ROWS, max(room, 1))
         memory.check(self._model, rows, length)
         return rows

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from trainer.kinds.base import Cached, Kind
 from trainer.model.hybrid import HybridModel
-from trainer.model.linear import product
 from trainer.model.norm import RMSNorm
 from trainer.model.ready import Ready, normed
 from trainer.model.step import State, Step
@@ -53,8 +52,8 @@ class Cache:
     """
 
     def __init__(self, model: HybridModel, rows: int, length: int, *, drafts: bool = False) -> None:
-        weight = model.embedding.weight
-        dtypes = {"activation": compute_dtype(weight), "fp32": torch.float32, "int64": torch.int64}
+        stream = model.no_tokens
+        dtypes = {"activation": compute_dtype(stream), "fp32": torch.float32, "int64": torch.int64}
         self.model, self.rows, self.length = model, rows, length
         self._states: list[State] = []
         self._growing: set[tuple[int, str]] = set()  # index of the state and name, of tensors with all positions
@@ -62,7 +61,7 @@ class Cache:
             state: State = {}
             for name, shape, per_position, dtype in section.cached(model.spec):
                 sizes = (rows, shape[0], length, *shape[1:]) if per_position else (rows, *shape)
-                state[name] = torch.zeros(sizes, dtype=dtypes[dtype], device=weight.device)
+                state[name] = torch.zeros(sizes, dtype=dtypes[dtype], device=stream.device)
                 if per_position:
                     self._growing.add((len(self._states), name))
             self._states.append(state)
@@ -108,7 +107,7 @@ class Cache:
     def logits(self, h_BTD: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """FP32 logits of the next token, for what `extend` returned. `norm`: another one in front of the head."""
         model = self.model
-        return product(model.readout(normed(norm or model.final_norm), h_BTD), model.head_weight).float()
+        return model.logits(model.readout(normed(norm or model.final_norm), h_BTD)).float()
 
     def clear(self, first: int, rows: int) -> None:
         """Make rows new. Keys and values may stay: nothing sees them before they are overwritten."""

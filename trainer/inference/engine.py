@@ -75,7 +75,7 @@ class Engine:
         self.drafts, self.prefill_tokens = drafts, prefill_tokens
         self.waiting: deque[Text] = deque()
         self.proposed = self.accepted = self.passes = 0
-        self._device = model.embedding.weight.device
+        self._device = model.no_tokens.device
         # One position more than the longest text, for a proposal; one row more, to exchange two others.
         self.cache = Cache(model, rows + 1, length + 1, drafts=drafts)
         self._running: list[Row] = []

@@ -15,7 +15,7 @@ MIB = 2**20
 
 def needed(model: HybridModel, rows: int, length: int, *, drafts: bool = False) -> int:
     """Bytes of the caches of an Engine."""
-    size = compute_dtype(model.embedding.weight).itemsize
+    size = compute_dtype(model.no_tokens).itemsize
     return (rows + 1) * cache_bytes(model.spec, length + 1, size, drafts=drafts)
 
 
@@ -33,7 +33,7 @@ def check(model: HybridModel, rows: int, length: int, *, drafts: bool = False) -
     Raises:
         SpecError: it is not; says how many texts or which length would fit.
     """
-    device = model.embedding.weight.device
+    device = model.no_tokens.device
     wanted, available = needed(model, rows, length, drafts=drafts), free(device)
     if wanted <= available:
         return wanted

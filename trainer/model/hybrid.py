@@ -32,6 +32,7 @@ from trainer.model.mixer import Functions, Mixed, Mixer
 from trainer.model.moe import Moe
 from trainer.model.mtp import MtpModule, ahead
 from trainer.model.norm import RMSNorm
+from trainer.model.quantised import QuantisedWeight
 from trainer.model.recompute import Recomputed
 from trainer.model.rows import own_rows
 from trainer.modelspec import ModelSpec
@@ -133,7 +134,7 @@ class HybridModel(nn.Module):
         ce_sum = logits_BTV = None
         mtp_ce_sums, mtp_labels = [], []
         if labels_BT is None:
-            logits_BTV = product(self.readout(self.final_norm, x_BTD), self.head_weight)
+            logits_BTV = self.logits(self.readout(self.final_norm, x_BTD))
         else:
             ce_sum = self._cross_entropy(self.readout(self.final_norm, x_BTD), labels_BT)
             for places, module in enumerate(self.mtp if self.training else [], start=1):
@@ -157,6 +158,16 @@ class HybridModel(nn.Module):
         """What the head multiplies."""
         return norm(x_BTD) * mup.output_factor(self.spec) if self.spec.mup else norm(x_BTD)
 
+    def logits(self, h_BTD: Tensor) -> Tensor:
+        """Of the next token, for what `readout` returned."""
+        head = self.embedding if self.spec.tied_embedding else self.head
+        return head.product(h_BTD) if isinstance(head, QuantisedWeight) else product(h_BTD, head.weight)
+
+    @property
+    def no_tokens(self) -> Tensor:
+        """Embeddings [0, D] of no tokens: they have the dtype and device of the residual stream."""
+        return self.embedding(torch.empty(0, dtype=torch.int64, device=self.final_norm.weight.device))
+
     def _documents(self, seq_idx_BT: Tensor, dtype: torch.dtype) -> Documents:
         """With everything that the layers will ask for, before the first of them does."""
         sections, documents = self._sections, Documents(seq_idx_BT)
@@ -176,7 +187,8 @@ class HybridModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        return self.embedding.weight if self.spec.tied_embedding else self.head.weight
+        head = self.embedding if self.spec.tied_embedding else self.head
+        return head.dequantised() if isinstance(head, QuantisedWeight) else head.weight
 
     def moe_sublayers(self) -> list[Moe]:
         """In the order of the rows of `expert_load_LE`."""

@@ -24,13 +24,14 @@ from trainer.kinds.moe import MoeSpec
 from trainer.model.linear import Linear
 from trainer.model.lora import summed, with_stacks
 from trainer.model.mixer import Functions, Mixed, Mixer
+from trainer.model.quantised import stack
 from trainer.model.ready import Ready, normed
 from trainer.model.step import State, Step
 from trainer.modelspec import ModelSpec
-from trainer.ops import Documents
+from trainer.ops import Documents, quantised
 from trainer.ops.activation import ACTIVATIONS
 from trainer.ops.experts import count_choices
-from trainer.ops.experts_few import experts_without_gradient
+from trainer.ops.experts_few import Run, experts_without_gradient
 
 
 class Moe(Mixer):
@@ -41,6 +42,7 @@ class Moe(Mixer):
         self.spec, hidden = spec, model.hidden
         self.balances = model.lora is None  # with adapters the router is frozen
         self.run_experts: Callable[..., Tensor] = functions["experts"]
+        self.quantised = False  # experts in INT8 or FP8, with scales (trainer/model/quantised.py)
         self.exchange: Callable[..., Tensor] | None = None  # trainer.parallel.experts, where ranks share the experts
         self.router = Linear(hidden, spec.num_experts)
         self.register_buffer("bias_E", torch.empty(spec.num_experts, dtype=torch.float32))
@@ -68,7 +70,10 @@ class Moe(Mixer):
         def experts(first_EGD: Tensor, down_EDF: Tensor) -> Tensor:
             return run(x_SD, first_EGD, down_EDF, expert_SK, weight_SK, spec.activation)
 
-        y_SD = with_stacks(self, (spec.first, "down_EDF"), x_SD, experts, keep=self.policy == "full")
+        if self.quantised:
+            y_SD = self._run_quantised()(x_SD, expert_SK, weight_SK)
+        else:
+            y_SD = with_stacks(self, (spec.first, "down_EDF"), x_SD, experts, keep=self.policy == "full")
         y_BTD = self._with_shared(y_SD.view_as(x_BTD), x_BTD)
         load_E = count_choices(expert_SK.flatten(), spec.num_experts)
         if not self.balances:
@@ -77,6 +82,9 @@ class Moe(Mixer):
         if spec.balance_loss_weight:
             aux_loss = aux_loss + self.balance_loss(scores_BTE, load_E)
         return Mixed(y_BTD, aux_loss, load_E)
+
+    def _run_quantised(self) -> Run:
+        return quantised.experts(stack(self, self.spec.first), stack(self, "down_EDF"), self.spec.activation)
 
     def _with_shared(self, y_BTD: Tensor, x_BTD: Tensor) -> Tensor:
         """Adds the expert that every token goes through, if there is one."""
@@ -89,7 +97,11 @@ class Moe(Mixer):
     def ready(self, norm: nn.Module) -> Ready:
         spec, norm_D, router_ED = self.spec, normed(norm), self.router.weight.float()
         first_EGD, down_EDF = summed(self, spec.first), summed(self, "down_EDF")
-        on_cpu = experts_without_gradient(first_EGD, down_EDF, spec.activation) if not first_EGD.is_cuda else None
+        run: Run | None = None
+        if self.quantised:
+            run = self._run_quantised()
+        elif not first_EGD.is_cuda:
+            run = experts_without_gradient(first_EGD, down_EDF, spec.activation)
 
         def extend(x_BTD: Tensor, step: Step, state: State) -> Tensor:
             x_BTD = norm_D(x_BTD)
@@ -98,8 +110,8 @@ class Moe(Mixer):
                 logits_SE = F.linear(x_SD.float(), router_ED)
                 scores_SE = logits_SE.softmax(-1) if spec.scores == "softmax" else logits_SE.sigmoid_()
             expert_SK, weight_SK = self.choose(scores_SE)
-            if on_cpu is not None:
-                y_SD = on_cpu(x_SD, expert_SK, weight_SK)
+            if run is not None:
+                y_SD = run(x_SD, expert_SK, weight_SK)
             else:
                 y_SD = self.run_experts(x_SD, first_EGD, down_EDF, expert_SK, weight_SK, spec.activation)
             return self._with_shared(y_SD.view_as(x_BTD), x_BTD)

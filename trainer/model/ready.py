@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trainer.model.linear import Linear
 from trainer.model.norm import RMSNorm
+from trainer.model.quantised import QuantisedLinear
 from trainer.model.step import State, Step
 from trainer.ops.experts import compute_dtype
 from trainer.ops.wide import computed_in
@@ -32,6 +33,8 @@ def plain(weight: Tensor) -> bool:
 
 def linear(module: nn.Module) -> Function:
     """The module as a function."""
+    if isinstance(module, QuantisedLinear):
+        return module.forward
     if type(module) is not Linear or module.lora_A is not None or not plain(module.weight):
         return module
     weight, bias = module.weight, module.bias
@@ -48,10 +51,12 @@ def normed(module: nn.Module) -> Function:
 def rms(weight_D: Tensor, eps: float) -> Function:
     """x · rsqrt(mean(x²) + eps) · weight in FP32, as x · √n / √(Σx² + n·eps): fewer operations than torch's on CPUs."""
     width = weight_D.shape[-1]
-    scaled_D, eps = weight_D * math.sqrt(width), width * eps
+    scaled_D, total = weight_D * math.sqrt(width), width * eps
 
     def function(x_D: Tensor) -> Tensor:
+        if x_D.dtype != weight_D.dtype:  # BF16 beside weights in FP32
+            return F.rms_norm(x_D.float(), weight_D.shape, weight_D.float(), eps).to(x_D.dtype)
         norm_1 = torch.linalg.vector_norm(x_D, dim=-1, keepdim=True)
-        return (x_D * norm_1.square_().add_(eps).rsqrt_()).mul_(scaled_D)
+        return (x_D * norm_1.square_().add_(total).rsqrt_()).mul_(scaled_D)
 
     return function
