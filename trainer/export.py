@@ -107,7 +107,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
 
 def load(directory: str | Path, device: torch.device | str = "cpu") -> tuple[HybridModel, Tokenizer]:
     """The model and tokenizer of an exported directory, after its files were verified. Weights are as they are stored;
-    `trainer.inference.loading` converts them.
+    `trainer.loading` converts them.
 
     Raises:
         CheckpointError: naming the file that is missing, damaged or does not fit.

@@ -25,9 +25,10 @@ from trainer.checkpoints.checkpoint import describe_files
 from trainer.data.tokenizer import Tokenizer, files_of
 from trainer.distributed import pick_device
 from trainer.errors import DataError, SpecError
-from trainer.export import MANIFEST, QUANTISED_FORMAT, WEIGHTS, assemble, read, sync, write_text
+from trainer.evaluation.write import read_object
+from trainer.export import MANIFEST, QUANTISED_FORMAT, TRANSFORMERS, WEIGHTS, assemble, read, sync, write_text
 from trainer.files import checksum, sync_directory, unreadable
-from trainer.inference.loading import cast, natural, quantise_state
+from trainer.loading import cast, natural, quantise_state
 from trainer.model.hybrid import HybridModel
 from trainer.modelspec import ModelSpec
 from trainer.ops.quantised import Kind
@@ -152,10 +153,7 @@ def _measured(
 
 
 def _is_quantised(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / MANIFEST).read_bytes()).get("weights"))
-    except (OSError, ValueError, AttributeError):
-        return False
+    return bool(read_object(folder / MANIFEST).get("weights"))
 
 
 def _write(
@@ -182,6 +180,9 @@ def _write(
         "measured": measured,
         "made_from_sha256": checksum(directory / MANIFEST, "sha256"),
     }
+    theirs = read_object(directory / TRANSFORMERS / "config.json")
+    if longest := theirs.get("max_position_embeddings"):
+        manifest["max_position_embeddings"] = longest  # a server's default
     names = sorted((WEIGHTS, *(file.name for file in copied), CARD, FORMER_CARD))
     has_passport = (directory / passport.PASSPORT).is_file()
     if has_passport:

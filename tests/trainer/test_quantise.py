@@ -21,7 +21,7 @@ from trainer.checkpoints.checkpoint import describe_files
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ForeseenError
 from trainer.generate import complete
-from trainer.inference.loading import load
+from trainer.loading import load
 from trainer.ops.quantised import Kind
 from trainer.scoring import Score
 from trainer.spec import TrainSpec
@@ -60,6 +60,7 @@ def test_an_export_is_made_again(exported: tuple[TrainSpec, Path], kind: Kind) -
     assert model.state_dict()["head.weight"].element_size() == 1
     manifest = json.loads((output / "manifest.json").read_text())
     assert (manifest["format"], manifest["weights"]) == (2, kind)
+    assert manifest["max_position_embeddings"] == spec.tokens.seq_len
     measured = evaluate.run(spec)
     assert manifest["measured"]["before"] == measured["domains"] | {"all": measured["all"]}
     after = manifest["measured"]["after"]["all"]["perplexity"]

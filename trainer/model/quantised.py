@@ -37,6 +37,7 @@ def quantised_state(spec: ModelSpec, state: Mapping[str, Tensor], kind: Kind) ->
     Raises:
         ValueError: naming a weight that has Inf or NaN.
     """
+    assert spec.lora is None, "exports have no adapters, they are merged"
     chosen = {parameter.name for parameter in parameters(spec) if converts(parameter)}
     made: dict[str, Tensor] = {}
     for name, tensor in state.items():

@@ -21,10 +21,12 @@ import uvicorn
 
 from trainer.data.chattemplate import Asking
 from trainer.errors import CheckpointError, DataError, LaunchError, SpecError, in_words
-from trainer.export import MANIFEST, TRANSFORMERS, load
+from trainer.export import MANIFEST, TRANSFORMERS
 from trainer.inference import memory
 from trainer.inference.engine import Engine
 from trainer.inference.sampling import Sampling
+from trainer.loading import load
+from trainer.parameters import parameters
 from trainer.recording.exporter import Metrics
 from trainer.serving.app import Service, app_of
 from trainer.serving.engine_thread import EngineThread
@@ -121,9 +123,9 @@ def _loaded(options: Options, name: str) -> tuple[Engine, Reader]:
     model, tokenizer = load(options.export, device)
     length = options.length or _trained_length(options.export)
     taken = memory.check(model, options.rows, length)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(parameter.count for parameter in parameters(model.spec))
     _say(
-        f"{name}: {parameters:,} parameters on {device}; {options.rows} texts at the same time of at most {length} "
+        f"{name}: {count:,} parameters on {device}; {options.rows} texts at the same time of at most {length} "
         f"tokens, whose states take {taken / memory.MIB:,.0f} MiB"
     )
     engine = Engine(model, tokenizer, rows=options.rows, length=length)
@@ -153,13 +155,14 @@ def _named(export: Path) -> tuple[str, int]:
 
 
 def _trained_length(export: Path) -> int:
-    """Tokens of the longest text of the training, from the folder for transformers."""
-    try:
-        return (
-            int(json.loads((export / TRANSFORMERS / "config.json").read_bytes())["max_position_embeddings"]) or LENGTH
-        )
-    except (OSError, ValueError, LookupError, TypeError):
-        return LENGTH
+    """Tokens of the longest text of the training, from the folder for transformers, or the manifest of an export
+    without one (trainer/quantise.py)."""
+    for file in (export / TRANSFORMERS / "config.json", export / MANIFEST):
+        try:
+            return int(json.loads(file.read_bytes())["max_position_embeddings"]) or LENGTH
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    return LENGTH
 
 
 def _listening(host: str, port: int) -> socket.socket:
