@@ -10,6 +10,7 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -18,10 +19,11 @@ from trainer.data.chattemplate import Asking
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 from trainer.inference.sampling import Sampling
-from trainer.serving.refusal import Refusal, invalid, no_such_model, too_long
+from trainer.serving.refusal import Refusal, far_too_long, invalid, no_such_model, too_long
 
 MOST_TEXTS = 128  # of a request: prompts times n
 MOST_STOPS = 16
+STOP_CHARACTERS = 200  # each token is compared with all beginnings of all stop strings
 COMPLETION_TOKENS = 16  # the API's default
 
 # Not here, and the values that do not ask for it.
@@ -62,7 +64,8 @@ def _several(value: Any) -> Any:
 
 
 Str = Annotated[str, AfterValidator(_utf8)]
-Stops = Annotated[list[Annotated[Str, Field(min_length=1)]], Field(max_length=MOST_STOPS), BeforeValidator(_several)]
+Stop = Annotated[Str, Field(min_length=1, max_length=STOP_CHARACTERS)]
+Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS), BeforeValidator(_several)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -179,6 +182,8 @@ class Reader:
             raise Refusal(
                 400, "This server has no best_of; leave it out.", param="best_of", code="unsupported_parameter"
             )
+        if isinstance(request.prompt, list) and request.prompt and not isinstance(request.prompt[0], int):
+            _refuse_many(len(request.prompt) * n)  # before all are tokenised
         prompts = self._prompts(request.prompt)
         wanted = request.max_tokens or COMPLETION_TOKENS
         sampling = _sampling(request, {self.tokenizer.eod_id}, request.logprobs)
@@ -195,6 +200,7 @@ class Reader:
         if len(given) > 1:
             raise invalid("max_tokens", "max_tokens and max_completion_tokens differ; give one of them.")
         messages = [_message(message, at) for at, message in enumerate(request.messages)]
+        self._may_fit("".join(message["content"] for message in messages), "messages")
         try:
             prompt = self._asking.ids(messages, whole=True)
         except DataError as error:
@@ -211,8 +217,7 @@ class Reader:
     def _texts(
         self, param: str, prompts: list[list[int]], n: int, sampling: Sampling, wanted: Callable[[list[int]], int]
     ) -> list[tuple[list[int], Sampling]]:
-        if len(prompts) * n > MOST_TEXTS:
-            raise invalid("n", f"{len(prompts) * n} texts are too many for one request; at most {MOST_TEXTS}.")
+        _refuse_many(len(prompts) * n)
         for prompt in prompts:
             if len(prompt) + wanted(prompt) > self._length:
                 raise too_long(param, self._length, len(prompt), wanted(prompt))
@@ -243,9 +248,21 @@ class Reader:
         if not isinstance(text, str) or not text:
             raise invalid(param, f"Invalid {param!r}: give a text of at least one character.")
         try:
-            return self.tokenizer.begun(self.tokenizer.encode(_utf8(text)))
+            _utf8(text)
         except ValueError as error:
             raise invalid(param, f"Invalid {param!r}: {error}.") from None
+        self._may_fit(text, param)
+        return self.tokenizer.begun(self.tokenizer.encode_batch([text])[0])  # lets other threads run, unlike encode
+
+    def _may_fit(self, text: str, param: str) -> None:
+        """Refuse a text that is too long whatever its tokens are: to find them could hold up all others for seconds."""
+        if len(text.encode()) > self._length * self._longest_token:
+            raise far_too_long(param, self._length)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Its bytes."""
+        return max(self.tokenizer.byte_lengths())
 
     def _ids(self, ids: Any, param: str) -> list[int]:
         known = range(self._vocabulary)
@@ -254,6 +271,11 @@ class Reader:
                 param, f"Invalid {param!r}: give at least one token id, each from 0 to {self._vocabulary - 1}."
             )
         return ids
+
+
+def _refuse_many(texts: int) -> None:
+    if texts > MOST_TEXTS:
+        raise invalid("n", f"{texts} texts are too many for one request; at most {MOST_TEXTS}.")
 
 
 def _message(message: Message, at: int) -> dict[str, str]:

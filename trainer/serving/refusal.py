@@ -47,6 +47,16 @@ def too_long(param: str, length: int, prompt: int, wanted: int) -> Refusal:
     )
 
 
+def far_too_long(param: str, length: int) -> Refusal:
+    """`length`: tokens of the longest text."""
+    return Refusal(
+        400,
+        f"This model's maximum context length is {length} tokens; the {param} is many times as long. Please reduce it.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
 def unauthorized() -> Refusal:
     return Refusal(
         401,
