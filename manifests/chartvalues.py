@@ -20,7 +20,7 @@ from manifests.rbac import ACCOUNTS, ROLE
 from manifests.render import CHECKPOINTS_GIB, DATASETS_GIB
 from manifests.serving import PullPolicy, Server
 from manifests.yamltext import to_yaml
-from trainer.serving.options import Device
+from trainer.serving.options import Device, Weights
 from trainer.specbase import Spec
 
 Switch = Literal["auto", True, False]
@@ -153,6 +153,9 @@ class Serve(Values):
     )
     max_waiting: Count = Field(SERVER.max_waiting, description="Texts that may wait beside them; more get status 429.")
     device: Device = Field(SERVER.device, description="Where the model computes.")
+    weights: Weights = Field(
+        SERVER.weights, description="How weights are held; auto: as stored, FP32 as BF16 on a GPU that has it."
+    )
     cpus: Quantity = Field(SERVER.cpus, description="Requested CPUs of each server.")
     memory: Quantity = Field(SERVER.memory, description="Requested and largest memory of each server.")
     gpus: Count = Field(SERVER.gpus, description="GPUs of each server; it uses one.")

@@ -15,7 +15,7 @@ from manifests.kinds import Object
 from manifests.names import APP_LABEL, SERVER_APP
 from manifests.network import server_policy
 from manifests.objects import USER_ID
-from trainer.serving.options import Device
+from trainer.serving.options import Device, Weights
 
 PullPolicy = Literal["IfNotPresent", "Always", "Never"]
 PORT, METRICS_PORT = 8000, 9400
@@ -31,7 +31,7 @@ class Server:
     Attributes:
         export: folder of the export on the volume of checkpoints.
         secret: its key `key` is the API key; "": none, the server is open.
-        rows, length, max_waiting, device, grace_seconds: the server's options.
+        rows, length, max_waiting, device, weights, grace_seconds: the server's options.
         start_seconds: for loading the model.
     """
 
@@ -45,6 +45,7 @@ class Server:
     length: int = 0
     max_waiting: int = 256
     device: Device = "auto"
+    weights: Weights = "auto"
     grace_seconds: int = 60
     start_seconds: int = 600
     cpus: str | int = 2
@@ -150,7 +151,7 @@ def arguments(server: Server) -> list[str]:
         *("python", "-m", "trainer.serving", f"{StorageSpec().checkpoints_dir}/{server.export}"),
         *("--host=0.0.0.0", f"--port={PORT}", f"--metrics-port={METRICS_PORT}"),
         *(f"--rows={server.rows}", f"--length={server.length}", f"--max-waiting={server.max_waiting}"),
-        *(f"--device={server.device}", f"--grace={server.grace_seconds}"),
+        *(f"--device={server.device}", f"--weights={server.weights}", f"--grace={server.grace_seconds}"),
     ]
 
 

@@ -10,7 +10,7 @@ import typer
 
 from pipelines.options import Workdir
 from pipelines.verify import Export
-from trainer.serving.options import HELP, Device, Options, prepare
+from trainer.serving.options import HELP, Device, Options, Weights, prepare
 
 
 def serve(
@@ -21,6 +21,7 @@ def serve(
     length: Annotated[int, typer.Option(help=HELP["length"])] = Options.length,
     max_waiting: Annotated[int, typer.Option(help=HELP["max_waiting"])] = Options.max_waiting,
     device: Annotated[Device, typer.Option(help=HELP["device"])] = Options.device,
+    weights: Annotated[Weights, typer.Option(help=HELP["weights"])] = Options.weights,
     metrics_port: Annotated[int, typer.Option(help=HELP["metrics_port"])] = Options.metrics_port,
     timeout: Annotated[float, typer.Option(help=HELP["timeout"])] = Options.timeout,
     grace: Annotated[float, typer.Option(help=HELP["grace"])] = Options.grace,
@@ -30,7 +31,7 @@ def serve(
 
     Clients must send the key in YAONGI_API_KEY; without it, the server is open.
     """
-    options = Options(Path(), host, port, rows, length, max_waiting, device, metrics_port, timeout, grace)
+    options = Options(Path(), host, port, rows, length, max_waiting, device, weights, metrics_port, timeout, grace)
     from pipelines.models import find
 
     prepare()

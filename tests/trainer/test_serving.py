@@ -55,7 +55,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def processes(exported: Path) -> Iterator[tuple[Process, Process]]:
     both = start(exported, "--rows=16", "--length=128"), start(
-        exported, "--rows=1", "--max-waiting=1", "--length=3000", "--device=cpu", "--grace=50", key=KEY
+        exported, "--rows=1", "--max-waiting=1", "--length=3000", "--device=cpu", "--grace=50",
+        "--weights=int8", key=KEY,
     )  # fmt: skip
     try:
         for each in both:

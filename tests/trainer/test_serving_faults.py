@@ -9,11 +9,12 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from test_inference_cache import BASE
 
+from trainer import loading
 from trainer.inference.engine import Engine
 from trainer.inference.sampling import Sampling
 from trainer.inference.text import Text
@@ -23,7 +24,7 @@ from trainer.recording.exporter import Metrics
 from trainer.serving.__main__ import main
 from trainer.serving.app import Service, app_of
 from trainer.serving.engine_thread import EngineThread
-from trainer.serving.options import Options
+from trainer.serving.options import Options, Weights
 from trainer.serving.parameters import Reader
 
 
@@ -201,5 +202,6 @@ def test_the_verb_finds_the_export_and_has_the_servers_options(
     monkeypatch.setattr(server, "run", given.append)
     assert yaongi("serve", "nothing")[0] == 2
     (tmp_path / "model.safetensors").touch()
-    assert yaongi("serve", str(tmp_path), "--rows", "3", "--grace", "5", "--device", "cpu")[0] == 0
-    assert given == [Options(tmp_path, rows=3, grace=5.0, device="cpu")]
+    assert yaongi("serve", str(tmp_path), "--rows", "3", "--grace", "5", "--device", "cpu", "--weights", "int8")[0] == 0
+    assert given == [Options(tmp_path, rows=3, grace=5.0, device="cpu", weights="int8")]
+    assert get_args(Weights) == get_args(loading.Weights)

@@ -17,7 +17,9 @@ from typing import get_args
 
 from trainer.errors import foreseen
 from trainer.exitcodes import ExitCode
-from trainer.serving.options import HELP, Device, Options, prepare
+from trainer.serving.options import HELP, Device, Options, Weights, prepare
+
+CHOICES = {"device": get_args(Device), "weights": get_args(Weights)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,11 +46,10 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m trainer.serving", description="Serve an exported model.")
     made.add_argument("export", type=Path, metavar="EXPORT", help="folder of an exported model")
     for field in dataclasses.fields(Options):
-        if field.name == "device":
-            made.add_argument("--device", choices=get_args(Device), default=field.default, help=HELP["device"])
-        elif field.name in HELP:
-            name, kind = f"--{field.name.replace('_', '-')}", type(field.default)
-            made.add_argument(name, type=kind, default=field.default, help=f"{HELP[field.name]} Default: %(default)s.")
+        if field.name in HELP:
+            name, kind, choices = f"--{field.name.replace('_', '-')}", type(field.default), CHOICES.get(field.name)
+            text = f"{HELP[field.name]} Default: %(default)s."
+            made.add_argument(name, type=kind, choices=choices, default=field.default, help=text)
     return made
 
 

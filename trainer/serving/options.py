@@ -12,6 +12,7 @@ from trainer.errors import LaunchError, SpecError
 
 NEEDED = ("fastapi", "uvicorn")
 Device = Literal["auto", "cpu", "cuda"]
+Weights = Literal["auto", "fp32", "bf16", "int8", "fp8"]  # as in trainer/loading.py, which imports torch
 HELP = {
     "host": "Address to listen on; 0.0.0.0 for all.",
     "port": "Port; 0: any free one.",
@@ -19,6 +20,7 @@ HELP = {
     "length": "Tokens of the longest text, prompt included; 0: as long as in training.",
     "max_waiting": "Texts that may wait beside them; more get status 429.",
     "device": "auto, cpu or cuda.",
+    "weights": "How weights are held; auto: as stored, FP32 as BF16 on a GPU that has it.",
     "metrics_port": "Port of the metrics for Prometheus; 0: none.",
     "timeout": "Seconds for an answer, its wait included.",
     "grace": "Seconds that running answers have after SIGTERM.",
@@ -43,6 +45,7 @@ class Options:
     length: int = 0
     max_waiting: int = 256
     device: Device = "auto"
+    weights: Weights = "auto"
     metrics_port: int = 0
     timeout: float = 600.0
     grace: float = 60.0

@@ -120,13 +120,14 @@ class Server(uvicorn.Server):
 def _loaded(options: Options, name: str) -> tuple[Engine, Reader]:
     """The engine and what makes its texts of requests; in the thread of the engine."""
     device = _device(options.device)
-    model, tokenizer = load(options.export, device)
+    model, tokenizer = load(options.export, device, options.weights)
     length = options.length or _trained_length(options.export)
     taken = memory.check(model, options.rows, length)
     count = sum(parameter.count for parameter in parameters(model.spec))
+    held = sum(tensor.nbytes for tensor in model.state_dict().values())
     _say(
-        f"{name}: {count:,} parameters on {device}; {options.rows} texts at the same time of at most {length} "
-        f"tokens, whose states take {taken / memory.MIB:,.0f} MiB"
+        f"{name}: {count:,} parameters, {held / memory.MIB:,.0f} MiB, on {device}; {options.rows} texts at the "
+        f"same time of at most {length} tokens, whose states take {taken / memory.MIB:,.0f} MiB"
     )
     engine = Engine(model, tokenizer, rows=options.rows, length=length)
     engine.submit([tokenizer.eod_id], Sampling(max_tokens=min(4, length - 1)))
