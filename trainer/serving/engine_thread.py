@@ -209,6 +209,8 @@ class EngineThread:
 
     def _fail(self, error: Exception) -> None:
         self.failure = error
+        if self.engine is not None:  # else it is the reason why the process ends
+            log.error("the engine has failed: %s", error, exc_info=error if foreseen(error) is None else None)
         self.loaded.set()
         for call in self._calls:
             call.fail(failed(in_words(error)))
@@ -226,8 +228,6 @@ class EngineThread:
                 if engine.busy:
                     self._report(engine.step())
         except Exception as error:
-            if foreseen(error) is None:
-                log.exception("the engine has failed")
             self._in_loop(self._fail, error)
 
     def _obey(self, engine: Engine) -> bool:

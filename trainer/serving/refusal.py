@@ -88,9 +88,7 @@ def body_too_large(limit: int) -> Refusal:
 
 def not_ready(state: str) -> Refusal:
     """`state`: loading or draining."""
-    return Refusal(
-        503, f"The server is {state}.", kind=SERVER, code=state, headers={"Retry-After": "1", "Connection": "close"}
-    )
+    return Refusal(503, f"The server is {state}.", kind=SERVER, code=state, headers={"Retry-After": "1"})
 
 
 def timed_out(seconds: float) -> Refusal:
