@@ -16,6 +16,7 @@ from trainer.inference.engine import Engine
 from trainer.loading import cast
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.model.quantised import SCALE, quantised_state
+from trainer.model.ready import normed
 from trainer.modelspec import ModelSpec
 from trainer.ops import quantised
 from trainer.ops.quantised import Kind, Quantised, dequantised, experts, packed, product, quantise
@@ -168,6 +169,9 @@ def test_a_bf16_stream_beside_fp32_norms_is_continued_from_a_cache(name: str) ->
     with torch.inference_mode():
         cache = Cache(model, 1, 50)
         pieces = [cache.logits(cache.extend(ids_BT[:, t : t + 1], 0, [t])) for t in range(50)]
+    assert torch.equal(
+        normed(model.final_norm)(x := torch.randn(3, 32).bfloat16()), model.final_norm.without_gradient(x)
+    )
     expected_BTV = whole(plain, ids_BT)
     for actual_BTV in (torch.cat(pieces, dim=1), whole(model, ids_BT).float()):
         assert 0 < (actual_BTV - expected_BTV).std() < 0.1 * expected_BTV.std()
@@ -206,6 +210,8 @@ def test_a_model_in_memory_has_a_quarter_of_the_bytes_or_half(kind: Kind | None,
 
     assert share < size(small) / size(model) < 1.06 * share
     assert small.layers[0][1].mixer.router.weight.dtype == small.final_norm.weight.dtype == torch.float32
+    assert all(tensor.dtype == torch.float32 for name, tensor in small.state_dict().items() if name.endswith(SCALE))
+    assert small.no_tokens.dtype == dtype
 
 
 def test_what_routes_normalises_or_is_small_is_kept() -> None:

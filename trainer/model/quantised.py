@@ -28,7 +28,8 @@ SCALE = "_scale"
 
 def converts(parameter: Parameter) -> bool:
     """Whether a parameter is stored as INT8 or FP8."""
-    return parameter.high_precision in ("", LOOKED_UP, LM_HEAD)
+    is_module = parameter.per_expert or parameter.name.endswith(".weight")
+    return is_module and parameter.high_precision in ("", LOOKED_UP, LM_HEAD)
 
 
 def quantised_state(spec: ModelSpec, state: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
@@ -67,11 +68,13 @@ def install(model: nn.Module, spec: ModelSpec, kind: Kind, dtype: torch.dtype) -
             for shape, t in zip(shapes, (DTYPES[kind], torch.float32), strict=True)
         )
         if parameter.per_expert:
+            assert hasattr(module, "quantised"), f"{owner} has no way to compute with {name} as {kind}"
             delattr(module, name)
             module.register_buffer(name, numbers)
             module.register_buffer(name + SCALE, scale)
             module.quantised = True
             continue
+        assert isinstance(module, Linear | nn.Embedding), f"{owner} has no way to compute with {name} as {kind}"
         weight = Quantised(numbers, scale)
         new = QuantisedLinear(weight, module.bias) if isinstance(module, Linear) else QuantisedTable(weight, dtype)
         holder, _, name = owner.rpartition(".")
