@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.inference.cache import Cache, cache_bytes
+from trainer.arithmetic.states import cache_bytes
+from trainer.inference.cache import Cache
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec
 

@@ -19,6 +19,7 @@ from trainer.arithmetic.flops import (
     mtp_core_flops_per_token,
 )
 from trainer.arithmetic.memory import Memory, step_memory, training_memory
+from trainer.arithmetic.states import cache_bytes
 from trainer.kinds.base import Parameter
 from trainer.modelspec import ModelSpec
 from trainer.parallel.layout import Layout
@@ -60,6 +61,11 @@ class Description:
     flops_per_token: int
     memory: Memory
     checkpoint_bytes: int
+    text_bytes: int  # in generation, of a text without its tokens; activations in BF16
+    token_bytes: int  # and of each token
+
+
+BF16_BYTES = 2
 
 
 def describe(spec: ModelSpec, seq_len: int, optimizer: OptimizerSpec | None = None) -> Description:
@@ -81,6 +87,8 @@ def describe(spec: ModelSpec, seq_len: int, optimizer: OptimizerSpec | None = No
         flops_per_token=flops_per_token(spec, seq_len),
         memory=memory,
         checkpoint_bytes=memory.weights + memory.optimizer,
+        text_bytes=cache_bytes(spec, 0, BF16_BYTES),
+        token_bytes=cache_bytes(spec, 1, BF16_BYTES) - cache_bytes(spec, 0, BF16_BYTES),
     )
 
 
@@ -143,6 +151,8 @@ def render(description: Description, console: Console) -> None:
         ("active without LM head (A3)", f"{description.active_a3:,}"),
         ("training operations for each token", f"{description.flops_per_token / 1e9:,.3f} GFLOP"),
         ("checkpoint: weights and optimizer state", _gib(description.checkpoint_bytes)),
+        ("generation, state of a text (BF16)", f"{description.text_bytes / 2**20:,.2f} MiB"),
+        ("generation, for each token of it", f"{description.token_bytes / 2**10:,.2f} KiB"),
     ):
         totals.add_row(what, value)
     console.print(layers)

@@ -10,37 +10,17 @@ Legend: B rows, T new positions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from trainer.kinds.base import Cached, Kind
+from trainer.arithmetic.states import cached_sections
 from trainer.model.hybrid import HybridModel
 from trainer.model.norm import RMSNorm
 from trainer.model.ready import Ready, normed
 from trainer.model.step import State, Step
-from trainer.modelspec import ModelSpec
 from trainer.ops.experts import compute_dtype
 
 Lengths = list[int]
-
-
-def kept(spec: ModelSpec, *, drafts: bool = False) -> Iterator[Cached]:
-    """What all sublayers keep of a row. `drafts`: including the first module of multi-token prediction."""
-    for section in _sections(spec, drafts):
-        yield from section.cached(spec)
-
-
-def cache_bytes(spec: ModelSpec, length: int, activation_bytes: int, *, drafts: bool = False) -> int:
-    """Bytes of one row of at most `length` positions."""
-    size = {"activation": activation_bytes, "fp32": 4, "int64": 8}
-    return sum(cached.count(length) * size[cached.dtype] for cached in kept(spec, drafts=drafts))
-
-
-def _sections(spec: ModelSpec, drafts: bool) -> list[Kind]:
-    ahead = [spec.section(symbol) for symbol in spec.mtp.layer] if drafts and spec.mtp else []
-    return [*(section for _, section in spec.trunk()), *ahead]
 
 
 class Cache:
@@ -57,7 +37,7 @@ class Cache:
         self.model, self.rows, self.length = model, rows, length
         self._states: list[State] = []
         self._growing: set[tuple[int, str]] = set()  # index of the state and name, of tensors with all positions
-        for section in _sections(model.spec, drafts):
+        for section in cached_sections(model.spec, drafts=drafts):
             state: State = {}
             for name, shape, per_position, dtype in section.cached(model.spec):
                 sizes = (rows, shape[0], length, *shape[1:]) if per_position else (rows, *shape)

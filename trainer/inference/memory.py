@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from trainer.arithmetic.states import cache_bytes
 from trainer.errors import SpecError
-from trainer.inference.cache import cache_bytes
 from trainer.model.hybrid import HybridModel
 from trainer.ops.experts import compute_dtype
 from trainer.process.hostmemory import limit_bytes, resident_bytes
