@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 CARD, FORMER_CARD = "README.md", "README-before.md"
 WINDOW, ROWS = 512, 8  # of a text file
+TEXT_TOKENS = 100_000  # of it that are scored
 DROPPED = ("passport", "transformers", "transformers_dtype", "trust_remote_code")  # from the manifest
 Scores = dict[str, dict[str, float | int]]  # by domain, and of "all"
 Measure = Callable[[HybridModel, Tokenizer, torch.device], Scores]
@@ -108,7 +109,7 @@ def on_heldout(spec: TrainSpec) -> Measure:
 
 
 def on_text(file: Path) -> Measure:
-    """Scores on a text file, which is one document.
+    """Scores on the first TEXT_TOKENS tokens of a text file, which is one document.
 
     Raises:
         DataError: it cannot be read, or is not UTF-8.
@@ -121,7 +122,7 @@ def on_text(file: Path) -> Measure:
         raise DataError(f"{file}: is not UTF-8 text; convert it") from None
 
     def measure(model: HybridModel, tokenizer: Tokenizer, device: torch.device) -> Scores:
-        document = labelled(np.array([*tokenizer.encode(text), tokenizer.eod_id]), None, np.iinfo(np.int64).max - 1)
+        document = labelled(np.array([*tokenizer.encode(text), tokenizer.eod_id]), None, TEXT_TOKENS)
         scored = document[1]
         score = Score(0.0, len(scored), int(np.array(tokenizer.byte_lengths())[scored].sum()), 1)
         if not score.bytes:

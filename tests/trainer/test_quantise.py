@@ -74,7 +74,9 @@ def test_an_export_is_made_again(exported: tuple[TrainSpec, Path], kind: Kind) -
     assert sorted(path.name for path in directory.parent.glob(".export-*")) == []
 
 
-def test_scores_of_a_text_are_its_log_likelihood(exported: tuple[TrainSpec, Path], tmp_path: Path) -> None:
+def test_scores_of_a_text_are_its_log_likelihood(
+    exported: tuple[TrainSpec, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "text.txt").write_text("다리 river stone moon 강물", encoding="utf-8")
     model, tokenizer = export.load(exported[1])
     ids = torch.tensor([[*tokenizer.encode("다리 river stone moon 강물"), tokenizer.eod_id]])
@@ -85,6 +87,10 @@ def test_scores_of_a_text_are_its_log_likelihood(exported: tuple[TrainSpec, Path
     score = quantise.on_text(tmp_path / "text.txt")(model, tokenizer, torch.device("cpu"))["all"]
     assert score["bits_per_byte"] == pytest.approx(total / math.log(2) / num_bytes, rel=1e-5)
     assert score["perplexity"] == pytest.approx(math.exp(total / (ids.shape[1] - 1)), rel=1e-5)
+    monkeypatch.setattr(quantise, "TEXT_TOKENS", 3)
+    score = quantise.on_text(tmp_path / "text.txt")(model, tokenizer, torch.device("cpu"))["all"]
+    assert score["tokens"] == 3
+    assert score["loss"] == pytest.approx(-sum(float(logp[t, ids[0, t + 1]]) for t in range(3)) / 3, rel=1e-5)
 
 
 def test_bf16_is_what_the_folder_for_transformers_holds(exported: tuple[TrainSpec, Path]) -> None:
