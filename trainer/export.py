@@ -48,7 +48,7 @@ from trainer.model.lora import merge
 from trainer.model.quantised import install
 from trainer.modelspec import ModelSpec
 from trainer.ops import quantised
-from trainer.ops.quantised import Kind
+from trainer.ops.quantised import Kind, aligned
 from trainer.report import update_report
 from trainer.report.run import Run, read_run
 from trainer.spec import BackendsSpec, TrainSpec
@@ -142,7 +142,10 @@ def assemble(
         install(model, spec, kind, stream)
     if different := sorted(state.keys() ^ model.state_dict().keys()):
         raise _damaged(directory / WEIGHTS, f"and config.json disagree about {different[0]}")
-    model.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
+    state = {name: tensor.to(device) for name, tensor in state.items()}
+    if kind == "int8":
+        state = {name: aligned(tensor) if tensor.dtype == torch.int8 else tensor for name, tensor in state.items()}
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 

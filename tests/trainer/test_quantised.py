@@ -19,7 +19,7 @@ from trainer.model.quantised import SCALE, quantised_state
 from trainer.model.ready import normed
 from trainer.modelspec import ModelSpec
 from trainer.ops import quantised
-from trainer.ops.quantised import Kind, Quantised, dequantised, experts, packed, product, quantise
+from trainer.ops.quantised import Kind, Quantised, aligned, dequantised, experts, packed, product, quantise
 
 KINDS: tuple[Kind, Kind] = ("int8", "fp8")
 
@@ -86,6 +86,26 @@ def test_products_are_those_of_the_numbers(kind: Kind, inputs: int) -> None:
     assert wide.dtype == torch.bfloat16 and ((wide - exact).abs() <= 2**-7 * size).all()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(product(x, weight), wide)
+
+
+def shifted(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """The same numbers `size` bytes after a multiple of 64, as a tensor may lie in a file."""
+    room = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
+    start = -room.data_ptr() % 64 + size
+    return room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_numbers_may_lie_anywhere(size: int) -> None:
+    """The kernel would end the process where they are not at a multiple of 16 bytes."""
+    numbers, scale = quantise(torch.randn(30, 64), "int8")
+    x = torch.randn(7, 64).bfloat16()
+    lies = Quantised(shifted(numbers, size), scale)
+    assert lies.numbers.data_ptr() % 64 == size and packed(lies.numbers) == (size == 16)
+    expected = product(x, Quantised(numbers, scale))
+    torch.testing.assert_close(product(x, lies), expected, rtol=2**-6, atol=1e-2)
+    again = Quantised(aligned(lies.numbers), scale)
+    assert torch.equal(product(shifted(x, size), again), expected) and packed(again.numbers)
 
 
 def test_a_kernel_that_is_not_as_expected_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

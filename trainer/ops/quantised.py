@@ -33,6 +33,7 @@ Kind = Literal["int8", "fp8"]
 DTYPES: dict[Kind, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 STEP = 32  # the kernel reads beyond the end of rows that are no multiple of 16
+ALIGNMENT, ALIGNMENT_X = 16, 64  # bytes at multiples of which q and x must begin, else the kernel ends the process
 _FP16_FACTOR = 2.0**8  # of an E4M3 number to the FP16 number with the same bits: exponents begin at -7 and -15
 _NOT_BIT_14 = -(2**14) - 1
 _memory = local()
@@ -70,7 +71,7 @@ def product(x: Tensor, weight: Quantised, bias: Tensor | None = None) -> Tensor:
     q_OI, scale_O = weight
     dtype = compute_dtype(x)
     if packed(q_OI):
-        x_SI = x.reshape(-1, x.shape[-1]).bfloat16()
+        x_SI = aligned(x.reshape(-1, x.shape[-1]).bfloat16(), ALIGNMENT_X)
         y = (torch._weight_int8pack_mm(x_SI, q_OI, _ones(q_OI.shape[0])) * scale_O).view(*x.shape[:-1], -1)
     else:
         with torch.autocast(x.device.type, enabled=False):
@@ -82,7 +83,13 @@ def product(x: Tensor, weight: Quantised, bias: Tensor | None = None) -> Tensor:
 
 def packed(q_OI: Tensor) -> bool:
     """Whether torch's kernel multiplies with these numbers."""
-    return q_OI.dtype == torch.int8 and q_OI.device.type == "cpu" and q_OI.shape[-1] % STEP == 0 and _kernel_works()
+    fits = q_OI.shape[-1] % STEP == 0 and q_OI.data_ptr() % ALIGNMENT == 0
+    return q_OI.dtype == torch.int8 and q_OI.device.type == "cpu" and fits and _kernel_works()
+
+
+def aligned(tensor: Tensor, size: int = ALIGNMENT) -> Tensor:
+    """The tensor, copied if it lies where the kernel cannot read it, as tensors of a file may."""
+    return tensor if tensor.device.type != "cpu" or tensor.data_ptr() % size == 0 else tensor.clone()
 
 
 @cache
