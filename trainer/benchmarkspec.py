@@ -85,9 +85,18 @@ class JudgeSpec(Spec):
     @field_validator("url")
     @classmethod
     def _is_an_address(cls, url: str) -> str:
-        if not re.fullmatch(r"https?://[^\s/@]+(/\S*)?", url):
-            raise ValueError("must be the address of an API, as https://api.openai.com/v1, without name or password")
+        if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", url):
+            raise ValueError(
+                "must be the address of an API, as https://api.openai.com/v1, without name, password or parameters (?…)"
+            )
         return url.rstrip("/")
+
+    @field_validator("questions")
+    @classmethod
+    def _has_no_password(cls, questions: str) -> str:
+        if re.match(r"\w+://[^/]*@", questions):  # it would be in files of the run and in messages
+            raise ValueError("must be a path or an address without name and password")
+        return questions
 
     @field_validator("api_key_env")
     @classmethod

@@ -49,6 +49,8 @@ def signer() -> CryptoSigner | None:
     """
     if not (path := os.environ.get(VARIABLE)):
         return None
+    if "\n" in path or "-----BEGIN" in path:  # messages show the path, so they would show the key
+        raise SpecError(f"{VARIABLE} holds a key instead of its path; save the key in a file and give the file's path")
     _need_library()
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from securesystemslib.signer import CryptoSigner

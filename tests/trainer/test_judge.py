@@ -208,9 +208,17 @@ def test_what_stays_malformed_is_unscored_and_counted(server, spec, tmp_path):
     assert result["metrics"]["single_turn"]["value"] == pytest.approx(
         statistics.fmean(score(f"물음 {n}") for n in range(2, 7))
     )
-    # nothing is asked again
-    again = run(spec, tmp_path, lambda talks: pytest.fail("the model was asked"), retries=2, max_concurrency=1)
-    assert again == result and len(server.requests) == 14
+    # only what the server refused is asked again, and then no more
+    for _ in range(2):
+        again = run(spec, tmp_path, lambda talks: pytest.fail("the model was asked"), retries=2, max_concurrency=1)
+        assert again["unscored"] == 1 and len(server.requests) == 15
+    assert again["prompt_tokens"] == result["prompt_tokens"] + 100
+
+
+def test_forms_of_scores():
+    for text in ("점수: 8", "**점수**: 8.0/10", "점수: [[8]]", "점수: (8)", "점수：8점", "평가: 좋다.\n점수 : 8"):
+        assert logickor.score_in(text) == 8
+    assert logickor.score_in("점수: 80") is logickor.score_in("8") is None
 
 
 def test_a_judge_that_is_gone_is_one_line_and_its_answers_are_kept(server, spec, tmp_path):
@@ -256,6 +264,13 @@ def test_refusals_are_one_line_without_the_key(server, spec, tmp_path, monkeypat
     with pytest.raises(ValueError) as refused:
         JudgeSpec.model_validate({**spec.model_dump(), "api_key_env": "sk-written-by-mistake"})
     assert "never the key itself" in str(refused.value)
+    for field, value in (
+        ("url", "https://me:secret@host/v1"),
+        ("url", "https://host/v1?key=secret"),
+        ("questions", "https://me:secret@host/questions.jsonl"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s){field}.*without name"):
+            JudgeSpec.model_validate({**spec.model_dump(), field: value})
 
 
 def test_requests_run_side_by_side_up_to_the_limit(server, spec, tmp_path):
@@ -282,6 +297,15 @@ def test_wrong_questions_are_one_line(spec, tmp_path, said):
     with pytest.raises(DataError, match=said) as caught:
         read_questions(spec.model_copy(update={"questions": str(file)}))
     assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
+
+
+def test_a_question_may_have_other_separators_of_lines(spec, tmp_path):
+    """Of JSON, only line feeds separate lines; the others may stand in texts."""
+    text, file = "가\u2028나\x85다", tmp_path / "odd.jsonl"
+    row = {"id": 1, "category": "a", "questions": [text, "y"]}
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    (question,), _ = read_questions(spec.model_copy(update={"questions": str(file)}))
+    assert question.turns == (text, "y")
 
 
 def test_questions_may_have_an_address(server, spec):

@@ -6,7 +6,8 @@ conversation in view, and ends with "점수: <number>". Scores are means over qu
 of both turns. Different from it: an answer that the judge does not grade counts as unscored instead of as 0, and the
 judge's instructions are our own unless the job names the published ones (trainer/evaluation/questions.py).
 
-All answers of the model and of the judge are lines of run_dir/logickor.jsonl. Nothing in it is asked again.
+All answers of the model and of the judge are lines of run_dir/logickor.jsonl. Nothing in it is asked again, except
+what the judge's server refused.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 FILE = "logickor.jsonl"
 MOST = 10.0
-_SCORE = re.compile(r"점수\s*:\s*\[*(\d+(?:\.\d+)?)")
+_SCORE = re.compile(r"점수\s*[:：]\s*[\[(]*(\d+(?:\.\d+)?)")
 Messages = list[dict[str, str]]
 Write = Callable[[list[Messages]], list[str]]
 Record = dict[str, Any]
@@ -153,15 +154,16 @@ class _Grader:
     def _graded(self, question: Question, turn: str, answers: tuple[str, str]) -> Record:
         system, asked = self._instructions[turn], conversation(question, turn, answers)
         key = canonical_digest(["grade", self._spec.model, system, asked])
-        if (before := self._kept.get(key)) is not None:
+        if (before := self._kept.get(key)) is not None and not before.get("refused"):
             return before
-        said, score, prompt, completion = list[str](), None, 0, 0
+        said, score, refused, prompt, completion = list[str](), None, False, 0, 0
         for _ in range(self._spec.retries + 1):
             reply = self._judge.ask(system, asked)
             prompt, completion = prompt + reply.prompt_tokens, completion + reply.completion_tokens
             said.append(reply.text if reply.text is not None else f"({reply.why_not})")
             score = None if reply.text is None else score_in(reply.text)
-            if score is not None or reply.why_not.startswith("status"):  # it would refuse the same question again
+            refused = reply.why_not.startswith("status")  # and would be again, now
+            if score is not None or refused:
                 break
         record = {
             "key": key,
@@ -170,6 +172,7 @@ class _Grader:
             "turn": turn,
             "judge": self._spec.model,
             "score": score,
+            "refused": refused,
             "said": said,
             "prompt_tokens": prompt,
             "completion_tokens": completion,

@@ -61,7 +61,7 @@ def read_questions(spec: JudgeSpec) -> tuple[list[Question], str]:
     """
     data = _fetched(spec) if "://" in spec.questions else _read(spec.questions)
     found: dict[int | str, Question] = {}
-    for number, line in enumerate(data.decode("utf-8-sig", "replace").splitlines(), start=1):
+    for number, line in enumerate(data.decode("utf-8-sig", "replace").split("\n"), start=1):
         if not line.strip():
             continue
         question = _question(line, f"{spec.questions}: line {number}")
