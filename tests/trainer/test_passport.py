@@ -349,7 +349,7 @@ def test_a_private_key_that_cannot_be_used_ends_before_any_work(tmp_path: Path, 
         assert not (Path(spec.run_dir) / "export").exists()
     for written in ((tmp_path / "rsa.pem").read_text(), "-----BEGIN PRIVATE KEY-----hunter2"):
         monkeypatch.setenv("YAONGI_SIGNING_KEY", written)
-        with pytest.raises(Exception, match="^YAONGI_SIGNING_KEY holds a key instead of its path; save") as caught:
+        with pytest.raises(Exception, match=r"^YAONGI_SIGNING_KEY holds a key instead of its path; save") as caught:
             export.run(spec)
         assert "BEGIN" not in str(caught.value) and "hunter2" not in str(caught.value)
     monkeypatch.delenv("YAONGI_SIGNING_KEY")
