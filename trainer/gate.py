@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from trainer.spec import TrainSpec
 FIELD = "train.evaluate.gate"
 EVALUATION = "eval.json"
 ALL = "all"
-# Parts of names of benchmarks' metrics of which less is better, where the results do not say it.
+# Words in names of benchmarks' metrics of which less is better, where the results do not say it.
 LESS_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "brier", "mse", "mae", "wer", "ter", "edit_distance")
 
 
@@ -94,24 +95,27 @@ def measured_value(metric: str, evaluation: dict[str, Any]) -> float | None:
     if kind in HELDOUT:
         score = evaluation.get(ALL) if rest == ALL else evaluation.get("domains", {}).get(rest)
         return _number((score or {}).get(kind))
-    return _number(_benchmark(rest, evaluation).get("value"))
+    return _number(_benchmark(rest, evaluation)[1].get("value"))
 
 
 def _less_is_better(metric: str, evaluation: dict[str, Any]) -> bool:
     kind, _, rest = metric.partition(".")
     if kind in HELDOUT:
         return True
-    said = _benchmark(rest, evaluation).get("higher_is_better")
-    return not said if isinstance(said, bool) else any(part in rest.lower() for part in LESS_IS_BETTER)
+    name, found = _benchmark(rest, evaluation)
+    if isinstance(said := found.get("higher_is_better"), bool):
+        return not said
+    words = f"_{re.sub(r'[^a-z0-9]+', '_', name.lower())}_"
+    return any(f"_{each}_" in words for each in LESS_IS_BETTER)
 
 
-def _benchmark(name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What eval.json says of TASK.METRIC; empty if it says nothing."""
+def _benchmark(name: str, evaluation: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The metric of TASK.METRIC, and what eval.json says of it; empty if it says nothing."""
     for task, metric in splits(name):
         found: dict[str, Any] = _task(task, evaluation).get("metrics", {}).get(metric) or {}
         if found:
-            return found
-    return {}
+            return metric, found
+    return name.rpartition(".")[2], {}
 
 
 def _task(name: str, evaluation: dict[str, Any]) -> dict[str, Any]:

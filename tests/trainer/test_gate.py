@@ -104,6 +104,15 @@ def test_better_than_another_run(tmp_path: Path, metric: str, other: float, by: 
         assert "base-1's" in found["sentence"]
 
 
+def test_whether_less_is_better_is_a_matter_of_the_metric_not_of_the_task():
+    """Where the results do not say it. Names of tasks and metrics may contain "wer" or "ter"."""
+    less = {"word.perplexity", "word_perplexity", "brier_score", "WER", "edit_distance,none", "ter"}
+    more = {"acc", "exact_match,flexible-extract", "answer_f1", "literal", "better"}
+    for metric in less | more:
+        evaluation = {"benchmarks": {"computer_wer": {"metrics": {metric: {"value": 1.0}}}}}
+        assert gate._less_is_better(f"benchmarks.computer_wer.{metric}", evaluation) is (metric in less), metric
+
+
 def test_a_baseline_that_cannot_be_compared_with_is_said_before(tmp_path: Path):
     own, other = tmp_path / "runs" / "own", tmp_path / "runs" / "other"
     other.mkdir(parents=True)
