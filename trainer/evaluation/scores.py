@@ -52,6 +52,12 @@ def rows(evaluation: dict[str, Any], *, subtasks: bool = False) -> list[Row]:
     return found
 
 
+def limited(evaluation: dict[str, Any]) -> bool:
+    """Whether only the first documents of some task were used (`limit`)."""
+    settings = evaluation.get("settings", {})
+    return any(each.get("limit") for each in (settings, *settings.get("tasks", [])))
+
+
 def of_task(task: str, scores: dict[str, Any]) -> Iterator[Row]:
     """The rows of one task's scores."""
     few, version = scores.get("num_fewshot"), scores.get("version")
