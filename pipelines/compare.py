@@ -107,17 +107,17 @@ def _show(names: Sequence[str], results: Sequence[Result], of: str, differences:
     table = Table(box=None, header_style="bold")
     table.add_column("")
     for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(_plain(name), justify="right", overflow="fold")
     for row in results:
         texts = [f"[green]{text}[/]" if place == row.best else text for place, text in enumerate(row.texts)]
-        table.add_row(f"{row.label} [dim]{row.unit}[/]", *texts)
+        table.add_row(f"{_plain(row.label)} [dim]{_plain(row.unit)}[/]", *texts)
     console.print(table)
     if not differences:
         console.print(f"\nno field of {of} differs, except names and folders")
         return
     table = Table(box=None, header_style="bold")
     for title in (f"differs in {of}", *names):
-        table.add_column(title, overflow="fold")
+        table.add_column(_plain(title), overflow="fold")
     for each in differences:
         table.add_row(*(_plain(text) for text in (each.field, *each.values)))
     console.print()

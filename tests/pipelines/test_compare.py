@@ -12,7 +12,8 @@ from pathlib import Path
 import former
 import pytest
 
-from trainer.report.comparison import labels, results
+from pipelines import compare
+from trainer.report.comparison import Result, labels, results
 from trainer.report.run import read_run
 
 
@@ -98,6 +99,14 @@ def test_the_best_run_of_a_row(run: Path, better: Path):
     assert found["final loss"].changes()[1] == f"−{runs[1].steps[-1]['loss']:.3f}"
     assert {row.best for row in results([runs[0], runs[0]])} == {None}
     assert labels([runs[0], runs[0]]) == [f"{former.RUN} in {run.parent}"] * 2
+
+
+def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]):
+    """Folders, tasks and metrics may have brackets."""
+    row = Result("own[/x]", "f1[red]", (1.0, 2.0), ("1", "2"), "higher")
+    compare._show(["a in /work[/old]", "b"], [row], "job.yaml", [])
+    said = capsys.readouterr().out
+    assert "a in /work[/old]" in said and "own[/x] f1[red]" in said
 
 
 def test_runs_without_jobs_are_compared_by_their_training(

@@ -20,7 +20,9 @@ from trainer import evaluate
 from trainer.benchmarkspec import RUNS_CODE, SUITES, BenchmarksSpec
 from trainer.errors import ForeseenError, LaunchError, SpecError
 from trainer.evaluation import harness, measure, tasks
-from trainer.evaluation.scores import rows
+from trainer.evaluation.scores import limited, rows
+from trainer.export import model_card
+from trainer.report.run import read_run
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,8 @@ def test_an_evaluation_measures_keeps_and_shows_benchmarks(own, tmp_path, monkey
     assert kept[0].get_sample_value("yaongi_benchmark_score", labels) == acc["value"]
     page = (Path(spec.run_dir) / "report.html").read_text(encoding="utf-8")
     assert ">Benchmarks</h2>" in page and f"{acc['value']:.3f} ± {acc['stderr']:.3f}" in page
+    said = "Only the first documents of tasks were used"
+    assert said in page and said in model_card(read_run(spec.run_dir), manifest_of(result))
     run = read_numbers(spec)
     assert run["benchmark_own_choice_acc"] == acc["value"]
 
@@ -96,6 +100,16 @@ def test_an_evaluation_measures_keeps_and_shows_benchmarks(own, tmp_path, monkey
     assert again["benchmarks"] == result["benchmarks"]
     evaluate.run(spec.updated({"evaluate": {"tasks": ["own_choice"]}}))
     assert measured == ["own_writing", "own_choice"]
+
+
+def test_a_limit_of_all_tasks_or_of_one_is_a_limit():
+    assert limited({"settings": {"limit": 3}}) and limited({"settings": {"tasks": [{"task": "a"}, {"limit": 3}]}})
+    assert not limited({"settings": {"tasks": [{"task": "a", "limit": None}]}}) and not limited({})
+
+
+def manifest_of(evaluation: dict[str, Any]) -> dict[str, Any]:
+    fields = {"name": "n", "parameters": 1, "step": 1, "code_version": "1", "data": {}}
+    return fields | {"checkpoint_digest": evaluation["checkpoint_digest"]}
 
 
 def read_numbers(spec: Any) -> dict[str, float]:
@@ -228,6 +242,16 @@ def test_a_real_task_without_network_is_one_line(known, tmp_path, monkeypatch):
     said = str(caught.value)
     assert "HF_HOME" in said and said.endswith("(also failed: piqa, haerae)") and "\n" not in said
     assert constants.HF_HUB_OFFLINE is False
+
+
+def test_other_files_of_own_tasks_are_another_measurement(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "own.yaml").write_text("task: own\n")
+    digests = {harness._files_digest(None), harness._files_digest(str(tmp_path))}
+    for text in ("서울", "부산"):  # of the same size
+        (tmp_path / "data" / "rows.jsonl").write_text(text, encoding="utf-8")
+        digests.add(harness._files_digest(str(tmp_path)))
+    assert len(digests) == 4
 
 
 def test_suites_and_tasks_are_one_list():

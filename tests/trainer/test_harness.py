@@ -134,6 +134,10 @@ def test_draws_of_one_question_differ_and_repeat(place):
     found = lm.generate_until(requests)
     assert len(set(found)) > 3
     assert lm.generate_until(requests[:2]) == found[:2]
+    for limit in ({"top_k": 1}, {"top_p": 1e-6}):  # only the likeliest token is left
+        limited = [Instance("generate_until", {}, ("river", options | limit), n) for n in range(3)]
+        greedy = Instance("generate_until", {}, ("river", {"do_sample": False, "max_gen_toks": 8}), 3)
+        assert lm.generate_until([*limited, greedy]) == lm.generate_until([greedy]) * 4
 
 
 def test_a_chat_is_written_as_the_exports_template_writes_it(place):

@@ -25,7 +25,7 @@ import numpy as np
 from trainer.benchmarkspec import BenchmarksSpec, TaskSpec
 from trainer.errors import DataError, ForeseenError, LaunchError, in_words
 from trainer.evaluation.tasks import PACKAGE, cached_after, dataset_of, manager, quiet
-from trainer.files import atomic_write
+from trainer.files import atomic_write, checksum
 from trainer.recording.results import read_json
 from trainer.specbase import canonical_digest
 
@@ -174,13 +174,12 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _files_digest(folder: str | None) -> str | None:
-    """Of all own tasks and of what they use."""
+    """Of all own tasks and of the files beside them, such as their data."""
     if folder is None:
         return None
     digest = hashlib.sha256()
     for file in sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.suffix != ".pyc"):
-        digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
-        digest.update(file.read_bytes() if file.suffix in (".yaml", ".py") else b"")
+        digest.update(f"{checksum(file, 'sha256')} {file.relative_to(folder)}\n".encode())
     return digest.hexdigest()
 
 

@@ -32,6 +32,7 @@ from trainer.evaluation.write import Autocast, Teller, Writer, read_object, stop
 from trainer.model.hybrid import HybridModel
 
 DEFAULT_NEW_TOKENS = 256  # of the harness, where a task says nothing
+FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")  # of the next token, as transformers names them
 MOST_LOGITS = 2**28  # of a batch: 1 GiB in FP32
 Pair = tuple[Any, list[int], list[int]]  # a key of the harness, the ids of a context, those of its continuation
 Answer = tuple[float, bool]
@@ -171,6 +172,7 @@ class HarnessModel(TemplateLM):
         until = handle_stop_sequences(used["until"], eos=self._own.decode([self._last]))
         amount = used["max_gen_toks"]
         kept = {"until": until, "max_tokens": amount, "temperature": float(used.get("temperature", 0.0))}
+        kept |= {name: used[name] for name in FILTERS if used.get(name) is not None}
         room = self.max_length - amount
         if room <= 0:
             raise DataError(

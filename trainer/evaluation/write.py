@@ -47,12 +47,16 @@ class Writer:
         temperature: float = 0.0,
         until: Sequence[str] = (),
         seed: int = 0,
+        **filters: Any,
     ) -> list[str]:
         """What follows each prompt: at most `max_tokens`, up to the first of the strings `until`, without special
         tokens. Prompt n draws with the seed `seed` + n.
 
+        Args:
+            filters: further fields of `Sampling`, such as top_p.
+
         Raises:
-            SpecError: the states of not even one text fit into memory.
+            SpecError: the states of not even one text fit into memory, or a filter is out of range.
         """
         if not prompts:
             return []
@@ -60,7 +64,9 @@ class Writer:
         engine = Engine(self._model, self._tokenizer, rows=self._rows(len(prompts), length), length=length)
         stop = tuple(text for text in until if text)
         texts = [
-            engine.submit(prompt, Sampling(max_tokens, temperature, seed=seed + n, stop=stop, stop_ids=self._ends))
+            engine.submit(
+                prompt, Sampling(max_tokens, temperature, seed=seed + n, stop=stop, stop_ids=self._ends, **filters)
+            )
             for n, prompt in enumerate(prompts)
         ]
         told = Teller(len(texts))
