@@ -36,6 +36,8 @@ def compare(
     from trainer.errors import SpecError, VolumeError
     from trainer.files import atomic_write
 
+    if output.is_file() and not output.read_bytes().lstrip()[:9].lower().startswith(b"<!doctype"):
+        raise SpecError(f"--output {output}: is a file that is no page, and would be replaced; name another")
     directories: dict[Path, str] = {}
     for text in runs:
         directory = _directory(text, workdir)

@@ -33,6 +33,18 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
+def make_folder(folder: str | Path) -> None:
+    """Create a new folder that a user named, with those above it.
+
+    Raises:
+        VolumeError: it cannot be created.
+    """
+    try:
+        Path(folder).mkdir(parents=True)
+    except OSError as error:
+        raise VolumeError(f"{folder}: cannot be created ({error.strerror}); choose another place") from None
+
+
 def sync_directory(directory: str | Path) -> None:
     """Make the renames in `directory` durable."""
     descriptor = os.open(directory, os.O_RDONLY)

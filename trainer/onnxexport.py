@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from trainer.data.tokenizer import files_of
 from trainer.errors import LaunchError, SpecError
 from trainer.export import MANIFEST, TRANSFORMERS, read
-from trainer.files import checksum, sync_directory
+from trainer.files import checksum, make_folder, sync_directory
 from trainer.hf import own
 from trainer.hf.folder import CONFIG
 from trainer.hf.mixers_yaongi import MIXERS, Attention, RMSNorm, State, Step, rotary
@@ -72,7 +72,7 @@ def run(directory: Path, output: Path) -> Path:
     manifest, spec = read(directory)
     refuse_quantised(directory, manifest, "ONNX is written from")
     draft, old = (output.with_name(f".{output.name}-{what}-{time.time_ns()}") for what in ("unfinished", "old"))
-    draft.mkdir(parents=True)
+    make_folder(draft)
     try:
         _write(draft, directory, manifest, spec)
         if output.exists():

@@ -27,7 +27,7 @@ from trainer.distributed import pick_device
 from trainer.errors import DataError, SpecError
 from trainer.evaluation.write import read_object
 from trainer.export import MANIFEST, QUANTISED_FORMAT, TRANSFORMERS, WEIGHTS, assemble, read, sync, write_text
-from trainer.files import checksum, sync_directory, unreadable
+from trainer.files import checksum, make_folder, sync_directory, unreadable
 from trainer.loading import cast, natural, quantise_state
 from trainer.model.hybrid import HybridModel
 from trainer.modelspec import ModelSpec
@@ -80,7 +80,7 @@ def run(directory: Path, output: Path, kind: Kind, measure: Measure) -> Made:
         _measured(directory, spec, some, of, tokenizer, measure) for some, of in ((plain, None), (state, kind))
     )
     draft, old = (output.with_name(f".{output.name}-{what}-{time.time_ns()}") for what in ("unfinished", "old"))
-    draft.mkdir(parents=True)
+    make_folder(draft)
     try:
         _write(draft, directory, manifest, state, kind, {"before": before, "after": after})
         if signer is not None:

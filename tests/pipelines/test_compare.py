@@ -128,6 +128,10 @@ def test_runs_without_jobs_are_compared_by_their_training(
         ([former.RUN, "nobody"], "no run 'nobody' in work; known: micro"),
         ([former.RUN, "new"], "has no trained step in logs/metrics.jsonl yet; train it first: yaongi resume new"),
         ([former.RUN, "other", "--output", "job.yaml/page.html"], "cannot be written"),
+        (
+            [former.RUN, "other", "--output", f"work/checkpoints/runs/{former.RUN}/job.yaml"],
+            "is a file that is no page",
+        ),
     ],
 )
 def test_bad_input_is_one_line(

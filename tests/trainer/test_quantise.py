@@ -182,6 +182,12 @@ def test_bad_options_end_with_one_line(exported: tuple[TrainSpec, Path], tmp_pat
     with pytest.raises(ForeseenError, match="has no text to score"):
         quantise.run(alone, tmp_path / "made", "int8", quantise.on_text(tmp_path / "empty"))
     assert not (tmp_path / "made").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ForeseenError, match=r"file/x/\.y-unfinished.*: cannot be created \(Not a directory\)"
+    ) as caught:
+        quantise.run(alone, tmp_path / "file" / "x" / "y", "int8", no_scores)
+    assert caught.value.code == 74
 
 
 def test_generate_quantises_while_loading(exported: tuple[TrainSpec, Path]) -> None:
