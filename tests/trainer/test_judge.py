@@ -215,6 +215,14 @@ def test_what_stays_malformed_is_unscored_and_counted(server, spec, tmp_path):
     assert again["prompt_tokens"] == result["prompt_tokens"] + 100
 
 
+def test_answers_without_text_do_not_count_as_grades(server, spec, tmp_path):
+    """As from another server at a wrong address, which answers everything with a page."""
+    server.faults = ["garbage"] * 12
+    with pytest.raises(LaunchError, match=r"gave no score for any answer; .* first '\(not JSON\)'; use"):
+        run(spec, tmp_path, retries=0)
+    assert run(spec, tmp_path, lambda talks: pytest.fail("the model was asked"), retries=0)["unscored"] == 0
+
+
 def test_forms_of_scores():
     for text in ("점수: 8", "**점수**: 8.0/10", "점수: [[8]]", "점수: (8)", "점수：8점", "평가: 좋다.\n점수 : 8"):
         assert logickor.score_in(text) == 8

@@ -7,7 +7,7 @@ of both turns. Different from it: an answer that the judge does not grade counts
 judge's instructions are our own unless the job names the published ones (trainer/evaluation/questions.py).
 
 All answers of the model and of the judge are lines of run_dir/logickor.jsonl. Nothing in it is asked again, except
-what the judge's server refused.
+what the judge's server refused or answered without text.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ class _Grader:
             prompt, completion = prompt + reply.prompt_tokens, completion + reply.completion_tokens
             said.append(reply.text if reply.text is not None else f"({reply.why_not})")
             score = None if reply.text is None else score_in(reply.text)
-            refused = reply.why_not.startswith("status")  # and would be again, now
-            if score is not None or refused:
+            refused = reply.text is None  # the next evaluation asks again
+            if score is not None or reply.why_not.startswith("status"):  # that would be again, now
                 break
         record = {
             "key": key,
@@ -204,9 +204,10 @@ def _result(spec: JudgeSpec, questions: Sequence[Question], graded: list[Record]
     scores = {(record["id"], record["turn"]): record["score"] for record in graded}
     unscored = sum(score is None for score in scores.values())
     if unscored == len(scores):
+        said = " ".join(str(graded[0]["said"][-1]).split())[:100]
         raise LaunchError(
-            f"the judge {spec.model} gave no score for any answer; what it said is in {FILE} of the run; use a model "
-            "that follows the instructions"
+            f"the judge {spec.model} gave no score for any answer; what it said is in {FILE} of the run, "
+            f"first {said!r}; use a model that follows the instructions"
         )
     if unscored:
         log.warning("logickor: %d of %d answers have no score, as the judge gave none", unscored, len(scores))
