@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 from kube import PIPELINE_IMAGE, TRAINER_IMAGE, pod, wait_for
 from pipeline_run import PipelineRun
-from tools import tool
+from test_chart_cluster import helm
 
 from manifests import chart, serving
 from manifests.names import APP_LABEL, SERVER_APP
 
 pytestmark = pytest.mark.e2e
 
-KEY, SECRET, CLIENT = "a key of the test", "serve-key", "serving-client"
+KEY, SECRET, CLIENT, RELEASE = "a key of the test", "serve-key", "serving-client", "served"
 
 
-def test_no_answer_breaks_while_the_server_is_rolled_out(first: PipelineRun) -> None:
+def test_no_answer_breaks_while_the_server_is_rolled_out(first: PipelineRun, tmp_path: Path) -> None:
     """Of four clients, two keep their connections and two make a new one each time; none tries anything twice."""
     assert first.code == 0, first.log
     space = first.namespace
@@ -40,12 +39,9 @@ def test_no_answer_breaks_while_the_server_is_rolled_out(first: PipelineRun) -> 
         },
     }
     space.kubectl("create", "secret", "generic", SECRET, f"--from-literal={serving.KEY}={KEY}")
-    rendered = subprocess.run(
-        [tool("helm"), "template", "served", str(chart.CHART), f"--namespace={space.name}", "--values=-"],
-        input=json.dumps(values), capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    space.kubectl("apply", "-f", "-", stdin=rendered.stdout)
+    (tmp_path / "values.json").write_text(json.dumps(values))
     try:
+        helm(space, "install", RELEASE, str(chart.CHART), f"--values={tmp_path / 'values.json'}")
         status = ("rollout", "status", f"deployment/{SERVER_APP}", "--timeout=300s")
         space.kubectl(*status)
         before = {item["metadata"]["name"] for item in space.find("pods", "-l", f"{APP_LABEL}={SERVER_APP}")}
@@ -68,5 +64,5 @@ def test_no_answer_breaks_while_the_server_is_rolled_out(first: PipelineRun) -> 
         assert told["answers"] >= 40 and len(told["texts"]) == 2, told
     finally:
         print(space.kubectl("logs", "-l", f"{APP_LABEL}={SERVER_APP}", "--prefix", "--tail=-1", check=False))
-        space.kubectl("delete", "-f", "-", "--ignore-not-found", stdin=rendered.stdout, check=False)
+        helm(space, "uninstall", RELEASE, "--ignore-not-found")
         space.kubectl("delete", "pod", CLIENT, "--ignore-not-found", "--grace-period=0", "--force", check=False)
