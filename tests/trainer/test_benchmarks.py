@@ -128,13 +128,16 @@ def test_a_group_has_its_own_score_and_those_of_its_tasks(own, place, tmp_path):
         write_task(folder / f"{name}.yaml", TASKS["own_choice"], tmp_path / f"{name}.jsonl", changes)
     averaged = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]"
     (folder / "group.yaml").write_text(f"group: own_group\ntask: [one, two]\n{averaged}\nmetadata: {{version: 3}}\n")
-    result = evaluate.run(own(tmp_path, "own_group", "own_tag", task_files=str(folder)))["benchmarks"]
+    spec = own(tmp_path, "own_group", "own_tag", task_files=str(folder))
+    result = evaluate.run(spec)["benchmarks"]
     assert list(result) == ["own_group", "one", "two"]
     whole, inside = result["own_group"], result["own_group"]["subtasks"]
     assert inside == {name: result[name] for name in ("one", "two")}
     one, two = (inside[name]["metrics"]["acc"]["value"] for name in ("one", "two"))
     assert whole["metrics"]["acc"]["value"] == pytest.approx((2 * one + 6 * two) / 8)
     assert (whole["samples"], whole["version"], inside["one"]["samples"]) == (8, "3", 2)
+    page = (Path(spec.run_dir) / "report.html").read_text(encoding="utf-8")
+    assert "Tasks inside groups" in page and "<td>own_group/two</td>" in page
 
 
 def test_a_task_that_fails_is_one_line_and_the_others_are_kept(own, place, tmp_path):

@@ -36,20 +36,23 @@ def shown(value: float, stderr: float | None) -> str:
     return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 
 
-def rows(evaluation: dict[str, Any], *, subtasks: bool = False) -> list[Row]:
-    """All scores of an eval.json.
-
-    Args:
-        subtasks: also those of the tasks inside groups, as "group/task".
-    """
+def rows(evaluation: dict[str, Any]) -> list[Row]:
+    """All scores of an eval.json, without those of the tasks inside groups."""
     found: list[Row] = []
     for task, scores in evaluation.get("benchmarks", {}).items():
         found += of_task(task, scores)
-        for inner, below in scores.get("subtasks", {}).items() if subtasks else ():
-            found += of_task(f"{task}/{inner}", below)
     if judged := evaluation.get(LOGICKOR):
         found += of_task(LOGICKOR, judged)
     return found
+
+
+def inner_rows(evaluation: dict[str, Any]) -> list[Row]:
+    """The scores of the tasks inside groups, as "group/task"."""
+    groups = evaluation.get("benchmarks", {}).items()
+    inside = [
+        (f"{group}/{task}", scores) for group, all_ in groups for task, scores in all_.get("subtasks", {}).items()
+    ]
+    return [row for name, scores in inside for row in of_task(name, scores)]
 
 
 def limited(evaluation: dict[str, Any]) -> bool:

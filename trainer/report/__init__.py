@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainer.evaluation.scores import limited, rows
+from trainer.evaluation.scores import inner_rows, limited, rows
 from trainer.files import atomic_write
 from trainer.report.charts import line_chart
 from trainer.report.curves import curves, validation_curves
@@ -66,6 +66,7 @@ def render(run: Run) -> str:
         run=run,
         facts=facts(run),
         benchmarks=rows(run.evaluation or {}),
+        inner_benchmarks=inner_rows(run.evaluation or {}),
         limited=limited(run.evaluation or {}),
         curves=curves(run),
         validation=validation,
