@@ -14,7 +14,7 @@ from trainer.inference.sampling import Sampling
 from trainer.inference.text import Text
 from trainer.model.hybrid import HybridModel
 
-ROWS = 64  # texts at the same time; more of them wait
+ROWS = 64  # texts at the same time, if they fit into memory; more of them wait
 
 
 def generate(
@@ -33,7 +33,7 @@ def generate(
         seed: each prompt has its own generator, so its text does not depend on the other prompts.
 
     Raises:
-        SpecError: a prompt is empty, as the model needs at least one token; or the texts need more memory than is free.
+        SpecError: a prompt is empty, as the model needs at least one token; or not even one text fits into memory.
     """
     sampling = Sampling(max_tokens, temperature, stop_ids=frozenset(stops))
     return [text.made for text in continued(model, None, prompts, sampling, seed)]
@@ -87,8 +87,7 @@ def continued(
     if seed is not None:
         samplings = [replace(one, seed=seed + i) for i, one in enumerate(samplings)]
     length = max(len(prompt) + s.max_tokens for prompt, s in zip(prompts, samplings, strict=True))
-    rows = min(len(prompts), ROWS)
-    memory.check(model, rows, length, drafts=drafts)
+    rows = memory.fitting_rows(model, min(len(prompts), ROWS), length, drafts=drafts)
     engine = Engine(model, tokenizer, rows=rows, length=length, drafts=drafts)
     texts = [engine.submit(prompt, s) for prompt, s in zip(prompts, samplings, strict=True)]
     tell = each or (lambda texts, engine: None)

@@ -210,6 +210,11 @@ def test_what_cannot_be_run_is_refused_before_the_model_is_loaded(known, tmp_pat
         "humaneval_plus runs programs that the model wrote": asked(tasks=["humaneval_plus"]),
         "is not a folder": asked(tasks=["kmmlu"], task_files=str(tmp_path / "nowhere")),
     }
+    broken = tmp_path / "own"
+    broken.mkdir()
+    (broken / "fine.yaml").write_text("task: fine\ndoc_to_text: !function utils.text\n")
+    (broken / "half.yaml").write_text("task: [half\n")
+    cases["half.yaml: not valid YAML (while parsing"] = asked(tasks=["half"], task_files=str(broken))
     for said, spec in cases.items():
         with pytest.raises(SpecError, match=re.escape(said)):
             tasks.refuse_unknown(spec)

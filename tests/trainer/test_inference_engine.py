@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from trainer.errors import SpecError
 from trainer.hf.architectures import native
 from trainer.hf.weights import tensors
+from trainer.inference import memory
 from trainer.inference.cache import Cache
 from trainer.inference.engine import Engine
-from trainer.inference.memory import check, needed
+from trainer.inference.memory import check, fitting_rows, needed
 from trainer.inference.sampling import Sampling
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec
@@ -165,6 +166,18 @@ def test_what_cannot_be_done_is_refused_at_once(model: HybridModel) -> None:
     with pytest.raises(SpecError, match=r"1000000 texts of 100000 tokens need [\d,]+ MiB .* free on cpu: \d+ fit"):
         check(model, 1_000_000, 100_000)
     assert check(model, 2, 30) == needed(model, 2, 30) == Engine(model, rows=2, length=30).cache.bytes
+
+
+def test_as_many_rows_as_fit_into_memory(model: HybridModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not one more; one at least must fit into all of it."""
+    for rows in (1, 3):
+        monkeypatch.setattr(memory, "free", lambda device, rows=rows: int(needed(model, rows, 40) / memory.SHARE) + 1)
+        assert fitting_rows(model, 2, 40) == min(2, rows) and fitting_rows(model, 9, 40) == rows
+    monkeypatch.setattr(memory, "free", lambda device: needed(model, 1, 40))
+    assert fitting_rows(model, 9, 40) == 1
+    monkeypatch.setattr(memory, "free", lambda device: needed(model, 1, 40) - 1)
+    with pytest.raises(SpecError, match=r"^1 text of 40 tokens need .* not even one fits"):
+        fitting_rows(model, 9, 40)
 
 
 def test_a_kind_without_a_cache_says_so() -> None:

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from trainer.benchmarkspec import BenchmarksSpec
 from trainer.errors import SpecError
 
@@ -41,6 +43,8 @@ def refuse_unknown(spec: BenchmarksSpec) -> None:
     index = manager(spec.task_files).task_index
     for task in spec.benchmarks:
         if task.task not in index:
+            if spec.task_files and (broken := _broken(spec.task_files)):
+                raise SpecError(f"train.evaluate.task_files: {broken}")
             near = difflib.get_close_matches(task.task, index, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "`lm_eval ls tasks` lists them"
             raise SpecError(f"train.evaluate.tasks: lm-evaluation-harness has no task '{task.task}'; {hint}")
@@ -58,6 +62,19 @@ def manager(task_files: str | None) -> Any:
         from lm_eval.tasks import TaskManager
 
         return TaskManager(include_path=task_files)
+
+
+def _broken(folder: str) -> str:
+    """The first of a folder's YAML files that cannot be read, which the harness leaves out, and why; "" if all can."""
+    for file in sorted(Path(folder).rglob("*.yaml")):
+        try:
+            for _ in yaml.parse(file.read_bytes()):
+                pass
+        except yaml.YAMLError as error:
+            return f"{file}: not valid YAML ({' '.join(str(error).split())})"
+        except OSError as error:
+            return f"{file}: cannot be read ({error.strerror})"
+    return ""
 
 
 def runs_code(name: str, index: dict[str, Any]) -> str | None:

@@ -21,7 +21,6 @@ from trainer.model.hybrid import HybridModel
 
 log = logging.getLogger(__name__)
 
-MEMORY_SHARE = 0.8  # of what is free, for the states of texts
 TELL_SECONDS = 60.0
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -61,7 +60,8 @@ class Writer:
         if not prompts:
             return []
         length = max(map(len, prompts)) + max_tokens
-        engine = Engine(self._model, self._tokenizer, rows=self._rows(len(prompts), length), length=length)
+        rows = memory.fitting_rows(self._model, min(len(prompts), ROWS), length)
+        engine = Engine(self._model, self._tokenizer, rows=rows, length=length)
         stop = tuple(text for text in until if text)
         texts = [
             engine.submit(
@@ -74,14 +74,6 @@ class Writer:
             while engine.busy:
                 told.done(sum(text.ended is not None for text in engine.step()))
         return [cut(self._tokenizer.decode([i for i in t.made if i not in self._special]), stop) for t in texts]
-
-    def _rows(self, wanted: int, length: int) -> int:
-        """Texts at the same time: as many as fit into most of the memory."""
-        each = memory.needed(self._model, 0, length)
-        room = int(memory.free(self._model.no_tokens.device) * MEMORY_SHARE) // each - 1
-        rows = min(wanted, ROWS, max(room, 1))
-        memory.check(self._model, rows, length)
-        return rows
 
 
 def stops(folder: Path, tokenizer: Tokenizer, asking: Asking | None = None) -> set[int]:

@@ -11,6 +11,7 @@ from trainer.ops.experts import compute_dtype
 from trainer.process.hostmemory import limit_bytes, resident_bytes
 
 MIB = 2**20
+SHARE = 0.8  # of what is free, for the states of texts
 
 
 def needed(model: HybridModel, rows: int, length: int, *, drafts: bool = False) -> int:
@@ -27,6 +28,19 @@ def free(device: torch.device) -> int:
     return max(0, limit_bytes() - resident_bytes())
 
 
+def fitting_rows(model: HybridModel, wanted: int, length: int, *, drafts: bool = False) -> int:
+    """Texts at the same time, at most `wanted`: as many as fit into most of what is free.
+
+    Raises:
+        SpecError: not even one fits.
+    """
+    each = max(1, needed(model, 0, length, drafts=drafts))
+    room = int(free(model.no_tokens.device) * SHARE) // each - 1
+    rows = min(wanted, max(room, 1))
+    check(model, rows, length, drafts=drafts)
+    return rows
+
+
 def check(model: HybridModel, rows: int, length: int, *, drafts: bool = False) -> int:
     """`needed`, if it is free.
 
@@ -39,7 +53,8 @@ def check(model: HybridModel, rows: int, length: int, *, drafts: bool = False) -
         return wanted
     fitting = available // max(1, needed(model, 0, length, drafts=drafts)) - 1
     advice = f"{fitting} fit" if fitting > 0 else "not even one fits; ask for shorter texts"
+    texts = "1 text" if rows == 1 else f"{rows} texts"
     raise SpecError(
-        f"{rows} texts of {length} tokens need {wanted // MIB:,} MiB for their states and {available // MIB:,} MiB are "
+        f"{texts} of {length} tokens need {wanted // MIB:,} MiB for their states and {available // MIB:,} MiB are "
         f"free on {device}: {advice}"
     )
