@@ -23,7 +23,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from trainer.data.tokenizer import Tokenizer, files_of
 from trainer.errors import CheckpointError
 from trainer.evaluation.scores import limited, rows
 from trainer.fields import stored, version_of
-from trainer.files import checksum, sync_directory
+from trainer.files import checksum, new_directory, sync_directory
 from trainer.hf import own
 from trainer.hf.architectures import native
 from trainer.hf.folder import write as write_folder
@@ -82,24 +81,14 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         merge(trained.model)
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"lora": None})})
     final = Path(spec.run_dir) / "export"
-    # Unique names: NFS may keep a file of an earlier one (.nfs…) as long as a process reads it.
-    draft, old = (final.with_name(f".export-{what}-{time.time_ns()}") for what in ("unfinished", "old"))
-    for leftover in final.parent.glob(".export-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    draft.mkdir(parents=True)
     record = read_run(spec.run_dir)
-    manifest = _write(draft, spec, trained, record)
-    passport.write(draft, trained_as, trained.checkpoint, manifest, record)
-    if signer is not None:
-        key_id = signing.sign(draft, *passport.read(draft / passport.PASSPORT), signer)
-        log.info("signed the passport with key %s", key_id)
-    sync(draft / passport.PASSPORT)
-    sync_directory(draft)
-    if final.exists():
-        final.rename(old)
-    draft.rename(final)
-    sync_directory(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with new_directory(final) as draft:
+        manifest = _write(draft, spec, trained, record)
+        passport.write(draft, trained_as, trained.checkpoint, manifest, record)
+        if signer is not None:
+            key_id = signing.sign(draft, *passport.read(draft / passport.PASSPORT), signer)
+            log.info("signed the passport with key %s", key_id)
+        sync(draft / passport.PASSPORT)
     log.info("exported %d parameters to %s", manifest["parameters"], final)
     update_report(spec.run_dir)
     return manifest

@@ -5,8 +5,13 @@ Imports no torch.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -33,18 +38,6 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
-def make_folder(folder: str | Path) -> None:
-    """Create a new folder that a user named, with those above it.
-
-    Raises:
-        VolumeError: it cannot be created.
-    """
-    try:
-        Path(folder).mkdir(parents=True)
-    except OSError as error:
-        raise VolumeError(f"{folder}: cannot be created ({error.strerror}); choose another place") from None
-
-
 def sync_directory(directory: str | Path) -> None:
     """Make the renames in `directory` durable."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -52,6 +45,36 @@ def sync_directory(directory: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """A hidden directory beside `final` that takes its place when the block ends; after an error it is removed.
+
+    What killed processes have left of the same directory is removed too.
+
+    Raises:
+        VolumeError: it cannot be created.
+    """
+    # Unique names: NFS may keep a file of an earlier one (.nfs…) as long as a process reads it.
+    draft, old = (final.with_name(f".{final.name}-{what}-{time.time_ns()}") for what in ("unfinished", "old"))
+    for what in ("unfinished", "old"):
+        for leftover in final.parent.glob(f".{glob.escape(final.name)}-{what}-[0-9]*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise VolumeError(f"{draft}: cannot be created ({error.strerror}); choose another place") from None
+    try:
+        yield draft
+        sync_directory(draft)
+        if final.exists():
+            final.rename(old)
+        draft.rename(final)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    sync_directory(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def checksum(path: str | Path, algorithm: Algorithm) -> str:

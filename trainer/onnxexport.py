@@ -21,7 +21,6 @@ import json
 import logging
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 from trainer.data.tokenizer import files_of
 from trainer.errors import LaunchError, SpecError
 from trainer.export import MANIFEST, TRANSFORMERS, read
-from trainer.files import checksum, make_folder, sync_directory
+from trainer.files import checksum, new_directory
 from trainer.hf import own
 from trainer.hf.folder import CONFIG
 from trainer.hf.mixers_yaongi import MIXERS, Attention, RMSNorm, State, Step, rotary
@@ -71,17 +70,8 @@ def run(directory: Path, output: Path) -> Path:
         raise SpecError(f"{output} exists and is not an ONNX export; give another folder, or remove it")
     manifest, spec = read(directory)
     refuse_quantised(directory, manifest, "ONNX is written from")
-    draft, old = (output.with_name(f".{output.name}-{what}-{time.time_ns()}") for what in ("unfinished", "old"))
-    make_folder(draft)
-    try:
+    with new_directory(output) as draft:
         _write(draft, directory, manifest, spec)
-        if output.exists():
-            output.rename(old)
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    sync_directory(output.parent)
     return output / FILE
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from trainer.distributed import pick_device
 from trainer.errors import DataError, SpecError
 from trainer.evaluation.write import read_object
 from trainer.export import MANIFEST, QUANTISED_FORMAT, TRANSFORMERS, WEIGHTS, assemble, read, sync, write_text
-from trainer.files import checksum, make_folder, sync_directory, unreadable
+from trainer.files import checksum, new_directory, unreadable
 from trainer.loading import cast, natural, quantise_state
 from trainer.model.hybrid import HybridModel
 from trainer.modelspec import ModelSpec
@@ -72,6 +71,8 @@ def run(directory: Path, output: Path, kind: Kind, measure: Measure) -> Made:
     if output.exists() and not _is_quantised(output) and not (output.is_dir() and not any(output.iterdir())):
         raise SpecError(f"{output} exists and is no quantised export; give another folder, or remove it")
     signer = signing.signer()
+    if signer is not None and not (directory / passport.PASSPORT).is_file():
+        raise SpecError(f"{directory} has no passport to sign; export the run again, or unset {signing.VARIABLE}")
     manifest, spec = read(directory)
     refuse_quantised(directory, manifest, "quantising needs")
     tokenizer, plain = Tokenizer.load(directory), load_file(directory / WEIGHTS)
@@ -79,20 +80,10 @@ def run(directory: Path, output: Path, kind: Kind, measure: Measure) -> Made:
     before, after = (
         _measured(directory, spec, some, of, tokenizer, measure) for some, of in ((plain, None), (state, kind))
     )
-    draft, old = (output.with_name(f".{output.name}-{what}-{time.time_ns()}") for what in ("unfinished", "old"))
-    make_folder(draft)
-    try:
+    with new_directory(output) as draft:
         _write(draft, directory, manifest, state, kind, {"before": before, "after": after})
         if signer is not None:
             signing.sign(draft, *passport.read(draft / passport.PASSPORT), signer)
-        sync_directory(draft)
-        if output.exists():
-            output.rename(old)
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    sync_directory(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
     sizes = ((folder / WEIGHTS).stat().st_size for folder in (directory, output))
     return Made(output, before, after, *sizes)
 

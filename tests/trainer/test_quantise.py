@@ -74,6 +74,14 @@ def test_an_export_is_made_again(exported: tuple[TrainSpec, Path], kind: Kind) -
     assert sorted(path.name for path in directory.parent.glob(".export-*")) == []
 
 
+def test_a_key_demands_a_passport(exported: tuple[TrainSpec, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    former = shutil.copytree(exported[1], tmp_path / "former")
+    (former / "passport.json").unlink()
+    monkeypatch.setattr(quantise.signing, "signer", object)
+    with pytest.raises(ForeseenError, match="former has no passport to sign; export the run again, or unset YAONGI_"):
+        quantise.run(former, tmp_path / "made", "int8", no_scores)
+
+
 def test_scores_of_a_text_are_its_log_likelihood(
     exported: tuple[TrainSpec, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
