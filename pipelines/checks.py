@@ -58,6 +58,8 @@ def checks(directory: Path, key: SSlibKey | None) -> list[Check]:
     found += [_of_spec(content, spec), *_of_data(content, spec), _of_ledger(content, run_dir)]
     if content.begun_with:
         found.append(_of_first_model(content.begun_with, spec))
+    if content.quantised:
+        found.append(_of_whole_weights(content.quantised, run_dir))
     return [*found, _of_signature(directory, content, data, key)]
 
 
@@ -199,6 +201,16 @@ def _of_first_model(begun: passport.BegunRecord, spec: TrainSpec | None) -> Chec
     if hashlib.sha256(there.read_bytes()).hexdigest() == begun.passport_sha256:
         return Check(GOOD, "begun with", f"{begun.name}, passport {begun.passport_sha256[:12]}")
     return Check(OPEN, "begun with", f"{begun.name} was exported again since")
+
+
+def _of_whole_weights(made: passport.QuantisedRecord, run_dir: Path) -> Check:
+    """The passport of the export that a quantised one was made from."""
+    what, there = "made from", run_dir / "export" / PASSPORT
+    if not there.is_file():
+        return Check(OPEN, what, f"the export with whole weights is {NOT_HERE}")
+    if hashlib.sha256(there.read_bytes()).hexdigest() == made.passport_sha256:
+        return Check(GOOD, what, f"{there.parent}, passport {made.passport_sha256[:12]}")
+    return Check(OPEN, what, f"{there.parent} was exported again since, or it was made from another")
 
 
 def _of_signature(directory: Path, content: Passport, data: bytes, key: SSlibKey | None) -> Check:

@@ -35,7 +35,7 @@ from trainer import __version__, gate, passport, signing
 from trainer.checkpoints.checkpoint import CheckpointFile, describe_files
 from trainer.data.tokenizer import Tokenizer, files_of
 from trainer.errors import CheckpointError
-from trainer.evaluation.scores import limited, rows
+from trainer.evaluation.scores import judged_by, limited, rows
 from trainer.fields import stored, version_of
 from trainer.files import checksum, new_directory, sync_directory
 from trainer.hf import own
@@ -228,8 +228,8 @@ def model_card(run: Run, manifest: dict[str, Any]) -> str:
     environment = Environment(loader=PackageLoader("trainer", "report"), undefined=StrictUndefined, trim_blocks=True)
     template = environment.get_template("model_card.md.j2")
     scores = evaluation or {}
-    shown = {"evaluation": evaluation, "benchmarks": rows(scores), "limited": limited(scores)}
-    return template.render(run=run, manifest=manifest, **shown)
+    benchmarks = {"benchmarks": rows(scores), "limited": limited(scores), "judged": judged_by(scores)}
+    return template.render(run=run, manifest=manifest, evaluation=evaluation, **benchmarks)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -357,4 +357,6 @@ def _evaluation(evaluation: dict[str, Any] | None, checkpoint: CheckpointManifes
     if evaluation is None or evaluation["checkpoint_digest"] != checkpoint.digest:
         return None
     found = {name: evaluation[name] for name in ("domains", "all", "harness") if name in evaluation}
+    if judged := scores.judged_by(evaluation):
+        found["judge"] = judged
     return found | {"benchmarks": [row._asdict() for row in scores.rows(evaluation)]}

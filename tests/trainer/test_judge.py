@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import statistics
@@ -22,8 +23,10 @@ from trainer.errors import DataError, ForeseenError, LaunchError, SpecError
 from trainer.evaluation import judge as client
 from trainer.evaluation import logickor
 from trainer.evaluation.questions import OWN, read_instructions, read_questions
-from trainer.evaluation.scores import rows
+from trainer.evaluation.scores import judged_by, rows
+from trainer.export import model_card
 from trainer.generate import generate
+from trainer.report.run import read_run
 
 pytestmark = pytest.mark.enable_socket
 KEY = "sk-local-secret"
@@ -358,6 +361,11 @@ def test_the_evaluation_asks_the_judge_about_the_models_own_answers(server, spec
     for n, (first, _) in enumerate(answers, start=1):
         (ids,) = generate(model, [asking(f"물음 {n}")], max_tokens=4, temperature=0, seed=0, stops=asking.stops)
         assert first == tokenizer.decode([token for token in ids if lengths[token]]).strip()
+    manifest = {"name": "n", "parameters": 1, "step": 1, "code_version": "1", "data": {}}
+    card = model_card(read_run(made.run_dir), manifest | {"checkpoint_digest": result["checkpoint_digest"]})
+    assert "LogicKor was graded by m, by yaongi's own instructions." in card
+    digest = hashlib.sha256(Path(spec.questions).read_bytes()).hexdigest()
+    assert judged_by(result) == {"judge": "m", "questions": digest, "instructions": "own", "unscored": 0}
     count = len(server.requests)
     assert evaluate.run(made)["logickor"] == result["logickor"] and len(server.requests) == count
     with pytest.raises(ForeseenError, match="leaves no room for a question"):

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 from made_run import make_run, save_checkpoint
 
 from trainer import energy, evaluate, export, passport
+from trainer.checkpoints import checkpoint
 from trainer.data.manifest import read_manifest
 from trainer.pretrained import find
 
@@ -120,6 +121,10 @@ def test_it_states_what_is_known_of_code_data_training_and_evaluation(made: Path
     }
     scores = json.loads((made / "run" / "eval.json").read_text())
     assert value["evaluation"] == {name: scores[name] for name in ("domains", "all")} | {"benchmarks": [BENCHMARK]}
+    judged = {"judge": "m", "questions": "0a", "instructions": "own", "unscored": 1}
+    graded = scores | {"logickor": judged | {"metrics": {}, "samples": 6}}
+    found = passport._evaluation(graded, checkpoint.read_manifest(checkpoint.step_dir(made / "run", 12)))
+    assert found is not None and found["judge"] == judged
     training = value["training"]
     assert (training["steps"], training["devices"], training["device"]) == (12, 1, "NVIDIA H200")
     assert training["hours"] == pytest.approx(6 / 3600, abs=1e-6)

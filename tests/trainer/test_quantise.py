@@ -46,7 +46,7 @@ def no_scores(*_: object) -> quantise.Scores:
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_an_export_is_made_again(exported: tuple[TrainSpec, Path], kind: Kind) -> None:
+def test_an_export_is_made_again(exported: tuple[TrainSpec, Path], kind: Kind, tmp_path: Path) -> None:
     """Loads bit for bit as when quantised while loading; verifies; states the scores of the run's evaluation."""
     spec, directory = exported
     output = directory.with_name(f"export-{kind}")
@@ -66,7 +66,15 @@ def test_an_export_is_made_again(exported: tuple[TrainSpec, Path], kind: Kind) -
     after = manifest["measured"]["after"]["all"]["perplexity"]
     assert 0 < abs(after / measured["all"]["perplexity"] - 1) < 0.1
     assert f"{after:.4f}" in result.output and f"{after:.4f}" in (output / "README.md").read_text()
-    assert {check.mark for check in checks.checks(output, None)} == {checks.GOOD, checks.OPEN}
+    found = {check.what: check for check in checks.checks(output, None)}
+    assert {check.mark for check in found.values()} == {checks.GOOD, checks.OPEN}
+    assert found["made from"].mark == checks.GOOD and str(directory) in found["made from"].detail
+    elsewhere = shutil.copytree(output, tmp_path / "copy" / "model")
+    assert ("made from", checks.OPEN) in [(each.what, each.mark) for each in checks.checks(elsewhere, None)]
+    (elsewhere.parent / "export").mkdir()
+    (elsewhere.parent / "export" / "passport.json").write_text("{}")
+    (other,) = [each for each in checks.checks(elsewhere, None) if each.what == "made from"]
+    assert other.mark == checks.OPEN and "was exported again since" in other.detail
     small, large = ((folder / "model.safetensors").stat().st_size for folder in (output, directory))
     assert small < 0.45 * large and f"{small / large:.0%}" in result.output  # headers are a large part here
     quantise.run(directory, output, kind, no_scores)  # again

@@ -55,6 +55,12 @@ def inner_rows(evaluation: dict[str, Any]) -> list[Row]:
     return [row for name, scores in inside for row in of_task(name, scores)]
 
 
+def judged_by(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Who graded LogicKor, what questions by which instructions, and the answers without a score; empty without it."""
+    found = evaluation.get(LOGICKOR, {})
+    return {name: found[name] for name in ("judge", "questions", "instructions", "unscored") if name in found}
+
+
 def limited(evaluation: dict[str, Any]) -> bool:
     """Whether only the first documents of some task were used (`limit`)."""
     settings = evaluation.get("settings", {})
