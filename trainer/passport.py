@@ -356,7 +356,7 @@ def _evaluation(evaluation: dict[str, Any] | None, checkpoint: CheckpointManifes
     """The scores of eval.json; None if it is of another checkpoint. Not its settings, which may name places."""
     if evaluation is None or evaluation["checkpoint_digest"] != checkpoint.digest:
         return None
-    found = {name: evaluation[name] for name in ("domains", "all", "harness") if name in evaluation}
+    found: dict[str, Any] = {name: evaluation[name] for name in ("domains", "all", "harness") if name in evaluation}
     if judged := scores.judged_by(evaluation):
         found["judge"] = judged
     return found | {"benchmarks": [row._asdict() for row in scores.rows(evaluation)]}
