@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import nullcontext
@@ -358,6 +359,8 @@ def _verbose() -> bool:
 
 def main() -> None:
     """Run the command line. An error prints one line on stderr and sets the exit code; a bug adds a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal is not UTF-8; as stderr is already
     try:
         app()
     except Exception as error:

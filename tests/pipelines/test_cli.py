@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import subprocess
@@ -24,6 +25,15 @@ def test_the_version_is_the_packages(yaongi):
 def test_the_module_can_be_run_where_the_command_is_not_installed():
     command = [sys.executable, "-m", "pipelines.cli", "--version"]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == f"yaongi {__version__}\n"
+
+
+def test_texts_are_printed_where_the_terminal_is_not_utf8(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(cli, "app", lambda: print("river 강"))
+    cli.main()
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"river \\uac15\n"
 
 
 @pytest.mark.parametrize("command", ["run", "train", "render", "describe", "submit"])

@@ -188,6 +188,10 @@ def test_what_keeps_it_from_starting_is_one_line(
         assert f"metrics port {port} is taken; set --metrics-port" in said(2, str(tmp_path), "--metrics-port", port)
     assert "manifest.json has format None" in said(66, str(tmp_path), "--port", "0")
     assert "--rows is 0; it must be at least 1" in said(2, str(tmp_path), "--rows", "0")
+    for key in ("열쇠", "two words"):
+        monkeypatch.setenv("YAONGI_API_KEY", key)
+        line = said(2, str(tmp_path), "--port", "0")
+        assert "YAONGI_API_KEY has characters that clients cannot send" in line and key not in line
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else found(name))
     assert said(69, str(tmp_path)) == "error: uvicorn is not installed; run: pip install 'yaongi[serve]'"

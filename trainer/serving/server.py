@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -45,7 +46,8 @@ def run(options: Options) -> None:
 
     Raises:
         CheckpointError, DataError: the export cannot be used.
-        SpecError: its texts do not fit into memory, there is no GPU as wanted, or the metrics port is taken.
+        SpecError: its texts do not fit into memory, there is no GPU as wanted, the metrics port is taken, or the key
+            cannot be sent.
         LaunchError: the port is taken or not allowed.
     """
     asyncio.run(_run(options))
@@ -58,7 +60,7 @@ async def _run(options: Options) -> None:
     try:
         sockets = [_listening(options.host, options.port)]
         thread = EngineThread(lambda: _loaded(options, name), metrics, options.max_waiting)
-        key = os.environ.get(KEY_VARIABLE, "").strip()
+        key = _key()
         service = Service(thread, metrics, name, created, key, options.timeout, BODY_BYTES)
         config = uvicorn.Config(
             app_of(service),
@@ -138,6 +140,15 @@ def _loaded(options: Options, name: str) -> tuple[Engine, Reader]:
     except DataError as error:
         asking = error
     return engine, Reader(name, tokenizer, asking, model.spec.vocab_size, length)
+
+
+def _key() -> str:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if key and not re.fullmatch("[!-~]+", key):
+        raise SpecError(
+            f"{KEY_VARIABLE} has characters that clients cannot send; use letters, digits and signs of ASCII"
+        )
+    return key
 
 
 def _device(wanted: Device) -> torch.device:
