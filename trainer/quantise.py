@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 CARD, FORMER_CARD = "README.md", "README-before.md"
 WINDOW, ROWS = 512, 8  # of a text file
-TEXT_TOKENS = 100_000  # of it that are scored
+TEXT_TOKENS, TEXT_BYTES = 100_000, 2**24  # of it that are scored, and read
 DROPPED = ("passport", "transformers", "transformers_dtype", "trust_remote_code")  # from the manifest
 Scores = dict[str, dict[str, float | int]]  # by domain, and of "all"
 Measure = Callable[[HybridModel, Tokenizer, torch.device], Scores]
@@ -106,7 +107,9 @@ def on_text(file: Path) -> Measure:
         DataError: it cannot be read, or is not UTF-8.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as stream:
+            data = stream.read(TEXT_BYTES)
+        text = getincrementaldecoder("utf-8")().decode(data, final=len(data) < TEXT_BYTES)  # the end may be cut
     except OSError as error:
         raise unreadable(file, error) from None
     except UnicodeDecodeError:

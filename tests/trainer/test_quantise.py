@@ -103,6 +103,11 @@ def test_scores_of_a_text_are_its_log_likelihood(
     score = quantise.on_text(tmp_path / "text.txt")(model, tokenizer, torch.device("cpu"))["all"]
     assert score["bits_per_byte"] == pytest.approx(total / math.log(2) / num_bytes, rel=1e-5)
     assert score["perplexity"] == pytest.approx(math.exp(total / (ids.shape[1] - 1)), rel=1e-5)
+    for size, begun in ((8, "다리 r"), (25, "다리 river stone moon ")):  # a file that is longer than what is read
+        monkeypatch.setattr(quantise, "TEXT_BYTES", size)
+        found = quantise.on_text(tmp_path / "text.txt")(model, tokenizer, torch.device("cpu"))["all"]
+        assert found["tokens"] == len(tokenizer.encode(begun))
+    monkeypatch.undo()
     monkeypatch.setattr(quantise, "TEXT_TOKENS", 3)
     score = quantise.on_text(tmp_path / "text.txt")(model, tokenizer, torch.device("cpu"))["all"]
     assert score["tokens"] == 3
