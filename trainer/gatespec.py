@@ -15,6 +15,7 @@ from trainer.specbase import Spec
 
 HELDOUT = ("bits_per_byte", "loss", "perplexity")
 BENCHMARKS = "benchmarks"
+Bound = Annotated[float, Field(allow_inf_nan=False)]  # nothing passes NaN
 
 
 class GateSpec(Spec):
@@ -25,10 +26,10 @@ class GateSpec(Spec):
     """
 
     metric: Annotated[str, Field(min_length=1)]
-    at_least: float | None = None
-    at_most: float | None = None
+    at_least: Bound | None = None
+    at_most: Bound | None = None
     better_than: Annotated[str, Field(min_length=1)] | None = None
-    by: Annotated[float, Field(ge=0)] = 0.0
+    by: Annotated[Bound, Field(ge=0)] = 0.0
 
     @property
     def names_a_path(self) -> bool:

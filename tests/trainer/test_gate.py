@@ -141,6 +141,8 @@ def test_a_baseline_that_cannot_be_compared_with_is_said_before(tmp_path: Path):
         ({"metric": "loss.ko", "at_most": 1.0, "at_least": 0.5}, "has at_least and at_most; give one of"),
         ({"metric": "loss.ko", "at_most": 1.0, "by": 0.1}, r"by 0\.1 is for better_than"),
         ({"metric": "loss.ko", "better_than": "x", "by": -1}, "by"),
+        ({"metric": "loss.ko", "at_most": math.nan}, r"at_most.*finite"),
+        ({"metric": "loss.ko", "better_than": "x", "by": math.inf}, r"by.*finite"),
     ],
 )
 def test_gates_that_say_nothing_are_refused(fields: dict[str, Any], message: str):

@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 def shown(value: float, stderr: float | None) -> str:
-    """A number with its standard error; both with as many decimals as the error makes sensible."""
+    """A number with its standard error, three decimals each."""
     return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 
 
