@@ -14,6 +14,7 @@ from trainer.checkpoints.checkpoint import CheckpointFile, describe_files, lates
 from trainer.data.manifest import StageResult
 from trainer.evaluatespec import measured
 from trainer.evaluation.scores import rows
+from trainer.evaluation.tasks import TASK_FILES, files_digest
 from trainer.recording.results import read_json
 
 Task = Literal["train", "evaluate", "export"]
@@ -49,8 +50,12 @@ def _evaluated(job: JobSpec) -> StageResult | None:
         or result["checkpoint_digest"] != _checkpoint_digest(job)
     ):
         return None
-    if result["settings"] != measured(job.train_spec().evaluate):
+    spec = job.train_spec().evaluate
+    if result["settings"] != measured(spec):
         return None
+    own = spec.task_files if spec.benchmarks else None
+    if own is not None and Path(own).is_dir() and result.get(TASK_FILES) != files_digest(own):
+        return None  # a task was changed
     summary = {f"bits_per_byte_{domain}": value["bits_per_byte"] for domain, value in result["domains"].items()}
     summary |= {row.name: row.value for row in rows(result)}
     return StageResult(kind="evaluate", path=str(path), digest=result["checkpoint_digest"], summary=summary)

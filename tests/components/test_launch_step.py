@@ -11,6 +11,7 @@ from trainer.checkpoints.checkpoint import CheckpointManifest, describe_files, p
 from trainer.data.manifest import StageResult
 from trainer.errors import ForeseenError, LaunchError, VolumeError
 from trainer.evaluatespec import measured
+from trainer.evaluation.tasks import TASK_FILES, files_digest
 from trainer.spec import TrainSpec
 from trainer.specbase import SpecError, parse
 
@@ -49,8 +50,8 @@ def leave_training(job: JobSpec, weights: bytes = b"weights") -> str:
     return digest
 
 
-def leave_evaluation(job: JobSpec, digest: str) -> None:
-    value = {"checkpoint_digest": digest, "settings": measured(job.train.evaluate)}
+def leave_evaluation(job: JobSpec, digest: str, **more: str) -> None:
+    value = {"checkpoint_digest": digest, "settings": measured(job.train_spec().evaluate), **more}
     value["domains"] = {"ko": {"bits_per_byte": 2.5}}
     (Path(job.run_dir) / "report.html").write_text("report")
     (Path(job.run_dir) / "eval.json").write_text(json.dumps(value))
@@ -151,6 +152,21 @@ def test_evaluation_is_done_again_for_other_settings_or_another_checkpoint(job, 
     assert launched == ["evaluate"]
     digest = leave_training(job, b"other weights")
     run(changed, "evaluate")
+    assert launched == ["evaluate", "evaluate"]
+
+
+def test_evaluation_is_done_again_when_an_own_task_was_changed(launched, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.yaml").write_text("task: mine\n")
+    job = job_for(tmp_path, train={"steps": 4, "evaluate": {"task_files": str(own), "tasks": ["mine"]}})
+    digest = leave_training(job)
+    launched.effects["evaluate"] = lambda job: leave_evaluation(job, digest, **{TASK_FILES: files_digest(str(own))})
+    for _ in range(2):
+        run(job, "evaluate")
+        assert launched == ["evaluate"]
+    (own / "mine.yaml").write_text("task: mine\ndoc_to_text: other\n")
+    run(job, "evaluate")
     assert launched == ["evaluate", "evaluate"]
 
 

@@ -255,10 +255,10 @@ def test_a_real_task_without_network_is_one_line(known, tmp_path, monkeypatch):
 def test_other_files_of_own_tasks_are_another_measurement(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "own.yaml").write_text("task: own\n")
-    digests = {harness._files_digest(None), harness._files_digest(str(tmp_path))}
+    digests = {tasks.files_digest(None), tasks.files_digest(str(tmp_path))}
     for text in ("서울", "부산"):  # of the same size
         (tmp_path / "data" / "rows.jsonl").write_text(text, encoding="utf-8")
-        digests.add(harness._files_digest(str(tmp_path)))
+        digests.add(tasks.files_digest(str(tmp_path)))
     assert len(digests) == 4
 
 

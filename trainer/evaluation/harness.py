@@ -6,7 +6,6 @@ stopped, or asks for more tasks, computes only what is missing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -24,8 +23,8 @@ import numpy as np
 
 from trainer.benchmarkspec import BenchmarksSpec, TaskSpec
 from trainer.errors import DataError, ForeseenError, LaunchError, in_words
-from trainer.evaluation.tasks import PACKAGE, cached_after, dataset_of, manager, quiet
-from trainer.files import atomic_write, checksum
+from trainer.evaluation.tasks import PACKAGE, cached_after, dataset_of, files_digest, manager, quiet
+from trainer.files import atomic_write
 from trainer.recording.results import read_json
 from trainer.specbase import canonical_digest
 
@@ -57,7 +56,7 @@ def run(
     for name in spec.left_out:
         log.info("%s is left out, as it runs programs that the model wrote (train.evaluate.allow_code_execution)", name)
     for task in spec.benchmarks:
-        key = canonical_digest([known, version(PACKAGE), task.model_dump(mode="json"), _files_digest(spec.task_files)])
+        key = canonical_digest([known, version(PACKAGE), task.model_dump(mode="json"), files_digest(spec.task_files)])
         if stored.get(task.task, {}).get("key") == key:
             scores = stored[task.task]["scores"]
             log.info("%s: measured before", task.task)
@@ -171,16 +170,6 @@ def _is_ours(error: Exception) -> bool:
     """Whether it was raised in our model, so that the task is not to blame."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__") == "trainer.evaluation.lm" for frame, _ in frames)
-
-
-def _files_digest(folder: str | None) -> str | None:
-    """Of all own tasks and of the files beside them, such as their data."""
-    if folder is None:
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.suffix != ".pyc"):
-        digest.update(f"{checksum(file, 'sha256')} {file.relative_to(folder)}\n".encode())
-    return digest.hexdigest()
 
 
 @contextmanager

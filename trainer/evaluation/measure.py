@@ -15,7 +15,7 @@ from trainer.data.chattemplate import Asking
 from trainer.errors import DataError, ForeseenError, SpecError
 from trainer.evaluation import harness, logickor
 from trainer.evaluation.scores import LOGICKOR, of_task
-from trainer.evaluation.tasks import PACKAGE
+from trainer.evaluation.tasks import PACKAGE, TASK_FILES, files_digest
 from trainer.evaluation.write import Autocast, Writer, stops
 from trainer.precision import Precision
 from trainer.recording.exporter import Metrics
@@ -58,6 +58,8 @@ def measure(spec: TrainSpec, trained: Trained, device: torch.device, precision: 
                 scores = _harness(spec, trained, autocast, known, told)
                 name = {"name": "lm-evaluation-harness", "version": version(PACKAGE)}
                 found |= {"harness": name, "benchmarks": scores}
+                if wanted.task_files is not None:
+                    found[TASK_FILES] = files_digest(wanted.task_files)
             except ForeseenError as error:
                 failed.append(error)
         if wanted.judge is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,10 @@ import yaml
 
 from trainer.benchmarkspec import BenchmarksSpec
 from trainer.errors import SpecError
+from trainer.files import checksum
 
 PACKAGE = "lm_eval"
+TASK_FILES = "task_files_sha256"  # in eval.json
 
 
 def refuse_unknown(spec: BenchmarksSpec) -> None:
@@ -75,6 +78,16 @@ def _broken(folder: str) -> str:
         except OSError as error:
             return f"{file}: cannot be read ({error.strerror})"
     return ""
+
+
+def files_digest(folder: str | None) -> str | None:
+    """Of all own tasks and of the files beside them, such as their data."""
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.suffix != ".pyc"):
+        digest.update(f"{checksum(file, 'sha256')} {file.relative_to(folder)}\n".encode())
+    return digest.hexdigest()
 
 
 def runs_code(name: str, index: dict[str, Any]) -> str | None:
