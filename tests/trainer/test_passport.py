@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from made_run import make_run, save_checkpoint
 
-from trainer import energy, evaluate, export, passport
+from trainer import evaluate, export, passport
 from trainer.checkpoints import checkpoint
 from trainer.data.manifest import read_manifest
 from trainer.pretrained import find
@@ -136,32 +136,6 @@ def test_it_states_what_is_known_of_code_data_training_and_evaluation(made: Path
         if path.is_file() and not path.name.startswith("passport.")
     }
     assert str(made) not in (directory / "passport.json").read_text(), "no place on this machine"
-
-
-def test_the_digest_of_the_code_is_that_of_its_files() -> None:
-    root = Path(passport.__file__).parent
-    listed = subprocess.run(
-        "find . -name '*.py' | sed 's#^./##' | LC_ALL=C sort | xargs sha256sum | sed 's/  / /'",
-        shell=True,
-        cwd=root,
-        stdout=subprocess.PIPE,
-        check=True,
-    ).stdout
-    assert passport.code_digest() == hashlib.sha256(listed).hexdigest()
-
-
-def test_the_digest_of_the_spec_does_not_depend_on_places(tmp_path: Path) -> None:
-    spec, _ = make_run(tmp_path)
-    moved = spec.updated({"run_dir": "/other", "tokens": {"shards": "/there", "tokenizer": "/here"}})
-    assert passport.spec_digest(moved) == passport.spec_digest(spec)
-    for change in ({"seed": 5}, {"tokens": {"seed": 5}}, {"tokens": {"skip": [[256, 512]]}}):
-        assert passport.spec_digest(spec.updated(change)) != passport.spec_digest(spec)
-
-
-def test_energy_is_unknown_where_power_or_time_is() -> None:
-    assert energy.estimate("NVIDIA H100 80GB HBM3", 8, 3600)["kwh"] == 5.6
-    assert energy.estimate("cpu", 1, 60) == {"kwh": None, "basis": "no nominal power is known for cpu"}
-    assert energy.estimate(None, 1, 60)["kwh"] is None and energy.estimate("Tesla T4", 1, None)["kwh"] is None
 
 
 @pytest.mark.parametrize("kind", KEYS)
