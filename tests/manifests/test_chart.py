@@ -17,6 +17,7 @@ from tools import tool
 from manifests import chart, dashboards, serving
 from manifests.alerts import prometheus_rule
 from manifests.chartvalues import ChartValues, defaults
+from manifests.lint.check import lint
 from manifests.network import default_deny, network_policies
 from manifests.rbac import ROLE, RULES, rbac
 from manifests.render import pvcs
@@ -194,6 +195,7 @@ def test_a_server_is_that_of_the_manifests(configured: Callable[[str], list[Obje
     template["spec"]["nodeSelector"] = selector
     template["metadata"]["labels"]["app.kubernetes.io/instance"] = "rel"
     found = {(item["kind"], item["metadata"]["name"]): item for item in configured("serving")}
+    assert not lint({"chart": yaml.safe_dump_all(configured("serving"))}).findings
     for item in (deployment, service, policy):
         assert found[item["kind"], item["metadata"]["name"]]["spec"] == item["spec"]
 
