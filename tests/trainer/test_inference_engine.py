@@ -99,11 +99,14 @@ def test_right_proposals_save_passes(model: HybridModel) -> None:
     tokens = greedy_by_whole_passes(model, PROMPTS[2], 30)
     real = engine.cache.draft
 
-    def always_right(h_BTD: torch.Tensor, ids_BT: torch.Tensor, first: int, lengths: list, keep: list) -> torch.Tensor:
-        logits_BTV = real(h_BTD, ids_BT, first, lengths, keep)
+    def always_right(
+        h_BTD: torch.Tensor, ids_BT: torch.Tensor, first: int, lengths: list, keep: list, *, last: bool
+    ) -> torch.Tensor:
+        logits_B1V = real(h_BTD, ids_BT, first, lengths, keep, last=last)
+        assert logits_B1V.shape[1] == 1
         after = lengths[0] + keep[0] + 1 - len(PROMPTS[2])  # number of new tokens that are known
-        logits_BTV[0, keep[0] - 1, [*tokens, 0, 0][after]] = 1e9
-        return logits_BTV
+        logits_B1V[0, 0, [*tokens, 0, 0][after]] = 1e9
+        return logits_B1V
 
     engine.cache.draft = always_right  # type: ignore[method-assign]
     text = engine.submit(PROMPTS[2], Sampling(max_tokens=30))

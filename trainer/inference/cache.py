@@ -69,12 +69,15 @@ class Cache:
         states = self._of(first, ids_BT.shape[0])
         return self._through(self._sublayers, states, x_BTD, step)
 
-    def draft(self, h_BTD: Tensor, ids_BT: Tensor, first: int, lengths: Lengths, keep: Lengths | None) -> Tensor:
+    def draft(
+        self, h_BTD: Tensor, ids_BT: Tensor, first: int, lengths: Lengths, keep: Lengths | None, *, last: bool = False
+    ) -> Tensor:
         """Logits [B, T, V] of the token two places after each position, by the first module of multi-token prediction.
 
         Args:
             h_BTD: what `extend` returned at these positions.
             ids_BT: the token after each of them. Otherwise as `extend`.
+            last: only those of the last position that stays, [B, 1, V]; of a whole prompt they would be large.
         """
         model, module = self.model, self.model.mtp[0]
         token_BTD = model.embedding(ids_BT)
@@ -82,6 +85,9 @@ class Cache:
         x_BTD = module.proj(torch.cat(parts, dim=-1))
         states = self._of(first, ids_BT.shape[0])[len(self._sublayers) :]
         x_BTD = self._through(self._ahead, states, x_BTD, Step(ids_BT, lengths, keep, self._rotation))
+        if last:
+            counts = keep or [ids_BT.shape[1]] * len(lengths)
+            x_BTD = x_BTD[range(len(counts)), [count - 1 for count in counts]][:, None]
         return self.logits(x_BTD, module.head_norm)
 
     def logits(self, h_BTD: Tensor, norm: RMSNorm | None = None) -> Tensor:

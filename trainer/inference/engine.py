@@ -213,9 +213,9 @@ class Engine:
     def _propose(self, h_BTD: Tensor, after: list[list[int]], first: int, lengths: list[int], keep: list[int]) -> None:
         """Let the module read positions, given the token after each, and keep its proposals of the last ones."""
         ids_BT = self._padded([tokens + [0] * (n - len(tokens)) for tokens, n in zip(after, keep, strict=True)])
-        logits_BTV = self.cache.draft(h_BTD, ids_BT, first, lengths, keep)
+        logits_B1V = self.cache.draft(h_BTD, ids_BT, first, lengths, keep, last=True)
         rows = [*self._running, *self._reading][first : first + len(keep)]
-        proposals = logits_BTV[range(len(keep)), [count - 1 for count in keep]].argmax(-1).tolist()
+        proposals = logits_B1V[:, 0].argmax(-1).tolist()
         for row, token in zip(rows, proposals, strict=True):
             text = row.text
             fits = len(text.made) + 2 <= text.sampling.max_tokens
