@@ -19,6 +19,7 @@ from trainer.evaluation import measure
 from trainer.evaluation.refused import refuse
 from trainer.generate import complete
 from trainer.precision import device_capability, resolve_for_evaluation
+from trainer.recording.exporter import Metrics
 from trainer.report import update_report
 from trainer.scoring import Score, score_sources
 from trainer.spec import TrainSpec
@@ -35,8 +36,13 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         DataError: held-out data is missing or damaged.
         SpecError: this device cannot run the spec, or benchmarks are not as they must be.
     """
-    began = time.monotonic()
     refuse(spec.evaluate)
+    with measure.served(spec) as metrics:
+        return _run(spec, metrics)
+
+
+def _run(spec: TrainSpec, metrics: Metrics) -> dict[str, Any]:
+    began = time.monotonic()
     device = pick_device(spec.runtime.device)
     precision = resolve_for_evaluation(spec.precision, device_capability(device))
     trained = load_trained(spec, device, precision.autocast_dtype)
@@ -68,7 +74,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         "all": sum(heldout.scores.values(), Score()).summary(),
         "samples": [{"prompt": p, "text": t} for p, t in zip(spec.evaluate.prompts, texts, strict=True)],
     }
-    result |= measure.measure(spec, trained, device, precision)
+    result |= measure.measure(spec, trained, device, precision, metrics)
     tokenizer = trained.tokenizer
     del trained  # one model in memory is enough
     if spec.init_from and (before := begun_with(spec, device, precision.autocast_dtype)) is not None:

@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval")
 from made_run import make_run
 from own_tasks import TASKS, make_tasks, write_task
 
-from trainer import evaluate
+from trainer import evaluate, gate
 from trainer.benchmarkspec import RUNS_CODE, SUITES, BenchmarksSpec
 from trainer.errors import ForeseenError, LaunchError, SpecError
 from trainer.evaluation import harness, measure, tasks
@@ -71,9 +71,16 @@ def test_an_evaluation_measures_keeps_and_shows_benchmarks(own, tmp_path, monkey
             super().__init__(**options)
             kept.append(self.registry)
 
+        def close(self) -> None:
+            super().close()
+            events.append("closed")
+
     monkeypatch.setattr(measure, "Metrics", Kept)
+    events, write = list[str](), gate.write
+    monkeypatch.setattr(gate, "write", lambda *given: (events.append("written"), write(*given)))
     spec = own(tmp_path, {"task": "own_choice", "num_fewshot": 2}, {"task": "own_rolling", "limit": 3})
     result = evaluate.run(spec)
+    assert events == ["written", "closed"], "metrics are served to the end"
     choice, rolling = (result["benchmarks"][name] for name in ("own_choice", "own_rolling"))
     assert (choice["num_fewshot"], choice["samples"], choice["version"]) == (2, 8, 1.5)
     assert (rolling["num_fewshot"], rolling["samples"]) == (0, 3)

@@ -25,8 +25,10 @@ from trainer.trained import Trained
 log = logging.getLogger(__name__)
 
 
-def measure(spec: TrainSpec, trained: Trained, device: torch.device, precision: Precision) -> dict[str, Any]:
-    """What eval.json says of benchmarks; empty without any. The scores are exported as metrics while it runs.
+def measure(
+    spec: TrainSpec, trained: Trained, device: torch.device, precision: Precision, metrics: Metrics
+) -> dict[str, Any]:
+    """What eval.json says of benchmarks; empty without any. The scores become metrics as soon as they are there.
 
     Raises:
         LaunchError, DataError: as `harness.run` and `logickor.run`. What was measured before is kept.
@@ -46,26 +48,24 @@ def measure(spec: TrainSpec, trained: Trained, device: torch.device, precision: 
     def autocast() -> AbstractContextManager[Any]:
         return precision.autocast(device.type)
 
-    with _served(spec.runtime.metrics_port) as metrics:
+    def told(task: str, scores: dict[str, Any]) -> None:
+        for row in of_task(task, scores):
+            metrics.set("benchmark_score", row.value, task=row.task, metric=row.metric)
+            log.info("%s: %s %s", row.task, row.metric, row.text)
 
-        def told(task: str, scores: dict[str, Any]) -> None:
-            for row in of_task(task, scores):
-                metrics.set("benchmark_score", row.value, task=row.task, metric=row.metric)
-                log.info("%s: %s %s", row.task, row.metric, row.text)
-
-        if wanted.benchmarks:
-            try:
-                scores = _harness(spec, trained, autocast, known, told)
-                name = {"name": "lm-evaluation-harness", "version": version(PACKAGE)}
-                found |= {"harness": name, "benchmarks": scores}
-                if wanted.task_files is not None:
-                    found[TASK_FILES] = files_digest(wanted.task_files)
-            except ForeseenError as error:
-                failed.append(error)
-        if wanted.judge is not None:
-            answer = _answerer(spec, trained, longest, autocast)
-            found[LOGICKOR] = logickor.run(wanted.judge, answer, spec.run_dir, known)
-            told(LOGICKOR, found[LOGICKOR])
+    if wanted.benchmarks:
+        try:
+            scores = _harness(spec, trained, autocast, known, told)
+            name = {"name": "lm-evaluation-harness", "version": version(PACKAGE)}
+            found |= {"harness": name, "benchmarks": scores}
+            if wanted.task_files is not None:
+                found[TASK_FILES] = files_digest(wanted.task_files)
+        except ForeseenError as error:
+            failed.append(error)
+    if wanted.judge is not None:
+        answer = _answerer(spec, trained, longest, autocast)
+        found[LOGICKOR] = logickor.run(wanted.judge, answer, spec.run_dir, known)
+        told(LOGICKOR, found[LOGICKOR])
     if failed:
         raise failed[0]
     return found
@@ -111,8 +111,10 @@ def _answerer(spec: TrainSpec, trained: Trained, longest: int, autocast: Autocas
 
 
 @contextmanager
-def _served(port: int) -> Iterator[Metrics]:
-    """Metrics on that port; on none if it is taken, as by a run that trains meanwhile."""
+def served(spec: TrainSpec) -> Iterator[Metrics]:
+    """The metrics of an evaluation until it ends, as Prometheus would take a process that stops serving for a hanging
+    one. On no port without benchmarks, or if the port is taken, as by a run that trains meanwhile."""
+    port = spec.runtime.metrics_port if spec.evaluate.has_benchmarks else 0
     try:
         metrics = Metrics(rank=0, port=port, process="evaluation")
     except SpecError as error:
