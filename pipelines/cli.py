@@ -237,6 +237,7 @@ def generate(
     from pipelines.models import find
 
     directory = find(source, workdir)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in trainer/__main__.py, for the same reason
     from pipelines.generate import generate as write
     from trainer.errors import SpecError
     from trainer.inference.sampling import Sampling
