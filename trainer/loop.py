@@ -55,6 +55,11 @@ def train(spec: TrainSpec) -> int:
         run = prepare(spec, world, started)
         watchdog.doing = run.recorder.doing
         watchdog.beat()
+
+        def beat() -> None:
+            watchdog.beat()
+            run.recorder.beat()
+
         code = 0
         for step in range(run.first_step, spec.steps):
             with run.recorder.phase("data"):
@@ -73,7 +78,7 @@ def train(spec: TrainSpec) -> int:
             if run.validation and run.validation.is_due(step + 1) and not code:
                 with run.recorder.phase("validation"):
                     tokens = sum(batch.tokens_by_source.values())
-                    scores = run.validation.measure(step + 1, tokens, batch.seq_len, watchdog.beat)
+                    scores = run.validation.measure(step + 1, tokens, batch.seq_len, beat)
                 run.recorder.validated(scores)
                 watchdog.beat()
             if last or code or (step + 1) % spec.checkpoint.every_steps == 0:

@@ -22,6 +22,7 @@ from trainer.data.manifest import read_manifest, write_manifest
 from trainer.errors import DataError, SpecError
 from trainer.loop import train
 from trainer.recording.exporter import Metrics
+from trainer.recording.recorder import Recorder
 from trainer.spec import TrainSpec
 from trainer.trained import load_trained
 
@@ -46,6 +47,9 @@ def test_training_is_the_same_to_the_bit_and_the_numbers_are_shown(
 ):
     """With state that a forward pass could move: delayed FP8 scales, router biases, the random state."""
     pages: list[str] = []
+    beats: list[str] = []
+    beat = Recorder.beat
+    monkeypatch.setattr(Recorder, "beat", lambda self: (beats.append(self.doing()), beat(self)))
     monkeypatch.setattr(Metrics, "close", lambda self: pages.append(generate_latest(self.registry).decode()))
     fp8 = {"recipe": "delayed", "implementation": "emulated", "bf16_end_layers": 0}
     changes: dict[str, Any] = {
@@ -68,6 +72,7 @@ def test_training_is_the_same_to_the_bit_and_the_numbers_are_shown(
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
     assert not (tmp_path / "plain" / "validation.jsonl").exists()
 
+    assert {each for each in beats if "validation" in each} == {f"validation of step {n}" for n in (2, 4, 5)}
     lines = lines_of(watched)
     assert [(line["step"], line["tokens"]) for line in lines] == [(2, 512), (4, 1024), (5, 1280)]
     score = lines[-1]["domains"]["en"]

@@ -188,7 +188,11 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("preflight_seconds", "gauge", "Duration of the checks before the start.", "s", per_rank=True),
     Metric(
-        "heartbeat_timestamp_seconds", "gauge", "Unix time at which the rank last finished a step.", "s", per_rank=True
+        "heartbeat_timestamp_seconds",
+        "gauge",
+        "Unix time at which the rank last finished a step, or a micro-batch of a validation.",
+        "s",
+        per_rank=True,
     ),
     Metric(
         "goodput_seconds_total",

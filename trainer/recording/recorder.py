@@ -218,6 +218,10 @@ class Recorder:
                 f"  (skipped: {record.skipped})" if record.skipped else "",
             )
 
+    def beat(self) -> None:
+        """Export that this rank makes progress."""
+        self.metrics.set("heartbeat_timestamp_seconds", time.time())
+
     def validated(self, scores: dict[str, Any]) -> None:
         """Record a line of validation.jsonl (trainer/validation.py)."""
         if self._validations is None or self._board is None:
@@ -338,7 +342,7 @@ class Recorder:
             metrics.add("source_tokens_total", max(0, tokens - self._sources.get(source, 0)), source=source)
             metrics.set("source_epochs", epochs[source], source=source)
         self._sources = record.by_source
-        metrics.set("heartbeat_timestamp_seconds", time.time())
+        self.beat()
         metrics.set("memory_bytes", hostmemory.peak_bytes(), place="host")
         if self._world.device.type == "cuda":
             metrics.set("memory_bytes", torch.cuda.max_memory_allocated(self._world.device), place="gpu")
