@@ -28,6 +28,16 @@ USER_ID = 1000
 SCRATCH_GIB = 16
 
 
+def without_rights() -> Object:
+    """The securityContext of a container that needs no right at all."""
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "runAsNonRoot": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
 def pod_template(job: JobSpec, task: Task) -> Object:
     cluster = job.cluster
     spec: Object = {
@@ -79,12 +89,7 @@ def container(job: JobSpec, task: Task) -> Object:
         ],
         **({"ports": ports} if ports else {}),
         "resources": resources(job, task),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "runAsNonRoot": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": without_rights(),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
             {"name": "spec", "mountPath": SPEC_DIR, "readOnly": True},

@@ -14,7 +14,7 @@ from manifests.clusterspec import ClusterSpec, StorageSpec
 from manifests.kinds import Object
 from manifests.names import APP_LABEL, SERVER_APP
 from manifests.network import server_policy
-from manifests.objects import USER_ID
+from manifests.objects import USER_ID, without_rights
 from trainer.serving.options import Device, Weights
 
 PullPolicy = Literal["IfNotPresent", "Always", "Never"]
@@ -131,12 +131,7 @@ def _container(server: Server) -> Object:
         "livenessProbe": {**_probe("/health"), "failureThreshold": 5, "timeoutSeconds": 10},
         "lifecycle": {"preStop": {"exec": {"command": ["sh", "-c", f"kill -USR1 1; sleep {FORGETTING_SECONDS}"]}}},
         "resources": {"requests": {"cpu": server.cpus, **limits}, "limits": limits},
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "runAsNonRoot": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": without_rights(),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
             {"name": "checkpoints", "mountPath": StorageSpec().checkpoints_dir, "readOnly": True},
