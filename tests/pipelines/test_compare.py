@@ -144,6 +144,23 @@ def test_bad_input_is_one_line(
     assert code in (2, 74) and complaint in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("file", "written", "complaint"),
+    [
+        ("validation.jsonl", "[]\n", "line 1 lacks step and domains"),
+        ("validation.jsonl", '{"step": 4, "domains": {}}\n{"step": 8}\n', "line 2 lacks step and domains"),
+        ("logs/metrics.jsonl", "5\n", "line 1 lacks step"),
+        ("eval.json", '{"run": "other"}', "has no 'domains'"),
+    ],
+)
+def test_files_with_other_content_are_one_line(
+    run: Path, better: Path, yaongi: Callable[..., tuple[int, str, str]], file: str, written: str, complaint: str
+):
+    (better / file).write_text(written)
+    code, _, said = yaongi("compare", former.RUN, better.name)
+    assert code == 66 and complaint in said and said.count("\n") == 1
+
+
 def test_damaged_files_are_one_line(run: Path, better: Path, yaongi: Callable[..., tuple[int, str, str]]):
     (better / "logs" / "metrics.jsonl").write_text("{]\n")
     code, _, said = yaongi("compare", former.RUN, better.name)

@@ -89,14 +89,14 @@ def read_run(run_dir: str | Path) -> Run:
     directory = Path(run_dir)
     spec = parse(TrainSpec, read_yaml(directory / "train.yaml"), str(directory / "train.yaml"))
     newest = step_dir(directory, latest_step(directory))
-    steps = _read_lines(directory / "logs" / "metrics.jsonl")
+    steps = _read_lines(directory / "logs" / "metrics.jsonl", "step")
     return Run(
         directory=directory,
         spec=spec,
         steps=steps,
         validations=_read_validations(directory, steps),
         result=read_json(directory / "result.json"),
-        evaluation=read_json(directory / "eval.json"),
+        evaluation=read_json(directory / "eval.json", ("domains",)),
         export=read_json(directory / "export" / "manifest.json"),
         preset=read_json(directory / PRESET),
         checkpoint=read_manifest(newest) if newest.is_dir() else None,
@@ -116,18 +116,22 @@ def _read_shards(spec: TrainSpec) -> Manifest | None:
 
 def _read_validations(directory: Path, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One line for each step: a step that was trained again was also validated again, and only the last one counts."""
-    by_step = {line["step"]: line for line in _read_lines(directory / "validation.jsonl")}
+    by_step = {line["step"]: line for line in _read_lines(directory / "validation.jsonl", "step", "domains")}
     last = steps[-1]["step"] if steps else 0
     return [by_step[step] for step in sorted(by_step) if step <= last]
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of JSON; the last may be cut off, because the run may be writing it now."""
+def _read_lines(path: Path, *names: str) -> list[dict[str, Any]]:
+    """Lines of JSON objects that have these names; the last may be cut off, because the run may be writing it now."""
     if not path.exists():
         return []
     *lines, rest = path.read_text(encoding="utf-8").split("\n")
     del rest
     try:
-        return [json.loads(line) for line in lines]
+        found = [json.loads(line) for line in lines]
     except ValueError as error:
         raise CheckpointError(f"{path}: a line is not JSON ({error}); restore or remove it") from None
+    for number, line in enumerate(found, start=1):
+        if not (isinstance(line, dict) and line.keys() >= set(names)):
+            raise CheckpointError(f"{path}: line {number} lacks {' and '.join(names)}; restore or remove it")
+    return found
