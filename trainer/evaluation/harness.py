@@ -55,8 +55,9 @@ def run(
     stored = (read_json(path) or {}).get("tasks", {})
     for name in spec.left_out:
         log.info("%s is left out, as it runs programs that the model wrote (train.evaluate.allow_code_execution)", name)
+    files = files_digest(spec.task_files)
     for task in spec.benchmarks:
-        key = canonical_digest([known, version(PACKAGE), task.model_dump(mode="json"), files_digest(spec.task_files)])
+        key = canonical_digest([known, version(PACKAGE), task.model_dump(mode="json"), files])
         if stored.get(task.task, {}).get("key") == key:
             scores = stored[task.task]["scores"]
             log.info("%s: measured before", task.task)
