@@ -188,7 +188,7 @@ def test_what_keeps_it_from_starting_is_one_line(
         assert f"metrics port {port} is taken; set --metrics-port" in said(2, str(tmp_path), "--metrics-port", port)
     assert "manifest.json has format None" in said(66, str(tmp_path), "--port", "0")
     assert "--rows is 0; it must be at least 1" in said(2, str(tmp_path), "--rows", "0")
-    for key in ("열쇠", "two words"):
+    for key in ("열쇠", "two\nlines"):
         monkeypatch.setenv("YAONGI_API_KEY", key)
         line = said(2, str(tmp_path), "--port", "0")
         assert "YAONGI_API_KEY has characters that clients cannot send" in line and key not in line
