@@ -143,3 +143,16 @@ def test_bf16_weights_are_continued_as_a_whole_pass_too() -> None:
     pieces = [cache.logits(cache.extend(ids_BT[:, t : t + 1], 0, [t])) for t in range(60)]
     expected_BTV = whole(model, ids_BT).float()
     assert (torch.cat(pieces, dim=1) - expected_BTV).std() < 0.1 * expected_BTV.std()
+
+
+@pytest.mark.parametrize("made_inside", [True, False])
+@torch.inference_mode()
+def test_autocast_continues_as_a_whole_pass_and_the_router_stays_fp32(made_inside: bool) -> None:
+    """Whether the cache was made inside autocast or before."""
+    model, ids_BT = made("E"), ids(1)[:, :40]
+    cache = None if made_inside else Cache(model, 1, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = cache or Cache(model, 1, 40)
+        pieces = [cache.logits(cache.extend(ids_BT[:, t : t + 1], 0, [t])) for t in range(40)]
+        expected_BTV = whole(model, ids_BT).float()
+    assert (torch.cat(pieces, dim=1) - expected_BTV).std() < 0.02 * expected_BTV.std()

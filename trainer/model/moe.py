@@ -106,7 +106,8 @@ class Moe(Mixer):
         def extend(x_BTD: Tensor, step: Step, state: State) -> Tensor:
             x_BTD = norm_D(x_BTD)
             x_SD = x_BTD.flatten(0, 1)
-            with torch.autocast(x_BTD.device.type, enabled=False) if autocast else nullcontext():
+            narrowed = torch.is_autocast_enabled(x_BTD.device.type)
+            with torch.autocast(x_BTD.device.type, enabled=False) if narrowed else nullcontext():
                 logits_SE = F.linear(x_SD.float(), router_ED)
                 scores_SE = logits_SE.softmax(-1) if spec.scores == "softmax" else logits_SE.sigmoid_()
             expert_SK, weight_SK = self.choose(scores_SE)
@@ -116,7 +117,6 @@ class Moe(Mixer):
                 y_SD = self.run_experts(x_SD, first_EGD, down_EDF, expert_SK, weight_SK, spec.activation)
             return self._with_shared(y_SD.view_as(x_BTD), x_BTD)
 
-        autocast = torch.is_autocast_enabled(first_EGD.device.type)
         return extend
 
     def reset_buffers(self, token_classes: list[int] | None) -> None:
