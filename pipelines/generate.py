@@ -34,13 +34,11 @@ def generate(
         CheckpointError, DataError: the export cannot be used.
     """
     from trainer.distributed import pick_device
-    from trainer.generate import continued
+    from trainer.generate import asked, continued
     from trainer.loading import load
 
     model, tokenizer = load(directory, pick_device("auto"), weights)
-    asking = Asking(directory) if chat else None
-    put = asking or (lambda prompt: tokenizer.begun(tokenizer.encode(prompt)))
-    stops = asking.stops if asking else {tokenizer.eod_id}
+    ids, stops = asked(tokenizer, prompts, Asking(directory) if chat else None)
     stream, began = Stream(prompts[0], chat) if len(prompts) == 1 else None, time.monotonic()
     engines: list[Engine] = []
 
@@ -56,8 +54,8 @@ def generate(
     texts = continued(
         model,
         tokenizer,
-        [put(prompt) if prompt else [] for prompt in prompts],
-        replace(sampling, stop_ids=frozenset(stops)),
+        ids,
+        replace(sampling, stop_ids=stops),
         sampling.seed,
         drafts=drafts,
         each=each,

@@ -54,11 +54,18 @@ def complete(
     Args:
         asking: writes the prompts as questions of a chat; then the texts are the answers.
     """
-    put = asking or (lambda prompt: tokenizer.begun(tokenizer.encode(prompt)))
-    stops = asking.stops if asking else {tokenizer.eod_id}
-    sampling = Sampling(max_tokens, temperature, stop_ids=frozenset(stops))
-    ids = [put(prompt) if prompt else [] for prompt in prompts]
+    ids, stops = asked(tokenizer, prompts, asking)
+    sampling = Sampling(max_tokens, temperature, stop_ids=stops)
     return [text.text for text in continued(model, tokenizer, ids, sampling, seed)]
+
+
+def asked(
+    tokenizer: Tokenizer, prompts: Sequence[str], asking: Asking | None
+) -> tuple[list[list[int]], frozenset[int]]:
+    """The ids of prompts, and those at which their texts end. `asking`: as in `complete`."""
+    put = asking or (lambda prompt: tokenizer.begun(tokenizer.encode(prompt)))
+    ids = [put(prompt) if prompt else [] for prompt in prompts]
+    return ids, frozenset(asking.stops if asking else {tokenizer.eod_id})
 
 
 def continued(

@@ -25,9 +25,8 @@ from trainer.checkpoints.checkpoint import describe_files
 from trainer.data.tokenizer import Tokenizer, files_of
 from trainer.distributed import pick_device
 from trainer.errors import DataError, SpecError
-from trainer.evaluation.write import read_object
 from trainer.export import MANIFEST, QUANTISED_FORMAT, TRANSFORMERS, WEIGHTS, assemble, read, sync, write_text
-from trainer.files import checksum, new_directory, unreadable
+from trainer.files import checksum, new_directory, read_object, unreadable
 from trainer.loading import cast, natural, quantise_state
 from trainer.model.hybrid import HybridModel
 from trainer.modelspec import ModelSpec

@@ -17,7 +17,7 @@ from typing import Any
 from trainer.data.chat import CHATML, ROLE, ChatFormat, TemplateError, conversation, question
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
-from trainer.files import unreadable
+from trainer.files import read_object, unreadable
 
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 # Exceptions that a template may raise, besides Jinja's own.
@@ -49,7 +49,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _json
         environment.globals["raise_exception"] = _refuse
-        config = _config(self._folder / CONFIG)
+        config = read_object(self._folder / CONFIG)
         source = _source(self._folder, config)
         self.digest = hashlib.sha256(source.encode()).hexdigest()
         try:
@@ -128,7 +128,7 @@ def chat_template(folder: str | Path, tokenizer: Tokenizer | None = None) -> Cha
 
 def has_template(folder: Path) -> bool:
     """Whether a tokenizer comes with a chat template."""
-    return (folder / FILE).is_file() or "chat_template" in _config(folder / CONFIG)
+    return (folder / FILE).is_file() or "chat_template" in read_object(folder / CONFIG)
 
 
 class Asking:
@@ -230,14 +230,6 @@ def _source(folder: Path, config: dict[str, Any]) -> str:
     if not isinstance(found, str):
         raise DataError(f"{folder}: has no chat template ({FILE}, or chat_template in {CONFIG}); add one")
     return found
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _refuse(message: str) -> None:

@@ -28,7 +28,8 @@ from torch import Tensor
 from trainer.data.chattemplate import Asking
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
-from trainer.evaluation.write import Autocast, Teller, Writer, read_object, stops
+from trainer.evaluation.write import Autocast, Teller, Writer, stops
+from trainer.files import read_object
 from trainer.model.hybrid import HybridModel
 
 DEFAULT_NEW_TOKENS = 256  # of the harness, where a task says nothing

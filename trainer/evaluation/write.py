@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -13,10 +12,11 @@ from typing import Any
 from trainer.data.chat import CHATML
 from trainer.data.chattemplate import Asking
 from trainer.data.tokenizer import Tokenizer
-from trainer.generate import ROWS
-from trainer.inference import memory
+from trainer.files import read_object
+from trainer.generate import continued
 from trainer.inference.engine import Engine
 from trainer.inference.sampling import Sampling
+from trainer.inference.text import Text
 from trainer.model.hybrid import HybridModel
 
 log = logging.getLogger(__name__)
@@ -57,22 +57,14 @@ class Writer:
         Raises:
             SpecError: the states of not even one text fit into memory, or a filter is out of range.
         """
-        if not prompts:
-            return []
-        length = max(map(len, prompts)) + max_tokens
-        rows = memory.fitting_rows(self._model, min(len(prompts), ROWS), length)
-        engine = Engine(self._model, self._tokenizer, rows=rows, length=length)
-        stop = tuple(text for text in until if text)
-        texts = [
-            engine.submit(
-                prompt, Sampling(max_tokens, temperature, seed=seed + n, stop=stop, stop_ids=self._ends, **filters)
-            )
-            for n, prompt in enumerate(prompts)
-        ]
-        told = Teller(len(texts))
+        stop, told = tuple(text for text in until if text), Teller(len(prompts))
+
+        def each(texts: list[Text], engine: Engine) -> None:
+            told.done(len(texts) - len(engine.waiting) - engine.running - told.count)
+
+        sampling = Sampling(max_tokens, temperature, stop=stop, stop_ids=self._ends, **filters)
         with self._autocast():
-            while engine.busy:
-                told.done(sum(text.ended is not None for text in engine.step()))
+            texts = continued(self._model, self._tokenizer, prompts, sampling, seed, each=each)
         return [cut(self._tokenizer.decode([i for i in t.made if i not in self._special]), stop) for t in texts]
 
 
@@ -86,28 +78,23 @@ def stops(folder: Path, tokenizer: Tokenizer, asking: Asking | None = None) -> s
     return ends | {tokenizer.eod_id} | (asking.stops if asking else set())
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def cut(text: str, until: Sequence[str]) -> str:
     """The text before the first of the strings."""
     return min((text.split(stop)[0] for stop in until if stop), key=len, default=text)
 
 
 class Teller:
-    """Logs progress once a minute."""
+    """Logs progress once a minute.
+
+    Attributes:
+        count: what has been done.
+    """
 
     def __init__(self, total: int) -> None:
-        self._total, self._done, self._at = total, 0, time.monotonic()
+        self._total, self.count, self._at = total, 0, time.monotonic()
 
     def done(self, number: int) -> None:
-        self._done += number
+        self.count += number
         if time.monotonic() - self._at > TELL_SECONDS:
             self._at = time.monotonic()
-            log.info("  %s of %s", f"{self._done:,}", f"{self._total:,}")
+            log.info("  %s of %s", f"{self.count:,}", f"{self._total:,}")
