@@ -117,8 +117,7 @@ def kinds(spec: ModelSpec, chosen: Precision) -> list[Kind]:
 
 def shapes(tokens: TokensSpec, batch: BatchSpec) -> list[tuple[int, int]]:
     """(rows, row length) of the run's micro-batches, in order."""
-    lengths = dict.fromkeys([tokens.seq_len, *(stage.seq_len for stage in tokens.curriculum if stage.seq_len)])
-    return [(batch.micro_batch_rows * tokens.seq_len // length, length) for length in lengths]
+    return [(batch.micro_batch_rows * tokens.seq_len // length, length) for length in tokens.seq_lens]
 
 
 def problem(

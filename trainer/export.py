@@ -202,7 +202,7 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained, record: Run) -> dict[
 
 def _write_for_transformers(folder: Path, spec: TrainSpec, state: dict[str, torch.Tensor]) -> list[str]:
     """Write the folder `transformers` and return its files; none if our own code there lacks a kind of layer."""
-    longest = max([spec.tokens.seq_len, *(stage.seq_len or 0 for stage in spec.tokens.curriculum)])
+    longest = max(spec.tokens.seq_lens)
     tokenizer, dtype = Path(spec.tokens.tokenizer), DTYPES[spec.export_dtype]
     architecture, why_not = native(spec.model)
     if architecture is not None and (lost := without_place(architecture, spec.model, state)):

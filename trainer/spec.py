@@ -75,6 +75,11 @@ class TokensSpec(CutSpec):
         lengths = [stage.seq_len for stage in self.curriculum if stage.seq_len and stage.from_tokens <= position]
         return lengths[-1] if lengths else self.seq_len
 
+    @property
+    def seq_lens(self) -> list[int]:
+        """The lengths that rows have in the course of training, each once."""
+        return list(dict.fromkeys([self.seq_len, *(stage.seq_len for stage in self.curriculum if stage.seq_len)]))
+
     def seq_len_after(self, trained: int) -> int:
         """Tokens of a row in the step that begins after `trained` trained tokens (skipped ones not counted)."""
         position = trained

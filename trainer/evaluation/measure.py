@@ -36,7 +36,7 @@ def measure(
     wanted, found, failed = spec.evaluate, dict[str, Any](), list[ForeseenError]()
     if not wanted.has_benchmarks:
         return {}
-    longest = max([spec.tokens.seq_len, *(stage.seq_len or 0 for stage in spec.tokens.curriculum)])
+    longest = max(spec.tokens.seq_lens)
     known = {
         "checkpoint": trained.checkpoint.digest,
         "precision": precision.name,
