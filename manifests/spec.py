@@ -112,7 +112,15 @@ class JobTrainSpec(RecipeSpec, CutSpec):
 
 class JobSpec(Spec):
     sections_without_numbers: ClassVar = frozenset(
-        {"cluster", "observability", "train.parallel", "train.runtime", "train.evaluate", "train.export"}
+        {
+            "cluster",
+            "observability",
+            "train.parallel",
+            "train.runtime",
+            "train.evaluate",
+            "train.export",
+            "train.megatron",
+        }
     )
 
     name: Name
@@ -134,7 +142,11 @@ class JobSpec(Spec):
                 f"{self.train.model.vocab_size}; make them equal"
             )
         self.data.check_caps(self.train.steps * self.train.batch.tokens_per_step, self.train.curriculum)
-        self.train_spec().micro_batches(self.cluster.world_size)
+        spec = self.train_spec()
+        if spec.engine == "megatron":
+            self._check_megatron(spec)
+        else:
+            spec.micro_batches(self.cluster.world_size)
         return self
 
     @model_validator(mode="after")
@@ -142,6 +154,8 @@ class JobSpec(Spec):
         from trainer.arithmetic.memory import step_memory  # imports what most users of a spec never need
 
         train, cluster = self.train, self.cluster
+        if train.engine == "megatron":
+            return self  # _check_megatron has seen to it
         layout = self.layout()
         if not cluster.gpus_per_node:
             return self
@@ -161,6 +175,20 @@ class JobSpec(Spec):
                 f"{(memory.copies + memory.reserved) / 2**30:.1f} GiB; raise it if the GPUs have more, else {remedy}"
             )
         return self
+
+    def _check_megatron(self, spec: TrainSpec) -> None:
+        """Raises SpecError for what Megatron-LM cannot train on the job's ranks."""
+        from trainer.megatron.check import check
+        from trainer.megatron.memory import refuse_too_large
+
+        mesh = check(spec, self.cluster.world_size)
+        if only := sorted(name for name, source in self.data.sources.items() if source.loss != "all"):
+            raise SpecError(
+                f"data.sources.{only[0]}.loss {self.data.sources[only[0]].loss}: Megatron's GPT trains on all tokens; "
+                "write all, or train it with train.engine yaongi"
+            )
+        if self.cluster.gpus_per_node:
+            refuse_too_large(spec, mesh, self.cluster.gpu_memory_gib * 2**30, "cluster.gpu_memory_gib:")
 
     @model_validator(mode="after")
     def _can_be_tuned(self) -> Self:
@@ -302,7 +330,7 @@ class JobSpec(Spec):
     def run_name(self) -> str:
         """`<name>-<hash>`, also the name of the cluster's job. It does not depend on where the run is, how it is
         monitored, or later changes of its length."""
-        how = {"begun_with_steps", "skip", "parallel", "runtime", "evaluate", "export"}
+        how = {"begun_with_steps", "skip", "parallel", "runtime", "evaluate", "export", "megatron"}
         identity = {
             "shards": self.former_keys["shards"],
             "train": stored(self.train, how) | {"steps": self.begun_with_steps},

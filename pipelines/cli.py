@@ -302,6 +302,14 @@ def describe(
         return
     console = Console()
     render_description(describe_model(model, spec.train.seq_len, spec.train.optimizer), console)
+    if spec.train.engine == "megatron":
+        from trainer.megatron.check import check
+        from trainer.megatron.memory import step_memory
+
+        training = spec.train_spec()
+        mesh = check(training, spec.cluster.world_size)
+        render_memory(training, mesh, console, lambda each: step_memory(each, mesh))
+        return
     render_memory(spec.train_spec(), spec.layout(), console)
 
 

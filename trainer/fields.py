@@ -82,8 +82,20 @@ FIELDS_1 = {
     }.items()
 }
 LATER: dict[str, dict[str, Later]] = {
-    "JobTrainSpec": {"begun_with_steps": Later(2, None), "init_from": Later(5, None), "export": Later(5, None)},
-    "TrainSpec": {"begun_with_steps": Later(2, None), "init_from": Later(5, None), "export": Later(5, None)},
+    "JobTrainSpec": {
+        "begun_with_steps": Later(2, None),
+        "init_from": Later(5, None),
+        "export": Later(5, None),
+        "engine": Later(7, "yaongi"),
+        "megatron": Later(7, None),
+    },
+    "TrainSpec": {
+        "begun_with_steps": Later(2, None),
+        "init_from": Later(5, None),
+        "export": Later(5, None),
+        "engine": Later(7, "yaongi"),
+        "megatron": Later(7, None),
+    },
     "JobSpec": {"tune": Later(5, None)},
     "StorageSpec": {"sources_dir": Later(2, None)},
     "EvaluateSpec": {

@@ -13,6 +13,7 @@ from trainer.errors import SpecError
 from trainer.evaluatespec import EvaluateSpec
 from trainer.kinds.base import Count
 from trainer.lora import is_adapter
+from trainer.megatronspec import Engine, MegatronSpec
 from trainer.modelspec import ModelSpec
 from trainer.parameters import parameters
 from trainer.specbase import Spec, begins_with
@@ -379,6 +380,8 @@ class RecipeSpec(Spec):
     runtime: RuntimeSpec = RuntimeSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     export: ExportSpec | None = None
+    engine: Engine = "yaongi"
+    megatron: MegatronSpec | None = None
 
     @property
     def peak_learning_rate(self) -> float:
@@ -398,7 +401,7 @@ class TrainSpec(RecipeSpec):
     `begun_with_steps`: the length with which the run began, if it has changed.
     """
 
-    sections_without_numbers: ClassVar = frozenset({"parallel", "runtime", "evaluate", "export"})
+    sections_without_numbers: ClassVar = frozenset({"parallel", "runtime", "evaluate", "export", "megatron"})
 
     run: str
     run_dir: str
@@ -460,6 +463,18 @@ class TrainSpec(RecipeSpec):
         """The step after which the learning rate falls; `steps` if it never does."""
         return self.steps - self.schedule.phases(self.steps, self.begun_with_steps)[1]
 
+    @model_validator(mode="after")
+    def _engine_has_its_section(self) -> Self:
+        if self.megatron is not None and self.engine != "megatron":
+            raise ValueError("train.megatron is for train.engine megatron; write that, or remove the section")
+        if self.engine == "megatron" and self.parallel != ParallelSpec():
+            raise ValueError(
+                "train.parallel is for train.engine yaongi; of Megatron write train.megatron (tensor_parallel, "
+                "expert_parallel and so on) and train.parallel: {data: auto, shard: null, expert: 1, "
+                "shard_optimizer: false}"
+            )
+        return self
+
     def micro_batches(self, world_size: int) -> int:
         """Micro-batches per rank and step.
 
@@ -467,10 +482,18 @@ class TrainSpec(RecipeSpec):
             SpecError: the ranks cannot share a step equally.
         """
         step_rows = self.batch.tokens_per_step // self.tokens.seq_len
-        per_round = self.batch.micro_batch_rows * world_size
+        sharing = self.megatron.sharing if self.megatron else 1
+        if world_size % sharing:
+            raise SpecError(
+                f"train.megatron: tensor × pipeline × context parallel = {sharing} must divide the {world_size} ranks; "
+                "lower one of them, or change cluster.nodes or gpus_per_node"
+            )
+        sharers = world_size // sharing
+        per_round = self.batch.micro_batch_rows * sharers
         if step_rows % per_round:
             raise SpecError(
-                f"a step of {step_rows} rows cannot be shared by {world_size} ranks in micro-batches of "
+                f"a step of {step_rows} rows cannot be shared by {sharers} {'data parallel ' * (sharing > 1)}ranks in "
+                "micro-batches of "
                 f"{self.batch.micro_batch_rows} rows; make train.batch.tokens_per_step a multiple of "
                 f"{per_round * self.tokens.seq_len}"
             )

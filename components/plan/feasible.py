@@ -54,7 +54,7 @@ def _trains_without_gpu(job: JobSpec) -> bool:
 
 
 def _refuse_too_little_memory(job: JobSpec) -> None:
-    if _trains_without_gpu(job):
+    if _trains_without_gpu(job) and job.train.engine == "yaongi":
         each = limit_bytes() // job.cluster.ranks_per_node
         refuse_too_large(job.train_spec(), job.layout(), each, "which, without a GPU,")
 

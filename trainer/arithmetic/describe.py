@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import groupby
 from typing import get_args
 
@@ -161,14 +163,21 @@ def render(description: Description, console: Console) -> None:
     console.print(_backends())
 
 
-def render_memory(spec: TrainSpec, layout: Layout, console: Console) -> None:
-    """Print a rank's memory for a step under each policy of activation checkpointing, and what each recomputes."""
+def render_memory(
+    spec: TrainSpec, layout: object, console: Console, memory_of: Callable[[TrainSpec], Memory] | None = None
+) -> None:
+    """Print a rank's memory for a step under each policy of activation checkpointing, and what each recomputes.
+
+    Args:
+        layout: the mesh of the ranks.
+        memory_of: the memory under another engine than our own, whose mesh `layout` is.
+    """
     chosen = spec.runtime.activation_checkpointing
     policies: tuple[Policy, ...] = get_args(Policy)
-    found = {
-        policy: step_memory(spec.updated({"runtime": {"activation_checkpointing": policy}}), layout)
-        for policy in policies
-    }
+    if memory_of is None:
+        assert isinstance(layout, Layout), "the mesh of our own engine"
+        memory_of = partial(step_memory, layout=layout)
+    found = {policy: memory_of(spec.updated({"runtime": {"activation_checkpointing": policy}})) for policy in policies}
     size = f"{layout}; micro-batch {spec.batch.micro_batch_rows} × {spec.tokens.seq_len} tokens"
     table = Table("GiB", title=f"Memory of each rank on a GPU: {size}; activation checkpointing …")
     for policy in policies:
@@ -182,6 +191,8 @@ def render_memory(spec: TrainSpec, layout: Layout, console: Console) -> None:
     for name, title in [*names.items(), ("total", "total")]:
         table.add_row(title, *(f"{getattr(memory, name) / 2**30:,.2f}" for memory in found.values()))
     console.print(table)
+    if spec.engine == "megatron":  # what is recomputed is said of our own layers
+        return
     tokens = spec.batch.micro_batch_rows * spec.tokens.seq_len
     for policy in policies[1:]:
         saved = found["none"].activations - found[policy].activations
