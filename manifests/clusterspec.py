@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from manifests import fabric, workerspec
 from manifests.dataspec import Name
 from manifests.kinds import JobKindName
+from trainer.fabric import FabricName
 from trainer.kinds.base import Count
 from trainer.spec import NonNegative, Positive
 from trainer.specbase import Spec
@@ -42,6 +44,11 @@ class ClusterSpec(Spec):
     Ranks = nodes × max(gpus_per_node, 1). `gpu_memory_gib` is the memory of each GPU: a model that cannot fit is
     refused before any work. `job` is the kind that the cluster's operator serves: PyTorchJob (training operator v1) or
     TrainJob (Kubeflow Trainer v2). `ttl_seconds_after_finished` has no effect on TrainJobs.
+
+    Of the training pods only: `env`, `labels`, `annotations`; `resources`, extended ones and huge pages of each pod;
+    `devices`, the number of each device class (DRA); `ulimits`, -1 for unlimited, applied by containerd's NRI plugin
+    ulimit-adjuster; `fabric`, the network between nodes, which NCCL must then take; `spread`. See docs/fabric.md.
+    `hub_secret` and `judge_secret` have a key `token`.
     """
 
     target: Literal["kubernetes", "local"] = "kubernetes"
@@ -64,6 +71,24 @@ class ClusterSpec(Spec):
     run_timeout_seconds: Count = 14 * 86_400
     ttl_seconds_after_finished: Annotated[int, Field(ge=0)] = 86_400
     grace_seconds: Count = 120
+    env: workerspec.Environment = {}
+    labels: workerspec.Labels = {}
+    annotations: workerspec.Annotations = {}
+    resources: workerspec.Resources = {}
+    devices: workerspec.Devices = {}
+    ulimits: workerspec.Ulimits = {}
+    fabric: Literal["none", FabricName] = "none"
+    spread: workerspec.SpreadSpec | None = None
+    hub_secret: workerspec.SecretName = workerspec.HUB_SECRET
+    judge_secret: workerspec.SecretName = workerspec.JUDGE_SECRET
+
+    @model_validator(mode="after")
+    def _fabric_has_its_devices(self) -> Self:
+        if self.fabric != "none":
+            asked = [*self.resources, *self.devices]
+            if problem := fabric.lacking(self.fabric, self.gpus_per_node, asked, self.annotations):
+                raise ValueError(problem)
+        return self
 
     @property
     def deadline_seconds(self) -> int:

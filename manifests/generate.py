@@ -34,6 +34,13 @@ def examples() -> dict[str, JobSpec]:
         "node_selector": {spot["key"]: spot["value"]},
         "tolerations": [{**spot, "operator": "Equal", "effect": "NoSchedule"}],
     }
+    # The device plugin's resource and the network's name differ between clusters.
+    roce = {
+        "fabric": "roce",
+        "resources": {"rdma/hca_shared": 1},
+        "annotations": {"k8s.v1.cni.cncf.io/networks": "rdma-net"},
+        "spread": {"required": True},
+    }
     often = {"checkpoint": {"every_steps": 100}}
     return {
         "cpu-smoke": job_from({"preset": "tiny"}),
@@ -43,6 +50,7 @@ def examples() -> dict[str, JobSpec]:
         "one-h100-spot": job_from({"preset": "h100-4b"}, {"cluster": preemptible, "train": often}),
         "two-gpus": job_from({"preset": "h100-4b"}, {"cluster": two_gpus}),
         "two-by-eight-h100": job_from({"preset": "h100-4b"}, {"cluster": two_nodes}),
+        "two-by-eight-h100-roce": job_from({"preset": "h100-4b"}, {"cluster": two_nodes | roce}),
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Object = dict[str, Any]
 JobKindName = Literal["pytorchjob", "trainjob"]
@@ -91,6 +91,19 @@ TRAINJOB = JobKind(
     needs=("ConfigMap", "NetworkPolicy", "TrainingRuntime"),
     children=(("JobSet", "{job}"), ("Job", "{job}-node-0")),
 )
+
+
+class Kind(NamedTuple):
+    """A kind of object of the API server's own groups."""
+
+    kind: str
+    group: str
+    version: str
+    plural: str
+
+
+# What a pod wants of each device class (DRA); Kubernetes 1.34 and newer. A job with `cluster.devices` needs one.
+DEVICE_CLAIMS = Kind("ResourceClaimTemplate", "resource.k8s.io", "v1", "resourceclaimtemplates")
 ANCESTOR_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"  # marks the trainer among a runtime's jobs
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 KINDS: Mapping[JobKindName, JobKind] = {"pytorchjob": PYTORCHJOB, "trainjob": TRAINJOB}

@@ -24,9 +24,6 @@ STEP_APP = "yaongi-step"  # on pods of the pipeline's steps
 SERVER_APP = "yaongi-server"  # on pods that serve an exported model
 STEP_METRICS_PORT = 9390  # below those of the ranks, which may run on the same machine
 
-HUB_SECRET = "huggingface"  # optional; its key `token` is an access token of the Hugging Face Hub
-JUDGE_SECRET = "judge"  # its key `token` is the key of the API of train.evaluate.judge
-
 SPEC_DIR = "/etc/yaongi"
 SPEC_FILE = "train.yaml"
 

@@ -5,14 +5,16 @@ Pure functions from the spec to plain dicts; `render` puts them into a job.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 
+from manifests import fabric
 from manifests.kinds import Object
 from manifests.names import (
     EGRESS_LABEL,
     HUB,
-    HUB_SECRET,
-    JUDGE_SECRET,
+    INSTANCE_LABEL,
     SPEC_DIR,
     SPEC_FILE,
     Task,
@@ -22,10 +24,15 @@ from manifests.names import (
     ranks_per_pod,
 )
 from manifests.spec import JobSpec
+from trainer.fabric import FabricName
 from trainer.process.failures import NODE_VARIABLE
 
 USER_ID = 1000
 SCRATCH_GIB = 16
+DEVICES = "devices"  # the pod's claim of devices by class
+# containerd's NRI plugin ulimit-adjuster; the container's name follows. All its versions read this key.
+ULIMITS_ANNOTATION = "ulimits.nri.containerd.io/container."
+ULIMIT_MODULUS = 2**64  # -1 as the kernel writes "unlimited": RLIM_INFINITY
 
 
 def without_rights() -> Object:
@@ -68,7 +75,52 @@ def pod_template(job: JobSpec, task: Task) -> Object:
         # finish.
         "annotations": {"sidecar.istio.io/inject": "false"},
     }
-    return {"metadata": metadata, "spec": spec}
+    template = {"metadata": metadata, "spec": spec}
+    if task == "train":
+        _for_training(job, template)
+    return template
+
+
+def _for_training(job: JobSpec, template: Object) -> None:
+    """Add what only training pods have: the user's labels and annotations, devices, the fabric, their spread."""
+    cluster, spec, metadata = job.cluster, template["spec"], template["metadata"]
+    (worker,) = spec["containers"]
+    metadata["labels"] = dict(cluster.labels) | metadata["labels"]
+    metadata["annotations"] = dict(cluster.annotations) | metadata["annotations"]
+    if cluster.ulimits:
+        limits = [
+            {"type": name, "hard": value % ULIMIT_MODULUS, "soft": value % ULIMIT_MODULUS}
+            for name, value in cluster.ulimits.items()
+        ]
+        metadata["annotations"][f"{ULIMITS_ANNOTATION}{worker['name']}"] = json.dumps(limits)
+    if cluster.devices:
+        spec["resourceClaims"] = [{"name": DEVICES, "resourceClaimTemplateName": job_name(job, "train")}]
+        worker["resources"]["claims"] = [{"name": DEVICES}]
+    if named := fabric_of(job):
+        fabric.apply(named, template, worker["volumeMounts"])
+    if (spread := cluster.spread) and cluster.nodes > 1:
+        spec["topologySpreadConstraints"] = [
+            {
+                "maxSkew": spread.max_skew,
+                "topologyKey": spread.topology_key,
+                "whenUnsatisfiable": "DoNotSchedule" if spread.required else "ScheduleAnyway",
+                "labelSelector": {"matchLabels": {INSTANCE_LABEL: job_name(job, "train")}},
+            }
+        ]
+
+
+def device_requests(devices: Mapping[str, int]) -> Object:
+    """The spec of the template of a pod's device claim (resource.k8s.io/v1): so many of each class."""
+    requests = [
+        {"name": f"class-{index}", "exactly": {"deviceClassName": name, "allocationMode": "ExactCount", "count": count}}
+        for index, (name, count) in enumerate(devices.items())
+    ]
+    return {"spec": {"devices": {"requests": requests}}}
+
+
+def fabric_of(job: JobSpec) -> FabricName | None:
+    """The network between the job's nodes, if one is named and there are several."""
+    return None if job.cluster.fabric == "none" or job.cluster.nodes == 1 else job.cluster.fabric
 
 
 def container(job: JobSpec, task: Task) -> Object:
@@ -106,6 +158,8 @@ def environment(job: JobSpec, task: Task) -> dict[str, str]:
     threads = max(1, math.floor(job.cluster.cpus_per_node / ranks_per_pod(job, task)))
     # The datasets of benchmarks, kept from one evaluation to the next. The volume of the datasets is read-only here.
     cache = {"HF_HOME": f"{job.storage.checkpoints_dir}/huggingface"} if _has_benchmarks(job, task) else {}
+    # The user's own come last and so win over the fabric's.
+    own = {} if task != "train" else (fabric.environment(named) if (named := fabric_of(job)) else {}) | job.cluster.env
     return cache | {
         "OMP_NUM_THREADS": str(threads),
         "HOME": "/tmp",
@@ -114,6 +168,7 @@ def environment(job: JobSpec, task: Task) -> dict[str, str]:
         # Inductor names its cache after the user, but the image may have no user with this id.
         "TORCHINDUCTOR_CACHE_DIR": "/tmp/cache/inductor",
         "TRITON_CACHE_DIR": "/tmp/cache/triton",
+        **own,
     }
 
 
@@ -121,8 +176,9 @@ def secrets(job: JobSpec, task: Task) -> dict[str, str]:
     """The variables of access tokens, and the secrets whose key `token` they are."""
     if not _has_benchmarks(job, task):
         return {}
-    judge = job.train.evaluate.judge
-    return {"HF_TOKEN": HUB_SECRET} | ({judge.api_key_env: JUDGE_SECRET} if judge and judge.api_key_env else {})
+    judge, cluster = job.train.evaluate.judge, job.cluster
+    keys = {judge.api_key_env: cluster.judge_secret} if judge and judge.api_key_env else {}
+    return {"HF_TOKEN": cluster.hub_secret} | keys
 
 
 def metrics_ports(job: JobSpec, task: Task) -> list[Object]:
@@ -147,6 +203,8 @@ def resources(job: JobSpec, task: Task) -> Object:
     limits = {"memory": memory}
     if cluster.gpus_per_node:
         limits["nvidia.com/gpu"] = str(ranks_per_pod(job, task))
+    if task == "train":  # devices and huge pages cannot be overcommitted: requests and limits must be equal
+        limits |= {name: str(amount) for name, amount in cluster.resources.items()}
     return {"requests": {"cpu": cpus(cluster.cpus_per_node), **limits}, "limits": limits}
 
 

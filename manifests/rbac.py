@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from manifests.kinds import KINDS, TRAINJOB, Object
+from manifests.kinds import DEVICE_CLAIMS, KINDS, TRAINJOB, Object
 
 ROLE = "yaongi-launcher"
 # The account of KFP's steps, and our own for a launcher without KFP.
@@ -23,6 +23,11 @@ RULES: list[Object] = [
     },
     {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["create", "patch", "delete"]},
     {"apiGroups": ["networking.k8s.io"], "resources": ["networkpolicies"], "verbs": ["create", "patch", "delete"]},
+    {
+        "apiGroups": [DEVICE_CLAIMS.group],
+        "resources": [DEVICE_CLAIMS.plural],
+        "verbs": ["create", "get", "patch", "delete"],
+    },
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
     {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
     {"apiGroups": [""], "resources": ["events"], "verbs": ["list", "watch"]},

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from manifests import pytorchjob, trainjob
-from manifests.kinds import QUEUE_LABEL, TRAINJOB, Object
+from manifests.kinds import DEVICE_CLAIMS, QUEUE_LABEL, TRAINJOB, Object
 from manifests.names import DIGEST_ANNOTATION, SPEC_FILE, Task, job_name, kind, labels
 from manifests.network import worker_policy
-from manifests.objects import gibibytes
+from manifests.objects import device_requests, fabric_of, gibibytes
 from manifests.spec import JobSpec
 from trainer.errors import SpecError
 from trainer.spec import TrainSpec
@@ -31,6 +31,15 @@ def job_objects(job: JobSpec, task: Task = "train") -> list[Object]:
         "spec": worker_policy(job, task),
     }
     needs = [config_map(job, task), policy]
+    if task == "train" and job.cluster.devices:
+        needs.append(
+            {
+                "apiVersion": f"{DEVICE_CLAIMS.group}/{DEVICE_CLAIMS.version}",
+                "kind": DEVICE_CLAIMS.kind,
+                "metadata": _metadata(job, task),
+                "spec": device_requests(job.cluster.devices),
+            }
+        )
     if kind(job) is TRAINJOB:
         runtime = {
             "apiVersion": TRAINJOB.api_version,
@@ -57,7 +66,7 @@ def config_map(job: JobSpec, task: Task = "train") -> Object:
 
 
 def worker_spec(job: JobSpec) -> TrainSpec:
-    """The run's TrainSpec with the limits that the trainer must check itself: deadline, GPUs, size of /dev/shm.
+    """The run's TrainSpec with what the trainer must check itself: deadline, GPUs, size of /dev/shm, fabric.
 
     The operator checks its deadline only when a pod changes. If GPUs are requested, device `auto` would train on the
     CPU of a node that has lost them.
@@ -68,8 +77,13 @@ def worker_spec(job: JobSpec) -> TrainSpec:
         runtime["deadline_seconds"] = cluster.run_timeout_seconds
     if spec.runtime.device == "auto" and cluster.gpus_per_node:
         runtime["device"] = "cuda"
+    preflight: Object = {}
     if spec.runtime.preflight.min_shared_memory_gib is None:
-        runtime["preflight"] = {"min_shared_memory_gib": cluster.shared_memory_gib}
+        preflight["min_shared_memory_gib"] = cluster.shared_memory_gib
+    if named := fabric_of(job):
+        preflight["fabric"] = named
+    if preflight:
+        runtime["preflight"] = preflight
     return spec.updated({"runtime": runtime})
 
 

@@ -284,6 +284,8 @@ def describe(
         print(f"\nFor a job that begins with it:\n\n{as_section(trained)}")
         return
     spec = load_job(job, _changes(sets))  # report a wrong field before PyTorch is loaded
+    from manifests.fabric import note
+    from manifests.objects import fabric_of
     from trainer.arithmetic.describe import describe as describe_model
     from trainer.arithmetic.describe import render as render_description
     from trainer.arithmetic.describe import render_memory
@@ -311,6 +313,8 @@ def describe(
         render_memory(training, mesh, console, lambda each: step_memory(each, mesh))
         return
     render_memory(spec.train_spec(), spec.layout(), console)
+    if named := fabric_of(spec):
+        print(f"\n{note(named)}")
 
 
 @app.command()
@@ -321,11 +325,15 @@ def render(
     verbose: Verbose = False,
 ) -> None:
     """Print the Kubernetes objects of a job, ready for `kubectl apply -f -`."""
+    from manifests.fabric import note
+    from manifests.objects import fabric_of
     from manifests.render import job_objects
     from manifests.spec import load_job
     from manifests.yamltext import to_manifest
 
     spec = load_job(job, _changes(sets))
+    if task.value == "train" and (named := fabric_of(spec)):
+        print("".join(f"# {line}\n" for line in note(named).splitlines()), end="")
     print(to_manifest(job_objects(spec, task.value)), end="")
 
 

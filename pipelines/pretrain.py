@@ -18,7 +18,8 @@ from components.summary.component import summary
 from components.tokenizer.component import tokenizer
 from components.tune.component import tune
 from manifests.clusterspec import StorageSpec
-from manifests.names import APP_LABEL, EGRESS_LABEL, HUB, HUB_SECRET, STEP_APP
+from manifests.names import APP_LABEL, EGRESS_LABEL, HUB, STEP_APP
+from manifests.workerspec import HUB_SECRET
 
 STORAGE = StorageSpec()
 UID = 1000  # of both images

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from trainer.errors import SpecError
 from trainer.evaluatespec import EvaluateSpec
+from trainer.fabric import FabricName
 from trainer.kinds.base import Count
 from trainer.lora import is_adapter
 from trainer.megatronspec import Engine, MegatronSpec
@@ -322,7 +323,8 @@ class PreflightSpec(Spec):
     """Checks before the first step (trainer/preflight), a few seconds in all.
 
     Without a floor, suspiciously slow values only warn; a value below a given floor ends the start. Links between GPUs
-    always have a floor, 0.1 GB/s. On a cluster, `min_shared_memory_gib` is cluster.shared_memory_gib.
+    always have a floor, 0.1 GB/s. On a cluster, `min_shared_memory_gib` is cluster.shared_memory_gib, and `fabric`, the
+    network that NCCL must take, is cluster.fabric where there are several nodes.
     """
 
     enabled: bool = True
@@ -331,6 +333,13 @@ class PreflightSpec(Spec):
     min_link_gb_per_second: Positive | None = None
     min_shared_memory_gib: Positive | None = None
     max_clock_skew_seconds: Positive = 5.0
+    fabric: FabricName | None = None
+
+    @model_validator(mode="after")
+    def _fabric_is_checked(self) -> Self:
+        if self.fabric and not self.enabled:
+            raise ValueError("a fabric is named, and only preflight sees whether NCCL takes it; write enabled: true")
+        return self
 
 
 class RuntimeSpec(Spec):

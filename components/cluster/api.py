@@ -23,7 +23,7 @@ import yaml
 
 from components.cluster.kubeconfig import POD_VARIABLE, NoCluster, require_cluster
 from components.quick import quick_imports
-from manifests.kinds import KINDS, PYTORCHJOB, TRAINJOB, JobKind, Object
+from manifests.kinds import DEVICE_CLAIMS, KINDS, PYTORCHJOB, TRAINJOB, JobKind, Object
 from trainer.errors import LaunchError, in_words
 
 with quick_imports():
@@ -41,6 +41,7 @@ Unreachable = (urllib3.exceptions.HTTPError, OSError)
 # Kind → group, version and plural, for the client's custom resource calls.
 RESOURCES = {kind.kind: (kind.group, kind.version, kind.plural) for kind in KINDS.values()}
 RESOURCES["NetworkPolicy"] = ("networking.k8s.io", "v1", "networkpolicies")
+RESOURCES[DEVICE_CLAIMS.kind] = (DEVICE_CLAIMS.group, DEVICE_CLAIMS.version, DEVICE_CLAIMS.plural)
 RESOURCES["TrainingRuntime"] = (TRAINJOB.group, TRAINJOB.version, "trainingruntimes")
 
 

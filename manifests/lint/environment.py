@@ -8,26 +8,9 @@ from collections.abc import Iterator
 from manifests.lint.commandline import unexpanded
 from manifests.lint.registry import Hit, Severity, rule
 from manifests.lint.subjects import Container, Pod, PyTorchJob
+from manifests.variables import OPERATORS, is_secret, looks_secret
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
-# The training operator 1.9 appends these after the user's, or leaves them to torchrun, which sets them per rank.
-OPERATORS = re.compile(
-    r"PET_(MASTER_ADDR|MASTER_PORT|NODE_RANK|NPROC_PER_NODE|NNODES|RDZV_BACKEND|RDZV_ENDPOINT|RDZV_ID|RDZV_CONF|"
-    r"MAX_RESTARTS|STANDALONE)|MASTER_ADDR|MASTER_PORT|WORLD_SIZE|RANK"
-)
-_SECRET_NAME = re.compile(
-    r"(^|_)(TOKEN|PASSWORD|PASSWD|PASSPHRASE|SECRET|SECRETS|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS?)$"
-)
-# Names about tokenizer tokens and token counts, which are not secrets.
-_NO_SECRET = re.compile(
-    r"(^|_)(BOS|EOS|PAD|UNK|SEP|CLS|MASK|MAX|MIN|NUM|NEW|PER|SPECIAL|START|END|STOP|BEGIN|IMAGE|AUDIO|VIDEO|PREFIX|SUFFIX|"
-    r"MIDDLE|EOD|EOT|EOM|SYSTEM|USER|ASSISTANT|INPUT|OUTPUT|ADD|USE|NO)_TOKEN$"
-)
-_NO_SECRET_VALUE = re.compile(r"[0-9.]{1,9}|true|false|yes|no|none|null|<[^>]*>|\[[^]]*\]|\*+|x{3,}", re.IGNORECASE)
-_SECRET_VALUE = re.compile(
-    r"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|glpat-[\w-]{20,}|"
-    r"sk-[A-Za-z0-9_-]{20,}|xox[abp]-[\w-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-)
 _REFERENCE = re.compile(r"(?<!\$)\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
 
 
@@ -116,11 +99,9 @@ def not_expanded(container: Container) -> Iterator[Hit]:
 def secret_in_env(container: Container) -> Iterator[Hit]:
     for entry in container.place["env"].each():
         name, value = entry["name"].text, entry["value"].text
-        by_name = _SECRET_NAME.search(name.upper()) and not _NO_SECRET.search(name.upper())
-        literal = value and not value.startswith(("/", "$", "{{", "file:")) and not _NO_SECRET_VALUE.fullmatch(value)
-        if literal and (by_name or _SECRET_VALUE.search(value)):
+        if is_secret(name, value):
             yield Hit(entry["name"], f"{name} holds a secret in plain text")
     for key in ("command", "args"):
         for place in container.place[key].each():
-            if _SECRET_VALUE.search(place.text):
+            if looks_secret(place.text):
                 yield Hit(place, "a secret in plain text")

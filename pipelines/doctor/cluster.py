@@ -65,7 +65,7 @@ def examine(cluster: Cluster, job: JobSpec | None) -> Iterator[Finding]:
         "claims": partial(volumes.claims, look, storage, wanted.nodes),
         "nodes": partial(_nodes, look, job),
         "extras": partial(operators.extras, look, wanted.queue),
-        "secret": partial(volumes.secret, look),
+        "secret": partial(volumes.secret, look, wanted.hub_secret),
         "judge": partial(volumes.judge_secret, look, job),
         "network policies": partial(_network, look),
         "image": partial(_image, wanted),

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from manifests.clusterspec import StorageSpec
 from manifests.kinds import Object
-from manifests.names import HUB_SECRET, JUDGE_SECRET
 from manifests.spec import JobSpec
 from pipelines.doctor.findings import Finding
 from pipelines.doctor.look import Look
@@ -42,27 +41,28 @@ def _claim(look: Look, claim: Object, nodes: int) -> Finding:
     return Finding(f"claim {name}", "ok", detail)
 
 
-def secret(look: Look) -> Iterator[Finding]:
-    found = look.in_namespace("secrets", HUB_SECRET)
+def secret(look: Look, name: str) -> Iterator[Finding]:
+    found = look.in_namespace("secrets", name)
     if found and "token" in (found.get("data") or {}):
-        yield Finding("secret", "ok", f"'{HUB_SECRET}' has a token for gated datasets")
+        yield Finding("secret", "ok", f"'{name}' has a token for gated datasets")
         return
-    detail = f"'{HUB_SECRET}' has no key 'token'" if found else f"no '{HUB_SECRET}'; only gated datasets need it"
-    remedy = f"kubectl -n {look.namespace} create secret generic {HUB_SECRET} --from-file=token=FILE"
+    detail = f"'{name}' has no key 'token'" if found else f"no '{name}'; only gated datasets need it"
+    remedy = f"kubectl -n {look.namespace} create secret generic {name} --from-file=token=FILE"
     yield Finding("secret", "missing", detail, remedy)
 
 
 def judge_secret(look: Look, job: JobSpec | None) -> Iterator[Finding]:
     """The secret with the key of the judge's API, where the job has a judge that wants one."""
     judge = job.train.evaluate.judge if job else None
-    if judge is None or judge.api_key_env is None:
+    if job is None or judge is None or judge.api_key_env is None:
         return
-    found = look.in_namespace("secrets", JUDGE_SECRET)
+    name = job.cluster.judge_secret
+    found = look.in_namespace("secrets", name)
     if found and "token" in (found.get("data") or {}):
-        yield Finding("judge", "ok", f"'{JUDGE_SECRET}' has a key for {judge.url}")
+        yield Finding("judge", "ok", f"'{name}' has a key for {judge.url}")
         return
-    remedy = f"kubectl -n {look.namespace} create secret generic {JUDGE_SECRET} --from-file=token=FILE"
-    yield Finding("judge", "no", f"no secret '{JUDGE_SECRET}' with a key 'token'; the evaluation needs it", remedy)
+    remedy = f"kubectl -n {look.namespace} create secret generic {name} --from-file=token=FILE"
+    yield Finding("judge", "no", f"no secret '{name}' with a key 'token'; the evaluation needs it", remedy)
 
 
 def _binds_late(look: Look, name: str | None) -> bool:

@@ -29,7 +29,7 @@ from components.diagnose.why import restarts, why
 from components.launch import kubernetes
 from components.launch.lease import held
 from manifests.clusterspec import ClusterSpec
-from manifests.kinds import QUEUE_LABEL, Object, kind_of
+from manifests.kinds import DEVICE_CLAIMS, QUEUE_LABEL, Object, kind_of, pod_template
 from manifests.names import PIPELINE_LABEL, RUN_LABEL, TASK_LABEL
 from pipelines.options import again
 from pipelines.runs.kept import Kept, keep, kept, run_dir_of
@@ -257,6 +257,8 @@ def _objects(cluster: Cluster, job: Object) -> list[Object]:
     name = job["metadata"]["name"]
     plain = cluster.core.api_client.sanitize_for_serialization  # core resources come as the client's classes
     needs = [plain(need) | {"kind": kind} for kind in kind_of(job).needs if (need := cluster.get(kind, name))]
+    if "resourceClaims" in pod_template([*needs, job])["spec"] and (claims := cluster.get(DEVICE_CLAIMS.kind, name)):
+        needs.append(claims)
     return [_as_made(item) for item in (*needs, job)]
 
 
