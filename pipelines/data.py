@@ -247,7 +247,7 @@ def _reached(run_dir: str, step: int) -> tuple[int, Cursor] | None:
 
     kept = [checkpoint.read_manifest(path) for path in checkpoint.published(run_dir)]
     found = max((manifest for manifest in kept if manifest.step <= step), key=lambda m: m.step, default=None)
-    return (found.step, Cursor.from_dict(found.cursor)) if found else None
+    return (found.step, Cursor.from_dict(found.cursor)) if found and found.cursor else None
 
 
 def _show(passage: Passage) -> None:

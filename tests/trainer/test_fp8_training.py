@@ -18,7 +18,8 @@ from bounds import below
 
 from trainer import evaluate
 from trainer.checkpoints import checkpoint
-from trainer.checkpoints.checkpointer import _Reader, load_model_weights
+from trainer.checkpoints.checkpointer import load_model_weights
+from trainer.checkpoints.index import Reader
 from trainer.kinds.ngrams import token_classes
 from trainer.loop import train
 from trainer.model.hybrid import build_model
@@ -55,10 +56,10 @@ def losses(spec: TrainSpec) -> list[float]:
 def history(spec: TrainSpec, step: int) -> dict[str, torch.Tensor]:
     """The FP8 tensors in a checkpoint."""
     path = checkpoint.step_dir(spec.run_dir, step)
-    found = {k: v for k, v in _Reader(path).read_metadata().state_dict_metadata.items() if k.startswith("fp8.")}
+    found = {k: v for k, v in Reader(path).read_metadata().state_dict_metadata.items() if k.startswith("fp8.")}
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in found.items()}
     if tensors:
-        dcp.load(tensors, storage_reader=_Reader(path), no_dist=True)
+        dcp.load(tensors, storage_reader=Reader(path), no_dist=True)
     return tensors
 
 

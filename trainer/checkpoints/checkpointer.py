@@ -1,7 +1,7 @@
 """Save and load the tensors of a training run, for any number of processes on either side.
 
 torch.distributed.checkpoint (DCP) writes every tensor once, distributed over the ranks. Everything that is not a tensor
-goes into checkpoint.json, so only DCP's own index is pickled, and it is read with an allow-list of its few classes.
+goes into checkpoint.json, so only DCP's own index is pickled (trainer/checkpoints/index.py).
 With `asynchronous` a thread works on a copy of the tensors and on its own process group while training continues; the
 next save waits for it.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import pickle
 import shutil
 import time
 import warnings
@@ -24,12 +23,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.checkpoint import CheckpointManifest
+from trainer.checkpoints.index import INDEX, Reader, read_shapes
 from trainer.checkpoints.length import continuable
 from trainer.distributed import World
 from trainer.errors import CheckpointError, DataError, DivergedError, SpecError, in_words
@@ -43,25 +42,6 @@ from trainer.spec import TrainSpec
 from trainer.specbase import VERSION_FIELD, parse
 
 log = logging.getLogger(__name__)
-
-_INDEX = ".metadata"
-_DTYPES = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
-_INDEX_CLASSES = {
-    "torch": _DTYPES | {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-}
 
 
 class Checkpointer:
@@ -157,7 +137,7 @@ class Checkpointer:
             return None
         manifest = checkpoint.read_manifest(path)
         self._refuse_other_run(path, manifest)
-        stored = _read_index(path)
+        stored = read_shapes(path)
         state = _state(self._model, self._optimizers)
         own_random = _random_state(self._world)
         tensors = state | {key: value for key, value in own_random.items() if key in stored}
@@ -287,7 +267,7 @@ class Checkpointer:
     def _describe_own(self, hidden: Path) -> dict[str, checkpoint.CheckpointFile]:
         """Each rank reads back the files it wrote (`__<rank>_…`); the main rank also reads the index."""
         names = [entry.name for entry in hidden.glob(f"__{self._world.rank}_*")]
-        return checkpoint.describe_files(hidden, [*names, _INDEX] if self._world.is_main else names)
+        return checkpoint.describe_files(hidden, [*names, INDEX] if self._world.is_main else names)
 
     def _publish(self, manifest: CheckpointManifest, began: float) -> None:
         if self._world.is_main:
@@ -343,7 +323,7 @@ def load_model(
     Raises:
         CheckpointError, DivergedError: it holds another model; its weights are not finite.
     """
-    state, stored = _model_state(model), _read_index(Path(path))
+    state, stored = _model_state(model), read_shapes(Path(path))
     if kept:
         state = {key: value for key, value in state.items() if key in stored or not kept(key.removeprefix("model."))}
     _load(Path(path), state, stored, alone=not together)
@@ -408,45 +388,9 @@ def _load(path: Path, tensors: dict[str, Tensor], stored: dict[str, torch.Size],
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what `alone` says
         try:
-            dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=alone)
+            dcp.load(dict(tensors), storage_reader=Reader(path), no_dist=alone)
         except CheckpointException as error:  # not an Exception, so no other handler would turn it into one line
             raise CheckpointError(f"{path} cannot be loaded: {_first_cause(error)}") from None
-
-
-def _read_index(path: Path) -> dict[str, torch.Size]:
-    index = _Reader(path).read_metadata()
-    return {k: entry.size for k, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads DCP's pickled index with an allow-list; DCP reads the tensors themselves with weights_only."""
-
-    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        with (Path(self.path) / _INDEX).open("rb") as stream:
-            metadata = _IndexUnpickler(stream).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _memory_format
-        if name not in _INDEX_CLASSES.get(module, ()):
-            raise _not_an_index(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-def _memory_format(of: Any, name: str) -> _MEM_FORMAT_ENCODING:
-    """Replaces getattr, as which Python before 3.11.4 pickles an enum member; only for this one enum."""
-    if of is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
-        raise _not_an_index(f"{of}.{name}")
-    return _MEM_FORMAT_ENCODING[name]
-
-
-def _not_an_index(found: str) -> CheckpointError:
-    return CheckpointError(f"the checkpoint's index names {found}, which no index contains; not loaded")
 
 
 def _first_cause(error: BaseException) -> str:

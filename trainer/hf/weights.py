@@ -63,7 +63,7 @@ def read_into(
             if name not in filled and not name.startswith(kept):
                 buffer.zero_()  # a router's bias, if their router has none
         for file in files_of(folder):
-            with _opened(file) as tensors:
+            with opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  it is not a mapping
                     for part in by_name.get(name, []):
                         # The scales of a file's last weight may be in the next file.
@@ -91,23 +91,23 @@ def _fill(part: Part, tensors: Any, parameter: Tensor, elsewhere: Path | None) -
     if low >= high:
         return
     rows = slice(part.their_first + low - start, part.their_first + high - start)
-    values = _rows(tensors, part.theirs, rows, elsewhere)
+    values = rows_of(tensors, part.theirs, rows, elsewhere)
     target[low - first : high - first].copy_(values.reshape(high - low, *shape[1:]))
 
 
-def _rows(tensors: Any, name: str, rows: slice, elsewhere: Path | None) -> Tensor:
+def rows_of(tensors: Any, name: str, rows: slice, elsewhere: Path | None) -> Tensor:
     """Some rows of a tensor in a file, multiplied by its scales if it is FP8 by blocks."""
     values: Tensor = tensors.get_slice(name)[rows]
     if values.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         return values
     first, blocks = rows.start // FP8_BLOCK, slice(rows.start // FP8_BLOCK, -(-rows.stop // FP8_BLOCK))
-    with nullcontext(tensors) if elsewhere is None else _opened(elsewhere) as holder:
+    with nullcontext(tensors) if elsewhere is None else opened(elsewhere) as holder:
         scales: Tensor = holder.get_slice(f"{name}{SCALES}")[blocks]
     by_row = scales.float().repeat_interleave(FP8_BLOCK, 0)[rows.start - first * FP8_BLOCK :][: values.shape[0]]
     return values.float() * by_row.repeat_interleave(FP8_BLOCK, 1)[:, : values.shape[1]]
 
 
-def _opened(file: Path) -> Any:
+def opened(file: Path) -> Any:
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
