@@ -1,4 +1,4 @@
-"""The specs of a TrainJob and of the TrainingRuntime that it refers to (Kubeflow Trainer 2.1, JobSet 0.10).
+"""The specs of a TrainJob and of the TrainingRuntime that it refers to, as Kubeflow Trainer 2.1, 2.2 and 2.3 take them.
 
 The pods are described in the runtime, because a TrainJob has no fields for volumes, ports or security. All workers are
 one indexed Job: its pod failure policy separates permanent exit codes from others, and its JobSet restarts all workers
@@ -7,15 +7,21 @@ together, from the last checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from manifests.kinds import ANCESTOR_LABEL, TRAINJOB, Object
 from manifests.names import Task, job_name, ranks_per_pod, replicas
 from manifests.objects import pod_template
 from manifests.spec import JobSpec
+from trainer.errors import SpecError
 from trainer.exitcodes import retryable
 
 # The entrypoint, which counts on the volume, ends a run that restarts without progress. This limit is only for pods
 # that die before the entrypoint can count; it must not end a run that is preempted every few minutes.
 MOST_RESTARTS = 1000
+DEADLINE = "activeDeadlineSeconds"
+RELEASES = ("2.1", "2.2", "2.3")
+_WITHOUT_DEADLINE = ("2.1",)  # their TrainJobs have no such field
 
 
 def job_spec(job: JobSpec, task: Task) -> Object:
@@ -26,9 +32,34 @@ def job_spec(job: JobSpec, task: Task) -> Object:
     }
 
 
+def bounded(objects: Sequence[Object]) -> Object:
+    """The TrainJob, the last of a job's objects, with a deadline of its own, which Trainer has from 2.2 on.
+
+    It is that of the runtime's Job, which begins anew whenever all workers restart; this one counts restarts too.
+    """
+    *_, job = objects
+    (runtime,) = (item for item in objects if item["kind"] == "TrainingRuntime")
+    (replicated_job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    return {**job, "spec": {**job["spec"], DEADLINE: replicated_job["template"]["spec"][DEADLINE]}}
+
+
+def for_release(objects: Sequence[Object], release: str) -> list[Object]:
+    """A job's objects with what this release of Trainer has beyond the others.
+
+    Raises:
+        SpecError: the release is not one of `RELEASES`, or the job is no TrainJob.
+    """
+    if release not in RELEASES:
+        raise SpecError(f"--trainer-version {release} is not one of {', '.join(RELEASES)}")
+    if objects[-1]["kind"] != TRAINJOB.kind:
+        raise SpecError(f"--trainer-version {release} is about TrainJobs; set cluster.job=trainjob, or leave it out")
+    return list(objects) if release in _WITHOUT_DEADLINE else [*objects[:-1], bounded(objects)]
+
+
 def runtime_spec(job: JobSpec, task: Task) -> Object:
-    """A finished job is not deleted: Trainer 2.1 has no TTL of its own, and runs the job again when the TTL of its
-    JobSet ends."""
+    """What a release of Trainer does not know is left out: torch has no fields, as the TrainJob says the number of
+    processes. There is no TTL: when it deletes the JobSet of a job that has failed, all releases run that job again
+    (2.1 also one that has succeeded)."""
     replicated_job = {
         "name": TRAINJOB.container,
         "replicas": 1,
@@ -40,7 +71,7 @@ def runtime_spec(job: JobSpec, task: Task) -> Object:
     return {
         "mlPolicy": {
             "numNodes": replicas(job, task),
-            "torch": {"numProcPerNode": ranks_per_pod(job, task)},
+            "torch": {},
         },
         "template": {
             "spec": {
@@ -73,7 +104,7 @@ def _workers(job: JobSpec, task: Task) -> Object:
     return {
         "completionMode": "Indexed",
         "backoffLimit": 0,  # one lost worker breaks the process group of all
-        "activeDeadlineSeconds": job.cluster.deadline_seconds,
+        DEADLINE: job.cluster.deadline_seconds,
         "podFailurePolicy": {
             "rules": [
                 {

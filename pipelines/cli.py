@@ -322,6 +322,9 @@ def render(
     job: Job,
     sets: Sets = None,
     task: Annotated[Task, typer.Option(help="Which of the trainer's tasks.")] = Task.TRAIN,
+    trainer_version: Annotated[
+        str, typer.Option(help="Kubeflow Trainer of a TrainJob, 2.1 to 2.3; unless told, what all of them take.")
+    ] = "",
     verbose: Verbose = False,
 ) -> None:
     """Print the Kubernetes objects of a job, ready for `kubectl apply -f -`."""
@@ -329,12 +332,16 @@ def render(
     from manifests.objects import fabric_of
     from manifests.render import job_objects
     from manifests.spec import load_job
+    from manifests.trainjob import for_release
     from manifests.yamltext import to_manifest
 
     spec = load_job(job, _changes(sets))
+    objects = job_objects(spec, task.value)
+    if trainer_version:
+        objects = for_release(objects, trainer_version)
     if task.value == "train" and (named := fabric_of(spec)):
         print("".join(f"# {line}\n" for line in note(named).splitlines()), end="")
-    print(to_manifest(job_objects(spec, task.value)), end="")
+    print(to_manifest(objects), end="")
 
 
 @app.command(name="compile")

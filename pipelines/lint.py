@@ -34,7 +34,7 @@ def lint(
         list[str] | None, typer.Argument(metavar="FILE…", help="YAML or JSON manifests; - for stdin.")
     ] = None,
     format: Annotated[Format, typer.Option(help="human, or one JSON object.")] = Format.HUMAN,
-    trainer_version: Annotated[str, typer.Option(help="Kubeflow Trainer to check TrainJobs for: 2.0 to 2.3.")] = "2.1",
+    trainer_version: Annotated[str, typer.Option(help="Kubeflow Trainer to check TrainJobs for: 2.0 to 2.3.")] = "2.3",
     rules: Annotated[bool, typer.Option("--rules", help="List all rules with their reasons.")] = False,
     explain: Annotated[str, typer.Option(metavar="RULE", help="Explain one rule.")] = "",
 ) -> None:

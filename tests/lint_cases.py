@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lint_job_cases import JOBS
+from lint_job_cases import BEFORE_2_2, JOBS
 from lint_manifests import BOUNDED, SAFE, Case
 
 # Rule → cases: those of jobs, then those of pods, their fields and values.
@@ -106,11 +106,13 @@ BROKEN: dict[str, list[Case]] = {
         (("MAIN/resources/limit", {"cpu": 8}),),
         (("MAIN/resources/nvidia.com\0gpu", 8),),
         (("MAIN/env/0", {"name": "A", "valuefrom": {}}),),
-        (("trainjob/spec/runtimePatches", [{"manager": "me"}]),),
-        (("trainjob/spec/activeDeadlineSeconds", 60),),
+        (("trainjob/spec/podTemplateOverrides", []),),
+        (("trainjob/spec/labels", {"team": "a"}),),
+        (("trainjob/spec/annotations", {"team": "a"}),),
+        (("trainjob/spec/ttlSecondsAfterFinished", 60),),
         (("TRAINER/nodes", 2),),
-        (("runtime/spec/template/spec/volumeClaimPolicies", []),),
-        (("runtime/spec/mlPolicy/torch/nprocPerNode", 2),),
+        (("runtime/spec/mlPolicy/torch/numProcPerNode", 2),),
+        (("runtime/spec/mlPolicy/torch/elasticPolicy", {}),),
     ],
     "not-filled-in": [
         (("WORKER/replicas", "${NODES}"),),
@@ -207,12 +209,19 @@ BROKEN: dict[str, list[Case]] = {
     ],
     "unknown-ignore": [(("job/metadata/annotations", {"yaongi/lint-ignore": "no-tll"}),)],
 }
+# Case and release of Trainer: the newest, and the last one with the fields that 2.2 removed.
+CASES = [
+    *((rule, "2.3", case) for rule, cases in BROKEN.items() for case in cases),
+    *((rule, "2.1", case) for rule, cases in BEFORE_2_2.items() for case in cases),
+]
 # Rule → other rules that its cases also break.
 ALONG: dict[str, set[str]] = {
     "elastic-bounds": {"elastic-half"},
     "launch-differs": {"master-init-container"},
     "master-replicas": {"master-init-container"},
     "nproc-auto-world-size": {"master-init-container"},
+    "trainjob-runtime-ref": {"trainjob-no-deadline"},  # which its runtime would have
+    "trainjob-runtime-scope": {"trainjob-no-deadline"},
 }
 # Rules about the text itself, which no change of objects can break; tests/manifests/test_lint_documents.py has them.
 OF_TEXT = {"duplicate-key"}

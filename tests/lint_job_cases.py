@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from lint_manifests import BOUNDED, MASTER, NO_GPU, NOT_ELASTIC, TORCHRUN, Case
+from lint_manifests import BOUNDED, MASTER, NO_GPU, NOT_ELASTIC, TORCHRUN, Case, patches
 
-# Rule → cases.
+TARGETS = [{"name": "node"}]
+NODE_ENV = {"name": "node", "env": [{"name": "A"}]}
+# Rule → cases; those of TrainJobs are for Trainer 2.3.
 JOBS: dict[str, list[Case]] = {
     "replica-types": [
         (("job/spec/pytorchReplicaSpecs", ...),),
@@ -140,23 +142,19 @@ JOBS: dict[str, list[Case]] = {
     "trainjob-runtime-scope": [(("trainjob/spec/runtimeRef/kind", ...),)],
     "trainjob-name": [(("trainjob/metadata/name", "n" * 50),)],
     "trainjob-num-nodes": [(("TRAINER/numNodes", 0),), (("TRAINER/numNodes", -1),)],
-    "trainjob-num-proc": [(("TRAINER/numProcPerNode", "eight"),), (("TRAINER/numProcPerNode", 0),)],
+    "trainjob-num-proc": [(("TRAINER/numProcPerNode", 0),), (("TRAINER/numProcPerNode", -1),)],
     "trainjob-nproc-not-gpus": [(("TRAINER/numProcPerNode", 8),)],
     "trainjob-reserved-env": [(("TRAINER/env/0", {"name": "PET_NNODES", "value": "2"}),)],
-    "trainjob-override-env": [
-        (
-            (
-                "trainjob/spec/podTemplateOverrides",
-                [
-                    {
-                        "targetJobs": [{"name": "node"}],
-                        "spec": {"containers": [{"name": "node", "env": [{"name": "A"}]}]},
-                    }
-                ],
-            ),
-        )
+    "trainjob-override-env": [(("trainjob/spec/runtimePatches", patches({"containers": [NODE_ENV]})),)],
+    "trainjob-unknown-override": [
+        (("trainjob/spec/runtimePatches", patches({"nodeSelector": {"pool": "a"}}, job="nodes")),),
+        (("trainjob/spec/runtimePatches", patches({"containers": [{"name": "trainer", "volumeMounts": []}]})),),
+        (("trainjob/spec/runtimePatches", patches({"initContainers": [{"name": "node", "volumeMounts": []}]})),),
     ],
-    "trainjob-unknown-override": [(("trainjob/spec/podTemplateOverrides", [{"targetJobs": [{"name": "nodes"}]}]),)],
+    "trainjob-patch-manager": [
+        (("trainjob/spec/runtimePatches", patches({"nodeSelector": {"pool": "a"}}, manager="me")),),
+        (("trainjob/spec/runtimePatches", [{"manager": "My Team/me"}]),),
+    ],
     "trainjob-no-deadline": [(("REPLICATED/template/spec/activeDeadlineSeconds", ...),)],
     "trainjob-managed-by": [(("trainjob/spec/managedBy", "me"),)],
     "runtime-no-trainer": [(("REPLICATED/template/metadata", ...),)],
@@ -164,7 +162,28 @@ JOBS: dict[str, list[Case]] = {
     "runtime-replicas": [(("REPLICATED/replicas", 2),)],
     "runtime-ttl": [(("runtime/spec/template/spec/ttlSecondsAfterFinished", 600),)],
     "runtime-restarts-alone": [(("REPLICATED/template/spec/backoffLimit", ...),)],
+}
+# Rules, or their cases, about fields that Trainer 2.2 removed.
+BEFORE_2_2: dict[str, list[Case]] = {
+    "trainjob-num-proc": [(("TRAINER/numProcPerNode", "eight"),), (("TRAINER/numProcPerNode", 0),)],
+    "trainjob-override-env": [
+        (("trainjob/spec/podTemplateOverrides", [{"targetJobs": TARGETS, "spec": {"containers": [NODE_ENV]}}]),)
+    ],
+    "trainjob-unknown-override": [
+        (("trainjob/spec/podTemplateOverrides", [{"targetJobs": [{"name": "nodes"}]}]),),
+        (
+            (
+                "trainjob/spec/podTemplateOverrides",
+                [{"targetJobs": TARGETS, "spec": {"containers": [{"name": "trainer", "volumeMounts": []}]}}],
+            ),
+        ),
+    ],
     "runtime-elastic": [(("runtime/spec/mlPolicy/torch/elasticPolicy", {"minNodes": 1, "maxNodes": 4}),)],
+    "unknown-field": [
+        (("trainjob/spec/runtimePatches", [{"manager": "me.example/x"}]),),
+        (("trainjob/spec/activeDeadlineSeconds", 60),),
+        (("runtime/spec/template/spec/volumeClaimPolicies", []),),
+    ],
 }
 # A launcher without its own entrypoint is not an error under this policy.
 _BY_LAUNCHER = (

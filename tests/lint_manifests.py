@@ -96,7 +96,7 @@ apiVersion: trainer.kubeflow.org/v1alpha1
 kind: TrainingRuntime
 metadata: {name: runtime}
 spec:
-  mlPolicy: {numNodes: 1, torch: {numProcPerNode: auto}}
+  mlPolicy: {numNodes: 1, torch: {}}
   template:
     spec:
       replicatedJobs:
@@ -167,6 +167,12 @@ def changed(*changes: tuple[str, Any]) -> list[Object]:
         else:
             place[last] = copy.deepcopy(value)
     return list(objects.values())
+
+
+def patches(pod: Object, *, job: str = "node", manager: str = "team.example/me") -> list[Object]:
+    """runtimePatches of the pod's spec of a replicated job."""
+    patch = {"name": job, "template": {"spec": {"template": {"spec": pod}}}}
+    return [{"manager": manager, "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [patch]}}}}]
 
 
 LONG = {

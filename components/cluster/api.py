@@ -38,6 +38,7 @@ REQUEST_TIMEOUT_SECONDS = (5, 30)  # connect, read
 # Besides its own error, the client raises these for a kubeconfig that is not YAML, not text or has another structure.
 UNUSABLE = (config.ConfigException, OSError, yaml.YAMLError, ValueError, TypeError)
 Unreachable = (urllib3.exceptions.HTTPError, OSError)
+UNKNOWN_FIELD = re.compile(r'unknown field "([^"]+)"')  # each one that strict validation refuses
 # Kind → group, version and plural, for the client's custom resource calls.
 RESOURCES = {kind.kind: (kind.group, kind.version, kind.plural) for kind in KINDS.values()}
 RESOURCES["NetworkPolicy"] = ("networking.k8s.io", "v1", "networkpolicies")
@@ -51,6 +52,14 @@ class Refused(LaunchError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+class UnknownFields(Refused):
+    """An object has `fields` that its kind lacks on this cluster."""
+
+    def __init__(self, status: int, message: str, fields: list[str]) -> None:
+        super().__init__(status, message)
+        self.fields = fields
 
 
 class ApiUnreachable(LaunchError):
@@ -148,6 +157,13 @@ class Cluster:
                 f"no permission to {doing} in namespace '{self.namespace}' as {who[1]}; grant it with: "
                 f"python -m manifests.generate rbac {self.namespace} | kubectl apply -f -"
             )
+        elif status == HTTPStatus.BAD_REQUEST and (unknown := UNKNOWN_FIELD.findall(message)):
+            text = (
+                f"cannot {doing} in namespace '{self.namespace}': this cluster's release of Kubeflow Trainer does not "
+                f"know {', '.join(unknown)}; install {TRAINJOB.operator} (yaongi doctor names what is there), or "
+                "write cluster.job=pytorchjob"
+            )
+            return UnknownFields(status, text, unknown)
         elif status == HTTPStatus.NOT_FOUND and message.startswith("namespaces "):
             text = f"namespace '{self.namespace}' does not exist on {self.server}; create it or set cluster.namespace"
         elif (
@@ -235,10 +251,12 @@ class Cluster:
         group, version, plural = RESOURCES[kind]
         place = {"group": group, "version": version, "namespace": self.namespace, "plural": plural}
         custom = self.custom
+        # Releases of Trainer differ in their fields; without this, one that is not known would be dropped in silence.
+        strict = {"field_validation": "Strict"} if group == TRAINJOB.group else {}
         return _Resource(
             plural,
             partial(custom.get_namespaced_custom_object, **place),
-            partial(custom.create_namespaced_custom_object, **place),
+            partial(custom.create_namespaced_custom_object, **place, **strict),
             partial(custom.patch_namespaced_custom_object, **place),
             partial(custom.delete_namespaced_custom_object, **place),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Literal
@@ -10,6 +11,8 @@ from manifests.kinds import CONTAINERS, PYTORCHJOB, TRAINJOB, Object, kind_of
 
 Phase = Literal["queued", "starting", "running"]
 LONGEST_MESSAGE_CHARACTERS = 600
+# Of the training operator; the reason of Trainer's TrainJob and of a Job.
+DEADLINE_PASSED = re.compile(r"longer than specified deadline|DeadlineExceeded")
 
 
 def has_condition(job: Object, condition: str) -> bool:
@@ -19,6 +22,12 @@ def has_condition(job: Object, condition: str) -> bool:
 def condition_message(job: Object, condition: str) -> str:
     found = [c for c in job.get("status", {}).get("conditions", []) if c["type"] == condition]
     return one_line(found[-1].get("message", "")) if found else ""
+
+
+def is_past_deadline(job: Object) -> bool:
+    """Whether it has failed because its activeDeadlineSeconds, or those of its Job, have passed."""
+    failed = [c for c in job.get("status", {}).get("conditions", []) if c["type"] == "Failed" and c["status"] == "True"]
+    return any(DEADLINE_PASSED.search(f"{c.get('reason', '')} {c.get('message', '')}") for c in failed)
 
 
 def is_active(job: Object) -> bool:

@@ -15,9 +15,20 @@ from trainer.exitcodes import retryable
 HOPELESS_WAITING = {"InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError"}
 IMAGE_WAITING = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
 CONFIG_WAITING = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
-CREATION_FAILURES = {"FailedCreatePod", "FailedCreateService", "FailedCreate", "TrainJobResourcesCreationFailed"}
+CREATION_FAILURES = {
+    *("FailedCreatePod", "FailedCreateService", "FailedCreate"),
+    *("TrainJobResourcesCreationFailed", "JobCreationFailed"),  # Trainer's, JobSet's
+}
+# What passes by itself: a service that exists although the operator's cache lacks it; a JobSet that Trainer 2.3 may not
+# change while it stops for a queue; a former job's copy of its runtime, until it is collected.
+HARMLESS = re.compile(
+    r'already exists|template\.metadata: Invalid value: "?null|a snapshot configmap exists but is owned by'
+)
 # The random name of a pod that a Job creates again and again; without it, repeated refusals are the same text.
 RANDOM_SUFFIX = re.compile(rf'(?<=-{TRAINJOB.worker}-)(?P<index>\d+)-[a-z0-9]{{5}}(?=")')
+
+
+AFTER_DEADLINE = "raise it (cluster.run_timeout_seconds) and start the job again; it continues from its last checkpoint"
 
 
 def obstacle(pod: Object) -> Obstacle | None:
@@ -43,8 +54,7 @@ def obstacle(pod: Object) -> Obstacle | None:
 def creation_obstacle(event: Object) -> Obstacle | None:
     """A controller could not create a pod or service: quota, Pod Security, an admission webhook."""
     message = RANDOM_SUFFIX.sub(r"\g<index>", one_line(event.get("message", "")))
-    # A service that already exists: the operator's cache was only out of date.
-    if event.get("reason") not in CREATION_FAILURES or "already exists" in message:
+    if event.get("reason") not in CREATION_FAILURES or HARMLESS.search(message):
         return None
     fix, hopeless = fix_for(CREATION, message)
     return Obstacle(f"a worker cannot be created: {message}", fix, hopeless)

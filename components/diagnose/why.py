@@ -109,12 +109,8 @@ def _ended(found: Situation, now: datetime) -> Answer | None:
     said = state.condition_message(job, "Failed")
     cause = explain.culprit(end for end in map(explain.exit_of, found.pods) if end) or _last_exit(found)
     before = f"; before that {cause.describe()}" if cause else ""
-    if "longer than specified deadline" in said or "DeadlineExceeded" in said:
-        return Answer(
-            "failed",
-            f"its activeDeadlineSeconds have passed{before}",
-            "raise it (cluster.run_timeout_seconds) and start the job again; it continues from its last checkpoint",
-        )
+    if state.is_past_deadline(job):
+        return Answer("failed", f"its activeDeadlineSeconds have passed{before}", explain.AFTER_DEADLINE)
     if cause is None:
         return Answer("failed", said or "it gives no reason", "its pods are gone; look at the run directory's logs")
     limit = "its backoffLimit is spent: " if "backoff limit" in said else ""

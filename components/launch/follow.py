@@ -234,7 +234,8 @@ class Follower:
         if cause is None or not cause.final:
             # So not because of a worker's exit: the operator's deadline, or an eviction under another restart policy.
             before = f"; before that {cause.describe()}" if cause else ""
-            raise JobFailed(f"job {self.name} failed: {state.condition_message(job, 'Failed')}{before}")
+            fix = f"; {explain.AFTER_DEADLINE}" if state.is_past_deadline(job) else ""
+            raise JobFailed(f"job {self.name} failed: {state.condition_message(job, 'Failed')}{before}{fix}")
         tail = self.cluster.log_tail(cause.pod, LOG_TAIL_LINES)
         if cause.pod not in self.shown:
             for line in tail:

@@ -7,6 +7,7 @@ stopped or gives up deletes its job: no job holds GPUs unwatched.
 from __future__ import annotations
 
 import copy
+import re
 import signal
 import sys
 import threading
@@ -18,19 +19,21 @@ from pathlib import Path
 from types import FrameType
 
 from components.cluster import state
-from components.cluster.api import ApiUnreachable, Cluster, Refused
+from components.cluster.api import ApiUnreachable, Cluster, Refused, UnknownFields
 from components.launch.follow import Follower, JobFailed
 from components.launch.lease import held
 from manifests.clusterspec import ClusterSpec
-from manifests.kinds import JobKind, Object, kind_of, pod_template
+from manifests.kinds import TRAINJOB, JobKind, Object, kind_of, pod_template
 from manifests.names import DIGEST_ANNOTATION, PIPELINE_LABEL, Task
 from manifests.render import job_objects
 from manifests.spec import JobSpec
+from manifests.trainjob import DEADLINE, bounded
 from trainer.errors import LaunchError
 from trainer.exitcodes import ExitCode
 from trainer.process.limits import UNWATCHED_VARIABLE
 
 CREATION_PATIENCE_SECONDS = 15
+NOT_YET = re.compile(r"must be created before|runtime '\S+' not found")  # from the webhooks of Trainer and of Kueue
 
 
 def show(line: str) -> None:
@@ -166,13 +169,19 @@ def start(
 
 
 def _create(cluster: Cluster, job: Object, needs: Sequence[Object], owner: Object | None) -> Object:
-    body = {**job, "metadata": {**job["metadata"], **({"ownerReferences": [owner]} if owner else {})}}
+    job = {**job, "metadata": {**job["metadata"], **({"ownerReferences": [owner]} if owner else {})}}
     # Before the job: otherwise its pods would first fail to mount it.
     for need in needs:
         _replace(cluster, need)
     try:
-        # The operator's cache may not yet have the object just created.
-        return _patiently(lambda: _create_once(cluster, body), lambda error: "must be created before" in str(error))
+        if kind_of(job) is not TRAINJOB:
+            return _create_known(cluster, job)
+        try:
+            return _create_known(cluster, bounded([*needs, job]))
+        except UnknownFields as error:
+            if error.fields != [f"spec.{DEADLINE}"]:
+                raise
+            return _create_known(cluster, job)  # by Trainer 2.1
     except Refused as error:
         if error.status != HTTPStatus.CONFLICT:  # another launcher was faster and owns it
             for need in needs:
@@ -184,6 +193,11 @@ def _hand_over(cluster: Cluster, needs: Sequence[Object], job: Object) -> None:
     """Make the job the owner of the objects it needs, so that they are garbage collected with it."""
     for need in needs:
         cluster.own(need["kind"], need["metadata"]["name"], _reference(job))
+
+
+def _create_known(cluster: Cluster, body: Object) -> Object:
+    """Create a job whose needs were created just before: the caches of Trainer and Kueue may not have them yet."""
+    return _patiently(lambda: _create_once(cluster, body), lambda error: bool(NOT_YET.search(str(error))))
 
 
 def _create_once(cluster: Cluster, body: Object) -> Object:

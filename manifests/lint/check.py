@@ -24,7 +24,7 @@ from manifests.lint.structure import Problem
 from manifests.lint.subjects import AnyObject, PyTorchJob, Runtime, TrainJob, subjects
 
 RULE_MODULES = (topology, launching, lifecycle, trainjob, resources, scheduling, pods, environment, security, shape)
-NEWEST_MEASURED_TRAINER = "2.1"
+NEWEST_MEASURED_TRAINER = "2.3"
 
 
 @dataclass(frozen=True)

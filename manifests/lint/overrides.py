@@ -8,6 +8,8 @@ from typing import Any
 from manifests.lint.fields import Type, fields
 from manifests.lint.place import Place
 
+CONTAINERS = ("Container", "EphemeralContainer")  # one that the runtime lacks cannot run: trainjob-unknown-override
+
 
 def overridden(template: Place, replicated_job: str, job: Place, version: str) -> Place:
     """The pod template of a replicated job with the TrainJob's changes merged in, at the template's place.
@@ -44,8 +46,8 @@ def _targets(override: Place) -> list[str]:
 def _merged(base: Any, patch: Any, type_: Type) -> Any:
     if patch is None:
         return base
-    if type_.keys and isinstance(base, list) and isinstance(patch, list):
-        return _merged_list(base, patch, type_)
+    if type_.keys and isinstance(base, list | None) and isinstance(patch, list):
+        return _merged_list(base or [], patch, type_)
     if isinstance(base, dict) and isinstance(patch, dict) and type_.name != "Volume":  # a volume has one source
         known, other = fields(type_.name) if type_.name else {}, Type("any")
         merged = {name: _merged(base.get(name), value, known.get(name, other)) for name, value in patch.items()}
@@ -59,7 +61,8 @@ def _merged_list(base: list[Any], patch: list[Any], type_: Type) -> list[Any]:
         name = entry.get(key) if isinstance(entry, dict) else None
         at = next((n for n, other in enumerate(found) if isinstance(other, dict) and other.get(key) == name), None)
         if name is None or at is None:
-            found.append(entry)
+            if type_.object not in CONTAINERS:
+                found.append(entry)
         else:
             found[at] = _merged(found[at], entry, type_.element)
     return found

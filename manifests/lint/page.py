@@ -38,7 +38,8 @@ the tables of Kubernetes; those of the operators come from their Go modules:
     go mod download {MODULES}
     python -m manifests.lint.schemas "$(go env GOMODCACHE)"
 
-Reasons are behaviour measured with training operator 1.9.2, Trainer 2.1.0 and Kubernetes 1.34, or read in their source.
+Reasons are behaviour measured with training operator 1.9.2, Trainer 2.1.0 and 2.3.0, and Kubernetes 1.34, or read in
+their source.
 """
 
 

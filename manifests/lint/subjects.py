@@ -358,25 +358,15 @@ class TrainJob:
         processes = pod.processes if pod else self.processes
         yield Start(found, processes, self.accelerators, nodes, nodes, nodes)
 
-    def overridden_pods(self) -> Iterator[Place]:
-        """The specs of pods in its overrides and patches."""
+    def overrides(self) -> Iterator[tuple[Place, Place]]:
+        """Each replicated job that its overrides and patches name, and the spec of pods that they give it."""
         for override in self.spec["podSpecOverrides"].each():
-            yield override
+            yield from ((target, override) for target in override["targetJobs"].each())
         for override in self.spec["podTemplateOverrides"].each():
-            yield override["spec"]
-        for job in self._patched_jobs():
-            yield job["template"]["spec"]["template"]["spec"]
-
-    def overridden_jobs(self) -> Iterator[Place]:
-        """The places that name the replicated jobs of its overrides and patches."""
-        for kind in ("podSpecOverrides", "podTemplateOverrides"):
-            for override in self.spec[kind].each():
-                yield from override["targetJobs"].each()
-        yield from self._patched_jobs()
-
-    def _patched_jobs(self) -> Iterator[Place]:
+            yield from ((target, override["spec"]) for target in override["targetJobs"].each())
         for patch in self.spec["runtimePatches"].each():
-            yield from patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"].each()
+            for job in patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"].each():
+                yield job, job["template"]["spec"]["template"]["spec"]
 
     def before(self, version: str) -> bool:
         """Whether the Trainer is older than `version`."""

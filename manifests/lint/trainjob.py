@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from manifests.kinds import ANCESTOR_LABEL, TRAINJOB
 from manifests.lint.registry import Hit, Severity, rule
 from manifests.lint.subjects import Runtime, TrainJob
+from manifests.lint.validation import DOMAIN
 from manifests.names import DNS_LABEL_CHARACTERS, POD_SUFFIX_CHARACTERS
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
-# Checked by the webhook of a torch runtime (Trainer 2.1, pkg/constants).
+# Checked by the webhook of a torch runtime (pkg/constants of Trainer 2.1 and 2.3).
 RESERVED = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
+# What IsDomainPrefixedPath of Kubernetes' apimachinery takes.
+MANAGER = re.compile(rf"{DOMAIN}/[A-Za-z0-9/\-._~%!$&'()*+,;=:]+")
 RUNTIME_KINDS = ("TrainingRuntime", "ClusterTrainingRuntime")
 
 
@@ -79,7 +83,7 @@ def trainjob_num_nodes(job: TrainJob) -> Iterator[Hit]:
     ERROR,
     TrainJob,
     why="Before 2.2 the webhook takes a number, auto, cpu or gpu, and accepts 0; from 2.2 on the field is a "
-    "number from 1.",
+    "number, and 0 and below are accepted too. torchrun then ends with an AssertionError.",
     fix="Write the number of GPUs of a node.",
 )
 def trainjob_num_proc(job: TrainJob) -> Iterator[Hit]:
@@ -109,8 +113,8 @@ def trainjob_nproc_not_gpus(job: TrainJob) -> Iterator[Hit]:
     "trainjob-reserved-env",
     ERROR,
     TrainJob,
-    why="A torch runtime sets these itself. With numProcPerNode written the webhook denies the job; without, the "
-    "values are silently replaced.",
+    why="A torch runtime sets these itself, and the webhook denies the job; in Trainer 2.1 only with numProcPerNode "
+    "written, while without it the values are silently replaced.",
     fix="Remove them: numNodes and numProcPerNode say the same.",
 )
 def trainjob_reserved_env(job: TrainJob) -> Iterator[Hit]:
@@ -128,7 +132,7 @@ def trainjob_reserved_env(job: TrainJob) -> Iterator[Hit]:
     fix="Write them in spec.trainer.env or spec.initializer.*.env.",
 )
 def trainjob_override_env(job: TrainJob) -> Iterator[Hit]:
-    for pod in job.overridden_pods():
+    for _, pod in job.overrides():
         for container in pod["containers"].each():
             owned = container["name"].text in (TRAINJOB.container, "dataset-initializer", "model-initializer")
             if owned and container["env"].value:
@@ -139,17 +143,41 @@ def trainjob_override_env(job: TrainJob) -> Iterator[Hit]:
     "trainjob-unknown-override",
     ERROR,
     TrainJob,
-    why="The webhook denies an override of a replicated job that the runtime does not have; from 2.2 on such a patch "
-    "is accepted and does nothing.",
-    fix="Use the names of the runtime's replicatedJobs in targetJobs or runtimePatches.",
+    why="The webhook of Trainer 2.1 denies an override of a job or container that the runtime does not have. 2.3 "
+    "accepts such a patch and adds a job or container without an image, so that no pod can be made: the TrainJob has "
+    "no status, only an event of its JobSet tells.",
+    fix="Use the names of the runtime's replicatedJobs, and of their containers, in targetJobs or runtimePatches.",
 )
 def trainjob_unknown_override(job: TrainJob) -> Iterator[Hit]:
     if job.runtime is None:
         return
-    known = {entry["name"].text for entry, _ in job.runtime.replicated_jobs()}
-    for target in job.overridden_jobs():
-        if target["name"].text not in known:
-            yield Hit(target, f"'{target['name'].text}' is none of {', '.join(sorted(known)) or 'no jobs'}")
+    pods = {entry["name"].text: entry["template"]["spec"]["template"] for entry, _ in job.runtime.replicated_jobs()}
+    for target, changes in job.overrides():
+        name = target["name"].text
+        if name not in pods:
+            yield Hit(target["name"], f"'{name}' is none of {', '.join(sorted(pods)) or 'no jobs'}")
+            continue
+        for kind in ("initContainers", "containers"):
+            known = [container["name"].text for container in pods[name]["spec"][kind].each()]
+            for container in changes[kind].each():
+                if (its := container["name"].text) and its not in known:
+                    yield Hit(
+                        container["name"], f"'{its}' is none of {name}'s {kind}: {', '.join(known) or 'it has none'}"
+                    )
+
+
+@rule(
+    "trainjob-patch-manager",
+    ERROR,
+    TrainJob,
+    why="The webhook denies a patch whose manager is not a path behind a domain.",
+    fix="Write who makes the patch, such as team.example.com/storage.",
+)
+def trainjob_patch_manager(job: TrainJob) -> Iterator[Hit]:
+    for patch in job.spec["runtimePatches"].each():
+        place = patch["manager"]
+        if place.text and not MANAGER.fullmatch(place.text):
+            yield Hit(place, f"manager '{place.text}'")
 
 
 @rule(
@@ -231,7 +259,8 @@ def runtime_replicas(runtime: Runtime) -> Iterator[Hit]:
     ERROR,
     Runtime,
     why="A TTL deletes the finished JobSet, not the TrainJob, whose controller misses it and recreates it: the "
-    "whole training runs again, and again after every TTL. (Measured with Trainer 2.1.)",
+    "whole training runs again, and again after every TTL. Trainer 2.1 does so with all jobs, 2.3 with those that "
+    "failed. (Measured.)",
     fix="Remove ttlSecondsAfterFinished from the JobSet and its Jobs; delete finished TrainJobs by other means.",
 )
 def runtime_ttl(runtime: Runtime) -> Iterator[Hit]:

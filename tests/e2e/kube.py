@@ -63,6 +63,13 @@ class Namespace:
         found = self.kubectl("get", kind, name, "--ignore-not-found", "-o", "json")
         return json.loads(found) if found else None
 
+    def trainer(self) -> str:
+        """The release of Kubeflow Trainer by the fields of its TrainJobs: 2.1, or 2.3."""
+        (definition,) = self.find("crds", "--field-selector", "metadata.name=trainjobs.trainer.kubeflow.org")
+        (version,) = definition["spec"]["versions"]
+        fields = version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+        return "2.1" if "podTemplateOverrides" in fields else "2.3"
+
     def show(self, title: str) -> None:
         """Print the state of the namespace to the test's log."""
         print(f"--- {title}\n{self.kubectl('get', 'pytorchjobs,trainjobs,pods', '-o', 'wide')}", flush=True)

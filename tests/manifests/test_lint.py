@@ -9,8 +9,8 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lint_cases import ALONG, BROKEN, OF_TEXT
-from lint_manifests import ELASTIC, MASTER, NOT_ELASTIC, SIMPLE, changed, good, rules_of
+from lint_cases import ALONG, CASES, OF_TEXT
+from lint_manifests import ELASTIC, MASTER, NOT_ELASTIC, SIMPLE, changed, good, patches, rules_of
 
 from manifests import generate
 from manifests.kinds import KINDS
@@ -22,6 +22,7 @@ from manifests.lint.page import PAGE, page
 from manifests.lint.registry import FORMER, RULES
 from manifests.render import job_objects, pvcs
 from manifests.spec import job_from, preset_names
+from manifests.trainjob import RELEASES, for_release
 from manifests.yamltext import to_manifest
 from trainer.specbase import deep_merge
 
@@ -30,21 +31,22 @@ def text(*objects: dict) -> str:
     return to_manifest(list(objects))
 
 
-def test_the_manifests_that_the_cases_change_break_no_rule():
-    result = lint({"good.yaml": text(*good().values())})
+@pytest.mark.parametrize("release", TRAINER_VERSIONS)
+def test_the_manifests_that_the_cases_change_break_no_rule(release):
+    result = lint({"good.yaml": text(*good().values())}, release)
     assert result.findings == []
     assert (result.objects, result.jobs) == (4, 3)
 
 
 def test_every_rule_has_cases():
-    assert BROKEN.keys() | OF_TEXT == RULES.keys()
+    assert {rule for rule, *_ in CASES} | OF_TEXT == RULES.keys()
     assert len(RULES) >= 20
 
 
-@pytest.mark.parametrize(("rule", "changes"), [(rule, case) for rule, cases in BROKEN.items() for case in cases])
-def test_each_rule_finds_what_breaks_it(rule, changes):
+@pytest.mark.parametrize(("rule", "release", "changes"), CASES)
+def test_each_rule_finds_what_breaks_it(rule, release, changes):
     """No other rule finds anything, except those that its case necessarily breaks too."""
-    result = lint({"x": text(*changed(*changes))})
+    result = lint({"x": text(*changed(*changes))}, release)
     found = [finding for finding in result.findings if finding.rule == rule]
     assert found, f"{rule} says nothing"
     assert all(finding.what and finding.path and finding.line for finding in found)
@@ -98,6 +100,13 @@ def test_our_own_jobs_are_clean(preset, changes, kind):
         assert result.jobs == (2 if kind == "trainjob" else 1), "a TrainJob has a runtime beside it"
 
 
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_release_of_trainer_takes_our_trainjob_and_the_one_for_it(release):
+    job = job_from({"preset": "h100-4b"}, deep_merge(LARGE, {"cluster": {"job": "trainjob"}}))
+    for objects in (job_objects(job), for_release(job_objects(job), release)):
+        assert lint({"x": text(*pvcs(job), *objects)}, release).findings == []
+
+
 def test_our_examples_are_clean():
     for path, content in generate.files().items():
         result = lint({path: content})
@@ -131,7 +140,6 @@ def test_an_annotation_ignores_rules_for_its_object_only():
 def test_fields_of_a_trainjob_depend_on_the_version():
     def unknown(version: str, **fields: object) -> list[str]:
         objects = good()
-        objects["runtime"]["spec"]["mlPolicy"]["torch"] = {}  # as all releases have it
         objects["trainjob"]["spec"].update(fields)
         found = lint({"x": text(*objects.values())}, version).findings
         return [finding.what for finding in found if finding.rule == "unknown-field"]
@@ -152,6 +160,7 @@ def test_fields_of_a_trainjob_depend_on_the_version():
         ("RUN/backoffLimit", False, "backoffLimit is the boolean false"),
         ("RUN/backoffLimit", [3], "backoffLimit is a list"),
         ("TRAINER/numNodes", "two", "numNodes is the text 'two'"),
+        ("TRAINER/numProcPerNode", "auto", "numProcPerNode is the text 'auto'"),
         ("runtime/spec/mlPolicy/numNodes", "1", "numNodes is the text '1'"),
         ("REPLICATED/template/spec/backoffLimit", "none", "backoffLimit is the text 'none'"),
         ("REPLICATED/template/spec/template/spec/priority", "high", "priority is the text 'high'"),
@@ -163,10 +172,11 @@ def test_what_stands_for_a_number_is_told(path, value, said):
 
 
 @pytest.mark.parametrize(
-    ("path", "value"), [("WORKER/replicas", 2.0), ("TRAINER/numProcPerNode", "2"), ("RUN/backoffLimit", None)]
+    ("release", "path", "value"),
+    [("2.3", "WORKER/replicas", 2.0), ("2.1", "TRAINER/numProcPerNode", "2"), ("2.3", "RUN/backoffLimit", None)],
 )
-def test_what_the_cluster_takes_for_a_number_is_one(path, value):
-    assert not {rule for rule in rules_of(lint({"x": text(*changed((path, value)))})) if "a-number" in rule}
+def test_what_the_cluster_takes_for_a_number_is_one(release, path, value):
+    assert not {rule for rule in rules_of(lint({"x": text(*changed((path, value)))}, release)) if "a-number" in rule}
 
 
 @pytest.mark.parametrize(
@@ -257,25 +267,19 @@ SHM = {
 }
 
 
-def patched(spec: dict) -> list[dict]:
-    job = {"name": "node", "template": {"spec": {"template": {"spec": spec}}}}
-    return [{"manager": "me", "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [job]}}}}]
-
-
 @pytest.mark.parametrize(
     ("version", "field", "value"),
     [
         ("2.0", "podSpecOverrides", [{"targetJobs": [{"name": "node"}], **SHM}]),
         ("2.1", "podTemplateOverrides", [{"targetJobs": [{"name": "node"}], "spec": SHM}]),
-        ("2.2", "runtimePatches", patched(SHM)),
-        ("2.3", "runtimePatches", patched(SHM)),
+        ("2.2", "runtimePatches", patches(SHM)),
+        ("2.3", "runtimePatches", patches(SHM)),
     ],
 )
 def test_a_trainjob_is_judged_with_its_overrides_merged_into_the_runtime(version, field, value):
     bare = [
         (f"{NODE}/containers/0/volumeMounts/1", ...),
         (f"{NODE}/volumes/1", ...),
-        ("runtime/spec/mlPolicy/torch", {}),
     ]
     assert rules_of(lint({"x": text(*changed(*bare))}, version)) == {"dev-shm"}
     merged = changed(*bare, (f"trainjob/spec/{field}", value))
@@ -286,7 +290,7 @@ def test_a_trainjob_is_judged_with_its_overrides_merged_into_the_runtime(version
 
 def test_volumes_that_jobset_makes_are_there_from_trainer_2_2_on():
     claims = [{"templates": [{"metadata": {"name": "scratch"}, "spec": {"accessModes": ["ReadWriteMany"]}}]}]
-    changes = [("runtime/spec/template/spec/volumeClaimPolicies", claims), ("runtime/spec/mlPolicy/torch", {})]
+    changes = [("runtime/spec/template/spec/volumeClaimPolicies", claims)]
     changes += [(f"{NODE}/containers/0/volumeMounts/0", {"name": "scratch", "mountPath": "/scratch"})]
     objects = changed(*changes)
     assert lint({"x": text(*objects)}, "2.2").findings == []

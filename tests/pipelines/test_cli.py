@@ -166,6 +166,11 @@ def test_render_prints_what_kubectl_takes(yaongi):
     _, output, _ = yaongi("render", "tiny", "--set", "cluster.job=trainjob")
     kinds = [item["kind"] for item in yaml.safe_load_all(output)]
     assert kinds == ["ConfigMap", "NetworkPolicy", "TrainingRuntime", "TrainJob"], "the order of creation"
+    assert "activeDeadlineSeconds" not in list(yaml.safe_load_all(output))[-1]["spec"], "2.1 does not know it"
+    _, output, _ = yaongi("render", "tiny", "--set", "cluster.job=trainjob", "--trainer-version", "2.3")
+    assert list(yaml.safe_load_all(output))[-1]["spec"]["activeDeadlineSeconds"] > 0
+    code, _, error = yaongi("render", "tiny", "--trainer-version", "2.3")
+    assert code == 2 and error.startswith("error: --trainer-version 2.3 is about TrainJobs")
 
 
 def test_render_refuses_a_task_that_does_not_exist(yaongi):
