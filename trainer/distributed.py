@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from trainer import nccllog
 from trainer.errors import CommunicationError, SpecError
 from trainer.process.failures import node_name
 from trainer.spec import RuntimeSpec
@@ -90,6 +91,8 @@ def start(runtime: RuntimeSpec, seed: int) -> World:
     torch.manual_seed(seed + rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     on_gpu = {"device_id": device} if device.type == "cuda" else {}
+    if device.type == "cuda" and runtime.preflight.enabled and size > 1:
+        nccllog.begin()
     group_store = dist.PrefixStore("world", store)
     dist.init_process_group(backend, timeout=timeout, store=group_store, rank=rank, world_size=size, **on_gpu)
     control = dist.new_group(backend="gloo", timeout=timeout)

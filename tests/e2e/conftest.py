@@ -16,7 +16,7 @@ import pytest
 import yaml
 from kube import PIPELINE_IMAGE, Namespace, Object, pod
 from launching import Launcher, as_account, granted
-from pipeline_run import SETS, TUNE, PipelineRun
+from pipeline_run import SETS, TUNE, WORKERS, PipelineRun
 from scrape import Prometheus
 from xdist.scheduler import LoadScopeScheduling
 
@@ -132,7 +132,7 @@ def prometheus(namespace: Namespace) -> Prometheus:
 @pytest.fixture(scope="session")
 def first(volumes: Namespace, prometheus: Prometheus) -> PipelineRun:
     """An undisturbed run, scraped by Prometheus; its model is tuned at the end."""
-    run = PipelineRun.start(volumes, "first", TUNE)
+    run = PipelineRun.start(volumes, "first", TUNE, *WORKERS)
     shown: list[str] = []
 
     def show_once_training() -> None:

@@ -33,6 +33,13 @@ TUNE = (
 )
 # Two workers and the test's other pods fit on a node with two CPUs; each rank still has one thread.
 ON_CLUSTER = [f"cluster.image={TRAINER_IMAGE}", "cluster.cpus_per_node=0.5", "cluster.memory_gib_per_node=2"]
+# What a job may give its workers besides; the node has no RDMA devices.
+WORKERS = [
+    "cluster.env={TEAM_NOTE: 'two words'}",
+    "cluster.labels={team: e2e}",
+    "cluster.annotations={example.com/note: 'a, b'}",
+    "cluster.spread={required: true}",
+]
 RUN_TIMEOUT = 1200
 TRAIN_STEP = (
     "import sys; from components.launch.step import run; from components.running import step;"

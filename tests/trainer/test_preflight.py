@@ -230,7 +230,8 @@ def test_faults_between_ranks_name_rank_and_node(tmp_path: Path):
     ]
     forked.done(forked.run("preflight_ranks", 3, [], tmp_path, machines))
     found = [json.loads((tmp_path / name).read_text()) for name in "abc"]
-    assert [finding["check"] for finding in found[0]["sound"]] == ["clocks", "links"]
+    assert [finding["check"] for finding in found[0]["sound"]] == ["clocks", "links", "network"]
+    assert found[0]["sound"][2]["text"].startswith("gloo over ")
     assert not any(finding["warning"] for finding in found[0]["sound"] if finding["check"] == "clocks")
     by_case = {case: [each[case] for each in found] for case in found[0]}
     for case, expected in {

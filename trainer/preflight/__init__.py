@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 from trainer.errors import ForeseenError
 from trainer.exitcodes import retryable
-from trainer.preflight import gpus, storage
+from trainer.preflight import fabric, gpus, storage
 from trainer.preflight.measured import Measured
 from trainer.process.failures import node_name
 from trainer.spec import TrainSpec
@@ -52,6 +52,7 @@ def of_node(spec: TrainSpec) -> list[Finding]:
             "checkpoints": lambda: storage.writable(spec, limits.min_write_mb_per_second),
             "shared_memory": lambda: storage.shared_memory(limits.min_shared_memory_gib),
             "gpus": lambda: gpus.visible(spec.runtime.device),
+            "locked_memory": lambda: fabric.locked_memory(limits.fabric),
         }
     )
     os.environ[VARIABLE] = json.dumps([asdict(finding) for finding in findings])

@@ -16,6 +16,17 @@ class Measured:
     warning: str | None = None
 
 
+@dataclass(frozen=True, order=True)
+class Place:
+    """A rank and the node it runs on."""
+
+    rank: int
+    node: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.node}"
+
+
 def megabytes(bytes_per_second: float) -> str:
     return f"{bytes_per_second / MB:,.0f} MB/s"
 

@@ -1,18 +1,17 @@
-"""Checks between the ranks, once they have met: their GPUs, the links from each to the next, their clocks."""
+"""Checks between the ranks, once they have met: their GPUs, clocks, the links from each to the next, the network."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from trainer.distributed import World
 from trainer.errors import CommunicationError
-from trainer.preflight import Finding, gpus, run
-from trainer.preflight.measured import GB, Measured
+from trainer.preflight import Finding, fabric, gpus, run
+from trainer.preflight.measured import GB, Measured, Place
 from trainer.process.failures import node_name
 from trainer.spec import PreflightSpec
 
@@ -24,22 +23,11 @@ LINKS_NAMED = 4
 _GPU_BYTES, _CPU_BYTES, _ROUNDS = 64 * 2**20, 4 * 2**20, 3
 
 
-@dataclass(frozen=True, order=True)
-class Place:
-    """A rank and the node it runs on."""
-
-    rank: int
-    node: str
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} on {self.node}"
-
-
 def of_ranks(limits: PreflightSpec, world: World) -> list[Finding]:
     """Run all checks between ranks; every rank calls this.
 
     Raises:
-        CommunicationError: a link or a clock, on all ranks.
+        CommunicationError, SpecError: a link, a clock or the network, on all ranks.
         GpuError: a GPU, on its own rank.
     """
     if not limits.enabled:
@@ -50,6 +38,7 @@ def of_ranks(limits: PreflightSpec, world: World) -> list[Finding]:
     if world.size > 1:
         checks["clocks"] = lambda: clocks(world, limits.max_clock_skew_seconds)
         checks["links"] = lambda: links(world, limits.min_link_gb_per_second)
+        checks["network"] = lambda: fabric.network(limits.fabric, world)
     return run(checks) if checks else []
 
 
