@@ -60,9 +60,13 @@ def main() -> int:
 
 
 def cut_after(stage: str, pipeline: Any) -> None:
-    """Remove the tasks that `stage` does not need from a compiled pipeline (kfp's PipelineSpec)."""
-    (dag,) = (each.dag for each in pipeline.components.values() if stage in each.dag.tasks)
-    needed, found = set[str](), [stage]
+    """Remove the tasks that a data stage does not need from a compiled pipeline (kfp's PipelineSpec).
+
+    The step `data` ends after the stage that its environment names; the loop beside it finishes the shards.
+    """
+    (dag,) = (each.dag for each in pipeline.components.values() if "data" in each.dag.tasks)
+    loops = [name for name, task in dag.tasks.items() if task.HasField("parameter_iterator")]
+    needed, found = set[str](), ["data", *(loops if stage == "shards" else [])]
     while found:
         needed.add(name := found.pop())
         found += dag.tasks[name].dependent_tasks

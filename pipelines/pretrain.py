@@ -2,20 +2,19 @@
 
 `yaongi run` executes this object on one machine, `yaongi compile` writes it as YAML for Kubeflow Pipelines. Steps pass
 small JSON strings; the data is on two volumes, found by digest. The backend caches nothing: every step checks what is
-on its volume and skips work that is done.
+on its volume and skips work that is done. Every task costs two pods there and every group of tasks one, about ten
+seconds each, so that what needs no pod of its own shares one.
 """
 
 from kfp import dsl, kubernetes
 
 from components.cleanup.component import cleanup
-from components.download.component import download
-from components.hygiene.component import hygiene
+from components.data.component import data
+from components.export.component import export
 from components.images import PIPELINE_IMAGE
-from components.launch.component import launch
+from components.launch.component import evaluate, train
 from components.plan.component import plan
 from components.shards.component import encode, shards
-from components.summary.component import summary
-from components.tokenizer.component import tokenizer
 from components.tune.component import tune
 from manifests.clusterspec import StorageSpec
 from manifests.names import APP_LABEL, EGRESS_LABEL, HUB, STEP_APP
@@ -75,16 +74,15 @@ def pretrain(
         kubernetes.add_pod_label(task, EGRESS_LABEL, HUB)
         return kubernetes.use_secret_as_env(placed(task, limit), HUB_SECRET, {"token": "HF_TOKEN"}, optional=True)
 
-    def launched(name: str, job: str, after: str) -> dsl.PipelineTask:
-        """A task of the trainer, or all of the tuning; the step's pod owns the jobs that it creates."""
-        given, place = {"job": job, "after": after, "pipeline_run": RUN_ID}, from_hub if name == "tune" else placed
-        task = tune(**given) if name == "tune" else launch(**given, task=name).set_display_name(name)
-        return kubernetes.use_field_path_as_env(place(task, OWN_CLOCKS), "POD_NAME", "metadata.name")
+    def launched(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """A step whose pod owns the jobs that it creates."""
+        kubernetes.set_timeout(task, OWN_CLOCKS)
+        return kubernetes.use_field_path_as_env(task, "POD_NAME", "metadata.name")
 
     # Runs however the other steps end, even when the run is terminated, which kills a launcher without a signal.
     last = based(cleanup(pipeline_run=RUN_ID, preset=preset, overrides=overrides), SHORT_SECONDS)
     with dsl.ExitHandler(last, name="pretrain"):
-        job = placed(
+        planned = placed(
             plan(
                 preset=preset,
                 steps=steps,
@@ -96,15 +94,17 @@ def pretrain(
                 overrides=overrides,
             ),
             SHORT_SECONDS,
-        ).output
-        fetched = from_hub(download(job=job)).output
-        raw = from_hub(hygiene(job=job, raw=fetched)).output
-        trained = placed(tokenizer(job=job, raw=raw)).outputs
-        with dsl.ParallelFor(trained["Output"], name="encode-ranges") as part:
-            encoded = placed(encode(part=part)).output
-        tokens = placed(shards(job=job, raw=raw, tokenizer=trained["tokenizer"], after=dsl.Collected(encoded))).output
-        model = launched("train", job, tokens).output
-        quality = launched("evaluate", job, model).output
-        exported = launched("export", job, quality).output
-        tuned = launched("tune", job, exported).output
-        placed(summary(job=job, exported=tuned), SHORT_SECONDS)
+        ).outputs
+        job = planned["job"]
+        ready = from_hub(data(job=job)).outputs
+        # Once if several pods encode, otherwise never: for one pod, `data` has made the token files already.
+        with dsl.ParallelFor(planned["Output"], name="encode-in-several-pods") as shared:
+            with dsl.ParallelFor(ready["Output"], name="ranges") as part:
+                encoded = placed(encode(part=part)).output
+            tokens = placed(shards(job=shared, encoded=dsl.Collected(encoded)))
+        training = placed(train(job=job, after=ready["result"], pipeline_run=RUN_ID)).after(tokens)
+        model = launched(training).output
+        measured = launched(placed(evaluate(job=job, after=model, pipeline_run=RUN_ID))).output
+        exported = launched(placed(export(job=job, after=measured, pipeline_run=RUN_ID))).outputs
+        with dsl.If(exported["Output"] == True, name="to-tune"):  # noqa: E712  builds a condition
+            launched(from_hub(tune(job=job, after=exported["result"], pipeline_run=RUN_ID)))

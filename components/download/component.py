@@ -5,7 +5,11 @@ from components.images import PIPELINE_IMAGE
 
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
 def download(job: str) -> str:
-    """Fetch the sources' documents onto the datasets volume; returns a StageResult (JSON)."""
+    """Fetch the sources' documents onto the datasets volume; returns a StageResult (JSON).
+
+    Args:
+        job: the whole job, as `plan` returns it (JSON).
+    """
     from components.download.step import run
     from components.plan.enough import text_suffices
     from components.running import step

@@ -7,7 +7,12 @@ from components.images import PIPELINE_IMAGE
 
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
 def hygiene(job: str, raw: str) -> str:
-    """Mark duplicates and contaminated documents, if the job asks for it; returns the raw text's StageResult (JSON)."""
+    """Mark duplicates and contaminated documents, if the job asks for it; returns the raw text's StageResult (JSON).
+
+    Args:
+        job: the whole job, as `plan` returns it (JSON).
+        raw: result of `download` (StageResult, JSON).
+    """
     from components.hygiene.step import run
     from components.running import step
     from manifests.spec import job_from_json

@@ -128,6 +128,9 @@ def _check_input(job: JobSpec, result: StageResult) -> None:
     if result.kind == "shards":
         shards = read_data_manifest(job.stage_dir("shards"), "shards")
         digest = (shards.at(result.digest) or shards).digest  # more may have been appended since
+    elif result.kind == "tokenizer":  # several pods made the shards with it
+        used = [each.inputs["tokenizer"] for each in read_data_manifest(job.stage_dir("shards"), "shards").generations]
+        digest = result.digest if result.digest in used else used[-1]
     elif result.kind in ("train", "evaluate"):
         checkpoint = latest(job.run_dir)
         digest = read_manifest(checkpoint).digest if checkpoint else "no checkpoint"

@@ -143,6 +143,23 @@ def model_artefact(job: JobSpec, run: RunSummary) -> tuple[str, dict[str, str | 
     return address, metadata | run.metrics()
 
 
+def publish(job: JobSpec, report: Any, overview: Any, metrics: Any, model: Any) -> None:
+    """Show a run's report, overview, numbers and model as artefacts of Kubeflow Pipelines.
+
+    Args:
+        report, overview, metrics, model: output artefacts of a component.
+
+    Raises:
+        LaunchError: the run has not finished.
+    """
+    run = read_run(job.run_dir)
+    publish_report(run, report.path)
+    Path(overview.path).write_text(markdown(run), encoding="utf-8")
+    metrics.metadata.update(run.metrics())
+    model.uri, found = model_artefact(job, run)
+    model.metadata.update(found)
+
+
 def publish_report(run: RunSummary, target: str | Path) -> None:
     """Copy the self-contained HTML report to `target`.
 

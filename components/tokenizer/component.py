@@ -10,6 +10,10 @@ def tokenizer(job: str, raw: str) -> NamedTuple("Trained", [("tokenizer", str), 
     """Train the tokenizer on a sample of the raw text; returns a StageResult (JSON), and the ranges for `encode`.
 
     The ranges are called Output because kfp.local can loop only over an output of that name.
+
+    Args:
+        job: the whole job, as `plan` returns it (JSON).
+        raw: result of `hygiene` or `download` (StageResult, JSON).
     """
     from components.running import step
     from components.shards.ranges import ranges

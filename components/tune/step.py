@@ -6,13 +6,9 @@ Finished steps are not repeated.
 
 from __future__ import annotations
 
-from components.download.step import run as download
-from components.hygiene.step import run as hygiene
+from components.data.step import run as prepare
 from components.launch.step import run as launch
-from components.plan.enough import text_suffices, tokens_suffice
 from components.pretrained import check
-from components.shards.step import run as shards
-from components.tokenizer.step import run as tokenizer
 from manifests.spec import JobSpec
 from trainer.data.manifest import StageResult
 
@@ -33,11 +29,6 @@ def run(job: JobSpec, after: StageResult, pipeline_run: str = "") -> StageResult
     tuned = job.tuning()
     print(f"tune: run {tuned.run_name}: {tuned.train.steps} steps from {tuned.train.init_from}", flush=True)
     check(tuned, downloaded=False)
-    raw = download(tuned)
-    text_suffices(tuned, raw)
-    raw = hygiene(tuned, raw)
-    tokens = shards(tuned, raw, tokenizer(tuned, raw))
-    tokens_suffice(tuned, tokens)
-    trained = launch(tuned, "train", tokens, pipeline_run)
+    trained = launch(tuned, "train", prepare(tuned).result, pipeline_run)
     measured = launch(tuned, "evaluate", trained, pipeline_run)
     return launch(tuned, "export", measured, pipeline_run)

@@ -43,7 +43,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_pipeline_succeeds_from_raw_text_to_an_export(first: PipelineRun) -> None:
     assert first.code == 0, first.log
     assert first.condition == "Succeeded"
-    for step in ("plan", "download", "hygiene", "tokenizer", "encode", "shards", "train", "evaluate", "export", "tune"):
+    for step in ("plan", "download", "hygiene", "tokenizer", "shards", "train", "evaluate", "export", "tune"):
         assert step in first.log
     result = first.read_json("result.json")
     assert result["steps"] == STEPS and result["world_size"] == 2

@@ -14,7 +14,9 @@ from kfp import local
 from safetensors.torch import load_file
 from small_job import small_job
 
-from components.summary.component import summary
+from components.export.component import export
+from components.launch.artefacts import finished
+from components.tune.component import tune
 from manifests.spec import job_from
 from trainer.checkpoints.checkpoint import latest_step
 from trainer.specbase import read_yaml
@@ -25,13 +27,11 @@ STEPS = [
     "download",
     "hygiene",
     "tokenizer",
-    "encode",
     "shards",
     "train",
     "evaluate",
     "export",
     "tune",
-    "summary",
 ]
 
 
@@ -97,15 +97,17 @@ def test_a_job_runs_from_text_to_export_and_a_second_time_does_nothing(ran):
 
 
 def test_the_run_is_shown_beside_the_pipeline(ran, tmp_path):
-    """Report, overview, numbers and model that Kubeflow Pipelines gets from the last step."""
+    """Report, overview, numbers and model that Kubeflow Pipelines gets from the last steps."""
     folder, first = ran
     assert first.returncode == 0, first.stdout + first.stderr
     run_dir, tuned = run_dirs(folder)
     job = job_from(read_yaml(run_dir / "job.yaml"))
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path))
-    of_tuned = summary(job=job.model_dump_json(), exported="").outputs
+    evaluated, exported = (finished(job, task).to_json() for task in ("evaluate", "export"))
+    of_tuned = tune(job=job.model_dump_json(), after=exported, pipeline_run="").outputs
     assert Path(of_tuned["overview"].path).read_text().startswith(f"# {tuned.name}\n")
-    outputs = summary(job=job.updated({"tune": None}).model_dump_json(), exported="").outputs
+    outputs = export(job=job.model_dump_json(), after=evaluated, pipeline_run="").outputs
+    assert outputs["Output"] is True and outputs["result"] == exported
 
     evaluation = json.loads((run_dir / "eval.json").read_text())
     result = json.loads((run_dir / "result.json").read_text())
