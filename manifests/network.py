@@ -31,10 +31,14 @@ NODE_LOCAL_DNS = "169.254.20.10/32"
 DNS_PORTS = (53, 5353)  # OpenShift's DNS pods listen on the second
 WEB_PORTS = (80, 443)
 ANY_POD: Object = {"namespaceSelector": {}}
+# The pods of Kubeflow Trainer by the labels of its manifests and of its chart; they take a TrainJob's progress.
+TRAINER = {"app.kubernetes.io/part-of": "kubeflow", "app.kubernetes.io/component": "manager"}
+TRAINER_STATUS_PORT = 10443
 
 
 def network_policies(private: Sequence[str] = PRIVATE) -> list[Object]:
-    """Workers may reach only each other and DNS; pipeline steps the cluster; download steps also the web.
+    """Workers may reach only each other, DNS and Trainer's status API; pipeline steps the cluster; download steps also
+    the web.
 
     Args:
         private: address ranges of the API server and other services that steps need, such as an object store.
@@ -44,10 +48,11 @@ def network_policies(private: Sequence[str] = PRIVATE) -> list[Object]:
         "to": [ANY_POD, _block(NODE_LOCAL_DNS)],
         "ports": [_port(number, protocol) for number in DNS_PORTS for protocol in ("UDP", "TCP")],
     }
+    status = {"to": [ANY_POD | {"podSelector": {"matchLabels": TRAINER}}], "ports": [_port(TRAINER_STATUS_PORT)]}
     scrape = {"from": [ANY_POD], "ports": [_port(STEP_METRICS_PORT)]}
     return [
         # Each job's own policy allows its workers; this one allows nobody.
-        _policy(APP, workers, ingress=[], egress=[{"to": [{"podSelector": {"matchLabels": workers}}]}, dns]),
+        _policy(APP, workers, ingress=[], egress=[{"to": [{"podSelector": {"matchLabels": workers}}]}, status, dns]),
         _policy(STEP_APP, steps, ingress=[scrape], egress=[{"to": [ANY_POD, *map(_block, private)]}, dns]),
         _policy(
             f"{STEP_APP}-{HUB}",

@@ -51,6 +51,7 @@ DNS = Pod(SYSTEM, {"k8s-app": "kube-dns"})
 NODE_LOCAL_DNS = Pod(address="169.254.20.10")
 PIPELINES = Pod(KUBEFLOW, {"app": "ml-pipeline"})
 NOTEBOOK = Pod(HERE, {"app": "notebook"})
+TRAINER = Pod("kubeflow-system", {"app.kubernetes.io/part-of": "kubeflow", "app.kubernetes.io/component": "manager"})
 API_SERVER = Pod(address="172.18.0.2")
 WEB = Pod(address="203.0.113.7")
 WEB_6 = Pod(address="2001:db8::7")
@@ -113,6 +114,11 @@ def test_ranks_reach_those_of_their_own_run_at_any_port_and_no_others(port: int)
     assert may_connect(rank(OTHER), rank(OTHER), port)
     assert not may_connect(rank(MINE), rank(OTHER), port)
     assert not may_connect(rank(MINE, "evaluate"), rank(MINE), port), "another job of the same run"
+
+
+def test_ranks_reach_the_status_api_of_trainer_and_nothing_else_of_it() -> None:
+    assert may_connect(rank(OTHER), TRAINER, 10443)
+    assert not may_connect(rank(OTHER), TRAINER, 9443) and not may_connect(rank(OTHER), PIPELINES, 10443)
 
 
 @pytest.mark.parametrize("target", [WEB, WEB_6, API_SERVER, PIPELINES, NOTEBOOK, STEP, PROMETHEUS])

@@ -33,6 +33,7 @@ from trainer.recording.exporter import Metrics
 from trainer.recording.goodput import Ledger
 from trainer.recording.logs import VALIDATIONS, MetricsFile
 from trainer.recording.results import headline_loss, loss_of
+from trainer.recording.trainerstatus import Progress, TrainerStatus
 from trainer.spec import TrainSpec
 from trainer.spikes import SKIP_REASONS, SkipReason
 
@@ -48,6 +49,7 @@ _GOODPUT = {
     "checkpoint": "checkpoint",
 }
 _AFTER_STEP = ("validation", "checkpoint")  # phases that do not count as time of the step before them
+_POSTED = ("step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second")
 _SCALARS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "expert_load_max_ratio", "expert_starved_ratio")
 
 
@@ -104,6 +106,8 @@ class Recorder:
         self._validations: MetricsFile | None = None
         self._board: Board | None = None
         self._ledger: Ledger | None = None
+        self._status: TrainerStatus | None = None
+        self._scores: dict[str, float] = {}
         self._phases: dict[str, float] = {}
         self._phase, self._steps_done = "preparation", 0
         self._sources: dict[str, int] = {}
@@ -149,6 +153,8 @@ class Recorder:
         causes = restarts.summary(self._spec.run_dir)
         self._ledger = Ledger(self._spec.run_dir, self._started, step, dropped, causes)
         self._ledger.write(step, at_once=True)
+        self._status = TrainerStatus.from_environment()
+        self._post(step, None, {})
         for cause, count in (dict.fromkeys(restarts.REASONS, 0) | causes).items():
             self.metrics.add("restarts_total", count, reason=cause)
 
@@ -203,8 +209,9 @@ class Recorder:
         self._board.add(record.step, {f"train/{name}": value for name, value in scalars.items()})
         speed = record.tokens_per_second
         self._rate = speed if self._rate is None else 0.9 * self._rate + 0.1 * speed
+        left = (self._spec.steps - record.step) * self._spec.batch.tokens_per_step / self._rate
+        self._post(record.step, left, {name: getattr(record, name) for name in _POSTED})
         if record.step % self._spec.runtime.log_every_steps == 0 or record.step in (1, self._spec.steps):
-            left = (self._spec.steps - record.step) * self._spec.batch.tokens_per_step / self._rate
             log.info(
                 "step %d/%d  loss %.4f  grad %.3f  lr %.2e  %s tokens/s  ETA %s%s%s",
                 record.step,
@@ -321,6 +328,8 @@ class Recorder:
             self._ledger.write(self._steps_done, at_once=True)
             self._file.close()
             self._board.close()
+        if self._status:
+            self._status.close()
         if self._validations:
             self._validations.close()
 
@@ -356,10 +365,16 @@ class Recorder:
         flops = self._flops_per_token(seq_len) * record.tokens_per_second
         return flops / (self._peak_flops * self._world.size)
 
+    def _post(self, step: int, seconds_left: float | None, metrics: dict[str, float]) -> None:
+        """Show the progress in a TrainJob's status, if its Trainer takes it."""
+        if self._status:
+            self._status.update(Progress(step, self._spec.steps, seconds_left, metrics | self._scores))
+
     def _export_validation(self, scores: dict[str, Any]) -> None:
         for name, domain in scores["domains"].items():
             if domain["bits_per_byte"] is not None:  # of a file; it was not finite
                 self.metrics.set("validation_bits_per_byte", domain["bits_per_byte"], domain=name)
+                self._scores[f"validation_bits_per_byte_{name}"] = domain["bits_per_byte"]
 
     def _export_memory_limits(self) -> None:
         self.metrics.set("memory_limit_bytes", hostmemory.limit_bytes() / self._world.local_size, place="host")
