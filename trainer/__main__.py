@@ -81,12 +81,16 @@ def end_with_parent() -> None:
 
 def run(task: str, spec: TrainSpec) -> int:
     """Do one task in this process; returns its exit code."""
-    result = _imported(task)(spec)
+    result = _imported(task, spec)(spec)
     return result if task == "train" else int(ExitCode.OK)
 
 
-def _imported(task: str) -> Callable[[TrainSpec], Any]:
+def _imported(task: str, spec: TrainSpec) -> Callable[[TrainSpec], Any]:
     with uncollected():
+        if task == "train" and spec.engine == "megatron":
+            from trainer.megatron.train import train as train_by_megatron
+
+            return train_by_megatron
         if task == "train":
             from trainer.loop import train
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from trainer import preflight, thismachine
 from trainer.__main__ import load_spec, parser
-from trainer.checkpoints.checkpoint import latest_step
+from trainer.checkpoints.checkpoint import latest_step, megatron_step
 from trainer.errors import CommunicationError, LimitError, SpecError, VolumeError
 from trainer.exitcodes import STOPS, ExitCode, of_process, retryable
 from trainer.process import exclusive, failures, launcher, limits, restarts
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.task == "train" and rendezvous_host() is None:  # else an entrypoint of another node may be the one
             exclusive.refuse_second(spec.run_dir)
         try:
-            record = restarts.begin(spec.run_dir, spec.runtime.max_restarts, latest_step(spec.run_dir), options.task)
+            record = restarts.begin(spec.run_dir, spec.runtime.max_restarts, newest_step(spec), options.task)
         except OSError as error:
             raise VolumeError(f"{spec.run_dir}: {error.strerror}; fix the volume, or the permissions on it") from error
         counted = True
@@ -304,12 +304,17 @@ def write_termination_message(code: int, reason: str) -> None:
         log.warning("%s cannot be written (%s)", file, error.strerror)
 
 
+def newest_step(spec: TrainSpec) -> int:
+    """The step from which the run would go on."""
+    return max(latest_step(spec.run_dir), megatron_step(spec.run_dir) if spec.engine == "megatron" else 0)
+
+
 def _stopped(spec: TrainSpec | None, clocks: Limits | None, number: int) -> tuple[int, str]:
     """Exit code and reason after a stop signal, which a passed limit may have sent."""
     if clocks is not None and (reason := clocks.passed()):
         return ExitCode.LIMIT, reason
     code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
-    step = latest_step(spec.run_dir) if spec else 0
+    step = newest_step(spec) if spec else 0
     saved = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
     return code, f"stopped by {signal.Signals(number).name}; {saved}"
 

@@ -15,7 +15,15 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoints.checkpoint import LATEST, latest_step, newest_until, step_of
+from trainer.checkpoints.checkpoint import (
+    LATEST,
+    MEGATRON_FOLDER,
+    MEGATRON_TRACKER,
+    latest_step,
+    megatron_step,
+    newest_until,
+    step_of,
+)
 from trainer.process import restarts
 from trainer.recording.results import headline_loss
 from trainer.spec import TrainSpec
@@ -69,6 +77,8 @@ def of_directory(run_dir: Path) -> Standing:
     spec = parse(TrainSpec, read_yaml(spec_file), str(spec_file))
     records = _last_records(run_dir / "logs" / "metrics.jsonl")
     saved, marker = latest_step(run_dir), run_dir / "checkpoints" / LATEST
+    if spec.engine == "megatron" and (theirs := megatron_step(run_dir)) > saved:
+        saved, marker = theirs, run_dir / MEGATRON_FOLDER / MEGATRON_TRACKER
     if records and saved > records[-1]["step"]:
         # The run was made longer and went back: this checkpoint is of the abandoned part, and no new one exists yet.
         before = newest_until(run_dir, records[-1]["step"])

@@ -92,6 +92,17 @@ def latest_step(run_dir: str | Path) -> int:
         return 0
 
 
+MEGATRON_FOLDER, MEGATRON_TRACKER = "megatron", "latest_checkpointed_iteration.txt"  # of train.engine megatron
+
+
+def megatron_step(run_dir: str | Path) -> int:
+    """The step of Megatron's newest checkpoint in this run; 0 if there is none."""
+    try:
+        return int((Path(run_dir) / MEGATRON_FOLDER / MEGATRON_TRACKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
+
+
 def latest(run_dir: str | Path) -> Path | None:
     """The checkpoint to resume from: the one in LATEST, else the newest older one that verifies.
 

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.checkpoints.checkpoint import MEGATRON_FOLDER
 from trainer.errors import SpecError
 from trainer.megatron.check import Mesh
 from trainer.megatronspec import MegatronSpec
@@ -23,7 +24,7 @@ from trainer.spec import ScheduleSpec, TrainSpec
 
 RELEASE = "core_v0.12.3"
 OPTIONS = f"options-{RELEASE}.json"
-FOLDER, CACHE, BLEND, BEGIN = "megatron", "megatron/cache", "megatron/blend.json", "megatron/begin"
+CACHE, BLEND, BEGIN = "megatron/cache", "megatron/blend.json", "megatron/begin"
 FP8_RECIPES = {"current": "tensorwise", "delayed": "delayed"}
 Dtype = Literal["fp8", "bf16"]
 Argument = tuple[str, tuple[Any, ...]]
@@ -220,15 +221,15 @@ def _files(spec: TrainSpec) -> Iterator[Argument]:
     run = Path(spec.run_dir)
     yield option("--per-split-data-args-path", run / BLEND)
     yield option("--data-cache-path", run / CACHE)
-    yield option("--save", run / FOLDER)
-    yield option("--load", run / FOLDER)  # empty at first, which is a start from random weights
+    yield option("--save", run / MEGATRON_FOLDER)
+    yield option("--load", run / MEGATRON_FOLDER)  # empty at first, which is a start from random weights
     if spec.init_from is not None:
         yield option("--pretrained-checkpoint", run / BEGIN)  # read while there is nothing to load
     yield option("--save-interval", spec.checkpoint.every_steps)
     yield option("--ckpt-format", "torch_dist")
     if spec.checkpoint.asynchronous:
         yield flag("--async-save")
-    yield option("--tensorboard-dir", run / "tb")
+    yield option("--tensorboard-dir", run / "tb" / "megatron")
 
 
 def validation_iterations(spec: TrainSpec) -> int:

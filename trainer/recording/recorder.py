@@ -73,6 +73,7 @@ class StepRecord:
         auxiliary: the other objectives by name (router_balance, mtp_1, …), unweighted if they have a weight.
         skipped: why the step was skipped; None if it was not.
         tokens: number of tokens trained on so far.
+        expert_load_max_ratio, expert_starved_ratio: None from an engine that does not say them.
         trained_share: share of the step's tokens that are labels; None if all tokens of all sources are trained.
     """
 
@@ -86,10 +87,26 @@ class StepRecord:
     seconds: float
     clipped: bool
     skipped: SkipReason | None
-    expert_load_max_ratio: float
-    expert_starved_ratio: float
+    expert_load_max_ratio: float | None
+    expert_starved_ratio: float | None
     by_source: dict[str, int]
     trained_share: float | None = None
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a process begins.
+
+    Attributes:
+        seconds: of the run before.
+        trained: tokens by source.
+        saved: Unix time of that checkpoint; of the process's start without one.
+    """
+
+    step: int
+    seconds: float
+    trained: dict[str, int]
+    saved: float
 
 
 class Recorder:
@@ -120,10 +137,16 @@ class Recorder:
 
     def begin(self, resumed: CheckpointManifest | None, build_info: dict[str, str]) -> None:
         """Open the files after the resumed step and account for the time until now."""
-        step = resumed.step if resumed else 0
-        self.seconds_before = resumed.scalars.get("seconds", 0.0) if resumed else 0.0
+        where = Resumed(0, 0.0, {}, self._started)
         if resumed:
-            self._sources = Cursor.from_dict(resumed.cursor).trained
+            trained = Cursor.from_dict(resumed.cursor).trained
+            saved = checkpoint.step_dir(self._spec.run_dir, resumed.step).stat().st_mtime
+            where = Resumed(resumed.step, resumed.scalars.get("seconds", 0.0), trained, saved)
+        self.begin_at(where, build_info)
+
+    def begin_at(self, where: Resumed, build_info: dict[str, str]) -> None:
+        """As `begin`, from a checkpoint that is not ours."""
+        step, self._sources, self.seconds_before = where.step, where.trained, where.seconds
         version = importlib.metadata.version("yaongi")
         self.metrics.set("build_info", 1, version=version, torch=torch.__version__, **build_info)
         self.metrics.add("goodput_seconds_total", time.time() - self._started, **{"class": "startup"})
@@ -133,8 +156,7 @@ class Recorder:
         self.metrics.set("step", step)
         self.metrics.set("planned_steps", self._spec.steps)
         self.metrics.set("checkpoint_interval_steps", self._spec.checkpoint.every_steps)
-        saved = checkpoint.step_dir(self._spec.run_dir, step).stat().st_mtime if resumed else self._started
-        self.metrics.set("checkpoint_last_success_timestamp_seconds", saved)
+        self.metrics.set("checkpoint_last_success_timestamp_seconds", where.saved)
         self._export_memory_limits()
         ports = self._world.gather(self.metrics.port)
         if not self._world.is_main:
@@ -176,14 +198,17 @@ class Recorder:
         try:
             yield
         finally:
-            seconds = time.perf_counter() - began
-            self._phases[name] = self._phases.get(name, 0.0) + seconds
-            self.metrics.add("phase_seconds_total", seconds, phase=name)
-            self.metrics.add("goodput_seconds_total", seconds, **{"class": _GOODPUT[name]})
-            if self._ledger:
-                self._ledger.add(_GOODPUT[name], seconds)
-            if name == "data":
-                self.metrics.add("own_seconds_total", seconds)
+            self.spent(name, time.perf_counter() - began)
+
+    def spent(self, name: str, seconds: float) -> None:
+        """Count time of a phase that has ended."""
+        self._phases[name] = self._phases.get(name, 0.0) + seconds
+        self.metrics.add("phase_seconds_total", seconds, phase=name)
+        self.metrics.add("goodput_seconds_total", seconds, **{"class": _GOODPUT[name]})
+        if self._ledger:
+            self._ledger.add(_GOODPUT[name], seconds)
+        if name == "data":
+            self.metrics.add("own_seconds_total", seconds)
 
     def doing(self) -> str:
         """The current phase; may be called from another thread."""
@@ -205,7 +230,7 @@ class Recorder:
         line = {k: v for k, v in vars(record).items() if k != "trained_share" or v is not None}
         mfu = self._mfu(record, seq_len)
         self._file.write(line | ({} if mfu is None else {"mfu": mfu}) | self._fp8_line)
-        scalars = {name: getattr(record, name) for name in _SCALARS} | record.auxiliary
+        scalars = {name: value for name in _SCALARS if (value := getattr(record, name)) is not None} | record.auxiliary
         self._board.add(record.step, {f"train/{name}": value for name, value in scalars.items()})
         speed = record.tokens_per_second
         self._rate = speed if self._rate is None else 0.9 * self._rate + 0.1 * speed
@@ -287,7 +312,8 @@ class Recorder:
         if self._file is None:
             return
         records = list(self._file.records())
-        tokens, spent = sum(Cursor.from_dict(manifest.cursor).trained.values()), self.seconds()
+        by_source = Cursor.from_dict(manifest.cursor).trained if manifest.cursor else self._sources
+        tokens, spent = sum(by_source.values()), self.seconds()
         rate = tokens / spent
         if records:  # else metrics.jsonl was deleted, and only the checkpoint is known
             spent = sum(record["seconds"] for record in records)
@@ -336,7 +362,8 @@ class Recorder:
     def _export(self, record: StepRecord, epochs: dict[str, float], seq_len: int) -> None:
         metrics = self.metrics
         for name in _SCALARS:
-            metrics.set(name, getattr(record, name))
+            if (value := getattr(record, name)) is not None:
+                metrics.set(name, value)
         for objective, loss in record.auxiliary.items():
             metrics.set("auxiliary_loss", loss, objective=objective)
         metrics.observe("step_seconds", record.seconds)
