@@ -38,12 +38,32 @@ class TolerationSpec(Spec):
     tolerationSeconds: int | None = None
 
 
+class TopologySpec(Spec):
+    """Place all workers of a job near each other: node label of a level of Kueue's topology, such as a rack.
+
+    `required`: the job waits until one domain of this level has room for all workers; `preferred`: several domains if
+    need be.
+    """
+
+    required: str | None = None
+    preferred: str | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.required is None) == (self.preferred is None):
+            raise ValueError("write either required or preferred, with the node label of a level of the topology")
+        return self
+
+
 class ClusterSpec(Spec):
     """The training job's resources on the cluster, or on this machine if `target` is local.
 
     Ranks = nodes × max(gpus_per_node, 1). `gpu_memory_gib` is the memory of each GPU: a model that cannot fit is
     refused before any work. `job` is the kind that the cluster's operator serves: PyTorchJob (training operator v1) or
     TrainJob (Kubeflow Trainer v2). `ttl_seconds_after_finished` has no effect on TrainJobs.
+
+    `queue` is a LocalQueue of Kueue, `queue_priority` the job's WorkloadPriorityClass there: it decides who waits and
+    who is preempted. `priority_class` is the PriorityClass of its pods, for the scheduler.
 
     Of the training pods only: `env`, `labels`, `annotations`; `resources`, extended ones and huge pages of each pod;
     `devices`, the number of each device class (DRA); `ulimits`, -1 for unlimited, applied by containerd's NRI plugin
@@ -63,6 +83,8 @@ class ClusterSpec(Spec):
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
     namespace: str | None = None
     queue: str | None = None
+    queue_priority: str | None = None
+    topology: TopologySpec | None = None
     priority_class: str | None = None
     node_selector: dict[str, str] = {}
     tolerations: list[TolerationSpec] = []
@@ -88,6 +110,13 @@ class ClusterSpec(Spec):
             asked = [*self.resources, *self.devices]
             if problem := fabric.lacking(self.fabric, self.gpus_per_node, asked, self.annotations):
                 raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_queue_it_needs(self) -> Self:
+        for field in ("queue_priority", "topology"):
+            if getattr(self, field) is not None and self.queue is None:
+                raise ValueError(f"{field} is read by Kueue only for a job in a queue; name one in queue, or remove it")
         return self
 
     @property

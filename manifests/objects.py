@@ -23,6 +23,7 @@ from manifests.names import (
     labels,
     ranks_per_pod,
 )
+from manifests.queue import topology_annotations
 from manifests.spec import JobSpec
 from trainer.fabric import FabricName
 from trainer.process.failures import NODE_VARIABLE
@@ -73,7 +74,7 @@ def pod_template(job: JobSpec, task: Task) -> Object:
         "labels": labels(job, task) | ({EGRESS_LABEL: HUB} if _has_benchmarks(job, task) else {}),
         # A service mesh's sidecar outlives the training process and encrypts NCCL's traffic: the pod would never
         # finish.
-        "annotations": {"sidecar.istio.io/inject": "false"},
+        "annotations": {"sidecar.istio.io/inject": "false"} | topology_annotations(cluster),
     }
     template = {"metadata": metadata, "spec": spec}
     if task == "train":

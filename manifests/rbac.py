@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from manifests import queue
 from manifests.kinds import DEVICE_CLAIMS, KINDS, TRAINJOB, Object
 
 ROLE = "yaongi-launcher"
@@ -33,6 +34,12 @@ RULES: list[Object] = [
     {"apiGroups": [""], "resources": ["events"], "verbs": ["list", "watch"]},
     {"apiGroups": [""], "resources": ["persistentvolumeclaims"], "verbs": ["get"]},
 ]
+# To say why a job waits in a queue; without these rights the launcher works and says less.
+QUEUE_RULES: list[Object] = [
+    {"apiGroups": [queue.GROUP], "resources": ["workloads"], "verbs": ["list"]},
+    {"apiGroups": [queue.GROUP], "resources": ["localqueues"], "verbs": ["get"]},
+    {"apiGroups": [queue.VISIBILITY_GROUP], "resources": ["localqueues/pendingworkloads"], "verbs": ["get"]},
+]
 
 
 def rbac(namespace: str) -> list[Object]:
@@ -42,7 +49,7 @@ def rbac(namespace: str) -> list[Object]:
     group = "rbac.authorization.k8s.io"
     return [
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": dict(metadata)},
-        {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": dict(metadata), "rules": RULES},
+        {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": dict(metadata), "rules": RULES + QUEUE_RULES},
         {
             "apiVersion": f"{group}/v1",
             "kind": "RoleBinding",

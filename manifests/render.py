@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from manifests import pytorchjob, trainjob
-from manifests.kinds import DEVICE_CLAIMS, QUEUE_LABEL, TRAINJOB, Object
+from manifests.kinds import DEVICE_CLAIMS, TRAINJOB, Object
 from manifests.names import DIGEST_ANNOTATION, SPEC_FILE, Task, job_name, kind, labels
 from manifests.network import worker_policy
 from manifests.objects import device_requests, fabric_of, gibibytes
+from manifests.queue import job_labels
 from manifests.spec import JobSpec
 from trainer.errors import SpecError
 from trainer.spec import TrainSpec
@@ -51,8 +52,7 @@ def job_objects(job: JobSpec, task: Task = "train") -> list[Object]:
     else:
         spec = pytorchjob.job_spec(job, task)
     metadata = _metadata(job, task)
-    if job.cluster.queue:
-        metadata["labels"][QUEUE_LABEL] = job.cluster.queue
+    metadata["labels"] |= job_labels(job.cluster)
     # Distinguishes a job made from exactly this spec from one of the same name with other resources.
     contents = [item.get("spec", item.get("data")) for item in needs]
     metadata["annotations"] = {DIGEST_ANNOTATION: canonical_digest([spec, *contents])}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lint_job_cases import BEFORE_2_2, JOBS
 from lint_manifests import BOUNDED, SAFE, Case
 
+NODE_ANNOTATIONS = "REPLICATED/template/spec/template/metadata/annotations"
 # Rule → cases: those of jobs, then those of pods, their fields and values.
 BROKEN: dict[str, list[Case]] = {
     **JOBS,
@@ -32,6 +33,26 @@ BROKEN: dict[str, list[Case]] = {
     "queue-label-place": [
         (("job/metadata/annotations/kueue.x-k8s.io\0queue-name", "team"),),
         (("TEMPLATE/metadata/labels/kueue.x-k8s.io\0queue-name", "team"),),
+    ],
+    "queue-label-missing": [
+        (("trainjob/metadata/labels/kueue.x-k8s.io\0priority-class", "urgent"),),
+        (
+            ("job/metadata/labels/kueue.x-k8s.io\0queue-name", ...),
+            ("TEMPLATE/metadata/annotations/kueue.x-k8s.io\0podset-required-topology", "rack"),
+        ),
+    ],
+    "topology-twice": [
+        (
+            ("TEMPLATE/metadata/annotations/kueue.x-k8s.io\0podset-required-topology", "rack"),
+            ("TEMPLATE/metadata/annotations/kueue.x-k8s.io\0podset-preferred-topology", "block"),
+        ),
+        (
+            (f"{NODE_ANNOTATIONS}/kueue.x-k8s.io\0podset-required-topology", "rack"),
+            (
+                f"{NODE_ANNOTATIONS}/kueue.x-k8s.io\0podset-preferred-topology",
+                "rack",
+            ),
+        ),
     ],
     "two-queues": [(("RUN/schedulingPolicy", {"queue": "volcano"}),)],
     "elastic-autoscaler": [(("ELASTIC/metrics", [{"type": "Resource"}]),)],

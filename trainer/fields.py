@@ -99,6 +99,8 @@ LATER: dict[str, dict[str, Later]] = {
     "JobSpec": {"tune": Later(5, None)},
     "StorageSpec": {"sources_dir": Later(2, None)},
     "ClusterSpec": {
+        "queue_priority": Later(7, None),
+        "topology": Later(7, None),
         "env": Later(7, {}),
         "labels": Later(7, {}),
         "annotations": Later(7, {}),

@@ -124,10 +124,14 @@ def running_seconds(job: Object) -> float:
 
 
 def age_seconds(job: Object) -> float:
-    """Seconds since the job started, according to the cluster (a resumed job starts again at 0)."""
+    """Seconds since the job started, according to the cluster; a suspended or resumed job starts again at 0.
+
+    A suspended PyTorchJob keeps the startTime of before.
+    """
     status = job.get("status", {})
-    resumed = [c["lastTransitionTime"] for c in status.get("conditions", []) if c["type"] == "Suspended"]
-    stamp = status.get("startTime") or (resumed and resumed[-1]) or job["metadata"]["creationTimestamp"]
+    changed = [c for c in status.get("conditions", []) if c["type"] == "Suspended"]
+    stamp = "" if changed and changed[-1]["status"] == "True" else status.get("startTime")
+    stamp = stamp or (changed and changed[-1]["lastTransitionTime"]) or job["metadata"]["creationTimestamp"]
     return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(stamp)).total_seconds())
 
 

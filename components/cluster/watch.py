@@ -21,7 +21,6 @@ from kubernetes.watch import Watch
 from components.cluster import state
 from components.cluster.api import Cluster, Unreachable
 from manifests.kinds import Object
-from trainer.errors import LaunchError
 
 # A dead connection goes unnoticed, so watches are short: the server ends them and the next one resumes.
 WATCH_SECONDS = 40
@@ -47,9 +46,7 @@ class Watcher(threading.Thread):
         list_call: a list method of the kubernetes client, bound to its namespace and selectors.
     """
 
-    def __init__(
-        self, cluster: Cluster, kind: str, list_call: Callable[..., Any], changes: queue.Queue[Change | LaunchError]
-    ) -> None:
+    def __init__(self, cluster: Cluster, kind: str, list_call: Callable[..., Any], changes: queue.Queue[Any]) -> None:
         super().__init__(name=f"watch-{kind}", daemon=True)
         self.unreachable_since: float | None = None  # monotonic seconds; None while the API server answers
         self._cluster, self._kind, self._list, self._changes = cluster, kind, list_call, changes

@@ -116,6 +116,11 @@ CREATION = (
         hopeless=True,
     ),
     Rule(
+        r"failed calling webhook .*kueue-webhook-service",
+        "Kueue, which checks every pod and job of the cluster, in a queue or not, does not answer: its administrator "
+        "must start it (kubectl get pods -n kueue-system) or remove its webhook configurations",
+    ),
+    Rule(
         r"failed calling webhook \"([^\"]+)\"",
         r"the admission webhook \1 does not answer: its owner must start it or remove its configuration",
     ),
@@ -186,16 +191,6 @@ CONFIG = (
         hopeless=True,
     ),
     Rule(r"timed out|deadline exceeded|mount failed", "check the storage behind the volume: kubectl describe pod"),
-)
-
-KUEUE = (
-    Rule(r"LocalQueue (\S+) doesn't exist", r"create the LocalQueue \1 or name one that exists (cluster.queue)"),
-    Rule(r"ClusterQueue (\S+) (?:doesn't exist|is inactive)", r"have the owner of ClusterQueue \1 fix it"),
-    Rule(
-        r"insufficient unused quota|insufficient quota|couldn't assign flavors",
-        "wait for jobs before it in the queue to end, have the queue's quota raised, or ask for less",
-    ),
-    Rule(r"[Pp]reempted", "a job of higher priority took its place; it starts again when there is room"),
 )
 
 

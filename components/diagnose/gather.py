@@ -1,4 +1,4 @@
-"""Read from a cluster what explains one job: the job, pods, events, claims, Kueue's workload, nodes."""
+"""Read from a cluster what explains one job: the job, pods, events, claims, what Kueue says, nodes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from components.cluster import state
+from components.cluster import kueue, state
 from components.cluster.api import Cluster, Refused
+from components.cluster.kueue import InQueue
 from components.diagnose.why import Situation
-from manifests.kinds import KINDS, QUEUE_LABEL, JobKind, Object, kind_of
-
-WORKLOADS = ("kueue.x-k8s.io", "v1beta1")
+from manifests.kinds import KINDS, JobKind, Object, kind_of
 
 
 def jobs(cluster: Cluster) -> list[Object]:
@@ -54,7 +53,7 @@ def situation(cluster: Cluster, name: str, job: Object | None = None) -> Situati
         pods,
         _events(cluster, name, job, {item["metadata"]["uid"] for item in (*pods, *claims)}),
         claims,
-        _workload(cluster, job) if job else None,
+        _queue(cluster, job) if job else None,
         _listed(cluster, "list nodes", cluster.core.list_node) if waiting else [],
     )
 
@@ -82,17 +81,12 @@ def _claims(cluster: Cluster, pods: list[Object]) -> list[Object]:
     return [claim for claim in claims if claim["metadata"]["name"] in named]
 
 
-def _workload(cluster: Cluster, job: Object) -> Object | None:
-    if QUEUE_LABEL not in job["metadata"].get("labels", {}):
-        return None
-    call = cluster.custom.list_namespaced_custom_object
-    try:
-        found = cluster.call("list workloads", call, *WORKLOADS, cluster.namespace, "workloads")["items"]
-    except Refused:
-        return None
-    uid = job["metadata"]["uid"]
-    owned = [w for w in found if any(owner["uid"] == uid for owner in w["metadata"].get("ownerReferences", []))]
-    return owned[0] if owned else None
+def _queue(cluster: Cluster, job: Object) -> InQueue | None:
+    """What Kueue says of a job that is or was held back by its queue."""
+    found = kueue.look(cluster, job)
+    if found and found.workload and kueue.preemptor_uid(found.workload):
+        return kueue.look(cluster, job, jobs(cluster))
+    return found
 
 
 def _listed(cluster: Cluster, doing: str, call: Callable[..., Any], *args: Any) -> list[Object]:

@@ -13,9 +13,11 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from components.cluster import state
+from components.cluster.kueue import InQueue
 from components.diagnose import explain
-from components.diagnose.causes import KUEUE, Obstacle, exit_meaning, fix_for
-from manifests.kinds import QUEUE_LABEL, Object, kind_of
+from components.diagnose.causes import Obstacle, exit_meaning
+from components.diagnose.queued import queued
+from manifests.kinds import Object, kind_of
 
 State = Literal["gone", "ending", "succeeded", "failed", "suspended", "queued", "starting", "restarting", "running"]
 PATIENCE_SECONDS = 15  # how long a controller or a kubelet may take before its silence is a symptom
@@ -31,7 +33,7 @@ class Situation:
         job: None when it is gone.
         events: about the job, the objects its controller created, its pods and their claims; in any order.
         claims: the claims that its pods name.
-        workload: Kueue's Workload object of the job.
+        queue: what Kueue says of a job in a queue; None for any other job.
         nodes: all nodes.
     """
 
@@ -41,7 +43,7 @@ class Situation:
     pods: list[Object] = field(default_factory=list)
     events: list[Object] = field(default_factory=list)
     claims: list[Object] = field(default_factory=list)
-    workload: Object | None = None
+    queue: InQueue | None = None
     nodes: list[Object] = field(default_factory=list)
 
     @property
@@ -120,20 +122,11 @@ def _ended(found: Situation, now: datetime) -> Answer | None:
 def _suspended(found: Situation, now: datetime) -> Answer | None:
     if found.job is None or not state.is_suspended(found.job):
         return None
-    spec, queue = found.job["spec"], found.job["metadata"].get("labels", {}).get(QUEUE_LABEL)
-    if found.workload is not None:
-        conditions = found.workload.get("status", {}).get("conditions", [])
-        told = [c for c in conditions if c["type"] in ("QuotaReserved", "Evicted", "Preempted", "Admitted")]
-        message = next((c["message"] for c in told if c.get("message") and c["status"] != "True"), "")
-        message = message or next((c["message"] for c in told if c.get("message")), "no reason given")
-        fix, _ = fix_for(KUEUE, message)
-        return Answer("queued", f"Kueue holds it back in queue '{queue}': {state.one_line(message)}", fix)
-    if queue:
-        return Answer(
-            "queued",
-            f"it waits in queue '{queue}', but Kueue has no workload for it",
-            f"check that Kueue runs and handles {found.kind}s, or remove the label {QUEUE_LABEL}",
-        )
+    if found.queue is not None:
+        held = queued(found.job, found.queue, found.namespace, now)
+        deactivated = not (found.queue.workload or {}).get("spec", {}).get("active", True)
+        return Answer("suspended" if deactivated else "queued", held.text, held.fix)
+    spec = found.job["spec"]
     patch = '{"spec":{"suspend":false}}' if "suspend" in spec else '{"spec":{"runPolicy":{"suspend":false}}}'
     resume = f"kubectl patch {found.kind.lower()} {found.name} -n {found.namespace} --type merge -p '{patch}'"
     return Answer("suspended", "someone has suspended it", f"resume it: {resume}")

@@ -17,6 +17,7 @@ from components.cluster.api import Cluster
 from components.cluster.watch import Change, LogFollower, Watcher
 from components.diagnose import explain
 from components.launch.phases import PhaseMetrics
+from components.launch.waiting import QueueWatcher
 from manifests.clusterspec import ClusterSpec
 from manifests.kinds import Object, kind_of, workers
 from manifests.names import TASK_LABEL
@@ -58,9 +59,11 @@ class Follower:
         self.pods: dict[str, Object] = {}  # by worker
         self.uids: dict[str, str] = {}  # of each worker's latest pod
         self.ended: dict[str, explain.Exit] = {}  # by UID; a restarted worker's old pod is soon gone
+        self.suspended: set[str] = set()  # UIDs of pods that were there when the job was suspended
         self.obstacles: dict[str, explain.Obstacle] = {}  # by worker, or "" for the job
         self.pulling_since: dict[str, float] = {}
         self.told: set[str] = set()
+        self.told_of_queue: set[str] = set()  # to be told again if the job loses its place
         self.shown: set[str] = set()  # pods whose log is printed as it is written
         self.restarts = 0
         self.metrics = PhaseMetrics(job["metadata"]["labels"][TASK_LABEL])
@@ -70,8 +73,10 @@ class Follower:
         is_running = state.is_running(job)
         self.clock = _Clock("queued", time.monotonic() if is_running else begun)
         self.running_since = time.monotonic() - state.running_seconds(job) if is_running else None
+        self.suspended_since = time.monotonic() if state.is_suspended(job) else None
         self.pods_known = False
-        self.changes: queue.Queue[Change | LaunchError] = queue.Queue()
+        self.changes: queue.Queue[Change | explain.Obstacle | LaunchError] = queue.Queue()
+        self.in_queue = QueueWatcher(cluster, job, self.changes)
         self.log = LogFollower(cluster, write)
         core, custom, space = cluster.core, cluster.custom, cluster.namespace
         one_job = functools.partial(
@@ -95,7 +100,7 @@ class Follower:
         Raises:
             JobFailed, LaunchError
         """
-        for thread in (self.log, *self.watchers):
+        for thread in (self.log, self.in_queue, *self.watchers):
             thread.start()
         drain_seconds = LOG_DRAIN_AFTER_FAILURE_SECONDS
         try:
@@ -103,6 +108,7 @@ class Follower:
                 self.metrics.tick(self.clock.phase)
             drain_seconds = LOG_DRAIN_SECONDS
         finally:
+            self.in_queue.stop()
             for watcher in self.watchers:
                 watcher.stop()
             self.log.finish(drain_seconds)
@@ -115,7 +121,11 @@ class Follower:
             return self._check_clocks()
         if isinstance(change, LaunchError):
             raise change
-        if change.kind == "pods":
+        if isinstance(change, explain.Obstacle):
+            if self.suspended_since is not None:
+                self.told_of_queue.add(str(change))
+                self._note("", change)
+        elif change.kind == "pods":
             self._see_pods(change)
         elif change.kind == "events":
             for event in change.objects:
@@ -130,7 +140,8 @@ class Follower:
         if gone:
             raise LaunchError(f"job {self.name} was deleted in namespace '{self.cluster.namespace}' by someone else")
         for job in mine:
-            self.job = job
+            self.job = self.in_queue.job = job
+            self._see_suspension(state.is_suspended(job))
             if state.has_succeeded(job):
                 with suppress(LaunchError):  # whatever a pod reports as missing, the job has succeeded
                     self._see_latest_pods()
@@ -139,6 +150,21 @@ class Follower:
             if state.has_condition(job, "Failed"):
                 self._fail(job)
         return False
+
+    def _see_suspension(self, is_suspended: bool) -> None:
+        """The time that a job is suspended, most often in a queue, is no part of its run."""
+        if is_suspended and self.suspended_since is None:
+            self.suspended_since = time.monotonic()
+            self.suspended |= set(self.uids.values())
+            self.write(f"launcher: job {self.name} was suspended; it goes on from its last checkpoint")
+        elif not is_suspended and self.suspended_since is not None:
+            if self.running_since is not None:
+                self.running_since += time.monotonic() - self.suspended_since
+            self.suspended_since = None
+            self.obstacles.pop("", None)
+            self.told -= self.told_of_queue
+            by = f"admitted by queue '{self.in_queue.queue}'" if self.in_queue.queue else "resumed"
+            self.write(f"launcher: job {self.name} is {by}")
 
     def _see_pods(self, change: Change) -> None:
         if change.type == "LISTED":
@@ -199,7 +225,7 @@ class Follower:
         if self.kind.attempt_label:
             self.restarts = max(self.restarts, int(pod["metadata"]["labels"][self.kind.attempt_label]))
             return
-        if before not in self.ended:
+        if before not in self.ended and before not in self.suspended:
             self.write(f"launcher: {worker} was removed from outside")
         self.restarts += 1
 
@@ -287,7 +313,8 @@ class Follower:
             return (
                 f"job {self.name} has not started within {spent:.0f} s (cluster.start_timeout_seconds): {self._why()}"
             )
-        if self.running_since is not None and now - self.running_since > limits.run_timeout_seconds:
+        since = self.running_since if self.suspended_since is None else None
+        if since is not None and now - since > limits.run_timeout_seconds:
             return (
                 f"job {self.name} ran longer than cluster.run_timeout_seconds = {limits.run_timeout_seconds}; "
                 "start it again to continue from its last checkpoint"

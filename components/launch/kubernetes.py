@@ -20,6 +20,7 @@ from types import FrameType
 
 from components.cluster import state
 from components.cluster.api import ApiUnreachable, Cluster, Refused, UnknownFields
+from components.diagnose.causes import CREATION, fix_for
 from components.launch.follow import Follower, JobFailed
 from components.launch.lease import held
 from manifests.clusterspec import ClusterSpec
@@ -33,7 +34,9 @@ from trainer.exitcodes import ExitCode
 from trainer.process.limits import UNWATCHED_VARIABLE
 
 CREATION_PATIENCE_SECONDS = 15
-NOT_YET = re.compile(r"must be created before|runtime '\S+' not found")  # from the webhooks of Trainer and of Kueue
+# Refusals that may pass: the caches of Trainer and Kueue may not yet have the runtime just created, and a webhook that
+# does not answer may be starting.
+NOT_YET = re.compile(r"must be created before|runtime '[^']*' not found|failed calling webhook")
 
 
 def show(line: str) -> None:
@@ -186,6 +189,9 @@ def _create(cluster: Cluster, job: Object, needs: Sequence[Object], owner: Objec
         if error.status != HTTPStatus.CONFLICT:  # another launcher was faster and owns it
             for need in needs:
                 cluster.delete(need["kind"], need["metadata"]["name"])
+        fix, _ = fix_for(CREATION, str(error)) if "webhook" in str(error) else ("", False)
+        if fix:
+            raise Refused(error.status, f"{error}; {fix}") from None
         raise
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from manifests.kinds import QUEUE_LABEL
+from manifests.kinds import KINDS, QUEUE_LABEL
 from manifests.lint.registry import Hit, Severity, rule
 from manifests.lint.subjects import AnyObject, Pod, PyTorchJob
+from manifests.queue import PREFERRED_TOPOLOGY, PRIORITY_LABEL, REQUIRED_TOPOLOGY, TOPOLOGY_ANNOTATIONS
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 
@@ -51,6 +52,41 @@ def queue_label_place(job: AnyObject) -> Iterator[Hit]:
     for place in misplaced:
         if place:
             yield Hit(place, f"queue '{place.value}'")
+
+
+@rule(
+    "queue-label-missing",
+    WARNING,
+    AnyObject,
+    why="Kueue reads the priority class and the topology only of jobs in a queue. Without the queue's label the job "
+    "starts at once, outside every quota, and its pods go where the scheduler puts them, unless Kueue manages jobs "
+    "without a queue too.",
+    fix=f"Add the label {QUEUE_LABEL} with the name of a LocalQueue, or remove what only Kueue reads.",
+)
+def queue_label_missing(job: AnyObject) -> Iterator[Hit]:
+    labels = job.place["metadata"]["labels"]
+    if job.kind not in (kind.kind for kind in KINDS.values()) or labels[QUEUE_LABEL]:
+        return
+    if labels[PRIORITY_LABEL]:
+        yield Hit(labels[PRIORITY_LABEL], f"priority class '{labels[PRIORITY_LABEL].value}' without a queue")
+    for role in ("Master", "Worker"):
+        annotations = job.place["spec"]["pytorchReplicaSpecs"][role]["template"]["metadata"]["annotations"]
+        for name in TOPOLOGY_ANNOTATIONS:
+            if annotations[name]:
+                yield Hit(annotations[name], f"topology '{annotations[name].value}' without a queue")
+
+
+@rule(
+    "topology-twice",
+    ERROR,
+    Pod,
+    why="Kueue's webhook refuses the job: a pod template may have one topology annotation.",
+    fix=f"Keep {REQUIRED_TOPOLOGY} or {PREFERRED_TOPOLOGY}.",
+)
+def topology_twice(pod: Pod) -> Iterator[Hit]:
+    annotations = pod.template["metadata"]["annotations"]
+    if all(annotations[name] for name in TOPOLOGY_ANNOTATIONS):
+        yield Hit(annotations[PREFERRED_TOPOLOGY], "both required and preferred")
 
 
 @rule(

@@ -13,7 +13,7 @@ from manifests.clusterspec import ClusterSpec, StorageSpec
 from manifests.kinds import Object
 from manifests.names import kind
 from manifests.spec import JobSpec
-from pipelines.doctor import capacity, operators, permissions, volumes
+from pipelines.doctor import capacity, operators, permissions, queues, volumes
 from pipelines.doctor.findings import Finding, told
 from pipelines.doctor.look import Look
 from trainer.errors import LaunchError
@@ -64,7 +64,8 @@ def examine(cluster: Cluster, job: JobSpec | None) -> Iterator[Finding]:
         "training operators": partial(operators.job_kinds, look, kind(job) if job else None),
         "claims": partial(volumes.claims, look, storage, wanted.nodes),
         "nodes": partial(_nodes, look, job),
-        "extras": partial(operators.extras, look, wanted.queue),
+        "Kueue": partial(queues.queues, look, wanted),
+        "monitoring": partial(operators.monitoring, look),
         "secret": partial(volumes.secret, look, wanted.hub_secret),
         "judge": partial(volumes.judge_secret, look, job),
         "network policies": partial(_network, look),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from manifests.kinds import PYTORCHJOB, TRAINJOB, JobKind, Object
-from pipelines.doctor.findings import Finding, State, told
+from pipelines.doctor.findings import Finding, told
 from pipelines.doctor.look import Look
 from trainer.errors import in_words
 
@@ -57,19 +57,8 @@ def job_kinds(look: Look, wanted: JobKind | None) -> Iterator[Finding]:
         yield from told(f"{kind.kind} operator", partial(_running, look, operator))
 
 
-def extras(look: Look, queue: str | None) -> Iterator[Finding]:
-    """Optional services of a run: queues, monitoring."""
-    if look.get("/apis/kueue.x-k8s.io") is None:
-        detail = "cluster.queue names a queue, but the cluster has no Kueue" if queue else "none"
-        state: State = "no" if queue else "missing"
-        yield Finding("Kueue", state, detail, "install Kueue to share GPUs fairly, or leave cluster.queue out")
-    elif queue and not _local_queue(look, queue):
-        detail = f"namespace '{look.namespace}' has no LocalQueue '{queue}'"
-        yield Finding("Kueue", "no", detail, "kubectl get localqueues; set cluster.queue to one, or have it created")
-    else:
-        yield Finding(
-            "Kueue", "ok", f"queue '{queue}' is there" if queue else "installed; cluster.queue names no queue"
-        )
+def monitoring(look: Look) -> Iterator[Finding]:
+    """The Prometheus operator, which is optional."""
     if look.get("/apis/monitoring.coreos.com/v1") is None:
         remedy = "install the Prometheus operator (kube-prometheus-stack), or scrape ports 9400 and up by annotations"
         yield Finding("monitoring", "missing", "no PodMonitor: nothing scrapes the metrics automatically", remedy)
@@ -131,12 +120,6 @@ def _running(look: Look, operator: Operator) -> Iterator[Finding]:
     yield Finding(
         what, "no", "no deployment of it in any namespace: jobs would be accepted and never run", operator.install
     )
-
-
-def _local_queue(look: Look, queue: str) -> bool:
-    versions = (look.get("/apis/kueue.x-k8s.io") or {}).get("versions", [])
-    paths = [f"/apis/{v['groupVersion']}/namespaces/{look.namespace}/localqueues/{queue}" for v in versions]
-    return any(look.get(path) for path in paths)
 
 
 def _images(deployment: Object) -> list[str]:

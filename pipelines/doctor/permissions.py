@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from manifests.kinds import Object
 from manifests.rbac import ACCOUNTS, RULES
 from pipelines.doctor.findings import Finding
 from pipelines.doctor.look import Look
@@ -13,18 +14,27 @@ REVIEW = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 
 def permissions(look: Look) -> Iterator[Finding]:
     """Ask the API server for each right of the launcher's role, as the account of this kubeconfig or pod."""
-    asked, refused = 0, []
-    for rule in RULES:
-        for resource in rule["resources"]:
-            denied = [verb for verb in rule["verbs"] if not _allowed(look, rule["apiGroups"][0], resource, verb)]
-            asked += len(rule["verbs"])
-            if denied:
-                refused.append(f"{'/'.join(denied)} {resource}")
-    remedy = f"python -m manifests.generate rbac {look.namespace} | kubectl apply -f -, and launch with its account"
+    asked = sum(len(rule["resources"]) * len(rule["verbs"]) for rule in RULES)
+    refused = refusals(look, RULES)
     if refused:
-        yield Finding("permissions", "no", f"this account may not {', '.join(refused)}", remedy)
+        yield Finding("permissions", "no", f"this account may not {', '.join(refused)}", granting(look))
     else:
         yield Finding("permissions", "ok", f"this account may do all {asked} things that the launcher does")
+
+
+def refusals(look: Look, rules: list[Object]) -> list[str]:
+    """What this account may not do of a role's rules, as `verbs resource`."""
+    found = []
+    for rule in rules:
+        for resource in rule["resources"]:
+            denied = [verb for verb in rule["verbs"] if not _allowed(look, rule["apiGroups"][0], resource, verb)]
+            if denied:
+                found.append(f"{'/'.join(denied)} {resource}")
+    return found
+
+
+def granting(look: Look) -> str:
+    return f"python -m manifests.generate rbac {look.namespace} | kubectl apply -f -, and launch with its account"
 
 
 def accounts(look: Look) -> Iterator[Finding]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from components.cluster import state
+from components.cluster import kueue, state
 from components.cluster.api import Cluster
 from components.cluster.watch import LogFollower
 from components.diagnose.gather import jobs, situation
@@ -31,6 +31,7 @@ from components.launch.lease import held
 from manifests.clusterspec import ClusterSpec
 from manifests.kinds import DEVICE_CLAIMS, QUEUE_LABEL, Object, kind_of, pod_template
 from manifests.names import PIPELINE_LABEL, RUN_LABEL, TASK_LABEL
+from manifests.queue import before_admission
 from pipelines.options import again
 from pipelines.runs.kept import Kept, keep, kept, run_dir_of
 from pipelines.runs.names import choose
@@ -130,8 +131,8 @@ class ClusterRun:
     def stop(self, write: Callable[[str], None]) -> str:
         """Delete its jobs, whose workers save a checkpoint first, and wait until no pod is left.
 
-        Jobs are deleted, not suspended, because a queue would resume a suspended job and keep its GPUs. Their objects
-        are kept in the workdir for `resume`.
+        Jobs are deleted, not suspended, because a queue would resume a suspended job at once. Their objects are kept in
+        the workdir for `resume`.
         """
         cluster, place = self.cluster, f"-n {self.cluster.namespace}"
         active = [job for job in self.jobs.values() if state.is_active(job)]
@@ -156,7 +157,10 @@ class ClusterRun:
             gone = kubernetes.stop(cluster, kind, name, grace, lambda line: write(line.removeprefix("launcher: ")))
             follower.finish(5)
             steps = [match[1] for match in map(PUBLISHED.match, lines) if match]
-            saved = f"the newest checkpoint is of step {steps[-1]}" if steps else "it had saved no checkpoint yet"
+            if steps:
+                saved = f"the newest checkpoint is of step {steps[-1]}"
+            elif pods:  # else it waited in a queue, perhaps with a checkpoint of before
+                saved = "it had saved no checkpoint yet"
             if not gone:
                 raise LaunchError(f"job {name} may still run; see: yaongi why {name} {place}")
         return f"stopped {self.name}; {saved}; continue: yaongi resume {self.name} {place}{again(self.workdir)}"
@@ -185,9 +189,9 @@ class ClusterRun:
             job = self.job("train")
             if state.has_succeeded(job):
                 raise LaunchError(f"run {self.name} has finished training; there is nothing to resume")
-            if state.is_suspended(job) and QUEUE_LABEL not in job["metadata"].get("labels", {}):
-                cluster.unsuspend(job)
-                return self.name
+            if state.is_suspended(job) and state.is_active(job):
+                self._freed(job)
+                return job["metadata"]["name"]
             objects = _objects(cluster, job)
             if not state.is_active(job):  # the old job is deleted first; if the new one fails, only this is left
                 stopped = keep(self.workdir, cluster.namespace, objects)
@@ -196,6 +200,20 @@ class ClusterRun:
         if stopped:
             stopped.file.unlink()
         return objects[-1]["metadata"]["name"]
+
+    def _freed(self, job: Object) -> None:
+        """Let a suspended job run; only its queue admits one that is in a queue."""
+        queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
+        if queue is None:
+            self.cluster.unsuspend(job)
+            return
+        workload = kueue.workload_of(self.cluster, job)
+        if workload is None or workload["spec"].get("active", True):
+            raise LaunchError(
+                f"run {self.name} waits in queue '{queue}' and starts by itself when there is room; what it waits for: "
+                f"yaongi why {job['metadata']['name']} -n {self.cluster.namespace}"
+            )
+        kueue.activate(self.cluster, workload)
 
 
 def cluster_runs(cluster: Cluster, workdir: Path) -> dict[str, ClusterRun]:
@@ -259,6 +277,8 @@ def _objects(cluster: Cluster, job: Object) -> list[Object]:
     needs = [plain(need) | {"kind": kind} for kind in kind_of(job).needs if (need := cluster.get(kind, name))]
     if "resourceClaims" in pod_template([*needs, job])["spec"] and (claims := cluster.get(DEVICE_CLAIMS.kind, name)):
         needs.append(claims)
+    if QUEUE_LABEL in job["metadata"].get("labels", {}):
+        job = before_admission(job, kueue.workload_of(cluster, job))
     return [_as_made(item) for item in (*needs, job)]
 
 

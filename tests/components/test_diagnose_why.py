@@ -1,4 +1,4 @@
-"""What `yaongi why` answers in states that a test cluster cannot reach: Kueue, lost nodes, webhooks."""
+"""What `yaongi why` answers in states that a test cluster cannot reach: lost nodes, webhooks."""
 
 from __future__ import annotations
 
@@ -47,31 +47,6 @@ def event(reason: str, message: str, uid: str = "1", kind: str = "PyTorchJob", *
 
 def answer(found: Object | None, *pods: Object, **more: Any) -> str:
     return str(why(Situation("run", "team", found, list(pods), **more), NOW))
-
-
-QUEUED = job(condition("Suspended"), labels={"kueue.x-k8s.io/queue-name": "research"}, suspend=True)
-
-
-@pytest.mark.parametrize(
-    ("message", "fix"),
-    [
-        (
-            "couldn't assign flavors to pod set worker: insufficient unused quota for nvidia.com/gpu in flavor h100, "
-            "8 more needed",
-            "wait for jobs before it in the queue to end",
-        ),
-        ("LocalQueue research doesn't exist", "create the LocalQueue research"),
-        ("ClusterQueue gpus is inactive", "have the owner of ClusterQueue gpus fix it"),
-    ],
-)
-def test_a_job_in_a_queue_says_what_kueue_says(message: str, fix: str) -> None:
-    workload = {"status": {"conditions": [condition("QuotaReserved", message, "False")]}}
-    said = answer(QUEUED, workload=workload)
-    assert said.startswith(f"queued: Kueue holds it back in queue 'research': {message}; {fix}")
-
-
-def test_a_queue_without_kueue_is_told() -> None:
-    assert "waits in queue 'research', but Kueue has no workload for it; check that Kueue runs" in answer(QUEUED)
 
 
 def test_an_operator_that_does_not_run_is_told_only_after_a_while() -> None:

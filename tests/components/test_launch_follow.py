@@ -7,6 +7,8 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +19,14 @@ import urllib3
 from kubernetes.client.exceptions import ApiException
 from waiting import wait_until
 
-from components.cluster import watch
+from components.cluster import state, watch
 from components.cluster.api import Cluster, Refused
 from components.cluster.watch import Change, LogFollower, Watcher
+from components.diagnose.causes import Obstacle
+from components.launch import follow
 from components.launch.follow import Follower
 from manifests.clusterspec import ClusterSpec
-from manifests.kinds import PYTORCHJOB
+from manifests.kinds import PYTORCHJOB, QUEUE_LABEL
 from manifests.names import TASK_LABEL
 from trainer.errors import LaunchError
 
@@ -297,3 +301,72 @@ def test_what_a_last_look_finds_counts_before_a_limit(monkeypatch: pytest.Monkey
     follower.clock.since -= 10_000_000
     monkeypatch.setattr(cluster, "get", lambda *_: job())
     assert follower._check_clocks(), "it has succeeded meanwhile"
+
+
+def in_queue(suspended: bool, **status: Any) -> Object:
+    found = job()
+    found["metadata"]["labels"] = LABELS | {QUEUE_LABEL: "team"}
+    found["spec"]["runPolicy"] = {"suspend": suspended}
+    found["status"] = {"conditions": [{"type": "Suspended", "status": str(suspended), **SINCE}], **status}
+    return found
+
+
+SINCE = {"lastTransitionTime": "2026-01-01T12:10:00Z"}
+
+
+def test_the_time_that_a_preempted_job_waits_is_no_part_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(follow, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    lines: list[str] = []
+    limits = ClusterSpec(queue_timeout_seconds=5000, start_timeout_seconds=50, run_timeout_seconds=100)
+    follower = Follower(Told(), in_queue(False, startTime="2026-01-01T12:00:00Z"), limits, lines.append)  # type: ignore[arg-type]
+    running = ended_pod()
+    running["status"]["containerStatuses"][0]["state"] = {"running": {}}
+    follower._see_pods(Change("pods", "LISTED", [running]))
+    now[0] += 60
+    follower._see_job(Change("pytorchjobs", "MODIFIED", [in_queue(True)]))
+    follower._see_pods(Change("pods", "LISTED", []))
+    now[0] += 4000
+    assert follower._passed() == "", "it waits, longer than it may start or run"
+    follower._see_job(Change("pytorchjobs", "MODIFIED", [in_queue(False)]))
+    again = {**running, "metadata": {**running["metadata"], "uid": "second"}}
+    follower._see_pods(Change("pods", "LISTED", [again]))
+    now[0] += 30
+    assert follower._passed() == "", "90 s of 100"
+    now[0] += 20
+    assert "ran longer than cluster.run_timeout_seconds = 100" in follower._passed()
+    assert [line for line in lines if "suspended" in line or "admitted" in line] == [
+        "launcher: job run was suspended; it goes on from its last checkpoint",
+        "launcher: job run is admitted by queue 'team'",
+    ]
+    assert not [line for line in lines if "removed from outside" in line], lines
+
+
+def test_a_job_found_suspended_has_waited_since_then_not_since_its_former_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(state, "datetime", Then)
+    assert state.age_seconds(in_queue(True, startTime="2026-01-01T12:00:00Z")) == 60
+    assert state.age_seconds(in_queue(False, startTime="2026-01-01T12:10:30Z")) == 30
+
+
+class Then(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> Then:
+        return cls(2026, 1, 1, 12, 11, tzinfo=tz)
+
+
+def test_what_holds_a_queued_job_back_is_told_and_ends_a_launch_that_is_hopeless() -> None:
+    lines: list[str] = []
+    follower = Follower(Told(), in_queue(True), ClusterSpec(queue_timeout_seconds=1), lines.append)  # type: ignore[arg-type]
+    follower.pods_known = True
+    waits = Obstacle("it waits in queue 'team': it needs 1 more cpu", "wait")
+    follower.changes.put(waits)
+    with pytest.raises(LaunchError, match=r"waited \d+ s for nodes .*: it waits in queue 'team': it needs 1 more cpu"):
+        follower._step()
+    assert lines == [f"launcher: {waits}"]
+    follower.changes.put(replace(waits, hopeless=True))
+    with pytest.raises(LaunchError, match=r"^job run cannot start: it waits in queue"):
+        follower._step()
+    follower._see_job(Change("pytorchjobs", "MODIFIED", [in_queue(False)]))
+    assert follower._why() != str(waits), "it has a place now"

@@ -99,9 +99,9 @@ def jobs_at(kind: str) -> str:
     return f"/apis/{group}/{version}/namespaces/team/{plural}"
 
 
-def launched(kind: str, name: str) -> JobSpec:
+def launched(kind: str, name: str, **settings: str) -> JobSpec:
     """A job created by a launcher."""
-    job = job_from({"preset": "tiny", "name": name}, {"cluster": {"job": kind}})
+    job = job_from({"preset": "tiny", "name": name}, {"cluster": {"job": kind, **settings}})
     cluster = Cluster.connect("team")
     for item in job_objects(job):
         cluster.create(item)
@@ -199,3 +199,40 @@ def test_a_job_of_the_cluster_is_not_changed_when_it_is_resumed(server, kind, ya
     code, said, error = yaongi("resume", name, "-n", "team", "--set", "train.steps=9")
     assert (code, said) == (69, "") and error.startswith("error: --set: ")
     assert not server.has(jobs_at(kind))
+
+
+def queued(server: ApiServer, kind: str, *, active: bool = True) -> Object:
+    """A job that Kueue holds back, with its Workload."""
+    name = launched(kind, "mine", queue="gpus").run_name
+    (made,) = server.has(jobs_at(kind))
+    (made["spec"] if kind == "trainjob" else made["spec"]["runPolicy"])["suspend"] = True
+    server.objects["/apis/kueue.x-k8s.io"] = {"versions": [{"version": "v1beta2"}]}
+    workload = {"metadata": {"name": name}, "spec": {"active": active, "podSets": []}, "status": {}}
+    server.objects[f"/apis/kueue.x-k8s.io/v1beta2/namespaces/team/workloads/{name}"] = workload
+    return made
+
+
+def test_a_run_that_waits_in_a_queue_is_stopped_and_waits_again_when_it_is_resumed(server, kind, yaongi):
+    job = queued(server, kind)
+    name = job["metadata"]["name"]
+    code, _, error = yaongi("resume", name)
+    assert code == 69 and error == (
+        f"error: run {name} waits in queue 'gpus' and starts by itself when there is room; what it waits for: yaongi "
+        f"why {name} -n team\n"
+    )
+    code, said, error = yaongi("stop", name)
+    assert code == 0 and "; none of its pods was running yet; continue: yaongi resume" in said, error
+    assert not server.has(jobs_at(kind))
+    assert yaongi("resume", name)[0] == 0
+    (again,) = server.has(jobs_at(kind))
+    assert again["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert "suspend" not in again["spec"] and "suspend" not in again["spec"].get("runPolicy", {}), "Kueue decides"
+
+
+def test_a_deactivated_run_is_activated_by_resume(server, kind, yaongi):
+    name = queued(server, kind, active=False)["metadata"]["name"]
+    server.asked.clear()
+    code, said, error = yaongi("resume", name)
+    assert code == 0 and f"job {name} continues" in said, error
+    changed = [path for command, path in server.asked if command != "GET"]
+    assert changed == [f"/apis/kueue.x-k8s.io/v1beta2/namespaces/team/workloads/{name}"]
