@@ -72,7 +72,7 @@ images: setup ## build both container images and their SBOMs (dist/sbom); docker
 	docker/build.sh
 
 e2e: setup ## the end-to-end test on the cluster of KUBECONFIG; see tests/e2e/run.sh
-	tests/e2e/run.sh
+	tests/e2e/run.sh $(TESTS)
 
 gen: setup ## write the generated files: compiled pipeline, manifests, JSON schema, reference pages
 	$(BIN)/python -m pipelines.compile

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
+from components.cluster.api import Refused
 from manifests.kinds import PYTORCHJOB, TRAINJOB, JobKind, Object
 from pipelines.doctor.findings import Finding, told
 from pipelines.doctor.look import Look
@@ -17,13 +18,20 @@ Version = tuple[int, int]
 
 @dataclass(frozen=True)
 class Operator:
-    """`image`: last part of its image's name. Versions from `least` up to, not including, `below` are known to work."""
+    """`image`: last part of its image's name. Versions from `least` up to, not including, `below` are known to work.
+
+    Attributes:
+        unknown: what another version may do.
+        lacks: known version → what it lacks that newer ones have.
+    """
 
     kind: JobKind
     image: str
     least: Version
     below: Version
     install: str
+    unknown: str = "this one may refuse jobs"
+    lacks: Mapping[Version, str] = field(default_factory=dict)
 
 
 TRAINING_OPERATOR = Operator(
@@ -37,9 +45,13 @@ TRAINER = Operator(
     TRAINJOB,
     "trainer",
     (2, 1),
-    (2, 2),
-    'kubectl apply --server-side -k "https://github.com/kubeflow/trainer.git/manifests/overlays/manager?ref=v2.1.0"',
+    (2, 4),
+    'kubectl apply --server-side -k "https://github.com/kubeflow/trainer.git/manifests/overlays/manager?ref=v2.3.0"',
+    "this one may lack fields of our TrainJobs (they are then refused by name) or understand them otherwise",
+    {(2, 1): "TrainJobs have no deadline of their own and show no progress, and in a queue of Kueue 0.17 never start"},
 )
+# Readable by every account, and there from 2.2 on.
+TRAINER_VERSION = ("kubeflow-trainer-public", "kubeflow_trainer_version")
 OPERATORS = (TRAINING_OPERATOR, TRAINER)
 
 
@@ -99,7 +111,14 @@ def _serves(look: Look, kind: JobKind) -> bool:
 
 def _running(look: Look, operator: Operator) -> Iterator[Finding]:
     what = f"{operator.kind.kind} operator"
-    for deployment in look.items("/apis/apps/v1/deployments"):
+    try:
+        deployments = look.items("/apis/apps/v1/deployments")
+    except Refused:
+        if operator is not TRAINER or not (version := _published(look, "kubeflow-system")):
+            raise
+        yield _judged(operator, f"this account may not look for it, but it says that it is {version}", version)
+        return
+    for deployment in deployments:
         image = next(
             (i for i in _images(deployment) if _base(i) in (operator.image, f"{operator.image}-controller-manager")), ""
         )
@@ -111,15 +130,33 @@ def _running(look: Look, operator: Operator) -> Iterator[Finding]:
                 what, "no", f"{place} ({image}) is not ready", f"kubectl -n {place.replace('/', ' describe deploy ')}"
             )
             return
-        version = re.search(r":v?(\d+)\.(\d+)", image)
-        known = version is not None and operator.least <= (int(version[1]), int(version[2])) < operator.below
-        span = f"{_text(operator.least)} up to {_text(operator.below)}"
-        remedy = "" if known else f"use a version from {span} (not included); this one may refuse jobs"
-        yield Finding(what, "ok" if known else "missing", f"{place} runs {image}", remedy)
+        version = _published(look, deployment["metadata"]["namespace"]) if operator is TRAINER else ""
+        yield _judged(operator, f"{place} runs {image}", version or image.rpartition(":")[2])
         return
     yield Finding(
         what, "no", "no deployment of it in any namespace: jobs would be accepted and never run", operator.install
     )
+
+
+def _judged(operator: Operator, detail: str, written: str) -> Finding:
+    """What a version means for jobs."""
+    what, numbers = f"{operator.kind.kind} operator", re.match(r"v?(\d+)\.(\d+)", written)
+    version = (int(numbers[1]), int(numbers[2])) if numbers else None
+    if version is None or not operator.least <= version < operator.below:
+        known = f"{_text(operator.least)} up to {_text(operator.below)} (not included)"
+        return Finding(what, "missing", detail, f"use a version from {known}; {operator.unknown}")
+    lacks = operator.lacks.get(version, "")
+    return Finding(what, "ok", f"{detail}; {lacks}" if lacks else detail)
+
+
+def _published(look: Look, namespace: str) -> str:
+    """The version that Trainer tells everybody; "" if it does not."""
+    name, key = TRAINER_VERSION
+    try:
+        found = look.get(f"/api/v1/namespaces/{namespace}/configmaps/{name}") or {}
+    except Refused:
+        return ""
+    return found.get("data", {}).get(key, "")
 
 
 def _images(deployment: Object) -> list[str]:

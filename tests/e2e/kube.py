@@ -70,6 +70,11 @@ class Namespace:
         fields = version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
         return "2.1" if "podTemplateOverrides" in fields else "2.3"
 
+    def shows_progress(self) -> bool:
+        """Whether Trainer takes the progress of TrainJobs: an alpha feature, off by default."""
+        config = ("get", "configmap", "kubeflow-trainer-config", "-n", "kubeflow-system", "-o", "yaml")
+        return "TrainJobStatus: true" in self.kubectl(*config, "--ignore-not-found")
+
     def show(self, title: str) -> None:
         """Print the state of the namespace to the test's log."""
         print(f"--- {title}\n{self.kubectl('get', 'pytorchjobs,trainjobs,pods', '-o', 'wide')}", flush=True)

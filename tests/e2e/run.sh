@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # The end-to-end test on a real cluster: builds the images, loads them onto the nodes, runs tests/e2e.
 #
-#   KUBECONFIG      the cluster; it needs the Kubeflow training operator (PyTorchJob v1), Kubeflow Trainer 2.1 (TrainJob) and a default
+#   KUBECONFIG      the cluster; it needs the Kubeflow training operator (PyTorchJob v1), Kubeflow Trainer 2.1 to 2.3 (TrainJob) and a default
 #                   storage class with ReadWriteMany
 #   YAONGI_IMAGES   "given": the nodes have the images or can pull them (names: YAONGI_{PIPELINE,TRAINER,PROMETHEUS}_IMAGE)
 #   LOAD_IMAGE      command that loads an image onto the nodes, called with its name, for kind: "kind load docker-image"
 #   PARALLEL        how tests run in parallel, as pytest-xdist's options; "-n 0": one after another
 #   YAONGI_CLUSTER  instead of a running cluster: a program that starts one, with the verbs build, up, base-image, install-operator,
-#                   install-trainer and build-image NAME CONTEXT ARGUMENT... (build and load); it writes KUBECONFIG
+#                   install-trainer RELEASE and build-image NAME CONTEXT ARGUMENT... (build and load); it writes KUBECONFIG
+#   TRAINER         the release of Kubeflow Trainer for that cluster: 2.3 (default), with its alpha status API switched on; or 2.1, for the
+#                   long way: once more all that is about TrainJobs, for example
+#                   TRAINER=2.1 make e2e TESTS="tests/e2e/test_trainjob.py tests/e2e/test_lint_cluster.py tests/e2e/test_manifests_cluster.py"
 #
 # Arguments are passed to pytest instead of tests/e2e.
 set -euo pipefail
@@ -17,13 +20,23 @@ python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || fail "no $python; run 'make setup' first or set PYTHON"
 [ -n "${KUBECONFIG:-}" ] || fail "set KUBECONFIG to a cluster with the Kubeflow training operator; for kind also LOAD_IMAGE='kind load docker-image'"
 export KUBECONFIG
+TRAINER=${TRAINER:-2.3}
+# Trainer's status API is off unless its configuration says otherwise.
+show_progress() {
+    kubectl -n kubeflow-system get configmap kubeflow-trainer-config -o yaml |
+        sed 's/^    statusServer:/    featureGates:\n      TrainJobStatus: true\n&/' | kubectl replace -f - &&
+        kubectl -n kubeflow-system rollout restart deployment kubeflow-trainer-controller-manager &&
+        kubectl -n kubeflow-system rollout status deployment kubeflow-trainer-controller-manager --timeout=300s
+}
 section() { echo; echo "=== e2e: $* ($(date +%T))"; }
 
 if [ -n "${YAONGI_CLUSTER:-}" ]; then
     section "start a cluster with $YAONGI_CLUSTER"
     "$YAONGI_CLUSTER" build
     "$YAONGI_CLUSTER" up
-    { "$YAONGI_CLUSTER" install-operator && "$YAONGI_CLUSTER" install-trainer; } & # while the images are built
+    { # while the images are built
+        "$YAONGI_CLUSTER" install-operator && "$YAONGI_CLUSTER" install-trainer "$TRAINER" && { [ "$TRAINER" = 2.1 ] || show_progress; }
+    } &
     operators=$!
     export BUILD_IMAGE="${BUILD_IMAGE:-$YAONGI_CLUSTER build-image}"
 fi
@@ -31,7 +44,7 @@ command -v kubectl >/dev/null || fail "kubectl is not installed"
 kubectl get --raw /readyz >/dev/null || fail "the cluster of $KUBECONFIG does not answer"
 check_operators() {
     kubectl get crd pytorchjobs.kubeflow.org >/dev/null || fail "the cluster lacks the Kubeflow training operator (PyTorchJob v1)"
-    kubectl get crd trainjobs.trainer.kubeflow.org >/dev/null || fail "the cluster lacks Kubeflow Trainer 2.1 with JobSet (TrainJob)"
+    kubectl get crd trainjobs.trainer.kubeflow.org >/dev/null || fail "the cluster lacks Kubeflow Trainer with JobSet (TrainJob)"
 }
 [ -n "${operators:-}" ] || check_operators
 

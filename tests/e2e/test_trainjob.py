@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import subprocess
+from threading import Thread
 
 import pytest
 from kube import Namespace, wait_for
-from launching import Gate, Launcher, assert_gone, both_pods_of, pods_of, read_until, start_process, tiny
+from launching import (
+    Gate,
+    Launcher,
+    assert_gone,
+    both_pods_of,
+    pods_of,
+    read_until,
+    running_pods_of,
+    scripted,
+    start_process,
+    tiny,
+)
 from pipeline_run import PipelineRun
 
+from components.diagnose.gather import situation
+from components.diagnose.why import why
 from components.launch.follow import JobFailed
+from components.launch.kubernetes import launch
+from manifests.names import job_name
 from manifests.spec import JobSpec
 from trainer.errors import LaunchError
 
@@ -109,6 +125,39 @@ def test_a_spent_quota_is_told(namespace: Namespace, launcher: Launcher) -> None
         namespace.kubectl("delete", "resourcequota", "gang")
 
 
+def test_a_deadline_of_the_job_itself_ends_it_and_is_told(namespace: Namespace, launcher: Launcher) -> None:
+    """Seen by the launcher though its own clock has time left, and the operator has deleted pods and logs."""
+    job = tiny(
+        namespace, cluster={**GANG, "queue_timeout_seconds": 5, "start_timeout_seconds": 5, "run_timeout_seconds": 5}
+    )
+    patient = job.model_copy(update={"cluster": tiny(namespace, cluster=GANG).cluster})
+    script = 'trap "echo saving; exit 143" TERM; sleep 600 & wait'
+    with pytest.raises(JobFailed) as caught:
+        launch(launcher.cluster, scripted(job, script), patient.cluster, launcher.write)
+    if namespace.trainer() != "2.1":
+        assert "failed: TrainJob exceeded its active deadline" in str(caught.value)
+        assert "cluster.run_timeout_seconds" in str(caught.value)
+        assert str(why(situation(launcher.cluster, job.run_name))).startswith("failed: its activeDeadlineSeconds have")
+    wait_for("its pods to end", lambda: not running_pods_of(namespace, job), 60)
+
+
+def test_a_job_that_is_suspended_and_resumed_is_not_given_up(namespace: Namespace, launcher: Launcher) -> None:
+    """As a queue does; Trainer 2.3 then reports an error in passing, which is none."""
+    job = tiny(namespace, cluster=GANG)
+    name = job.run_name
+
+    def suspend_and_resume() -> None:
+        for suspend in ("true", "false"):
+            namespace.kubectl("patch", "trainjob", name, "--type=merge", "-p", f'{{"spec": {{"suspend": {suspend}}}}}')
+            gone = suspend == "true"
+            wait_for("its pods", lambda gone=gone: bool(running_pods_of(namespace, job)) is not gone, 120)
+
+    launcher.acts["begun"] = lambda: Thread(target=suspend_and_resume, daemon=True).start()
+    launcher(job, 'echo begun; trap "exit 143" TERM; [ "$index" = 1 ] || sleep 20 & wait')
+    assert launcher.count("begun") == 2
+    assert not launcher.has("Invalid value") and not launcher.has("cannot be created")
+
+
 def test_a_killed_launcher_is_replaced_and_the_new_one_stops_the_job(
     namespace: Namespace, processes: list[subprocess.Popen[str]]
 ) -> None:
@@ -139,6 +188,14 @@ def test_the_real_trainer_ends_with_the_same_losses_as_under_a_pytorchjob(first:
     program = "from trainer.checkpoints.checkpoint import latest, verify; print(verify(latest(sys.argv[1])).digest)"
     digest = run.namespace.execute("reader", "python", "-c", f"import sys; {program}", run.job.run_dir).strip()
     assert digest == result["checkpoint_digest"]
+    status = (run.namespace.get("trainjob", job_name(run.job)) or {})["status"].get("trainerStatus", {})
+    print(f"the TrainJob's own status shows {status}")
+    if run.namespace.shows_progress():
+        shown = {metric["name"]: float(metric["value"]) for metric in status["metrics"]}
+        assert (status["progressPercentage"], status["estimatedRemainingSeconds"]) == (100, 0)
+        assert shown["step"] == len(run.losses) and shown["loss"] == pytest.approx(run.losses[-1], rel=1e-5)
+    else:
+        assert not status
 
 
 def test_a_diverging_trainjob_ends_red_and_says_why(first: PipelineRun) -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from ports import free_port
 
+from components.cluster.api import Refused
 from manifests.clusterspec import ClusterSpec
 from manifests.spec import load_job
 from pipelines import refusals
@@ -107,6 +108,54 @@ def test_pipelines_are_looked_for_where_kfp_host_says():
 
 def of_machine(workdir: Path) -> dict[str, machine.Finding]:
     return {finding.what: finding for finding in machine.findings(workdir)}
+
+
+def operator_found(image: str, published: str = "", lists: bool = True) -> operators.Finding:
+    """The finding about the operator of a cluster with Trainer alone, run from this image."""
+    deployment = {
+        "metadata": {"namespace": "kubeflow-system", "name": "trainer"},
+        "spec": {"template": {"spec": {"containers": [{"image": image}]}}},
+        "status": {"readyReplicas": 1},
+    }
+    answers = {
+        "/apis/trainer.kubeflow.org/v1alpha1": {"resources": [{"name": "trainjobs"}]},
+        "/api/v1/namespaces/kubeflow-system/configmaps/kubeflow-trainer-public": {
+            "data": {"kubeflow_trainer_version": published}
+        },
+    }
+
+    def items(path: str) -> list[dict]:
+        if not lists:
+            raise Refused(403, f"this account may not read {path}")
+        return [deployment]
+
+    look = SimpleNamespace(get=answers.get, items=items)
+    return next(found for found in operators.job_kinds(look, None) if found.what == "TrainJob operator")
+
+
+@pytest.mark.parametrize(
+    ("image", "published", "state", "said"),
+    [
+        ("ghcr.io/kubeflow/trainer/trainer-controller-manager:v2.3.0", "v2.3.0", "ok", ":v2.3.0"),
+        ("localhost/trainer:v2.2.1", "", "ok", "runs localhost/trainer:v2.2.1"),
+        ("localhost/trainer:v2.1.0", "", "ok", "in a queue of Kueue 0.17 never start"),
+        ("localhost/trainer@sha256:" + "0" * 64, "v2.3.0", "ok", "runs localhost/trainer@sha256"),
+        ("localhost/trainer@sha256:" + "0" * 64, "", "missing", "they are then refused by name"),
+        ("localhost/trainer:v2.4.0", "v2.4.0", "missing", "use a version from 2.1 up to 2.4 (not included)"),
+        ("localhost/trainer:v2.0.1", "", "missing", "use a version from 2.1"),
+    ],
+)
+def test_the_release_of_trainer_is_told_with_what_it_means(image, published, state, said):
+    found = operator_found(image, published)
+    assert found.state == state and said in f"{found.detail}; {found.remedy}"
+    assert bool(found.remedy) == (state != "ok")
+
+
+def test_the_release_of_trainer_is_known_to_accounts_that_see_no_deployments():
+    found = operator_found("", "v2.3.0", lists=False)
+    assert (found.state, found.remedy) == ("ok", "") and "it says that it is v2.3.0" in found.detail
+    assert operator_found("", "v3.0.0", lists=False).state == "missing"
+    assert operator_found("", "", lists=False).state == "unknown"
 
 
 def test_a_machine_with_little_shared_memory_is_told(monkeypatch, tmp_path):
