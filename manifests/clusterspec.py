@@ -60,7 +60,7 @@ class ClusterSpec(Spec):
 
     Ranks = nodes × max(gpus_per_node, 1). `gpu_memory_gib` is the memory of each GPU: a model that cannot fit is
     refused before any work. `job` is the kind that the cluster's operator serves: PyTorchJob (training operator v1) or
-    TrainJob (Kubeflow Trainer v2). `ttl_seconds_after_finished` has no effect on TrainJobs.
+    TrainJob (Kubeflow Trainer 2.1 to 2.3). `ttl_seconds_after_finished` has no effect on TrainJobs.
 
     `queue` is a LocalQueue of Kueue, `queue_priority` the job's WorkloadPriorityClass there: it decides who waits and
     who is preempted. `priority_class` is the PriorityClass of its pods, for the scheduler.
