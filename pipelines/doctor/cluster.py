@@ -9,11 +9,12 @@ from dataclasses import replace
 from functools import partial
 
 from components.cluster.api import Cluster, Refused
+from components.images import PIPELINE_IMAGE
 from manifests.clusterspec import ClusterSpec, StorageSpec
 from manifests.kinds import Object
 from manifests.names import kind
 from manifests.spec import JobSpec
-from pipelines.doctor import capacity, operators, permissions, queues, volumes
+from pipelines.doctor import capacity, network, operators, permissions, queues, volumes
 from pipelines.doctor.findings import Finding, told
 from pipelines.doctor.look import Look
 from trainer.errors import LaunchError
@@ -32,6 +33,16 @@ def findings(namespace: str | None, job: JobSpec | None, *, is_asked: bool) -> I
     for finding in _connected(namespace, job):
         lenient = finding.state == "no" and not is_asked
         yield replace(finding, state="missing") if lenient else finding
+
+
+def of_network(namespace: str | None, job: JobSpec | None) -> Iterator[Finding]:
+    """What the pods of `yaongi doctor --network` find."""
+
+    def look() -> Iterator[Finding]:
+        cluster = Cluster.connect(namespace or (job.cluster.namespace if job else None))
+        return network.findings(Look(cluster), PIPELINE_IMAGE)
+
+    return told("network", look)
 
 
 def _connected(namespace: str | None, job: JobSpec | None) -> Iterator[Finding]:
@@ -118,7 +129,9 @@ def _nodes(look: Look, job: JobSpec | None) -> Iterator[Finding]:
 
 def _network(look: Look) -> Iterator[Finding]:
     policies = look.items(f"/apis/networking.k8s.io/v1/namespaces/{look.namespace}/networkpolicies")
-    detail = f"{len(policies)} in the namespace; the API does not say whether the cluster's network enforces them"
+    detail = (
+        f"{len(policies)} in the namespace; the API does not say whether the cluster enforces them: --network tries"
+    )
     yield Finding("network policies", "unknown", detail)
 
 

@@ -19,6 +19,9 @@ def doctor(
     namespace: Namespace = "",
     sets: Sets = None,
     workdir: Workdir = Path("work"),
+    network: Annotated[
+        bool, typer.Option("--network", help="Also let pods try what the network policies must pass and stop.")
+    ] = False,
 ) -> None:
     """Check what this machine and the cluster of KUBECONFIG have and lack, and say what to do.
 
@@ -45,5 +48,8 @@ def doctor(
     from pipelines.doctor import cluster  # its client is slow to import
 
     good &= show(cluster.findings(namespace or None, spec, is_asked=on_cluster), console)
+    if network:
+        console.print("network, tried by pods (up to a minute)", style="bold")
+        good &= show(cluster.of_network(namespace or None, spec), console)
     if not good:
         raise typer.Exit(1)

@@ -16,7 +16,7 @@ from trainer.errors import in_words
 
 
 class Look:
-    """Reads one namespace of one cluster."""
+    """One namespace of one cluster."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -42,6 +42,10 @@ class Look:
     def post(self, path: str, body: Object) -> Object:
         return self._ask("POST", path, body)[0] or {}
 
+    def delete(self, path: str) -> None:
+        """Delete an object and all that it owns; it may be absent."""
+        self._ask("DELETE", path, {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"})
+
     def clock_skew_seconds(self) -> float | None:
         """Seconds by which this machine's clock is ahead of the API server's, ±1 s; None if it sends no date."""
         before = datetime.now(UTC)
@@ -65,8 +69,10 @@ class Look:
             if error.status == HTTPStatus.NOT_FOUND:
                 return None, {}
             if error.status == HTTPStatus.FORBIDDEN:
-                raise Refused(error.status, f"this account may not read {path}") from None
-            raise self.cluster.refusal(f"get {path}", error) from None
+                raise Refused(
+                    error.status, f"this account may not {'read' if method == 'GET' else method.lower()} {path}"
+                ) from None
+            raise self.cluster.refusal(f"{method.lower()} {path}", error) from None
         except Unreachable as error:
             raise ApiUnreachable(
                 f"the API server {self.cluster.server} cannot be reached ({in_words(error)})"

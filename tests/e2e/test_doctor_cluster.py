@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from kube import PIPELINE_IMAGE, wait_for
 from launching import as_account
 
 from components.cluster.api import Cluster
+from manifests import netprobe
 from manifests.rbac import ROLE
 from manifests.spec import load_job
+from pipelines.doctor import network
 from pipelines.doctor.cluster import examine
 from pipelines.doctor.findings import Finding
+from pipelines.doctor.look import Look
 
 pytestmark = pytest.mark.e2e
 
@@ -85,6 +89,23 @@ def test_an_account_is_told_what_it_may_not_do(namespace):
     assert nobody["permissions"].state == "no"
     assert "create/get/list/watch/patch/delete pytorchjobs" in nobody["permissions"].detail
     assert f"rbac {namespace.name}" in nobody["permissions"].remedy
+
+
+def test_pods_find_whether_the_network_enforces_policies_and_nothing_stays(namespace):
+    """No network of a test cluster has enforced them so far; where one does, nothing may be open."""
+    found = {each.what: each for each in network.findings(Look(Cluster.connect(namespace.name)), PIPELINE_IMAGE)}
+    print({what: (finding.state, finding.detail) for what, finding in found.items()})
+    assert {found[what].state for what in ("rank to rank", "DNS", "metrics")} == {"ok"}
+    enforced = found["enforcement"].state
+    assert enforced in ("ok", "missing") and found["worker to the API server"].state == enforced
+    assert ("does not enforce" in found["enforcement"].detail) == (enforced == "missing")
+    wait_for("its objects to go", lambda: not namespace.find("jobs,pods", "-l", netprobe.ROLE_LABEL), 60)
+    assert not [each for each in namespace.find("networkpolicies") if each["metadata"]["name"].startswith("doctor-")]
+
+
+def test_who_may_not_make_pods_is_told_so(namespace):
+    (found,) = network.findings(Look(as_account(namespace, "default")), PIPELINE_IMAGE)
+    assert found.state == "unknown" and "create/delete jobs" in found.detail
 
 
 def test_a_namespace_that_does_not_exist():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from manifests import names
+from manifests import names, netprobe
 from manifests.kinds import pod_template
 from manifests.network import network_policies
 from manifests.render import job_objects
@@ -135,6 +135,17 @@ def test_nobody_else_reaches_ranks(source: Pod) -> None:
 @pytest.mark.parametrize("server", [DNS, NODE_LOCAL_DNS])
 def test_everybody_may_ask_for_names(source: Pod, server: Pod) -> None:
     assert may_connect(source, server, 53, "UDP") and may_connect(source, server, 53, "TCP")
+
+
+def test_the_doctors_pods_are_to_policies_what_they_stand_for() -> None:
+    made = [
+        netprobe.owner(MINE, "image", ""),
+        *(netprobe.pod(MINE, role, "i", "", [], {}) for role in ("peer", "stranger")),
+    ]
+    worker, peer, stranger = (Pod(HERE, item["spec"].get("template", item)["metadata"]["labels"]) for item in made)
+    assert may_connect(peer, worker, netprobe.RANK_PORT) and not may_connect(stranger, worker, netprobe.RANK_PORT)
+    assert netprobe.ports(MINE) == [netprobe.RANK_PORT, 9400] and may_connect(stranger, worker, 9400)
+    assert not may_connect(peer, API_SERVER, 443) and may_connect(stranger, API_SERVER, 443)
 
 
 def test_metrics_are_scraped_at_their_ports_only() -> None:
