@@ -82,7 +82,7 @@ def pretrain(
     # Runs however the other steps end, even when the run is terminated, which kills a launcher without a signal.
     last = based(cleanup(pipeline_run=RUN_ID, preset=preset, overrides=overrides), SHORT_SECONDS)
     with dsl.ExitHandler(last, name="pretrain"):
-        planned = placed(
+        planned = based(
             plan(
                 preset=preset,
                 steps=steps,
@@ -95,13 +95,13 @@ def pretrain(
             ),
             SHORT_SECONDS,
         ).outputs
-        job = planned["job"]
-        ready = from_hub(data(job=job)).outputs
+        ready = from_hub(data(job=planned["job"])).outputs
+        job = ready["job"]
         # Once if several pods encode, otherwise never: for one pod, `data` has made the token files already.
-        with dsl.ParallelFor(planned["Output"], name="encode-in-several-pods") as shared:
+        with dsl.ParallelFor(planned["Output"], name="encode-in-several-pods"):
             with dsl.ParallelFor(ready["Output"], name="ranges") as part:
                 encoded = placed(encode(part=part)).output
-            tokens = placed(shards(job=shared, encoded=dsl.Collected(encoded)))
+            tokens = placed(shards(encoded=dsl.Collected(encoded)))
         training = placed(train(job=job, after=ready["result"], pipeline_run=RUN_ID)).after(tokens)
         model = launched(training).output
         measured = launched(placed(evaluate(job=job, after=model, pipeline_run=RUN_ID))).output

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from components.download.step import run as download
 from components.hygiene.step import run as hygiene
 from components.plan.enough import DATA_ALONE_VARIABLE, text_suffices, tokens_suffice
+from components.plan.length import continued
+from components.plan.step import runnable_here
 from components.shards.ranges import Range, ranges
 from components.shards.step import run as shards
 from components.tokenizer.step import run as tokenizer
@@ -29,6 +31,17 @@ class Prepared:
 
     result: StageResult
     parts: list[Range] = field(default_factory=list)
+
+
+def begun(job: JobSpec) -> JobSpec:
+    """The job as the run on the volumes that it continues, or as a new one.
+
+    Raises:
+        SpecError, CheckpointError: as `runnable_here` and `continued`.
+    """
+    job = continued(runnable_here(job))
+    print(f"run {job.run_name}: {job.train.steps} steps of {job.train.batch.tokens_per_step} tokens", flush=True)
+    return job
 
 
 def is_shared_out(job: JobSpec) -> bool:

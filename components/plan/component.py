@@ -16,10 +16,10 @@ def plan(
     trainer_image: str,
     overrides: str,
 ) -> NamedTuple("Planned", [("job", str), ("Output", list[str])]):
-    """Resolve the form's fields into one validated job, and refuse one that cannot run here.
+    """Resolve the form's fields into one validated job, and refuse one that the cluster cannot run.
 
-    Output has the job if several pods encode the text, otherwise nothing: kfp.local can loop only over an output of
-    that name, and within a loop steps get nothing but its item.
+    It mounts no volume: a pod that mounts an absent claim waits for ever, while this one says so. Output has one entry
+    if several pods encode the text, otherwise none: kfp.local can loop only over an output of that name.
 
     Args:
         preset: model and data to start from.
@@ -32,15 +32,15 @@ def plan(
         overrides: any other field of the job (JSON).
 
     Returns:
-        job: the whole job (JSON), for all other steps.
+        job: the whole job (JSON), for `data`.
     """
     fields = {name: value for name, value in locals().items() if name not in ("preset", "overrides")}
-    from components.plan.length import continued
-    from components.plan.step import resolve, runnable_here
+    from components.plan.admissible import refuse_inadmissible
+    from components.plan.step import resolve
     from components.running import step
     from trainer.specbase import to_json
 
     with step("plan"):
-        job = continued(runnable_here(resolve(preset, overrides, **fields)))
-        print(f"run {job.run_name}: {job.train.steps} steps of {job.train.batch.tokens_per_step} tokens", flush=True)
-        return to_json(job), [to_json(job)] if job.shards.pods > 1 else []
+        job = resolve(preset, overrides, **fields)
+        refuse_inadmissible(job)
+        return to_json(job), [f"{job.shards.pods} pods"] if job.shards.pods > 1 else []

@@ -20,14 +20,6 @@ class Range(Record):
         return f"{self.index + 1}/{self.count}"
 
 
-class Encoded(Record):
-    """What `encode` made a range from, for the step that puts the ranges together."""
-
-    name: str
-    raw: StageResult
-    tokenizer: StageResult
-
-
 def ranges(job: JobSpec, raw: StageResult, tokenizer: StageResult) -> list[Range]:
     """The ranges, one for each encoder pod of the job."""
     pods = job.shards.pods

@@ -6,17 +6,15 @@ from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
 
-from components.diagnose.explain import tolerates
+from components.plan.nodes import allocatable, amount, pods_on, short_of, usable
 from manifests.clusterspec import ClusterSpec
 from manifests.kinds import Object
-from manifests.lint.place import Place
 from manifests.lint.subjects import ACCELERATOR
 from pipelines.doctor.findings import Finding
 
 PRODUCT = "nvidia.com/gpu.product"  # labels of NVIDIA's GPU feature discovery
 DRIVER = ("nvidia.com/cuda.driver-version.full", "nvidia.com/cuda.driver.major")
 GIB = 2**30
-KEEPS_AWAY = ("NoSchedule", "NoExecute")
 
 
 def gpus(nodes: list[Object]) -> Iterator[Finding]:
@@ -24,9 +22,7 @@ def gpus(nodes: list[Object]) -> Iterator[Finding]:
     found: Counter[str] = Counter()
     for node in nodes:
         labels = node["metadata"].get("labels", {})
-        count = int(
-            sum((_amount(node, name) for name in _allocatable(node) if ACCELERATOR.fullmatch(name)), Decimal(0))
-        )
+        count = int(sum((amount(node, name) for name in allocatable(node) if ACCELERATOR.fullmatch(name)), Decimal(0)))
         driver = next((labels[name] for name in DRIVER if name in labels), "unlabelled")
         if count:
             found[f"{labels.get(PRODUCT, 'GPU')}, driver {driver}"] += count
@@ -44,36 +40,14 @@ def fits(nodes: list[Object], cluster: ClusterSpec) -> Iterator[Finding]:
         each["nvidia.com/gpu"] = Decimal(cluster.gpus_per_node)
     wanted = f"{cluster.nodes} × ({cluster.cpus_per_node:g} CPUs, {cluster.memory_gib_per_node:g} GiB"
     wanted += f", GPUs: {cluster.gpus_per_node})" if cluster.gpus_per_node else ")"
-    usable = [node for node in nodes if _usable(node, cluster)]
-    room = sum(min(int(_amount(node, name) // amount) for name, amount in each.items()) for node in usable)
+    there = usable(nodes, cluster)
+    room = sum(pods_on(node, each) for node in there)
     if room >= cluster.nodes:
-        detail = f"{wanted}: {room} fit on {len(usable)} of {len(nodes)} nodes (what others use is not counted)"
+        detail = f"{wanted}: {room} fit on {len(there)} of {len(nodes)} nodes (what others use is not counted)"
         yield Finding("capacity", "ok", detail)
         return
-    short = {name for name, amount in each.items() if all(_amount(node, name) < amount for node in usable)}
-    why = f"no usable node has enough {' or '.join(sorted(short))}" if short else f"only {room} fit"
-    detail = f"{wanted}: {why} ({len(usable)} of {len(nodes)} nodes are ready, selected and tolerated)"
+    short = short_of(there, each)
+    why = f"no usable node has enough {' or '.join(short)}" if short else f"only {room} fit"
+    detail = f"{wanted}: {why} ({len(there)} of {len(nodes)} nodes are ready, selected and tolerated)"
     remedy = "change cluster.nodes, gpus_per_node, cpus_per_node, memory_gib_per_node, node_selector or tolerations"
     yield Finding("capacity", "no", detail, remedy)
-
-
-def _usable(node: Object, cluster: ClusterSpec) -> bool:
-    labels, spec = node["metadata"].get("labels", {}), node.get("spec", {})
-    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in node["status"].get("conditions", []))
-    selected = cluster.node_selector.items() <= labels.items()
-    taints = [taint for taint in spec.get("taints", []) if taint["effect"] in KEEPS_AWAY]
-    return ready and selected and not spec.get("unschedulable") and all(_tolerated(taint, cluster) for taint in taints)
-
-
-def _tolerated(taint: Object, cluster: ClusterSpec) -> bool:
-    if taint["key"] == "nvidia.com/gpu" and cluster.gpus_per_node:
-        return True  # the admission plugin ExtendedResourceToleration adds it where such taints are used
-    return any(tolerates(each.model_dump(exclude_none=True), taint) for each in cluster.tolerations)
-
-
-def _allocatable(node: Object) -> Object:
-    return node["status"].get("allocatable", {})
-
-
-def _amount(node: Object, name: str) -> Decimal:
-    return Place(_allocatable(node).get(name)).quantity or Decimal(0)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from components.cluster.api import Cluster, Refused
+from components.cluster.look import Look
 from components.images import PIPELINE_IMAGE
 from manifests.clusterspec import ClusterSpec, StorageSpec
 from manifests.kinds import Object
@@ -16,7 +17,6 @@ from manifests.names import kind
 from manifests.spec import JobSpec
 from pipelines.doctor import capacity, network, operators, permissions, queues, volumes
 from pipelines.doctor.findings import Finding, told
-from pipelines.doctor.look import Look
 from trainer.errors import LaunchError
 
 OLDEST_KUBERNETES = (1, 28)  # has sidecars, and is the oldest version in the operator's own tests

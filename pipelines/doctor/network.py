@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.cluster import netprobe
+from components.cluster.look import Look
 from components.cluster.netprobe import OPEN, SAID
 from components.diagnose.explain import exit_of, obstacle
+from components.plan.admissible import refusals
 from manifests import netprobe as objects
 from manifests.kinds import Object
 from manifests.names import APP, RUN_LABEL, job_name
 from manifests.spec import JobSpec, job_from
 from pipelines.doctor.findings import Finding
-from pipelines.doctor.look import Look
-from pipelines.doctor.permissions import refusals
 from trainer.errors import LaunchError
 
 PATIENCE_SECONDS = 120  # for a pod to start, its image included, and to end

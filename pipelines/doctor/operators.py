@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from components.cluster.api import Refused
+from components.cluster.look import Look
+from components.plan.admissible import serves
 from manifests.kinds import PYTORCHJOB, TRAINJOB, JobKind, Object
 from pipelines.doctor.findings import Finding, told
-from pipelines.doctor.look import Look
 from trainer.errors import in_words
 
 Version = tuple[int, int]
@@ -57,7 +58,7 @@ OPERATORS = (TRAINING_OPERATOR, TRAINER)
 
 def job_kinds(look: Look, wanted: JobKind | None) -> Iterator[Finding]:
     """The kinds of training job. One of them is needed: `wanted`, if a job says which."""
-    served = {operator.kind for operator in OPERATORS if _serves(look, operator.kind)}
+    served = {operator.kind for operator in OPERATORS if serves(look, operator.kind)}
     for operator in OPERATORS:
         kind = operator.kind
         if kind not in served:
@@ -102,11 +103,6 @@ def pipelines(host: str) -> Iterator[Finding]:
         return
     good = answer.status == 200
     yield Finding("Kubeflow Pipelines", "ok" if good else "no", f"{host} answers {answer.status}")
-
-
-def _serves(look: Look, kind: JobKind) -> bool:
-    found = look.get(f"/apis/{kind.api_version}") or {}
-    return any(resource["name"] == kind.plural for resource in found.get("resources", []))
 
 
 def _running(look: Look, operator: Operator) -> Iterator[Finding]:

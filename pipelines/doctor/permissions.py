@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from manifests.kinds import Object
+from components.cluster.look import Look
+from components.plan.admissible import refusals
 from manifests.rbac import ACCOUNTS, RULES
 from pipelines.doctor.findings import Finding
-from pipelines.doctor.look import Look
-
-REVIEW = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 
 
 def permissions(look: Look) -> Iterator[Finding]:
@@ -20,17 +18,6 @@ def permissions(look: Look) -> Iterator[Finding]:
         yield Finding("permissions", "no", f"this account may not {', '.join(refused)}", granting(look))
     else:
         yield Finding("permissions", "ok", f"this account may do all {asked} things that the launcher does")
-
-
-def refusals(look: Look, rules: list[Object]) -> list[str]:
-    """What this account may not do of a role's rules, as `verbs resource`."""
-    found = []
-    for rule in rules:
-        for resource in rule["resources"]:
-            denied = [verb for verb in rule["verbs"] if not _allowed(look, rule["apiGroups"][0], resource, verb)]
-            if denied:
-                found.append(f"{'/'.join(denied)} {resource}")
-    return found
 
 
 def granting(look: Look) -> str:
@@ -45,14 +32,3 @@ def accounts(look: Look) -> Iterator[Finding]:
         return
     remedy = f"python -m manifests.generate rbac {look.namespace} | kubectl apply -f -"
     yield Finding("service account", "missing", f"neither {' nor '.join(ACCOUNTS)}; pods cannot launch jobs", remedy)
-
-
-def _allowed(look: Look, group: str, resource: str, verb: str) -> bool:
-    name, _, part = resource.partition("/")
-    attributes = {"namespace": look.namespace, "group": group, "resource": name, "subresource": part, "verb": verb}
-    body = {
-        "apiVersion": "authorization.k8s.io/v1",
-        "kind": "SelfSubjectAccessReview",
-        "spec": {"resourceAttributes": attributes},
-    }
-    return look.post(REVIEW, body)["status"]["allowed"]

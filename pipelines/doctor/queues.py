@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from decimal import Decimal
 from functools import partial
 
+from components.cluster.look import Look
+from components.plan.admissible import refusals
 from manifests.clusterspec import ClusterSpec
 from manifests.kinds import Object
 from manifests.lint.place import Place
 from manifests.queue import GROUP, VERSIONS
 from manifests.rbac import QUEUE_RULES
 from pipelines.doctor.findings import Finding, State, told
-from pipelines.doctor.look import Look
-from pipelines.doctor.permissions import granting, refusals
+from pipelines.doctor.permissions import granting
 
 GIB = 2**30
 TRIED = (0, 17)  # the version of Kueue that queued jobs were run with

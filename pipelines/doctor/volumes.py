@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from components.cluster.look import Look
 from manifests.clusterspec import StorageSpec
 from manifests.kinds import Object
 from manifests.spec import JobSpec
 from pipelines.doctor.findings import Finding
-from pipelines.doctor.look import Look
 
 SHARED = "ReadWriteMany"
 DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"

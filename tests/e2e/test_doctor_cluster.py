@@ -7,13 +7,13 @@ from kube import PIPELINE_IMAGE, wait_for
 from launching import as_account
 
 from components.cluster.api import Cluster
+from components.cluster.look import Look
 from manifests import netprobe
 from manifests.rbac import ROLE
 from manifests.spec import load_job
 from pipelines.doctor import network
 from pipelines.doctor.cluster import examine
 from pipelines.doctor.findings import Finding
-from pipelines.doctor.look import Look
 
 pytestmark = pytest.mark.e2e
 

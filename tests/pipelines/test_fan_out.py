@@ -21,10 +21,10 @@ def prepare(overrides: str):
     planned = plan(preset="tiny", steps=1, nodes=1, gpus_per_node=0, datasets_pvc="", checkpoints_pvc="",
                    trainer_image="", overrides=overrides).outputs
     ready = data(job=planned["job"]).outputs
-    with dsl.ParallelFor(planned["Output"]) as shared:
+    with dsl.ParallelFor(planned["Output"]):
         with dsl.ParallelFor(ready["Output"]) as part:
             encoded = encode(part=part).output
-        shards(job=shared, encoded=dsl.Collected(encoded))
+        shards(encoded=dsl.Collected(encoded))
 
 if __name__ == "__main__":
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=sys.argv[1])

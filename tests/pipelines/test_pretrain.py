@@ -62,15 +62,15 @@ def test_the_committed_pipeline_is_the_compiled_one(tmp_path):
 
 def test_steps_follow_one_another(dag, tasks, inside):
     names = {key: task["taskInfo"]["name"] for key, task in dag.items()}
-    after = {name: {names[key] for key in task.get("dependentTasks", [])} - {"plan"} for name, task in tasks.items()}
+    after = {name: {names[key] for key in task.get("dependentTasks", [])} for name, task in tasks.items()}
     assert after == {
         "plan": set(),
-        "data": set(),
+        "data": {"plan"},
         POOL: {"data"},
         "train": {"data", POOL},
-        "evaluate": {"train"},
-        "export": {"evaluate"},
-        TUNING: {"export"},
+        "evaluate": {"data", "train"},
+        "export": {"data", "evaluate"},
+        TUNING: {"data", "export"},
     }
     assert list(inside(TUNING)) == ["tune"]
     pool = inside(POOL)
@@ -119,7 +119,8 @@ def test_every_step_runs_our_image_and_installs_nothing(executors):
         assert "pip install" not in " ".join(executor["container"]["command"]), name
 
 
-def test_every_step_but_the_cleanup_mounts_the_claims_that_the_form_names(documents, executors):
+def test_every_step_between_plan_and_cleanup_mounts_the_claims_that_the_form_names(documents, executors):
+    """A claim that is absent keeps a pod from starting: `plan` says so, and the cleanup works without."""
     platform = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert platform.keys() == executors.keys()
     for name, settings in platform.items():
@@ -128,7 +129,7 @@ def test_every_step_but_the_cleanup_mounts_the_claims_that_the_form_names(docume
         }
         here = "pipelinechannel--"  # what loops and exit handlers call the pipeline's fields
         claims = {"/mnt/datasets": f"{here}datasets_pvc", "/mnt/checkpoints": f"{here}checkpoints_pvc"}
-        assert mounts == ({} if name == "exec-cleanup" else claims), name  # no volume can keep it from its work
+        assert mounts == ({} if name in ("exec-plan", "exec-cleanup") else claims), name
         assert settings["imagePullPolicy"] == "IfNotPresent", name
         assert settings["securityContext"]["runAsUser"] == "1000", name
 
@@ -145,7 +146,7 @@ def test_every_claims_name_is_known_where_the_backend_looks_it_up(documents):
             for mount in executors.get(label, {}).get("pvcMount", []):
                 asked += 1
                 assert mount["pvcNameParameter"]["componentInputParameter"] in group["inputDefinitions"]["parameters"]
-    assert asked == 2 * (len(executors) - 1)
+    assert asked == 2 * (len(executors) - 2)
 
 
 def test_what_comes_last_comes_always_and_knows_the_jobs_of_this_run(documents):

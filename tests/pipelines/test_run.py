@@ -24,6 +24,7 @@ from trainer.specbase import read_yaml
 YAONGI = Path(sys.executable).with_name("yaongi")
 STEPS = [
     "plan",
+    "volumes",
     "download",
     "hygiene",
     "tokenizer",
@@ -139,7 +140,7 @@ def test_a_step_that_fails_is_one_line_on_stderr_that_names_it(tmp_path):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: download: ") and "prose" in line and "(full log: work/logs/" in line
     assert "Traceback" not in done.stdout
-    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("✓")] == ["plan"]
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("✓")] == ["plan", "volumes"]
 
 
 @pytest.mark.slow
