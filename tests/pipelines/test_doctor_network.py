@@ -14,7 +14,8 @@ from ports import free_port
 
 from components.cluster import netprobe
 from components.cluster.netprobe import OPEN, SAID
-from pipelines.doctor import network, permissions
+from components.plan import admissible
+from pipelines.doctor import network
 from pipelines.doctor.network import Came, judged
 from trainer.errors import LaunchError
 
@@ -79,7 +80,7 @@ def test_what_should_be_shut_may_become_so_late(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_missing_rights_are_one_line_and_nothing_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(permissions, "_allowed", lambda look, group, resource, verb: verb == "list")
+    monkeypatch.setattr(admissible, "_allowed", lambda look, group, resource, verb: verb == "list")
     (finding,) = network.findings(SimpleNamespace(namespace="team"), "image")
     assert finding.state == "unknown"
     assert "create/delete jobs, create networkpolicies, create pods, get pods/log in namespace 'team'" in finding.detail
@@ -103,7 +104,7 @@ def test_whatever_happens_what_was_made_is_deleted(monkeypatch: pytest.MonkeyPat
         def delete(self, path: str) -> None:
             deleted.append(path)
 
-    monkeypatch.setattr(permissions, "_allowed", lambda *of: True)
+    monkeypatch.setattr(admissible, "_allowed", lambda *of: True)
     with pytest.raises(LaunchError, match="refused"):
         list(network.findings(Breaks(), "image"))
     (path,) = deleted
