@@ -38,6 +38,7 @@ def pretrain(
     checkpoints_pvc: str = STORAGE.checkpoints_pvc,
     image: str = PIPELINE_IMAGE,
     trainer_image: str = "",
+    hub_secret: str = HUB_SECRET,
     overrides: str = "{}",
 ):
     """Train a language model.
@@ -52,6 +53,7 @@ def pretrain(
         checkpoints_pvc: claim for runs: checkpoints, logs, exported models (ReadWriteMany).
         image: image of the data steps and the launcher.
         trainer_image: image of the training job; empty takes the preset's.
+        hub_secret: Secret whose key `token` is for gated data and models of the Hugging Face Hub; it need not exist.
         overrides: JSON object with any other field of the job, for example {"train": {"seed": 1}}.
     """
 
@@ -72,7 +74,7 @@ def pretrain(
     def from_hub(task: dsl.PipelineTask, limit: int = DATA_SECONDS) -> dsl.PipelineTask:
         """As `placed`, with access to the web and, if the namespace has the secret, to gated datasets."""
         kubernetes.add_pod_label(task, EGRESS_LABEL, HUB)
-        return kubernetes.use_secret_as_env(placed(task, limit), HUB_SECRET, {"token": "HF_TOKEN"}, optional=True)
+        return kubernetes.use_secret_as_env(placed(task, limit), hub_secret, {"token": "HF_TOKEN"}, optional=True)
 
     def launched(task: dsl.PipelineTask) -> dsl.PipelineTask:
         """A step whose pod owns the jobs that it creates."""
@@ -82,19 +84,9 @@ def pretrain(
     # Runs however the other steps end, even when the run is terminated, which kills a launcher without a signal.
     last = based(cleanup(pipeline_run=RUN_ID, preset=preset, overrides=overrides), SHORT_SECONDS)
     with dsl.ExitHandler(last, name="pretrain"):
-        planned = based(
-            plan(
-                preset=preset,
-                steps=steps,
-                nodes=nodes,
-                gpus_per_node=gpus_per_node,
-                datasets_pvc=datasets_pvc,
-                checkpoints_pvc=checkpoints_pvc,
-                trainer_image=trainer_image,
-                overrides=overrides,
-            ),
-            SHORT_SECONDS,
-        ).outputs
+        places = {"datasets_pvc": datasets_pvc, "checkpoints_pvc": checkpoints_pvc, "trainer_image": trainer_image}
+        form = {"steps": steps, "nodes": nodes, "gpus_per_node": gpus_per_node, "hub_secret": hub_secret, **places}
+        planned = based(plan(preset=preset, overrides=overrides, **form), SHORT_SECONDS).outputs
         ready = from_hub(data(job=planned["job"])).outputs
         job = ready["job"]
         # Once if several pods encode, otherwise never: for one pod, `data` has made the token files already.

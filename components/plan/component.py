@@ -14,6 +14,7 @@ def plan(
     datasets_pvc: str,
     checkpoints_pvc: str,
     trainer_image: str,
+    hub_secret: str,
     overrides: str,
 ) -> NamedTuple("Planned", [("job", str), ("Output", list[str])]):
     """Resolve the form's fields into one validated job, and refuse one that the cluster cannot run.
@@ -29,6 +30,7 @@ def plan(
         datasets_pvc: claim for raw text, tokenizers and token files; empty takes the preset's.
         checkpoints_pvc: claim for runs; empty takes the preset's.
         trainer_image: image of the training job; empty takes the preset's.
+        hub_secret: Secret with the token for the Hugging Face Hub; empty takes the preset's.
         overrides: any other field of the job (JSON).
 
     Returns:

@@ -28,6 +28,7 @@ PLAIN = {
     "datasets_pvc": "storage.datasets_pvc",
     "checkpoints_pvc": "storage.checkpoints_pvc",
     "trainer_image": "cluster.image",
+    "hub_secret": "cluster.hub_secret",
 }
 AS_PRESET: dict[str, str | int] = dict.fromkeys(PLAIN, "") | {"steps": 0, "nodes": 0, "gpus_per_node": -1}
 
@@ -99,8 +100,9 @@ def placement(preset_name: str, overrides: str) -> ClusterSpec | None:
     The plain fields do not affect this.
     """
     try:
-        found = deep_merge(preset(preset_name) if preset_name else {}, _overrides(overrides))
-        return parse(ClusterSpec, found.get("cluster", {}), "cluster")
+        found = deep_merge(preset(preset_name) if preset_name else {}, _overrides(overrides)).get("cluster", {})
+        # Whether a fabric has its GPUs depends on a plain field.
+        return parse(ClusterSpec, {name: value for name, value in found.items() if name != "fabric"}, "cluster")
     except (ValueError, TypeError):
         return None
 

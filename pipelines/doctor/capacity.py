@@ -6,15 +6,18 @@ from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
 
+from components.cluster.look import Look
 from components.plan.nodes import allocatable, amount, pods_on, short_of, usable
 from manifests.clusterspec import ClusterSpec
-from manifests.kinds import Object
+from manifests.kinds import DEVICE_CLAIMS, Object
+from manifests.lint.place import Place
 from manifests.lint.subjects import ACCELERATOR
 from pipelines.doctor.findings import Finding
 
 PRODUCT = "nvidia.com/gpu.product"  # labels of NVIDIA's GPU feature discovery
 DRIVER = ("nvidia.com/cuda.driver-version.full", "nvidia.com/cuda.driver.major")
 GIB = 2**30
+BY_CLASS = "deviceclass.resource.kubernetes.io/"
 
 
 def gpus(nodes: list[Object]) -> Iterator[Finding]:
@@ -38,6 +41,9 @@ def fits(nodes: list[Object], cluster: ClusterSpec) -> Iterator[Finding]:
     each = {"cpu": Decimal(str(cluster.cpus_per_node)), "memory": Decimal(str(cluster.memory_gib_per_node)) * GIB}
     if cluster.gpus_per_node:
         each["nvidia.com/gpu"] = Decimal(cluster.gpus_per_node)
+    for name, count in cluster.resources.items():
+        if not name.startswith(BY_CLASS):  # which are devices that nodes do not list
+            each[name] = Place(str(count)).quantity or Decimal(0)
     wanted = f"{cluster.nodes} × ({cluster.cpus_per_node:g} CPUs, {cluster.memory_gib_per_node:g} GiB"
     wanted += f", GPUs: {cluster.gpus_per_node})" if cluster.gpus_per_node else ")"
     there = usable(nodes, cluster)
@@ -49,5 +55,15 @@ def fits(nodes: list[Object], cluster: ClusterSpec) -> Iterator[Finding]:
     short = short_of(there, each)
     why = f"no usable node has enough {' or '.join(short)}" if short else f"only {room} fit"
     detail = f"{wanted}: {why} ({len(there)} of {len(nodes)} nodes are ready, selected and tolerated)"
-    remedy = "change cluster.nodes, gpus_per_node, cpus_per_node, memory_gib_per_node, node_selector or tolerations"
-    yield Finding("capacity", "no", detail, remedy)
+    changes = "nodes, gpus_per_node, cpus_per_node, memory_gib_per_node, resources, node_selector or tolerations"
+    yield Finding("capacity", "no", detail, f"change cluster.{changes}")
+
+
+def devices(look: Look, cluster: ClusterSpec) -> Iterator[Finding]:
+    """Whether the cluster has the device classes of `cluster.devices`."""
+    for name, count in cluster.devices.items():
+        if look.get(f"/apis/{DEVICE_CLAIMS.group}/{DEVICE_CLAIMS.version}/deviceclasses/{name}"):
+            yield Finding("device class", "ok", f"{count} of '{name}' for each pod")
+        else:
+            remedy = "kubectl get deviceclass lists them; their driver makes them, with Kubernetes 1.34 or newer"
+            yield Finding("device class", "no", f"there is no '{name}'", remedy)

@@ -75,6 +75,7 @@ def examine(cluster: Cluster, job: JobSpec | None) -> Iterator[Finding]:
         "training operators": partial(operators.job_kinds, look, kind(job) if job else None),
         "claims": partial(volumes.claims, look, storage, wanted.nodes),
         "nodes": partial(_nodes, look, job),
+        "device class": partial(capacity.devices, look, wanted),
         "Kueue": partial(queues.queues, look, wanted),
         "monitoring": partial(operators.monitoring, look),
         "secret": partial(volumes.secret, look, wanted.hub_secret),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from components.diagnose.causes import CREATION, IMAGE, SCHEDULING, fix_for
+from components.diagnose.explain import creation_obstacle
 from components.diagnose.why import Situation, why
 
 Object = dict[str, Any]
@@ -98,6 +99,12 @@ def test_a_deadline_that_the_operator_has_not_noticed_is_told() -> None:
     running = pod(0, state={"running": {}})
     said = answer(job(condition("Running"), replicas=1, activeDeadlineSeconds=60), running)
     assert "its activeDeadlineSeconds passed" in said
+
+
+def test_a_pod_before_its_job_is_known_to_kueue_hinders_nobody() -> None:
+    early = 'Error creating: admission webhook "mpod.kb.io" denied the request: PyTorchJob.kubeflow.org "run" not found'
+    assert creation_obstacle({"reason": "FailedCreatePod", "message": early}) is None
+    assert creation_obstacle({"reason": "FailedCreatePod", "message": early.replace("not found", "is forbidden")})
 
 
 def test_a_service_that_is_there_already_hinders_nobody() -> None:

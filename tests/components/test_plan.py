@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.plan import step
-from components.plan.step import arguments_for, resolve, runnable_here
+from components.plan.step import arguments_for, placement, resolve, runnable_here
 from manifests.spec import job_from, load_job
 from trainer.specbase import SpecError
 
@@ -14,6 +14,20 @@ from trainer.specbase import SpecError
 def test_untouched_fields_leave_the_preset_as_it_is():
     nothing = {"steps": 0, "nodes": 0, "gpus_per_node": -1, "datasets_pvc": "", "checkpoints_pvc": ""}
     assert resolve("tiny", **nothing, trainer_image="") == load_job("tiny")
+
+
+def test_the_hubs_secret_of_the_form_is_the_jobs():
+    assert resolve("tiny", hub_secret="hf-token").cluster.hub_secret == "hf-token"
+    assert arguments_for("tiny", {"cluster": {"hub_secret": "hf-token"}})["hub_secret"] == "hf-token"
+
+
+def test_where_jobs_are_is_known_without_the_plain_fields():
+    """A fabric needs GPUs, whose number may be a plain field."""
+    asked = {"cluster": {"namespace": "team", "fabric": "roce", "resources": {"rdma/hca": 1}}}
+    found = placement("tiny", json.dumps(asked))
+    assert found is not None and found.namespace == "team"
+    assert resolve("h100-4b", json.dumps(asked), gpus_per_node=8, nodes=2).cluster.fabric == "roce"
+    assert placement("tiny", '{"cluster": {"nodes": 0}}') is None
 
 
 def test_whole_numbers_may_arrive_as_floats():

@@ -18,7 +18,7 @@ from tools import tool
 from manifests import chart
 from manifests.rbac import ROLE
 from manifests.render import pvcs
-from pipelines.pretrain import HUB_SECRET
+from manifests.workerspec import HUB_SECRET
 
 pytestmark = pytest.mark.e2e
 

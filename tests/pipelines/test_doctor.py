@@ -40,6 +40,23 @@ def fit(listed: list[dict], **changes: object) -> tuple[str, str]:
     return finding.state, finding.detail
 
 
+def test_device_classes_of_the_job_must_be_there():
+    asked = ClusterSpec(devices={"nic.example.com": 8, "gpu.example.com": 1})
+    there = SimpleNamespace(get=lambda path: {"kind": "DeviceClass"} if path.endswith("/nic.example.com") else None)
+    found = list(capacity.devices(there, asked))
+    assert [finding.state for finding in found] == ["ok", "no"] and "'gpu.example.com'" in found[1].detail
+
+
+def test_nodes_must_have_the_devices_that_a_job_names():
+    with_card = node()
+    with_card["status"]["allocatable"]["rdma/hca"] = "1"
+    asked = {"resources": {"rdma/hca": 1, "deviceclass.resource.kubernetes.io/nic": 8}}
+    assert fit([with_card, with_card], **asked)[0] == "ok"
+    state, detail = fit([with_card, node()], **asked)
+    assert state == "no" and "only 1 fit" in detail
+    assert "enough rdma/hca" in fit([node(), node()], **asked)[1]
+
+
 def test_gpus_are_counted_by_kind_and_driver():
     (finding,) = capacity.gpus([node(), node(gpus=4), node(gpus=0)])
     assert (finding.state, finding.detail) == ("ok", "12 × H100, driver 570.1")

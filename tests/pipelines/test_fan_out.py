@@ -19,7 +19,7 @@ from components.shards.component import encode, shards
 @dsl.pipeline(name="prepare")
 def prepare(overrides: str):
     planned = plan(preset="tiny", steps=1, nodes=1, gpus_per_node=0, datasets_pvc="", checkpoints_pvc="",
-                   trainer_image="", overrides=overrides).outputs
+                   trainer_image="", hub_secret="", overrides=overrides).outputs
     ready = data(job=planned["job"]).outputs
     with dsl.ParallelFor(planned["Output"]):
         with dsl.ParallelFor(ready["Output"]) as part:

@@ -186,8 +186,11 @@ def test_only_the_steps_that_fetch_see_the_hubs_token_and_none_needs_it(document
     assert {name for name, found in secrets.items() if found} == {"data", "tune"}
     for name in ("data", "tune"):
         (secret,) = secrets[name]
-        assert secret["secretName"] == "huggingface" and secret["optional"] is True
+        assert secret["secretNameParameter"] == {"componentInputParameter": "pipelinechannel--hub_secret"}
+        assert secret["optional"] is True
         assert secret["keyToEnv"] == [{"envVar": "HF_TOKEN", "secretKey": "token"}]
+    form = documents[0]["root"]["inputDefinitions"]["parameters"]
+    assert form["hub_secret"]["defaultValue"] == ClusterSpec().hub_secret
 
 
 def test_launchers_know_their_pod_so_that_jobs_belong_to_it(documents):
