@@ -8,10 +8,10 @@ UV_VERSION := 0.13.9
 UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
 # Tests run in parallel, those of one file in one process, in the order that tests/conftest.py sets.
 PARALLEL ?= -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
-HERE := not e2e and not gpu and not kernels and not peers
+HERE := not e2e and not e2e_kfp and not gpu and not kernels and not peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint test-slow test-both test-all test-gpu test-kernels test-peers images e2e gen lock
+.PHONY: help setup run test lint test-slow test-both test-all test-gpu test-kernels test-peers images e2e e2e-kfp gen lock
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ images: setup ## build both container images and their SBOMs (dist/sbom); docker
 
 e2e: setup ## the end-to-end test on the cluster of KUBECONFIG; see tests/e2e/run.sh
 	tests/e2e/run.sh $(TESTS)
+
+e2e-kfp: setup ## the end-to-end test on the Kubeflow Pipelines of KFP_HOST; see tests/e2e_kfp/run.sh
+	tests/e2e_kfp/run.sh
 
 gen: setup ## write the generated files: compiled pipeline, manifests, JSON schema, reference pages
 	$(BIN)/python -m pipelines.compile

@@ -1,0 +1,80 @@
+"""The pipeline on a real Kubeflow Pipelines: uploaded, filled in, green; repeated; red in `plan`; terminated."""
+
+from __future__ import annotations
+
+import json
+
+import backend
+import pytest
+from backend import Run, answer, form, jobs, wait_for, workers, yaongi
+
+pytestmark = [pytest.mark.e2e_kfp, pytest.mark.timeout(1500)]
+IN_ORDER = ["plan", "data", "train", "evaluate", "export", "cleanup"]
+
+
+def test_a_run_from_the_form_is_green_and_its_steps_are_the_users(first: Run, name: str) -> None:
+    tasks = [task for task in dict.fromkeys(map(backend.task_of, first.pods)) if task]
+    assert tasks == ["plan", "data", "encode", "shards", *IN_ORDER[2:]]
+    assert "encode 1/2" in first.logs["encode"] and "encode 2/2" in first.logs["encode"]
+    assert "units were done before" in first.logs["shards"]
+    for step in ("volumes", "download", "hygiene", "tokenizer"):
+        assert f"✓ {step} (" in first.logs["data"], first.logs["data"]
+    assert "launcher: created job" in first.logs["train"] and "step 8/8" in first.logs["train"]
+    assert workers(name) == [], "a run that has ended left workers"
+
+
+def test_the_same_job_again_does_nothing_in_as_few_pods_as_its_parts_allow(first: Run, name: str) -> None:
+    fields = form(name, 8, {})
+    sets = json.loads(fields["overrides"])
+    arguments = [part for key, value in sets.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    arguments += [
+        "--set",
+        "train.steps=8",
+        "--set",
+        "cluster.nodes=1",
+        "--set",
+        f"cluster.image={backend.TRAINER_IMAGE}",
+    ]
+    before = {job["metadata"]["uid"] for job in jobs(name)}
+    done = yaongi("submit", "tiny", "--host", backend.HOST, "--image", backend.PIPELINE_IMAGE, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    latest = answer("/apis/v2beta1/runs?sort_by=created_at%20desc&page_size=20")["runs"]
+    again = Run(next(run["run_id"] for run in latest if run["display_name"].startswith(f"{name}-")))
+    again.show()
+    assert [task for task in map(backend.task_of, again.pods) if task] == IN_ORDER
+    assert len(again.pods) == 16
+    for step in ("train", "evaluate", "export"):
+        assert f"{step}: unchanged and verified, nothing to do" in again.logs[step]
+    assert {job["metadata"]["uid"] for job in jobs(name)} <= before, "it launched a job"
+
+
+def test_what_cannot_run_is_red_in_plan_with_the_reason(create, first: Run, name: str) -> None:
+    """All at once: each takes a minute, nearly all of it for pods."""
+    cases = {
+        "claim": (form(f"{name}c", 8, {}, datasets_pvc="no-such-claim"), "claim 'no-such-claim' does not exist"),
+        "image": (form(f"{name}i", 8, {}, trainer_image="Not/An:Image"), "'Not/An:Image' is no image reference"),
+        "namespace": (form(f"{name}n", 8, {"cluster": {"namespace": "no-such"}}), "namespace 'no-such'"),
+        "field": (form(f"{name}f", 8, {"trian": {}}), "trian: unknown field; did you mean 'train'?"),
+    }
+    runs = {case: create(f"red-{case}", fields) for case, (fields, _) in cases.items()}
+    for case, (_, reason) in cases.items():
+        assert runs[case].ended(400) == "FAILED", case
+        tasks = [task for task in map(backend.task_of, runs[case].pods) if task]
+        assert tasks == ["plan", "cleanup"], f"{case}: {tasks}"
+        (line,) = (line for line in runs[case].logs["plan"].splitlines() if line.startswith("error "))
+        assert reason in line and ": plan: " in line, line
+
+
+def test_terminate_leaves_nothing_running_and_the_next_run_goes_on(create, first: Run, name: str) -> None:
+    run = create("stopped", form(f"{name}s", 4000, {}))
+    wait_for("its workers", lambda: workers(f"{name}s"), 600)
+    wait_for("its first checkpoint", lambda: "checkpoint" in _log(f"{name}s"), 300)
+    run.terminate()
+    wait_for("the last worker to end", lambda: not workers(f"{name}s"), 180)
+    assert run.ended(300) in ("FAILED", "CANCELED")
+    assert not [job for job in jobs(f"{name}s") if not job.get("status", {}).get("completionTime")]
+
+
+def _log(job: str) -> str:
+    (pod,) = workers(job)
+    return backend.kubectl("logs", pod, "--tail=200")
