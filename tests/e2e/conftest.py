@@ -39,6 +39,7 @@ TRAINING = (
     "test_alerts",
     "test_dashboards",
     "test_serving",
+    "test_queue",
 )
 
 
