@@ -124,6 +124,10 @@ CREATION = (
         r"failed calling webhook \"([^\"]+)\"",
         r"the admission webhook \1 does not answer: its owner must start it or remove its configuration",
     ),
+    Rule(  # Kueue looks for the owner of every pod, in a cache that may not have it yet
+        r'denied the request: (\S+) "([^"]+)" not found',
+        r"its webhook has not seen \1 \2 yet: the next attempt succeeds",
+    ),
     Rule(
         r"denied (?:the )?request",
         "change the job as the policy wants, or ask its owner for an exception",

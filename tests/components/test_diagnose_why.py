@@ -117,6 +117,11 @@ def test_a_service_that_is_there_already_hinders_nobody() -> None:
     [
         ('failed calling webhook "v.kueue.io": connection refused', "webhook v.kueue.io does not answer", False),
         ('admission webhook "gate" denied the request: no', "change the job as the policy wants", True),
+        (  # seen with Kueue, for a job in no queue, when its pod came right after it
+            'admission webhook "mpod.kb.io" denied the request: PyTorchJob.kubeflow.org "run" not found',
+            "has not seen PyTorchJob.kubeflow.org run yet: the next attempt succeeds",
+            False,
+        ),
         ("failed quota: team: must specify limits.cpu", "quota team wants every container to state limits.cpu", True),
         ("maximum memory usage per Container is 1Gi", "kubectl describe limitrange", True),
         ("no PriorityClass with name high was found", "create the priority class high", True),

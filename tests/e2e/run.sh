@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # The end-to-end test on a real cluster: builds the images, loads them onto the nodes, runs tests/e2e.
 #
-#   KUBECONFIG      the cluster; it needs the Kubeflow training operator (PyTorchJob v1), Kubeflow Trainer 2.1 to 2.3 (TrainJob) and a default
-#                   storage class with ReadWriteMany
+#   KUBECONFIG      the cluster; it needs the Kubeflow training operator (PyTorchJob v1), Kubeflow Trainer 2.1 to 2.3 (TrainJob), Kueue 0.17
+#                   and a default storage class with ReadWriteMany
 #   YAONGI_IMAGES   "given": the nodes have the images or can pull them (names: YAONGI_{PIPELINE,TRAINER,PROMETHEUS}_IMAGE)
 #   LOAD_IMAGE      command that loads an image onto the nodes, called with its name, for kind: "kind load docker-image"
 #   PARALLEL        how tests run in parallel, as pytest-xdist's options; "-n 0": one after another
 #   YAONGI_CLUSTER  instead of a running cluster: a program that starts one, with the verbs build, up, base-image, install-operator,
-#                   install-trainer RELEASE and build-image NAME CONTEXT ARGUMENT... (build and load); it writes KUBECONFIG
+#                   install-trainer RELEASE, install-kueue and build-image NAME CONTEXT ARGUMENT... (build and load); it writes KUBECONFIG
 #   TRAINER         the release of Kubeflow Trainer for that cluster: 2.3 (default), with its alpha status API switched on; or 2.1, for the
 #                   long way: once more all that is about TrainJobs, for example
-#                   TRAINER=2.1 make e2e TESTS="tests/e2e/test_trainjob.py tests/e2e/test_lint_cluster.py tests/e2e/test_manifests_cluster.py"
+#                   TRAINER=2.1 make e2e TESTS="tests/e2e/test_{trainjob,lint_cluster,manifests_cluster,queue_cluster}.py"
 #
 # Arguments are passed to pytest instead of tests/e2e.
 set -euo pipefail
@@ -35,7 +35,8 @@ if [ -n "${YAONGI_CLUSTER:-}" ]; then
     "$YAONGI_CLUSTER" build
     "$YAONGI_CLUSTER" up
     { # while the images are built
-        "$YAONGI_CLUSTER" install-operator && "$YAONGI_CLUSTER" install-trainer "$TRAINER" && { [ "$TRAINER" = 2.1 ] || show_progress; }
+        "$YAONGI_CLUSTER" install-operator && "$YAONGI_CLUSTER" install-trainer "$TRAINER" && { [ "$TRAINER" = 2.1 ] || show_progress; } &&
+            "$YAONGI_CLUSTER" install-kueue
     } &
     operators=$!
     export BUILD_IMAGE="${BUILD_IMAGE:-$YAONGI_CLUSTER build-image}"
@@ -45,6 +46,7 @@ kubectl get --raw /readyz >/dev/null || fail "the cluster of $KUBECONFIG does no
 check_operators() {
     kubectl get crd pytorchjobs.kubeflow.org >/dev/null || fail "the cluster lacks the Kubeflow training operator (PyTorchJob v1)"
     kubectl get crd trainjobs.trainer.kubeflow.org >/dev/null || fail "the cluster lacks Kubeflow Trainer with JobSet (TrainJob)"
+    kubectl get crd workloads.kueue.x-k8s.io >/dev/null || fail "the cluster lacks Kueue"
 }
 [ -n "${operators:-}" ] || check_operators
 

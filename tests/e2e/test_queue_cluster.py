@@ -11,17 +11,20 @@ from collections.abc import Callable, Iterator
 import pytest
 from broken_jobs import broken, shell
 from kube import Namespace, Object, wait_for
-from launching import Gate, Launcher, pods_of, scripted, tiny
+from launching import Gate, Launcher, as_account, pods_of, scripted, tiny
 from pipeline_run import PipelineRun
 from test_disturbed import Disturbed
 
 from components.cluster.api import Cluster
+from components.cluster.look import Look
 from components.diagnose.gather import situation
 from components.diagnose.why import why
 from components.launch.kubernetes import start
 from manifests.kinds import KINDS
 from manifests.queue import API, cluster_queue, local_queue, resource_flavor
+from manifests.rbac import ROLE
 from manifests.spec import JobSpec
+from pipelines.doctor.queues import queues
 from trainer.errors import LaunchError
 
 pytestmark = pytest.mark.e2e
@@ -186,11 +189,21 @@ def test_a_queued_job_is_stopped_and_resumed_although_its_queue_decides_when_it_
         is_said(queue, job, r"^running: ")
         good("stop", job.run_name)
         assert not pods_of(queue, job), "its queue would have started it again"
-    kept = good("resume", jobs[0].run_name), good("resume", jobs[1].run_name)
-    assert all("continues" in each for each in kept)
-    for job in jobs:
-        is_said(queue, job, r"^running: ")
     end(queue, before, *jobs)
+
+
+def test_the_doctor_looks_at_the_queue(queue: Namespace) -> None:
+    def found(cluster: Cluster, **changes: object) -> dict[str, str]:
+        job = placed(queue, **{"queue_priority": queue.name} | changes)
+        return {each.what: each.state for each in queues(Look(cluster), job.cluster)}
+
+    everything = found(Cluster.connect(queue.name))
+    assert everything.pop("Kueue's version") != "no"
+    assert everything == {"Kueue": "ok", "queue's quota": "ok", "queue's priority": "ok"}
+    assert found(Cluster.connect(queue.name), cpus_per_node=1)["queue's quota"] == "no"
+    assert found(Cluster.connect(queue.name), queue_priority="absent")["queue's priority"] == "no"
+    launchers = found(as_account(queue, ROLE))
+    assert launchers["Kueue"] == "ok" and "queue's rights" not in launchers, "its role has them"
 
 
 CAUSES = {

@@ -19,7 +19,7 @@ from manifests.alerts import prometheus_rule
 from manifests.chartvalues import ChartValues, defaults
 from manifests.lint.check import lint
 from manifests.network import default_deny, network_policies
-from manifests.rbac import ROLE, RULES, rbac
+from manifests.rbac import QUEUE_RULES, ROLE, RULES, rbac
 from manifests.render import pvcs
 from manifests.spec import job_from
 
@@ -110,7 +110,7 @@ def test_every_object_belongs_to_the_release(name: str, configured: Callable[[st
 def test_rights_are_those_of_the_launcher(name: str, configured: Callable[[str], list[Object]]) -> None:
     objects = configured(name)
     (role,), (binding,), (account,) = (of_kind(objects, kind) for kind in ("Role", "RoleBinding", "ServiceAccount"))
-    assert role["rules"] == RULES
+    assert role["rules"] == RULES + QUEUE_RULES
     assert account["metadata"]["name"] == ROLE
     _, _, expected = rbac("here")
     assert sorted(map(str, binding["subjects"])) == sorted(map(str, expected["subjects"]))
