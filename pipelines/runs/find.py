@@ -155,6 +155,6 @@ def _listed(run: local.LocalRun) -> View:
 
 
 def _of_kfp(run_id: str, where: Where) -> Run:
-    from pipelines.runs.kfp import KfpRun
+    from pipelines.runs.kfp.run import KfpRun
 
     return KfpRun(run_id, where.host)

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ PROGRESS = re.compile(
     r"step (?P<step>\d+)/(?P<steps>\d+)  loss (?P<loss>\S+) .* (?P<rate>[\d,]+) tokens/s  ETA (?P<left>.+?)(?:  |$)"
 )
 PUBLISHED = re.compile(r"checkpoint of step (\d+) published")
+# Of the step that launches the training if it was done before, and of the one that cleans up.
+DONE_BEFORE = re.compile(r"train: unchanged and verified, nothing to do \(step (?P<step>\d+), loss (?P<loss>\S+)\)")
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,26 @@ def of_directory(run_dir: Path) -> Standing:
 
 def of_log(lines: Iterable[str], now: datetime) -> Standing:
     """Read the lines of rank 0's log, each with the kubelet's timestamp in front."""
+    return _of_lines((line.partition(" ")[::2] for line in lines), now)
+
+
+def of_lines(lines: Iterable[str]) -> Standing:
+    """Read lines of rank 0's log without timestamps, as the step that launches the training repeats them."""
+    return _of_lines((("", line) for line in lines), datetime.now(UTC))
+
+
+def _of_lines(lines: Iterable[tuple[str, str]], now: datetime) -> Standing:
     found: dict[str, Any] = {}
-    for line in lines:
-        stamp, _, text = line.partition(" ")
+    for stamp, text in lines:
         if match := PROGRESS.match(text):
             found |= {"step": int(match["step"]), "steps": int(match["steps"]), "loss": float(match["loss"])}
             found |= {"tokens_per_second": float(match["rate"].replace(",", "")), "left": _duration(match["left"])}
         elif match := PUBLISHED.match(text):
-            age = (now - datetime.fromisoformat(stamp)).total_seconds()
+            age = (now - datetime.fromisoformat(stamp)).total_seconds() if stamp else None
             found |= {"checkpoint_step": int(match[1]), "checkpoint_age": age}
+        elif match := DONE_BEFORE.match(text):
+            step = int(match["step"])
+            found |= {"step": step, "steps": step, "loss": float(match["loss"]), "checkpoint_step": step}
     return Standing(**found)
 
 
