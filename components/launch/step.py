@@ -58,7 +58,7 @@ def run(
         gate.refuse(job.train_spec())
     done = finished(job, task)
     if done is not None:
-        print(f"{task}: unchanged and verified, nothing to do", flush=True)
+        print(f"{task}: unchanged and verified, nothing to do{numbers_of(done)}", flush=True)
         return _passed(job, done)
     if job.cluster.target == "local":
         local.run(job, task)
@@ -70,6 +70,12 @@ def run(
     if done is None:
         raise LaunchError(f"{task} ended without an error but left no finished result in {job.run_dir}; see its logs")
     return _passed(job, done)
+
+
+def numbers_of(done: StageResult) -> str:
+    """The numbers of a finished training, for those who read only this step's log (pipelines/runs/standing.py)."""
+    summary = done.summary
+    return f" (step {summary['steps']}, loss {float(summary['loss_last']):.4f})" if "loss_last" in summary else ""
 
 
 def _passed(job: JobSpec, done: StageResult) -> StageResult:

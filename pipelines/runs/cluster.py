@@ -83,8 +83,10 @@ class ClusterRun:
         found = situation(cluster, name, job)
         answer = why(found)
         lines: list[str] = []
-        if task == "train":
-            for pod in _of_index(found.pods, kind_of(job).index_label, 0):
+        # Of a finished run the newest job is the export's: the numbers are still those of the training.
+        if trained := self.jobs.get("train"):
+            kind, its = kind_of(trained), trained["metadata"]["name"]
+            for pod in _of_index(found.pods if its == name else cluster.pods(kind, its), kind.index_label, 0):
                 lines = cluster.log_tail(
                     pod["metadata"]["name"], TAIL_LINES, timestamps=True, container=_container(pod)
                 )

@@ -123,6 +123,21 @@ def test_the_status_of_all_runs_lists_the_jobs_once(server, kind, yaongi):
     assert server.asked.count(("GET", jobs_at(kind))) == 1
 
 
+def test_a_finished_run_shows_the_numbers_of_its_training_not_of_its_newest_job(server, kind, yaongi, monkeypatch):
+    job = launched(kind, "mine")
+    for item in job_objects(job, "export"):
+        item["metadata"]["creationTimestamp"] = "2099-01-01T00:00:00Z"
+        server.objects[f"{jobs_at(kind)}/{item['metadata']['name']}"] = item
+    pod = {"metadata": {"name": "rank-0", "labels": {KINDS[kind].index_label: "0"}, "uid": "1"}}
+    pod["spec"] = {"containers": [{"name": KINDS[kind].container}]}
+    lines = ["2026-01-01T11:58:00Z step 40/40  loss 5.5000  grad 1.0  lr 1.00e-02  900 tokens/s  ETA 0:00:00"]
+    lines.append("2026-01-01T11:58:01Z checkpoint of step 40 published after 0.5 s")
+    monkeypatch.setattr(Cluster, "pods", lambda self, kind, name: [pod] if name == job.run_name else [])
+    monkeypatch.setattr(Cluster, "log_tail", lambda self, *_, **__: lines)
+    code, said, error = yaongi("status", "-n", "team")
+    assert code == 0 and " 40/40 " in said and " 5.500 " in said and "step 40, " in said, error
+
+
 def test_a_stopped_run_is_shown_until_it_is_resumed(server, kind, yaongi):
     name = launched(kind, "mine").run_name
     code, said, error = yaongi("stop", name, "-n", "team")

@@ -17,15 +17,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components.launch.step import numbers_of
 from manifests.spec import load_job
 from pipelines import background
-from pipelines.runs import cluster, kfp, local, names, protocol, standing
+from pipelines.runs import cluster, local, names, protocol, standing
+from pipelines.runs.kfp.run import KfpRun
+from trainer.data.manifest import StageResult
 from trainer.errors import LaunchError
 from trainer.files import atomic_write
 from trainer.specbase import SpecError, to_yaml
 
 
-@pytest.mark.parametrize("place", [local.LocalRun, cluster.ClusterRun, kfp.KfpRun])
+@pytest.mark.parametrize("place", [local.LocalRun, cluster.ClusterRun, KfpRun])
 def test_every_place_has_every_operation_of_a_run(place):
     operations = [name for name, each in vars(protocol.Run).items() if callable(each) and not name.startswith("_")]
     assert {"view", "show_logs", "stop", "resume", "why"} <= {*operations}
@@ -140,6 +143,25 @@ def test_numbers_come_from_the_log_where_the_volume_is_out_of_reach():
     assert (found.step, found.steps, found.loss, found.tokens_per_second) == (12, 500, 6.05, 1234.0)
     assert found.left == timedelta(days=2, hours=3, minutes=4, seconds=5)
     assert found.checkpoint_step == 10 and found.checkpoint_age == pytest.approx(89.9, abs=0.1)
+
+
+def test_numbers_come_from_a_step_that_launches_a_training_also_if_it_was_done_before(capsys):
+    lines = [
+        "launcher: job x is running",
+        "step 12/500  loss 6.0500  grad 1.0  lr 1.00e-02  1,234 tokens/s  ETA 0:00:05",
+    ]
+    found = standing.of_lines([*lines, "checkpoint of step 10 published after 0.5 s"])
+    assert (found.step, found.steps, found.loss, found.checkpoint_step, found.checkpoint_age) == (
+        12,
+        500,
+        6.05,
+        10,
+        None,
+    )
+    done = StageResult(kind="train", path="x", digest="0" * 64, summary={"steps": 500, "loss_last": 5.4321})
+    print(f"train: unchanged and verified, nothing to do{numbers_of(done)}")
+    found = standing.of_lines(capsys.readouterr().out.splitlines())
+    assert (found.step, found.steps, found.loss, found.checkpoint_step) == (500, 500, 5.4321, 500)
 
 
 def test_the_lines_read_are_those_that_the_recorder_writes():

@@ -7,8 +7,11 @@ pods and say why one does not start; the log of a pod is served by v1alpha1 alon
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import os
+import re
 import ssl
 import urllib.parse
 import urllib.request
@@ -21,7 +24,7 @@ from urllib.error import HTTPError
 
 from trainer.errors import LaunchError, SpecError, in_words
 
-TIMEOUT_SECONDS = 10
+TIMEOUT_SECONDS, LOG_TIMEOUT_SECONDS = 10, 60  # a log is read from its node, or from the object store
 TESTED = "2.17"
 # Where a pod that may use Kubeflow Pipelines finds its token; the client of kfp uses the same variable and place.
 TOKEN_FILE = os.environ.get("KF_PIPELINES_SA_TOKEN_PATH", "/var/run/secrets/kubeflow/pipelines/token")
@@ -30,6 +33,7 @@ LOGIN = (
     "KFP_COOKIE to the cookie of a browser that is logged in"
 )
 LONGEST_REASON_CHARACTERS = 300
+ADDRESS = re.compile(r"https?://[^/#?\s]+[^\s]*$")
 
 
 class Away(LaunchError):
@@ -66,21 +70,34 @@ class Backend:
         found = self.get(f"/apis/v1beta1/runs/{run_id}", f"the steps of run {run_id}")
         try:
             pipeline = found["run"]["pipeline_spec"]["pipeline_manifest"]
-            return pipeline, json.loads(found.get("pipeline_runtime", {}).get("workflow_manifest") or "{}")
-        except (KeyError, TypeError, ValueError):
+            workflow = json.loads(found.get("pipeline_runtime", {}).get("workflow_manifest") or "{}")
+            status = workflow.get("status", {})
+            if packed := status.pop("compressedNodes", ""):  # Argo packs the nodes of a large workflow
+                status["nodes"] = json.loads(gzip.decompress(base64.b64decode(packed)))
+            return pipeline, workflow
+        except (KeyError, TypeError, AttributeError, ValueError, OSError):
             raise self._other_version("the steps of a run") from None
 
     def log(self, run_id: str, node: str) -> str | None:
         """The log of a node or pod of a run; None if there is none (yet, or any more)."""
         path = f"/apis/v1alpha1/runs/{run_id}/nodes/{urllib.parse.quote(node)}/log"
-        text = self._answer(path, f"a log of run {run_id}").decode("utf-8", "replace")
+        text = self._answer(path, f"a log of run {run_id}", seconds=LOG_TIMEOUT_SECONDS).decode("utf-8", "replace")
         # With status 200: the server has sent its head before it looks for the log.
         return None if text.startswith('{"error_message"') else text
 
-    def _answer(self, path: str, doing: str, body: bytes | None = None) -> bytes:
-        request = urllib.request.Request(self.host + path, body, _headers())
+    def log_of_web(self, run_id: str, pod: str, namespace: str) -> str | None:
+        """As `log`, from the web interface, if `host` is its address."""
+        query = urllib.parse.urlencode({"podname": pod, "runid": run_id, "podnamespace": namespace})
         try:
-            with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT_SECONDS) as answer:
+            text = self._answer(f"/k8s/pod/logs?{query}", "a log", seconds=LOG_TIMEOUT_SECONDS)
+        except LaunchError:  # no web interface, or it has no such log
+            return None
+        return text.decode("utf-8", "replace")
+
+    def _answer(self, path: str, doing: str, body: bytes | None = None, seconds: float = TIMEOUT_SECONDS) -> bytes:
+        try:
+            request = urllib.request.Request(self.host + path, body, _headers())
+            with urllib.request.build_opener(_NoRedirect).open(request, timeout=seconds) as answer:
                 content: bytes = answer.read()
         except HTTPError as error:
             raise self._refusal(error, doing) from None
@@ -159,8 +176,8 @@ def connect(host: str) -> Backend:
     """
     if not host:
         raise SpecError("--host is missing; give the address of Kubeflow Pipelines, or set KFP_HOST")
-    if not host.startswith(("http://", "https://")):
-        raise SpecError(f"--host: '{host}' is no address; write it with its protocol: http://{host}")
+    if not ADDRESS.match(host):
+        raise SpecError(f"--host: '{host}' is no address; write it with its protocol: http://10.0.0.1:8888")
     backend = Backend(host.partition("#")[0].rstrip("/"))
     found = backend.get("/apis/v2beta1/healthz", "its state")
     if "multi_user" not in found:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from components.running import CLEANUP
 from pipelines.runs.kfp import steplog
 from pipelines.runs.kfp.backend import Away, Backend
 from pipelines.runs.kfp.obstacle import obstacle
+from pipelines.runs.kfp.steppods import StepPods
 from pipelines.runs.kfp.workflow import FAILED, Pod, Step, pods, steps
 
 POLL_SECONDS = 5.0
@@ -18,17 +20,33 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 CANCELLED = ("CANCELING", "CANCELED")
 
 
-@dataclass(frozen=True)
 class Looker:
-    """Looks at one run; remembers the logs of pods that have ended."""
+    """Looks at one run; remembers the logs of pods that have ended.
 
-    backend: Backend
-    run_id: str
-    logs: dict[str, list[str]] = field(default_factory=dict, compare=False)
+    Attributes:
+        pods: those of the steps on the cluster, as far as it can be reached; none before the first look.
+    """
+
+    def __init__(self, backend: Backend, run_id: str) -> None:
+        self.backend, self.run_id = backend, run_id
+        self.pods = StepPods("", "")
+        self._logs: dict[str, list[str]] = {}
+        # Version 2.17 answers with an archived log if its pod has ended, unless the workflow is so large that Argo
+        # packs its nodes; with that of a running pod only where users have a namespace each. A web interface at the
+        # same address has both. The source that had the last log is asked first.
+        self._sources: list[Callable[[Pod], str | None]] = [
+            self._archived,
+            self._of_pod,
+            self._of_cluster,
+            self._of_web,
+        ]
 
     def look(self) -> Look:
         run = self.backend.run(self.run_id)
         pipeline, workflow = self.backend.workflow(self.run_id)
+        metadata = workflow.get("metadata", {})
+        if metadata and not self.pods.workflow:
+            self.pods = StepPods(metadata["name"], metadata["namespace"])
         return Look(self, run, workflow, steps(pipeline, workflow, over=run.get("state") in ENDED))
 
     def until_over(self) -> Iterator[Look]:
@@ -48,17 +66,31 @@ class Looker:
         """What the step in `pod` has written, whole lines; None if there is no log (yet, or any more)."""
         if pod.phase == "Pending":
             return None
-        if pod.node not in self.logs:
-            # The API finds the log of a pod by the pod's name, and an archived one by the node.
-            places = (pod.node, pod.name) if pod.is_over else (pod.name, pod.node)
-            found = (self.backend.log(self.run_id, place) for place in dict.fromkeys(places))
-            text = next((each for each in found if each is not None), None)
-            if text is None:
-                return None
-            if not pod.is_over:
-                return steplog.own(text[: text.rfind("\n") + 1])
-            self.logs[pod.node] = steplog.own(text)
-        return self.logs[pod.node]
+        if pod.node in self._logs:
+            return self._logs[pod.node]
+        for source in self._sources:
+            if (text := source(pod)) is not None:
+                self._sources.remove(source)
+                self._sources.insert(0, source)
+                break
+        else:
+            return None
+        if not pod.is_over:
+            return steplog.own(text[: text.rfind("\n") + 1])
+        self._logs[pod.node] = steplog.own(text)
+        return self._logs[pod.node]
+
+    def _archived(self, pod: Pod) -> str | None:
+        return self.backend.log(self.run_id, pod.node) if pod.is_over else None
+
+    def _of_pod(self, pod: Pod) -> str | None:
+        return self.backend.log(self.run_id, pod.name)
+
+    def _of_cluster(self, pod: Pod) -> str | None:
+        return self.pods.log(pod.name)
+
+    def _of_web(self, pod: Pod) -> str | None:
+        return self.backend.log_of_web(self.run_id, pod.name, self.pods.namespace)
 
 
 @dataclass(frozen=True)
@@ -99,8 +131,12 @@ class Look:
         return next((step for step in self.steps if step.name == name), None)
 
     def lines(self, step: Step) -> list[str]:
-        """What a step has written, of all its pods."""
-        return [line for pod in step.pods for line in self.looker.lines(pod) or []]
+        """What a step has written, of all its pods; without the logs that the backend does not deliver just now."""
+        found: list[str] = []
+        for pod in step.pods:
+            with suppress(Away):
+                found += self.looker.lines(pod) or []
+        return found
 
     def state_of(self, step: Step) -> str:
         """As `step.state`; stopped instead of failed if it ended because the run was stopped."""

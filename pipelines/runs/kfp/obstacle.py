@@ -24,7 +24,7 @@ def obstacle(message: str) -> Obstacle | None:
     if reason in USUAL - {""}:
         return None
     if reason == "Unschedulable":
-        said = re.split(r" preemption: | no new claims to deallocate", said)[0].removesuffix(" not found")
+        said = re.split(r" preemption: | no new claims to deallocate", said)[0].removesuffix(" not found").rstrip(".")
         fix, hopeless = fix_for(SCHEDULING, said, several=True)
         return Obstacle(f"cannot be scheduled: {said}", OF_THE_TRAINING.sub("", fix), hopeless)
     if reason in IMAGE_WAITING:

@@ -14,6 +14,7 @@ from pipelines.runs.kfp import look as looking
 from pipelines.runs.kfp.backend import Away, Backend, connect
 from pipelines.runs.kfp.look import Look, Looker
 from pipelines.runs.kfp.stopping import stop
+from pipelines.runs.kfp.watched import Watched
 from pipelines.runs.kfp.workflow import Step
 from pipelines.runs.standing import Standing, of_lines
 from pipelines.runs.view import View
@@ -63,9 +64,9 @@ class KfpRun:
 
     def view(self) -> View:
         now = self._looker.look()
-        rows = [(step.name, _row(now, step)) for step in now.steps]
-        rows = [("run", self.name), *rows, ("page", url(self.host, self.name))]
         why = now.why() or (AGAIN if now.state == "stopped" else "")
+        rows = [(step.name, _row(now, step, why)) for step in now.steps]
+        rows = [("run", self.name), *rows, ("page", url(self.host, self.name))]
         return View(now.name, self.host, now.state, why, _standing(now), rows)
 
     def show_logs(self, console: Console, *, follow: bool, rank: int | None, task: str) -> None:
@@ -92,8 +93,7 @@ class KfpRun:
             time.sleep(looking.POLL_SECONDS)
         for step in steps:
             if task and step.name not in printed:
-                why = f": {said}" if (said := now.said(step)) else ""
-                raise LaunchError(f"step {step.name} has no log: it is {now.state_of(step)}{why}")
+                raise LaunchError(_no_log(now, step))
 
     def stop(self, write: Callable[[str], None]) -> str:
         """Terminate the run, and wait until nothing of it runs. Termination kills the steps without a signal; the
@@ -113,6 +113,16 @@ class KfpRun:
         return Looker(connect(self.host), self.name)
 
 
+def _no_log(now: Look, step: Step) -> str:
+    said = now.said(step)
+    if step.state not in ("running", "succeeded", "failed") or said:
+        return f"step {step.name} has no log: it is {now.state_of(step)}" + (f": {said}" if said else "")
+    return (
+        f"{now.looker.backend.host} does not serve the log of step {step.name}, which is {now.state_of(step)}; set "
+        "KUBECONFIG to its cluster, or give the address of its web interface as --host"
+    )
+
+
 def _wanted(now: Look, task: str) -> list[Step]:
     found = [step for step in now.steps if task in ("", step.name)]
     if not found and now.steps:
@@ -121,16 +131,23 @@ def _wanted(now: Look, task: str) -> list[Step]:
     return found
 
 
-def _row(now: Look, step: Step) -> str:
-    seconds = step.seconds
-    return f"{now.state_of(step):<10} {'' if seconds is None else seconds!s:<8} {now.said(step)}".rstrip()
+def _row(now: Look, step: Step, why: str) -> str:
+    """State, time and last line, unless `why` has it."""
+    seconds, said = step.seconds, now.said(step)
+    told = "" if said in why else said
+    return f"{now.state_of(step):<10} {'' if seconds is None else seconds!s:<8} {told}".rstrip()
 
 
 def _standing(now: Look) -> Standing:
-    """The numbers of the training; those of a checkpoint that was saved while the run was stopped are in the log of
-    the step that cleans up."""
-    wanted = [step for name in ("train", "cleanup") if (step := now.step(name))]
-    return of_lines(line for step in wanted for line in now.lines(step))
+    """The numbers of the training, from the log of its step. That ends when a run is stopped; its workers write on,
+    and name the checkpoint that they save then."""
+    step = now.step("train")
+    lines = now.lines(step) if step else []
+    if now.state == "stopped" and lines:
+        training = Watched(now, lambda line: None)
+        training.workers()
+        lines = [*lines, *training.log()]
+    return of_lines(lines)
 
 
 def _print_new(now: Look, step: Step, printed: dict[str, int]) -> None:

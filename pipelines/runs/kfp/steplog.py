@@ -12,6 +12,7 @@ from components.marks import DONE, STARTED
 MACHINERY = re.compile(r"(?P<level>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+:\d+\] |\[KFP Executor [^\]]*\]: ")
 ERROR = re.compile(r"error(?: \d+)?: (?P<step>[^:]+): (?P<reason>.*)")  # without a number in images before 0.2
 EXIT = re.compile(r"(?P<reason>\w+) \(exit code (?P<code>\d+)\)")
+OBVIOUS = re.compile(r"launcher: job \S+ succeeded \(0 restarts\)")  # the line before tells more
 NO_REASON = "failed to execute component"  # follows every failure
 
 
@@ -30,6 +31,8 @@ def own(text: str) -> list[str]:
 def last(lines: Iterable[str]) -> str:
     """The last line with content; the marks of a step's begin and end are none."""
     said = [line.strip() for line in lines if line.strip() and not line.startswith((STARTED, DONE))]
+    if len(said) > 1 and OBVIOUS.fullmatch(said[-1]):
+        said.pop()
     return said[-1] if said else ""
 
 

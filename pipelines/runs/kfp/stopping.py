@@ -58,7 +58,8 @@ def stop(looker: Looker, write: Callable[[str], None]) -> str:
             write(f"stopping: {left}")
             told = left
         time.sleep(POLL_SECONDS)
-    return f"run {run_id} is {now.state}; nothing of it runs any more ({spent:.0f} s){_saved(now)}{_unclean(now)}"
+    told = _saved(now, cluster) + _unclean(now, cluster)
+    return f"run {run_id} is {now.state}; nothing of it runs any more ({spent:.0f} s){told}"
 
 
 def _left(now: Look, cluster: Watched, spent: float) -> str:
@@ -72,13 +73,16 @@ def _left(now: Look, cluster: Watched, spent: float) -> str:
         return "cleanup cannot start, the workers end without it"
     if not now.is_over:
         running = [step.name for step in now.steps if step.state in ("starting", "running")]
-        return f"step {running[-1]} is running" if running else "the backend ends the run"
+        return f"step {running[-1]} has not ended" if running else "the backend ends the run"
     if cluster.sees:
         pods = {pod.name: step.name for step in now.steps for pod in step.pods}
-        names = sorted({pods.get(pod, pod) for pod in cluster.steps()})
-        return f"{', '.join(names)} still run, after the end of the run" if names else ""
-    if cleanup is None or cleanup.state in ("succeeded", "skipped", "not run"):
+        names = sorted({pods.get(pod, pod) for pod in cluster.steps()[0]})
+        return f"step {', '.join(names)} still runs, after the end of the run" if names else ""
+    train = now.step("train")
+    if cleanup is None or cleanup.state == "succeeded" or train is None or not train.has_begun:
         return ""
+    if cleanup.state == "not run":
+        return "" if spent > LEASE_SECONDS else "cleanup was not run, the workers end without it"
     # The backend has marked it as failed, perhaps while it was starting; its own log tells whether it is done.
     done = steplog.has_ended(now.lines(cleanup))
     return "" if done or spent > LEASE_SECONDS else "cleanup is running, after the end of the run"
@@ -89,17 +93,18 @@ def _cannot_start(message: str) -> bool:
     return found is not None and found.pulling
 
 
-def _saved(now: Look) -> str:
-    steps = now.step("train"), now.step(CLEANUP)
-    found = of_lines(line for step in steps if step for line in now.lines(step)).checkpoint_step
+def _saved(now: Look, cluster: Watched) -> str:
+    train = now.step("train")
+    found = of_lines([*(now.lines(train) if train else []), *cluster.log()]).checkpoint_step
     return f"; the newest checkpoint is of step {found}" if found is not None else ""
 
 
-def _unclean(now: Look) -> str:
+def _unclean(now: Look, cluster: Watched) -> str:
     """Why the last step could not do its work; "" if it could."""
     cleanup = now.step(CLEANUP)
-    if cleanup is None or cleanup.state not in ("starting", "failed"):
+    if cleanup is None or cleanup.state == "succeeded":
         return ""
-    if steplog.has_ended(now.lines(cleanup)) and not steplog.has_failed(now.lines(cleanup)):
-        return ""
-    return f"; cleanup {now.said(cleanup)}"
+    if lines := now.lines(cleanup):
+        return f"; cleanup: error: {steplog.failure(lines, '')}" if steplog.has_failed(lines) else ""
+    hindered = cluster.steps()[1] or [found for found in (now.said(cleanup),) if found]
+    return f"; cleanup did not run{''.join(f' ({each})' for each in hindered[:1])}, the workers ended without it"
