@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from manifests.kinds import QUEUE_LABEL, Object
@@ -24,6 +25,11 @@ MANAGER = f"{GROUP}/manager"  # of the runtimePatches that Kueue writes into Tra
 # What an admission changes in a pod template; the Workload has the originals.
 ADMITTED_METADATA = ("labels", "annotations")
 ADMITTED_SPEC = ("nodeSelector", "tolerations", "schedulingGates")
+
+
+def version_of(served: Collection[str]) -> str | None:
+    """The newest version that we know of those that a cluster serves; None if it serves only others."""
+    return next((version for version in VERSIONS if version in served), None)
 
 
 def job_labels(cluster: ClusterSpec) -> dict[str, str]:

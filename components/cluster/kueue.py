@@ -81,8 +81,7 @@ def served(cluster: Cluster) -> str | None:
     Raises:
         Refused: with status 404, the cluster has no Kueue.
     """
-    versions = _versions(cluster)
-    return next((version for version in queue.VERSIONS if version in versions), None)
+    return queue.version_of(_versions(cluster))
 
 
 def unknown_version(cluster: Cluster) -> str:

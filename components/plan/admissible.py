@@ -15,6 +15,7 @@ from http import HTTPStatus
 from components.cluster.api import ApiUnreachable, Cluster, Refused
 from components.cluster.look import Look
 from components.plan import nodes
+from manifests import queue
 from manifests.kinds import DEVICE_CLAIMS, TRAINJOB, JobKind, Object, pod_template
 from manifests.lint.place import Place
 from manifests.names import kind
@@ -72,6 +73,7 @@ def problems(job: JobSpec, look: Look) -> Iterator[str]:
         partial(_kind, job, look),
         partial(_rights, job, look),
         partial(_claims, job, look),
+        partial(_queue, job, look),
         partial(_sizes, job, look),
     )
     for check in checks:
@@ -152,6 +154,25 @@ def _claims(job: JobSpec, look: Look) -> Iterator[str]:
             yield f"storage.{field}: claim '{name}' does not exist in namespace '{look.namespace}'; {fix}"
         elif claim.get("status", {}).get("phase") == "Lost":
             yield f"storage.{field}: the volume of claim '{name}' is lost; make the claim anew, or name another"
+
+
+def _queue(job: JobSpec, look: Look) -> Iterator[str]:
+    """An absent queue is accepted in silence, and the job waits in it. Its quota may be read by administrators only."""
+    name = job.cluster.queue
+    if name is None:
+        return
+    try:
+        served = (look.get(f"/apis/{queue.GROUP}") or {"versions": []})["versions"]
+        version = queue.version_of([each["version"] for each in served])
+        place = f"/apis/{queue.GROUP}/{version}/namespaces/{look.namespace}/localqueues/{name}"
+        if version is None or look.get(place) is not None:
+            return
+    except Refused:
+        return
+    yield (
+        f"cluster.queue: namespace '{look.namespace}' has no LocalQueue '{name}'; kubectl get localqueues -n "
+        f"{look.namespace} shows those it has, or have it created"
+    )
 
 
 def _sizes(job: JobSpec, look: Look) -> Iterator[str]:

@@ -11,6 +11,7 @@ from functools import partial
 from components.cluster.api import Cluster, Refused
 from components.cluster.look import Look
 from components.images import PIPELINE_IMAGE
+from components.plan.admissible import requests
 from manifests.clusterspec import ClusterSpec, StorageSpec
 from manifests.kinds import Object
 from manifests.names import kind
@@ -76,7 +77,7 @@ def examine(cluster: Cluster, job: JobSpec | None) -> Iterator[Finding]:
         "claims": partial(volumes.claims, look, storage, wanted.nodes),
         "nodes": partial(_nodes, look, job),
         "device class": partial(capacity.devices, look, wanted),
-        "Kueue": partial(queues.queues, look, wanted),
+        "Kueue": partial(queues.queues, look, wanted, requests(job) if job else {}),
         "monitoring": partial(operators.monitoring, look),
         "secret": partial(volumes.secret, look, wanted.hub_secret),
         "judge": partial(volumes.judge_secret, look, job),

@@ -12,7 +12,7 @@ from components.plan.admissible import refusals
 from manifests.clusterspec import ClusterSpec
 from manifests.kinds import Object
 from manifests.lint.place import Place
-from manifests.queue import GROUP, VERSIONS
+from manifests.queue import GROUP, VERSIONS, version_of
 from manifests.rbac import QUEUE_RULES
 from pipelines.doctor.findings import Finding, State, told
 from pipelines.doctor.permissions import granting
@@ -24,8 +24,12 @@ PATCHES_SINCE = (0, 17), (2, 2)  # Kueue writes runtimePatches into TrainJobs, T
 NAME_ANOTHER = "kubectl get localqueues; set cluster.queue to one, or have it created"
 
 
-def queues(look: Look, wanted: ClusterSpec) -> Iterator[Finding]:
-    """Optional, unless the job names a queue."""
+def queues(look: Look, wanted: ClusterSpec, pod: dict[str, Decimal]) -> Iterator[Finding]:
+    """Optional, unless the job names a queue.
+
+    Args:
+        pod: what each of the job's pods asks for, in Kubernetes' base units.
+    """
     group, queue = look.get(f"/apis/{GROUP}"), wanted.queue
     if group is None:
         detail = "cluster.queue names a queue, but the cluster has no Kueue" if queue else "none"
@@ -33,7 +37,7 @@ def queues(look: Look, wanted: ClusterSpec) -> Iterator[Finding]:
         yield Finding("Kueue", state, detail, "install Kueue to share GPUs fairly, or leave cluster.queue out")
         return
     served = [each["version"] for each in group["versions"]]
-    version = next((each for each in VERSIONS if each in served), None)
+    version = version_of(served)
     if version is None:
         detail = f"serves {GROUP} only as {', '.join(served)}; this yaongi knows {' and '.join(VERSIONS)}"
         yield Finding("Kueue", "missing", detail, "jobs can wait in its queues, but why is not said: update yaongi")
@@ -52,8 +56,9 @@ def queues(look: Look, wanted: ClusterSpec) -> Iterator[Finding]:
         )
     else:
         yield Finding("Kueue", "ok", f"queue '{queue}' is there and open")
+    needs = {resource: amount * wanted.nodes for resource, amount in pod.items()}
     yield from told("Kueue's version", partial(_version, look, wanted))
-    yield from told("queue's quota", partial(_quota, look, wanted, api, local["spec"]["clusterQueue"]))
+    yield from told("queue's quota", partial(_quota, look, needs, api, local["spec"]["clusterQueue"]))
     if wanted.queue_priority:
         yield from told("queue's priority", partial(_priority, look, api, wanted.queue_priority))
     if refused := refusals(look, QUEUE_RULES):
@@ -87,7 +92,7 @@ def _running(look: Look, names: tuple[str, ...]) -> tuple[str, tuple[int, ...]]:
     return "", ()
 
 
-def _quota(look: Look, wanted: ClusterSpec, api: str, name: str) -> Iterator[Finding]:
+def _quota(look: Look, needs: dict[str, Decimal], api: str, name: str) -> Iterator[Finding]:
     queue = look.get(f"{api}/clusterqueues/{name}")
     if queue is None:
         yield Finding("queue's quota", "no", f"there is no ClusterQueue '{name}'", "have it created")
@@ -96,10 +101,6 @@ def _quota(look: Look, wanted: ClusterSpec, api: str, name: str) -> Iterator[Fin
         remedy = f"kubectl describe clusterqueue {name}; have its administrator start it again"
         yield Finding("queue's quota", "no", f"ClusterQueue '{name}' admits nothing: {closed}", remedy)
         return
-    needs = {"cpu": Decimal(str(wanted.cpus_per_node)), "memory": Decimal(str(wanted.memory_gib_per_node)) * GIB}
-    if wanted.gpus_per_node:
-        needs["nvidia.com/gpu"] = Decimal(wanted.gpus_per_node)
-    needs = {resource: amount * wanted.nodes for resource, amount in needs.items()}
     lacks = _lacks(queue, needs)
     if not lacks:
         yield Finding("queue's quota", "ok", f"ClusterQueue '{name}' can hold the job (what others use is not counted)")

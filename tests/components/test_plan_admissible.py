@@ -76,6 +76,18 @@ def test_every_lack_is_one_line_and_they_are_told_together():
     assert all("\n" not in line for line in (image, kind, rights, claim, size))
 
 
+def test_a_queue_that_does_not_exist_is_told_before_anything_is_prepared():
+    answers = Answers()
+    assert found(answers, queue="gpus") == [], "without Kueue nobody reads the label"
+    answers.paths["/apis/kueue.x-k8s.io"] = {"versions": [{"version": "v1beta2"}, {"version": "v1beta1"}]}
+    (said,) = found(answers, queue="gpus")
+    assert said.startswith("cluster.queue: namespace 'team' has no LocalQueue 'gpus'; kubectl get localqueues -n team")
+    answers.paths["/apis/kueue.x-k8s.io/v1beta2/namespaces/team/localqueues/gpus"] = {}
+    assert found(answers, queue="gpus") == []
+    answers.paths["/apis/kueue.x-k8s.io"] = {"versions": [{"version": "v2"}]}
+    assert found(answers, queue="gpus") == [], "nothing is known of such a queue"
+
+
 def test_without_the_namespace_nothing_else_is_told():
     assert found(Answers(paths={})) == ["namespace 'team' does not exist; create it or set cluster.namespace"]
 

@@ -20,6 +20,7 @@ from components.cluster.look import Look
 from components.diagnose.gather import situation
 from components.diagnose.why import why
 from components.launch.kubernetes import start
+from components.plan.admissible import requests
 from manifests.kinds import KINDS
 from manifests.queue import API, cluster_queue, local_queue, resource_flavor
 from manifests.rbac import ROLE
@@ -195,7 +196,7 @@ def test_a_queued_job_is_stopped_and_resumed_although_its_queue_decides_when_it_
 def test_the_doctor_looks_at_the_queue(queue: Namespace) -> None:
     def found(cluster: Cluster, **changes: object) -> dict[str, str]:
         job = placed(queue, **{"queue_priority": queue.name} | changes)
-        return {each.what: each.state for each in queues(Look(cluster), job.cluster)}
+        return {each.what: each.state for each in queues(Look(cluster), job.cluster, requests(job))}
 
     everything = found(Cluster.connect(queue.name))
     assert everything.pop("Kueue's version") != "no"

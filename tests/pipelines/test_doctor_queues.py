@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from trainer.errors import LaunchError
 Object = dict[str, Any]
 API = "/apis/kueue.x-k8s.io/v1beta2"
 LOCAL, QUEUE = f"{API}/namespaces/team/localqueues/gpus", f"{API}/clusterqueues/lab"
-NODE = {"queue": "gpus", "nodes": 2, "gpus_per_node": 8, "cpus_per_node": 90, "memory_gib_per_node": 900}
+POD = {"cpu": Decimal(90), "memory": Decimal(900 * 2**30), "nvidia.com/gpu": Decimal(8)}
 
 
 class Cluster:
@@ -45,8 +46,8 @@ class Cluster:
         return {"status": {"allowed": self.may_read}}
 
     def found(self, **changes: Any) -> dict[str, Finding]:
-        spec = ClusterSpec.model_validate(NODE | changes)
-        return {finding.what: finding for finding in queues.queues(self, spec)}  # type: ignore[arg-type]
+        spec = ClusterSpec.model_validate({"queue": "gpus", "nodes": 2} | changes)
+        return {finding.what: finding for finding in queues.queues(self, spec, POD)}  # type: ignore[arg-type]
 
 
 def active(status: str, message: str) -> Object:
