@@ -27,7 +27,7 @@ RULES: list[Object] = [
     {
         "apiGroups": [DEVICE_CLAIMS.group],
         "resources": [DEVICE_CLAIMS.plural],
-        "verbs": ["create", "get", "patch", "delete"],
+        "verbs": ["create", "patch", "delete"],
     },
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
     {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},

@@ -14,6 +14,7 @@ from launching import Gate, Launcher, granted, jobs_of, tiny
 
 from components.cleanup.step import cleanup
 from components.cluster.api import Cluster
+from manifests.kinds import DEVICE_CLAIMS
 from manifests.rbac import RULES
 from manifests.spec import JobSpec
 from trainer.errors import LaunchError
@@ -35,8 +36,10 @@ class Right:
         return f"without-{self.verb}-{self.resource.replace('/', '-')}"
 
     @property
-    def kind(self) -> str:
-        return "trainjob" if self.group == "trainer.kubeflow.org" else "pytorchjob"
+    def cluster(self) -> Object:
+        """What makes a job need this right. The cluster has no device class, but a launcher is refused before that."""
+        kind = "trainjob" if self.group == "trainer.kubeflow.org" else "pytorchjob"
+        return {"job": kind} | ({"devices": {"nic.example.com": 1}} if self.group == DEVICE_CLAIMS.group else {})
 
 
 def rights() -> list[Right]:
@@ -112,7 +115,7 @@ def life_of_a_launcher(namespace: Namespace, user: str, job: JobSpec) -> list[st
 def lives(volumes: Namespace) -> dict[Right | str, list[str]]:
     """The output of launchers with all permissions (by kind of job), and with all except one."""
     jobs: dict[Right | str, JobSpec] = {
-        key: tiny(volumes, cluster={"nodes": 1, "job": key if isinstance(key, str) else key.kind})
+        key: tiny(volumes, cluster={"nodes": 1, **({"job": key} if isinstance(key, str) else key.cluster)})
         for key in ("pytorchjob", "trainjob", *rights())
     }
     users = {key: f"with-all-{key}" if isinstance(key, str) else key.user for key in jobs}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import pytest
@@ -99,7 +100,7 @@ def jobs_at(kind: str) -> str:
     return f"/apis/{group}/{version}/namespaces/team/{plural}"
 
 
-def launched(kind: str, name: str, **settings: str) -> JobSpec:
+def launched(kind: str, name: str, **settings: Any) -> JobSpec:
     """A job created by a launcher."""
     job = job_from({"preset": "tiny", "name": name}, {"cluster": {"job": kind, **settings}})
     cluster = Cluster.connect("team")
@@ -178,6 +179,16 @@ def test_a_stopped_run_that_was_launched_again_is_shown_once(server, kind, yaong
         ["team", "queued"],
         ["other", "stopped"],
     ]
+
+
+def test_the_device_claims_of_a_stopped_run_are_made_again(server, kind, yaongi):
+    job, place = launched(kind, "mine", devices={"nic.example.com": 2}), "/apis/resource.k8s.io/v1/namespaces/team"
+    (made,) = server.has(f"{place}/resourceclaimtemplates")
+    assert yaongi("stop", job.run_name)[0] == 0
+    server.objects.pop(f"{place}/resourceclaimtemplates/{job.run_name}", None)  # as the garbage collector does
+    assert yaongi("resume", job.run_name)[0] == 0
+    (again,) = server.has(f"{place}/resourceclaimtemplates")
+    assert again["spec"] == made["spec"] and again["spec"]["spec"]["devices"]["requests"][0]["exactly"]["count"] == 2
 
 
 def test_a_run_that_is_resumed_is_not_bound_to_the_lease_of_its_former_launcher(server, kind, yaongi):
