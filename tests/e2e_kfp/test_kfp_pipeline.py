@@ -7,6 +7,7 @@ import json
 import backend
 import pytest
 from backend import Run, answer, form, jobs, wait_for, workers, yaongi
+from conftest import OF_THIS_SESSION
 
 pytestmark = [pytest.mark.e2e_kfp, pytest.mark.timeout(1500)]
 IN_ORDER = ["plan", "data", "train", "evaluate", "export", "cleanup"]
@@ -24,7 +25,7 @@ def test_a_run_from_the_form_is_green_and_its_steps_are_the_users(first: Run, na
 
 
 def test_the_same_job_again_does_nothing_in_as_few_pods_as_its_parts_allow(first: Run, name: str) -> None:
-    fields = form(name, 8, {})
+    fields = form(name, 8, OF_THIS_SESSION)
     sets = json.loads(fields["overrides"])
     arguments = [part for key, value in sets.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     arguments += [
@@ -66,7 +67,7 @@ def test_what_cannot_run_is_red_in_plan_with_the_reason(create, first: Run, name
 
 
 def test_terminate_leaves_nothing_running_and_the_next_run_goes_on(create, first: Run, name: str) -> None:
-    run = create("stopped", form(f"{name}s", 4000, {}))
+    run = create("stopped", form(f"{name}s", 4000, OF_THIS_SESSION))
     wait_for("its workers", lambda: workers(f"{name}s"), 600)
     wait_for("its first checkpoint", lambda: "checkpoint" in _log(f"{name}s"), 300)
     run.terminate()
