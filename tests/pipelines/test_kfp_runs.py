@@ -9,6 +9,7 @@ import pytest
 from kfp_backend import Backend, Recorded
 
 from pipelines.runs.kfp import look, stopping
+from pipelines.runs.kfp.watched import Watched
 
 STEPS = ["plan", "download", "hygiene", "tokenizer", "encode", "shards", "train", "evaluate", "export"]
 WHILE_TRAINING = "2026-11-30T22:02:00Z"  # in the case `succeeded`
@@ -70,6 +71,19 @@ def test_a_workflow_so_large_that_argo_packs_it_shows_the_same(asked: Verb, back
     plain = asked("status", run)[1]
     backend.packed = True
     assert asked("status", run)[1] == plain and "train       succeeded" in plain
+
+
+def test_steps_of_a_loop_over_nothing_and_of_a_condition_that_does_not_hold_are_not_run(
+    asked: Verb, backend: Backend
+) -> None:
+    """Also while later steps run: then they do not wait."""
+    whole = Recorded("nothing-to-do")
+    (begun,) = [node["startedAt"] for node in whole.nodes.values() if node["name"].endswith(".export(0).executor(0)")]
+    for run in (whole, whole.at(begun)):
+        shown = rows(asked("status", backend.show(run))[1])
+        backend.now.clear()
+        assert shown["data"].startswith("succeeded ") and shown["encode"] == shown["shards"] == "not run"
+    assert shown["export"].startswith("running ") and shown["cleanup"] == "waiting"
 
 
 @pytest.mark.parametrize(
@@ -204,6 +218,32 @@ def test_stop_waits_for_a_cleanup_that_the_backend_has_given_up(
     backend.now.clear()
     monkeypatch.setattr(stopping, "LEASE_SECONDS", 0.2)
     assert "; cleanup did not run, the workers ended without it; submit" in asked("stop", done.id)[1]
+
+
+def test_stop_waits_for_the_workers_on_the_cluster_where_the_image_of_cleanup_is_gone(
+    asked: Verb, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They end by their lease; cleanup never runs, and the backend would wait for its image for half an hour."""
+    stuck = Recorded("stopped")
+    before = stuck.at(stuck.run["state_history"][1]["update_time"])
+    (node,) = [each for each in stuck.nodes.values() if ".cleanup(0).executor(0)" in each["name"]]
+    stuck = stuck.at(node["startedAt"])
+    assert stuck.run["state"] == "CANCELING"
+    stuck.nodes[node["id"]] |= {"phase": "Pending", "message": 'ErrImagePull: failed to pull "x/y:1": not found'}
+    del stuck.logs[node["id"]]
+    left = [["w-0", "w-1"], ["w-0", "w-1"], ["w-0"], []]
+    monkeypatch.setattr(Watched, "sees", True)
+    monkeypatch.setattr(Watched, "workers", lambda self: left.pop(0))
+    monkeypatch.setattr(Watched, "steps", lambda self: ([], ["image 'x/y:1' cannot be pulled (not found)"]))
+    monkeypatch.setattr(Watched, "log", lambda self: ["checkpoint of step 7 published after 0.1 s"])
+    backend.stopped = [stuck]
+    code, said, error = asked("stop", backend.show(before))
+    assert (code, error, left) == (0, "", [])
+    assert said.splitlines()[:2] == [f"stopping: {n} pods of the training save a checkpoint and end" for n in (2, 1)]
+    assert said.splitlines()[2].endswith(
+        "; the newest checkpoint is of step 7; cleanup did not run (image 'x/y:1' cannot be pulled (not found)), the "
+        "workers ended without it; submit its job again to continue"
+    )
 
 
 def test_resume_says_what_to_do_instead(asked: Verb, backend: Backend) -> None:

@@ -8,8 +8,11 @@ from collections.abc import Iterable, Sequence
 from components.diagnose.causes import exit_meaning
 from components.marks import DONE, STARTED
 
-# klog's head, as in "I1129 15:34:29.924795      16 main.go:67] ", and the one of kfp's executor.
-MACHINERY = re.compile(r"(?P<level>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+:\d+\] |\[KFP Executor [^\]]*\]: ")
+# klog's head, as in "I1129 15:34:29.924795      16 main.go:67] ", that of kfp's executor, and lines of Argo.
+MACHINERY = re.compile(
+    r"(?P<level>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+:\d+\] |\[KFP Executor [^\]]*\]: |"
+    r"time=\S+ level=\w+ msg=.* argo=true|Error: exit status \d+$"
+)
 ERROR = re.compile(r"error(?: \d+)?: (?P<step>[^:]+): (?P<reason>.*)")  # without a number in images before 0.2
 EXIT = re.compile(r"(?P<reason>\w+) \(exit code (?P<code>\d+)\)")
 OBVIOUS = re.compile(r"launcher: job \S+ succeeded \(0 restarts\)")  # the line before tells more

@@ -84,7 +84,7 @@ def steps(pipeline: str, workflow: Mapping[str, Any], *, over: bool) -> list[Ste
     """
     nodes = list(workflow.get("status", {}).get("nodes", {}).values())
     name = workflow.get("metadata", {}).get("name", "")
-    return [_step(task, shown, nodes, name, over) for task, shown in names(pipeline)]
+    return [_step(task, nodes, name, over) for task in tasks(pipeline)]
 
 
 def pods(workflow: Mapping[str, Any]) -> list[Pod]:
@@ -93,39 +93,51 @@ def pods(workflow: Mapping[str, Any]) -> list[Pod]:
     return [_pod(node, workflow["metadata"]["name"]) for node in nodes if node["type"] == "Pod"]
 
 
+@dataclass(frozen=True)
+class Task:
+    """A task that runs a container; `name`: the one that users know; `groups`: the groups, loops and conditions that
+    it is in."""
+
+    key: str
+    name: str
+    groups: tuple[str, ...]
+
+
 @functools.lru_cache(maxsize=8)
-def names(pipeline: str) -> tuple[tuple[str, str], ...]:
-    """Task and the name that users know, for every task that runs a container, each after those that it waits for."""
+def tasks(pipeline: str) -> tuple[Task, ...]:
+    """The tasks that run a container, each after those that it waits for."""
     spec = next(iter(yaml.load_all(pipeline, LOADER)), None) or {}
     return tuple(_tasks(spec, spec.get("root", {})))
 
 
-def _tasks(spec: Mapping[str, Any], component: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    tasks = component.get("dag", {}).get("tasks", {})
+def _tasks(spec: Mapping[str, Any], component: Mapping[str, Any], groups: tuple[str, ...] = ()) -> Iterator[Task]:
+    found = component.get("dag", {}).get("tasks", {})
     done: list[str] = []
 
     def visit(task: str) -> None:
-        for before in tasks[task].get("dependentTasks", []):
+        for before in found[task].get("dependentTasks", []):
             if before not in done:
                 visit(before)
         if task not in done:
             done.append(task)
 
-    for task in tasks:
+    for task in found:
         visit(task)
     for task in done:
-        inner = spec["components"][tasks[task]["componentRef"]["name"]]
+        inner = spec["components"][found[task]["componentRef"]["name"]]
         if "dag" in inner:
-            yield from _tasks(spec, inner)
+            yield from _tasks(spec, inner, (*groups, task))
         else:
-            yield task, tasks[task].get("taskInfo", {}).get("name") or task
+            yield Task(task, found[task].get("taskInfo", {}).get("name") or task, groups)
 
 
-def _step(task: str, shown: str, nodes: Sequence[Node], workflow: str, over: bool) -> Step:
+def _step(task: Task, nodes: Sequence[Node], workflow: str, over: bool) -> Step:
     paths = [(node, [ATTEMPTS.sub("", part) for part in node["name"].split(".")]) for node in nodes]
-    own = [node["phase"] for node, path in paths if path[-1] == task]
-    mine = [node for node, path in paths if path[-2:] == [task, EXECUTOR] and node["type"] == "Pod"]
-    drivers = [node for node, path in paths if path[-1] == task + DRIVER and node["type"] == "Pod"]
+    own = [node["phase"] for node, path in paths if path[-1] == task.key]
+    mine = [node for node, path in paths if path[-2:] == [task.key, EXECUTOR] and node["type"] == "Pod"]
+    drivers = [node for node, path in paths if path[-1] == task.key + DRIVER and node["type"] == "Pod"]
+    around = [[node["phase"] for node, path in paths if path[-1] == group] for group in task.groups]
+    over = over or any(phases and all(phase in DONE for phase in phases) for phases in around)
     found = sorted((_pod(node, workflow) for node in mine), key=lambda pod: pod.began or datetime.now(UTC))
     driver = _pod(drivers[-1], workflow) if drivers else None
     state = _state(own, found, driver, over)
@@ -134,7 +146,7 @@ def _step(task: str, shown: str, nodes: Sequence[Node], workflow: str, over: boo
         told = [pod for pod in (*found, *([driver] if driver and not found else [])) if pod.message]
         wanted = [pod for pod in told if (pod.phase in FAILED) == (state == "failed")]
         message = wanted[-1].message if wanted else ""
-    return Step(shown, state, found, message, driver)
+    return Step(task.name, state, found, message, driver)
 
 
 def _state(own: Sequence[str], found: Sequence[Pod], driver: Pod | None, over: bool) -> str:
