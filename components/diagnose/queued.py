@@ -122,15 +122,18 @@ def queued(job: Object, found: InQueue, namespace: str, now: datetime | None = N
         return _without_workload(job, found, name, ages)
     if not workload["spec"].get("active", True):
         return _deactivated(workload, name, namespace)
-    if admitted := _true(workload, "Admitted"):
+    evicted = _true(workload, "Evicted")
+    if (admitted := _true(workload, "Admitted")) and not evicted:
         return _admitted(job, _seconds(admitted, now), ago(admitted))
     place = f"it waits{_place(found.position)} in queue '{name}'"
-    if evicted := _true(workload, "Evicted"):
+    if evicted:
         place += f", {_history(workload, evicted, found.preemptor, ago(evicted))}"
     reserved = _condition(workload, "QuotaReserved")
     if reserved is None:
         return Obstacle(f"{place}: Kueue has not looked at it yet")
     reason = state.one_line(reserved.get("message", ""))
+    if reserved["status"] == "True" and evicted:
+        return Obstacle(f"{place}: its workers save and end")
     if reserved["status"] == "True":
         return Obstacle(
             f"{place}: its quota is reserved, other checks of the queue are not done yet{_checks(workload)}"

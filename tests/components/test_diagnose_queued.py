@@ -125,6 +125,18 @@ def test_who_took_the_place_is_named_and_a_launcher_is_not_told_the_seconds() ->
     assert kueue.preemptor_uid(case("resumed")[1] or {}) == "", "it has its place back"
 
 
+def test_a_job_that_is_losing_its_place_is_not_taken_for_one_that_does_not_start() -> None:
+    """For a moment the job is suspended while its Workload is both admitted and evicted."""
+    job, workload = case("preempted")
+    assert workload is not None
+    for condition in workload["status"]["conditions"]:
+        if condition["type"] in ("Admitted", "QuotaReserved"):
+            condition["status"] = "True"
+    held = queued(job, InQueue(workload), "ns", NOW + timedelta(hours=1), ages=False)
+    assert held.text.endswith("and goes on from its last checkpoint when it fits: its workers save and end")
+    assert not held.hopeless and not held.fix
+
+
 def test_an_unknown_priority_class_leaves_no_workload() -> None:
     job, workload = case("no-class")
     assert workload is None
