@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -21,6 +22,8 @@ HOST = os.environ.get("KFP_HOST", "")
 NAMESPACE = os.environ.get("KFP_NAMESPACE", "kubeflow")
 PIPELINE_IMAGE = os.environ.get("YAONGI_PIPELINE_IMAGE", "localhost/yaongi-pipeline:0.1.0")
 TRAINER_IMAGE = os.environ.get("YAONGI_TRAINER_IMAGE", "localhost/yaongi-trainer:0.1.0")
+MARK = uuid.uuid4().hex[:6]  # of this session's runs and pipeline
+OF_THIS_SESSION = {"data": {"heldout_fraction": 0.02 + int(MARK, 16) / 2**30}}  # token files that none made before
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 # A run of seconds, in one pod that leaves room beside Kubeflow Pipelines on a node with two CPUs.
 SMALL: dict[str, Any] = {

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import backend
 import pytest
-from backend import Run, form
+from backend import MARK, OF_THIS_SESSION, Run, form
 
 PRETRAIN = Path(backend.ROOT) / "pipelines" / "pretrain.yaml"
-MARK = uuid.uuid4().hex[:6]  # of this session's runs and pipeline
-OF_THIS_SESSION = {"data": {"heldout_fraction": 0.02 + int(MARK, 16) / 2**30}}  # token files that none made before
 
 
 @pytest.fixture(scope="session")

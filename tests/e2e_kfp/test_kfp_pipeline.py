@@ -6,8 +6,7 @@ import json
 
 import backend
 import pytest
-from backend import Run, answer, form, jobs, wait_for, workers, yaongi
-from conftest import OF_THIS_SESSION
+from backend import OF_THIS_SESSION, Run, answer, form, jobs, wait_for, workers, yaongi
 
 pytestmark = [pytest.mark.e2e_kfp, pytest.mark.timeout(1500)]
 IN_ORDER = ["plan", "data", "train", "evaluate", "export", "cleanup"]
