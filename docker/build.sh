@@ -5,6 +5,8 @@
 #   PIPELINE_BASE_IMAGE  base of the pipeline image (default: python:3.11-slim-bookworm)
 #   IMAGE_PREFIX, TAG    default: localhost/ and the project's version
 #   CPU_ONLY=1           a smaller trainer image, without packages that only GPUs need
+#   MEGATRON=1           a third image, yaongi-megatron: the trainer's with Megatron-LM
+#   MEGATRON_COMMIT      another commit of Megatron-LM (default: that of core_v0.12.3)
 #   BUILD_IMAGE          builder, called as `BUILD_IMAGE NAME CONTEXT ARGUMENT...` (default: buildah, podman or docker)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -38,3 +40,7 @@ build() {
 }
 build pipeline "${PIPELINE_BASE_IMAGE:-}"
 build trainer "${BASE_IMAGE:-}" --build-arg "CPU_ONLY=${CPU_ONLY:-0}"
+if [ "${MEGATRON:-0}" = 1 ]; then
+    build megatron "${IMAGE_PREFIX-localhost/}yaongi-trainer:${TAG:-$version}" \
+        ${MEGATRON_COMMIT:+--build-arg "MEGATRON_COMMIT=$MEGATRON_COMMIT"}
+fi

@@ -68,7 +68,8 @@ class ClusterSpec(Spec):
     Of the training pods only: `env`, `labels`, `annotations`; `resources`, extended ones and huge pages of each pod;
     `devices`, the number of each device class (DRA); `ulimits`, -1 for unlimited, applied by containerd's NRI plugin
     ulimit-adjuster; `fabric`, the network between nodes, which NCCL must then take; `spread`. See docs/fabric.md.
-    `hub_secret` and `judge_secret` have a key `token`.
+    `hub_secret` and `judge_secret` have a key `token`; `langfuse_secret`, for train.engine megatron, has the keys
+    LANGFUSE_PUBLIC_KEY, LANGFUSE_SECRET_KEY and LANGFUSE_HOST.
     """
 
     target: Literal["kubernetes", "local"] = "kubernetes"
@@ -103,6 +104,7 @@ class ClusterSpec(Spec):
     spread: workerspec.SpreadSpec | None = None
     hub_secret: workerspec.SecretName = workerspec.HUB_SECRET
     judge_secret: workerspec.SecretName = workerspec.JUDGE_SECRET
+    langfuse_secret: workerspec.SecretName = workerspec.LANGFUSE_SECRET
 
     @model_validator(mode="after")
     def _fabric_has_its_devices(self) -> Self:

@@ -50,6 +50,9 @@ def examples() -> dict[str, JobSpec]:
         "one-h100-spot": job_from({"preset": "h100-4b"}, {"cluster": preemptible, "train": often}),
         "two-gpus": job_from({"preset": "h100-4b"}, {"cluster": two_gpus}),
         "two-by-eight-h100": job_from({"preset": "h100-4b"}, {"cluster": two_nodes}),
+        "two-by-eight-h100-megatron": job_from(
+            {"preset": "qwen3-30b-a3b-megatron"}, {"cluster": {"hub_secret": "hf-token"}}
+        ),
         "two-by-eight-h100-roce": job_from({"preset": "h100-4b"}, {"cluster": two_nodes | roce}),
     }
 

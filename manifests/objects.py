@@ -136,8 +136,8 @@ def container(job: JobSpec, task: Task) -> Object:
             *({"name": name, "value": value} for name, value in environment(job, task).items()),
             {"name": NODE_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
             *(
-                {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": "token", "optional": True}}}
-                for name, secret in secrets(job, task).items()
+                {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key, "optional": True}}}
+                for name, (secret, key) in secrets(job, task).items()
             ),
         ],
         **({"ports": ports} if ports else {}),
@@ -173,13 +173,18 @@ def environment(job: JobSpec, task: Task) -> dict[str, str]:
     }
 
 
-def secrets(job: JobSpec, task: Task) -> dict[str, str]:
-    """The variables of access tokens, and the secrets whose key `token` they are."""
+LANGFUSE = ("LANGFUSE_PUBLIC_KEY", "LANGFUSE_SECRET_KEY", "LANGFUSE_HOST")  # read by trainer/megatron/langfuse.py
+
+
+def secrets(job: JobSpec, task: Task) -> dict[str, tuple[str, str]]:
+    """Variables with secret content: the secret and its key."""
+    judge, cluster = job.train.evaluate.judge, job.cluster
+    if task == "train" and job.train.engine == "megatron":
+        return {name: (cluster.langfuse_secret, name) for name in LANGFUSE}
     if not _has_benchmarks(job, task):
         return {}
-    judge, cluster = job.train.evaluate.judge, job.cluster
-    keys = {judge.api_key_env: cluster.judge_secret} if judge and judge.api_key_env else {}
-    return {"HF_TOKEN": cluster.hub_secret} | keys
+    keys = {judge.api_key_env: (cluster.judge_secret, "token")} if judge and judge.api_key_env else {}
+    return {"HF_TOKEN": (cluster.hub_secret, "token")} | keys
 
 
 def metrics_ports(job: JobSpec, task: Task) -> list[Object]:

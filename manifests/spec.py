@@ -429,9 +429,31 @@ def changes_of(preset_or_file: str) -> tuple[str, dict[str, Any]]:
         hint = f"did you mean '{near[0]}'?" if near else f"check the name, {whole(preset_or_file)} was tried"
         raise SpecError(f"'{preset_or_file}' is neither a preset ({', '.join(preset_names())}) nor a file; {hint}")
     changes = read_yaml(preset_or_file)
+    if "parallelism" in changes:  # no section of a job
+        changes = _of_form(changes, preset_or_file)
     if not is_stored(preset_or_file):
         changes = deep_merge({"storage": {"sources_dir": str(whole(preset_or_file).parent)}}, changes)
     return str(changes.pop("preset", "")), changes
+
+
+def _of_form(value: dict[str, Any], where: str) -> dict[str, Any]:
+    """A job file's mapping from one in Megatron's own words."""
+    from manifests.megatronform import read_form, refuse_other_arguments
+    from manifests.megatronjob import changes_by
+
+    form, others = read_form(value, where)
+    base = job_from({"preset": form.preset})
+    try:
+        changes = changes_by(form, base.train_spec(), list(base.data.sources))
+    except SpecError as error:
+        raise SpecError(f"{where}: {error}") from None
+    made = {"preset": form.preset, **changes}
+    job = job_from(made, where=where)
+    refuse_other_arguments(job.train_spec(), job.cluster.world_size, others, where)
+    ranks = job.cluster.world_size // (job.train.megatron.sharing if job.train.megatron else 1)
+    if (wanted := form.parallelism.data_parallel_size) not in (None, ranks):
+        raise SpecError(f"{where}: parallelism.data_parallel_size {wanted}: it is {ranks} with these sizes; remove it")
+    return made
 
 
 def load_job(preset_or_file: str, changes: dict[str, Any] | None = None) -> JobSpec:

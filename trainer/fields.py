@@ -111,6 +111,7 @@ LATER: dict[str, dict[str, Later]] = {
         "spread": Later(7, None),
         "hub_secret": Later(7, "huggingface"),
         "judge_secret": Later(7, "judge"),
+        "langfuse_secret": Later(7, "langfuse-secrets"),
     },
     "PreflightSpec": {"fabric": Later(7, None)},
     "EvaluateSpec": {

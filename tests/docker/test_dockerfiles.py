@@ -55,8 +55,8 @@ def test_images_run_as_a_numeric_user_that_is_not_root(path: Path) -> None:
     assert re.fullmatch(r"[1-9][0-9]*:[1-9][0-9]*", last)
 
 
-def test_there_are_three_dockerfiles() -> None:
-    assert len(DOCKERFILES) == 3
+def test_there_are_four_dockerfiles() -> None:
+    assert len(DOCKERFILES) == 4
 
 
 def test_a_bill_lists_each_package_once_by_its_url_and_is_valid(sbom: ModuleType) -> None:

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifests import generate
+from manifests import generate, objects
 from manifests.kinds import Object, kind_of, pod_template, workers
 from manifests.monitors import pod_monitor, step_monitor
 from manifests.names import Task, job_name
@@ -335,9 +335,24 @@ def test_committed_manifests_are_the_generated_ones(path: str) -> None:
 
 def test_no_manifest_is_kept_by_hand() -> None:
     kept = {
-        str(path.relative_to(MANIFESTS)) for folder in ("base", "examples") for path in (MANIFESTS / folder).iterdir()
+        str(path.relative_to(MANIFESTS))
+        for folder in ("base", "examples")
+        for path in (MANIFESTS / folder).glob("*.yaml")
     }
     assert kept == set(GENERATED)
+
+
+def test_langfuse_is_told_by_trainings_of_megatron_alone() -> None:
+    job = generate.examples()["two-by-eight-h100-megatron"]
+
+    def variables(task: Task) -> dict[str, dict]:
+        return {entry["name"]: entry.get("valueFrom", {}) for entry in objects.container(job, task)["env"]}
+
+    found = variables("train")["LANGFUSE_SECRET_KEY"]["secretKeyRef"]
+    assert found == {"name": "langfuse-secrets", "key": "LANGFUSE_SECRET_KEY", "optional": True}
+    assert not any(name.startswith("LANGFUSE") for name in variables("evaluate"))
+    own = objects.container(job.updated({"train": {"engine": "yaongi", "megatron": None}}), "train")
+    assert not any(entry["name"].startswith("LANGFUSE") for entry in own["env"])
 
 
 def test_example_files_read_back_as_what_was_rendered() -> None:
