@@ -82,6 +82,7 @@ gen: setup ## write the generated files: compiled pipeline, manifests, JSON sche
 	$(BIN)/python -m manifests.generate
 	$(BIN)/python -m manifests.schema
 	$(BIN)/python -m manifests.metricsdoc
+	$(BIN)/python -m manifests.fabric
 	$(BIN)/python -m manifests.lint.schemas
 	$(BIN)/python -m manifests.lint.page
 
