@@ -148,6 +148,8 @@ JOBS: dict[str, list[Case]] = {
     "trainjob-override-env": [(("trainjob/spec/runtimePatches", patches({"containers": [NODE_ENV]})),)],
     "trainjob-unknown-override": [
         (("trainjob/spec/runtimePatches", patches({"nodeSelector": {"pool": "a"}}, job="nodes")),),
+    ],
+    "trainjob-unknown-container": [
         (("trainjob/spec/runtimePatches", patches({"containers": [{"name": "trainer", "volumeMounts": []}]})),),
         (("trainjob/spec/runtimePatches", patches({"initContainers": [{"name": "node", "volumeMounts": []}]})),),
     ],
@@ -165,12 +167,14 @@ JOBS: dict[str, list[Case]] = {
 }
 # Rules, or their cases, about fields that Trainer 2.2 removed.
 BEFORE_2_2: dict[str, list[Case]] = {
-    "trainjob-num-proc": [(("TRAINER/numProcPerNode", "eight"),), (("TRAINER/numProcPerNode", 0),)],
+    "trainjob-num-proc": [(("TRAINER/numProcPerNode", 0),)],
     "trainjob-override-env": [
         (("trainjob/spec/podTemplateOverrides", [{"targetJobs": TARGETS, "spec": {"containers": [NODE_ENV]}}]),)
     ],
     "trainjob-unknown-override": [
         (("trainjob/spec/podTemplateOverrides", [{"targetJobs": [{"name": "nodes"}]}]),),
+    ],
+    "trainjob-unknown-container": [
         (
             (
                 "trainjob/spec/podTemplateOverrides",

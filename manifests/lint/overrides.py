@@ -8,7 +8,7 @@ from typing import Any
 from manifests.lint.fields import Type, fields
 from manifests.lint.place import Place
 
-CONTAINERS = ("Container", "EphemeralContainer")  # one that the runtime lacks cannot run: trainjob-unknown-override
+CONTAINERS = ("Container", "EphemeralContainer")  # one that the runtime lacks cannot run: trainjob-unknown-container
 
 
 def overridden(template: Place, replicated_job: str, job: Place, version: str) -> Place:

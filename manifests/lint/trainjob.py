@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from manifests.kinds import ANCESTOR_LABEL, TRAINJOB
+from manifests.lint.place import Place
 from manifests.lint.registry import Hit, Severity, rule
 from manifests.lint.subjects import Runtime, TrainJob
 from manifests.lint.validation import DOMAIN
@@ -143,27 +144,44 @@ def trainjob_override_env(job: TrainJob) -> Iterator[Hit]:
     "trainjob-unknown-override",
     ERROR,
     TrainJob,
-    why="The webhook of Trainer 2.1 denies an override of a job or container that the runtime does not have. 2.3 "
-    "accepts such a patch and adds a job or container without an image, so that no pod can be made: the TrainJob has "
-    "no status, only an event of its JobSet tells.",
-    fix="Use the names of the runtime's replicatedJobs, and of their containers, in targetJobs or runtimePatches.",
+    why="The webhook of Trainer 2.1 denies an override of a replicated job that the runtime does not have. 2.3 accepts "
+    "such a patch and adds a job without an image, so that no pod can be made: the TrainJob has no status, only an "
+    "event of its JobSet tells.",
+    fix="Use the names of the runtime's replicatedJobs in targetJobs or runtimePatches.",
 )
 def trainjob_unknown_override(job: TrainJob) -> Iterator[Hit]:
-    if job.runtime is None:
-        return
-    pods = {entry["name"].text: entry["template"]["spec"]["template"] for entry, _ in job.runtime.replicated_jobs()}
+    known = _runtime_pods(job)
+    for target, _ in job.overrides() if job.runtime else ():
+        if target["name"].text not in known:
+            yield Hit(target["name"], f"'{target['name'].text}' is none of {', '.join(sorted(known)) or 'no jobs'}")
+
+
+@rule(
+    "trainjob-unknown-container",
+    ERROR,
+    TrainJob,
+    why="An override of a container that the runtime does not have is accepted and adds a container without an image, "
+    "so that no pod can be made: the TrainJob has no status, only an event of its JobSet tells.",
+    fix="Use the names of the containers in the runtime's pods; another container belongs into the runtime.",
+)
+def trainjob_unknown_container(job: TrainJob) -> Iterator[Hit]:
+    pods = _runtime_pods(job)
     for target, changes in job.overrides():
-        name = target["name"].text
-        if name not in pods:
-            yield Hit(target["name"], f"'{name}' is none of {', '.join(sorted(pods)) or 'no jobs'}")
-            continue
+        if (pod := pods.get(target["name"].text)) is None:
+            continue  # covered by trainjob-unknown-override
         for kind in ("initContainers", "containers"):
-            known = [container["name"].text for container in pods[name]["spec"][kind].each()]
+            known = [container["name"].text for container in pod[kind].each()]
             for container in changes[kind].each():
-                if (its := container["name"].text) and its not in known:
+                if (name := container["name"].text) and name not in known:
                     yield Hit(
-                        container["name"], f"'{its}' is none of {name}'s {kind}: {', '.join(known) or 'it has none'}"
+                        container["name"], f"'{name}' is none of the {kind}: {', '.join(known) or 'there are none'}"
                     )
+
+
+def _runtime_pods(job: TrainJob) -> dict[str, Place]:
+    """The specs of the runtime's pods by replicated job; {} if the runtime is not in the input."""
+    found = job.runtime.replicated_jobs() if job.runtime else ()
+    return {entry["name"].text: entry["template"]["spec"]["template"]["spec"] for entry, _ in found}
 
 
 @rule(

@@ -62,6 +62,7 @@ ACCEPTED = {
     "trainjob-num-nodes": 3,
     "trainjob-num-proc": 3,
     "trainjob-unknown-override": 3,
+    "trainjob-unknown-container": 3,
     "runtime-no-trainer": 2,
     "runtime-ttl": 2,
     "gpu-limit": 0,

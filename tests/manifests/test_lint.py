@@ -179,6 +179,11 @@ def test_what_the_cluster_takes_for_a_number_is_one(release, path, value):
     assert not {rule for rule in rules_of(lint({"x": text(*changed((path, value)))}, release)) if "a-number" in rule}
 
 
+def test_words_for_the_number_of_processes_are_those_of_trainer_2_1():
+    for word, rules in (("auto", set()), ("gpu", set()), ("eight", {"trainjob-num-proc"})):
+        assert rules_of(lint({"x": text(*changed(("TRAINER/numProcPerNode", word)))}, "2.1")) == rules
+
+
 @pytest.mark.parametrize(
     ("command", "args"),
     [
