@@ -69,8 +69,11 @@ class World:
         dist.barrier(group=self.control)
 
 
-def start(runtime: RuntimeSpec, seed: int) -> World:
+def start(runtime: RuntimeSpec, seed: int, *, one_backend: bool = False) -> World:
     """Join the process group of torchrun's variables (without them: one process) and choose the device.
+
+    Args:
+        one_backend: the group has that of the device alone, as a library expects that asks for its name.
 
     Raises:
         SpecError: runtime.device requires a GPU that is missing on this rank or another.
@@ -89,7 +92,8 @@ def start(runtime: RuntimeSpec, seed: int) -> World:
     device = agreed_device(runtime.device, rank, size, local_rank, store)
     _settle(device, local_size)
     torch.manual_seed(seed + rank)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    both = "nccl" if one_backend else "cpu:gloo,cuda:nccl"
+    backend = both if device.type == "cuda" else "gloo"
     on_gpu = {"device_id": device} if device.type == "cuda" else {}
     if device.type == "cuda" and runtime.preflight.enabled and size > 1:
         nccllog.begin()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from trainer.megatron.check import Mesh, check
 from trainer.megatron.memory import layers_of, step_memory
 from trainer.optim.schedule import learning_rate_factor
 from trainer.parameters import parameters
+from trainer.preflight.storage import checkpoints_to_come
 from trainer.spec import TrainSpec
 from trainer.specbase import deep_merge
 
@@ -257,3 +259,10 @@ def test_the_layout_is_no_part_of_the_runs_name_and_the_engine_is():
     assert job.run_name == other.run_name
     assert job.run_name != load_job("qwen3-30b-a3b-megatron", {"train": own}).run_name
     assert deep_merge({}, own)["engine"] == "yaongi"
+
+
+def test_room_for_checkpoints_is_that_of_megatrons(tmp_path: Path):
+    spec = spec_of({"steps": 1000, "checkpoint": {"every_steps": 100, "keep_last": 2}})
+    assert checkpoints_to_come(spec, tmp_path) == (4, 14 * sum(p.count for p in parameters(spec.model)))
+    (tmp_path / "megatron" / "iter_0000100").mkdir(parents=True)
+    assert checkpoints_to_come(spec, tmp_path)[0] == 3

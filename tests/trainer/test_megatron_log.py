@@ -80,15 +80,15 @@ def test_other_lines_say_nothing(line: str):
 
 
 def test_the_blend_gives_each_source_its_weight(micro_data: Path, tmp_path: Path):
-    spec = micro.micro_spec(
-        micro_data, tmp_path / "run", tokens={"mix": {"ko": {"weight": 0.3}, "en": {"weight": 0.7}}}
-    )
+    mix = {"ko": {"weight": 0.3}, "en": {"weight": 0.7}}
+    spec = micro.micro_spec(micro_data, tmp_path / "run", tokens={"mix": mix}, evaluate={"every_steps": 4})
     shards = read_manifest(micro_data / "shards")
     found = blend(spec, shards)
     train, valid = found["train"], found["valid"]
     assert train is not None and valid is not None and found["test"] is None
     assert train == ["0.3", f"{micro_data}/shards/ko-train", "0.7", f"{micro_data}/shards/en-train"]
     assert [Path(prefix).name for prefix in valid[1::2]] == ["ko-heldout", "en-heldout"]
+    assert blend(spec.updated({"evaluate": {"every_steps": None}}), shards) == found | {"valid": None}
     assert trained(spec, 10) == {"ko": 768, "en": 1792}
 
 

@@ -145,6 +145,7 @@ def test_the_program_gets_its_arguments_and_its_lines_are_read(tmp_path: Path, l
         ("import argparse; argparse.ArgumentParser().parse_args()", SpecError, "refused an argument"),
         ("import sys; sys.exit(17)", RuntimeError, "exit code 17"),
         ("assert False, 'x'", AssertionError, "x"),
+        ("assert False, 'Megatron requires CUDA.'", SpecError, "needs a GPU"),
     ],
 )
 def test_its_ends_become_ours(text: str, raised: type[Exception], said: str, tmp_path: Path, leave_no_traces: None):

@@ -17,7 +17,8 @@ from trainer.spec import TokensSpec, TrainSpec
 def blend(spec: TrainSpec, shards: Manifest) -> dict[str, list[str] | None]:
     """The content of a file for --per-split-data-args-path: weight, path without suffix, and so on, by split.
 
-    The weight of a source is shared by its files in proportion to their tokens.
+    The weight of a source is shared by its files in proportion to their tokens. There is no held-out text without
+    `evaluate.every_steps`.
 
     Raises:
         DataError: a source has no tokens, or not enough for its `max_epochs`.
@@ -34,7 +35,9 @@ def blend(spec: TrainSpec, shards: Manifest) -> dict[str, list[str] | None]:
         raise no_tokens(empty[0])
     mixture = Mixture(list(tokens.mix), stages_of(tokens.mix, ()))
     refuse_too_little(mixture, tokens.mix, amounts, spec.steps * spec.batch.tokens_per_step)
-    return {"train": _files(tokens, shards, "train"), "valid": _files(tokens, shards, "heldout") or None, "test": None}
+    # Of no samples Megatron would still build an index.
+    heldout = _files(tokens, shards, "heldout") if spec.evaluate.every_steps else []
+    return {"train": _files(tokens, shards, "train"), "valid": heldout or None, "test": None}
 
 
 def trained(spec: TrainSpec, step: int) -> dict[str, int]:

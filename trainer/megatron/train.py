@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 PROGRAM = "pretrain_gpt"
 FUSED_GRADIENTS = "fused_weight_gradient_mlp_cuda"  # of APEX
 NOT_FINITE = "Unexpected result"  # of Megatron's check of each micro-batch's loss, which ends the process
+NO_GPU = "requires CUDA"  # of its initialisation
 LOOK_SECONDS = 1.0
 
 
@@ -65,7 +66,8 @@ def train(spec: TrainSpec) -> int:
     started = time.time()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it; read when CUDA begins
     program = find_program()
-    world = distributed.start(spec.runtime, spec.seed)
+    # Megatron's signal handler knows nccl and gloo, but not the name of a group that has both.
+    world = distributed.start(spec.runtime, spec.seed, one_backend=True)
     with Watchdog(spec.runtime.hang_timeout_seconds) as watchdog, only_training(spec, world), told(spec, world):
         recorder = Recorder(spec, world, started)
         recorder.preflight(of_ranks(spec.runtime.preflight, world))
@@ -183,7 +185,7 @@ def run(program: Path, command: Sequence[str], relay: Relay) -> int:
 
     Raises:
         DivergedError: the loss is not a number.
-        SpecError: this release of Megatron does not know an argument.
+        SpecError: this release of Megatron does not know an argument, or there is no GPU.
     """
     log.info("starting %s %s", program, " ".join(command))
     sys.argv = [str(program), *command]
@@ -197,6 +199,10 @@ def run(program: Path, command: Sequence[str], relay: Relay) -> int:
         if ended.code == ExitCode.SPEC:
             raise SpecError("Megatron's parser refused an argument; its line above says which") from None
         raise RuntimeError(f"Megatron ended with exit code {ended.code}") from ended
+    except AssertionError as error:
+        if NO_GPU in str(error):
+            raise SpecError("train.engine megatron needs a GPU, and train.runtime.device is cpu; write auto") from None
+        raise
     except RuntimeError as error:
         if NOT_FINITE in str(error):
             raise DivergedError(

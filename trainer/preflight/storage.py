@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 from trainer.arithmetic.memory import training_memory
-from trainer.checkpoints.checkpoint import published, unfinished
+from trainer.checkpoints.checkpoint import MEGATRON_FOLDER, published, unfinished
 from trainer.data.manifest import read_manifest
 from trainer.errors import SpecError, VolumeError
 from trainer.files import sync_directory
+from trainer.parameters import parameters
 from trainer.preflight.measured import GIB, MB, Measured, gibibytes, megabytes
 from trainer.spec import TokensSpec, TrainSpec
 
@@ -20,6 +21,7 @@ READ_BYTES, WRITE_BYTES = 64 * 2**20, 16 * 2**20
 PATIENCE_SECONDS = 2.0  # then the amount moved so far is measured
 SLOW_MB_PER_SECOND = 10.0  # warned of where the spec names no floor
 JUDGED_BYTES = 4 * 2**20  # of less, the time says more about opening files than about the volume
+MEGATRON_BYTES = 2 + 3 * 4  # of a weight in one of its checkpoints
 _CHUNK = 2**20
 
 
@@ -125,6 +127,9 @@ def checkpoints_to_come(spec: TrainSpec, directory: Path) -> tuple[int, int]:
     # A new checkpoint is complete before the oldest goes, and the newest from before the decay stays.
     planned = -(-spec.steps // spec.checkpoint.every_steps)
     most = spec.checkpoint.keep_last + 1 + (spec.decay_begins < spec.steps)
+    if spec.engine == "megatron":  # BF16 weights, FP32 ones and two moments; the last one in FP32 is of a third
+        size = MEGATRON_BYTES * sum(parameter.count for parameter in parameters(spec.model))
+        return max(1, min(most, planned) - len(list((directory / MEGATRON_FOLDER).glob("iter_*")))), size
     return max(1, min(most, planned) - len(published(directory))), memory.weights + memory.optimizer
 
 
