@@ -11,6 +11,7 @@ from manifests.fabric import PROFILES
 from manifests.kinds import Object, pod_template
 from manifests.lint.check import lint
 from manifests.names import Task
+from manifests.objects import LANGFUSE
 from manifests.render import job_objects, worker_spec
 from manifests.spec import JobSpec, job_from
 from manifests.yamltext import to_manifest
@@ -100,7 +101,16 @@ def test_every_variable_of_a_pod_is_refused_in_env(task: Task) -> None:
     )
     names = [entry["name"] for entry in worker["env"]]
     assert "HOME" in names
-    for name in (*names, "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "PET_NNODES", "TORCHELASTIC_RUN_ID"):
+    for name in (
+        *names,
+        *LANGFUSE,
+        "WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "PET_NNODES",
+        "TORCHELASTIC_RUN_ID",
+    ):
         assert f"{name} is set by yaongi" in refusal(env={name: "1"}), name
 
 

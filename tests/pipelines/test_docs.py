@@ -151,6 +151,6 @@ def test_fields_of_a_job_exist(page: Path) -> None:
     # Those of `train` too: without their prefix they are none.
     sections = "|".join((JobSpec.model_fields.keys() | JobTrainSpec.model_fields.keys()) - {"name"})
     for code in shown(page):
-        for path in re.findall(rf"(?<![\w./*-])((?:{sections})\.[a-z_0-9.]+)(?![\w*])", code):
+        for path in re.findall(rf"(?<![\w./*-])((?:{sections})\.[a-z_0-9.]+)(?![\w*(])", code):
             is_file = path.rpartition(".")[2] in ("md", "py", "png", "yaml", "json", "jsonl", "onnx", "data")
             assert is_file or is_field(path.rstrip(".")), f"{path} in {code}"
