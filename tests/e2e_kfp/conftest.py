@@ -46,6 +46,6 @@ def name() -> str:
 def first(create, name: str) -> Run:
     """A green run, whose text two pods encode."""
     run = create("first", form(name, 8, {"shards": {"pods": 2}, **OF_THIS_SESSION}))
-    assert run.ended(900) == "SUCCEEDED", run.logs
+    assert run.ended(1500) == "SUCCEEDED", run.logs
     run.show()
     return run
