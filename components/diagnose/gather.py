@@ -82,8 +82,8 @@ def _claims(cluster: Cluster, pods: list[Object]) -> list[Object]:
 
 
 def _queue(cluster: Cluster, job: Object) -> InQueue | None:
-    """What Kueue says of a job that is or was held back by its queue."""
-    found = kueue.look(cluster, job)
+    """What Kueue says of a job that its queue holds back."""
+    found = kueue.look(cluster, job) if state.is_suspended(job) else None
     if found and found.workload and kueue.preemptor_uid(found.workload):
         return kueue.look(cluster, job, jobs(cluster))
     return found

@@ -174,9 +174,10 @@ def _shortage(part: str) -> tuple[str, str, bool]:
     too_small = {flavor for _, flavor, *_ in never}
     usable = [(resource, flavor, more) for resource, flavor, more in short if flavor not in too_small]
     if usable and not absent:
-        text = " or ".join(
-            f"{more} more {resource} than is free in flavor {flavor}" for resource, flavor, more in usable
-        )
+        by_flavor: dict[str, list[str]] = {}
+        for resource, flavor, more in usable:
+            by_flavor.setdefault(flavor, []).append(f"{more} more {resource}")
+        text = " or ".join(f"{' and '.join(all_)} than is free in flavor {name}" for name, all_ in by_flavor.items())
         less = _less(resource for resource, *_ in usable)
         return (
             f"it needs {text}",

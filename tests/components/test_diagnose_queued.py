@@ -193,6 +193,14 @@ SET = "couldn't assign flavors to pod set {}: "
             "16 of memory, beside 4Gi of its other pods, of which the queue never has more than 8 (flavor h100)",
             True,
         ),
+        (  # seen
+            SET.format("worker")
+            + "insufficient unused quota for cpu in flavor kq, 200m more needed, insufficient unused "
+            "quota for memory in flavor kq, 64Mi more needed",
+            "200m more cpu and 64Mi more memory than is free in flavor kq; wait for jobs before it to end, ask for less "
+            "(cluster.nodes, cluster.cpus_per_node, cluster.memory_gib_per_node)",
+            False,
+        ),
         (SET.format("a") + UNUSED.format("h100"), "ask for less (cluster.nodes, cluster.gpus_per_node)", False),
         (SET.format("a") + f"{UNUSED.format('h100')}. Pending the preemption of 2 workload(s)", "end first (2)", False),
         (  # seen
