@@ -194,9 +194,8 @@ SET = "couldn't assign flavors to pod set {}: "
             True,
         ),
         (  # seen
-            SET.format("worker")
-            + "insufficient unused quota for cpu in flavor kq, 200m more needed, insufficient unused "
-            "quota for memory in flavor kq, 64Mi more needed",
+            SET.format("worker") + "insufficient unused quota for cpu in flavor kq, 200m more needed, insufficient "
+            "unused quota for memory in flavor kq, 64Mi more needed",
             "200m more cpu and 64Mi more memory than is free in flavor kq; wait for jobs before it to end, ask for less "
             "(cluster.nodes, cluster.cpus_per_node, cluster.memory_gib_per_node)",
             False,
