@@ -196,8 +196,8 @@ SET = "couldn't assign flavors to pod set {}: "
         (  # seen
             SET.format("worker") + "insufficient unused quota for cpu in flavor kq, 200m more needed, insufficient "
             "unused quota for memory in flavor kq, 64Mi more needed",
-            "200m more cpu and 64Mi more memory than is free in flavor kq; wait for jobs before it to end, ask for less "
-            "(cluster.nodes, cluster.cpus_per_node, cluster.memory_gib_per_node)",
+            "200m more cpu and 64Mi more memory than is free in flavor kq; wait for jobs before it to end, ask for "
+            "less (cluster.nodes, cluster.cpus_per_node, cluster.memory_gib_per_node)",
             False,
         ),
         (SET.format("a") + UNUSED.format("h100"), "ask for less (cluster.nodes, cluster.gpus_per_node)", False),
