@@ -55,5 +55,5 @@ def test_kueue_that_stays_down_is_named_with_the_fix(create):
 
 
 def test_a_refusal_is_not_asked_again(create):
-    with pytest.raises(Refused, match="no cost centre .*; change the job as the policy wants"):
+    with pytest.raises(Refused, match=r"no cost centre .*; change the job as the policy wants"):
         create(FORBIDDEN)
