@@ -99,8 +99,16 @@ def seconds(stamp: str) -> float:
 
 
 def text(path: str) -> str:
-    with urllib.request.urlopen(f"{HOST}{path}", timeout=60) as reply:
-        return reply.read().decode(errors="replace")
+    """What the API answers; asked again where a busy backend has no answer (5xx)."""
+    for pause in (2, 5, 10, 0):
+        try:
+            with urllib.request.urlopen(f"{HOST}{path}", timeout=60) as reply:
+                return reply.read().decode(errors="replace")
+        except OSError as error:
+            if not pause or getattr(error, "code", 500) < 500:
+                raise
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def answer(path: str) -> dict[str, Any]:

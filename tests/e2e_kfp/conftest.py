@@ -43,7 +43,19 @@ def name() -> str:
 
 
 @pytest.fixture(scope="session")
-def first(create, name: str) -> Run:
+def red(create, name: str) -> dict[str, tuple[Run, str]]:
+    """Runs that `plan` must refuse, with the reason; created at once, since each mostly waits for pods."""
+    cases = {
+        "claim": (form(f"{name}c", 8, {}, datasets_pvc="no-such-claim"), "claim 'no-such-claim' does not exist"),
+        "image": (form(f"{name}i", 8, {}, trainer_image="Not/An:Image"), "'Not/An:Image' is no image reference"),
+        "namespace": (form(f"{name}n", 8, {"cluster": {"namespace": "no-such"}}), "namespace 'no-such'"),
+        "field": (form(f"{name}f", 8, {"trian": {}}), "trian: unknown field; did you mean 'train'?"),
+    }
+    return {case: (create(f"red-{case}", fields), reason) for case, (fields, reason) in cases.items()}
+
+
+@pytest.fixture(scope="session")
+def first(create, red, name: str) -> Run:
     """A green run, whose text two pods encode."""
     run = create("first", form(name, 8, {"shards": {"pods": 2}, **OF_THIS_SESSION}))
     assert run.ended(1500) == "SUCCEEDED", run.logs

@@ -20,13 +20,20 @@ NO_REASON = "failed to execute component"  # follows every failure
 
 
 def own(text: str) -> list[str]:
-    """The step's own lines; for a step that died before its first line, all but the program and its input."""
+    """The step's own lines; for a step that died before its first line, all but the program and its input.
+
+    A task may have several steps one after the other, as `data` does.
+    """
     lines = text.splitlines()
-    first = next((at for at, line in enumerate(lines) if line.startswith(STARTED)), None)
-    if first is not None:
-        name = lines[first].removeprefix(STARTED)
-        ends = (at for at, line in enumerate(lines) if at > first and _ends(line, name))
-        return [line for line in lines[first : next(ends, len(lines)) + 1] if not MACHINERY.match(line)]
+    found: list[str] = []
+    at = _start(lines, 0)
+    while at is not None:
+        name = lines[at].removeprefix(STARTED)
+        end = next((later for later in range(at + 1, len(lines)) if _ends(lines[later], name)), len(lines))
+        found += [line for line in lines[at : end + 1] if not MACHINERY.match(line)]
+        at = _start(lines, end + 1)
+    if found:
+        return found
     heads = [(MACHINERY.match(line), line) for line in _without_input(lines)]
     return [line for head, line in heads if head is None or head["level"] in ("W", "E", "F")]
 
@@ -66,6 +73,11 @@ def failure(lines: Sequence[str], message: str) -> str:
         meaning = f"{exit_meaning(int(exit_code['code']), exit_code['reason'])} (exit code {exit_code['code']})"
     found = [*told[-1:], *([meaning] if meaning else [message] if message else [])]
     return "; ".join(found) or last(lines) or "it says no reason"
+
+
+def _start(lines: Sequence[str], first: int) -> int | None:
+    """Where the next step begins, from line `first` on."""
+    return next((at for at in range(first, len(lines)) if lines[at].startswith(STARTED)), None)
 
 
 def _ends(line: str, name: str) -> bool:
