@@ -93,13 +93,13 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until the run ends.")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="Only the training log of this rank.")] = None,
     task: Annotated[
-        str, typer.Option(help="Only one step: train, evaluate, export or, on this machine, a data step.")
+        str, typer.Option(help="Only one step: train, evaluate, export or, of a pipeline, any other.")
     ] = "",
     namespace: Namespace = "",
     host: Host = "",
     workdir: Workdir = Path("work"),
 ) -> None:
-    """Print a run's log: of its pipeline on this machine, of the trainer on the cluster."""
+    """Print a run's log: of its pipeline on this machine or on Kubeflow Pipelines, of the trainer on the cluster."""
     from pipelines.runs.find import Where, find
 
     _check_host(context, run)

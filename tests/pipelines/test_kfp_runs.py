@@ -239,7 +239,9 @@ def test_stop_waits_for_the_workers_on_the_cluster_where_the_image_of_cleanup_is
     backend.stopped = [stuck]
     code, said, error = asked("stop", backend.show(before))
     assert (code, error, left) == (0, "", [])
-    assert said.splitlines()[:2] == [f"stopping: {n} pods of the training save a checkpoint and end" for n in (2, 1)]
+    assert said.splitlines()[:2] == [
+        f"stopping: the training saves a checkpoint and ends (pods left: {n})" for n in (2, 1)
+    ]
     assert said.splitlines()[2].endswith(
         "; the newest checkpoint is of step 7; cleanup did not run (image 'x/y:1' cannot be pulled (not found)), the "
         "workers ended without it; submit its job again to continue"

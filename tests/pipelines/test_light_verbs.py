@@ -81,6 +81,7 @@ LINES = (
     "stop tiny --workdir WORK",
     "resume tiny --workdir WORK",
     "why tiny",
+    "status 0f6c2f8e-8a7b-4d43-9c55-3d1e6a0b7c21 --host http://127.0.0.1:9",
     "generate tiny --prompt x --workdir WORK",
     "evaluate tiny --workdir WORK",
 )

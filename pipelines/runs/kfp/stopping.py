@@ -66,7 +66,7 @@ def _left(now: Look, cluster: Watched, spent: float) -> str:
     """What still runs, in words; "" for nothing."""
     cleanup = now.step(CLEANUP)
     if workers := cluster.workers():
-        return f"{len(workers)} pods of the training save a checkpoint and end"
+        return f"the training saves a checkpoint and ends (pods left: {len(workers)})"
     if cleanup and any(_cannot_start(pod.message) for pod in cleanup.pods if pod.phase == "Pending"):
         if cluster.sees or spent > LEASE_SECONDS:
             return ""  # it will never run, and nothing else does

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from components.cluster import state
-from components.diagnose.explain import obstacle
+from components.diagnose.causes import Obstacle
 from components.plan.step import placement
 from manifests.clusterspec import ClusterSpec
 from manifests.kinds import KINDS, Object
 from manifests.names import PIPELINE_LABEL, TASK_LABEL
 from pipelines.runs.kfp.look import Look
+from pipelines.runs.kfp.obstacle import obstacle
 from trainer.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Watched:
         """Names of the steps' pods that have not ended, whatever the workflow says of them; and why further ones,
         which are none of these, will never run."""
         left = [pod for pod in self._pods.all() if not state.is_over(pod)]
-        hindered = {pod["metadata"]["name"]: str(found) for pod in left if (found := obstacle(pod)) and found.pulling}
+        hindered = {pod["metadata"]["name"]: str(found) for pod in left if (found := _hindered(pod)) and found.pulling}
         names = [pod["metadata"]["name"] for pod in left]
         return [name for name in names if name not in hindered], list(hindered.values())
 
@@ -97,3 +98,9 @@ class Watched:
         except LaunchError as error:
             write(f"stopping: without a look at the training: {error}")
             return None
+
+
+def _hindered(pod: Object) -> Obstacle | None:
+    """Why the container of a step, the first one that its node reports, does not start."""
+    waiting = state.container_state(pod).get("waiting", {})
+    return obstacle(f"{waiting.get('reason', '')}: {waiting.get('message', '')}") if waiting.get("message") else None
