@@ -17,6 +17,7 @@ from pipelines.runs.kfp.workflow import FAILED, Pod, Step, pods, steps
 
 POLL_SECONDS = 5.0
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+NOT_STARTED = "did not start: "
 CANCELLED = ("CANCELING", "CANCELED")
 
 
@@ -146,16 +147,19 @@ class Look:
 
     def said(self, step: Step) -> str:
         """What there is to say about a step: why it fails or does not start, else its last line."""
-        state = self.state_of(step)
+        state, lines = self.state_of(step), self.lines(step)
+        if state in ("failed", "stopped") and step.pods and not lines:
+            hindered = obstacle(self.looker.pods.hindrance(step.pods[-1].name))
+            if hindered:
+                return f"{NOT_STARTED}{hindered}"
         if state == "failed":
-            lines = self.lines(step)
             if not step.pods and step.driver:
                 lines = self.looker.lines(step.driver) or []
             return f"error: {steplog.failure(lines, step.message)}"
         if state == "starting":
             hindered = obstacle(step.message)
             return str(hindered) if hindered else ""
-        return steplog.last(self.lines(step))
+        return steplog.last(lines)
 
     def why(self) -> str:
         """Why the run failed or does not get on; "" if it does."""
@@ -164,6 +168,9 @@ class Look:
             # Cleaning up fails after another step for the same reason, as without rights.
             others = [each for each in told if not each.startswith(f"{CLEANUP}: ")]
             told = others or told
+            if self.state == "stopped":
+                waited = [(step.name, self.said(step)) for step in self.steps if self.state_of(step) == "stopped"]
+                told += [f"{name}: {said}" for name, said in waited if said.startswith(NOT_STARTED)][:1]
             if not told and self.state == "failed":
                 told = [self._failed_outside()]
             return "; ".join(told)

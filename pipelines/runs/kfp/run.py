@@ -64,7 +64,7 @@ class KfpRun:
 
     def view(self) -> View:
         now = self._looker.look()
-        why = now.why() or (AGAIN if now.state == "stopped" else "")
+        why = "; ".join(each for each in (now.why(), AGAIN if now.state == "stopped" else "") if each)
         rows = [(step.name, _row(now, step, why)) for step in now.steps]
         rows = [("run", self.name), *rows, ("page", url(self.host, self.name))]
         return View(now.name, self.host, now.state, why, _standing(now), rows)

@@ -6,6 +6,7 @@ import functools
 import json
 from typing import TYPE_CHECKING
 
+from components.cluster import state
 from components.cluster.kubeconfig import require_cluster
 from manifests.kinds import Object
 from trainer.errors import LaunchError
@@ -15,6 +16,13 @@ if TYPE_CHECKING:  # the import takes a second, which is not needed without a ku
 
 WORKFLOW_LABEL = "workflows.argoproj.io/workflow"  # Argo's, on every pod of a run
 CONTAINER = "main"  # the others are Argo's
+# Of an event: its reason, how its message begins, and the reason that Argo's message of such a pod has.
+REASONS = (
+    ("FailedScheduling", "", "Unschedulable"),
+    ("Failed", "Failed to pull", "ErrImagePull"),
+    ("Failed", "Error: secret", "CreateContainerConfigError"),
+    ("Failed", "Error: configmap", "CreateContainerConfigError"),
+)
 
 
 class StepPods:
@@ -50,6 +58,24 @@ class StepPods:
             return None
         text: str = response.data.decode("utf-8", "replace")
         return text
+
+    def hindrance(self, pod: str) -> str:
+        """Why a pod did not start, in Argo's form `Reason: message`; "" if it did, or nobody knows any more. The
+        cluster keeps events for an hour; Argo forgets the reason with the run's end."""
+        if self.cluster is None:
+            return ""
+        try:
+            options = {"field_selector": f"involvedObject.name={pod},type=Warning", "_preload_content": False}
+            read = self.cluster.core.list_namespaced_event
+            response = self.cluster.call("list events", read, self.namespace, **options)
+        except LaunchError:
+            return ""
+        events = sorted(json.loads(response.data)["items"], key=state.event_time)
+        for event in reversed(events):
+            for reason, begins, as_argo in REASONS:
+                if event.get("reason") == reason and event["message"].startswith(begins):
+                    return f"{as_argo}: {event['message']}"
+        return ""
 
     def _listed(self, cluster: Cluster) -> list[Object]:
         options = {"label_selector": f"{WORKFLOW_LABEL}={self.workflow}", "_preload_content": False}
