@@ -54,20 +54,26 @@ def before_admission(job: Object, workload: Object | None) -> Object:
     Args:
         workload: its Workload; without it, node selector and tolerations cannot be told from the job's own, and stay.
     """
-    job = copy.deepcopy(job)
+    job = without_patches(job)
     spec = job["spec"]
     for holder in (spec, spec.get("runPolicy", {})):
         holder.pop("suspend", None)
-    if "runtimePatches" in spec:
-        spec["runtimePatches"] = [patch for patch in spec["runtimePatches"] if patch.get("manager") != MANAGER]
-        if not spec["runtimePatches"]:
-            del spec["runtimePatches"]
     originals = {each["name"]: each["template"] for each in (workload or {}).get("spec", {}).get("podSets", [])}
     for role, replica in spec.get("pytorchReplicaSpecs", {}).items():
         template = replica["template"]
         _restore(template.get("metadata", {}), originals.get(role.lower(), {}).get("metadata", {}), ADMITTED_METADATA)
         if role.lower() in originals:
             _restore(template["spec"], originals[role.lower()]["spec"], ADMITTED_SPEC)
+    return job
+
+
+def without_patches(job: Object) -> Object:
+    """A copy of a job without the runtimePatches that Kueue writes into every TrainJob, also one without a queue: it
+    writes them again, and a TrainJob with two of one manager is refused."""
+    job = copy.deepcopy(job)
+    others = [patch for patch in job["spec"].pop("runtimePatches", []) if patch.get("manager") != MANAGER]
+    if others:
+        job["spec"]["runtimePatches"] = others
     return job
 
 

@@ -31,7 +31,7 @@ from components.launch.lease import held
 from manifests.clusterspec import ClusterSpec
 from manifests.kinds import DEVICE_CLAIMS, QUEUE_LABEL, Object, kind_of, pod_template
 from manifests.names import PIPELINE_LABEL, RUN_LABEL, TASK_LABEL
-from manifests.queue import before_admission
+from manifests.queue import before_admission, without_patches
 from pipelines.options import again
 from pipelines.runs.kept import Kept, keep, kept, run_dir_of
 from pipelines.runs.names import choose
@@ -281,6 +281,7 @@ def _objects(cluster: Cluster, job: Object) -> list[Object]:
         needs.append(claims)
     if QUEUE_LABEL in job["metadata"].get("labels", {}):
         job = before_admission(job, kueue.workload_of(cluster, job))
+    job = without_patches(job)
     return [_as_made(item) for item in (*needs, job)]
 
 

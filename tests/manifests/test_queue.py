@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from manifests.kinds import KINDS, pod_template
-from manifests.queue import before_admission
+from manifests.queue import before_admission, without_patches
 from manifests.render import job_objects
 from manifests.spec import JobSpec, job_from
 
@@ -68,3 +68,13 @@ def test_what_kueue_writes_into_a_trainjob_is_taken_out_again() -> None:
     another = {"manager": "example.com/team", "trainingRuntimeSpec": {}}
     waiting["spec"]["runtimePatches"].append(another)
     assert before_admission(waiting, None)["spec"]["runtimePatches"] == [another]
+
+
+def test_kueues_patches_of_a_trainjob_without_a_queue_are_left_out_and_nothing_else() -> None:
+    """A real Kueue 0.17 writes this one at the creation of every TrainJob."""
+    its = {"manager": "kueue.x-k8s.io/manager", "trainingRuntimeSpec": {"template": {"spec": {}}}}
+    job = {"spec": {"suspend": True, "trainer": {"numNodes": 2}, "runtimePatches": [its]}}
+    assert without_patches(job) == {"spec": {"suspend": True, "trainer": {"numNodes": 2}}}
+    assert job["spec"]["runtimePatches"] == [its], "the job itself is not changed"
+    plain = {"spec": {"runPolicy": {}}}
+    assert without_patches(plain) == plain
