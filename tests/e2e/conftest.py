@@ -40,6 +40,7 @@ TRAINING = (
     "test_dashboards",
     "test_serving",
     "test_queue",
+    "test_megatron",
 )
 
 

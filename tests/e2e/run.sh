@@ -6,6 +6,7 @@
 #   YAONGI_IMAGES   "given": the nodes have the images or can pull them (names: YAONGI_{PIPELINE,TRAINER,PROMETHEUS}_IMAGE)
 #   LOAD_IMAGE      command that loads an image onto the nodes, called with its name, for kind: "kind load docker-image"
 #   PARALLEL        how tests run in parallel, as pytest-xdist's options; "-n 0": one after another
+#   YAONGI_MEGATRON_CORE  a folder with the package megatron-core, for workers on CPUs; without it, it is downloaded
 #   YAONGI_CLUSTER  instead of a running cluster: a program that starts one, with the verbs build, up, base-image, install-operator,
 #                   install-trainer RELEASE, install-kueue and build-image NAME CONTEXT ARGUMENT... (build and load); it writes KUBECONFIG
 #   TRAINER         the release of Kubeflow Trainer for that cluster: 2.3 (default), with its alpha status API switched on; or 2.1, for the
@@ -61,6 +62,13 @@ if [ "${YAONGI_IMAGES:-}" != given ]; then
     if [ -n "${LOAD_IMAGE:-}" ]; then
         for image in "$YAONGI_PIPELINE_IMAGE" "$YAONGI_TRAINER_IMAGE" "$YAONGI_PROMETHEUS_IMAGE"; do $LOAD_IMAGE "$image"; done
     fi
+fi
+
+if [ -z "${YAONGI_MEGATRON_CORE:-}" ]; then
+    export YAONGI_MEGATRON_CORE=$PWD/build/megatron-core
+    rm -rf "$YAONGI_MEGATRON_CORE"
+    .uv/bin/uv pip install --quiet --python "$python" --no-deps --target "$YAONGI_MEGATRON_CORE" \
+        "$(grep ^megatron-core== requirements-peers.txt)" psutil
 fi
 
 if [ -n "${operators:-}" ]; then

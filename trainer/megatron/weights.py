@@ -11,7 +11,6 @@ BF16 in a BF16 or FP8 run; its FP32 copies belong to the optimizer and are not r
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import io
 import json
 import logging
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainer import __version__
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.boxes import Box, Boxes, Shape, whole, write
 from trainer.data.documents import shards_manifest
@@ -108,7 +108,7 @@ def to_checkpoint(spec: TrainSpec, folder: Path) -> Path:
     manifest = checkpoint.CheckpointManifest(
         step=step,
         spec={VERSION_FIELD: version_of(spec)} | stored(spec),
-        code_version=f"yaongi {importlib.metadata.version('yaongi')}, from {newest.name} of Megatron-LM",
+        code_version=f"yaongi {__version__}, from {newest.name} of Megatron-LM",
         digests={
             "shards": shards_manifest(spec.tokens).digest,
             "tokenizer": read_manifest(spec.tokens.tokenizer, "tokenizer").digest,
