@@ -47,7 +47,7 @@ TE_WHEEL ?=
 test-kernels: .venv-kernels/.ready ## the calls of Transformer Engine and mamba_ssm, with the real packages, without a GPU; TE_WHEEL=file saves 20 min
 	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest -m kernels tests/kernels
 
-test-peers: .venv-peers/.ready ## token files in megatron-core, exports in lm_eval, in a separate environment (5 GB)
+test-peers: .venv-peers/.ready ## megatron-core trains from our token files and weights, exports in lm_eval; in a separate environment (5 GB)
 	.venv-peers/bin/python -m pytest -m peers tests/peers
 
 .venv-peers/.ready: requirements-peers.txt | $(UV)
