@@ -68,7 +68,7 @@ if [ -z "${YAONGI_MEGATRON_CORE:-}" ]; then
     export YAONGI_MEGATRON_CORE=$PWD/build/megatron-core
     rm -rf "$YAONGI_MEGATRON_CORE"
     .uv/bin/uv pip install --quiet --python "$python" --no-deps --target "$YAONGI_MEGATRON_CORE" \
-        "$(grep ^megatron-core== requirements-peers.txt)" psutil
+        "$(sed -n 's/^\(megatron-core==[^ ]*\).*/\1/p' requirements-peers.txt)" psutil
 fi
 
 if [ -n "${operators:-}" ]; then

@@ -161,7 +161,7 @@ class Ids:
     """What core's data sets ask of a tokenizer."""
 
     def __init__(self, eod: int) -> None:
-        self.eod = self.pad = eod
+        self.eod = eod  # no `pad`, as Megatron-LM's NullTokenizer has none: its masks would add up over the rows
         self.unique_identifiers = {"class": "Ids", "eod": eod}
 
 

@@ -218,7 +218,7 @@ def of_transformers(folder: Path) -> Tensor:
 
 
 def of_ours(model: HybridModel, folder: Path) -> Tensor:
-    return _logits(folder, lambda ids: model(ids, torch.zeros_like(ids)).logits)
+    return _logits(folder, lambda ids: model(ids, torch.zeros_like(ids)).logits_BTV)
 
 
 def _logits(folder: Path, model: Callable[[Tensor], Tensor]) -> Tensor:
