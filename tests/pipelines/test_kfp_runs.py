@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from kfp_backend import Backend, Recorded
 
 from pipelines.runs.kfp import look, stopping
+from pipelines.runs.kfp.steppods import StepPods
 from pipelines.runs.kfp.watched import Watched
+from trainer.errors import LaunchError
 
 STEPS = ["plan", "download", "hygiene", "tokenizer", "encode", "shards", "train", "evaluate", "export"]
 WHILE_TRAINING = "2026-11-30T22:02:00Z"  # in the case `succeeded`
@@ -131,6 +135,54 @@ def test_a_stopped_run_reads_stopped_although_the_backend_calls_it_failed(asked:
     assert shown["evaluate"] == "not run"
 
 
+SCHEDULING = '0/1 nodes are available: persistentvolumeclaim "no-such-claim" not found. not found'
+PULL = 'Failed to pull image "localhost/absent-pipeline:9.9.9": failed to pull and unpack image: connection refused'
+
+
+@pytest.mark.parametrize(
+    ("events", "said"),
+    [
+        ([("FailedScheduling", SCHEDULING)], "cannot be scheduled: 0/1 nodes are available: persistentvolumeclaim"),
+        (
+            [("Failed", PULL), ("Failed", "Error: ErrImagePull"), ("Failed", "Error: ImagePullBackOff")],
+            "image 'localhost/absent-pipeline:9.9.9' cannot be pulled (ErrImagePull: Failed to pull image",
+        ),
+        ([("FailedMount", "a message of a kind that says nothing about the start")], ""),
+    ],
+)
+def test_why_a_step_did_not_start_is_told_after_the_run_has_ended(
+    asked: Verb, backend: Backend, monkeypatch: pytest.MonkeyPatch, events: list[tuple[str, str]], said: str
+) -> None:
+    """The backend forgets it: the node then says `Step exceeded its deadline`. The cluster has it as events."""
+    ended = Recorded("absent-claim")
+    ended.run |= {
+        "state": "FAILED",
+        "state_history": [{"state": "RUNNING"}, {"state": "CANCELING"}, {"state": "FAILED"}],
+    }
+    for node in ended.nodes.values():
+        if node["phase"] in ("Running", "Pending"):
+            node |= {"phase": "Failed", "message": "Step exceeded its deadline"}
+    items = [
+        {"reason": reason, "message": message, "lastTimestamp": f"2026-11-30T21:58:0{at}Z"}
+        for at, (reason, message) in enumerate(events)
+    ]
+
+    class Cluster:
+        core = SimpleNamespace(list_namespaced_event=None, read_namespaced_pod_log=None)
+
+        def call(self, doing: str, *_: object, **options: object) -> SimpleNamespace:
+            if doing == "get pods/log":
+                raise LaunchError("no such pod")
+            assert "yaongi-pretrain-rgbnc-" in str(options["field_selector"])
+            return SimpleNamespace(data=json.dumps({"items": items}).encode())
+
+    monkeypatch.setattr(StepPods, "cluster", Cluster())
+    why = rows(asked("status", backend.show(ended))[1])["state"]
+    if said:
+        assert why.startswith(f"stopped: plan: did not start: {said}")
+    assert why.endswith("submit its job again to continue") and "deadline" not in why
+
+
 def test_logs_are_the_steps_own_lines_one_step_after_another(asked: Verb, backend: Backend) -> None:
     run = backend.show(Recorded("succeeded"))
     code, said, _ = asked("logs", run)
@@ -160,7 +212,10 @@ def test_the_log_of_a_failed_step_ends_with_its_reason(asked: Verb, backend: Bac
 def test_a_log_that_nobody_serves_is_one_line_with_the_fix(asked: Verb, backend: Backend) -> None:
     run = backend.show(Recorded("succeeded").at(WHILE_TRAINING))
     code, _, error = asked("logs", run, "--task", "train")
-    assert code == 69 and "does not serve the log of step train, which is running; set KUBECONFIG" in error
+    fix = f"{backend.url} does not serve the log of train; set KUBECONFIG to its cluster, or give "
+    assert code == 69 and error.startswith(f"error: {fix}")
+    said = asked("logs", run)[1]
+    assert said.splitlines()[-1].startswith(fix) and "▶ shards" in said and "▶ train" not in said
     backend.web = True
     assert asked("logs", run, "--task", "train")[1].startswith("▶ train\n")
 

@@ -21,6 +21,7 @@ from pipelines.runs.view import View
 from trainer.errors import LaunchError
 
 AGAIN = "submit its job again to continue"
+ENDED_OR_RUNS = ("running", "succeeded", "failed")
 
 
 def url(host: str, run_id: str) -> str:
@@ -91,9 +92,13 @@ class KfpRun:
                 if now.is_over or not follow or (task and steps[0].state in ("succeeded", "failed", "skipped")):
                     break
             time.sleep(looking.POLL_SECONDS)
-        for step in steps:
-            if task and step.name not in printed:
-                raise LaunchError(_no_log(now, step))
+        if task and task not in printed:
+            raise LaunchError(_no_log(now, steps[0]))
+        missing = [
+            step.name for step in steps if step.state in ENDED_OR_RUNS and step.pods and step.name not in printed
+        ]
+        if missing:
+            console.print(_not_served(now, missing), style="dim", highlight=False, soft_wrap=True)
 
     def stop(self, write: Callable[[str], None]) -> str:
         """Terminate the run, and wait until nothing of it runs. Termination kills the steps without a signal; the
@@ -115,11 +120,15 @@ class KfpRun:
 
 def _no_log(now: Look, step: Step) -> str:
     said = now.said(step)
-    if step.state not in ("running", "succeeded", "failed") or said:
+    if step.state not in ENDED_OR_RUNS or said:
         return f"step {step.name} has no log: it is {now.state_of(step)}" + (f": {said}" if said else "")
+    return _not_served(now, [step.name])
+
+
+def _not_served(now: Look, steps: Sequence[str]) -> str:
     return (
-        f"{now.looker.backend.host} does not serve the log of step {step.name}, which is {now.state_of(step)}; set "
-        "KUBECONFIG to its cluster, or give the address of its web interface as --host"
+        f"{now.looker.backend.host} does not serve the log of {', '.join(steps)}; set KUBECONFIG to its cluster, or "
+        "give the address of its web interface as --host"
     )
 
 
