@@ -65,9 +65,10 @@ if [ "${YAONGI_IMAGES:-}" != given ]; then
 fi
 
 if [ -z "${YAONGI_MEGATRON_CORE:-}" ]; then
-    export YAONGI_MEGATRON_CORE=$PWD/build/megatron-core
+    # Not in build/, which builders of wheels empty.
+    export YAONGI_MEGATRON_CORE=$PWD/.venv/megatron-core
     rm -rf "$YAONGI_MEGATRON_CORE"
-    .uv/bin/uv pip install --quiet --python "$python" --no-deps --target "$YAONGI_MEGATRON_CORE" \
+    "$(command -v uv || echo .uv/bin/uv)" pip install --quiet --python "$python" --no-deps --target "$YAONGI_MEGATRON_CORE" \
         "$(sed -n 's/^\(megatron-core==[^ ]*\).*/\1/p' requirements-peers.txt)" psutil
 fi
 
