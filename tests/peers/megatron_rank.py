@@ -157,6 +157,20 @@ def logits(settings: Namespace) -> None:
         torch.save(found, settings.out)
 
 
+def states(settings: Namespace) -> None:
+    """Ask a checkpoint for what Transformer Engine's layers ask for besides weights: their FP8 states."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
+
+    wanted = {
+        f"{key} {places}": make_sharded_object_for_checkpoint(None, f"{key}._extra_state", [tuple(at) for at in places])
+        for key, places in settings.states
+    }
+    names = [*wanted]
+    found = dist_checkpointing.load(wanted, settings.load)
+    Path(settings.out).write_text(json.dumps({name: list(found[name].shape) for name in names}))
+
+
 class Ids:
     """What core's data sets ask of a tokenizer."""
 
@@ -299,7 +313,7 @@ def main(file: str) -> None:
         for task in json.loads(Path(file).read_text()):
             settings = Namespace(**task)
             split(settings)
-            {"logits": logits, "train": train}[settings.task](settings)
+            {"logits": logits, "states": states, "train": train}[settings.task](settings)
             dist.barrier()
         dist.destroy_process_group()
 

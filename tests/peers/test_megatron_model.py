@@ -156,6 +156,21 @@ def training(folder: Path, name: str, run: str, **more: Any) -> dict[str, Any]:
     return made | more
 
 
+def states(folder: Path, name: str) -> dict[str, Any]:
+    """What Transformer Engine's layers ask for; a place in a stack is axis, index and number."""
+    modules = [f"self_attention.{module}" for module in ("linear_qkv", "linear_proj", "core_attention")]
+    if name == "dense":
+        of_layers = [*modules, "mlp.linear_fc1", "mlp.linear_fc2"]
+        made = [[f"decoder.layers.{module}", [[0, layer, 3]]] for module in of_layers for layer in range(3)]
+        made.append(["decoder.final_layernorm", []])
+    else:
+        made = [[f"decoder.layers.1.{module}", []] for module in [*modules, "pre_mlp_layernorm"]]
+        experts = "decoder.layers.1.mlp.experts.experts.linear_fc2"
+        made += [[experts, [[0, expert, 4]]] for expert in range(4)]
+    load = str(folder / f"{name}-begin" / "release")
+    return {"task": "states", "states": made, "load": load, "out": str(folder / f"{name}.states")}
+
+
 def newest(folder: Path, run: str) -> Path:
     return folder / run / "megatron" / f"iter_{STEPS:07d}"
 
@@ -181,6 +196,7 @@ def alone(folder: Path) -> Path:
         logits(folder, "mixed", newest(folder, "mixed-run"), "mixed-run", padded=PADDED),
         logits(folder, "moe", newest(folder, "stack"), "stack", numbered=False),
     ]
+    tasks += [states(folder, "dense"), states(folder, "moe")]
     run(folder, 1, tasks)
     return folder
 
@@ -259,6 +275,12 @@ def test_shared_experts_and_biases_are_converted_both_ways(alone: Path) -> None:
     assert_equal(alone / "mixed.pt", of_ours(load_model_of(run_of(alone, "mixed", MIXED)), alone))
     to_checkpoint(spec, alone / "mixed-run" / "megatron")
     assert_equal(alone / "mixed-run.pt", of_ours(load_model_of(spec), alone))
+
+
+@pytest.mark.parametrize(("name", "number"), [("dense", 16), ("moe", 8)])
+def test_layers_of_transformer_engine_find_their_empty_states(alone: Path, name: str, number: int) -> None:
+    found = json.loads((alone / f"{name}.states").read_text())
+    assert len(found) == number and all(shape == [0] for shape in found.values())
 
 
 def load_model_of(spec: TrainSpec) -> HybridModel:
