@@ -11,10 +11,12 @@ import pytest
 from components.download import step as download
 from components.hygiene import step as hygiene
 from components.launch.artefacts import finished
+from components.launch.step import run as launch
 from components.launch.step import write_specs
 from components.shards import step as shards
 from components.tokenizer import step as tokenizer
 from manifests.spec import load_job
+from trainer.errors import LaunchError
 
 
 @pytest.fixture
@@ -41,6 +43,10 @@ def test_every_step_finds_its_work_done(run: Path, tmp_path: Path, monkeypatch: 
     write_specs(job)
     for task in ("train", "evaluate", "export"):
         assert finished(job, task) is not None, task
+    # As where several pods made the token files: the training follows the tokenizer that they were made with.
+    assert launch(job, "train", trained).kind == "train"
+    with pytest.raises(LaunchError, match="changed since the step before made it"):
+        launch(job, "train", trained.model_copy(update={"digest": "0" * 64}))
 
 
 def test_commands_read_it(run: Path, yaongi: Callable[..., tuple[int, str, str]], tmp_path: Path):
