@@ -45,8 +45,8 @@ class TopologySpec(Spec):
     need be.
     """
 
-    required: str | None = None
-    preferred: str | None = None
+    required: workerspec.NodeLabel | None = None
+    preferred: workerspec.NodeLabel | None = None
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:
@@ -83,8 +83,8 @@ class ClusterSpec(Spec):
     image: str = "localhost/yaongi-trainer:0.1.0"
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
     namespace: str | None = None
-    queue: str | None = None
-    queue_priority: str | None = None
+    queue: workerspec.LabelledName | None = None
+    queue_priority: workerspec.LabelledName | None = None
     topology: TopologySpec | None = None
     priority_class: str | None = None
     node_selector: dict[str, str] = {}
@@ -109,7 +109,7 @@ class ClusterSpec(Spec):
     @model_validator(mode="after")
     def _fabric_has_its_devices(self) -> Self:
         if self.fabric != "none":
-            asked = [*self.resources, *self.devices]
+            asked = [*(name for name in self.resources if "/" in name), *self.devices]  # huge pages are no cards
             if problem := fabric.lacking(self.fabric, self.gpus_per_node, asked, self.annotations):
                 raise ValueError(problem)
         return self

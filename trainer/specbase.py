@@ -199,7 +199,18 @@ def _explain(spec_type: type[Spec], problem: dict[str, Any], value: Any) -> str:
         return f"{where}: {message}"
     wanted = next((said for begins, said in WANTED.items() if problem["type"].startswith(begins)), None)
     said = f"{wanted} is wanted" if wanted else message.replace("Input should be", "must be")
-    return f"{where}: {said} (got {problem['input']!r})"
+    return f"{where}: {said} (got {problem['input']!r}){_how(path, problem)}"
+
+
+def _how(path: list[str], problem: dict[str, Any]) -> str:
+    """How to write a text that YAML takes for something else."""
+    given = problem["input"]
+    if problem["type"] == "string_type" and isinstance(given, bool | int | float):
+        text = str(given).lower() if isinstance(given, bool) else given
+        return f"; put it in quotes: '{text}' in a file, \"'{text}'\" after --set"
+    if problem["type"] == "string_type" and isinstance(given, dict) and len(path) > 1:
+        return f"; write a name with dots in braces: '{'.'.join(path[:-1])}={{NAME: TEXT}}'"
+    return ""
 
 
 def _as_written(place: Sequence[str | int], value: Any) -> list[str]:

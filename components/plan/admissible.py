@@ -208,10 +208,10 @@ def _sizes(job: JobSpec, look: Look) -> Iterator[str]:
 
 
 def requests(job: JobSpec) -> dict[str, Decimal]:
-    """What one training pod asks for, in Kubernetes' base units."""
-    containers = pod_template(job_objects(job))["spec"]["containers"]
+    """What one training pod asks for, in Kubernetes' base units; a fabric's sidecar counts too."""
+    spec = pod_template(job_objects(job))["spec"]
     found: dict[str, Decimal] = {}
-    for each in containers:
+    for each in (*spec["containers"], *spec.get("initContainers", [])):  # ours restart for ever beside the worker
         for name, value in each.get("resources", {}).get("requests", {}).items():
             found[name] = found.get(name, Decimal(0)) + (Place(value).quantity or Decimal(0))
     return found

@@ -45,6 +45,8 @@ def _is_usable(node: Object, cluster: ClusterSpec) -> bool:
 
 
 def _tolerated(taint: Object, cluster: ClusterSpec) -> bool:
-    if taint["key"] == "nvidia.com/gpu" and cluster.gpus_per_node:
+    if cluster.queue is not None:
+        return True  # the queue's flavor may bring tolerations, which only its administrator can read
+    if taint["key"] in cluster.resources or (taint["key"] == "nvidia.com/gpu" and cluster.gpus_per_node):
         return True  # the admission plugin ExtendedResourceToleration adds it where such taints are used
     return any(tolerates(each.model_dump(exclude_none=True), taint) for each in cluster.tolerations)

@@ -119,7 +119,7 @@ def _tried(look: Look, image: str) -> Came:
         made = look.post(_path(look, "batch/v1", "jobs"), objects.owner(job, image, program))
         owner = {"apiVersion": "batch/v1", "kind": "Job", **{key: made["metadata"][key] for key in ("name", "uid")}}
         look.post(_path(look, "networking.k8s.io/v1", "networkpolicies"), objects.policy(job, owner))
-        worker = _waited(look, job, "worker", "Running")
+        worker = _waited(look, job, "worker", "Running", image)
         address, (rank, *metrics) = worker["status"]["podIP"], objects.ports(job)
         targets: dict[objects.Role, dict[str, tuple[str, int, bool]]] = {
             "peer": {
@@ -138,14 +138,14 @@ def _tried(look: Look, image: str) -> Came:
         for role, wanted in targets.items():
             arguments = ["try", json.dumps(wanted)]
             look.post(_path(look, "v1", "pods"), objects.pod(job, role, image, program, arguments, owner))
-        peer, stranger = (_said(look, _waited(look, job, role, "Succeeded")) for role in targets)
+        peer, stranger = (_said(look, _waited(look, job, role, "Succeeded", image)) for role in targets)
         return Came(peer, stranger, is_installed)
     finally:
         with suppress(LaunchError):  # it deletes itself some minutes later
             look.delete(f"{_path(look, 'batch/v1', 'jobs')}/{job_name(job)}")
 
 
-def _waited(look: Look, job: JobSpec, role: objects.Role, phase: str) -> Object:
+def _waited(look: Look, job: JobSpec, role: objects.Role, phase: str, image: str) -> Object:
     """The pod of this role once it is in this phase.
 
     Raises:
@@ -163,7 +163,7 @@ def _waited(look: Look, job: JobSpec, role: objects.Role, phase: str) -> Object:
     blocked = obstacle(pod) if pod else None
     ended = exit_of(pod) if pod else None
     why = str(blocked) if blocked else ended.describe() if ended else f"it is not {phase} after {PATIENCE_SECONDS} s"
-    raise LaunchError(f"the pod '{role}' of the check: {why}")
+    raise LaunchError(f"the pod '{role}' of the check ({image}; YAONGI_PIPELINE_IMAGE names another): {why}")
 
 
 def _said(look: Look, pod: Object) -> dict[str, str]:

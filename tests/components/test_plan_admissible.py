@@ -115,6 +115,15 @@ def test_workers_that_each_fit_are_not_refused():
     assert tainted.startswith("none of the 1 nodes is ready, selected and tolerated; ")
 
 
+def test_a_taint_is_no_reason_where_the_queues_flavor_or_the_api_server_may_tolerate_it():
+    answers = Answers()
+    answers.nodes[0]["spec"]["taints"] = [{"key": "rdma/ib", "value": "present", "effect": "NoSchedule"}]
+    answers.nodes[0]["status"]["allocatable"]["rdma/ib"] = "4"
+    assert found(answers) != []
+    assert found(answers, queue="gpus") == []
+    assert found(answers, resources={"rdma/ib": 1}) == [], "the admission plugin ExtendedResourceToleration"
+
+
 @pytest.mark.parametrize(
     ("image", "said"),
     [
@@ -150,6 +159,9 @@ def test_a_pod_asks_for_what_its_manifest_says():
     wanted = requests(job)
     assert wanted["nvidia.com/gpu"] == 8 and wanted["rdma/ib"] == 2
     assert wanted["memory"] == int(job.cluster.memory_gib_per_node * 2**30)
+    google = {"gpus_per_node": 8, "nodes": 2, "annotations": {"networking.gke.io/interfaces": "[]"}}
+    plain, beside = (requests(load_job("h100-4b", {"cluster": google | more})) for more in ({}, {"fabric": "tcpx"}))
+    assert (beside["cpu"] - plain["cpu"], beside["memory"] - plain["memory"]) == (1, 2 * 2**30), "the fabric's daemon"
     rules = needed_rules(load_job("tiny", {"cluster": {"job": "trainjob"}}))
     named = {name for rule in rules for name in rule["resources"]}
     assert {TRAINJOB.plural, "trainingruntimes", "configmaps"} <= named and PYTORCHJOB.plural not in named

@@ -15,6 +15,7 @@ from ports import free_port
 from components.cluster import netprobe
 from components.cluster.netprobe import OPEN, SAID
 from components.plan import admissible
+from manifests.spec import load_job
 from pipelines.doctor import network
 from pipelines.doctor.network import Came, judged
 from trainer.errors import LaunchError
@@ -84,6 +85,16 @@ def test_missing_rights_are_one_line_and_nothing_is_made(monkeypatch: pytest.Mon
     (finding,) = network.findings(SimpleNamespace(namespace="team"), "image")
     assert finding.state == "unknown"
     assert "create/delete jobs, create networkpolicies, create pods, get pods/log in namespace 'team'" in finding.detail
+
+
+def test_a_pod_that_does_not_start_is_told_with_its_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "PATIENCE_SECONDS", 0.01)
+    waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}}
+    status = {"phase": "Pending", "containerStatuses": [{"name": "probe", "state": waiting}]}
+    pod = {"metadata": {"name": "p", "uid": "1"}, "spec": {"containers": [{"name": "probe"}]}, "status": status}
+    look = SimpleNamespace(namespace="team", items=lambda path: [pod])
+    with pytest.raises(LaunchError, match=r"'peer' of the check \(registry/a:1; YAONGI_PIPELINE_IMAGE names another\): "):
+        network._waited(look, load_job("tiny"), "peer", "Succeeded", "registry/a:1")
 
 
 def test_whatever_happens_what_was_made_is_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
