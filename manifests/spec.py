@@ -191,6 +191,14 @@ class JobSpec(Spec):
             refuse_too_large(spec, mesh, self.cluster.gpu_memory_gib * 2**30, "cluster.gpu_memory_gib:")
 
     @model_validator(mode="after")
+    def _sees_its_fabric(self) -> Self:
+        if self.cluster.fabric != "none" and not self.train.runtime.preflight.enabled:
+            raise ValueError(
+                "cluster.fabric needs train.runtime.preflight.enabled: true, as only preflight sees whether NCCL takes it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_be_tuned(self) -> Self:
         if self.tune is not None:
             self.tuning()

@@ -74,6 +74,7 @@ def problems(job: JobSpec, look: Look) -> Iterator[str]:
         partial(_rights, job, look),
         partial(_claims, job, look),
         partial(_queue, job, look),
+        partial(_devices, job, look),
         partial(_sizes, job, look),
     )
     for check in checks:
@@ -173,6 +174,24 @@ def _queue(job: JobSpec, look: Look) -> Iterator[str]:
         f"cluster.queue: namespace '{look.namespace}' has no LocalQueue '{name}'; kubectl get localqueues -n "
         f"{look.namespace} shows those it has, or have it created"
     )
+
+
+def _devices(job: JobSpec, look: Look) -> Iterator[str]:
+    """Without its device class a pod waits for ever."""
+    api = f"/apis/{DEVICE_CLAIMS.group}/{DEVICE_CLAIMS.version}"
+    if job.cluster.devices and look.get(api) is None:
+        yield (
+            f"cluster.devices: the cluster has no {DEVICE_CLAIMS.group}/{DEVICE_CLAIMS.version}, which Kubernetes 1.34 "
+            "and newer serve; use cluster.resources, with the resources of a device plugin"
+        )
+        return
+    for name in job.cluster.devices:
+        try:
+            found = look.get(f"{api}/deviceclasses/{name}")
+        except Refused:
+            return  # a right for the whole cluster, which a launcher need not have
+        if found is None:
+            yield f"cluster.devices: there is no device class '{name}'; kubectl get deviceclasses lists them"
 
 
 def _sizes(job: JobSpec, look: Look) -> Iterator[str]:

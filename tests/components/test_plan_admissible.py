@@ -88,6 +88,25 @@ def test_a_queue_that_does_not_exist_is_told_before_anything_is_prepared():
     assert found(answers, queue="gpus") == [], "nothing is known of such a queue"
 
 
+def test_an_absent_device_class_is_told_and_one_that_may_not_be_read_is_not():
+    answers, devices = Answers(), {"nic.example.com": 8}
+    (said,) = found(answers, devices=devices)
+    assert said.startswith("cluster.devices: the cluster has no resource.k8s.io/v1, which Kubernetes 1.34 and newer")
+    answers.paths["/apis/resource.k8s.io/v1"] = {}
+    (said,) = found(answers, devices=devices)
+    assert said.startswith("cluster.devices: there is no device class 'nic.example.com'; ")
+    answers.paths["/apis/resource.k8s.io/v1/deviceclasses/nic.example.com"] = {}
+    assert found(answers, devices=devices) == []
+
+    class MayNot(Answers):
+        def get(self, path: str) -> Any:
+            if "deviceclasses" in path:
+                raise Refused(403, "this account may not read it")
+            return super().get(path)
+
+    assert found(MayNot(paths=answers.paths), devices={"other.example.com": 1}) == []
+
+
 def test_without_the_namespace_nothing_else_is_told():
     assert found(Answers(paths={})) == ["namespace 'team' does not exist; create it or set cluster.namespace"]
 

@@ -187,10 +187,10 @@ def test_a_fabric_is_rendered_and_must_be_taken(name: str, kind: str) -> None:
 
 
 def test_a_fabric_cannot_go_unchecked() -> None:
-    made = job_from({"preset": "h100-4b"}, {"cluster": EIGHT | asked("roce")})
-    unchecked = made.updated({"train": {"runtime": {"preflight": {"enabled": False}}}})
-    with pytest.raises(SpecError, match="only preflight sees whether NCCL takes it"):
-        job_objects(unchecked)
+    """Told of the job, before its data are made, not only when its objects are."""
+    unchecked = {"train": {"runtime": {"preflight": {"enabled": False}}}}
+    with pytest.raises(SpecError, match=r"cluster\.fabric needs .* only preflight sees whether NCCL takes it"):
+        job_from({"preset": "h100-4b"}, {"cluster": EIGHT | asked("roce")} | unchecked)
 
 
 @every_kind

@@ -48,6 +48,7 @@ w-0:61:79 [0] NCCL INFO NET/IB : Using [0]={[0] mlx5_2:1/RoCE, [1] mlx5_3:1/RoCE
 [1]mlx5_bond_0:1/RoCE [RO]; OOB bond0.526:169.136.106.9<0>
 w-0:61:79 [0] NCCL INFO Using network IB
 """
+MIXED = SHARP.replace(" [RO]", " [2]mlx5_2:1/RoCE [RO]")  # that one for storage
 EFA = """
 w-0:61:79 [0] NCCL INFO NET/Plugin: Loaded net plugin AWS Libfabric (v9)
 w-0:61:79 [0] NCCL INFO NET/OFI Initializing aws-ofi-nccl 1.14.0
@@ -145,6 +146,7 @@ def test_the_network_that_was_asked_for_is_told(monkeypatch: pytest.MonkeyPatch)
     [
         ("infiniband", (SOCKETS, SOCKETS), ExitCode.SPEC, "net1:fe80::42:1%net1) instead of infiniband"),
         ("roce", (INFINIBAND, INFINIBAND), ExitCode.SPEC, "instead of roce"),
+        ("infiniband", (MIXED, MIXED), ExitCode.SPEC, "in cluster.env: NCCL_IB_HCA: '=mlx5_0,mlx5_1'; fabric: none"),
         ("efa", ("", ""), ExitCode.SPEC, "NCCL took a network that its log does not name instead of efa"),
         ("infiniband", (INFINIBAND, SOCKETS), ExitCode.COMMUNICATION, "preflight.fabric) on rank 1 on node-1; other"),
         ("infiniband", (INFINIBAND, None), ExitCode.SPEC, "add NCCL_DEBUG_FILE=/tmp/nccl.%p.log to cluster.env"),

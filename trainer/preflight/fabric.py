@@ -93,9 +93,8 @@ def network(wanted: FabricName | None, world: World) -> Measured:
         place, taken = next(iter(others.items()))
         if len(others) == world.size:
             raise SpecError(
-                f"NCCL took {taken} instead of {wanted} ({FIELD}): are the cards in the pods (cluster.resources), is "
-                "their library or NCCL's plugin in the image, does cluster.env keep NCCL from them? fabric: none takes "
-                "any network"
+                f"NCCL took {taken} instead of {wanted} ({FIELD}): {_remedy(taken, wanted)}; fabric: none takes any "
+                "network"
             )
         more = f" and {len(others) - 1} more" if others.keys() - {place} else ""
         raise CommunicationError(
@@ -110,6 +109,16 @@ def network(wanted: FabricName | None, world: World) -> Measured:
     )
     warning = f"NCCL took {here} although there are RDMA cards ({unused}); see cluster.fabric" if unused else None
     return Measured(f"NCCL over {here}", warning=warning)
+
+
+def _remedy(taken: Taken, wanted: FabricName) -> str:
+    meant = [one.partition(":")[0] for one in taken.devices if NETWORKS[wanted].device in one]
+    if meant and "IB" in taken.network:  # NCCL takes all cards of a node, those for storage too
+        return f"cards of other networks are among them; name yours in cluster.env: NCCL_IB_HCA: '={','.join(meant)}'"
+    return (
+        "are the cards in the pods (cluster.resources), is their library or NCCL's plugin in the image, does "
+        "cluster.env keep NCCL from them?"
+    )
 
 
 def cards() -> str:
