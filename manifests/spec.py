@@ -194,7 +194,7 @@ class JobSpec(Spec):
     def _sees_its_fabric(self) -> Self:
         if self.cluster.fabric != "none" and not self.train.runtime.preflight.enabled:
             raise ValueError(
-                "cluster.fabric needs train.runtime.preflight.enabled: true, as only preflight sees whether NCCL takes it"
+                "cluster.fabric needs train.runtime.preflight.enabled: true; only preflight sees whether NCCL takes it"
             )
         return self
 

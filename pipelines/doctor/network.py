@@ -32,7 +32,9 @@ RIGHTS: list[Object] = [
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["create", "list"]},
     {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
 ]
-POLICIES = "helm install yaongi charts/yaongi -n NAMESPACE, or kubectl apply -n NAMESPACE -f manifests/base/networkpolicy.yaml"
+POLICIES = (
+    "helm install yaongi charts/yaongi -n NAMESPACE, or kubectl apply -n NAMESPACE -f manifests/base/networkpolicy.yaml"
+)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,11 @@ def test_a_pod_that_does_not_start_is_told_with_its_image(monkeypatch: pytest.Mo
     monkeypatch.setattr(network, "PATIENCE_SECONDS", 0.01)
     waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}}
     status = {"phase": "Pending", "containerStatuses": [{"name": "probe", "state": waiting}]}
-    pod = {"metadata": {"name": "p", "uid": "1"}, "spec": {"containers": [{"name": "probe", "image": "a:1"}]}, "status": status}
+    pod = {
+        "metadata": {"name": "p", "uid": "1"},
+        "spec": {"containers": [{"name": "probe", "image": "a:1"}]},
+        "status": status,
+    }
     look = SimpleNamespace(namespace="team", items=lambda path: [pod])
     with pytest.raises(LaunchError, match=r"check \(registry/a:1; YAONGI_PIPELINE_IMAGE names another\): "):
         network._waited(look, load_job("tiny"), "peer", "Succeeded", "registry/a:1")
