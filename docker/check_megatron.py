@@ -8,6 +8,7 @@ on the cluster.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -63,6 +64,8 @@ def main() -> int:
         validate_args,
     )
 
+    importlib.import_module("megatron.core.dist_checkpointing.strategies.torch")  # and what checkpoints need
+    importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     base = load_job("qwen3-30b-a3b-megatron").train_spec()
     made = importlib.util.find_spec("transformer_engine") is not None
     for name, changes in CHANGES.items():

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
 from trainer import distributed
@@ -33,6 +33,7 @@ from trainer.megatron import langfuse
 from trainer.megatron.arguments import BEGIN, BLEND, Dtype, arguments
 from trainer.megatron.blend import blend
 from trainer.megatron.check import Mesh, check
+from trainer.megatron.compat import checkpoints_outlive_signals, name_the_format
 from trainer.megatron.memory import refuse_too_large
 from trainer.megatron.recording import Recording
 from trainer.megatron.relay import Relay, Tee
@@ -190,8 +191,10 @@ def run(program: Path, command: Sequence[str], relay: Relay) -> int:
     log.info("starting %s %s", program, " ".join(command))
     sys.argv = [str(program), *command]
     sys.path.insert(0, str(program.parent))
+    name_the_format()
+    held: AbstractContextManager[None] = checkpoints_outlive_signals() if "--async-save" in command else nullcontext()
     try:
-        with interrupts_stop() as interrupted, redirect_stdout(Tee(sys.stdout, relay.line)):
+        with held, interrupts_stop() as interrupted, redirect_stdout(Tee(sys.stdout, relay.line)):
             runpy.run_path(str(program), run_name="__main__")
     except SystemExit as ended:
         if ended.code in (None, 0):  # a checkpoint was saved after a stop signal; of any rank, perhaps not this one
