@@ -158,22 +158,28 @@ def _claims(job: JobSpec, look: Look) -> Iterator[str]:
 
 
 def _queue(job: JobSpec, look: Look) -> Iterator[str]:
-    """An absent queue is accepted in silence, and the job waits in it. Its quota may be read by administrators only."""
-    name = job.cluster.queue
+    """An absent queue or class is accepted in silence, and the job waits. Both may be readable by administrators only."""
+    name, priority = job.cluster.queue, job.cluster.queue_priority
     if name is None:
         return
     try:
         served = (look.get(f"/apis/{queue.GROUP}") or {"versions": []})["versions"]
         version = queue.version_of([each["version"] for each in served])
-        place = f"/apis/{queue.GROUP}/{version}/namespaces/{look.namespace}/localqueues/{name}"
-        if version is None or look.get(place) is not None:
+        if version is None:
             return
+        api = f"/apis/{queue.GROUP}/{version}"
+        if look.get(f"{api}/namespaces/{look.namespace}/localqueues/{name}") is None:
+            yield (
+                f"cluster.queue: namespace '{look.namespace}' has no LocalQueue '{name}'; kubectl get localqueues -n "
+                f"{look.namespace} shows those it has, or have it created"
+            )
+        if priority and look.get(f"{api}/workloadpriorityclasses/{priority}") is None:
+            yield (
+                f"cluster.queue_priority: there is no WorkloadPriorityClass '{priority}'; kubectl get "
+                "workloadpriorityclasses shows those there are, or have it created"
+            )
     except Refused:
         return
-    yield (
-        f"cluster.queue: namespace '{look.namespace}' has no LocalQueue '{name}'; kubectl get localqueues -n "
-        f"{look.namespace} shows those it has, or have it created"
-    )
 
 
 def _devices(job: JobSpec, look: Look) -> Iterator[str]:

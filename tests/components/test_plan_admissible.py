@@ -84,6 +84,10 @@ def test_a_queue_that_does_not_exist_is_told_before_anything_is_prepared():
     assert said.startswith("cluster.queue: namespace 'team' has no LocalQueue 'gpus'; kubectl get localqueues -n team")
     answers.paths["/apis/kueue.x-k8s.io/v1beta2/namespaces/team/localqueues/gpus"] = {}
     assert found(answers, queue="gpus") == []
+    (said,) = found(answers, queue="gpus", queue_priority="urgent")
+    assert said.startswith("cluster.queue_priority: there is no WorkloadPriorityClass 'urgent'; kubectl get workload")
+    answers.paths["/apis/kueue.x-k8s.io/v1beta2/workloadpriorityclasses/urgent"] = {}
+    assert found(answers, queue="gpus", queue_priority="urgent") == []
     answers.paths["/apis/kueue.x-k8s.io"] = {"versions": [{"version": "v2"}]}
     assert found(answers, queue="gpus") == [], "nothing is known of such a queue"
 
