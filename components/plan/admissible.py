@@ -158,7 +158,7 @@ def _claims(job: JobSpec, look: Look) -> Iterator[str]:
 
 
 def _queue(job: JobSpec, look: Look) -> Iterator[str]:
-    """An absent queue or class is accepted in silence, and the job waits. Both may be readable by administrators only."""
+    """An absent queue or class is accepted in silence, and the job waits. Not every account may read them."""
     name, priority = job.cluster.queue, job.cluster.queue_priority
     if name is None:
         return
