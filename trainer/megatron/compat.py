@@ -34,10 +34,11 @@ def name_the_format() -> None:
 
 @contextmanager
 def checkpoints_outlive_signals() -> Iterator[None]:
-    """Megatron's asynchronous checkpoints work after a stop signal to the whole process group, as torchrun sends it.
+    """Megatron's checkpoints work after a stop signal to the whole process group, as torchrun sends it.
 
     Core keeps the results of writers in a queue that a process of its own serves, and a SIGTERM ends that process just
-    before the last checkpoint needs it. So the process is started here, deaf to the signal, and ended with the block.
+    before the last checkpoint needs it, a synchronous one too. So the process is started here, deaf to the signal, and
+    ended with the block.
     """
     if not _is_there():
         yield

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from trainer import distributed
@@ -192,9 +192,9 @@ def run(program: Path, command: Sequence[str], relay: Relay) -> int:
     sys.argv = [str(program), *command]
     sys.path.insert(0, str(program.parent))
     name_the_format()
-    held: AbstractContextManager[None] = checkpoints_outlive_signals() if "--async-save" in command else nullcontext()
     try:
-        with held, interrupts_stop() as interrupted, redirect_stdout(Tee(sys.stdout, relay.line)):
+        tee = Tee(sys.stdout, relay.line)
+        with checkpoints_outlive_signals(), interrupts_stop() as interrupted, redirect_stdout(tee):
             runpy.run_path(str(program), run_name="__main__")
     except SystemExit as ended:
         if ended.code in (None, 0):  # a checkpoint was saved after a stop signal; of any rank, perhaps not this one
