@@ -135,6 +135,22 @@ def test_a_stopped_run_reads_stopped_although_the_backend_calls_it_failed(asked:
     assert shown["evaluate"] == "not run"
 
 
+def test_a_step_whose_driver_failed_is_the_one_that_failed(asked: Verb, backend: Backend) -> None:
+    """As when the backend's own services do not answer; the task itself is then omitted."""
+    run = Recorded("succeeded")
+    for name, node in list(run.nodes.items()):
+        if ".launch-2(0)" in node["name"]:
+            del run.nodes[name]
+        elif node["name"].endswith(".launch-2"):
+            node |= {"phase": "Omitted", "message": "omitted: depends condition not met"}
+        elif ".launch-2-driver" in node["name"]:
+            node |= {"phase": "Failed", "message": "main: Error (exit code 1)"}
+    run.logs = {name: text for name, text in run.logs.items() if name in run.nodes}
+    run.run["state"] = "FAILED"
+    state = rows(asked("status", backend.show(run))[1])
+    assert state["state"].startswith("failed: evaluate: error: ") and state["evaluate"].startswith("failed")
+
+
 SCHEDULING = '0/1 nodes are available: persistentvolumeclaim "no-such-claim" not found. not found'
 PULL = 'Failed to pull image "localhost/absent-pipeline:9.9.9": failed to pull and unpack image: connection refused'
 

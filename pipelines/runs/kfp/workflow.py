@@ -150,7 +150,8 @@ def _step(task: Task, nodes: Sequence[Node], workflow: str, over: bool) -> Step:
 
 
 def _state(own: Sequence[str], found: Sequence[Pod], driver: Pod | None, over: bool) -> str:
-    if any(phase in FAILED for phase in own) or (not own and driver and driver.phase in FAILED):
+    undone = driver is not None and driver.phase in FAILED and not found  # then the backend omits the task
+    if any(phase in FAILED for phase in own) or undone:
         return "failed"
     if any(pod.phase == "Running" for pod in found):
         return "running"
