@@ -51,7 +51,7 @@ def test_a_green_run_shows_steps_loss_and_checkpoint_and_its_log(first: Run, nam
     assert log.startswith("▶ train\n") and "step 8/8  loss" in log and "KFP Executor" not in log
     assert log in asked("logs", first)
     listed = yaongi("status", "-n", backend.NAMESPACE)
-    (row,) = (line for line in listed.stdout.splitlines() if line.startswith(f"{name}-"))
+    (row,) = (line for line in listed.stdout.splitlines() if line.strip().startswith(f"{name}-"))
     assert " succeeded " in row and " 8/8 " in row and "step 8, " in row, row
 
 
