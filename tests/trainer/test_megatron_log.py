@@ -145,6 +145,18 @@ def test_skipped_steps_in_a_row_stop_every_rank(micro_data: Path, tmp_path: Path
     assert records[0].clipped is False and records[0].tokens_per_second == 512
 
 
+def test_the_balance_loss_is_the_sum_over_layers_that_our_own_engine_records(micro_data: Path, tmp_path: Path):
+    """track_moe_metrics of core/transformer/moe/moe_utils.py divides by the layers with experts, without the weight."""
+    moe = {"num_experts": 4, "top_k": 2, "expert_width": 16, "balance_loss_weight": 0.01, "sequence_loss_weight": 0.0}
+    attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    model = {"layers": ["*E", "*-", "*E", "*E"], "moe": moe, "attention": attention, "mlp": {"width": 16}}
+    spec = micro.micro_spec(micro_data, tmp_path / "run", model={**model, "mamba": None, "engram": []})
+    recorder = Mock()
+    recording = Recording(spec, Mock(), recorder, Mock(), {"ko": 1000, "en": 1000})
+    recording.take(Step(1, 5.0, 1.0, 1e-3, 0.5, {"load_balancing_loss": 1.1}, skipped=False))
+    assert recorder.step.call_args.args[0].auxiliary == {"router_balance": pytest.approx(3 * 0.01 * 1.1)}
+
+
 class Ingestion(BaseHTTPRequestHandler):
     """Langfuse's ingestion API: answers 207 with the ids that it took."""
 

@@ -92,7 +92,7 @@ def test_a_stopped_run_goes_on_and_ends_with_a_checkpoint_of_ours(tmp_path: Path
     records = lines(spec)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert records[-1]["loss"] == pytest.approx(6 - 0.1 * STEPS) and records[-1]["learning_rate"] == 3e-4
-    assert records[-1]["auxiliary"] == {"router_balance": pytest.approx(1.02 * 0.01)}
+    assert records[-1]["auxiliary"] == {"router_balance": pytest.approx(1.02 * 0.01 * 2)}  # of two layers
     assert records[-1]["tokens_per_second"] == micro.TOKENS_PER_STEP / 0.05
     assert sum(records[-1]["by_source"].values()) == STEPS * micro.TOKENS_PER_STEP
     assert records[-1]["clipped"] and records[-1]["expert_load_max_ratio"] is None
@@ -146,6 +146,7 @@ def test_the_program_gets_its_arguments_and_its_lines_are_read(tmp_path: Path, l
         ("import sys; sys.exit(17)", RuntimeError, "exit code 17"),
         ("assert False, 'x'", AssertionError, "x"),
         ("assert False, 'Megatron requires CUDA.'", SpecError, "needs a GPU"),
+        ("assert False, 'no samples left to consume: 96, 64'", SpecError, "every_steps null"),
     ],
 )
 def test_its_ends_become_ours(text: str, raised: type[Exception], said: str, tmp_path: Path, leave_no_traces: None):

@@ -75,7 +75,9 @@ class Recording:
         self.step, self._stepped = event.step, time.monotonic()
         by_source = trained(spec, event.step)
         clip, moe = spec.optimizer.clip_norm, spec.model.moe
+        # Megatron prints a mean over the layers without weight; ours, and what both train on, is the weighted sum.
         weight = (moe.balance_loss_weight or moe.sequence_loss_weight) if moe else 0.0
+        weight *= sum("E" in layer for layer in spec.model.layers)
         record = StepRecord(
             step=event.step,
             loss=event.loss,

@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 PROGRAM = "pretrain_gpt"
 FUSED_GRADIENTS = "fused_weight_gradient_mlp_cuda"  # of APEX
 NOT_FINITE = "Unexpected result"  # of Megatron's check of each micro-batch's loss, which ends the process
+NO_ROWS = "no samples left to consume"  # of its sampler, when it resumes
 NO_GPU = "requires CUDA"  # of its initialisation
 LOOK_SECONDS = 1.0
 
@@ -205,6 +206,11 @@ def run(program: Path, command: Sequence[str], relay: Relay) -> int:
     except AssertionError as error:
         if NO_GPU in str(error):
             raise SpecError("train.engine megatron needs a GPU, and train.runtime.device is cpu; write auto") from None
+        if NO_ROWS in str(error):
+            raise SpecError(
+                "train.evaluate: Megatron has validated on more rows already than these every_steps and "
+                "every_max_tokens give; write the former ones, or every_steps null"
+            ) from None
         raise
     except RuntimeError as error:
         if NOT_FINITE in str(error):
