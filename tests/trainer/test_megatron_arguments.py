@@ -163,6 +163,10 @@ REFUSALS = {
     "no bias anywhere": {"model": {"attention": {"bias": True}}},
     "state_dtype bf16": {"optimizer": {"state_dtype": "bf16"}},
     "dtype fp16": {"precision": {"dtype": "fp16"}},
+    "bf16_end_layers 25: Megatron allows as many as a pipeline rank has; write 24": {
+        "precision": {"fp8": {"bf16_end_layers": 25}},
+    },
+    "rope_theta 10000.5: Megatron core 0.12 wants a whole number": {"model": {"attention": {"rope_theta": 10000.5}}},
 }  # fmt: skip
 
 
@@ -171,6 +175,14 @@ def test_what_megatron_cannot_train_is_refused_in_one_line(said: str):
     with pytest.raises(SpecError) as caught:
         check(spec_of(REFUSALS[said]), 16)
     assert [line for line in str(caught.value).splitlines() if said in line], caught.value
+
+
+def test_one_expert_for_a_token_has_no_renormalised_score_to_refuse():
+    """topk_softmax_with_capacity of core/transformer/moe/moe_utils.py renormalises sigmoid scores if topk > 1."""
+    moe = {"scores": "sigmoid", "top_k": 1, "renormalise": False}
+    check(spec_of({"model": {"moe": moe}}), 16)
+    with pytest.raises(SpecError, match="renormalises sigmoid scores"):
+        check(spec_of({"model": {"moe": {**moe, "top_k": 2}}}), 16)
 
 
 def test_layers_that_its_gpt_lacks_are_named():

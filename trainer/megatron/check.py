@@ -84,6 +84,8 @@ def _of_model(model: ModelSpec) -> Iterator[str]:
     attention, experts, mlp = model.attention, model.moe, model.mlp
     if attention is not None and attention.rope_scaling is not None:
         yield f"train.model.attention.rope_scaling is not passed on to Megatron; remove it, {OWN}"
+    if attention is not None and not (attention.rope_theta or 1.0).is_integer():
+        yield f"train.model.attention.rope_theta {attention.rope_theta:g}: Megatron core 0.12 wants a whole number"
     used = [section for symbol, section in (("E", experts), ("-", mlp)) if section and symbol in "".join(model.layers)]
     if len({section.activation for section in used}) > 1:
         yield "train.model: Megatron has one activation for moe and mlp; make moe.activation and mlp.activation equal"
@@ -99,7 +101,7 @@ def _of_model(model: ModelSpec) -> Iterator[str]:
 def _of_experts(model: ModelSpec) -> Iterator[str]:
     moe = model.moe
     assert moe is not None
-    if moe.scores == "sigmoid" and not moe.renormalise:
+    if moe.scores == "sigmoid" and not moe.renormalise and moe.top_k > 1:
         yield f"train.model.moe.renormalise: Megatron renormalises sigmoid scores; write true, {OWN}"
     if moe.scores == "softmax" and moe.bias_update_rate:
         yield "train.model.moe.bias_update_rate: Megatron has that bias for sigmoid scores only; write 0"
@@ -170,6 +172,11 @@ def _of_mesh(spec: TrainSpec, layout: MegatronSpec, world: int) -> Iterator[str]
         yield (
             f"train.megatron: {layers} layers cannot be split into pipeline_parallel {pipeline} × virtual_pipeline "
             f"{layout.virtual_pipeline} equal parts; write {_largest(layers, pipeline)} and 1"
+        )
+    ends, each = spec.precision.fp8.bf16_end_layers, max(1, layers // pipeline)
+    if spec.precision.dtype in ("auto", "fp8") and ends > each:
+        yield (
+            f"train.precision.fp8.bf16_end_layers {ends}: Megatron allows as many as a pipeline rank has; write {each}"
         )
     if layout.virtual_pipeline > 1 and pipeline == 1:
         yield "train.megatron.virtual_pipeline is for pipeline_parallel above 1; write 1"
