@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ from trainer.spec import NonNegative, Positive, TrainSpec
 from trainer.specbase import Spec, parse
 
 PRESET = "qwen3-30b-a3b-megatron"
+MOST_LAYERS = 2000  # each becomes an item of train.model.layers
 _DESCRIPTION = re.compile(
     r"(_|//|#).*|(.*[_\- ])?(description|desc|comment|comments|note|notes|help|설명|주석|비고|메모)", re.IGNORECASE
 )
@@ -70,7 +71,7 @@ class ModelPart(_Sizes):
     """`init_from`: the model whose weights it begins with, as in a job."""
 
     init_from: str | None = None
-    num_layers: Count | None = None
+    num_layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)] | None = None
     hidden_size: Count | None = None
     ffn_hidden_size: Count | None = None
     num_attention_heads: Count | None = None
@@ -156,6 +157,15 @@ class Form(Spec):
     runtime: RuntimePart = RuntimePart()
 
 
+def is_form(value: dict[str, Any]) -> bool:
+    """Whether a file's mapping is a form. A job with a section in the wrong place is none."""
+    return "parallelism" in value or (
+        not {"model", "runtime"}.isdisjoint(value)
+        and {"train", "cluster", "tokenizer"}.isdisjoint(value)
+        and value.get("preset", PRESET) == PRESET
+    )
+
+
 def read_form(value: dict[str, Any], where: str = "") -> tuple[Form, dict[str, Any]]:
     """The form, and its other arguments of Megatron by `section.name`.
 
@@ -163,6 +173,7 @@ def read_form(value: dict[str, Any], where: str = "") -> tuple[Form, dict[str, A
         SpecError: one line for each field that is unknown or has a wrong value.
     """
     known, others, problems = {}, {}, []
+    places: dict[str, tuple[str, Any]] = {}  # by field: where it was given first, and its value
     for key, inner in _without_descriptions(value).items():
         if key not in PARTS or not isinstance(inner, dict):
             known[key] = inner
@@ -172,7 +183,10 @@ def read_form(value: dict[str, Any], where: str = "") -> tuple[Form, dict[str, A
         for written, content in inner.items():
             name = written.lstrip("-").replace("-", "_")
             name = ALIASES.get(name, name)
-            if name in fields:
+            place, first = places.setdefault(name, (f"{key}.{written}", content))
+            if first != content:
+                problems.append(f"{key}.{written}: {content!r}, but {place} is {first!r}; remove one of them")
+            elif name in fields:
                 known[key][name] = content
             elif not _is_elsewhere(name) and (option := _option(name)) is not None:
                 others[f"{key}.{written}"] = (option, content)
@@ -210,7 +224,7 @@ def _without_descriptions(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     kept = {str(key): _without_descriptions(inner) for key, inner in value.items() if not _DESCRIPTION.fullmatch(key)}
-    return kept["value"] if len(kept) == 1 and len(value) > 1 and "value" in kept else kept
+    return kept["value"] if len(kept) == 1 and "value" in kept else kept
 
 
 def _option(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from manifests.megatronform import DataPart, Form, ModelPart
@@ -10,6 +11,7 @@ from trainer.spec import TrainSpec
 from trainer.specbase import deep_merge
 
 STYLES = {"WSD": "wsd", "wsd": "wsd", "cosine": "cosine", "linear": "linear", "constant": "constant"}
+UNSET = object()  # becomes null in the job, unlike None, which is a field that the form leaves open
 RECIPES = {"tensorwise": "current", "delayed": "delayed"}
 
 
@@ -86,7 +88,7 @@ def _without_none(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     kept = {name: _without_none(inner) for name, inner in value.items() if inner is not None}
-    return {name: inner for name, inner in kept.items() if inner != {}}
+    return {name: None if inner is UNSET else inner for name, inner in kept.items() if inner != {}}
 
 
 def _model(part: ModelPart, base: TrainSpec) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def _optimizer(form: Form) -> dict[str, Any]:
         beta2=runtime.adam_beta2,
         eps=runtime.adam_eps,
     )
-    return _given(adamw=adamw or None, clip_norm=runtime.clip_grad or None)
+    return _given(adamw=adamw or None, clip_norm=UNSET if runtime.clip_grad == 0 else runtime.clip_grad)
 
 
 def _schedule(form: Form, steps: int) -> dict[str, Any]:
@@ -136,6 +138,8 @@ def _schedule(form: Form, steps: int) -> dict[str, Any]:
     if runtime.lr_wsd_decay_style == "exponential":
         raise SpecError("runtime.lr_wsd_decay_style exponential: write linear or cosine")
     warmup = runtime.lr_warmup_fraction
+    if None not in (warmup, runtime.lr_warmup_iters):
+        raise SpecError("runtime.lr_warmup_fraction: lr_warmup_iters is given too; remove one of them")
     if runtime.lr_warmup_iters is not None:
         warmup = runtime.lr_warmup_iters / steps
     return _given(
@@ -149,7 +153,11 @@ def _schedule(form: Form, steps: int) -> dict[str, Any]:
 
 def _precision(form: Form) -> dict[str, Any]:
     runtime = form.runtime
+    if runtime.bf16 is False:
+        raise SpecError("runtime.bf16 false: Megatron is run in BF16, or in FP8 on top of it; write true")
     if runtime.fp8_format is None:
+        if runtime.fp8_recipe is not None:
+            raise SpecError(f"runtime.fp8_recipe {runtime.fp8_recipe}: write fp8_format hybrid or e4m3 too")
         return {"dtype": "bf16"} if runtime.bf16 else {}
     if runtime.fp8_format not in ("hybrid", "e4m3"):
         raise SpecError(f"runtime.fp8_format {runtime.fp8_format}: write hybrid or e4m3")
@@ -164,7 +172,11 @@ def _precision(form: Form) -> dict[str, Any]:
 
 def _evaluate(form: Form, tokens_per_step: int) -> dict[str, Any]:
     runtime = form.runtime
-    if runtime.eval_iters == 0 or runtime.eval_interval is None:
+    if runtime.eval_iters == 0:
+        return {"every_steps": UNSET}
+    if runtime.eval_interval is None:
+        if runtime.eval_iters is not None:
+            raise SpecError(f"runtime.eval_iters {runtime.eval_iters}: give eval_interval too, or write 0")
         return {}
     return {"every_steps": runtime.eval_interval, "every_max_tokens": (runtime.eval_iters or 1) * tokens_per_step}
 
@@ -190,10 +202,12 @@ def _sources(part: DataPart, known: list[str]) -> dict[str, Any]:
         weights = {name: float(weight) for weight, name in pairs}
     except ValueError:
         weights = {}
-    if len(words) % 2 or not weights or min(weights.values()) <= 0:
+    if len(words) % 2 or not weights or not all(0 < weight < math.inf for weight in weights.values()):
         raise SpecError(
             "data.data_path: write weights above 0 and names of sources by turns, as in 0.3 ko-web 0.7 ko-wiki"
         )
+    if len(weights) < len(pairs):
+        raise SpecError("data.data_path: a source is named twice; give it one weight")
     if unknown := [name for name in weights if name not in known]:
         raise SpecError(
             f"data.data_path: '{unknown[0]}' is no source of the job, and the shards are made from its sources "

@@ -437,7 +437,9 @@ def changes_of(preset_or_file: str) -> tuple[str, dict[str, Any]]:
         hint = f"did you mean '{near[0]}'?" if near else f"check the name, {whole(preset_or_file)} was tried"
         raise SpecError(f"'{preset_or_file}' is neither a preset ({', '.join(preset_names())}) nor a file; {hint}")
     changes = read_yaml(preset_or_file)
-    if "parallelism" in changes:  # no section of a job
+    from manifests.megatronform import is_form
+
+    if is_form(changes):
         changes = _of_form(changes, preset_or_file)
     if not is_stored(preset_or_file):
         changes = deep_merge({"storage": {"sources_dir": str(whole(preset_or_file).parent)}}, changes)

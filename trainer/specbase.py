@@ -295,6 +295,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise SpecError(f"{path}: cannot read the spec ({said}); check the path and its permissions") from None
     except yaml.YAMLError as error:
         raise SpecError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except RecursionError:
+        raise SpecError(f"{path}: fields are nested hundreds of levels deep; no spec has more than ten") from None
     if not isinstance(value, dict):
         raise SpecError(f"{path}: a spec is a mapping of fields, found {type(value).__name__}")
     return value

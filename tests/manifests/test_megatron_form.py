@@ -100,11 +100,44 @@ def test_names_may_have_dashes_and_common_short_forms(tmp_path: Path):
         ("data", {"tokenizer_type": "SentencePieceTokenizer"}, "the shards hold ids already"),
         ("data", {"vocab_size": 150000}, "vocab_size"),
         ("model", {"swiglu": False}, "model.swiglu: False, but --swiglu is passed as a flag"),
+        ("model", {"num_layers": 10**30}, "model.num_layers: must be less than or equal to 2000"),
+        ("model", {"seq_length": 8192}, "model.seq_length: 8192, but data.seq_length is 4096; remove one"),
+        ("model", {"rotary_base": 10000.5}, "wants a whole number"),
+        ("parallelism", {"tp": 2}, "parallelism.tp: 2, but parallelism.tensor_model_parallel_size is 4; remove one"),
+        ("runtime", {"nodes": 4}, "runtime.nodes: 4, but parallelism.nodes is 2; remove one"),
+        ("runtime", {"bf16": False}, "write true"),
+        ("runtime", {"fp8_format": None}, "fp8_recipe tensorwise: write fp8_format"),
+        ("runtime", {"eval_interval": None}, "eval_iters 1: give eval_interval too, or write 0"),
+        ("runtime", {"lr_warmup_fraction": 0.1}, "lr_warmup_iters is given too"),
+        ("data", {"data_path": "0.5 ko-web 0.5 ko-web"}, "named twice"),
+        ("data", {"data_path": "nan ko-web"}, "weights above 0"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_with_the_fix(section: str, fields: dict, said: str, tmp_path: Path):
     with pytest.raises(SpecError, match=said):
         job(tmp_path, {section: fields})
+
+
+def test_no_clipping_and_no_validation_are_not_taken_for_fields_left_open(tmp_path: Path):
+    made = job(tmp_path, {"runtime": {"clip_grad": 0, "eval_iters": 0}})
+    assert (made.train.optimizer.clip_norm, made.train.evaluate.every_steps) == (None, None)
+    assert passed(made)["--clip-grad"] == ["0.0"]
+
+
+def test_a_form_needs_no_section_parallelism_but_a_job_with_a_misplaced_section_is_none(tmp_path: Path):
+    file = tmp_path / "job.json"
+    file.write_text('{"runtime": {"train_iters": 500}}', encoding="utf-8")
+    assert load_job(str(file)).train.steps == 500
+    file.write_text('{"preset": "tiny", "model": {"layers": ["*-"]}}', encoding="utf-8")
+    with pytest.raises(SpecError, match=r"model: unknown field; did you mean 'train\.model'"):
+        load_job(str(file))
+
+
+def test_a_file_nested_thousands_of_levels_deep_is_refused(tmp_path: Path):
+    file = tmp_path / "job.json"
+    file.write_text('{"model": ' * 2000 + "1" + "}" * 2000, encoding="utf-8")
+    with pytest.raises(SpecError, match="levels deep"):
+        load_job(str(file))
 
 
 def test_descriptions_may_stand_anywhere():
