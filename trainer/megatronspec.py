@@ -12,7 +12,7 @@ Engine = Literal["yaongi", "megatron"]
 
 class MegatronSpec(Spec):
     """What Megatron-LM needs beyond the fields that both engines read. It changes nothing of what is computed beyond
-    rounding, and a run may be resumed with another one.
+    rounding, and a run may be resumed with another one, except for `distributed_optimizer`.
 
     Ranks = data parallel × `tensor_parallel` × `pipeline_parallel` × `context_parallel` for all but experts, and
     expert data parallel × `expert_tensor_parallel` × `expert_parallel` × `pipeline_parallel` for experts.
