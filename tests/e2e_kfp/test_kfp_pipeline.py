@@ -57,7 +57,7 @@ def test_what_cannot_run_is_red_in_plan_with_the_reason(red: dict[str, tuple[Run
         assert reason in line and ": plan: " in line, line
 
 
-def test_terminate_leaves_nothing_running_and_the_next_run_goes_on(create, first: Run, name: str) -> None:
+def test_terminate_leaves_nothing_running(create, first: Run, name: str) -> None:
     run = create("stopped", form(f"{name}s", 4000, OF_THIS_SESSION))
     wait_for("its workers", lambda: workers(f"{name}s"), 900)
     wait_for("its first checkpoint", lambda: "checkpoint" in _log(f"{name}s"), 600)
