@@ -23,7 +23,7 @@ from trainer.spec import NonNegative, Positive, TrainSpec
 from trainer.specbase import Spec, parse
 
 PRESET = "qwen3-30b-a3b-megatron"
-MOST_LAYERS = 2000  # each becomes an item of train.model.layers
+MOST_LAYERS, MOST_HEADS = 2000, 65536  # each of them is an item of a list somewhere
 _DESCRIPTION = re.compile(
     r"(_|//|#).*|(.*[_\- ])?(description|desc|comment|comments|note|notes|help|설명|주석|비고|메모)", re.IGNORECASE
 )
@@ -74,8 +74,8 @@ class ModelPart(_Sizes):
     num_layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)] | None = None
     hidden_size: Count | None = None
     ffn_hidden_size: Count | None = None
-    num_attention_heads: Count | None = None
-    num_query_groups: Count | None = None
+    num_attention_heads: Annotated[int, Field(gt=0, le=MOST_HEADS)] | None = None
+    num_query_groups: Annotated[int, Field(gt=0, le=MOST_HEADS)] | None = None
     kv_channels: Count | None = None
     rotary_base: Positive | None = None
     qk_layernorm: bool | None = None
@@ -223,7 +223,8 @@ def refuse_other_arguments(spec: TrainSpec, world: int, others: dict[str, tuple[
 def _without_descriptions(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    kept = {str(key): _without_descriptions(inner) for key, inner in value.items() if not _DESCRIPTION.fullmatch(key)}
+    texts = {str(key): inner for key, inner in value.items()}  # of YAML, keys may be numbers
+    kept = {key: _without_descriptions(inner) for key, inner in texts.items() if not _DESCRIPTION.fullmatch(key)}
     return kept["value"] if len(kept) == 1 and "value" in kept else kept
 
 

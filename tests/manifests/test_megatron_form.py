@@ -101,6 +101,7 @@ def test_names_may_have_dashes_and_common_short_forms(tmp_path: Path):
         ("data", {"vocab_size": 150000}, "vocab_size"),
         ("model", {"swiglu": False}, "model.swiglu: False, but --swiglu is passed as a flag"),
         ("model", {"num_layers": 10**30}, "model.num_layers: must be less than or equal to 2000"),
+        ("model", {"num_attention_heads": 10**30}, "model.num_attention_heads: must be less than or equal to 65536"),
         ("model", {"seq_length": 8192}, "model.seq_length: 8192, but data.seq_length is 4096; remove one"),
         ("model", {"rotary_base": 10000.5}, "wants a whole number"),
         ("parallelism", {"tp": 2}, "parallelism.tp: 2, but parallelism.tensor_model_parallel_size is 4; remove one"),
@@ -130,6 +131,13 @@ def test_a_form_needs_no_section_parallelism_but_a_job_with_a_misplaced_section_
     assert load_job(str(file)).train.steps == 500
     file.write_text('{"preset": "tiny", "model": {"layers": ["*-"]}}', encoding="utf-8")
     with pytest.raises(SpecError, match=r"model: unknown field; did you mean 'train\.model'"):
+        load_job(str(file))
+
+
+def test_a_key_that_is_no_text_is_an_unknown_field(tmp_path: Path):
+    file = tmp_path / "job.yaml"
+    file.write_text("parallelism: {1: 2}\n", encoding="utf-8")
+    with pytest.raises(SpecError, match=r"parallelism\.1: unknown field"):
         load_job(str(file))
 
 
