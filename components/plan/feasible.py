@@ -11,8 +11,10 @@ from typing import Literal
 from manifests.spec import BYTES_PER_TOKEN, DOWNLOAD_MARGIN, JobSpec
 from trainer.arithmetic.flops import flops_per_token
 from trainer.arithmetic.memory import refuse_too_large
+from trainer.checkpoints.checkpoint import latest_step
 from trainer.data.manifest import read_manifest
 from trainer.errors import DataError, SpecError, VolumeError
+from trainer.megatron.program import find_program
 from trainer.preflight.measured import gibibytes
 from trainer.preflight.storage import checkpoints_to_come
 from trainer.process.hostmemory import limit_bytes
@@ -28,7 +30,7 @@ def checks(job: JobSpec, *, train: bool) -> dict[str, Callable[[], None]]:
     """The checks of this machine, by name; estimates are made in the job's favour.
 
     Each raises if the job cannot work here:
-        SpecError: the model's state exceeds the memory, or the CPUs would take months; train.runtime.device cpu
+        SpecError: Megatron-LM is wanted and not installed; the model's state exceeds the memory, or the CPUs would take months; train.runtime.device cpu
             overrides.
         VolumeError: a volume has too little space for the remaining data and checkpoints.
 
@@ -37,6 +39,7 @@ def checks(job: JobSpec, *, train: bool) -> dict[str, Callable[[], None]]:
     """
     found: dict[str, Callable[[], None]] = {}
     if train:
+        found["engine"] = partial(_refuse_absent_engine, job)
         found["memory"], found["time"] = partial(_refuse_too_little_memory, job), partial(_refuse_months, job)
     found["disk"] = partial(_refuse_too_little_disk, job, train)
     return found
@@ -51,6 +54,11 @@ def refuse_hopeless(job: JobSpec, *, train: bool) -> None:
 def _trains_without_gpu(job: JobSpec) -> bool:
     device = job.train.runtime.device
     return device == "cpu" or (device == "auto" and not has_gpu())
+
+
+def _refuse_absent_engine(job: JobSpec) -> None:
+    if job.train.engine == "megatron" and latest_step(job.run_dir) < job.train.steps:
+        find_program()
 
 
 def _refuse_too_little_memory(job: JobSpec) -> None:

@@ -49,6 +49,19 @@ def test_years_of_two_cores_are_refused_unless_somebody_insists(machine: SimpleN
     feasible.refuse_hopeless(large, train=True)
 
 
+def test_megatron_is_missed_before_any_data_is_downloaded(
+    machine: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = job(tmp_path, "qwen3-30b-a3b-megatron", runtime={"device": "cpu"})
+    with pytest.raises(SpecError, match=r"Megatron-LM is not in this image"):
+        feasible.refuse_hopeless(wanted, train=True)
+    machine.free = 10_000 * GIB
+    feasible.refuse_hopeless(wanted, train=False)  # only its data
+    (tmp_path / "pretrain_gpt.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    feasible.refuse_hopeless(wanted, train=True)
+
+
 def test_a_model_beyond_the_memory_is_refused_although_somebody_insists(
     machine: SimpleNamespace, tmp_path: Path
 ) -> None:

@@ -21,8 +21,9 @@ from pipelines.runs import standing
 from trainer.checkpoints import checkpoint
 from trainer.errors import DivergedError, SpecError
 from trainer.exitcodes import ExitCode
+from trainer.megatron.program import find_program
 from trainer.megatron.relay import Tee
-from trainer.megatron.train import find_program, run
+from trainer.megatron.train import run
 from trainer.spec import TrainSpec
 from trainer.trained import load_trained
 

@@ -35,6 +35,7 @@ from trainer.megatron.blend import blend
 from trainer.megatron.check import Mesh, check
 from trainer.megatron.compat import checkpoints_outlive_signals, name_the_format
 from trainer.megatron.memory import refuse_too_large
+from trainer.megatron.program import find_program
 from trainer.megatron.recording import Recording
 from trainer.megatron.relay import Relay, Tee
 from trainer.precision import BF16_CAPABILITY, device_capability
@@ -48,7 +49,6 @@ from trainer.specbase import to_stored_yaml
 
 log = logging.getLogger(__name__)
 
-PROGRAM = "pretrain_gpt"
 FUSED_GRADIENTS = "fused_weight_gradient_mlp_cuda"  # of APEX
 NOT_FINITE = "Unexpected result"  # of Megatron's check of each micro-batch's loss, which ends the process
 NO_ROWS = "no samples left to consume"  # of its sampler, when it resumes
@@ -103,21 +103,6 @@ def train(spec: TrainSpec) -> int:
             finish(spec, recorder)
         recorder.close()
     return int(code)
-
-
-def find_program() -> Path:
-    """Megatron's pretrain_gpt.py.
-
-    Raises:
-        SpecError: it is not installed here.
-    """
-    found = importlib.util.find_spec(PROGRAM)
-    if found is None or found.origin is None:
-        raise SpecError(
-            f"train.engine megatron: there is no {PROGRAM}.py on PYTHONPATH, so Megatron-LM is not in this image; use "
-            "the image of docker/megatron.Dockerfile (cluster.image), or train.engine yaongi"
-        )
-    return Path(found.origin)
 
 
 def agreed_mesh(spec: TrainSpec, world: World) -> Mesh:
