@@ -67,7 +67,8 @@ def tuning(tune: TuneSpec, job: dict[str, Any], run_name: str) -> dict[str, Any]
         job: the values of the job with the section, without the section itself.
         run_name: the name of the job's own run, which is tuned unless the section names another model.
     """
-    train = {name: value for name, value in job["train"].items() if name not in ("begun_with_steps", *_ORDER)}
+    left_out = ("begun_with_steps", *_ORDER, "engine", "megatron")  # Megatron's GPT cannot train on answers only
+    train = {name: value for name, value in job["train"].items() if name not in left_out}
     train |= {
         "steps": tune.steps,
         "seed": tune.seed,

@@ -30,8 +30,8 @@ def checks(job: JobSpec, *, train: bool) -> dict[str, Callable[[], None]]:
     """The checks of this machine, by name; estimates are made in the job's favour.
 
     Each raises if the job cannot work here:
-        SpecError: Megatron-LM is wanted and not installed; the model's state exceeds the memory, or the CPUs would take months; train.runtime.device cpu
-            overrides.
+        SpecError: Megatron-LM is wanted and not installed; the model's state exceeds the memory, or the CPUs would
+            take months, which train.runtime.device cpu overrides.
         VolumeError: a volume has too little space for the remaining data and checkpoints.
 
     Args:

@@ -18,6 +18,13 @@ def job(tune: dict[str, Any] | None, **changes: Any) -> JobSpec:
     return job_from({"preset": "tiny", **({"tune": tune} if tune else {})}, changes)
 
 
+def test_what_megatron_trained_is_tuned_by_our_own_engine() -> None:
+    chat = {"licence": "Apache-2.0", "origin": {"kind": "files", "paths": ["sample://chat.jsonl.gz"]}}
+    tuned = job_from({"preset": "qwen3-30b-a3b-megatron", "tune": {"steps": 9, "sources": {"chat": chat}}}).tuning()
+    assert (tuned.train.engine, tuned.train.megatron) == ("yaongi", None)
+    assert tuned.data.sources["chat"].loss == "answers"
+
+
 def test_the_job_that_tunes_begins_with_the_jobs_own_run_and_its_tokenizer() -> None:
     plain, whole = job(None), job({"steps": 30, "sources": {"a": CHAT, "b": CHAT | {"weight": 3.0}}})
     assert (plain.run_name, plain.keys) == (whole.run_name, whole.keys), "the section changes nothing of the run itself"
