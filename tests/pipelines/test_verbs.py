@@ -97,7 +97,7 @@ def test_a_background_run_that_is_stopped_and_resumed_trains_as_if_undisturbed(y
 
     assert f"run {name} runs in the background" in good("resume", name[:8])
     followed = good("logs", name, "--follow")
-    assert "✓ summary" in followed and "step 150/150" in followed
+    assert "✓ export" in followed and "step 150/150" in followed
     assert re.search(rf"{name} +here +finished +150/150 ", good("status"))
     assert "step 150/150" in good("logs", name, "--rank", "0")
     of_evaluate = good("logs", name, "--task", "evaluate")

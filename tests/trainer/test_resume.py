@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from trainer.checkpoints import checkpoint
-from trainer.checkpoints.checkpointer import _Reader
+from trainer.checkpoints.index import Reader
 from trainer.exitcodes import ExitCode
 from trainer.spec import TrainSpec
 
@@ -45,7 +45,7 @@ def losses(spec: TrainSpec) -> list[tuple[int, str]]:
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, by torch's own reader."""
-    index = _Reader(path).read_metadata().state_dict_metadata
+    index = Reader(path).read_metadata().state_dict_metadata
     loaded = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in index.items()}
     torch.distributed.checkpoint.load(loaded, checkpoint_id=path, no_dist=True)
     return loaded
