@@ -53,8 +53,8 @@ def pretrain(
         checkpoints_pvc: claim for runs: checkpoints, logs, exported models (ReadWriteMany).
         image: image of the data steps and the launcher.
         trainer_image: image of the training job; empty takes the preset's.
-        hub_secret: Secret whose key `token` is for gated data and models of the Hugging Face Hub; it need not exist, but
-            must be named.
+        hub_secret: Secret whose key `token` is for gated data and models of the Hugging Face Hub; it need not exist,
+            but must be named.
         overrides: JSON object with any other field of the job, for example {"train": {"seed": 1}}.
     """
 
