@@ -22,4 +22,4 @@ kubectl get crd pytorchjobs.kubeflow.org >/dev/null || fail "the cluster lacks t
 curl -sf --max-time 20 "$KFP_HOST/apis/v2beta1/healthz" >/dev/null || fail "Kubeflow Pipelines does not answer at $KFP_HOST"
 "$python" -m manifests.generate rbac "$KFP_NAMESPACE" | kubectl apply -f -
 kubectl apply -n "$KFP_NAMESPACE" -f manifests/base/storage.yaml
-exec "$python" -m pytest -m e2e_kfp -v -rP --timeout=1800 -p no:cacheprovider "${@:-tests/e2e_kfp}"
+exec "$python" -m pytest -m e2e_kfp -v -rP --timeout=1800 "${@:-tests/e2e_kfp}"
