@@ -18,10 +18,10 @@ pytestmark = [pytest.mark.e2e_kfp, pytest.mark.timeout(1500)]
 
 @pytest.fixture(scope="module")
 def training(create, first: Run, name: str) -> Iterator[tuple[Run, str]]:
-    """A run that trains for an hour unless it is stopped, after its first checkpoint; with the beginning of its job's
+    """A run that trains for long unless it is stopped, after its first checkpoint; with the beginning of its job's
     name."""
     job = f"{name}l"
-    run = create("long", form(job, 40_000, {}))
+    run = create("long", form(job, 16_000, {}))
     wait_for("its workers", lambda: workers(job), 600)
     wait_for("its first checkpoint", lambda: "published" in asked("logs", run, "--task", "train", code=None), 300)
     yield run, job
@@ -58,7 +58,7 @@ def test_a_green_run_shows_steps_loss_and_checkpoint_and_its_log(first: Run, nam
 def test_a_running_run_shows_how_far_it_is(training: tuple[Run, str]) -> None:
     shown = rows(asked("status", training[0]))
     assert shown["state"] == "running" and shown["train"].startswith("running ") and shown["cleanup"] == "waiting"
-    assert re.match(r"\d+/40,000$", shown["step"]) and shown["checkpoint"].startswith("step ")
+    assert re.match(r"\d+/16,000$", shown["step"]) and shown["checkpoint"].startswith("step ")
     code = yaongi("logs", training[0].id, "--host", backend.HOST, "--task", "evaluate")
     assert code.returncode == 69 and code.stderr == "error: step evaluate has no log: it is waiting\n"
 
