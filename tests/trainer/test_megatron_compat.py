@@ -31,8 +31,14 @@ def core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (folder / "__init__.py").touch()
     line = "from torch.distributed.checkpoint.filesystem import _write_item\n_results_queue = None\n"
     (folder / f"{module}.py").write_text(line, encoding="utf-8")
+    forget()  # any folder of that name in sys.path is a package
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
+    forget()
+
+
+def forget() -> None:
+    """Make the next import of megatron a new one."""
     for name in [name for name in sys.modules if name.split(".")[0] == "megatron"]:
         del sys.modules[name]
 
