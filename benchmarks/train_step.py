@@ -37,7 +37,8 @@ from trainer.model.hybrid import build_model
 from trainer.model.recompute import set_policy
 from trainer.optim import build_optimizers
 from trainer.recording.recorder import peak_flops
-from trainer.spec import PrecisionSpec, RuntimeSpec
+from trainer.runtimespec import RuntimeSpec
+from trainer.spec import PrecisionSpec
 from trainer.specbase import parse
 
 TOP_KERNELS = 15

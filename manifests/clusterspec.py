@@ -11,7 +11,8 @@ from manifests.dataspec import Name
 from manifests.kinds import JobKindName
 from trainer.fabric import FabricName
 from trainer.kinds.base import Count
-from trainer.spec import NonNegative, Positive
+from trainer.runtimespec import Positive
+from trainer.spec import NonNegative
 from trainer.specbase import Spec
 
 

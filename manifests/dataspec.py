@@ -10,7 +10,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from trainer.kinds.base import Count
-from trainer.spec import Positive, StageSpec, listed
+from trainer.runtimespec import Positive
+from trainer.spec import StageSpec, listed
 from trainer.specbase import Spec
 
 NAME, NAME_LENGTH = r"^[a-z]([-a-z0-9]*[a-z0-9])?$", 40

@@ -19,7 +19,8 @@ from trainer.errors import SpecError
 from trainer.kinds.base import Count
 from trainer.megatron.arguments import arguments, options, parsed
 from trainer.megatron.check import check
-from trainer.spec import NonNegative, Positive, TrainSpec
+from trainer.runtimespec import Positive
+from trainer.spec import NonNegative, TrainSpec
 from trainer.specbase import Spec, parse
 
 PRESET = "qwen3-30b-a3b-megatron"

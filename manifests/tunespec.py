@@ -15,7 +15,8 @@ from trainer.fields import stored
 from trainer.gatespec import GateSpec
 from trainer.kinds.base import Count
 from trainer.lora import LoraSpec
-from trainer.spec import AdamWSpec, BatchSpec, CheckpointSpec, OptimizerSpec, Packing, Positive, ScheduleSpec
+from trainer.runtimespec import Positive
+from trainer.spec import AdamWSpec, BatchSpec, CheckpointSpec, OptimizerSpec, Packing, ScheduleSpec
 from trainer.specbase import Spec
 
 SUFFIX = "-tune"

@@ -14,11 +14,11 @@ from pydantic import Field, GetJsonSchemaHandler, field_validator, model_validat
 from pydantic_core import CoreSchema
 
 from trainer.kinds.base import Count
+from trainer.runtimespec import Positive
 from trainer.specbase import Spec
 
 Suite = Literal["ko", "en", "code-math"]
 Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

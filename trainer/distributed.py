@@ -21,7 +21,7 @@ import torch.distributed as dist
 from trainer import nccllog
 from trainer.errors import CommunicationError, SpecError
 from trainer.process.failures import node_name
-from trainer.spec import RuntimeSpec
+from trainer.runtimespec import RuntimeSpec
 
 log = logging.getLogger(__name__)
 

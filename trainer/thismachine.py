@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 
 from trainer.arithmetic.memory import choose_layout
-from trainer.spec import RuntimeSpec, TrainSpec
+from trainer.runtimespec import RuntimeSpec
+from trainer.spec import TrainSpec
 
 VARIABLE = "YAONGI_THIS_MACHINE"  # set by the local launcher
 PORTS_FILE = "metrics_ports.json"  # in the run directory: the port of each rank, 0 for none

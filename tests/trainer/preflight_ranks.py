@@ -15,7 +15,7 @@ import torch.distributed as dist
 from trainer import distributed
 from trainer.errors import ForeseenError
 from trainer.preflight import ranks
-from trainer.spec import PreflightSpec, RuntimeSpec
+from trainer.runtimespec import PreflightSpec, RuntimeSpec
 
 FAULTY = 1
 pass_on = ranks._pass_on

@@ -10,7 +10,8 @@ from torch import nn
 
 from trainer.fp8 import te
 from trainer.ops import packages
-from trainer.spec import Fp8Spec, RuntimeSpec
+from trainer.runtimespec import RuntimeSpec
+from trainer.spec import Fp8Spec
 
 
 class Meta:

@@ -15,7 +15,7 @@ from trainer import entrypoint, thismachine
 from trainer.distributed import World
 from trainer.recording.exporter import Metrics
 from trainer.recording.recorder import Recorder
-from trainer.spec import RuntimeSpec
+from trainer.runtimespec import RuntimeSpec
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from trainer.kinds.base import FP32_BYTES, INDEX_BYTES, Kind, Widths
 from trainer.modelspec import ModelSpec
-from trainer.spec import Policy
+from trainer.runtimespec import Policy
 
 WIDTHS = {"fp32": Widths(4, 4), "bf16": Widths(2, 2), "fp8": Widths(2, 2, keeps_copies=True), "fp16": Widths(4, 2)}
 

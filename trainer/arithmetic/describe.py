@@ -26,7 +26,8 @@ from trainer.kinds.base import Parameter
 from trainer.modelspec import ModelSpec
 from trainer.parallel.layout import Layout
 from trainer.parameters import head, mtp_parameters, parameters, sublayer_parameters
-from trainer.spec import BackendsSpec, OptimizerSpec, Policy, TrainSpec
+from trainer.runtimespec import Policy
+from trainer.spec import BackendsSpec, OptimizerSpec, TrainSpec
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from trainer.errors import SpecError
 from trainer.ops import packages
-from trainer.spec import Fp8Spec, RuntimeSpec
+from trainer.runtimespec import RuntimeSpec
+from trainer.spec import Fp8Spec
 
 PACKAGE = "transformer_engine.pytorch"
 _DIRECTIONS = ("scaling_fwd", "scaling_bwd")

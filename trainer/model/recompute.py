@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.spec import Policy
+from trainer.runtimespec import Policy
 
 
 class Recomputed(nn.Module):

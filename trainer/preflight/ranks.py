@@ -13,7 +13,7 @@ from trainer.errors import CommunicationError
 from trainer.preflight import Finding, fabric, gpus, run
 from trainer.preflight.measured import GB, Measured, Place
 from trainer.process.failures import node_name
-from trainer.spec import PreflightSpec
+from trainer.runtimespec import PreflightSpec
 
 GPU_FLOOR_GB_PER_SECOND = (
     0.1  # 1 Gbit/s: below this NCCL uses the wrong interface; even an overlay network on 10 Gbit/s is faster
