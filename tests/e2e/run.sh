@@ -22,10 +22,10 @@ python=${PYTHON:-.venv/bin/python}
 [ -n "${KUBECONFIG:-}" ] || fail "set KUBECONFIG to a cluster with the Kubeflow training operator; for kind also LOAD_IMAGE='kind load docker-image'"
 export KUBECONFIG
 TRAINER=${TRAINER:-2.3}
-# Trainer's status API is off unless its configuration says otherwise.
+# Trainer's status API is off unless its configuration says otherwise. Server-side as the program installs it, so that both can be repeated.
 show_progress() {
-    kubectl -n kubeflow-system get configmap kubeflow-trainer-config -o yaml |
-        sed 's/^    statusServer:/    featureGates:\n      TrainJobStatus: true\n&/' | kubectl replace -f - &&
+    kubectl -n kubeflow-system get configmap kubeflow-trainer-config -o yaml | sed '/^    featureGates:/,/^      TrainJobStatus:/d' |
+        sed 's/^    statusServer:/    featureGates:\n      TrainJobStatus: true\n&/' | kubectl apply --server-side -f - &&
         kubectl -n kubeflow-system rollout restart deployment kubeflow-trainer-controller-manager &&
         kubectl -n kubeflow-system rollout status deployment kubeflow-trainer-controller-manager --timeout=300s
 }
