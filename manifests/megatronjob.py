@@ -8,7 +8,6 @@ from typing import Any
 from manifests.megatronform import DataPart, Form, ModelPart
 from trainer.errors import SpecError
 from trainer.spec import TrainSpec
-from trainer.specbase import deep_merge
 
 STYLES = {"WSD": "wsd", "wsd": "wsd", "cosine": "cosine", "linear": "linear", "constant": "constant"}
 UNSET = object()  # becomes null in the job, unlike None, which is a field that the form leaves open
@@ -76,7 +75,7 @@ def changes_by(form: Form, base: TrainSpec, sources: list[str]) -> dict[str, Any
     tokenizer = {"vocab_size": vocabulary, "from": _tokenizer(form.data)}
     data = {"sources": _sources(form.data, sources), "heldout_fraction": form.data.heldout_fraction}
     made = {"name": form.name, "train": train, "cluster": cluster, "tokenizer": tokenizer, "data": data}
-    return deep_merge(_without_none(made), {"data": {"sources": data["sources"]}} if data["sources"] else {})
+    return dict(_without_none(made))
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _without_none(value: Any) -> Any:
-    """Without what was not given; sources that are removed are put in afterwards."""
+    """Without what was not given."""
     if not isinstance(value, dict):
         return value
     kept = {name: _without_none(inner) for name, inner in value.items() if inner is not None}
@@ -214,4 +213,4 @@ def _sources(part: DataPart, known: list[str]) -> dict[str, Any]:
             f"({', '.join(known)}); name those, or give others in a job file (data.sources)"
         )
     total = sum(weights.values())
-    return {name: {"weight": weights[name] / total} if name in weights else None for name in known}
+    return {name: {"weight": weights[name] / total} if name in weights else UNSET for name in known}

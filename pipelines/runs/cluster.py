@@ -281,7 +281,8 @@ def _objects(cluster: Cluster, job: Object) -> list[Object]:
         needs.append(claims)
     if QUEUE_LABEL in job["metadata"].get("labels", {}):
         job = before_admission(job, kueue.workload_of(cluster, job))
-    job = without_patches(job)
+    else:
+        job = without_patches(job)
     return [_as_made(item) for item in (*needs, job)]
 
 
