@@ -10,6 +10,7 @@ from manifests.kinds import Object
 from manifests.lint.place import Place
 
 KEEPS_AWAY = ("NoSchedule", "NoExecute")
+BY_CLASS = "deviceclass.resource.kubernetes.io/"  # devices of a class, which nodes do not list
 
 
 def usable(nodes: list[Object], cluster: ClusterSpec) -> list[Object]:
@@ -19,12 +20,13 @@ def usable(nodes: list[Object], cluster: ClusterSpec) -> list[Object]:
 
 def pods_on(node: Object, requests: dict[str, Decimal]) -> int:
     """How many pods with these requests fit on a node on which nothing else runs."""
-    return min(int(amount(node, name) // wanted) for name, wanted in requests.items() if wanted)
+    return min(int(amount(node, name) // wanted) for name, wanted in _of_nodes(requests).items() if wanted)
 
 
 def short_of(nodes: list[Object], requests: dict[str, Decimal]) -> list[str]:
     """The resources of which no node has enough for one pod."""
-    return sorted(name for name, wanted in requests.items() if all(amount(node, name) < wanted for node in nodes))
+    of_nodes = _of_nodes(requests)
+    return sorted(name for name, wanted in of_nodes.items() if all(amount(node, name) < wanted for node in nodes))
 
 
 def amount(node: Object, name: str) -> Decimal:
@@ -34,6 +36,10 @@ def amount(node: Object, name: str) -> Decimal:
 
 def allocatable(node: Object) -> Object:
     return node["status"].get("allocatable", {})
+
+
+def _of_nodes(requests: dict[str, Decimal]) -> dict[str, Decimal]:
+    return {name: wanted for name, wanted in requests.items() if not name.startswith(BY_CLASS)}
 
 
 def _is_usable(node: Object, cluster: ClusterSpec) -> bool:

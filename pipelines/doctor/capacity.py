@@ -17,7 +17,6 @@ from pipelines.doctor.findings import Finding
 PRODUCT = "nvidia.com/gpu.product"  # labels of NVIDIA's GPU feature discovery
 DRIVER = ("nvidia.com/cuda.driver-version.full", "nvidia.com/cuda.driver.major")
 GIB = 2**30
-BY_CLASS = "deviceclass.resource.kubernetes.io/"
 
 
 def gpus(nodes: list[Object]) -> Iterator[Finding]:
@@ -42,8 +41,7 @@ def fits(nodes: list[Object], cluster: ClusterSpec) -> Iterator[Finding]:
     if cluster.gpus_per_node:
         each["nvidia.com/gpu"] = Decimal(cluster.gpus_per_node)
     for name, count in cluster.resources.items():
-        if not name.startswith(BY_CLASS):  # which are devices that nodes do not list
-            each[name] = Place(str(count)).quantity or Decimal(0)
+        each[name] = Place(str(count)).quantity or Decimal(0)
     wanted = f"{cluster.nodes} × ({cluster.cpus_per_node:g} CPUs, {cluster.memory_gib_per_node:g} GiB"
     wanted += f", GPUs: {cluster.gpus_per_node})" if cluster.gpus_per_node else ")"
     there = usable(nodes, cluster)

@@ -131,6 +131,12 @@ def test_a_cluster_that_adds_nodes_is_not_refused(labels, capsys):
     assert found(grown, cpus_per_node=64) == []
 
 
+def test_devices_that_nodes_do_not_list_make_no_worker_too_big():
+    assert found(Answers(), resources={"deviceclass.resource.kubernetes.io/nic.example.com": 8}) == []
+    (said,) = found(Answers(), resources={"rdma/hca": 8})
+    assert "none has enough rdma/hca" in said
+
+
 def test_workers_that_each_fit_are_not_refused():
     """Others may end before their turn; the launcher's limits apply."""
     assert found(Answers(), nodes=2, cpus_per_node=3) == []
