@@ -21,10 +21,10 @@ CREATION_FAILURES = {
 }
 # What passes by itself: a service that exists although the operator's cache lacks it; a JobSet that Trainer 2.3 may not
 # change while it stops for a queue; a former job's copy of its runtime, until it is collected;
-# a job that Kueue's cache lacks when its first pod is made.
+# a job that Kueue's cache lacks when what belongs to it is made, down to its first pod.
 HARMLESS = re.compile(
     r'already exists|template\.metadata: Invalid value: "?null|a snapshot configmap exists but is owned by|'
-    r'"mpod\.kb\.io" denied the request: \S+ "[^"]+" not found'
+    r'"m(?:pod|job|jobset)\.kb\.io" denied the request: \S+ "[^"]+" not found'
 )
 # The random name of a pod that a Job creates again and again; without it, repeated refusals are the same text.
 RANDOM_SUFFIX = re.compile(rf'(?<=-{TRAINJOB.worker}-)(?P<index>\d+)-[a-z0-9]{{5}}(?=")')

@@ -33,7 +33,7 @@ from trainer.errors import LaunchError
 from trainer.exitcodes import ExitCode
 from trainer.process.limits import UNWATCHED_VARIABLE
 
-CREATION_PATIENCE_SECONDS = 15
+CREATION_PATIENCE_SECONDS = 60
 # Refusals that may pass: the caches of Trainer and Kueue may not yet have the runtime just created, and a webhook that
 # does not answer may be starting.
 NOT_YET = re.compile(r"must be created before|runtime '[^']*' not found|failed calling webhook")
@@ -220,11 +220,15 @@ def _replace(cluster: Cluster, need: Object) -> None:
         cluster.delete(need["kind"], need["metadata"]["name"])
         try:
             # A runtime is gone only after its operator has noticed that no job refers to it.
-            _patiently(lambda: cluster.create(need), lambda error: error.status == HTTPStatus.CONFLICT)
+            _patiently(lambda: cluster.create(need), _is_taken_or_not_yet)
             return
         except ApiUnreachable:  # perhaps only the response was lost
             if is_last:
                 raise
+
+
+def _is_taken_or_not_yet(error: Refused) -> bool:
+    return error.status == HTTPStatus.CONFLICT or bool(NOT_YET.search(str(error)))
 
 
 def _patiently(create: Callable[[], Object], may_pass: Callable[[Refused], bool]) -> Object:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from components.diagnose.causes import CREATION, IMAGE, SCHEDULING, fix_for
-from components.diagnose.explain import creation_obstacle
+from components.diagnose.explain import CREATION_FAILURES, creation_obstacle
 from components.diagnose.why import Situation, why
 
 Object = dict[str, Any]
@@ -101,10 +101,20 @@ def test_a_deadline_that_the_operator_has_not_noticed_is_told() -> None:
     assert "its activeDeadlineSeconds passed" in said
 
 
-def test_a_pod_before_its_job_is_known_to_kueue_hinders_nobody() -> None:
-    early = 'Error creating: admission webhook "mpod.kb.io" denied the request: PyTorchJob.kubeflow.org "run" not found'
-    assert creation_obstacle({"reason": "FailedCreatePod", "message": early}) is None
-    assert creation_obstacle({"reason": "FailedCreatePod", "message": early.replace("not found", "is forbidden")})
+@pytest.mark.parametrize(
+    "early",
+    [
+        'Error creating: admission webhook "mpod.kb.io" denied the request: PyTorchJob.kubeflow.org "run" not found',
+        'job "run-node-0" creation failed with error: admission webhook "mjob.kb.io" denied the request: '
+        'JobSet.jobset.x-k8s.io "run" not found',
+        'TrainJob resources reconciliation failed: admission webhook "mjobset.kb.io" denied the request: '
+        'TrainJob.trainer.kubeflow.org "run" not found',
+    ],
+)
+def test_what_belongs_to_a_job_that_kueue_does_not_know_yet_hinders_nobody(early: str) -> None:
+    for reason in CREATION_FAILURES:
+        assert creation_obstacle({"reason": reason, "message": early}) is None
+        assert creation_obstacle({"reason": reason, "message": early.replace("not found", "is forbidden")})
 
 
 def test_a_service_that_is_there_already_hinders_nobody() -> None:

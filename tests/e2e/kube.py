@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ Object = dict[str, Any]
 T = TypeVar("T")
 PIPELINE_IMAGE = os.environ.get("YAONGI_PIPELINE_IMAGE", "localhost/yaongi-pipeline:0.1.0")
 TRAINER_IMAGE = os.environ.get("YAONGI_TRAINER_IMAGE", "localhost/yaongi-trainer:0.1.0")
+READS = ("get", "logs", "auth")
+BUSY = re.compile(r"[Tt]imeout|timed out|connection refused|EOF|unable to handle the request|Too many requests")
 MOUNTS = {"/mnt/datasets": "llm-datasets-pvc", "/mnt/checkpoints": "llm-checkpoints-pvc"}
 
 
@@ -23,9 +26,12 @@ class Namespace:
         self.name = name
 
     def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
-        done = subprocess.run(
-            ["kubectl", "--namespace", self.name, *arguments], input=stdin, capture_output=True, text=True, timeout=600
-        )
+        command = ["kubectl", "--namespace", self.name, *arguments]
+        for pause in (1, 2, 4, 0) if arguments[0] in READS else (0,):
+            done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=600)
+            if not (done.returncode and pause and BUSY.search(done.stderr)):
+                break
+            time.sleep(pause)
         if check and done.returncode:
             raise AssertionError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
         return done.stdout
@@ -43,7 +49,7 @@ class Namespace:
                 return str(error)
             return ""
 
-        wait_for("the objects to be admitted", refusal, 60, is_there=lambda text: not text)
+        wait_for("the objects to be admitted", refusal, 180, is_there=lambda text: not text)
 
     def made(self) -> None:
         """Wait for what controllers put into every new namespace; without the account no pod is admitted."""

@@ -52,7 +52,7 @@ def scripted(job: JobSpec, script: str, image: str = BUSYBOX, pipeline_run: str 
 def granted(namespace: Namespace, user: str, verb: str = "create", resource: str = "pytorchjobs") -> None:
     """Wait until the API server applies permissions that were created just before."""
     question = ("auth", "can-i", verb, resource, "--as", user)
-    wait_for(f"{user} to be allowed", lambda: namespace.kubectl(*question, check=False).strip() == "yes", 60)
+    wait_for(f"{user} to be allowed", lambda: namespace.kubectl(*question, check=False).strip() == "yes", 180)
 
 
 class Gate:
@@ -67,7 +67,8 @@ class Gate:
         self.wait = f"until [ -e {self.file} ]; do sleep 0.2; done"  # for scripts
 
     def open(self) -> None:
-        self.volumes.execute("reader", "touch", self.file)
+        touch = ("sh", "-c", f"touch {self.file} && echo open")
+        wait_for("the gate to open", lambda: self.volumes.execute("reader", *touch, check=False), 60)
 
 
 class Launcher:
@@ -143,7 +144,7 @@ def pods_of(namespace: Namespace, job: JobSpec) -> list[Object]:
 def assert_gone(namespace: Namespace, job: JobSpec) -> None:
     """The job and its pods; a pod that an operator made from an old copy of the job may be collected a little later."""
     assert not jobs_of(namespace, job)
-    wait_for("a pod of a job that is gone to be collected", lambda: not pods_of(namespace, job), 60)
+    wait_for("a pod of a job that is gone to be collected", lambda: not pods_of(namespace, job), 180)
 
 
 def running_pods_of(namespace: Namespace, job: JobSpec) -> list[str]:

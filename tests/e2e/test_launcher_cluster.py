@@ -95,7 +95,7 @@ def test_an_absent_image_is_named_soon_and_the_job_removed(namespace: Namespace,
     begun = time.monotonic()
     with pytest.raises(LaunchError, match=r"image 'localhost/absent:1' cannot be pulled .* check cluster\.image"):
         launcher(job, "true", image="localhost/absent:1")
-    assert time.monotonic() - begun < 120
+    assert time.monotonic() - begun < 300
     assert_gone(namespace, job)
 
 
@@ -131,7 +131,7 @@ def test_an_unreachable_api_is_told(namespace: Namespace) -> None:
 
 
 def test_an_unschedulable_job_says_why_and_is_removed(namespace: Namespace, launcher: Launcher) -> None:
-    job = tiny(namespace, cluster={"cpus_per_node": 5000, "queue_timeout_seconds": 20})
+    job = tiny(namespace, cluster={"cpus_per_node": 5000, "queue_timeout_seconds": 60})
     with pytest.raises(
         LaunchError, match=r"waited \d+ s for nodes .*worker-0: cannot be scheduled: .*Insufficient cpu"
     ):
@@ -144,7 +144,7 @@ def test_a_spent_quota_is_told(namespace: Namespace, launcher: Launcher) -> None
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "narrow"}, "spec": {"hard": hard}}
     namespace.apply(quota)
     try:
-        job = tiny(namespace, cluster={"queue_timeout_seconds": 20})
+        job = tiny(namespace, cluster={"queue_timeout_seconds": 60})
         wait_for("the quota", lambda: namespace.find("resourcequotas")[0].get("status", {}).get("hard"), 120)
         with pytest.raises(LaunchError, match=r"waited \d+ s for nodes .*exceeded quota: narrow"):
             launcher(job, "true")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from lint_cases import CASES
 from lint_job_cases import TARGETS
 from lint_manifests import Case, changed, good, patches
 
-from components.cluster.api import RESOURCES, Cluster
+from components.cluster.api import RESOURCES, Cluster, status_message
 from manifests.kinds import PYTORCHJOB
 from manifests.lint.check import lint
 from manifests.lint.fields import KUBERNETES, OPERATORS, of_kind
@@ -98,13 +99,19 @@ def dry_run(space: Namespace, body: Object) -> str | None:
     if body["kind"] == "TrainingRuntime":  # an object of that name exists
         metadata["name"] = "another"
     body = {**body, "metadata": metadata}
-    try:
-        api.create_namespaced_custom_object(
-            group, version, space.name, plural, body, dry_run="All", field_validation="Strict"
-        )
-    except ApiException as error:
-        return json.loads(error.body)["message"]
-    return None
+    said = None
+    for pause in (1, 2, 4, 8):
+        try:
+            api.create_namespaced_custom_object(
+                group, version, space.name, plural, body, dry_run="All", field_validation="Strict"
+            )
+            return None
+        except ApiException as error:
+            said = status_message(error)
+        if "failed calling webhook" not in said:
+            break
+        time.sleep(pause)  # the operator is busy
+    return said
 
 
 def cases(rules: dict[str, int], release: str) -> Iterator[tuple[str, Case]]:
@@ -125,7 +132,7 @@ def concerned(case: tuple[tuple[str, object], ...], of_rule: int) -> int:
 def with_runtime(namespace: Namespace) -> Namespace:
     namespace.apply(good()["runtime"])
     # The webhook looks up the runtime in a cache that may be outdated.
-    wait_for("the runtime to be known", lambda: dry_run(namespace, good()["trainjob"]) is None, 60)
+    wait_for("the runtime to be known", lambda: dry_run(namespace, good()["trainjob"]) is None, 180)
     return namespace
 
 

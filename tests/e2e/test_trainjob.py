@@ -105,7 +105,7 @@ def test_a_retryable_exit_restarts_all_workers_once(volumes: Namespace, launcher
 
 
 def test_an_unschedulable_gang_says_why_and_is_removed(namespace: Namespace, launcher: Launcher) -> None:
-    job = tiny(namespace, cluster={**GANG, "cpus_per_node": 5000, "queue_timeout_seconds": 20})
+    job = tiny(namespace, cluster={**GANG, "cpus_per_node": 5000, "queue_timeout_seconds": 60})
     with pytest.raises(LaunchError, match=r"waited \d+ s for nodes .*node-0-0: cannot be scheduled: .*Insufficient"):
         launcher(job, "true")
     assert_gone(namespace, job)
@@ -115,12 +115,13 @@ def test_a_spent_quota_is_told(namespace: Namespace, launcher: Launcher) -> None
     hard = {"requests.cpu": "10m"}
     namespace.apply({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "gang"}, "spec": {"hard": hard}})
     try:
-        job = tiny(namespace, cluster={**GANG, "queue_timeout_seconds": 20})
+        job = tiny(namespace, cluster={**GANG, "queue_timeout_seconds": 60})
         wait_for("the quota", lambda: namespace.find("resourcequotas")[0].get("status", {}).get("hard"), 120)
         with pytest.raises(LaunchError, match=r"waited \d+ s for nodes .*exceeded quota: gang"):
             launcher(job, "true")
         told = [line for line in launcher.lines if "exceeded quota: gang" in line]
-        assert len(told) == 1 and f'pods "{job.run_name}-node-0-0" is forbidden' in told[0], told
+        assert told and all(f'pods "{job.run_name}-node-0-0" is forbidden' in line for line in told), told
+        assert len(told) <= 2, "once more at most, if the quota still counted a former test's pod"
     finally:
         namespace.kubectl("delete", "resourcequota", "gang")
 
@@ -134,28 +135,31 @@ def test_a_deadline_of_the_job_itself_ends_it_and_is_told(namespace: Namespace, 
     script = 'trap "echo saving; exit 143" TERM; sleep 600 & wait'
     with pytest.raises(JobFailed) as caught:
         launch(launcher.cluster, scripted(job, script), patient.cluster, launcher.write)
-    if namespace.trainer() != "2.1":
+    by_job = "FailJobSet failure policy" in str(caught.value)  # the same limit of its Job may be noticed first
+    if namespace.trainer() != "2.1" and not by_job:
         assert "failed: TrainJob exceeded its active deadline" in str(caught.value)
         assert "cluster.run_timeout_seconds" in str(caught.value)
         assert str(why(situation(launcher.cluster, job.run_name))).startswith("failed: its activeDeadlineSeconds have")
-    wait_for("its pods to end", lambda: not running_pods_of(namespace, job), 60)
+    wait_for("its pods to end", lambda: not running_pods_of(namespace, job), 180)
 
 
-def test_a_job_that_is_suspended_and_resumed_is_not_given_up(namespace: Namespace, launcher: Launcher) -> None:
+def test_a_job_that_is_suspended_and_resumed_is_not_given_up(volumes: Namespace, launcher: Launcher) -> None:
     """As a queue does; Trainer 2.3 then reports an error in passing, which is none."""
-    job = tiny(namespace, cluster=GANG)
+    job, resumed = tiny(volumes, cluster=GANG), Gate(volumes)
     name = job.run_name
 
     def suspend_and_resume() -> None:
         for suspend in ("true", "false"):
-            namespace.kubectl("patch", "trainjob", name, "--type=merge", "-p", f'{{"spec": {{"suspend": {suspend}}}}}')
+            volumes.kubectl("patch", "trainjob", name, "--type=merge", "-p", f'{{"spec": {{"suspend": {suspend}}}}}')
             gone = suspend == "true"
-            wait_for("its pods", lambda gone=gone: bool(running_pods_of(namespace, job)) is not gone, 120)
+            wait_for("its pods", lambda gone=gone: bool(running_pods_of(volumes, job)) is not gone, 180)
+        resumed.open()
 
     launcher.acts["begun"] = lambda: Thread(target=suspend_and_resume, daemon=True).start()
-    launcher(job, 'echo begun; trap "exit 143" TERM; [ "$index" = 1 ] || sleep 20 & wait')
+    launcher(job, f'echo begun; trap "exit 143" TERM; [ "$index" = 1 ] || {{ {resumed.wait}; }} & wait')
     assert launcher.count("begun") == 2
-    assert not launcher.has("Invalid value") and not launcher.has("cannot be created")
+    refused = [line for line in launcher.lines if "cannot be created" in line and "failed calling webhook" not in line]
+    assert not launcher.has("Invalid value") and not refused
 
 
 def test_a_killed_launcher_is_replaced_and_the_new_one_stops_the_job(
@@ -204,4 +208,4 @@ def test_a_diverging_trainjob_ends_red_and_says_why(first: PipelineRun) -> None:
     assert run.code not in (0, -1)
     last = [line for line in run.log.splitlines() if "error:" in line][-1]
     assert "-node-0-" in last and "exited 70 (training diverged)" in last, last
-    assert not [p for p in pods_of(run.namespace, run.job) if p["status"]["phase"] == "Running"]
+    wait_for("the workers to end", lambda: not running_pods_of(run.namespace, run.job), 180)

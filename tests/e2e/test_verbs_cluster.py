@@ -21,7 +21,7 @@ SCRIPT = """
 file=/mnt/checkpoints/$RUN; step=$(cat $file 2>/dev/null || echo 0)
 save() {
   [ "$index" = 0 ] && echo $step > $file && echo "checkpoint of step $step published after 0.1 s"
-  sleep 2
+  sleep 8
   echo '{"code": 143, "reason": "stopped by SIGTERM"}' > /dev/termination-log; exit 143
 }
 trap save TERM
@@ -68,7 +68,7 @@ def test_a_run_is_shown_stopped_and_resumed(
     stopped = good("stop", name)
     saved = int(stopped.split("the newest checkpoint is of step ")[1].split(";")[0])
     assert saved > 0 and f"continue: yaongi resume {name} -n {namespace.name}" in stopped
-    assert not pods_of(namespace, job)
+    wait_for("its pods to stay away", lambda: not pods_of(namespace, job), 60)
 
     assert f"job {name} continues" in good("resume", name)
     wait_for("its log", lambda: f"begins after step {saved}" in ask("logs", name)[1], 300, every=2)
