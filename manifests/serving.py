@@ -19,7 +19,7 @@ from trainer.serving.options import Device, Weights
 
 PullPolicy = Literal["IfNotPresent", "Always", "Never"]
 PORT, METRICS_PORT = 8000, 9400
-FORGETTING_SECONDS = 5  # until no part of the cluster sends new connections to a pod that ends
+FORGETTING_SECONDS = 10  # until no part of the cluster sends new connections to a pod that ends
 EXIT_SECONDS = 15  # of the process, after its last answer
 PROBE_SECONDS = 2
 KEY = "key"  # of the secret
@@ -127,7 +127,7 @@ def _container(server: Server) -> Object:
             {"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"},
         ],
         "startupProbe": {**_probe("/ready"), "failureThreshold": -(-server.start_seconds // PROBE_SECONDS)},
-        "readinessProbe": {**_probe("/ready"), "failureThreshold": 2},
+        "readinessProbe": {**_probe("/ready"), "failureThreshold": 4},
         "livenessProbe": {**_probe("/health"), "failureThreshold": 5, "timeoutSeconds": 10},
         "lifecycle": {"preStop": {"exec": {"command": ["sh", "-c", f"kill -USR1 1; sleep {FORGETTING_SECONDS}"]}}},
         "resources": {"requests": {"cpu": server.cpus, **limits}, "limits": limits},

@@ -23,6 +23,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -160,6 +161,8 @@ def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
             wait_for_host(host, HOST_PATIENCE_SECONDS)
     # How long the agent waits between forwarding a stop signal and killing: the time of a checkpoint.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(spec.runtime.hang_timeout_seconds))
+    if spec.engine == "megatron":
+        _let_agents_wait()
     try:
         torchrun.run(arguments)
     except SignalException as stop:
@@ -171,6 +174,17 @@ def run_ranks(spec: TrainSpec, command: list[str]) -> list[Failure]:
     finally:
         _catch_signals()  # the agent has replaced the handlers
     return []
+
+
+def _let_agents_wait() -> None:
+    """Let nodes that are done wait while rank 0 converts Megatron's weights, longer than torchrun's 300 s.
+
+    When one of the workers has ended, the operator would remove the others.
+    """
+    from torch.distributed.launcher import api
+
+    patient = partial(api.LocalElasticAgent, exit_barrier_timeout=HOST_PATIENCE_SECONDS)
+    setattr(api, "LocalElasticAgent", patient)  # noqa: B010  # torchrun has no option for it
 
 
 def _silence_agent() -> None:

@@ -49,7 +49,7 @@ def test_a_webhook_that_is_behind_or_starting_is_waited_for(create, error):
 
 def test_kueue_that_stays_down_is_named_with_the_fix(create):
     with pytest.raises(Refused) as caught:
-        create(*[DOWN] * 100)
+        create(*[DOWN] * 1000)
     said = str(caught.value)
     assert said.startswith(f"{DOWN}; Kueue, which checks every pod and job of the cluster") and "\n" not in said
 

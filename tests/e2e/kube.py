@@ -15,7 +15,9 @@ T = TypeVar("T")
 PIPELINE_IMAGE = os.environ.get("YAONGI_PIPELINE_IMAGE", "localhost/yaongi-pipeline:0.1.0")
 TRAINER_IMAGE = os.environ.get("YAONGI_TRAINER_IMAGE", "localhost/yaongi-trainer:0.1.0")
 READS = ("get", "logs", "auth")
-BUSY = re.compile(r"[Tt]imeout|timed out|connection refused|EOF|unable to handle the request|Too many requests")
+BUSY = re.compile(
+    r"[Tt]imeout|timed out|connection refused|EOF|unable to handle the request|Too many requests|failed calling webhook"
+)
 MOUNTS = {"/mnt/datasets": "llm-datasets-pvc", "/mnt/checkpoints": "llm-checkpoints-pvc"}
 
 
@@ -27,7 +29,8 @@ class Namespace:
 
     def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
         command = ["kubectl", "--namespace", self.name, *arguments]
-        for pause in (1, 2, 4, 0) if arguments[0] in READS else (0,):
+        reads = arguments[0] in READS or "--dry-run=server" in arguments
+        for pause in (1, 2, 4, 8, 0) if reads else (0,):
             done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=600)
             if not (done.returncode and pause and BUSY.search(done.stderr)):
                 break
@@ -36,20 +39,24 @@ class Namespace:
             raise AssertionError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
         return done.stdout
 
-    def apply(self, *objects: Object) -> None:
-        self.kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)}))
-
-    def apply_when_admitted(self, *objects: Object) -> None:
-        """Retries while an admission webhook has not yet seen the objects that were applied just before."""
+    def apply(self, *objects: Object, while_refused: str = "failed calling webhook") -> None:
+        """Apply; retried while the refusal has this text, by default while a webhook's operator does not answer."""
+        text = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)})
 
         def refusal() -> str:
             try:
-                self.apply(*objects)
+                self.kubectl("apply", "-f", "-", stdin=text)
             except AssertionError as error:
+                if while_refused not in str(error):
+                    raise
                 return str(error)
             return ""
 
         wait_for("the objects to be admitted", refusal, 180, is_there=lambda text: not text)
+
+    def apply_when_admitted(self, *objects: Object) -> None:
+        """Retries while an admission webhook has not yet seen the objects that were applied just before."""
+        self.apply(*objects, while_refused="")
 
     def made(self) -> None:
         """Wait for what controllers put into every new namespace; without the account no pod is admitted."""

@@ -35,10 +35,11 @@ if [ -n "${YAONGI_CLUSTER:-}" ]; then
     section "start a cluster with $YAONGI_CLUSTER"
     "$YAONGI_CLUSTER" build
     "$YAONGI_CLUSTER" up
-    { # while the images are built
+    install_operators() {
         "$YAONGI_CLUSTER" install-operator && "$YAONGI_CLUSTER" install-trainer "$TRAINER" && { [ "$TRAINER" = 2.1 ] || show_progress; } &&
             "$YAONGI_CLUSTER" install-kueue
-    } &
+    }
+    { install_operators || install_operators; } & # while the images are built; a busy machine may be slower than a rollout's limit
     operators=$!
     export BUILD_IMAGE="${BUILD_IMAGE:-$YAONGI_CLUSTER build-image}"
 fi

@@ -138,7 +138,9 @@ def test_a_killed_launcher_whose_pod_stays_leaves_no_worker_and_a_checkpoint(vol
     for worker in left:
         (status,) = worker["status"]["containerStatuses"]
         assert status["state"]["terminated"]["exitCode"] == 75
-        assert "has not renewed its lease" in status["state"]["terminated"]["message"]
+        # The second form: its ranks heard from the others' before its own entrypoint looked at the lease.
+        message = status["state"]["terminated"]["message"]
+        assert "has not renewed its lease" in message or "launcher gone; checkpoint saved" in message
     step = int(run.read("checkpoints/LATEST").strip().removeprefix("step-"))
     assert step == len(run.read("logs/metrics.jsonl").splitlines()) >= 3, "the step it stopped at is saved"
 
@@ -160,7 +162,8 @@ def test_the_exit_handler_removes_what_a_killed_step_left_pending(volumes: Names
     run.finish()
     assert run.code not in (0, -1)
     assert f"deleted job {job_name(run.job)}" in run.log and "no worker runs any more" in run.log
-    assert run.log.splitlines()[-1].startswith("error: train: "), "the cleanup is not what failed"
+    (told,) = [line for line in run.log.splitlines() if line.startswith("error: ")]
+    assert told.startswith("error: train: "), "the cleanup is not what failed"
 
 
 @BOTH_KINDS

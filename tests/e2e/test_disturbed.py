@@ -33,7 +33,7 @@ KILL_EVERYTHING = "import os, signal; os.kill(-1, signal.SIGKILL)"  # but the co
 
 # What rank 0 logs when it starts and when it continues from a checkpoint.
 STARTED, RESUMED = r"mesh \(copies", "resuming from the checkpoint of step"
-START_SECONDS = 60  # also the time that torchrun's own rendezvous waits
+START_SECONDS = 90  # also the time that torchrun's own rendezvous waits
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,12 @@ def start_with_worker_1_queued(namespace: Namespace) -> PipelineRun:
     def alive() -> list[Object]:
         return [pod for pod in namespace.find("pods") if pod["status"]["phase"] in ("Pending", "Running")]
 
-    def ending() -> list[Object]:
-        return [pod for pod in alive() if "deletionTimestamp" in pod["metadata"]]
-
-    wait_for("pods of former tests to go, which would make room", lambda: not ending(), 300)
+    stay = {"reader", "prometheus"}
+    wait_for(
+        "pods of former tests to go, which would make room",
+        lambda: {pod["metadata"]["name"] for pod in alive()} <= stay,
+        300,
+    )
     spec = {"hard": {"pods": str(len(alive()) + 2)}}
     namespace.apply({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "one-worker"}, "spec": spec})
     try:

@@ -114,9 +114,8 @@ def test_pods_find_whether_the_network_enforces_policies_and_nothing_stays(names
     assert enforced in ("ok", "missing") and found["worker to the API server"].state == enforced
     assert ("does not enforce" in found["enforcement"].detail) == (enforced == "missing")
     wait_for("its objects to go", lambda: not namespace.find("jobs,pods", "-l", netprobe.ROLE_LABEL), 180)
-    of_doctor = "jsonpath={.items[?(@.spec)].metadata.name}"
     wait_for(
-        "its policy to go", lambda: "doctor-" not in namespace.kubectl("get", "networkpolicies", "-o", of_doctor), 180
+        "its policy to go", lambda: "/doctor-" not in namespace.kubectl("get", "networkpolicies", "-o", "name"), 180
     )
 
 

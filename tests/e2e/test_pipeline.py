@@ -130,7 +130,7 @@ def test_a_run_that_cannot_work_ends_red_and_says_why(
 ) -> None:
     run = PipelineRun.start(first.namespace, name, *changes).finish()
     assert run.code not in (0, -1)
-    last = [line for line in run.log.splitlines() if "error:" in line][-1]
+    last = [line for line in run.log.splitlines() if line.startswith("error: ")][-1]
     assert reason in last, last
     running = first.namespace.find(
         "pods", "-l", PYTORCHJOB.selector(job_name(run.job)), "--field-selector", "status.phase=Running"

@@ -207,7 +207,9 @@ def test_a_queued_job_is_stopped_and_resumed_although_its_queue_decides_when_it_
     for job in jobs:
         is_said(queue, job, r"^running: ")
         good("stop", job.run_name)
-        wait_for("its pods to stay away, as its queue would start it again", lambda: not pods_of(queue, job), 60)
+        wait_for(
+            "its pods to stay away, as its queue would start it again", lambda job=job: not pods_of(queue, job), 60
+        )  # type: ignore[misc]
     end(queue, before, *jobs)
 
 

@@ -26,7 +26,8 @@ def test_no_answer_breaks_while_the_server_is_rolled_out(first: PipelineRun, tmp
         "launcher": {"create": False},
         "storage": {name: {"existingClaim": f"llm-{name}-pvc"} for name in ("datasets", "checkpoints")},
         "networkPolicy": {"enabled": False},  # the namespace has them
-        "monitoring": {"dashboards": {"enabled": False}},
+        # Prometheus' operator may be there for another test's time only.
+        "monitoring": {name: {"enabled": False} for name in ("dashboards", "podMonitor", "rules")},
         "serve": {
             "enabled": True,
             "export": f"{first.job.run_dir.removeprefix('/mnt/checkpoints/')}/export",
@@ -58,7 +59,7 @@ def test_no_answer_breaks_while_the_server_is_rolled_out(first: PipelineRun, tmp
 
         wait_for("the old server to go", lambda: not pods() & before, 120)
         space.execute(CLIENT, "touch", "/tmp/stop")
-        code, log = space.exit_of(CLIENT, 60)
+        code, log = space.exit_of(CLIENT, 300)
         told = json.loads(log.splitlines()[-1])
         assert code == 0 and told["failures"] == [], told
         assert told["answers"] >= 40 and len(told["texts"]) == 2, told

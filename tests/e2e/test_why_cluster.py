@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,7 +25,8 @@ from broken_jobs import (
     shell,
     surroundings,
 )
-from kube import Namespace, wait_for
+from kube import Namespace, pod, wait_for
+from launching import BUSYBOX
 
 from components.cluster.api import Cluster
 from components.diagnose.gather import situation
@@ -103,6 +105,10 @@ def broken_jobs(namespace: Namespace) -> Iterator[Namespace]:
         space.made()
         space.apply(*surroundings(space.name))
         wait_for("the quota", lambda: space.find("resourcequotas")[0].get("status", {}).get("hard"), 120)
+        # A new policy is in force a little later; a pod like kube.pod's meets the restricted standard.
+        plain = json.dumps(pod("policy-probe", BUSYBOX, ["true"], mounts={}))
+        dry_run = ("apply", "--dry-run=server", "-f", "-")
+        wait_for("the policy", lambda: not space.kubectl(*dry_run, stdin=plain, check=False), 120)
         objects = []
         for name, (changes, _) in CAUSES.items():
             cluster = {"nodes": 2} if name == "gang" else {}
@@ -139,7 +145,8 @@ def test_the_command_takes_the_beginning_of_a_name_and_lists_what_it_could_be(
     broken_jobs: Namespace, yaongi: Callable[..., tuple[int, str, str]]
 ) -> None:
     place = ("-n", broken_jobs.name)
-    assert yaongi("why", "noclai", *place)[1].startswith("noclaim is queued: noclaim-worker-0 cannot be scheduled: ")
+    begins = "noclaim is queued: noclaim-worker-0 cannot be scheduled: "
+    wait_for(begins, lambda: yaongi("why", "noclai", *place)[1], 180, is_there=lambda text: text.startswith(begins))
     code, _, error = yaongi("why", "train-", *place)
     assert code == 2 and "'train-' is the beginning of several runs: train-badspec, " in error
     code, _, error = yaongi("why", "nothing", *place)
@@ -147,8 +154,9 @@ def test_the_command_takes_the_beginning_of_a_name_and_lists_what_it_could_be(
 
 
 def test_a_job_that_is_gone_leaves_its_last_event(broken_jobs: Namespace) -> None:
-    broken_jobs.kubectl("delete", "pytorchjob", "done")
     cluster = Cluster.connect(broken_jobs.name)
+    wait_for("it to end", lambda: str(why(situation(cluster, "done"))).startswith("succeeded"), 180)
+    broken_jobs.kubectl("delete", "pytorchjob", "done")
     wait_for("its pods to go", lambda: not situation(cluster, "done").pods, 120)
     said = str(why(situation(cluster, "done")))
     assert re.match(r"gone: .*removed after its time to live \(last event, \d+ s ago: .*\); start it again$", said), (

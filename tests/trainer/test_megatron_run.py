@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -16,8 +17,11 @@ import made_run
 import micro
 import pytest
 import torch
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.launcher import api
 
 from pipelines.runs import standing
+from trainer import entrypoint
 from trainer.checkpoints import checkpoint
 from trainer.errors import DivergedError, SpecError
 from trainer.exitcodes import ExitCode
@@ -177,3 +181,14 @@ def test_a_tee_passes_everything_on():
         print("one")
         print("two", end="")
     assert stream.getvalue() == "one\ntwo" and taken == ["one"]
+
+
+def test_nodes_that_are_done_wait_while_the_weights_are_converted(monkeypatch: pytest.MonkeyPatch):
+    class Agent:
+        def __init__(self, spec: object, exit_barrier_timeout: float = 300):
+            self.waits = exit_barrier_timeout
+
+    monkeypatch.setattr(api, "LocalElasticAgent", Agent)
+    entrypoint._let_agents_wait()
+    assert "exit_barrier_timeout" in inspect.signature(LocalElasticAgent.__init__).parameters
+    assert api.LocalElasticAgent(None).waits == entrypoint.HOST_PATIENCE_SECONDS
