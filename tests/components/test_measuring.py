@@ -100,7 +100,7 @@ def test_a_regular_scraper_gets_the_last_counts(port: int, clock: Clock) -> None
         pytest.param(0, 30, 0, id="nobody came"),
         pytest.param(1, 30, 0, id="once, so nobody knows when again"),
         pytest.param(2, 61, 0, id="too seldom"),
-        pytest.param(2, 30, 37, id="overdue"),
+        pytest.param(2, 30, 39, id="overdue"),
     ],
 )
 @pytest.mark.timeout(60)

@@ -120,10 +120,12 @@ os.kill(server._server, signal.SIGKILL)
 server.close()
 server = StepServer()
 codes = []
-first = threading.Thread(target=lambda: codes.append(server.run(command("open('up', 'w').close(); time.sleep(1)"))))
+body = "open('up', 'w').close(); [time.sleep(0.01) for _ in range(6000) if not os.path.exists('down')]"
+first = threading.Thread(target=lambda: codes.append(server.run(command(body))))
 first.start()
 up("up")
 os.kill(server._server, signal.SIGKILL)
+open("down", "w").close()
 first.join()
 codes.append(server.run(command("print('never')")))
 print('>', codes)

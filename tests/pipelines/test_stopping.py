@@ -17,14 +17,15 @@ from manifests.spec import job_from
 from pipelines import background, execute, pretrain, stopping
 from pipelines.runs.local import LocalRun
 
-# Prints the signals that it receives, and is not ended by them.
+# Prints the signals that it receives, and is not ended by them. It does not pause for them: it would not see one that
+# came just before, until the next.
 STUBBORN = """
-import os, signal
+import os, signal, time
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: os.write(1, b"%d\\n" % number))
 os.write(1, b"ready\\n")
 while True:
-    signal.pause()
+    time.sleep(0.1)
 """
 
 
@@ -94,26 +95,36 @@ def run(tmp_path: Path) -> LocalRun:
     return LocalRun(job.run_name, tmp_path / "checkpoints" / "runs" / job.run_name, tmp_path)
 
 
+# After a stop, it ends when its input does: not before the one who stops it has looked.
 DRIVER = """
-import sys, signal
+import sys, time
 from pathlib import Path
 from manifests.spec import job_from
 from pipelines import background
 storage = {"datasets_dir": sys.argv[1] + "/d", "checkpoints_dir": sys.argv[1] + "/checkpoints"}
 job = job_from({"preset": "tiny"}, {"name": "stops", "storage": storage})
 with background.driving(job, Path(sys.argv[1])):
-    print("up", flush=True)
-    signal.pause()
+    try:
+        print("up", flush=True)
+        while True:
+            time.sleep(0.1)
+    finally:
+        sys.stdin.readline()
 """
 
 
 def test_a_stop_before_the_pipeline_is_recorded_and_said(run: LocalRun):
     said: list[str] = []
-    with subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(run.workdir)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+    command = [sys.executable, "-c", DRIVER, str(run.workdir)]
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+
+    def tell(line: str) -> None:
+        said.append(line)
+        process.stdin.close()
+
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing, text=True) as process:
         assert process.stdout.readline() == "up\n"
-        ended = background.stop(run.workdir, run.name, lambda: "train", said.append)
+        ended = background.stop(run.workdir, run.name, lambda: "train", tell)
     wait_until(lambda: not background.is_alive(run.workdir, run.name))
     assert ended.code == 143 and run.view().state == "stopped"
     expected = (

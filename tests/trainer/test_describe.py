@@ -33,9 +33,9 @@ def preset_model(name: str) -> ModelSpec:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_names_shapes_and_total_equal_the_built_module(preset):
     spec = preset_model(preset)
-    started = time.monotonic()
+    started = time.process_time()  # others' work on the machine does not count
     model = build_model(spec, device="meta", seed=0)
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
     built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert {p.name: p.shape for p in parameters(spec)} == built
     assert describe(spec, 4096).total == sum(p.numel() for p in model.parameters())

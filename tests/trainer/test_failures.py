@@ -75,7 +75,7 @@ def test_watchdog_says_where_it_hangs_and_ends_with_161(tmp_path: Path):
     program = (
         "import time\nfrom trainer.process.watchdog import Watchdog\n"
         "def stuck():\n    time.sleep(600)\n"
-        "with Watchdog(0.5) as dog:\n    dog.beat()\n    stuck()\n"
+        "with Watchdog(2) as dog:\n    dog.beat()\n    stuck()\n"
     )
     environment = micro.environment(YAONGI_FAILURES=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=280)

@@ -34,8 +34,8 @@ CATEGORIES = ("추론(Reasoning)", "수학(Math)")
 
 
 class JudgeServer:
-    """Grades by `score`. `faults`: a status (with "+seconds" for Retry-After), "hang", "drop", or another answer, each
-    used once, in order; None answers well."""
+    """Grades by `score`. `faults`: a status (with "+seconds" for Retry-After), "hang" (no answer), "drop", or another
+    answer, each used once, in order; None answers well."""
 
     def __init__(self) -> None:
         self.faults: list[Any] = []
@@ -45,6 +45,7 @@ class JudgeServer:
         self.most = self._now = 0
         self.pause = 0.0
         self._lock = threading.Lock()
+        self._closed = threading.Event()
         served = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -67,6 +68,7 @@ class JudgeServer:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
+        self._closed.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -81,11 +83,11 @@ class JudgeServer:
         time.sleep(self.pause)
         with self._lock:
             self._now -= 1
-        if fault == "drop":
+        if fault == "hang":
+            self._closed.wait(60)  # longer than any client that meets it waits
+        if fault in ("hang", "drop"):
             handler.close_connection = True
             return handler.connection.close()
-        if fault == "hang":
-            time.sleep(0.6)
         status, data = 200, grade(score(body["messages"][1]["content"]))
         if isinstance(fault, str) and fault[:3].isdigit():
             status, data = int(fault[:3]), {"error": {"message": f"no: {KEY} is not a key"}}
@@ -134,7 +136,7 @@ def spec(server, tmp_path):
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (tmp_path / "questions.jsonl").write_text(f"\ufeff{text}\n", encoding="utf-8")
     return JudgeSpec(
-        url=server.url, model="m", questions=str(tmp_path / "questions.jsonl"), timeout_seconds=0.4, max_tokens=8
+        url=server.url, model="m", questions=str(tmp_path / "questions.jsonl"), timeout_seconds=30, max_tokens=8
     )
 
 
@@ -192,7 +194,7 @@ def test_a_judge_with_faults_is_asked_again(server, spec, tmp_path, faults):
     (tmp_path / "clean").mkdir()
     clean = run(spec, tmp_path / "clean")
     server.faults, count, began = list(faults), len(server.requests), time.monotonic()
-    result = run(spec, tmp_path)
+    result = run(spec, tmp_path, timeout_seconds=3 if "hang" in faults else 30)
     assert result["metrics"] == clean["metrics"] and result["unscored"] == 0
     assert not server.faults and len(server.requests) - count == 12 + len(faults)
     assert "429+1" not in faults or time.monotonic() - began >= 1, "it asks for a second"
@@ -236,7 +238,7 @@ def test_forms_of_scores():
 def test_a_judge_that_is_gone_is_one_line_and_its_answers_are_kept(server, spec, tmp_path):
     server.faults = [None, None, None, "hang", "hang"]
     with pytest.raises(LaunchError, match=r"does not answer \(.*timed out.*run the evaluation again") as caught:
-        run(spec, tmp_path, retries=1, max_concurrency=1)
+        run(spec, tmp_path, retries=1, max_concurrency=1, timeout_seconds=3)
     assert "\n" not in str(caught.value)
     file = tmp_path / logickor.FILE
     with file.open("ab") as cut:

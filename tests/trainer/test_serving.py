@@ -31,7 +31,7 @@ from trainer.generate import complete, continued
 from trainer.inference.sampling import Sampling
 from trainer.model.hybrid import HybridModel
 
-pytestmark = [pytest.mark.enable_socket, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.enable_socket, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 MODEL = "micro"
@@ -55,7 +55,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def processes(exported: Path) -> Iterator[tuple[Process, Process]]:
     both = start(exported, "--rows=16", "--length=128"), start(
-        exported, "--rows=1", "--max-waiting=1", "--length=3000", "--device=cpu", "--grace=50",
+        exported, "--rows=1", "--max-waiting=1", "--length=3000", "--device=cpu", "--grace=500",
         "--weights=int8", key=KEY,
     )  # fmt: skip
     try:

@@ -25,6 +25,7 @@ disable_created_metrics()  # an additional, useless series for each counter
 MOST_TRIES, LAST_PORT = 64, 65535
 Collector = TypeVar("Collector", Gauge, Counter, Histogram)
 LONGEST_INTERVAL = 60.0  # seconds between scrapes; Prometheus's own default
+LATE_SECONDS = 2.0  # so late comes a scraper with a short interval on a busy machine
 
 
 class Metrics:
@@ -169,7 +170,7 @@ class _Scrapes:
         return any(
             self._answered.get(address, 0.0) < since
             and interval <= LONGEST_INTERVAL
-            and now < asked + 1.2 * interval + 0.2
+            and now < asked + 1.2 * interval + LATE_SECONDS
             for address, (asked, interval) in list(self._asked.items())
         )
 
