@@ -61,18 +61,17 @@ def _tell(what: str, state: RetryCallState, attempts: int) -> None:
     error = state.outcome.exception() if state.outcome else None
     said = in_words(error)[:LONGEST_REASON_CHARACTERS]
     pause = state.next_action.sleep if state.next_action else 0.0
-    if _told_just_now((what, said, state.attempt_number)):
-        return
     attempt = f"attempt {state.attempt_number} of {attempts}"
-    print(f"download: {what}: no answer ({said}); {attempt}, trying again in {pause:.0f} s", flush=True)
+    with _telling:  # also while it prints: attempts are told in their order
+        if not _told_just_now((what, said, state.attempt_number)):
+            print(f"download: {what}: no answer ({said}); {attempt}, trying again in {pause:.0f} s", flush=True)
 
 
 def _told_just_now(line: tuple[str, str, int]) -> bool:
     """Whether another thread printed this within TOLD_ONCE_SECONDS: one fault makes many requests fail at once."""
     now = time.monotonic()
-    with _telling:
-        before = _told.get(line, -TOLD_ONCE_SECONDS)
-        _told[line] = now
+    before = _told.get(line, -TOLD_ONCE_SECONDS)
+    _told[line] = now
     return now - before < TOLD_ONCE_SECONDS
 
 

@@ -203,7 +203,7 @@ def _hand_over(cluster: Cluster, needs: Sequence[Object], job: Object) -> None:
 
 def _create_known(cluster: Cluster, body: Object) -> Object:
     """Create a job whose needs were created just before: the caches of Trainer and Kueue may not have them yet."""
-    return _patiently(lambda: _create_once(cluster, body), lambda error: bool(NOT_YET.search(str(error))))
+    return _patiently(lambda: _create_once(cluster, body), _may_pass)
 
 
 def _create_once(cluster: Cluster, body: Object) -> Object:
@@ -220,15 +220,17 @@ def _replace(cluster: Cluster, need: Object) -> None:
         cluster.delete(need["kind"], need["metadata"]["name"])
         try:
             # A runtime is gone only after its operator has noticed that no job refers to it.
-            _patiently(lambda: cluster.create(need), _is_taken_or_not_yet)
+            _patiently(
+                lambda: cluster.create(need), lambda error: error.status == HTTPStatus.CONFLICT or _may_pass(error)
+            )
             return
         except ApiUnreachable:  # perhaps only the response was lost
             if is_last:
                 raise
 
 
-def _is_taken_or_not_yet(error: Refused) -> bool:
-    return error.status == HTTPStatus.CONFLICT or bool(NOT_YET.search(str(error)))
+def _may_pass(error: Refused) -> bool:
+    return bool(NOT_YET.search(str(error)))
 
 
 def _patiently(create: Callable[[], Object], may_pass: Callable[[Refused], bool]) -> Object:

@@ -207,9 +207,7 @@ def test_a_queued_job_is_stopped_and_resumed_although_its_queue_decides_when_it_
     for job in jobs:
         is_said(queue, job, r"^running: ")
         good("stop", job.run_name)
-        wait_for(
-            "its pods to stay away, as its queue would start it again", lambda job=job: not pods_of(queue, job), 60
-        )  # type: ignore[misc]
+        assert not pods_of(queue, job), "its queue would have started it again"
     end(queue, before, *jobs)
 
 
@@ -290,6 +288,5 @@ def test_a_preempted_training_ends_with_the_losses_of_an_undisturbed_one(
     assert f"job {run.job.run_name} was suspended; it goes on from its last checkpoint" in run.log
     assert "exited 143 (stopped (SIGTERM); checkpoint saved)" in run.log
     terminated = [record["reasons"] for record in run.read_json("restarts.json")["nodes"].values()]
-    stops = [reasons.get("terminated", 0) + reasons.get("peer_stopped", 0) for reasons in terminated]
-    assert stops == [1, 1] and any(reasons.get("terminated") for reasons in terminated), terminated
+    assert all(reasons.get("terminated") == 1 for reasons in terminated), terminated
     end(queue, urgent, run.job)

@@ -120,8 +120,7 @@ def test_a_spent_quota_is_told(namespace: Namespace, launcher: Launcher) -> None
         with pytest.raises(LaunchError, match=r"waited \d+ s for nodes .*exceeded quota: gang"):
             launcher(job, "true")
         told = [line for line in launcher.lines if "exceeded quota: gang" in line]
-        assert told and all(f'pods "{job.run_name}-node-0-0" is forbidden' in line for line in told), told
-        assert len(told) <= 2, "once more at most, if the quota still counted a former test's pod"
+        assert len(told) == 1 and f'pods "{job.run_name}-node-0-0" is forbidden' in told[0], told
     finally:
         namespace.kubectl("delete", "resourcequota", "gang")
 
@@ -135,8 +134,7 @@ def test_a_deadline_of_the_job_itself_ends_it_and_is_told(namespace: Namespace, 
     script = 'trap "echo saving; exit 143" TERM; sleep 600 & wait'
     with pytest.raises(JobFailed) as caught:
         launch(launcher.cluster, scripted(job, script), patient.cluster, launcher.write)
-    by_job = "FailJobSet failure policy" in str(caught.value)  # the same limit of its Job may be noticed first
-    if namespace.trainer() != "2.1" and not by_job:
+    if namespace.trainer() != "2.1":
         assert "failed: TrainJob exceeded its active deadline" in str(caught.value)
         assert "cluster.run_timeout_seconds" in str(caught.value)
         assert str(why(situation(launcher.cluster, job.run_name))).startswith("failed: its activeDeadlineSeconds have")
@@ -158,8 +156,7 @@ def test_a_job_that_is_suspended_and_resumed_is_not_given_up(volumes: Namespace,
     launcher.acts["begun"] = lambda: Thread(target=suspend_and_resume, daemon=True).start()
     launcher(job, f'echo begun; trap "exit 143" TERM; [ "$index" = 1 ] || {{ {resumed.wait}; }} & wait')
     assert launcher.count("begun") == 2
-    refused = [line for line in launcher.lines if "cannot be created" in line and "failed calling webhook" not in line]
-    assert not launcher.has("Invalid value") and not refused
+    assert not launcher.has("Invalid value") and not launcher.has("cannot be created")
 
 
 def test_a_killed_launcher_is_replaced_and_the_new_one_stops_the_job(
@@ -208,4 +205,4 @@ def test_a_diverging_trainjob_ends_red_and_says_why(first: PipelineRun) -> None:
     assert run.code not in (0, -1)
     last = [line for line in run.log.splitlines() if "error:" in line][-1]
     assert "-node-0-" in last and "exited 70 (training diverged)" in last, last
-    wait_for("the workers to end", lambda: not running_pods_of(run.namespace, run.job), 180)
+    assert not [p for p in pods_of(run.namespace, run.job) if p["status"]["phase"] == "Running"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -236,16 +235,16 @@ def test_faults_between_ranks_name_rank_and_node(tmp_path: Path):
     assert not any(finding["warning"] for finding in found[0]["sound"] if finding["check"] == "clocks")
     by_case = {case: [each[case] for each in found] for case in found[0]}
     for case, expected in {
-        "skewed": r"preflight on node node-{}: the clock of rank 1 on node-b is 6\d\.",
-        "below the floor": r"preflight on node node-{}: link rank 1 on node-b → rank 2 on node-c carries 0\.0",
+        "skewed": "preflight on node node-{}: the clock of rank 1 on node-b is 60.",
+        "below the floor": "preflight on node node-{}: link rank 1 on node-b → rank 2 on node-c carries 0.0",
         "losing": "preflight on node node-{}: rank 1 on node-b received other data than rank 0 on node-a has sent",
     }.items():
         for rank, (code, reason) in enumerate(by_case[case]):
             assert code == ExitCode.COMMUNICATION, "every rank ends, none waits for the others"
-            assert re.match(expected.format("abc"[rank]), reason), reason
+            assert reason.startswith(expected.format("abc"[rank])), reason
     slow = by_case["slow"][0][1]
     assert slow["check"] == "links" and slow["warning"].startswith("link rank 1 on node-b → rank 2 on node-c")
-    assert 0.0005 < slow["bytes_per_second"] / 1e9 < 0.0106, "4 MiB in more than 0.4 s, on a busy machine much more"
+    assert 0.004 < slow["bytes_per_second"] / 1e9 < 0.0106, "4 MiB in a little more than 0.4 s"
 
 
 def test_results_become_metrics(monkeypatch: pytest.MonkeyPatch, micro_data: Path, tmp_path: Path):

@@ -229,7 +229,7 @@ def test_what_cannot_be_reached_or_trusted_is_one_line_and_is_not_waited_for(
     assert {"ca": "certificate verify failed", "url": "refused", "token": "No such file"}[broken] in said
     began = time.monotonic()
     status.close()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 1
 
 
 def test_the_first_rank_posts_steps_and_scores(
