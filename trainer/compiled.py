@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from trainer.model.hybrid import HybridModel, build_model
 from trainer.model.rows import own_rows
 from trainer.modelspec import ModelSpec
 from trainer.ops import Choice
+from trainer.parallel.layout import Layout
 from trainer.parallel.mesh import Mesh
 from trainer.parameters import parameters
 from trainer.precision import Precision
@@ -104,6 +106,11 @@ def agreed(spec: TrainSpec, world: World, mesh: Mesh, chosen: Precision, choices
 
 def kinds(spec: ModelSpec, chosen: Precision) -> list[Kind]:
     """The different kinds of layers in a model, including those of multi-token prediction."""
+    return list(counted(spec, chosen))
+
+
+def counted(spec: ModelSpec, chosen: Precision) -> Counter[Kind]:
+    """How many layers of each kind a model has."""
     ends = chosen.fp8.bf16_end_layers if chosen.fp8 else len(spec.layers)
     found = []
     for index, symbols in enumerate(spec.layers):
@@ -111,8 +118,8 @@ def kinds(spec: ModelSpec, chosen: Precision) -> list[Kind]:
         placed = tuple(section.stand_in(TABLE_ROWS) for section in sections if isinstance(section, PlacedKind))
         found.append(Kind(symbols, placed, ends <= index < len(spec.layers) - ends))
     if spec.mtp:
-        found.append(Kind(spec.mtp.layer))
-    return list(dict.fromkeys(found))
+        found += [Kind(spec.mtp.layer)] * spec.mtp.depth
+    return Counter(found)
 
 
 def shapes(tokens: TokensSpec, batch: BatchSpec) -> list[tuple[int, int]]:
@@ -182,16 +189,39 @@ def build(
     kind: Kind, spec: TrainSpec, device: torch.device, mesh: Mesh, chosen: Precision, choices: dict[str, Choice]
 ) -> HybridModel:
     """A layer of this kind as the run will call it, between embedding and head."""
+    return _build(kind, kind.alone(spec.model), spec, device, mesh.layout, chosen, choices, share=mesh.share_experts)
+
+
+def build_own_share(
+    kind: Kind, spec: TrainSpec, device: torch.device, layout: Layout, chosen: Precision, choices: dict[str, Choice]
+) -> HybridModel:
+    """As `build`, but with as many experts as this rank has of its own, so that it waits for no other rank."""
     alone = kind.alone(spec.model)
-    dtype, cut = chosen.autocast_dtype, mesh.share_experts
-    model = build_model(alone, device=device, dtype=dtype, seed=spec.seed, share=cut, choices=choices)
+    if alone.moe and layout.expert > 1:
+        own = alone.moe.num_experts // layout.expert
+        alone = alone.updated({"moe": {"num_experts": own, "top_k": min(alone.moe.top_k, own)}})
+    return _build(kind, alone, spec, device, layout, chosen, choices)
+
+
+def _build(
+    kind: Kind,
+    alone: ModelSpec,
+    spec: TrainSpec,
+    device: torch.device,
+    layout: Layout,
+    chosen: Precision,
+    choices: dict[str, Choice],
+    share: Callable[[HybridModel], None] | None = None,
+) -> HybridModel:
+    dtype = chosen.autocast_dtype
+    model = build_model(alone, device=device, dtype=dtype, seed=spec.seed, share=share, choices=choices)
     if kind.converted and chosen.fp8:
         fp8 = chosen.fp8.updated({"bf16_end_layers": 0})
         only_proven = spec.precision.fp8.implementation == "auto"
         table = conversion_table(alone, fp8, why_not_experts(model, fp8, device, only_proven=only_proven))
         if rows := [row for row in table if row.converted]:
             put(model, rows, fp8, device)
-    if mesh.layout.data == "fsdp" and dtype is not None:
+    if layout.data == "fsdp" and dtype is not None:
         for known in parameters(alone):
             parameter = model.get_parameter(known.name)
             in_layer = known.name.startswith("layers.")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 log = logging.getLogger(__name__)
 
-SPEC_VERSION = 7  # the version of this code; version 1 wrote no number
+SPEC_VERSION = 8  # the version of this code; version 1 wrote no number
 
 
 class Later(NamedTuple):
@@ -114,6 +114,7 @@ LATER: dict[str, dict[str, Later]] = {
         "langfuse_secret": Later(7, "langfuse-secrets"),
     },
     "PreflightSpec": {"fabric": Later(7, None)},
+    "RuntimeSpec": {"prove": Later(8, True)},
     "EvaluateSpec": {
         "chat": Later(5, False),
         "every_steps": Later(6, None),

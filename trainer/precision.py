@@ -24,7 +24,7 @@ Capability = tuple[int, int]
 
 FP8_CAPABILITY: Capability = (8, 9)
 BF16_CAPABILITY: Capability = (8, 0)
-_PACKAGES = {"te": "transformer_engine", "torch": "torch"}  # in order of preference
+PACKAGES = {"te": "transformer_engine", "torch": "torch"}  # in order of preference
 
 
 @dataclass(frozen=True)
@@ -122,17 +122,20 @@ def fp8_problems(spec: PrecisionSpec, capability: Capability | None) -> dict[str
         return {fp8.implementation: fp8_problem(fp8, fp8.implementation, capability)}
     if spec.dtype != "fp8" and (spec.dtype != "auto" or capability is None or capability < FP8_CAPABILITY):
         return {}
-    wanted = [name for name in _PACKAGES if fp8.implementation in ("auto", name)]
+    wanted = [name for name in PACKAGES if fp8.implementation in ("auto", name)]
     return {name: _unproven(fp8, name, capability) or fp8_problem(fp8, name, capability) for name in wanted}
 
 
 def _unproven(fp8: Fp8Spec, implementation: str, capability: Capability | None) -> str | None:
-    package = _PACKAGES[implementation]
+    package = PACKAGES[implementation]
     version = parity.package_version(package)
     device_class = f"sm_{capability[0]}{capability[1]}" if capability else "cpu"
     if version is None:
         return "not installed"
-    if not parity.proven("linear", implementation, fp8.recipe, device_class, version):
+    combination = "linear", implementation, fp8.recipe, device_class, version
+    if outcome := parity.failure(*combination):
+        return f"{fp8.recipe} scaling wrong on {device_class} with {package} {version}: {outcome}"
+    if not parity.proven(*combination):
         return f"{fp8.recipe} scaling unproven on {device_class} with {package} {version}"
     return None
 

@@ -35,6 +35,9 @@ from trainer.optim.rules import Assignment
 from trainer.parallel.mesh import Mesh
 from trainer.precision import Precision
 from trainer.preflight import ranks as preflight
+from trainer.proof import start as proof
+from trainer.proof import trial
+from trainer.proof.trial import Way
 from trainer.recording.recorder import Recorder
 from trainer.spec import TrainSpec
 from trainer.specbase import to_stored_yaml
@@ -73,6 +76,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     layout, by_whom = agreement.layout(spec, world)
     recorder = Recorder(spec, world, started)
     recorder.preflight(findings)
+    recorder.proof(proof.at_start(spec, world))
     chosen = agreement.rung(spec, world)
     if chosen.fp8:
         te.check_runtime(chosen.fp8, spec.runtime)
@@ -81,6 +85,13 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     shards, digests, classes = read_data(spec, world)
     mesh = Mesh(layout, world.device)
     compiles = compiled.agreed(spec, world, mesh, chosen, choices)
+    way, tried = trial.fastest(spec, world, layout, Way(chosen, choices, compiles))
+    if tried:
+        recorder.trial(tried)
+        chosen, choices = way.precision, way.choices
+        ops.say({change.what: choices[change.what] for change in tried.taken if change.what in choices})
+        # What another backend compiles to has not been compared yet.
+        compiles = way.compiles and (not tried.taken or compiled.agreed(spec, world, mesh, chosen, choices))
     model = build_model(
         spec.model,
         device=world.device,

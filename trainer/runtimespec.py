@@ -41,7 +41,8 @@ class RuntimeSpec(Spec):
     """How the processes run; nothing here changes what is computed beyond rounding.
 
     `compile`: layers by torch.compile; each kind of layer is compared with itself uncompiled first. true ends the start
-    where the compiler fails or computes something else, auto goes on without it.
+    where the compiler fails or computes something else, auto goes on without it. `prove`: on a GPU without a parity
+    record, compare the kernels that `auto` may take with their references first (trainer/proof), minutes at most.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -54,3 +55,4 @@ class RuntimeSpec(Spec):
     max_restarts: Annotated[int, Field(ge=0)] = 10
     deadline_seconds: Count | None = None
     preflight: PreflightSpec = PreflightSpec()
+    prove: bool = True

@@ -168,6 +168,24 @@ def _preflight() -> list[Any]:
             "s",
             Query(f"max by (run) (last_over_time({metric('preflight_seconds')}[$__range]))"),
         ),
+        number(
+            "Kernels",
+            "Compared with their references on this kind of GPU; a wrong one is passed over.",
+            "none",
+            Query(
+                f"min by (run, operation, backend, format) (last_over_time({metric('proof_result')}[$__range]))",
+                "{{operation}} by {{backend}} in {{format}} {{run}}",
+            ),
+            width=20,
+            limits=[("orange", 0), ("green", 1)],
+            words=["wrong", "proven"],
+        ),
+        number(
+            "Duration",
+            "Of comparing them.",
+            "s",
+            Query(f"max by (run) (last_over_time({metric('proof_seconds')}[$__range]))"),
+        ),
     ]
 
 

@@ -29,7 +29,7 @@ def doctor(
     cluster.target=kubernetes, the cluster must instead. Exit code 1 if it does not.
     """
     from manifests.spec import load_job
-    from pipelines.doctor import machine
+    from pipelines.doctor import kernels, machine
     from pipelines.doctor.findings import show
     from trainer.specbase import changes_from_sets
 
@@ -40,7 +40,7 @@ def doctor(
     on_cluster = bool(namespace) or (changes.get("cluster") or {}).get("target") == "kubernetes"
     console = Console()
     console.print("this machine", style="bold")
-    good = show(machine.findings(workdir), console)
+    good = show([*machine.findings(workdir), *kernels.findings()], console)
     if job and not on_cluster:
         console.print(f"{job} on this machine", style="bold", markup=False)
         good &= show(machine.of_job(job, changes, workdir), console)

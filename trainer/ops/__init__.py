@@ -243,6 +243,8 @@ def _unproven(op: str, name: str, setting: Setting) -> str:
     package = OPS[op].backends[name].package
     version = parity.package_version(package)
     where = f"in {setting.variant} on {setting.device_class} with {package} {version}"
+    if outcome := parity.failure(op, name, setting.variant, setting.device_class, version):
+        return f"wrong {where}: {outcome}"
     return f"unproven {where}; run benchmarks/parity.py"
 
 

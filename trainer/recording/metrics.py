@@ -188,6 +188,22 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("preflight_seconds", "gauge", "Duration of the checks before the start.", "s", per_rank=True),
     Metric(
+        "proof_result",
+        "gauge",
+        "1 for a kernel that equals its reference on this node's GPU, 0 for one that does not and is passed over.",
+        "",
+        ("operation", "backend", "format"),
+        per_rank=True,
+    ),
+    Metric(
+        "trial_seconds",
+        "gauge",
+        "Time of a micro-batch forward and backward through all layers, by what a trial before the start changed.",
+        "s",
+        ("way",),
+    ),
+    Metric("proof_seconds", "gauge", "Duration of comparing kernels with their references.", "s", per_rank=True),
+    Metric(
         "heartbeat_timestamp_seconds",
         "gauge",
         "Unix time at which the rank last finished a step, or a micro-batch of a validation.",

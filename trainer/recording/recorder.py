@@ -28,6 +28,8 @@ from trainer.fp8.te import TeState
 from trainer.preflight import Finding, of_entrypoint
 from trainer.process import hostmemory, restarts
 from trainer.process.owntime import OwnTime
+from trainer.proof.start import Proof
+from trainer.proof.trial import Trial, table
 from trainer.recording.board import Board
 from trainer.recording.exporter import Metrics
 from trainer.recording.goodput import Ledger
@@ -189,6 +191,25 @@ class Recorder:
                 self.metrics.set("preflight_bytes_per_second", finding.bytes_per_second, check=finding.check)
         if everything:
             self.metrics.set("preflight_seconds", sum(finding.seconds for finding in everything))
+
+    def proof(self, proof: Proof) -> None:
+        """Export what the node has proven; its first rank does."""
+        if self._world.local_rank:
+            return
+        for record in proof.records:
+            labels = {"operation": record.op, "backend": record.backend, "format": record.variant}
+            self.metrics.set("proof_result", record.passed, **labels)
+        if proof.made:
+            self.metrics.set("proof_seconds", proof.seconds)
+
+    def trial(self, trial: Trial) -> None:
+        """Log and export how fast the proven ways are."""
+        for row in trial.rows:
+            if row.seconds is not None:
+                self.metrics.set("trial_seconds", row.seconds, way=row.change)
+        if self._world.is_main:
+            for line in table(trial):
+                log.info("trial: %s", line)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

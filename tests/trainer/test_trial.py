@@ -1,0 +1,156 @@
+"""Of the proven ways the fastest is taken, and told; what fails or is not tried changes nothing.
+
+Triton's interpreter is a device class of its own, and backends that sleep stand for slow and fast kernels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import micro
+import pytest
+import torch
+
+from trainer import parity, precision
+from trainer.distributed import World
+from trainer.ops import OPS, Backend, resolve
+from trainer.ops.attention import attention_sdpa
+from trainer.parallel.layout import Layout
+from trainer.proof import trial
+from trainer.proof.comparisons import Comparison
+from trainer.proof.trial import Change, Way
+from trainer.spec import Fp8Spec, TrainSpec
+
+CPU, ALONE = torch.device("cpu"), Layout()
+
+
+def sleeping(seconds: float) -> Callable[..., torch.Tensor]:
+    def attention(*arguments: torch.Tensor) -> torch.Tensor:
+        time.sleep(seconds)
+        return attention_sdpa(*arguments)
+
+    return attention
+
+
+def fails(*arguments: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("out of resource: shared memory\nsecond line")
+
+
+@pytest.fixture
+def offered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Attention by kernels that sleep that long, all proven; the first is what runs take without a trial."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plain = OPS["attention"].backends
+    functions = {"slow": sleeping(0.05), "fast": sleeping(0.0), "slower": sleeping(0.1), "broken": fails}
+
+    def offer(*names: str) -> None:
+        kernels = {name: Backend(functions[name], "sleeps", portable=False) for name in names}
+        backends = kernels | {"reference": plain["reference"]}
+        monkeypatch.setitem(OPS, "attention", replace(OPS["attention"], backends=backends))
+        records = [Comparison("attention", name, "fp32").failed("", CPU) for name in names]
+        parity.learn(replace(record, passed=True, problem=None) for record in records)
+
+    yield offer
+    parity.forget()
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """One rank, without a process group."""
+    monkeypatch.setattr(World, "broadcast", lambda self, value: value)
+    return World(0, 1, 0, 1, CPU, None, None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def spec(micro_data: Path, tmp_path: Path) -> TrainSpec:
+    named = {"ssd": "chunked", "conv": "torch", "experts": "grouped"}
+    return micro.micro_spec(micro_data, tmp_path / "run", backends=named)
+
+
+def default(spec: TrainSpec) -> Way:
+    choices = resolve(spec.backends, CPU, torch.float32, spec.model)
+    return Way(precision.resolve(spec.precision, None), choices, compiles=False)
+
+
+def test_the_fastest_is_taken_and_remembered(offered, world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch):
+    offered("slow", "slower", "broken", "fast")
+    way = default(spec)
+    assert way.choices["attention"].name == "slow"
+    taken, found = trial.fastest(spec, world, ALONE, way)
+    assert taken.choices["attention"].name == "fast" and found.taken == [Change("attention", "fast")]
+    assert taken.choices["attention"].reason == "sleeps; the fastest in a trial"
+    assert [(row.change, row.verdict) for row in found.rows] == [
+        ("as proven", "without a trial"),
+        ("attention: slower", "not taken"),
+        ("attention: broken", "fails"),
+        ("attention: fast", "taken"),
+    ]
+    seconds = {row.change: row.seconds for row in found.rows}
+    assert seconds["attention: broken"] is None
+    layers = sum("*" in layer for layer in spec.model.layers)
+    assert seconds["as proven"] > seconds["attention: fast"] + 0.04 * layers
+    lines = trial.table(found)
+    assert lines[-1].endswith("ms  taken") and len({line.index("  ", 20) > 0 for line in lines}) == 1
+
+    monkeypatch.setattr(trial, "measured", lambda *_: pytest.fail("it is known"))
+    again, kept = trial.fastest(spec, world, ALONE, way)
+    assert again == taken and kept == found
+
+
+def test_what_has_not_begun_in_time_is_not_tried(
+    offered, world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
+):
+    offered("slow", "fast")
+    way = default(spec)
+    taken, found = trial.fastest(spec, world, ALONE, way, seconds=0.0)
+    assert taken == way and found.rows[1].verdict == "not tried: the trial took longer than 0 s"
+
+
+def test_nothing_is_tried_where_nothing_is_open_or_wanted(
+    offered, world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
+):
+    offered("slow", "fast")
+    for closed in (spec.updated({"backends": {"attention": "reference"}}), spec.updated({"runtime": {"prove": False}})):
+        assert trial.fastest(closed, world, ALONE, default(closed))[1] is None
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert trial.fastest(spec, world, ALONE, default(spec))[1] is None
+
+
+@pytest.mark.parametrize(("seconds", "taken"), [(1.04, True), (1.06, False)])
+def test_fp8_stays_only_where_it_is_5_percent_faster(
+    world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch, seconds: float, taken: bool
+):
+    """`seconds`: without FP8, if a micro-batch takes 1 s with it."""
+    way = default(spec)
+    fp8 = replace(way, precision=replace(way.precision, name="fp8", fp8=Fp8Spec(implementation="emulated")))
+    monkeypatch.setattr(trial, "measured", lambda *arguments: 1.0 if arguments[-1].precision.fp8 else seconds)
+    found = trial.tried(spec, world, ALONE, fp8, [Change("precision", "fp32")], 60)
+    assert bool(found.taken) is taken
+    assert fp8.changed(found.taken, spec, CPU).precision.name == ("fp32" if taken else "fp8")
+
+
+def test_each_open_choice_is_a_change(spec: TrainSpec, offered):
+    offered("slow", "fast")
+    way = default(spec)
+    compiled = spec.updated({"runtime": {"compile": "auto"}})
+    fp8 = replace(way, compiles=True, precision=replace(way.precision, name="fp8", fp8=Fp8Spec(implementation="te")))
+    assert list(trial.changes(compiled, CPU, fp8)) == [
+        Change("attention", "fast"),
+        Change("compile", "no"),
+        Change("precision", "fp32"),
+    ]
+    named = compiled.updated({"runtime": {"compile": True}, "precision": {"dtype": "fp8"}})
+    assert list(trial.changes(named, CPU, fp8)) == [Change("attention", "fast")]
+
+
+def test_a_rank_times_only_the_experts_of_its_own(offered, spec: TrainSpec):
+    offered("slow")
+    experts = spec.model.moe.num_experts
+    (kind,) = [kind for kind in trial.compiled.kinds(spec.model, default(spec).precision) if "E" in kind.symbols][:1]
+    shared = Layout(world=2, expert=2)
+    model = trial.compiled.build_own_share(kind, spec, CPU, shared, default(spec).precision, default(spec).choices)
+    assert model.spec.moe.num_experts == experts // shared.expert
