@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -58,7 +59,7 @@ class Record:
         if self.problem:
             return self.problem
         errors = {"outputs": self.forward_error, "gradients": self.backward_error, "other documents": self.leak}
-        part, error = max(errors.items(), key=lambda item: item[1])
+        part, error = max(errors.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
         if self.passed:
             return f"within {error:.1e} of its reference"
         return f"{part} differ by {error:.1e} of the reference's, {self.tolerance:.0e} is allowed"

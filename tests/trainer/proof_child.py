@@ -6,16 +6,21 @@ python tests/trainer/proof_child.py < request.json
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 
 import torch
 
-from trainer.ops import OPS, Backend
+from trainer.ops import OPS, Backend, packages
 from trainer.ops.attention import attention_sdpa
 from trainer.proof import child
 
+MUCH = b"warning: ptxas is deprecated\n" * 200_000  # far more than pipes hold
+poisoned: list[str] = []
+
 
 def crashes(*arguments: object) -> torch.Tensor:
+    subprocess.Popen(["sleep", "60"])  # a compiler that it leaves behind, with its pipes
     print("CUDA error: an illegal memory access was encountered", file=sys.stderr, flush=True)
     os.abort()
 
@@ -37,9 +42,31 @@ def errs(*arguments: torch.Tensor) -> torch.Tensor:
     return attention_sdpa(*arguments) * 1.01
 
 
-ALL = crashes, exits, raises, fills, errs
+def shouts(*arguments: torch.Tensor) -> torch.Tensor:
+    for stream in (1, 2):
+        os.write(stream, MUCH)
+    return attention_sdpa(*arguments)
+
+
+def poisons(*arguments: object) -> torch.Tensor:
+    poisoned.append("CUDA error: an illegal memory access was encountered")
+    raise RuntimeError(poisoned[0])
+
+
+def cannot_write(*arguments: object) -> torch.Tensor:
+    raise PermissionError(13, "Permission denied", "/home/nobody/.triton")
+
+
+def needs(module: str) -> Backend:
+    """A backend of a package that an import of this module loads."""
+    return Backend(attention_sdpa, "broken", lambda setting: packages.problem(packages.load(module)), portable=False)
+
+
+ALL = crashes, exits, raises, fills, errs, shouts, poisons, cannot_write
 BROKEN = {each.__name__: Backend(each, "broken", portable=False) for each in ALL}
+BROKEN |= {module: needs(module) for module in ("yaongi_segfaults", "yaongi_exits", "yaongi_refuses")}
 
 if __name__ == "__main__":
     OPS["attention"].backends.update(BROKEN)
+    child.unusable = lambda device: next(iter(poisoned), None)  # as a GPU is after an illegal memory access
     child.main()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +22,11 @@ import torch
 from pipelines.doctor import kernels
 from trainer import parity
 from trainer.distributed import World
-from trainer.ops import OPS, resolve
+from trainer.ops import OPS, packages, resolve
+from trainer.parity import Record
 from trainer.proof import cache, prove, start
 from trainer.proof.comparisons import Comparison, missing, wanted
-from trainer.proof.prove import Limits
+from trainer.proof.prove import Found, Limits
 from trainer.proof.start import Proof
 from trainer.spec import BackendsSpec, TrainSpec
 
@@ -65,6 +68,16 @@ def alone() -> World:
     return World(0, 1, 0, 1, CPU, None, None)  # type: ignore[arg-type]
 
 
+def at_start(run: TrainSpec) -> Proof:
+    (proof,) = start.at_start(run, alone()).values()
+    return proof
+
+
+def beside(run: TrainSpec) -> Path:
+    (file,) = Path(run.run_dir).glob("proof-interpreter-*.json")
+    return file
+
+
 def attention(*names: str) -> list[Comparison]:
     return [Comparison("attention", name, "fp32") for name in names]
 
@@ -75,37 +88,42 @@ def test_what_nobody_has_proven_is_proven_once_and_then_taken(
     caplog.set_level(logging.INFO)
     run = spec(micro_data, tmp_path / "run")
     assert not any(choice.proven for choice in resolve(BackendsSpec(), CPU).values())
-    found = start.at_start(run, alone())
+    found = at_start(run)
     assert found.made == 4 and not found.wrong and not found.problems
     assert sorted((record.op, record.backend) for record in found.records) == sorted(PORTABLE)
     assert all(record.passed and record.device_class == "interpreter" for record in found.records)
     assert all(choice.proven for choice in resolve(BackendsSpec(), CPU).values())
-    assert "attention by sdpa in fp32: within" in caplog.text
+    assert "proof: attention  sdpa     fp32  within" in caplog.text
 
     parity.forget()
-    assert start.at_start(run, alone()).made == 0, "the cache has it"
+    assert at_start(run).made == 0, "the cache has it"
     assert all(choice.proven for choice in resolve(BackendsSpec(), CPU).values())
     (kept,) = elsewhere.iterdir()
-    (beside,) = (tmp_path / "run").glob("proof-*.json")
-    for file in (beside, kept):
+    for file in (beside(run), kept):
         file.unlink()
         parity.forget()
-        assert start.at_start(run, alone()).made == 0, "each holds it, and makes the other anew"
+        assert at_start(run).made == 0, "each holds it, and makes the other anew"
 
 
-def test_on_a_cpu_and_where_it_is_off_nothing_is_compared(
+def test_on_a_cpu_and_where_it_is_off_nothing_is_done_at_all(
     elsewhere: Path, micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    assert start.at_start(spec(micro_data, tmp_path / "run", prove=False), alone()) == Proof()
+    for name in ("gather", "broadcast"):
+        monkeypatch.setattr(World, name, lambda *_: pytest.fail("no rank need wait for another"))
+    monkeypatch.setattr(prove, "Child", lambda *_: pytest.fail("no process need be started"))
+    monkeypatch.setattr(packages, "load", lambda module: pytest.fail(f"{module} need not be imported"))
+    assert start.at_start(spec(micro_data, tmp_path / "run", prove=False), alone()) == {}
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert start.at_start(spec(micro_data, tmp_path / "run"), alone()) == Proof()
+    assert start.at_start(spec(micro_data, tmp_path / "run"), alone()) == {}
     assert not elsewhere.exists() and not (tmp_path / "run").exists()
 
 
-def test_broken_kernels_are_named_with_what_they_do_and_the_others_are_proven(broken, micro_data: Path, tmp_path: Path):
+def test_broken_kernels_are_named_with_what_they_do_and_the_others_are_proven(
+    broken, elsewhere: Path, micro_data: Path, tmp_path: Path
+):
     broken("crashes", "exits", "raises", "errs")
     run = spec(micro_data, tmp_path / "run", "attention")
-    found = start.at_start(run, alone())
+    found = at_start(run)
     outcomes = {record.backend: record.outcome for record in found.records if record.op == "attention"}
     assert outcomes["crashes"] == "crashes (SIGABRT): CUDA error: an illegal memory access was encountered"
     assert outcomes["raises"] == "fails: RuntimeError: no kernel image is available for execution on the device"
@@ -114,22 +132,71 @@ def test_broken_kernels_are_named_with_what_they_do_and_the_others_are_proven(br
     assert outcomes["sdpa"].startswith("within")
     passed_over = "crashes (attention, fp32, torch 2.13.0) is passed over: crashes (SIGABRT): CUDA error"
     assert len(found.wrong) == 4 and found.wrong[0].startswith(passed_over) and not found.problems
+    assert found.wrong[0].endswith(f"to compare it again, remove {beside(run)} and {elsewhere / beside(run).name}")
     assert not any("\n" in remark for remark in found.wrong)
     choice = resolve(BackendsSpec(), CPU)["attention"]
     assert choice.name == "sdpa" and choice.proven
     assert "not raises: wrong in fp32 on interpreter with torch 2.13.0: fails: RuntimeError: no kernel" in choice.reason
     parity.forget()
-    again = start.at_start(run, alone())
+    again = at_start(run)
     assert again.made == 0 and sorted(again.wrong) == sorted(found.wrong), "it is not tried again at every start"
+
+
+IMPORTS = {
+    "yaongi_segfaults": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
+    "yaongi_exits": "import os\nprint('unsupported driver', flush=True)\nos._exit(7)",
+    "yaongi_refuses": "raise SystemExit('unsupported driver')",
+}
+
+
+def test_an_import_that_ends_a_process_does_not_end_the_run(
+    broken, micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place = tmp_path / "packages"
+    place.mkdir()
+    for module, program in IMPORTS.items():
+        (place / f"{module}.py").write_text(program)
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setenv("PYTHONPATH", f"{place}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(packages, "_refused", {})
+    broken(*IMPORTS)
+    run = spec(micro_data, tmp_path / "run", "attention")
+    found = at_start(run)
+    assert found.refused == {
+        "yaongi_segfaults": "yaongi_segfaults is installed but broken (its import crashes (SIGSEGV))",
+        "yaongi_exits": "yaongi_exits is installed but broken (its import ends with exit code 7: unsupported driver)",
+    }
+    assert [record.backend for record in found.records] == ["sdpa"] and not found.problems
+    assert all(said.split(", so it")[0] in found.refused.values() for said in found.wrong)
+    reason = resolve(BackendsSpec(), CPU)["attention"].reason
+    assert all(f"not {module}: {said}" in reason for module, said in found.refused.items())
+    assert "not yaongi_refuses: yaongi_refuses is installed but broken (SystemExit: unsupported driver)" in reason
+    parity.forget()
+    monkeypatch.setattr(packages, "_refused", {})
+    assert at_start(run).refused == found.refused, "a restarted run imports them no more than this one"
+
+
+def test_a_package_that_others_have_proven_is_imported_by_another_process_first(
+    broken, micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A committed record says nothing about this machine's libraries."""
+    broken("errs")
+    record = replace(attention("errs")[0].failed("", CPU), passed=True, problem=None)
+    monkeypatch.setattr(parity, "committed", lambda: (record,))
+    run = spec(micro_data, tmp_path / "run", "attention")
+    found = at_start(run)
+    assert found.made == 1 and not found.wrong, "it would fail if it were compared again"
+    assert json.loads(beside(run).read_text())["unsupported"]["attention by errs in fp32"] is None
+    assert at_start(run).made == 0
 
 
 # A child that hangs in comparisons with "hangs" and passes all others, without the time that torch takes to start.
 SWIFT = """
 import json, sys, time
-for number, (op, backend, variant) in enumerate(json.load(sys.stdin)["comparisons"]):
+for number, (op, backend, variant, _) in enumerate(json.load(sys.stdin)["comparisons"]):
     print(json.dumps({"begun": number}), flush=True)
     time.sleep(600 if backend == "hangs" else 0)
-    print(json.dumps({"done": number, "record": RECORD | {"backend": backend}}), flush=True)
+    print(json.dumps({"done": number, "unusable": None, "record": RECORD | {"backend": backend}}), flush=True)
 """
 
 
@@ -143,24 +210,46 @@ def swift(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 
 def test_a_hanging_kernel_ends_at_its_limit_and_the_next_is_compared(swift: tuple[str, ...]):
     comparisons = attention("hangs", "sdpa")
-    records, unfinished = prove.prove(comparisons, CPU, Limits(comparison_seconds=3), command=swift)
-    hung, after = records
-    assert hung.outcome == "takes longer than 3 s" and after.passed and not unfinished
+    found = prove.prove(comparisons, CPU, Limits(comparison_seconds=3), command=swift)
+    hung, after = found.records
+    assert hung.outcome == "takes longer than 3 s" and after.passed and not found.problems
+
+
+def test_an_import_that_hangs_is_refused_at_its_limit():
+    told = [{"begun": 0}, {"importing": "slow_package.ops"}]
+    program = f"""
+import json, sys, time
+if json.load(sys.stdin)["refused"]:
+    print('{{"done": 0, "unusable": null, "unsupported": "refused"}}', flush=True)
+else:
+    for line in {told}:
+        print(json.dumps(line), flush=True)
+    time.sleep(600)
+"""
+    command = sys.executable, "-c", program
+    found = prove.prove(attention("sdpa"), CPU, Limits(start_seconds=3, comparison_seconds=99), command=command)
+    said = "slow_package is installed but broken (its import takes longer than 3 s)"
+    assert found == Found(unsupported={"attention by sdpa in fp32": "refused"}, refused={"slow_package.ops": said})
 
 
 def test_all_together_have_a_limit_and_what_is_missing_is_named(swift: tuple[str, ...]):
     comparisons = attention("sdpa", "hangs", "reference")
-    records, unfinished = prove.prove(comparisons, CPU, Limits(all_seconds=6), command=swift)
-    assert [record.backend for record in records] == ["sdpa"]
+    found = prove.prove(comparisons, CPU, Limits(all_seconds=6), command=swift)
+    assert [record.backend for record in found.records] == ["sdpa"]
     left = "attention by hangs in fp32, attention by reference in fp32"
-    assert unfinished == [f"the comparisons took longer than 6 s; not compared: {left}"]
+    assert found.problems == [f"the comparisons took longer than 6 s; not compared: {left}"]
 
 
-def test_memory_that_others_hold_says_nothing_about_a_kernel(broken):
-    broken("fills")
-    records, unfinished = prove.prove(attention("fills", "sdpa"), CPU)
-    assert [record.backend for record in records] == ["sdpa"]
-    assert unfinished == ["attention by fills in fp32 is not compared: CUDA out of memory. Tried to allocate 2.00 GiB"]
+def test_what_is_not_about_a_kernel_leaves_no_record_and_a_gpu_that_has_become_unusable_a_new_process(broken):
+    broken("fills", "cannot_write", "poisons", "shouts")
+    found = prove.prove(attention("fills", "cannot_write", "poisons", "shouts"), CPU)
+    outcomes = {record.backend: record.outcome for record in found.records}
+    assert outcomes.pop("shouts").startswith("within"), "it is right, and a new process has found that"
+    assert outcomes == {"poisons": "fails: RuntimeError: CUDA error: an illegal memory access was encountered"}
+    assert found.problems == [
+        "attention by fills in fp32 is not compared: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "attention by cannot_write in fp32 is not compared: [Errno 13] Permission denied: '/home/nobody/.triton'",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -172,8 +261,14 @@ def test_memory_that_others_hold_says_nothing_about_a_kernel(broken):
 )
 def test_a_process_that_cannot_begin_is_told_in_one_line(program: str, expected: str):
     command = (sys.executable, "-c", program)
-    records, unfinished = prove.prove(attention("sdpa"), CPU, Limits(start_seconds=2), command=command)
-    assert not records and unfinished == [f"{expected}; not compared: attention by sdpa in fp32"]
+    found = prove.prove(attention("sdpa"), CPU, Limits(start_seconds=2), command=command)
+    assert found == Found(problems=[f"{expected}; not compared: attention by sdpa in fp32"])
+
+
+def test_a_process_that_cannot_be_started_is_told_in_one_line():
+    found = prove.prove(attention("sdpa"), CPU, command=("/nonexistent/python",))
+    (problem,) = found.problems
+    assert problem.startswith("the process of the comparisons cannot be started (No such file or directory); not")
 
 
 def test_a_full_gpu_is_not_used(monkeypatch: pytest.MonkeyPatch):
@@ -188,22 +283,66 @@ def test_a_full_gpu_is_not_used(monkeypatch: pytest.MonkeyPatch):
     assert start._occupied(gpu) is None
 
 
-def test_a_cache_that_cannot_be_written_or_read_is_told_and_the_run_goes_on(
-    elsewhere: Path, micro_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_cache_that_cannot_be_written_is_told_and_the_run_goes_on(elsewhere: Path, micro_data: Path, tmp_path: Path):
     elsewhere.parent.mkdir()
     elsewhere.write_text("a file where the directory should be")
-    found = start.at_start(spec(micro_data, tmp_path / "run", "attention"), alone())
+    found = at_start(spec(micro_data, tmp_path / "run", "attention"))
     assert found.made == 1
-    assert found.problems == (f"{elsewhere} cannot be written (File exists), so the proof is made at every start",)
-    elsewhere.unlink()
-    (file,) = (tmp_path / "run").glob("proof-interpreter-*.json")
-    parity.forget()
-    file.write_text(file.read_text()[:200])
-    assert start.at_start(spec(micro_data, tmp_path / "run", "attention"), alone()).made == 1
-    assert f"{file} cannot be read (JSONDecodeError) and is made again" in caplog.text
-    content = json.loads(file.read_text())
-    assert content["environment"]["device_class"] == "interpreter" and len(content["records"]) == 1
+    assert found.problems == (f"{elsewhere} cannot be written (File exists), so the proof is not kept there",)
+
+
+RECORD = vars(attention("sdpa")[0].failed("made by hand", CPU))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: json.dumps(content)[:200].encode(),
+        lambda content: b"",
+        lambda content: b"\xff\xfe",
+        lambda content: b"[1, 2]",
+        lambda content: b"[" * 100_000,
+        lambda content: json.dumps(content | {"records": 3}).encode(),
+        lambda content: json.dumps(content | {"records": [{"op": "attention"}]}).encode(),
+        lambda content: json.dumps({"records": content["records"], "trials": {}}).encode(),
+        lambda content: json.dumps(content | {"environment": {"device": "another GPU"}}).encode(),
+    ],
+)
+def test_a_damaged_file_or_one_of_another_machine_is_as_none(elsewhere: Path, damage, caplog: pytest.LogCaptureFixture):
+    known = cache.Known([Record(**RECORD)])
+    (file,) = places = cache.files(CPU, None)
+    assert not cache.write(places, known, CPU) and cache.read(places, CPU) == known
+    file.write_bytes(damage(json.loads(file.read_text())))
+    assert cache.read(places, CPU) == cache.Known()
+    assert caplog.messages == [f"proof: {file} is damaged and is made again"]
+    assert not cache.write(places, known, CPU) and cache.read(places, CPU) == known
+
+
+def test_writers_at_the_same_time_lose_nothing_and_what_failed_for_one_failed(elsewhere: Path, tmp_path: Path):
+    failed = Record(**RECORD)
+    other = replace(failed, backend="flash_attn")
+    places = cache.files(CPU, str(tmp_path / "run"))
+
+    def written(number: int) -> None:
+        passed = replace(failed, passed=bool(number % 3), problem=None)
+        assert not cache.write(places, cache.Known([passed], trials={str(number): {}}), CPU)
+
+    with ThreadPoolExecutor(8) as nodes:
+        list(nodes.map(written, range(32)))
+    cache.write(places, cache.Known([other]), CPU)
+    for place in places:
+        found = cache.read([place], CPU)
+        assert [record.passed for record in found.records] == [False, False] and found.trials
+        assert [file.name for file in place.parent.iterdir()] == [place.name], "no draft is left"
+
+
+def test_without_a_home_the_place_is_the_one_for_temporary_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.directory() == tmp_path / ".cache" / "yaongi"
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home")))
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert cache.directory().parent == tmp_path
 
 
 def test_another_version_or_other_code_is_another_file(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
@@ -217,10 +356,12 @@ def test_another_version_or_other_code_is_another_file(elsewhere: Path, monkeypa
 
 def test_a_committed_record_is_a_short_cut(elsewhere: Path, micro_data: Path, tmp_path: Path, monkeypatch):
     run = spec(micro_data, tmp_path / "run", "attention")
-    everything = wanted(run, CPU)
     record = attention("sdpa")[0].failed("", CPU)
     monkeypatch.setattr(parity, "committed", lambda: (replace(record, passed=True, problem=None),))
-    assert [c for c in everything if c not in missing(everything, CPU)] == attention("sdpa")
+    assert attention("sdpa")[0] in wanted(run, CPU)
+    absent = dict.fromkeys(map(str, missing(wanted(run, CPU), CPU, {})))
+    assert "attention by sdpa in fp32" not in absent
+    assert missing(wanted(run, CPU), CPU, absent) == [], "of what is left, nothing can run here"
 
 
 def test_doctor_shows_what_was_found(broken):
@@ -236,4 +377,6 @@ def test_doctor_shows_what_was_found(broken):
 def test_only_what_the_spec_may_take_is_compared(elsewhere: Path, micro_data: Path, tmp_path: Path):
     run = spec(micro_data, tmp_path / "run")
     named = run.updated({"backends": {"ssd": "reference", "experts": "grouped", "attention": "reference"}})
-    assert [str(c) for c in wanted(named, CPU)] == ["conv by torch in fp32", "experts by grouped in fp32"]
+    offered = {(op, name) for op in OPS for name in OPS[op].backends if name != "reference"}
+    left = {("experts", "grouped")} | {(op, name) for op, name in offered if op not in ("ssd", "experts", "attention")}
+    assert {(c.op, c.backend) for c in wanted(named, CPU)} == left

@@ -1,7 +1,8 @@
 """Load optional GPU packages: a missing or broken one gives a reason, never a crash.
 
 Packages with compiled parts fail in many ways when they do not fit torch (ImportError, OSError of a missing library,
-ValueError of their own version checks), so loading catches every Exception, once for each module.
+ValueError of their own version checks), so loading catches everything, once for each module. What crashes at the
+import is found by another process first, and refused here (`refuse`).
 """
 
 from __future__ import annotations
@@ -16,18 +17,43 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+_refused: dict[str, str] = {}
+_observers: list[Callable[[str | None], None]] = []
+
+
+def refuse(reasons: dict[str, str]) -> None:
+    """Never import these modules in this process: they end it, as another process has shown (trainer/proof)."""
+    _refused.update(reasons)
+    load.cache_clear()
+    load_without_init.cache_clear()
+
+
+def observe(observer: Callable[[str | None], None]) -> None:
+    """Let `observer` know the module before each import, and None after it."""
+    _observers.append(observer)
+
+
+def _tell(module: str | None) -> None:
+    for observer in _observers:
+        observer(module)
+
 
 @cache
 def load(module: str) -> ModuleType | str:
     """The imported module, or a one-line reason why it cannot be imported."""
+    if module in _refused:
+        return _refused[module]
     package = module.partition(".")[0]
     try:
         if find_spec(package) is None:
             return f"{package} is not installed"
+        _tell(module)
         return importlib.import_module(module)
-    except Exception as error:  # see above
+    except (Exception, SystemExit) as error:  # see above
         first_line = (str(error).strip() or "no message").splitlines()[0]
         return f"{package} is installed but broken ({type(error).__name__}: {first_line})"
+    finally:
+        _tell(None)
 
 
 @cache

@@ -1,7 +1,8 @@
 """Where records and trials are kept: a cache directory of the machine, and the run's own directory.
 
 A file holds for one environment only: card, driver, versions, and the code of our own operations. It is a cache: what
-cannot be read is made again, what cannot be written is said once.
+cannot be read is made again, what cannot be written is said once. Several nodes and runs may share a place, so what is
+there is kept, and of two records of a comparison the one that failed counts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
+import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,25 +21,43 @@ from typing import Any
 
 import torch
 
-from trainer import parity
-from trainer.files import atomic_write
-from trainer.ops import Setting
+from trainer import parity, precision
+from trainer.ops import OPS, Setting
 from trainer.ops.check import device_name
 from trainer.parity import Record, plain
 from trainer.preflight.gpus import driver_cuda_version
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "triton", "mamba_ssm", "causal_conv1d", "flash_attn", "transformer_engine")
-_CODE = ("ops", "fp8", "proof")  # folders whose sources decide what is computed here
+_UNDER = ("torch", "triton", "nvidia-cutlass-dsl")  # what kernels are compiled by
+_CODE = ("ops", "kernels", "fp8", "proof")  # folders whose sources decide what is computed here
 
 
 @dataclass
 class Known:
-    """What a file holds: records, and by the digest of a model and its settings the outcome of a trial."""
+    """What a file holds.
+
+    Attributes:
+        unsupported: by comparison, why it cannot run here; None if it can.
+        refused: by module, what its import does to a process.
+        trials: the outcome of a trial, by the digest of a model and its settings.
+    """
 
     records: list[Record] = field(default_factory=list)
+    unsupported: dict[str, str | None] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     trials: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, other: Known) -> None:
+        """Take what another file holds; of two records of a comparison, one that failed is kept, else the newer."""
+        merged = {record.key: record for record in self.records}
+        for record in other.records:
+            if record.key not in merged or merged[record.key].passed:
+                merged[record.key] = record
+        self.records = [merged[key] for key in sorted(merged)]
+        self.unsupported |= other.unsupported
+        self.refused |= other.refused
+        self.trials |= other.trials
 
 
 def environment(device: torch.device) -> dict[str, str | None]:
@@ -47,7 +69,13 @@ def environment(device: torch.device) -> dict[str, str | None]:
         "driver": ".".join(map(str, driver)) if driver else None,
         "cuda": torch.version.cuda,
         "code": _code(),
-    } | {name: parity.package_version(name) for name in PACKAGES}
+    } | {name: parity.package_version(name) for name in packages()}
+
+
+def packages() -> list[str]:
+    """Distributions on whose versions a comparison depends."""
+    ours = {backend.package for op in OPS.values() for backend in op.backends.values()}
+    return sorted({*ours, *precision.PACKAGES.values(), *_UNDER})
 
 
 @cache
@@ -55,14 +83,19 @@ def _code() -> str:
     digest = hashlib.sha256()
     package = Path(__file__).parent.parent
     for folder in _CODE:
-        for file in sorted((package / folder).glob("*.py")):
+        for file in sorted((package / folder).rglob("*.py")):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def directory() -> Path:
-    """`yaongi` in the user's cache directory (XDG_CACHE_HOME)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yaongi"
+    """`yaongi` in the user's cache directory (XDG_CACHE_HOME); in the one for temporary files if there is no user."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "yaongi"
+    try:
+        return Path.home() / ".cache" / "yaongi"
+    except RuntimeError:  # a number without a name and without HOME, as containers may have
+        return Path(tempfile.gettempdir()) / f"yaongi-{os.getuid()}"
 
 
 def files(device: torch.device, run_dir: str | None) -> list[Path]:
@@ -73,34 +106,57 @@ def files(device: torch.device, run_dir: str | None) -> list[Path]:
     return [*([Path(run_dir) / name] if run_dir else []), directory() / name]
 
 
-def read(places: list[Path]) -> Known:
-    """All that the files hold; of a record the one in the first file counts."""
-    known, records = Known(), dict[tuple[str, ...], Record]()
+def read(places: list[Path], device: torch.device) -> Known:
+    """All that the files hold."""
+    known = Known()
     for file in reversed(places):
-        try:
-            content = json.loads(file.read_text("utf-8"))
-            records |= {record.key: record for record in (Record(**entry) for entry in content["records"])}
-            known.trials |= content["trials"]
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("%s cannot be read (%s) and is made again", file, type(error).__name__)
-    known.records = list(records.values())
+        if (found := _read(file, device)) is not None:
+            known.add(found)
     return known
 
 
+def _read(file: Path, device: torch.device) -> Known | None:
+    try:
+        content = json.loads(file.read_bytes())
+        if content["environment"] != environment(device):
+            raise ValueError
+        found = Known(
+            [Record(**entry) for entry in content["records"]],
+            dict(content["unsupported"]),
+            dict(content["refused"]),
+            dict(content["trials"]),
+        )
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("proof: %s cannot be read (%s) and is made again", file, error.strerror)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        log.warning("proof: %s is damaged and is made again", file)
+    else:
+        return found
+    return None
+
+
 def write(places: list[Path], known: Known, device: torch.device) -> list[str]:
-    """Keep it in every place; returns what could not be written, a line each."""
-    content = {
-        "environment": environment(device),
-        "records": [plain(record) for record in sorted(known.records, key=lambda record: record.key)],
-        "trials": known.trials,
-    }
+    """Keep it in every place, beside what others have written there meanwhile. Returns what cannot be, a line each."""
     problems = []
     for file in places:
+        all_known = _read(file, device) or Known()
+        all_known.add(known)
+        content = {
+            "environment": environment(device),
+            "records": [plain(record) for record in all_known.records],
+            "unsupported": all_known.unsupported,
+            "refused": all_known.refused,
+            "trials": all_known.trials,
+        }
+        draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, json.dumps(content, indent=1).encode())
+            draft.write_text(json.dumps(content, indent=1), "utf-8")
+            os.replace(draft, file)
         except OSError as error:
-            problems.append(f"{file.parent} cannot be written ({error.strerror}), so the proof is made at every start")
+            with suppress(OSError):
+                draft.unlink()
+            problems.append(f"{file.parent} cannot be written ({error.strerror}), so the proof is not kept there")
     return problems

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,6 @@ import torch
 from trainer import parity, precision
 from trainer.errors import SpecError
 from trainer.fp8 import check as fp8
-from trainer.modelspec import ModelSpec
 from trainer.ops import OPS, Setting
 from trainer.ops.check import compare, device_name
 from trainer.ops.setting import VARIANT
@@ -40,6 +39,22 @@ class Comparison:
         if self.op in fp8.OPERATIONS:
             return precision.PACKAGES[self.backend]
         return OPS[self.op].backends[self.backend].package
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether nothing but torch's own operators is needed, so that no import can fail."""
+        return self.op not in fp8.OPERATIONS and OPS[self.op].backends[self.backend].portable
+
+    def is_recorded(self, device: torch.device) -> bool:
+        """Whether it has a record, passing or failing, for the installed versions on this class of device."""
+        where, version = Setting(device).device_class, parity.package_version(self.package)
+        return bool(parity.known(self.op, self.backend, self.variant, where, version))
+
+    def unsupported(self, device: torch.device) -> str | None:
+        """Why it cannot run here; None if it can. Imports its package, which may end the process."""
+        if self.op in fp8.OPERATIONS:
+            return fp8.problem(self.op, self._fp8(), device)
+        return OPS[self.op].backends[self.backend].unsupported(Setting(device, DTYPE[self.variant]))
 
     def run(self, device: torch.device) -> Record:
         """Compare now; raises whatever a broken kernel raises."""
@@ -78,38 +93,45 @@ class Comparison:
 
 
 def wanted(spec: TrainSpec, device: torch.device) -> list[Comparison]:
-    """The comparisons that decide what this run uses on this device, those with a record included."""
-    found = _of_operations(spec.backends, device, spec.precision, spec.model)
+    """The comparisons that may decide what this run uses on this device. Imports no package."""
+    found = _of_operations(spec.backends, device, spec.precision)
     return [*found] if spec.model.lora else [*found, *_of_fp8(spec.precision, device)]
 
 
 def everything(device: torch.device) -> list[Comparison]:
-    """The comparisons of all that is installed, in the number formats that `auto` takes on this device."""
+    """Those of all that could be installed, in the number formats that `auto` takes on this device."""
     wanted = PrecisionSpec()
-    return [*_of_operations(BackendsSpec(), device, wanted, None), *_of_fp8(wanted, device)]
+    return [*_of_operations(BackendsSpec(), device, wanted), *_of_fp8(wanted, device)]
 
 
-def missing(comparisons: list[Comparison], device: torch.device) -> list[Comparison]:
-    """Those without a record, passing or failing, for the installed versions on this class of device."""
-    where = Setting(device).device_class
-    return [
-        c for c in comparisons if not parity.known(c.op, c.backend, c.variant, where, parity.package_version(c.package))
-    ]
+def missing(
+    comparisons: list[Comparison], device: torch.device, unsupported: Mapping[str, str | None]
+) -> list[Comparison]:
+    """Those that a child has to answer: without a record, or of a package that nobody has imported here yet.
+
+    Args:
+        unsupported: by comparison, the answer of an earlier child. Where it was a reason, this process can ask, too.
+    """
+
+    def is_missing(comparison: Comparison) -> bool:
+        if not comparison.is_portable and str(comparison) not in unsupported:
+            return True
+        return not comparison.is_recorded(device) and comparison.unsupported(device) is None
+
+    return [comparison for comparison in comparisons if is_missing(comparison)]
 
 
-def _of_operations(
-    backends: BackendsSpec, device: torch.device, wanted: PrecisionSpec, model: ModelSpec | None
-) -> Iterator[Comparison]:
+def _of_operations(backends: BackendsSpec, device: torch.device, wanted: PrecisionSpec) -> Iterator[Comparison]:
     try:
         below_fp8 = precision.resolve_for_evaluation(wanted, precision.device_capability(device))
     except SpecError:  # all ranks are told when they agree on the precision
         return
-    setting = Setting(device, below_fp8.autocast_dtype or torch.float32, model)
+    variant = VARIANT[below_fp8.autocast_dtype or torch.float32]
     for op in OPS.values():
         named = getattr(backends, op.name)
-        for name, backend in op.backends.items():
-            if name != "reference" and named in ("auto", name) and backend.unsupported(setting) is None:
-                yield Comparison(op.name, name, setting.variant)
+        for name in op.backends:
+            if name != "reference" and named in ("auto", name):
+                yield Comparison(op.name, name, variant)
 
 
 def _of_fp8(wanted: PrecisionSpec, device: torch.device) -> Iterator[Comparison]:
@@ -117,10 +139,6 @@ def _of_fp8(wanted: PrecisionSpec, device: torch.device) -> Iterator[Comparison]
     if wanted.dtype not in ("auto", "fp8") or capability is None or capability < precision.FP8_CAPABILITY:
         return
     for name in precision.PACKAGES:
-        if options.implementation not in ("auto", name):
-            continue
-        chosen = options.updated({"implementation": name})
-        for op in fp8.OPERATIONS:
-            covered = (op, name, options.recipe) in ((op, n, o.recipe) for n, o in fp8.comparisons(op))
-            if covered and fp8.problem(op, chosen, device) is None:
+        for op in fp8.OPERATIONS if options.implementation in ("auto", name) else ():
+            if (name, options.recipe) in ((each, form.recipe) for each, form in fp8.comparisons(op)):
                 yield Comparison(op, name, options.recipe)

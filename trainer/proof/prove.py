@@ -1,39 +1,51 @@
 """Make records in child processes, within a time limit.
 
-What ends a child is a failed record, and a new child goes on with the next comparison.
+What ends a child in a comparison is a failed record; a module whose import ends it is refused from then on. A new child
+goes on. A child that has failed in a comparison without dying goes on itself, unless its GPU has become unusable.
 """
 
 from __future__ import annotations
 
-import json
-import queue
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import IO
 
 import torch
 
 from trainer.parity import Record
 from trainer.proof.comparisons import Comparison
+from trainer.proof.process import CHILD, Child
 
-CHILD = (sys.executable, "-m", "trainer.proof.child")
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds of a child's start, of one comparison and of all together; bytes of the device's memory."""
+    """Seconds of a child's start or an import, of one comparison and of all together; bytes of the device's memory.
 
-    start_seconds: float = 60.0
-    comparison_seconds: float = 60.0
-    all_seconds: float = 240.0
+    The comparison that takes longest compiles about a hundred Triton kernels, because it tunes itself.
+    """
+
+    start_seconds: float = 100.0
+    comparison_seconds: float = 150.0
+    all_seconds: float = 280.0
     memory_bytes: int = 4 * GIB
+
+
+@dataclass
+class Found:
+    """What comparisons have shown.
+
+    Attributes:
+        unsupported: by comparison, why it cannot run here; None if it can.
+        refused: by module, what its import does to a process.
+        problems: why some records are missing, a line each.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    unsupported: dict[str, str | None] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
 
 def prove(
@@ -41,23 +53,30 @@ def prove(
     device: torch.device,
     limits: Limits = Limits(),
     *,
+    refused: dict[str, str] | None = None,
     command: Sequence[str] | None = None,
-    progress: Callable[[Comparison, Record], None] = lambda comparison, record: None,
-) -> tuple[list[Record], list[str]]:
-    """The records of these comparisons, and why some are missing, a line each.
+    progress: Callable[[Comparison, str], None] = lambda comparison, outcome: None,
+) -> Found:
+    """Compare these, but of those that have a record ask only whether they can be imported.
 
     Args:
+        refused: modules that must not be imported, with the reason.
         command: of the child process, by default CHILD.
-        progress: called after each comparison.
+        progress: called with the outcome after each comparison.
     """
-    proving = _Proving(list(comparisons), device, limits, progress, time.monotonic() + limits.all_seconds)
+    found = Found(refused=dict(refused or {}))
+    proving = _Proving(list(comparisons), device, limits, progress, time.monotonic() + limits.all_seconds, found)
     while proving.left:
-        with _Child(command or CHILD, proving.left, device, limits.memory_bytes) as child:
-            problem = proving.follow(child)
+        try:
+            with Child(command or CHILD, proving.request()) as child:
+                problem = proving.follow(child)
+        except OSError as error:  # no memory, no more processes, …
+            problem = f"the process of the comparisons cannot be started ({error.strerror})"
         if problem:
             names = ", ".join(map(str, proving.left))
-            return proving.records, [*proving.unfinished, f"{problem}; not compared: {names}"]
-    return proving.records, proving.unfinished
+            found.problems.append(f"{problem}; not compared: {names}")
+            break
+    return found
 
 
 @dataclass
@@ -67,90 +86,64 @@ class _Proving:
     left: list[Comparison]
     device: torch.device
     limits: Limits
-    progress: Callable[[Comparison, Record], None]
+    progress: Callable[[Comparison, str], None]
     deadline: float
-    records: list[Record] = field(default_factory=list)
-    unfinished: list[str] = field(default_factory=list)
+    found: Found
 
-    def follow(self, child: _Child) -> str | None:
-        """Take a child's records until it ends. Returns why nothing more can be expected; None: another may go on."""
-        begun, patience = False, self.limits.start_seconds
+    def request(self) -> dict[str, object]:
+        return {
+            "device": str(self.device),
+            "memory_bytes": self.limits.memory_bytes,
+            "refused": self.found.refused,
+            "comparisons": [[c.op, c.backend, c.variant, c.is_recorded(self.device)] for c in self.left],
+        }
+
+    def follow(self, child: Child) -> str | None:
+        """Take a child's answers until it ends. Returns why nothing more can be expected; None: another may go on."""
+        begun, importing, patience = False, None, self.limits.start_seconds
         while self.left:
             within = self.deadline - time.monotonic()
             line = child.line(min(patience, within))
             if line is None and within <= patience:
                 return f"the comparisons took longer than {self.limits.all_seconds:g} s"
             ended = f"takes longer than {patience:g} s" if line is None else line.get("ended")
-            if ended and begun:
-                self._keep(self.left[0].failed(ended, self.device))
-                return None
             if ended:
-                return f"the process of the comparisons {ended}"
+                return self._ended(ended, begun, importing)
             assert line is not None
-            begun, patience = "begun" in line, self.limits.comparison_seconds
-            if "record" in line:
-                self._keep(Record(**line["record"]))
-            if "unfinished" in line:
-                self.unfinished.append(f"{self.left.pop(0)} is not compared: {line['unfinished']}")
+            patience = self.limits.comparison_seconds
+            if "importing" in line:
+                importing = line["importing"]
+                patience = self.limits.start_seconds if importing else patience
+            else:
+                begun = "begun" in line
+            if "done" in line:
+                self._take(line)
+                if line["unusable"]:
+                    return None
         return None
 
+    def _ended(self, how: str, begun: bool, importing: str | None) -> str | None:
+        if not begun:
+            return f"the process of the comparisons {how}"
+        if importing and importing not in self.found.refused:
+            package = importing.partition(".")[0]
+            self.found.refused[importing] = f"{package} is installed but broken (its import {how})"
+        else:
+            self._keep(self.left[0].failed(how, self.device))
+        return None
+
+    def _take(self, line: dict) -> None:
+        if "record" in line:
+            self._keep(Record(**line["record"]))
+            return
+        comparison = self.left.pop(0)
+        if "unfinished" in line:
+            self.found.problems.append(f"{comparison} is not compared: {line['unfinished']}")
+        else:
+            self.found.unsupported[str(comparison)] = line.get("unsupported")
+
     def _keep(self, record: Record) -> None:
-        self.records.append(record)
-        self.progress(self.left.pop(0), record)
-
-
-class _Child:
-    """A child process and its lines."""
-
-    def __init__(
-        self, command: Sequence[str], comparisons: list[Comparison], device: torch.device, memory_bytes: int
-    ) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in __exit__
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True
-        )
-        request = {
-            "device": str(device),
-            "memory_bytes": memory_bytes,
-            "comparisons": [[c.op, c.backend, c.variant] for c in comparisons],
-        }
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode())
-            self._process.stdin.close()
-        except BrokenPipeError:
-            pass  # it ended at once, which its exit status tells
-        self._lines: queue.Queue[dict] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
-        self._reader.start()
-
-    def _read(self, stream: IO[bytes]) -> None:
-        for line in stream:
-            if line.startswith((b'{"begun"', b'{"done"')):  # a package may print, too
-                self._lines.put(json.loads(line))
-        self._lines.put({"ended": self._end(self._process.wait())})
-
-    def _end(self, status: int) -> str:
-        self._errors.seek(0)
-        said = self._errors.read().decode(errors="replace").strip().splitlines()
-        last = f": {said[-1].strip()[:200]}" if said else ""
-        if status < 0:
-            return f"crashes ({signal.Signals(-status).name}){last}"
-        return f"ends with exit code {status}{last}"
-
-    def line(self, seconds: float) -> dict | None:
-        """The next line; {"ended": how} at the end; None if there is none within that time."""
-        try:
-            return self._lines.get(timeout=max(0.0, seconds))
-        except queue.Empty:
-            return None
-
-    def __enter__(self) -> _Child:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        self._reader.join()
-        self._errors.close()
+        comparison = self.left.pop(0)
+        self.found.records.append(record)
+        self.found.unsupported[str(comparison)] = None
+        self.progress(comparison, record.outcome)

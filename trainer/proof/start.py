@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from trainer import parity
 from trainer.distributed import World
-from trainer.ops import Setting
+from trainer.ops import Setting, packages
 from trainer.parity import Record
 from trainer.preflight.measured import gibibytes
 from trainer.process.failures import node_name
 from trainer.proof import cache
 from trainer.proof.comparisons import Comparison, missing, wanted
-from trainer.proof.prove import GIB, Limits, prove
+from trainer.proof.prove import GIB, Found, Limits, prove
 from trainer.spec import TrainSpec
 
 log = logging.getLogger(__name__)
@@ -29,35 +29,64 @@ class Proof:
     """The records of a node.
 
     Attributes:
-        made: how many of them were made now; `seconds`: how long that took.
+        comparisons: those that its run may use and that can run there.
+        made: how many of their records were made now; `seconds`: how long that took.
+        refused: by module, what its import does to a process.
         wrong: kernels that are passed over, a line each.
         problems: why some records are missing or cannot be kept, a line each.
     """
 
+    comparisons: tuple[Comparison, ...] = ()
     records: tuple[Record, ...] = ()
     made: int = 0
     seconds: float = 0.0
+    refused: dict[str, str] = field(default_factory=dict)
     wrong: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
+    @property
+    def wanted(self) -> list[Record]:
+        """The records of `comparisons`, in their order."""
+        return [record for c in self.comparisons for record in self.records if is_of(record, c)]
 
-def at_start(spec: TrainSpec, world: World, limits: Limits = Limits()) -> Proof:
+
+def at_start(spec: TrainSpec, world: World, limits: Limits | None = None) -> dict[str, Proof]:
     """Prove what this run may use and nobody has proven; a collective of all ranks. Does nothing on a CPU.
 
-    The process relies on the records from then on (`trainer.parity.proven`).
+    The process relies on the records of its node from then on (`trainer.parity.proven`), and does not import what ends
+    a process there.
+
+    Returns:
+        By node, what its first rank has found.
     """
+    if not spec.runtime.prove or Setting(world.device).device_class == "cpu":  # the same on all ranks
+        return {}
+    if limits is None:  # the other ranks wait for the first one of their node
+        limits = Limits(all_seconds=min(Limits.all_seconds, spec.runtime.communication_timeout_seconds / 2))
     own = None
-    if world.local_rank == 0 and spec.runtime.prove:
+    if world.local_rank == 0:
         own = of_node(wanted(spec, world.device), world.device, spec.run_dir, limits)
-    nodes = {node: proof for node, proof in world.gather((node_name(), own)) if proof is not None}
-    found = nodes.get(node_name(), Proof())
-    parity.learn(found.records)
+    told = world.gather((node_name(), own))
+    of_mine = told[world.rank - world.local_rank][1]
+    if of_mine is not None:
+        rely_on(of_mine)
+    found = {node: proof for node, proof in told if proof is not None}
     if own is not None:
-        for remark in (*own.problems, *own.wrong):
-            log.warning("proof on node %s: %s", node_name(), remark)
-        if own.made:
-            log.info("proof on node %s: %d comparisons (%.1f s)", node_name(), own.made, own.seconds)
+        _say(node_name(), own)
+        log.info("proof: %d comparisons made now (%.1f s)", own.made, own.seconds)
+        for line in table(own):
+            log.info("proof: %s", line)
+    if world.is_main:
+        for node, proof in found.items():
+            if node != node_name():
+                _say(node, proof)
     return found
+
+
+def rely_on(proof: Proof) -> None:
+    """Let this process choose by these records."""
+    packages.refuse(proof.refused)
+    parity.learn(proof.records)
 
 
 def of_node(comparisons: list[Comparison], device: torch.device, run_dir: str | None, limits: Limits) -> Proof:
@@ -66,32 +95,72 @@ def of_node(comparisons: list[Comparison], device: torch.device, run_dir: str | 
         return Proof()
     began = time.monotonic()
     places = cache.files(device, run_dir)
-    known = cache.read(places)
+    known = cache.read(places, device)
+    packages.refuse(known.refused)
     parity.learn(known.records)
-    made: list[Record] = []
-    problems: list[str] = []
-    absent = missing(comparisons, device)
+    found = Found()
+    absent = missing(comparisons, device, known.unsupported)
     if absent and (occupied := _occupied(device)):
-        problems.append(occupied)
+        found.problems.append(occupied)
     elif absent:
-        names = ", ".join(map(str, absent))
-        log.info("proof: comparing with the reference, as there is no record of it here: %s", names)
-        made, problems = prove(absent, device, limits, progress=_say)
-        known.records += made
-    if made or (known.records and not places[0].exists()):
-        problems += cache.write(places, known, device)
-    keys = {(c.op, c.backend, c.variant) for c in comparisons}
+        log.info("proof: in a process of its own, %s", ", ".join(map(str, absent)))
+        found = prove(absent, device, limits, refused=known.refused, progress=_progress)
+        known.add(cache.Known(found.records, found.unsupported, found.refused))
+        packages.refuse(found.refused)
+        parity.learn(found.records)
+    if absent or not all(place.exists() for place in places):
+        found.problems += cache.write(places, known, device)
+    there = [c for c in comparisons if c.is_portable or known.unsupported.get(str(c), "not asked") is None]
+    records = [record for c in comparisons for record in _records(c, device)]
+    kept = " and ".join(map(str, places))
     wrong = [
         f"{record.backend} ({record.op}, {record.variant}, {record.package} {record.version}) is passed over: "
-        f"{record.outcome}; kept in {places[-1]}"
-        for record in known.records
-        if not record.passed and (record.op, record.backend, record.variant) in keys
+        f"{record.outcome}; to compare it again, remove {kept}"
+        for record in records
+        if not record.passed
     ]
-    return Proof(tuple(known.records), len(made), time.monotonic() - began, tuple(wrong), tuple(problems))
+    wrong += [f"{outcome}, so it is not imported; to try it again, remove {kept}" for outcome in known.refused.values()]
+    seconds = time.monotonic() - began
+    return Proof(
+        comparisons=tuple(there),
+        records=tuple(records),
+        made=len(found.records),
+        seconds=seconds,
+        refused=known.refused,
+        wrong=tuple(wrong),
+        problems=tuple(found.problems),
+    )
 
 
-def _say(comparison: Comparison, record: Record) -> None:
-    log.info("proof: %s: %s", comparison, record.outcome)
+def is_of(record: Record, comparison: Comparison) -> bool:
+    return (record.op, record.backend, record.variant) == (comparison.op, comparison.backend, comparison.variant)
+
+
+def table(proof: Proof) -> list[str]:
+    """A line of equal columns for each comparison."""
+    rows = [(*(c.op, c.backend, c.variant), _outcome(proof, c)) for c in proof.comparisons]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{each:{width}}" for each, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _outcome(proof: Proof, comparison: Comparison) -> str:
+    """The worst one, as a failing record counts."""
+    of_it = [record for record in proof.records if is_of(record, comparison)]
+    return min(of_it, key=lambda record: record.passed).outcome if of_it else "not compared"
+
+
+def _records(comparison: Comparison, device: torch.device) -> list[Record]:
+    where, version = Setting(device).device_class, parity.package_version(comparison.package)
+    return parity.known(comparison.op, comparison.backend, comparison.variant, where, version)
+
+
+def _say(node: str, proof: Proof) -> None:
+    for remark in (*proof.problems, *proof.wrong):
+        log.warning("proof on node %s: %s", node, remark)
+
+
+def _progress(comparison: Comparison, outcome: str) -> None:
+    log.debug("proof: %s: %s", comparison, outcome)
 
 
 def _occupied(device: torch.device) -> str | None:

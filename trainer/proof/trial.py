@@ -117,10 +117,10 @@ def fastest(
     if not common:
         return way, None
     key, places = digest(spec, layout, way, common), cache.files(world.device, spec.run_dir)
-    known = world.broadcast(cache.read(places).trials.get(key) if world.is_main else None)
+    known = world.broadcast(cache.read(places, world.device).trials.get(key) if world.is_main else None)
     trial = Trial.of(known) if known else tried(spec, world, layout, way, common, seconds)
     if world.local_rank == 0:
-        content = cache.read(places)
+        content = cache.read(places, world.device)
         content.trials[key] = asdict(trial)
         cache.write(places, content, world.device)
     return way.changed(trial.taken, spec, world.device), trial

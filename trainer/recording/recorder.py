@@ -27,6 +27,7 @@ from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
 from trainer.preflight import Finding, of_entrypoint
 from trainer.process import hostmemory, restarts
+from trainer.process.failures import node_name
 from trainer.process.owntime import OwnTime
 from trainer.proof.start import Proof
 from trainer.proof.trial import Trial, table
@@ -192,9 +193,10 @@ class Recorder:
         if everything:
             self.metrics.set("preflight_seconds", sum(finding.seconds for finding in everything))
 
-    def proof(self, proof: Proof) -> None:
+    def proof(self, proofs: dict[str, Proof]) -> None:
         """Export what the node has proven; its first rank does."""
-        if self._world.local_rank:
+        proof = proofs.get(node_name())
+        if self._world.local_rank or proof is None:
             return
         for record in proof.records:
             labels = {"operation": record.op, "backend": record.backend, "format": record.variant}
