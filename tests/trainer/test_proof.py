@@ -20,8 +20,9 @@ import pytest
 import torch
 
 from pipelines.doctor import kernels
-from trainer import parity
+from trainer import parity, precision
 from trainer.distributed import World
+from trainer.lora import LoraSpec
 from trainer.ops import OPS, packages, resolve
 from trainer.parity import Record
 from trainer.proof import cache, prove, start
@@ -380,3 +381,24 @@ def test_only_what_the_spec_may_take_is_compared(elsewhere: Path, micro_data: Pa
     offered = {(op, name) for op in OPS for name in OPS[op].backends if name != "reference"}
     left = {("experts", "grouped")} | {(op, name) for op, name in offered if op not in ("ssd", "experts", "attention")}
     assert {(c.op, c.backend) for c in wanted(named, CPU)} == left
+
+
+@pytest.mark.parametrize(
+    ("precision_of_spec", "expected"),
+    [
+        ({}, ["linear by te in current", "linear by torch in current", "fp8_experts by torch in current"]),
+        ({"fp8": {"recipe": "block128", "implementation": "te"}}, ["linear by te in block128"]),
+        ({"dtype": "fp8", "fp8": {"implementation": "emulated"}}, []),
+        ({"dtype": "bf16"}, []),
+    ],
+)
+def test_fp8_is_compared_in_the_recipe_of_the_spec(
+    elsewhere: Path, micro_data: Path, tmp_path: Path, monkeypatch, precision_of_spec: dict, expected: list[str]
+):
+    monkeypatch.setattr(precision, "device_capability", lambda device: (9, 0))
+    run = spec(micro_data, tmp_path / "run").updated({"precision": precision_of_spec})
+    found = [each for each in wanted(run, CPU) if each.op not in OPS]
+    assert list(map(str, found)) == expected
+    assert all(each.package == ("transformer_engine" if each.backend == "te" else "torch") for each in found)
+    adapted = run.model_copy(update={"model": run.model.model_copy(update={"lora": LoraSpec()})})
+    assert all(each.op in OPS for each in wanted(adapted, CPU)), "FP8 does not go with adapters"

@@ -19,7 +19,7 @@ from trainer.distributed import World
 from trainer.ops import OPS, Backend, resolve
 from trainer.ops.attention import attention_sdpa
 from trainer.parallel.layout import Layout
-from trainer.proof import trial
+from trainer.proof import cache, trial
 from trainer.proof.comparisons import Comparison
 from trainer.proof.trial import Change, Way
 from trainer.spec import Fp8Spec, TrainSpec
@@ -110,6 +110,65 @@ def test_what_has_not_begun_in_time_is_not_tried(
     assert taken == way and found.rows[1].verdict == "not tried: the trial took longer than 0 s"
 
 
+def test_fp8_that_has_not_shown_in_time_what_it_gains_is_not_used(world: World, spec: TrainSpec, monkeypatch):
+    monkeypatch.setattr(trial, "measured", lambda *_: 1.0)
+    fp8 = with_fp8(default(spec), "te")
+    found = trial.tried(spec, world, ALONE, fp8, [Change("precision", "fp32")], seconds=0)
+    assert found.rows[1].verdict == "not tried: the trial took longer than 0 s, and so FP8 is not used"
+    assert fp8.changed(found.taken, spec, CPU).precision.fp8 is None
+
+
+class Ended(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_what_ends_the_process_is_passed_over_and_the_rest_not_measured_again(
+    offered, world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
+):
+    offered("slow", "slower", "broken", "fast")
+    way, measured = default(spec), []
+
+    def ends(spec: TrainSpec, world: World, layout: Layout, tried: Way) -> float:
+        name = tried.choices["attention"].name
+        measured.append(name)
+        if name == "broken":
+            raise Ended
+        return {"slow": 3.0, "slower": 4.0, "fast": 2.0}[name]
+
+    monkeypatch.setattr(trial, "measured", ends)
+    for _ in range(2):
+        with pytest.raises(Ended):
+            trial.fastest(spec, world, ALONE, way)
+    taken, found = trial.fastest(spec, world, ALONE, way)
+    assert measured == ["slow", "slower", "broken", "broken", "fast"]
+    assert [row.verdict for row in found.rows] == ["without a trial", "not taken", "ends the process", "taken"]
+    assert taken.choices["attention"].name == "fast"
+
+
+def test_a_gpu_that_has_become_unusable_ends_the_process(world: World, spec: TrainSpec, monkeypatch):
+    """All that comes after it would fail, too, and be passed over for ever."""
+    monkeypatch.setattr(trial, "_seconds", fails)
+    assert trial.measured(spec, world, ALONE, default(spec)) is None
+    monkeypatch.setattr(trial, "unusable", lambda device: "CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="out of resource"):
+        trial.measured(spec, world, ALONE, default(spec))
+
+
+@pytest.mark.parametrize(
+    "damaged", [3, {}, {"rows": []}, {"rows": [], "taken": [["attention", "gone"]], "seconds": 1, "begun": {}}]
+)
+def test_a_kept_trial_that_is_damaged_is_made_again(
+    offered, world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch, damaged: object
+):
+    offered("slow", "fast")
+    monkeypatch.setattr(trial, "measured", lambda *_: 1.0)
+    way = default(spec)
+    key = trial.digest(spec, ALONE, way, [Change("attention", "fast")])
+    cache.write(cache.files(CPU, spec.run_dir), cache.Known(trials={key: damaged}), CPU)
+    taken, found = trial.fastest(spec, world, ALONE, way)
+    assert taken == way and [row.seconds for row in found.rows] == [1.0, 1.0]
+
+
 def test_nothing_is_tried_where_nothing_is_open_or_wanted(
     offered, world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
 ):
@@ -120,31 +179,54 @@ def test_nothing_is_tried_where_nothing_is_open_or_wanted(
     assert trial.fastest(spec, world, ALONE, default(spec))[1] is None
 
 
+def with_fp8(way: Way, implementation: str) -> Way:
+    fp8 = Fp8Spec(implementation=implementation)
+    return replace(way, precision=replace(way.precision, name="fp8", fp8=fp8))
+
+
 @pytest.mark.parametrize(("seconds", "taken"), [(1.04, True), (1.06, False)])
 def test_fp8_stays_only_where_it_is_5_percent_faster(
     world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch, seconds: float, taken: bool
 ):
     """`seconds`: without FP8, if a micro-batch takes 1 s with it."""
-    way = default(spec)
-    fp8 = replace(way, precision=replace(way.precision, name="fp8", fp8=Fp8Spec(implementation="emulated")))
+    fp8 = with_fp8(default(spec), "emulated")
     monkeypatch.setattr(trial, "measured", lambda *arguments: 1.0 if arguments[-1].precision.fp8 else seconds)
     found = trial.tried(spec, world, ALONE, fp8, [Change("precision", "fp32")], 60)
     assert bool(found.taken) is taken
     assert fp8.changed(found.taken, spec, CPU).precision.name == ("fp32" if taken else "fp8")
 
 
-def test_each_open_choice_is_a_change(spec: TrainSpec, offered):
+def test_each_open_choice_is_a_change_and_what_matters_most_comes_first(
+    spec: TrainSpec, offered, monkeypatch: pytest.MonkeyPatch
+):
     offered("slow", "fast")
     way = default(spec)
-    compiled = spec.updated({"runtime": {"compile": "auto"}})
-    fp8 = replace(way, compiles=True, precision=replace(way.precision, name="fp8", fp8=Fp8Spec(implementation="te")))
-    assert list(trial.changes(compiled, CPU, fp8)) == [
+    compiled = spec.updated({"runtime": {"compile": "auto"}, "backends": {"ssd": "auto"}})
+    chosen = way.choices | {"ssd": way.choices["ssd"]._replace(name="mamba_ssm")}
+    fp8 = with_fp8(replace(way, compiles=True, choices=chosen), "te")
+    parity.learn([replace(Comparison("ssd", "chunked", "fp32").failed("", CPU), passed=True, problem=None)])
+    problems = {"te": None, "torch": None}
+    monkeypatch.setattr(precision, "fp8_problems", lambda *_: problems)
+    everything = [
+        Change("fp8", "torch"),
+        Change("precision", "fp32"),
         Change("attention", "fast"),
         Change("compile", "no"),
-        Change("precision", "fp32"),
+        Change("ssd", "chunked"),
     ]
-    named = compiled.updated({"runtime": {"compile": True}, "precision": {"dtype": "fp8"}})
-    assert list(trial.changes(named, CPU, fp8)) == [Change("attention", "fast")]
+    assert list(trial.changes(compiled, CPU, fp8)) == everything
+    problems["torch"] = "unproven"
+    assert list(trial.changes(compiled, CPU, fp8)) == everything[1:]
+    for named in ({"dtype": "fp8", "fp8": {"implementation": "te"}}, {"dtype": "fp8"}):
+        named = compiled.updated({"runtime": {"compile": True}, "precision": named, "backends": {"ssd": "chunked"}})
+        assert list(trial.changes(named, CPU, fp8)) == [Change("attention", "fast")]
+
+
+def test_the_implementation_of_fp8_is_changed_and_named(spec: TrainSpec):
+    way = with_fp8(default(spec), "te")
+    changed = way.changed([Change("fp8", "torch")], spec, CPU)
+    assert changed.precision.fp8.implementation == "torch" and changed.names["fp8"] == "torch"
+    assert changed.precision.reason == "FP8 by torch is the fastest here"
 
 
 def test_a_rank_times_only_the_experts_of_its_own(offered, spec: TrainSpec):

@@ -2,9 +2,12 @@
 
 Each kind of layer is built alone (trainer/compiled.py), and one micro-batch of random tokens goes through it forward
 and backward a few times. The times of the kinds, each as often as the model has it, are the time of a way. One thing is
-changed at a time, from what would be taken without a trial: the backend of each operation, the compiler, FP8. A change
-that is faster is kept; FP8 stays only if it is at least FP8_GAIN faster, as it costs accuracy. No rank waits for
+changed at a time, from what would be taken without a trial: FP8, the backend of each operation, the compiler. A change
+that is faster is kept; FP8 stays only if it is shown to be FP8_GAIN faster, as it costs accuracy. No rank waits for
 another within a trial, so what fails on one is only passed over; the slowest rank's time counts.
+
+Each change is written down before it is tried: one that ends the process, as a kernel may on large shapes, is passed
+over by a later process. What has been measured by then is not measured again.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -24,21 +28,26 @@ import torch
 from trainer import compiled, ops, precision
 from trainer.compiled import Kind, leaving_nothing, micro_batch
 from trainer.distributed import World
+from trainer.errors import SpecError
+from trainer.fp8 import te
 from trainer.ops import OPS, Choice, Setting
 from trainer.parallel.layout import Layout
 from trainer.precision import Precision
 from trainer.proof import cache
-from trainer.spec import TrainSpec
+from trainer.proof.child import unusable
+from trainer.spec import Fp8Spec, TrainSpec
 
 log = logging.getLogger(__name__)
 
 FP8_GAIN = 0.05  # of the time without it
+TRIES = 2  # of what has ended the process, which somebody else may have done
+BASE, TAKEN = "as proven", "taken"
 WARM_UPS, TIMED = 2, 5
 ALL_SECONDS = 240.0
 
 
 class Change(NamedTuple):
-    """An operation and its backend; or "compile" and "no"; or "precision" and the rung below FP8."""
+    """An operation and its backend; "compile", "no"; "fp8", its implementation; "precision", the rung below it."""
 
     what: str
     to: str
@@ -59,6 +68,8 @@ class Way:
     def names(self) -> dict[str, str]:
         """Each choice by its name."""
         own = {"precision": self.precision.name, "compile": "yes" if self.compiles else "no"}
+        if self.precision.fp8:
+            own["fp8"] = self.precision.fp8.implementation
         return own | {op: choice.name for op, choice in self.choices.items()}
 
     def changed(self, changes: Iterable[Change], spec: TrainSpec, device: torch.device) -> Way:
@@ -69,6 +80,10 @@ class Way:
             elif what == "precision":
                 below = precision.resolve_for_evaluation(spec.precision, precision.device_capability(device))
                 way = replace(way, precision=replace(below, reason=f"FP8 is not {FP8_GAIN:.0%} faster here"))
+            elif what == "fp8":
+                assert way.precision.fp8 is not None
+                fp8 = way.precision.fp8.updated({"implementation": to})
+                way = replace(way, precision=replace(way.precision, fp8=fp8, reason=f"FP8 by {to} is the fastest here"))
             else:
                 reason = f"{OPS[what].backends[to].why}; the fastest in a trial"
                 way = replace(way, choices=way.choices | {what: Choice(to, reason, proven=True)})
@@ -86,17 +101,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Trial:
-    """All rows, the changes that were taken, and the seconds of the trial."""
+    """The rows so far, the changes that were taken, the seconds spent, and how often each was begun."""
 
-    rows: list[Row]
-    taken: list[Change]
-    seconds: float
+    rows: list[Row] = field(default_factory=list)
+    taken: list[Change] = field(default_factory=list)
+    seconds: float = 0.0
+    begun: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def best(self) -> float | None:
+        """The time of the way with the changes that were taken; None if it failed."""
+        return next((row.seconds for row in reversed(self.rows) if row.change == BASE or row.verdict == TAKEN), None)
 
     @classmethod
-    def of(cls, known: dict[str, Any]) -> Trial:
-        """As `asdict` has written it."""
-        rows, taken = [Row(**row) for row in known["rows"]], [Change(*change) for change in known["taken"]]
-        return cls(rows, taken, known["seconds"])
+    def of(cls, known: Any, common: list[Change]) -> Trial:
+        """As `asdict` has written it for these changes; a new one if it is damaged."""
+        try:
+            rows, taken = [Row(**row) for row in known["rows"]], [Change(*change) for change in known["taken"]]
+            trial = cls(rows, taken, float(known["seconds"]), dict(known["begun"]))
+        except (TypeError, KeyError, ValueError):
+            return cls()
+        names = [BASE, *map(str, common)]
+        fits = [row.change for row in rows] == names[: len(rows)] and set(taken) <= set(common)
+        return trial if fits else cls()
 
 
 def fastest(
@@ -110,7 +137,9 @@ def fastest(
         way: what would be taken without a trial.
         seconds: what has not begun by then is not tried.
     """
-    own = list(changes(spec, world.device, way)) if _is_wanted(spec, world) else []
+    if not spec.runtime.prove or Setting(world.device).device_class == "cpu":  # the same on all ranks
+        return way, None
+    own = list(changes(spec, world.device, way))
     # Ranks whose packages differ have different ones.
     told = [set(offered) for offered in world.gather(own)]
     common = [change for change in world.broadcast(own) if all(change in offered for offered in told)]
@@ -118,53 +147,96 @@ def fastest(
         return way, None
     key, places = digest(spec, layout, way, common), cache.files(world.device, spec.run_dir)
     known = world.broadcast(cache.read(places, world.device).trials.get(key) if world.is_main else None)
-    trial = Trial.of(known) if known else tried(spec, world, layout, way, common, seconds)
+
+    def keep(trial: Trial) -> None:
+        cache.write(places, cache.Known(trials={key: asdict(trial)}), world.device)
+
+    before = Trial.of(known, common)
+    trial = tried(spec, world, layout, way, common, seconds, before, keep if world.is_main else None)
     if world.local_rank == 0:
-        content = cache.read(places, world.device)
-        content.trials[key] = asdict(trial)
-        cache.write(places, content, world.device)
+        keep(trial)
     return way.changed(trial.taken, spec, world.device), trial
 
 
-def _is_wanted(spec: TrainSpec, world: World) -> bool:
-    return spec.runtime.prove and Setting(world.device).device_class != "cpu"
-
-
 def changes(spec: TrainSpec, device: torch.device, way: Way) -> Iterator[Change]:
-    """Each thing that the spec leaves open and that could be otherwise here."""
+    """Each thing that the spec leaves open and that could be otherwise here, what matters most first."""
+    if way.precision.fp8:
+        yield from _fp8_changes(spec, device, way.precision.fp8)
     setting = Setting(device, way.precision.autocast_dtype or torch.float32, spec.model)
-    for op, choice in way.choices.items():
-        if getattr(spec.backends, op) == "auto":
-            for name, verdict in ops.survey(op, setting).items():
-                if name not in ("reference", choice.name) and verdict.problem is verdict.doubt is None:
-                    yield Change(op, name)
+    offered = [
+        Change(op, name)
+        for op, choice in way.choices.items()
+        if getattr(spec.backends, op) == "auto"
+        for name, verdict in ops.survey(op, setting).items()
+        if name not in ("reference", choice.name) and verdict.problem is verdict.doubt is None
+    ]
+    portable = [change for change in offered if OPS[change.what].backends[change.to].portable]
+    yield from (change for change in offered if change not in portable)
     if spec.runtime.compile == "auto" and way.compiles:
         yield Change("compile", "no")
-    if way.precision.fp8 and spec.precision.dtype == "auto":
-        below = precision.resolve_for_evaluation(spec.precision, precision.device_capability(device))
-        yield Change("precision", below.name)
+    yield from portable
 
 
-def tried(spec: TrainSpec, world: World, layout: Layout, way: Way, common: list[Change], seconds: float) -> Trial:
-    """Time the way and each change of it, and keep what is faster."""
-    began = time.monotonic()
-    best = measured(spec, world, layout, way)
-    rows, taken = [Row("as proven", best, "without a trial" if best else "fails")], list[Change]()
-    for change in common:
-        if world.broadcast(time.monotonic() - began) > seconds:
-            rows.append(Row(str(change), None, f"not tried: the trial took longer than {seconds:g} s"))
-            continue
-        took = measured(spec, world, layout, way.changed([*taken, change], spec, world.device))
-        gain = FP8_GAIN if change.what == "precision" else 0.0
-        if took is None:
-            verdict = "fails"
-        elif best is None or took * (1 - gain) < best:
-            verdict, best = "taken", took
-            taken.append(change)
+def _fp8_changes(spec: TrainSpec, device: torch.device, fp8: Fp8Spec) -> Iterator[Change]:
+    """Its other implementations, then none at all."""
+    capability = precision.device_capability(device)
+    if fp8.implementation in precision.PACKAGES and spec.precision.fp8.implementation == "auto":
+        for name, problem in precision.fp8_problems(spec.precision, capability).items():
+            if problem is None and name != fp8.implementation:
+                with suppress(SpecError):
+                    te.check_runtime(fp8.updated({"implementation": name}), spec.runtime)
+                    yield Change("fp8", name)
+    if spec.precision.dtype == "auto":
+        yield Change("precision", precision.resolve_for_evaluation(spec.precision, capability).name)
+
+
+def tried(
+    spec: TrainSpec,
+    world: World,
+    layout: Layout,
+    way: Way,
+    common: list[Change],
+    seconds: float,
+    before: Trial = Trial(),
+    keep: Callable[[Trial], None] | None = None,
+) -> Trial:
+    """Time the way and each change of it, and keep what is faster.
+
+    Args:
+        before: what an earlier process has done of it.
+        keep: writes down how far it has come.
+    """
+    trial, began = before, time.monotonic() - before.seconds
+    for change in [None, *common][len(before.rows) :]:
+        name = BASE if change is None else str(change)
+        spent = world.broadcast(time.monotonic() - began)
+        trial = replace(trial, seconds=spent, begun=trial.begun | {name: trial.begun.get(name, 0) + 1})
+        took = None
+        if change and spent > seconds:
+            # FP8 has to show what it gains.
+            taken = change.what == "precision"
+            verdict = f"not tried: the trial took longer than {seconds:g} s" + taken * ", and so FP8 is not used"
+        elif trial.begun[name] > TRIES:
+            taken, verdict = False, "ends the process"
         else:
-            verdict = "not taken"
-        rows.append(Row(str(change), took, verdict))
-    return Trial(rows, taken, time.monotonic() - began)
+            if keep:
+                keep(trial)
+            changed = way.changed([*trial.taken, *([change] if change else [])], spec, world.device)
+            took = measured(spec, world, layout, changed)
+            taken, verdict = _judged(change, took, trial.best)
+        rows = [*trial.rows, Row(name, took, verdict)]
+        trial = replace(trial, rows=rows, taken=[*trial.taken, change] if change and taken else trial.taken)
+    return trial if trial is before else replace(trial, seconds=time.monotonic() - began)
+
+
+def _judged(change: Change | None, took: float | None, best: float | None) -> tuple[bool, str]:
+    """Whether a change is taken that took so long, and the word for it in the table."""
+    if took is None:
+        return False, "fails"
+    if change is None:
+        return False, "without a trial"
+    gain = FP8_GAIN if change.what == "precision" else 0.0
+    return (True, TAKEN) if best is None or took * (1 - gain) < best else (False, "not taken")
 
 
 def measured(spec: TrainSpec, world: World, layout: Layout, way: Way) -> float | None:
@@ -176,6 +248,8 @@ def measured(spec: TrainSpec, world: World, layout: Layout, way: Way) -> float |
             for kind, count in compiled.counted(spec.model, way.precision).items()
         )
     except Exception as error:  # of torch, Triton, a package, …
+        if unusable(world.device):
+            raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning("trial: %s fails: %s", ", ".join(f"{what} {name}" for what, name in way.names.items()), first)
     told = world.gather(own)
