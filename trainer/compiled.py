@@ -35,7 +35,7 @@ from trainer.model.rows import own_rows
 from trainer.modelspec import ModelSpec
 from trainer.ops import Choice
 from trainer.parallel.layout import Layout
-from trainer.parallel.mesh import Mesh
+from trainer.parallel.mesh import Mesh, keep_copies
 from trainer.parameters import parameters
 from trainer.precision import Precision
 from trainer.spec import BatchSpec, TokensSpec, TrainSpec
@@ -227,6 +227,7 @@ def _build(
             in_layer = known.name.startswith("layers.")
             if in_layer and known.multiplies and not (known.whole or isinstance(parameter, DTensor)):
                 parameter.data = parameter.data.to(dtype)  # as FSDP2 gathers it
+    keep_copies(model, layout, device, dtype)
     recompute.set_policy(model, spec.runtime.activation_checkpointing)
     return model
 

@@ -32,7 +32,7 @@ from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.optim import Optimizers, build_optimizers
 from trainer.optim.rules import Assignment
-from trainer.parallel.mesh import Mesh
+from trainer.parallel.mesh import Mesh, keep_copies
 from trainer.precision import Precision
 from trainer.preflight import ranks as preflight
 from trainer.proof import start as proof
@@ -152,6 +152,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
             "what was there, as another order would repeat some",
             loader.left_out,
         )
+    keep_copies(model, layout, world.device, chosen.autocast_dtype)
     recompute.set_policy(model, spec.runtime.activation_checkpointing)
     if compiles:
         compile_layers(model)

@@ -219,7 +219,7 @@ def test_memory_is_shown_for_every_policy_with_what_it_recomputes():
     text = console.export_text()
     weights, total = (next(line for line in text.splitlines() if f" {name} " in line) for name in ("weights", "total"))
     assert weights.count("15.64") == 3, "4.198B × 4 bytes"
-    assert [float(cell) for cell in total.split("│")[2:5]] == pytest.approx([82.5, 58.9, 48.0], abs=0.3)
+    assert [float(cell) for cell in total.split("│")[2:5]] == pytest.approx([87.8, 64.2, 53.3], abs=0.3)
     assert "selective (chosen)" in text and "M: norm, convolution, scan, gated norm" in text
 
 

@@ -332,7 +332,8 @@ def test_arithmetic():
     page = io.StringIO()
     render(figures, Console(file=page, width=120))
     assert "trained (only adapters)" in page.getvalue() and f"{adapters:,}" in page.getvalue()
-    # Beside copies of the dense ones' adapters, one layer's experts with their products and the gradient of those.
+    # Beside copies of the dense ones' adapters, one layer's experts with their products and the gradient of those, in
+    # place of a copy of the experts themselves.
     dense, experts = adapters - 4 * expert, 4 * (hidden * 32 + 16 * hidden)
     fields = {
         "init_from": "x",
@@ -341,7 +342,7 @@ def test_arithmetic():
     }
     train = micro.micro_spec(Path("x"), Path("y"), **fields)
     narrow = [step_memory(train.updated({"model": {"lora": given}})).copies for given in (None, LORA)]
-    assert narrow[1] - narrow[0] == 2 * dense + (2 * 2 + 4) * experts
+    assert narrow[1] - narrow[0] == 2 * dense + (2 * 2 + 4) * experts - 2 * experts
     assert ("LoRA", "rank 4, α 12, all matrices of the mixers") in hyperparameters(
         train.updated({"model": {"lora": LORA}})
     )

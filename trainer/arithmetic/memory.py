@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from trainer.arithmetic.activations import WIDTHS, activations
 from trainer.errors import SpecError
 from trainer.kinds.base import Parameter
-from trainer.lora import DOWN
+from trainer.lora import DOWN, is_adapter
 from trainer.modelspec import ModelSpec
 from trainer.optim.rules import STATE_BYTES, assign
 from trainer.parallel.layout import Layout, resolve
@@ -30,7 +30,8 @@ class Memory:
 
     Attributes:
         gathered: parameters that FSDP gathers temporarily, layer by layer.
-        copies: of weights in the dtype of the matrix products, which autocast keeps from forward to backward pass.
+        copies: of weights in the dtype of the matrix products: those that autocast keeps from forward to backward pass,
+            and those of experts, which stay.
         activations: peak of one micro-batch.
         reserved: CUDA's context, workspaces of libraries, temporaries of head and optimizer, fragmentation.
     """
@@ -78,16 +79,29 @@ def step_memory(spec: TrainSpec, layout: Layout | None = None) -> Memory:
     layout = layout or Layout()
     model, precision = spec.model, "bf16" if spec.precision.dtype == "auto" else spec.precision.dtype
     found = activations(model, spec.tokens.seq_len, spec.runtime.activation_checkpointing, precision)
-    # Casts of experts, router and head are temporary; FSDP drops copies with its layers.
+    # Casts of router and head are temporary; FSDP drops copies with its layers.
     last = head(model)
     linear = [p for p in parameters(model) if p.multiplies and not (p.per_expert or p.whole or p == last)]
     narrow = precision != "fp32" and layout.data == "ddp"
     width = WIDTHS[precision].product
     return replace(
         training_memory(model, spec.optimizer, layout),
-        copies=(width * sum(p.count for p in linear) if narrow else 0) + _adapted(model, layout, width),
+        copies=(width * sum(p.count for p in linear) if narrow else 0)
+        + (0 if precision == "fp32" else width * _copied(model, layout))
+        + _adapted(model, layout, width),
         activations=found.peak * spec.batch.micro_batch_rows * spec.tokens.seq_len,
         reserved=RESERVED_BYTES,
+    )
+
+
+def _copied(model: ModelSpec, layout: Layout) -> int:
+    """Elements of this rank's experts that have a copy (trainer/ops/narrow.py): not those with adapters, whose sums are
+    made in every pass. Those multiplied in FP8 have none either, but which ones are depends on the GPU."""
+    names = {parameter.name for parameter in parameters(model)}
+    return sum(
+        layout.held(p)
+        for p in parameters(model)
+        if layout.copied(p) and not (is_adapter(p.name) or f"{p.name}_{DOWN}" in names)
     )
 
 

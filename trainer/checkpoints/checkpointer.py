@@ -391,6 +391,7 @@ def _load(path: Path, tensors: dict[str, Tensor], stored: dict[str, torch.Size],
             dcp.load(dict(tensors), storage_reader=Reader(path), no_dist=alone)
         except CheckpointException as error:  # not an Exception, so no other handler would turn it into one line
             raise CheckpointError(f"{path} cannot be loaded: {_first_cause(error)}") from None
+    torch.autograd.graph.increment_version(list(tensors.values()))  # see trainer/ops/narrow.py
 
 
 def _first_cause(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pkgutil import resolve_name
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from trainer import mup, ops
 from trainer.errors import SpecError
 from trainer.kinds.base import Kind
 from trainer.kinds.ngrams import PAD_TOKEN
+from trainer.lora import DOWN
 from trainer.model.initial import draw
 from trainer.model.linear import Linear, product
 from trainer.model.lora import attach
@@ -39,6 +40,7 @@ from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
 from trainer.ops.cross_entropy import IGNORE, cross_entropy_sum
 from trainer.ops.experts import compute_dtype
+from trainer.ops.narrow import Copy
 from trainer.ops.wide import computed_in
 from trainer.parameters import parameters, unknown_parameter
 from trainer.spec import BackendsSpec
@@ -97,6 +99,7 @@ class HybridModel(nn.Module):
         self.spec = spec
         self._sections = spec.used()  # asked at every pass
         self.choices: dict[str, ops.Choice] = {}
+        self.copies: list[Copy] = []  # of experts, see `keep_copies`
         # from_pretrained: torch would otherwise draw random rows, which on "meta" imports its compiler (seconds).
         self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden), freeze=False)
         self.layers = nn.ModuleList(
@@ -125,6 +128,9 @@ class HybridModel(nn.Module):
         documents = self._documents(seq_idx_BT, compute_dtype(x_BTD))
         if compute_dtype(x_BTD) == torch.bfloat16:
             x_BTD = x_BTD.bfloat16()  # as Megatron does; FP16 keeps an FP32 stream, its range is too narrow for one
+        if (dtype := compute_dtype(x_BTD)) != torch.float32:
+            for copy in self.copies:
+                copy.refresh(dtype)
         aux_sum = torch.zeros((), dtype=torch.float32, device=ids_BT.device)
         loads = []
         for layer in self.layers:
@@ -193,6 +199,15 @@ class HybridModel(nn.Module):
     def moe_sublayers(self) -> list[Moe]:
         """In the order of the rows of `expert_load_LE`."""
         return [module for module in self.modules() if isinstance(module, Moe)]
+
+    def keep_copies(self, names: Collection[str]) -> None:
+        """From now on multiply by copies of these parameters in the dtype of products (trainer/ops/narrow.py), of those
+        that are experts without adapters and whose product does not cast in a way of its own (FP8)."""
+        backends = [backend.function for backend in ops.OPS["experts"].backends.values()]
+        for place, moe in self.named_modules():
+            if isinstance(moe, Moe) and moe.run_experts in backends:
+                stacks = [name for name in (moe.spec.first, "down_EDF") if f"{place}.{name}" in names]
+                self.copies += [Copy(moe, name) for name in stacks if not hasattr(moe, f"{name}_{DOWN}")]
 
     def update_router_bias(self, expert_load_LE: Tensor) -> None:
         """Move the router biases after an optimizer step; the counts are those of the whole global step. With LoRA the

@@ -28,9 +28,9 @@ from trainer.model.quantised import stack
 from trainer.model.ready import Ready, normed
 from trainer.model.step import State, Step
 from trainer.modelspec import ModelSpec
-from trainer.ops import Documents, quantised
+from trainer.ops import Documents, narrow, quantised
 from trainer.ops.activation import ACTIVATIONS
-from trainer.ops.experts import count_choices
+from trainer.ops.experts import compute_dtype, count_choices
 from trainer.ops.experts_few import Run, experts_without_gradient
 
 
@@ -44,6 +44,7 @@ class Moe(Mixer):
         self.run_experts: Callable[..., Tensor] = functions["experts"]
         self.quantised = False  # experts in INT8 or FP8, with scales (trainer/model/quantised.py)
         self.exchange: Callable[..., Tensor] | None = None  # trainer.parallel.experts, where ranks share the experts
+        self.copies: dict[str, Tensor] = {}  # of weights, in the dtype of products (trainer/ops/narrow.py)
         self.router = Linear(hidden, spec.num_experts)
         self.register_buffer("bias_E", torch.empty(spec.num_experts, dtype=torch.float32))
         rows = first_rows(spec.activation, spec.expert_width)
@@ -68,6 +69,7 @@ class Moe(Mixer):
         spec = self.spec
 
         def experts(first_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+            first_EGD, down_EDF = self._narrow(spec.first, first_EGD, x_SD), self._narrow("down_EDF", down_EDF, x_SD)
             return run(x_SD, first_EGD, down_EDF, expert_SK, weight_SK, spec.activation)
 
         if self.quantised:
@@ -82,6 +84,13 @@ class Moe(Mixer):
         if spec.balance_loss_weight:
             aux_loss = aux_loss + self.balance_loss(scores_BTE, load_E)
         return Mixed(y_BTD, aux_loss, load_E)
+
+    def _narrow(self, name: str, weight: Tensor, x_SD: Tensor) -> Tensor:
+        """The copy of this weight for products on x, if there is one. Sums with adapters are narrow already."""
+        copy, dtype = self.copies.get(name), compute_dtype(x_SD)
+        if copy is None or copy.dtype != dtype or weight.dtype == dtype:
+            return weight
+        return narrow.in_place_of(weight, copy)
 
     def _run_quantised(self) -> Run:
         return quantised.experts(stack(self, self.spec.first), stack(self, "down_EDF"), self.spec.activation)

@@ -70,6 +70,8 @@ class Optimizers:
         for member in self.members.values():
             member.step()
         gather_weights(self._shares)
+        # Not all of that has been counted, and copies of weights go by it (trainer/ops/narrow.py).
+        torch.autograd.graph.increment_version(self.parameters)
 
     def zero_grad(self) -> None:
         for member in self.members.values():

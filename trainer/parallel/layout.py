@@ -60,6 +60,11 @@ class Layout:
         """Whether a parameter is cut by the axis of the experts."""
         return self.expert > 1 and parameter.per_expert
 
+    def copied(self, parameter: Parameter) -> bool:
+        """Whether a GPU has a copy of a weight in the dtype of products (trainer/ops/narrow.py): of experts that
+        FSDP2 does not gather."""
+        return parameter.per_expert and parameter.multiplies and (self.data == "ddp" or self.cuts_experts(parameter))
+
 
 def resolve(
     parallel: ParallelSpec,

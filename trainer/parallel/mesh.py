@@ -147,3 +147,9 @@ class Mesh:
             average(self._whole, dist.group.WORLD, self.layout.world)
         if self._experts is not None:
             average(self._cut, self._experts.get_group("replica"), self.layout.world)
+
+
+def keep_copies(model: HybridModel, layout: Layout, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Experts keep copies in `dtype`, that of autocast, where they are ours to cast: on a GPU, outside of FSDP2."""
+    if device.type == "cuda" and dtype is not None:
+        model.keep_copies({p.name for p in parameters(model.spec) if layout.copied(p)})
