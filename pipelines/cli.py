@@ -8,7 +8,7 @@ import sys
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,6 +26,9 @@ from pipelines.prepare import prepare
 from pipelines.quantize import Weights, quantize
 from pipelines.serve import serve
 from pipelines.verify import sign, verify
+
+if TYPE_CHECKING:
+    from manifests.spec import JobSpec
 
 EXAMPLES = """
 Train a language model from raw text to a verified export: on this machine, or on Kubernetes.
@@ -267,6 +270,9 @@ def describe(
         bool, typer.Option("--optimizers", help="Only which optimizer trains each parameter.")
     ] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="Only which weights would use FP8, and why.")] = False,
+    gpu: Annotated[
+        str, typer.Option("--gpu", help="Only the shortest time of a step that this GPU allows, by kind: h100, a100, …")
+    ] = "",
     verbose: Verbose = False,
 ) -> None:
     """Show a model layer by layer: shapes, parameters, FLOPs per token, GPU memory, checkpoint size.
@@ -275,8 +281,11 @@ def describe(
     """
     from manifests.spec import load_job
     from pipelines.pretrained import as_section, model_named
+    from trainer.errors import SpecError
 
     if (trained := model_named(job)) is not None:
+        if gpu:
+            raise SpecError(f"--gpu: {job} is a model, which has no micro-batches; name a job")
         from trainer.arithmetic.describe import describe as describe_model
         from trainer.arithmetic.describe import render as render_description
 
@@ -294,6 +303,9 @@ def describe(
     from trainer.parameters import parameters
 
     model = spec.train.model
+    if gpu:
+        _render_roofline(spec, gpu)
+        return
     if optimizers:
         shapes = [(p.name, p.shape) for p in parameters(model) if not p.frozen]
         print(rules.render(rules.assign(shapes, spec.train.optimizer, model)))
@@ -315,6 +327,14 @@ def describe(
     render_memory(spec.train_spec(), spec.layout(), console)
     if named := fabric_of(spec):
         print(f"\n{note(named)}")
+
+
+def _render_roofline(spec: JobSpec, gpu: str) -> None:
+    from trainer.arithmetic.gpus import by_option
+    from trainer.arithmetic.roofline import of_training, render
+
+    found, title = of_training(spec.train_spec(), by_option(gpu), spec.cluster.world_size)
+    render(found, title, Console())
 
 
 @app.command()

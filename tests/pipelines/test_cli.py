@@ -136,6 +136,12 @@ def test_describe_shows_the_requested_model(yaongi):
     assert "4,197,820,016" in output and "603,252,208" in output
 
 
+def test_describe_shows_the_shortest_time_on_a_gpu(yaongi):
+    _, output, _ = yaongi("describe", "h100-4b-interleaved", "--gpu", "h100")
+    assert "Mamba-2 scan" in output and "tokens/s on each GPU" in output
+    assert yaongi("describe", "tiny", "--gpu", "h9")[2].startswith("error: --gpu h9: not known; known are h100-pcie, ")
+
+
 def test_describe_prints_a_trained_models_section_for_a_job(yaongi, tmp_path):
     config = {
         "model_type": "llama",
@@ -151,6 +157,7 @@ def test_describe_prints_a_trained_models_section_for_a_job(yaongi, tmp_path):
     job = job_from({"preset": "tiny"}, deep_merge(section, {"train": {"init_from": str(tmp_path)}}))
     assert code == 0
     refuse_misfit(find(tmp_path), job.train.model)
+    assert "is a model, which has no micro-batches" in yaongi("describe", str(tmp_path), "--gpu", "h100")[2]
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gemma9"}))
     assert yaongi("describe", str(tmp_path))[2].startswith(f"error: {tmp_path}/config.json: model_type 'gemma9' is not")
 

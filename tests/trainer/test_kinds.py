@@ -15,7 +15,9 @@ from torch import Tensor
 from trainer.arithmetic.activations import activations
 from trainer.arithmetic.describe import describe, render
 from trainer.arithmetic.flops import flops_per_token
+from trainer.arithmetic.gpus import by_option
 from trainer.arithmetic.memory import training_memory
+from trainer.arithmetic.roofline import roofline
 from trainer.compiled import kinds as kinds_to_compile
 from trainer.fields import SPEC_VERSION, stored, version_of
 from trainer.fp8.convert import convert
@@ -129,6 +131,8 @@ def test_arithmetic_and_tables_follow() -> None:
     figures = describe(spec, 48)
     assert figures.total == sum(p.numel() for p in model.parameters())
     assert flops_per_token(spec, 48) == figures.flops_per_token > 0
+    bound = roofline(spec, by_option("h100"), seq_len=48, micro_batch_tokens=96, micro_batches=1)
+    assert bound.rows["gated convolution"].flops == 2 * 96 * 6 * 3 * 32 * 64  # two of them, three maps each
     assert training_memory(spec).weights == 4 * figures.total
     assert activations(spec, 48, "selective").recomputed[0] == "C: norm, convolution"
     page = io.StringIO()

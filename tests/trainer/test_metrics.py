@@ -149,12 +149,16 @@ def test_every_metric_of_the_table_is_recorded_somewhere():
     ("name", "teraflops"),
     [
         ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H200", 989),
         ("NVIDIA GH200 480GB", 989),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA B200", 2250),
         ("Tesla T4", 65),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 2080 Ti", None),
     ],
 )
 def test_mfu_is_against_the_data_sheet_and_absent_for_unknown_gpus(name, teraflops, monkeypatch):

@@ -18,9 +18,11 @@ from trainer.kinds.base import (
     Part,
     RopeScalingSpec,
     Rotation,
+    Stage,
     Widths,
     bias,
     matrix,
+    product,
     vector,
 )
 
@@ -89,6 +91,16 @@ class AttentionSpec(Kind):
     def core_flops(self, seq_len: int) -> int:
         """q·kᵀ and the weighted sum over the (seq_len)/2 positions that a causal query sees on average."""
         return 2 * seq_len * self.num_heads * self.head_dim
+
+    def stages(self, model: ModelShape, seq_len: int) -> Iterator[Stage]:
+        heads, pairs = self.num_heads * self.head_dim, 2 * self.num_kv_heads * self.head_dim
+        first = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+        yield product("attention projections", first, model.hidden, heads + pairs)
+        yield product("attention projections", ("o_proj.weight",), heads, model.hidden)
+        # Without the scores: forward reads q, k, v and writes the result; backward reads these and the gradient, and
+        # writes three. The logarithm of each query's sum is written and read.
+        moved = 6 * heads + 3 * pairs
+        yield Stage("attention core", moved=moved, wide=2 * self.num_heads, flops=self.core_flops(seq_len))
 
     def kept(self, hidden: int, widths: Widths) -> int:
         """Queries, keys, values, the result, and the logarithm of each query's sum; of norms their input and scale."""

@@ -249,6 +249,45 @@ def halves(gate: str, up: str, ours: str, width: int, expert: int | None = None)
     yield Part(up, ours, expert, width, width)
 
 
+class Stage(NamedTuple):
+    """A part of a sublayer's work, for its bound by arithmetic (trainer/arithmetic/roofline.py).
+
+    All counts are for one token, forward and backward together, of kernels that are fused as far as anyone has done it:
+    each reads its inputs from memory once and writes its results once.
+
+    Attributes:
+        name: of a row in tables, in which parts of the same name are added.
+        weights: names of the matrices that it multiplies, within the mixer.
+        operands: numbers that matrix products read; one byte each in FP8.
+        moved: other numbers in the dtype of activations.
+        wide: numbers in FP32.
+        flops: operations of a forward pass besides the weights'.
+    """
+
+    name: str
+    weights: tuple[str, ...] = ()
+    operands: int = 0
+    moved: int = 0
+    wide: int = 0
+    flops: int = 0
+
+
+def product(name: str, weights: tuple[str, ...], inputs: int, outputs: int) -> Stage:
+    """y = Wx of matrices with the same input. Forward reads x; the gradient of x reads that of y, the gradient of W
+    that of y and x. Written are y and the gradient of x."""
+    return Stage(name, weights, operands=2 * (inputs + outputs), moved=inputs + outputs)
+
+
+def two_products(name: str, weights: tuple[str, ...], hidden: int, first: int, width: int) -> Stage:
+    """W₂ · act(W₁ x), act and its derivative in the products' epilogues; `first` numbers before act, `width` after it.
+
+    Beside the operands, forward writes both of them and y; backward reads what was before act, and writes its gradient
+    and that of x. Experts gather x and add up y within their products, so for them too x and y move once.
+    """
+    operands = 2 * (hidden + first) + 2 * (width + hidden)
+    return Stage(name, weights, operands, moved=3 * first + width + 2 * hidden)
+
+
 K = TypeVar("K", bound="Kind")
 
 
@@ -300,6 +339,20 @@ class Kind(Spec):
     def core_flops(self, seq_len: int) -> int:
         """Operations of a forward pass outside its weights, for one token of a row that is one document."""
         return 0
+
+    def stages(self, model: ModelShape, seq_len: int) -> Iterator[Stage]:
+        """Its work in parts; the norm in front is not among them. By default each matrix by itself.
+
+        Args:
+            seq_len: of rows that are one document.
+        """
+        for p in self.parameters(model):
+            if p.multiplies:
+                rows, columns = p.shape[-2:]
+                copies = p.active // (rows * columns)
+                yield product(self.label, (p.name,), copies * columns, copies * rows)
+        if core := self.core_flops(seq_len):
+            yield Stage(self.label, flops=core)
 
     @abstractmethod
     def kept(self, hidden: int, widths: Widths) -> int:

@@ -18,8 +18,10 @@ from trainer.kinds.base import (
     ModelShape,
     Parameter,
     PlacedKind,
+    Stage,
     Widths,
     matrix,
+    product,
     table,
     vector,
 )
@@ -74,6 +76,14 @@ class EngramSpec(PlacedKind):
     def adaptable(self, model: ModelShape) -> Iterator[Parameter]:
         """None: its tables hold what it learns, not its matrices."""
         yield from ()
+
+    def stages(self, model: ModelShape, seq_len: int) -> Iterator[Stage]:
+        hidden, tables = model.hidden, (self.max_order - 1) * self.num_heads
+        # Rows and their indices are read, what was found written; backward reads its gradient and adds it to the rows'.
+        yield Stage("Engram lookups", moved=2 * self.d_mem, wide=3 * self.d_mem + 4 * tables)
+        yield product("Engram projections", ("key_proj.weight", "value_proj.weight"), self.d_mem, 2 * hidden)
+        # Key, value and stream are read, the result written; backward reads them and its gradient, and writes three.
+        yield Stage("Engram gate and convolution", moved=11 * hidden)
 
     def kept(self, hidden: int, widths: Widths) -> int:
         """Memory as it is found, keys and values, the four norms, gate and convolution."""

@@ -19,8 +19,10 @@ from trainer.kinds.base import (
     ModelShape,
     Parameter,
     Part,
+    Stage,
     Widths,
     matrix,
+    product,
     vector,
 )
 
@@ -101,6 +103,18 @@ class MambaSpec(Kind):
         chunk, state, width = self.chunk_size, self.d_state, self.head_dim
         by_head = self.num_heads * (2 * chunk * width + 4 * state * width)
         return self.num_groups * 2 * chunk * state + by_head
+
+    def stages(self, model: ModelShape, seq_len: int) -> Iterator[Stage]:
+        inner, conv, groups, heads = self.d_inner, self.conv_dim, 2 * self.state_width, self.num_heads
+        first = ("zxbc_proj.weight", "dt_proj.weight")
+        yield product("Mamba-2 projections", first, model.hidden, inner + conv + heads)
+        yield product("Mamba-2 projections", ("out_proj.weight",), inner, model.hidden)
+        # SiLU with it: forward reads and writes a channel; backward reads it and the gradient, and writes one.
+        yield Stage("Mamba-2 convolution", moved=5 * conv)
+        # Forward reads x, B, C and writes y; backward reads x, B, C, y's gradient and writes those of x, B, C.
+        moved = 5 * inner + 3 * groups
+        yield Stage("Mamba-2 scan", moved=moved, wide=3 * heads, flops=self.core_flops(seq_len))
+        yield Stage("norms and additions", moved=8 * inner)  # gated: y, z, result; its gradient, y, z, two gradients
 
     def kept(self, hidden: int, widths: Widths) -> int:
         inner, heads, chunk = self.d_inner, self.num_heads, self.chunk_size

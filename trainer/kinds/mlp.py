@@ -13,11 +13,13 @@ from trainer.kinds.base import (
     ModelShape,
     Parameter,
     Part,
+    Stage,
     Widths,
     bias,
     first_rows,
     halves,
     matrix,
+    two_products,
 )
 
 
@@ -57,6 +59,10 @@ class MlpSpec(Kind):
             else:
                 yield Part(f"up_proj.{leaf}", f"{self.first}.{leaf}")
             yield Part(f"down_proj.{leaf}", f"down.{leaf}")
+
+    def stages(self, model: ModelShape, seq_len: int) -> Iterator[Stage]:
+        first, weights = sum(first_rows(self.activation, self.width)), (f"{self.first}.weight", "down.weight")
+        yield two_products(self.label, weights, model.hidden, first, self.width)
 
     def kept(self, hidden: int, widths: Widths) -> int:
         """After the first product (of squared ReLU: after ReLU), and after the activation."""

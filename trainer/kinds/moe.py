@@ -20,10 +20,13 @@ from trainer.kinds.base import (
     Parameter,
     Part,
     Rows,
+    Stage,
     Widths,
     first_rows,
     halves,
     matrix,
+    product,
+    two_products,
 )
 
 
@@ -115,6 +118,29 @@ class MoeSpec(Kind):
             else:
                 yield Part(f"{at}up_proj.weight", first)
             yield Part(f"{at}down_proj.weight", "shared_down.weight")
+
+    def stages(self, model: ModelShape, seq_len: int) -> Iterator[Stage]:
+        hidden, copies = model.hidden, self.top_k
+        # Scores are written and read again in the backward pass; so are the chosen ones and their weights.
+        router = product("router", ("router.weight",), hidden, 0)
+        yield router._replace(wide=2 * self.num_experts + 4 * copies)
+        before = sum(first_rows(self.activation, self.expert_width))
+        weights = (self.first, "down_EDF")
+        yield two_products("experts", weights, hidden, copies * before, copies * self.expert_width)
+        if self.shared_width:
+            before = sum(first_rows(self.activation, self.shared_width))
+            weights = (f"{self.shared_first}.weight", "shared_down.weight")
+            yield two_products("shared expert", weights, hidden, before, self.shared_width)
+
+    def copied(self, hidden: int) -> int:
+        """Numbers that the experts move for each token if their tokens are copied, activated, weighted and summed by
+        kernels of their own (trainer/ops/experts_grouped.py), instead of within the products.
+
+        Forward a copy of the token is written, read, its result written and read; backward gradient and token are
+        copied again, the gradient read by two products, the token by one, its gradient written and read.
+        """
+        before = sum(first_rows(self.activation, self.expert_width))
+        return 5 * hidden + self.top_k * (11 * hidden + 7 * before + 6 * self.expert_width)
 
     def kept(self, hidden: int, widths: Widths) -> int:
         """Scores, choices and weights, two orders of the copies, and their hidden layer before its activation."""

@@ -18,6 +18,7 @@ import torch
 
 from trainer import thismachine
 from trainer.arithmetic.flops import flops_per_token
+from trainer.arithmetic.gpus import by_device
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.checkpoint import CheckpointManifest
 from trainer.data.plan import Cursor
@@ -42,8 +43,6 @@ from trainer.spikes import SKIP_REASONS, SkipReason
 
 log = logging.getLogger(__name__)
 
-# Dense BF16 peak in FLOP/s, by a part of the device's name (vendor data sheets, without sparsity).
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "T4": 65e12}
 _GOODPUT = {
     "data": "data_wait",
     "forward_backward": "step",
@@ -57,9 +56,9 @@ _SCALARS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "expert_l
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of one device by its name; None for a CPU and for a GPU that is not in the table."""
-    name = device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    """Dense BF16 FLOP/s of one device by its name; None for a CPU and for a GPU that is not in the table."""
+    gpu = by_device(device_name(device))
+    return gpu.flops if gpu else None
 
 
 def device_name(device: torch.device) -> str:
