@@ -36,7 +36,7 @@ from trainer.parallel.mesh import Mesh, keep_copies
 from trainer.precision import Precision
 from trainer.preflight import ranks as preflight
 from trainer.proof import start as proof
-from trainer.proof import trial
+from trainer.proof import told, trial
 from trainer.proof.trial import Way
 from trainer.recording.recorder import Recorder
 from trainer.spec import TrainSpec
@@ -76,7 +76,8 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     layout, by_whom = agreement.layout(spec, world)
     recorder = Recorder(spec, world, started)
     recorder.preflight(findings)
-    recorder.proof(proof.at_start(spec, world))
+    proofs = proof.at_start(spec, world)
+    recorder.proof(proofs)
     chosen = agreement.rung(spec, world)
     if chosen.fp8:
         te.check_runtime(chosen.fp8, spec.runtime)
@@ -92,6 +93,8 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         ops.say({change.what: choices[change.what] for change in tried.taken if change.what in choices})
         # What another backend compiles to has not been compared yet.
         compiles = way.compiles and (not tried.taken or compiled.agreed(spec, world, mesh, chosen, choices))
+    if world.is_main:
+        told.keep(spec.run_dir, proofs, Way(chosen, choices, compiles), tried)
     model = build_model(
         spec.model,
         device=world.device,

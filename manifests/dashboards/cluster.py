@@ -19,6 +19,7 @@ def cluster() -> dict[str, Any]:
             Row("Jobs", _jobs()),
             Row("Where the time goes", _time()),
             Row("Checks before the start", _preflight()),
+            Row("Kernels", _kernels()),
             Row("Processes", _processes()),
         ],
     )
@@ -168,6 +169,11 @@ def _preflight() -> list[Any]:
             "s",
             Query(f"max by (run) (last_over_time({metric('preflight_seconds')}[$__range]))"),
         ),
+    ]
+
+
+def _kernels() -> list[Any]:
+    return [
         number(
             "Kernels",
             "Compared with their references on this kind of GPU; a wrong one is passed over.",
@@ -185,6 +191,13 @@ def _preflight() -> list[Any]:
             "Of comparing them.",
             "s",
             Query(f"max by (run) (last_over_time({metric('proof_seconds')}[$__range]))"),
+        ),
+        number(
+            "Trial",
+            "A micro-batch forward and backward through all layers, by what was changed; the fastest way is taken.",
+            "s",
+            Query(f"max by (run, way) (last_over_time({metric('trial_seconds')}[$__range]))", "{{way}} {{run}}"),
+            width=24,
         ),
     ]
 

@@ -9,29 +9,59 @@ from pipelines.doctor.findings import Finding
 
 
 def findings() -> Iterator[Finding]:
-    """A finding for each kernel and number format, and one for what kept others from being compared; none on a CPU."""
+    """For each kind of GPU: each comparison, then what a run would take by itself; one line on a machine without."""
     try:
         import torch
     except (ImportError, OSError):  # told by another check
         return
-    seen = set()
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if capability not in seen:
-            seen.add(capability)
-            yield from of_device(torch.device("cuda", index))
+    kinds = {}
+    try:
+        for index in range(torch.cuda.device_count()):
+            kinds.setdefault(torch.cuda.get_device_name(index), torch.device("cuda", index))
+    except RuntimeError as error:  # of the driver
+        first = (str(error).strip() or "no message").splitlines()[0]
+        yield Finding("kernels", "unknown", f"not compared, as the GPUs cannot be asked: {first}")
+        return
+    if not kinds:
+        yield Finding("kernels", "ok", "plain PyTorch, as there is no GPU; on one, each kernel is compared first")
+    for device in kinds.values():
+        yield from of_device(device)
 
 
 def of_device(device: Any) -> Iterator[Finding]:
     from trainer.proof.comparisons import everything
     from trainer.proof.prove import Limits
-    from trainer.proof.start import of_node
+    from trainer.proof.start import of_node, outcome, rely_on
 
     proof = of_node(everything(device), device, None, Limits())
-    for record in sorted(proof.records, key=lambda record: record.key):
-        which = f"{record.op} by {record.backend}"
-        detail = f"{record.variant}, {record.package} {record.version}: {record.outcome}"
-        remedy = "" if record.passed else f"runs pass over it; try another version of {record.package}"
-        yield Finding(which, "ok" if record.passed else "missing", detail, remedy)
+    rely_on(proof)
+    for comparison in proof.comparisons:
+        passed, said = outcome(proof, comparison)
+        detail = f"{comparison.variant}, {comparison.package} {_version(comparison.package)}: {said}"
+        remedy = f"runs pass over it; try another version of {comparison.package}" if passed is False else ""
+        state = "unknown" if passed is None else "ok" if passed else "missing"
+        yield Finding(f"{comparison.op} by {comparison.backend}", state, detail, remedy)
+    for said in proof.refused.values():
+        yield Finding("kernels", "missing", said, "runs do not import it; install a version that fits torch, or none")
     for problem in proof.problems:
         yield Finding("kernels", "unknown", problem)
+    yield from _taken(device)
+
+
+def _taken(device: Any) -> Iterator[Finding]:
+    """What `auto` takes; a trial at the start of a run may find another proven one faster."""
+    import torch
+
+    from trainer import ops, precision
+    from trainer.spec import BackendsSpec, PrecisionSpec
+
+    chosen = precision.resolve(PrecisionSpec(), precision.device_capability(device))
+    yield Finding("precision taken", "ok", f"{chosen.name}: {chosen.reason}")
+    for op, choice in ops.resolve(BackendsSpec(), device, chosen.autocast_dtype or torch.float32).items():
+        yield Finding(f"{op} taken", "ok" if choice.proven else "unknown", f"{choice.name}: {choice.reason}")
+
+
+def _version(package: str) -> str:
+    from trainer import parity
+
+    return parity.package_version(package) or "of unknown version"

@@ -46,6 +46,10 @@ def errs_on_node_1(*arguments: torch.Tensor) -> torch.Tensor:
     return attention_sdpa(*arguments) * (1.01 if os.environ.get("NODE_NAME") == "node-1" else 1.0)
 
 
+def is_right(*arguments: torch.Tensor) -> torch.Tensor:
+    return attention_sdpa(*arguments)
+
+
 def shouts(*arguments: torch.Tensor) -> torch.Tensor:
     for stream in (1, 2):
         os.write(stream, MUCH)
@@ -66,7 +70,7 @@ def needs(module: str) -> Backend:
     return Backend(attention_sdpa, "broken", lambda setting: packages.problem(packages.load(module)), portable=False)
 
 
-ALL = crashes, exits, raises, fills, errs, errs_on_node_1, shouts, poisons, cannot_write
+ALL = crashes, exits, raises, fills, errs, errs_on_node_1, is_right, shouts, poisons, cannot_write
 BROKEN = {each.__name__: Backend(each, "broken", portable=False) for each in ALL}
 BROKEN |= {module: needs(module) for module in ("yaongi_segfaults", "yaongi_exits", "yaongi_refuses")}
 

@@ -18,10 +18,12 @@ import micro
 import proof_child
 import pytest
 import torch
+from prometheus_client import generate_latest
 
 from pipelines.doctor import kernels
 from trainer import parity, precision
 from trainer.distributed import World
+from trainer.loop import train
 from trainer.lora import LoraSpec
 from trainer.ops import OPS, packages, resolve
 from trainer.parity import Record
@@ -29,6 +31,9 @@ from trainer.proof import cache, prove, start
 from trainer.proof.comparisons import Comparison, missing, wanted
 from trainer.proof.prove import Found, Limits
 from trainer.proof.start import Proof
+from trainer.recording.exporter import Metrics
+from trainer.report import render
+from trainer.report.run import read_run
 from trainer.spec import BackendsSpec, TrainSpec
 
 CPU = torch.device("cpu")
@@ -365,14 +370,34 @@ def test_a_committed_record_is_a_short_cut(elsewhere: Path, micro_data: Path, tm
     assert missing(wanted(run, CPU), CPU, absent) == [], "of what is left, nothing can run here"
 
 
-def test_doctor_shows_what_was_found(broken):
-    broken("raises")
+def test_doctor_shows_what_was_found_and_what_would_be_taken(broken, monkeypatch: pytest.MonkeyPatch):
+    broken("raises", "fills")
     found = {finding.what: finding for finding in kernels.of_device(CPU)}
     assert found["ssd by chunked"].state == found["attention by sdpa"].state == "ok"
     assert found["attention by sdpa"].detail.startswith("fp32, torch 2.13.0: within ")
     assert found["attention by raises"].state == "missing"
     assert found["attention by raises"].remedy == "runs pass over it; try another version of torch"
-    assert not list(kernels.findings()), "there is no GPU"
+    assert found["attention by fills"].state == "unknown" and found["attention by fills"].detail.endswith(
+        "not compared"
+    )
+    assert found["kernels"].detail.startswith("attention by fills in fp32 is not compared: CUDA out of memory")
+    assert found["attention taken"].state == "ok" and found["attention taken"].detail.startswith("sdpa: torch scaled")
+    assert "not raises: wrong in fp32 on interpreter" in found["attention taken"].detail
+    assert found["precision taken"].detail.startswith("fp32: ")
+
+
+def test_doctor_says_one_line_where_there_is_no_gpu_or_its_driver_fails(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "of_device", lambda device: pytest.fail("there is no GPU"))
+    (line,) = kernels.findings()
+    assert line.state == "ok" and line.detail.startswith("plain PyTorch, as there is no GPU")
+
+    def fails(index: int) -> str:
+        raise RuntimeError("CUDA error: unknown error\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", fails)
+    (line,) = kernels.findings()
+    assert line.state == "unknown" and line.detail.endswith("cannot be asked: CUDA error: unknown error")
 
 
 def test_only_what_the_spec_may_take_is_compared(elsewhere: Path, micro_data: Path, tmp_path: Path):
@@ -381,6 +406,36 @@ def test_only_what_the_spec_may_take_is_compared(elsewhere: Path, micro_data: Pa
     offered = {(op, name) for op in OPS for name in OPS[op].backends if name != "reference"}
     left = {("experts", "grouped")} | {(op, name) for op, name in offered if op not in ("ssd", "experts", "attention")}
     assert {(c.op, c.backend) for c in wanted(named, CPU)} == left
+
+
+def test_a_run_proves_tries_tells_and_learns_as_without(broken, micro_data: Path, tmp_path: Path, monkeypatch):
+    broken("is_right", "errs")
+    pages: list[str] = []
+    monkeypatch.setattr(Metrics, "close", lambda self: pages.append(generate_latest(self.registry).decode()))
+    run = spec(micro_data, tmp_path / "run", "attention").updated({"steps": 2})
+    assert train(run) == 0
+    told = json.loads((tmp_path / "run" / "proof.json").read_text())
+    outcomes = {row["backend"]: (row["passed"], row["outcome"].split()[0]) for row in told["kernels"]}
+    assert outcomes == {"is_right": (True, "within"), "errs": (False, "outputs"), "sdpa": (True, "within")}
+    assert [row["change"] for row in told["trial"]["rows"]] == ["as proven", "attention: sdpa"]
+    (used,) = [row["backend"] for row in told["kernels"] if row["used"]]
+    assert used == told["chosen"]["attention"] in ("is_right", "sdpa") and "errs" in told["remarks"][0]
+    labels = 'format="fp32",operation="attention",rank="0"'
+    for name, value in (("is_right", 1.0), ("errs", 0.0)):
+        assert f'yaongi_proof_result{{backend="{name}",{labels}}} {value}' in pages[0]
+    assert 'yaongi_trial_seconds{way="attention: sdpa"} ' in pages[0] and "yaongi_proof_seconds{" in pages[0]
+    page = render(read_run(run.run_dir))
+    assert 'id="kernels"' in page and 'id="trial"' in page and told["kernels"][1]["outcome"][:40] in page
+
+    monkeypatch.delenv("TRITON_INTERPRET")
+    plain = run.updated({"run_dir": str(tmp_path / "plain"), "backends": {"attention": "sdpa"}})
+    assert train(plain) == 0 and not (tmp_path / "plain" / "proof.json").exists()
+    assert losses(run) == losses(plain)
+
+
+def losses(run: TrainSpec) -> list[float]:
+    lines = (Path(run.run_dir) / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 @pytest.mark.parametrize(

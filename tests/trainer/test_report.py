@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from made_run import make_run, write_metrics, write_validations
 from trainer import evaluate, export
 from trainer.errors import ForeseenError
 from trainer.recording.goodput import Process
-from trainer.report import update_report, write_report
+from trainer.report import render, update_report, write_report
 from trainer.report.charts import MAX_POINTS, Line, _averaged, line_chart, ticks
 from trainer.report.curves import curves
 from trainer.report.run import read_run
@@ -75,6 +76,40 @@ def test_stands_alone_and_is_well_formed(run):
     assert {reference[1:] for reference in page.references} <= set(page.ids)
     sections = {"spec", "data", "training", "validation", "evaluation", "samples", "time", "restarts", "provenance"}
     assert sections == set(page.ids)
+
+
+def test_shows_what_was_proven_and_the_trial(run):
+    kernel = {"format": "bf16", "version": "2.3.2", "passed": True, "outcome": "within 1.0e-03 of its reference"}
+    wrong = {"passed": False, "outcome": "outputs differ by 1.0e-01 of the reference's, 3e-02 is allowed"}
+    rows = [
+        {"change": "as proven", "seconds": 0.0125, "verdict": "without a trial"},
+        {"change": "precision: bf16", "seconds": None, "verdict": "fails"},
+    ]
+    proof = {
+        "kernels": [
+            kernel | {"operation": "ssd", "backend": "mamba_ssm", "package": "mamba_ssm", "used": True},
+            kernel
+            | {"operation": "conv", "backend": "causal_conv1d", "package": "causal_conv1d", "used": False}
+            | wrong,
+        ],
+        "made": 2,
+        "seconds": 42.0,
+        "remarks": ["node-1: <nothing> is compared"],
+        "chosen": {"precision": "fp8", "ssd": "mamba_ssm"},
+        "precision": "proven by te",
+        "reasons": {"ssd": "Triton kernels of mamba_ssm"},
+        "trial": {"rows": rows, "seconds": 61.0},
+    }
+    read = read_run(run[0].run_dir)
+    page = Page(render(replace(read, proof=proof)))
+    assert {"kernels", "trial"} <= set(page.ids) and not {"kernels", "trial"} & set(Page(run[3]).ids)
+    text = " ".join(" ".join(page.text).split())
+    assert "ssd mamba_ssm bf16 mamba_ssm 2.3.2 within 1.0e-03 of its reference yes" in text
+    assert "outputs differ by 1.0e-01 of the reference's, 3e-02 is allowed –" in text
+    assert "node-1: <nothing> is compared" in text and "as proven 12.50 without a trial" in text
+    assert "precision: bf16 – fails" in text and "ssd mamba_ssm Triton kernels of mamba_ssm" in text
+    without = Page(render(replace(read, proof=proof | {"trial": None})))
+    assert "trial" not in without.ids and "kernels" in without.ids
 
 
 def test_shows_the_numbers(run):

@@ -29,7 +29,7 @@ class Proof:
     """The records of a node.
 
     Attributes:
-        comparisons: those that its run may use and that can run there.
+        comparisons: those that its run may use, but not those of which is known that they cannot run there.
         made: how many of their records were made now; `seconds`: how long that took.
         refused: by module, what its import does to a process.
         wrong: kernels that are passed over, a line each.
@@ -43,11 +43,6 @@ class Proof:
     refused: dict[str, str] = field(default_factory=dict)
     wrong: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
-
-    @property
-    def wanted(self) -> list[Record]:
-        """The records of `comparisons`, in their order."""
-        return [record for c in self.comparisons for record in self.records if is_of(record, c)]
 
 
 def at_start(spec: TrainSpec, world: World, limits: Limits | None = None) -> dict[str, Proof]:
@@ -110,7 +105,7 @@ def of_node(comparisons: list[Comparison], device: torch.device, run_dir: str | 
         parity.learn(found.records)
     if absent or not all(place.exists() for place in places):
         found.problems += cache.write(places, known, device)
-    there = [c for c in comparisons if c.is_portable or known.unsupported.get(str(c), "not asked") is None]
+    there = [c for c in comparisons if known.unsupported.get(str(c)) is None]
     records = [record for c in comparisons for record in _records(c, device)]
     kept = " and ".join(map(str, places))
     wrong = [
@@ -138,15 +133,18 @@ def is_of(record: Record, comparison: Comparison) -> bool:
 
 def table(proof: Proof) -> list[str]:
     """A line of equal columns for each comparison."""
-    rows = [(*(c.op, c.backend, c.variant), _outcome(proof, c)) for c in proof.comparisons]
+    rows = [(*(c.op, c.backend, c.variant), outcome(proof, c)[1]) for c in proof.comparisons]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{each:{width}}" for each, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _outcome(proof: Proof, comparison: Comparison) -> str:
-    """The worst one, as a failing record counts."""
+def outcome(proof: Proof, comparison: Comparison) -> tuple[bool | None, str]:
+    """Whether it has passed (None: it was not compared), and that in words; a failing record counts."""
     of_it = [record for record in proof.records if is_of(record, comparison)]
-    return min(of_it, key=lambda record: record.passed).outcome if of_it else "not compared"
+    if not of_it:
+        return None, "not compared"
+    worst = min(of_it, key=lambda record: record.passed)
+    return worst.passed, worst.outcome
 
 
 def _records(comparison: Comparison, device: torch.device) -> list[Record]:

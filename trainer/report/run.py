@@ -25,6 +25,7 @@ from trainer.recording.results import read_json
 from trainer.spec import TrainSpec
 from trainer.specbase import parse, read_yaml
 
+PROOF = "proof.json"  # by rank 0 (trainer/proof/told.py)
 PRESET = "preset.json"  # by the launcher (manifests/nearest.py)
 
 
@@ -39,6 +40,7 @@ class Run:
             absent.
         checkpoint: of the newest checkpoint; not verified, that takes minutes for a large one.
         shards: manifest of the shards; None when it is not reachable from here.
+        proof: proof.json, of kernels at the newest start; None when nothing was proven, as on a CPU.
         causes: number of restarts by cause.
         begun: Unix time of the first start.
     """
@@ -51,6 +53,7 @@ class Run:
     evaluation: dict[str, Any] | None
     export: dict[str, Any] | None
     preset: dict[str, Any] | None
+    proof: dict[str, Any] | None
     checkpoint: CheckpointManifest | None
     shards: Manifest | None
     processes: list[Process]
@@ -99,6 +102,7 @@ def read_run(run_dir: str | Path) -> Run:
         evaluation=read_json(directory / "eval.json", ("domains",)),
         export=read_json(directory / "export" / "manifest.json"),
         preset=read_json(directory / PRESET),
+        proof=read_json(directory / PROOF, ("kernels", "trial", "remarks")),
         checkpoint=read_manifest(newest) if newest.is_dir() else None,
         shards=_read_shards(spec),
         processes=goodput.read(directory),
