@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.doctor.findings import Finding
+from pipelines.doctor.findings import Finding, State
 
 
 def findings() -> Iterator[Finding]:
@@ -14,7 +14,7 @@ def findings() -> Iterator[Finding]:
         import torch
     except (ImportError, OSError):  # told by another check
         return
-    kinds = {}
+    kinds: dict[str, Any] = {}
     try:
         for index in range(torch.cuda.device_count()):
             kinds.setdefault(torch.cuda.get_device_name(index), torch.device("cuda", index))
@@ -39,7 +39,7 @@ def of_device(device: Any) -> Iterator[Finding]:
         passed, said = outcome(proof, comparison)
         detail = f"{comparison.variant}, {comparison.package} {_version(comparison.package)}: {said}"
         remedy = f"runs pass over it; try another version of {comparison.package}" if passed is False else ""
-        state = "unknown" if passed is None else "ok" if passed else "missing"
+        state: State = "unknown" if passed is None else "ok" if passed else "missing"
         yield Finding(f"{comparison.op} by {comparison.backend}", state, detail, remedy)
     for said in proof.refused.values():
         yield Finding("kernels", "missing", said, "runs do not import it; install a version that fits torch, or none")
