@@ -36,6 +36,8 @@ from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import build_model
 from trainer.model.recompute import set_policy
 from trainer.optim import build_optimizers
+from trainer.parallel.layout import Layout
+from trainer.parallel.mesh import keep_copies
 from trainer.recording.recorder import peak_flops
 from trainer.runtimespec import RuntimeSpec
 from trainer.spec import PrecisionSpec
@@ -127,6 +129,7 @@ def measure(train: JobTrainSpec, result: Result, device: torch.device, repeats: 
     )
     optimizers = build_optimizers(model, train.optimizer, train.model)
     state = convert(model, train.model, chosen.fp8, device) if chosen.fp8 else None
+    keep_copies(model, Layout(), device, chosen.autocast_dtype)
     set_policy(model, parse(RuntimeSpec, {"activation_checkpointing": result.recompute}).activation_checkpointing)
     if result.compiled:
         compile_layers(model)

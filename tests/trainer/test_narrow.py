@@ -21,9 +21,10 @@ from trainer.model.hybrid import HybridModel, build_model
 from trainer.model.recompute import set_policy
 from trainer.modelspec import ModelSpec
 from trainer.ops.narrow import Copy, in_place_of
-from trainer.optim import build_optimizers
+from trainer.optim import build_optimizers, clip_gradients
 from trainer.optim.shares import Share
 from trainer.parallel.layout import Layout
+from trainer.parallel.mesh import keep_copies
 from trainer.parameters import head, parameters
 from trainer.spec import BackendsSpec, OptimizerSpec
 
@@ -60,11 +61,12 @@ def casts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def made(*, copies: bool, seed: int = 0) -> HybridModel:
+def made(*, copies: bool, adding: bool = False, seed: int = 0) -> HybridModel:
     # The reference multiplies in BF16 and so returns BF16 gradients, as grouped products of a GPU do.
     model = build_model(SPEC, BackendsSpec(experts="reference"), seed=seed)
     if copies:
-        model.keep_copies({p.name for p in parameters(SPEC) if Layout().copied(p)})
+        names = {p.name for p in parameters(SPEC) if Layout().copied(p)}
+        model.keep_copies(names, names if adding else ())
     return model
 
 
@@ -82,10 +84,11 @@ def run(model: nn.Module, number: int, *, backward: bool = True) -> float:
     return loss.item()
 
 
+@pytest.mark.parametrize("adding", [False, True])
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
-def test_steps_are_those_without_copies(policy: str, casts: list[str]) -> None:
-    """Bit for bit, as a copy is the cast; and one cast for each weight and step."""
-    models = [made(copies=False), made(copies=True)]
+def test_steps_are_those_without_copies(policy: str, adding: bool, casts: list[str]) -> None:
+    """Bit for bit, as a copy is the cast, and a sum that of the same numbers; and one cast for each weight and step."""
+    models = [made(copies=False), made(copies=True, adding=adding)]
     losses: list[list[float]] = [[], []]
     for model, seen in zip(models, losses, strict=True):
         set_policy(model, policy)
@@ -95,6 +98,7 @@ def test_steps_are_those_without_copies(policy: str, casts: list[str]) -> None:
             seen += [run(model, 3 * step + number) for number in range(3)]
             assert len(casts) == (STACKS if model is models[1] else 0)
             if step < 2:
+                clip_gradients(optimizers.parameters, 1.0)
                 optimizers.step()
                 optimizers.zero_grad()
     assert losses[0] == losses[1]
@@ -169,12 +173,15 @@ def test_without_autocast_weights_are_multiplied_as_they_are(casts: list[str]) -
     assert torch.equal(found, expected) and len(casts) == STACKS
 
 
-def test_compiled_layers_read_the_copies(casts: list[str]) -> None:
+@pytest.mark.parametrize("adding", [False, True])
+def test_compiled_layers_read_the_copies(adding: bool, casts: list[str]) -> None:
     """In one graph, and the code stays when the weights change."""
     with compiled.leaving_nothing(torch.device("cpu")):
         model = build_model(SPEC, BackendsSpec(experts="grouped"), seed=0)
-        model.keep_copies({p.name for p in parameters(SPEC)})
         plain = deepcopy(model)
+        names = {p.name for p in parameters(SPEC)}
+        for each in (model, plain):
+            each.keep_copies(names, names if adding else ())
         compile_layers(model, whole=True, backend="aot_eager")
         for step in range(2):
             casts.clear()
@@ -192,6 +199,52 @@ def second_of_two_ranks() -> Iterator[None]:
     dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
     yield
     dist.destroy_process_group()
+
+
+def test_a_copy_adds_every_gradient_and_keeps_none() -> None:
+    plain, model = made(copies=False), made(copies=True, adding=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = [each(*batch(0)) for each in (plain, model)]
+    for output in outputs:
+        (output.ce_sum + output.mtp_ce_sum_K.sum()).backward(retain_graph=True)
+        (output.ce_sum + output.mtp_ce_sum_K.sum()).backward()
+    for (name, parameter), other in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad) and other.grad.dtype == torch.float32, name
+    copies = [copy for moe in model.moe_sublayers() for copy in moe.copies.values()]
+    assert len(copies) == STACKS and all(copy.requires_grad and copy.grad is None for copy in copies)
+
+
+def test_frozen_experts_get_no_gradient() -> None:
+    model = build_model(SPEC, BackendsSpec(experts="reference"), seed=0)
+    frozen = [p for name, p in model.named_parameters() if "EFD" in name or "EDF" in name]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    names = {p.name for p in parameters(SPEC)}
+    model.keep_copies(names, names)
+    run(model, 0)
+    assert len(frozen) == STACKS and all(parameter.grad is None for parameter in frozen)
+    assert not any(copy.requires_grad for moe in model.moe_sublayers() for copy in moe.copies.values())
+
+
+def test_which_copies_add() -> None:
+    """Where nobody else waits for gradients: one rank, or experts that are split between ranks."""
+    experts = {p.name for p in parameters(SPEC) if p.per_expert}
+    for layout, copied, adding in (
+        (Layout(), experts, experts),
+        (Layout(world=2), experts, set()),
+        (Layout(world=2, expert=2), experts, experts),
+        (Layout(world=2, data="fsdp", shard=2), set(), set()),
+        (Layout(world=2, data="fsdp", shard=2, expert=2), experts, experts),
+        (Layout(data="fsdp"), set(), set()),
+    ):
+        model = build_model(SPEC, BackendsSpec(experts="reference"), device="meta", seed=None)
+        model.keep_copies = lambda *names: found.extend(map(set, names))  # noqa: B023
+        found: list[set[str]] = []
+        keep_copies(model, layout, torch.device("cuda"), torch.bfloat16)
+        assert found == [copied, adding], layout
+        keep_copies(model, layout, torch.device("cuda"), None)
+        keep_copies(model, layout, torch.device("cpu"), torch.bfloat16)
+        assert len(found) == 2
 
 
 @pytest.mark.usefixtures("second_of_two_ranks")
@@ -220,8 +273,18 @@ def test_of_cut_experts_a_rank_copies_its_own(casts: list[str]) -> None:
         torch.autograd.graph.increment_version([moe.down_EDF])
         assert kept() is first and len(casts) == 4
     in_place_of(moe.down_EDF.to_local(), first).square().sum().backward()
-    assert moe.down_EDF.grad.placements == cut.placements and moe.down_EDF.grad.dtype == torch.float32
-    assert torch.equal(moe.down_EDF.grad.to_local(), 2 * first.float())
+    gradient = moe.down_EDF.grad
+    assert gradient.placements == cut.placements and torch.equal(gradient.to_local(), 2 * first.float())
+    moe.down_EDF.grad = None
+    moe.copies.clear()
+    (adding := Copy(moe, "down_EDF", adds=True)).refresh(torch.bfloat16)
+    for times in (1, 2):
+        in_place_of(moe.down_EDF.to_local(), moe.copies["down_EDF"]).square().sum().backward()
+        gradient = moe.down_EDF.grad
+        assert gradient.placements == cut.placements and gradient.shape == cut.shape
+        assert torch.equal(gradient.to_local(), 2 * times * first.float())
+    adding.refresh(torch.bfloat16)
+    assert len(casts) == 5
 
 
 def test_a_gpu_has_two_more_bytes_for_each_expert_weight() -> None:

@@ -200,14 +200,21 @@ class HybridModel(nn.Module):
         """In the order of the rows of `expert_load_LE`."""
         return [module for module in self.modules() if isinstance(module, Moe)]
 
-    def keep_copies(self, names: Collection[str]) -> None:
+    def keep_copies(self, names: Collection[str], adding: Collection[str] = ()) -> None:
         """From now on multiply by copies of these parameters in the dtype of products (trainer/ops/narrow.py), of those
-        that are experts without adapters and whose product does not cast in a way of its own (FP8)."""
+        that are experts without adapters and whose product does not cast in a way of its own (FP8).
+
+        Args:
+            adding: those of them whose gradients nobody waits for: the copies add them.
+        """
         backends = [backend.function for backend in ops.OPS["experts"].backends.values()]
         for place, moe in self.named_modules():
             if isinstance(moe, Moe) and moe.run_experts in backends:
                 stacks = [name for name in (moe.spec.first, "down_EDF") if f"{place}.{name}" in names]
-                self.copies += [Copy(moe, name) for name in stacks if not hasattr(moe, f"{name}_{DOWN}")]
+                for name in stacks:
+                    if not hasattr(moe, f"{name}_{DOWN}"):
+                        adds = f"{place}.{name}" in adding and getattr(moe, name).requires_grad
+                        self.copies.append(Copy(moe, name, adds=adds))
 
     def update_router_bias(self, expert_load_LE: Tensor) -> None:
         """Move the router biases after an optimizer step; the counts are those of the whole global step. With LoRA the

@@ -9,6 +9,12 @@ A copy is stale once the version of its weight is another one: every operation o
 into a view of it, counts it up. What writes unseen has to say so (`torch.autograd.graph.increment_version`), as
 `Optimizers.step` does for all weights: collectives, kernels of our own, and all that writes into the part of a cut
 parameter after `detach`, from where on part and whole count each for itself.
+
+Gradients: a product's is as narrow as the copy. Autograd would cast it to FP32 and add that to the parameter's. Where
+neither DDP nor FSDP2 waits for what autograd hands to the parameter, autograd differentiates by the copy itself, whose
+gradient is added to the parameter's in one pass and dropped, as soon as it is there: the same numbers, without the FP32
+cast. `torch.autograd.grad` and hooks of the parameter do not see it; whoever captures a layer as a function of its
+parameters has to take the copies as well.
 """
 
 from __future__ import annotations
@@ -25,10 +31,13 @@ class Copy:
     """The copy of one parameter of a module; of a cut parameter, of the part of this rank.
 
     `module.copies` holds it by the parameter's name, from the first `refresh` on.
+
+    Args:
+        adds: it takes gradients, and adds them to the parameter's.
     """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self._module, self._name = module, name
+    def __init__(self, module: nn.Module, name: str, *, adds: bool = False) -> None:
+        self._module, self._name, self._adds = module, name, adds
         self._of: Any = lambda: None  # weak: the parameter that was copied
         self._state: tuple[int, ...] | None = None  # its memory, and the versions of the whole and of the part
 
@@ -44,14 +53,39 @@ class Copy:
             return
         with torch.inference_mode(False), torch.no_grad():
             if kept is None or not fits:
-                kept = copies[self._name] = torch.empty_like(weight, dtype=dtype)
+                kept = copies[self._name] = self._made(weight, dtype)
             kept.copy_(weight)
         self._of, self._state = weakref.ref(parameter), state
 
+    def _made(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        copy = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+        if self._adds:
+            module, name = weakref.ref(self._module), self._name  # the module keeps the copy, which keeps its hook
+
+            def add(copy: Tensor) -> None:
+                owner = module()
+                assert owner is not None, "the module whose copy this is"
+                _add(getattr(owner, name), copy)
+
+            copy.requires_grad_().register_post_accumulate_grad_hook(add)
+        return copy
+
+
+@torch.no_grad()
+def _add(parameter: nn.Parameter, copy: Tensor) -> None:
+    """The gradient of a copy to that of its parameter; of a cut parameter, to this rank's part of it."""
+    if parameter.grad is None:
+        parameter.grad = torch.empty_like(parameter, requires_grad=False)
+        own(parameter.grad).copy_(copy.grad)
+    else:
+        own(parameter.grad).add_(copy.grad)
+    copy.grad = None
+
 
 def in_place_of(weight: Tensor, copy: Tensor) -> Tensor:
-    """The copy, whose gradient is cast to the dtype of the weight and is the weight's."""
-    return _Narrowed.apply(weight, copy)
+    """The copy, whose gradient is cast to the dtype of the weight and is the weight's; or if it takes gradients itself,
+    the copy as it is."""
+    return copy if copy.requires_grad else _Narrowed.apply(weight, copy)
 
 
 def own(tensor: Tensor) -> Tensor:

@@ -150,6 +150,9 @@ class Mesh:
 
 
 def keep_copies(model: HybridModel, layout: Layout, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Experts keep copies in `dtype`, that of autocast, where they are ours to cast: on a GPU, outside of FSDP2."""
+    """Experts keep copies in `dtype`, that of autocast, where they are ours to cast: on a GPU, outside of FSDP2. Where
+    DDP does not sum their gradients either, the copies add them up."""
     if device.type == "cuda" and dtype is not None:
-        model.keep_copies({p.name for p in parameters(model.spec) if layout.copied(p)})
+        copied = [parameter for parameter in parameters(model.spec) if layout.copied(parameter)]
+        adding = {p.name for p in copied if layout.world == 1 or layout.cuts_experts(p)}
+        model.keep_copies({p.name for p in copied}, adding)
