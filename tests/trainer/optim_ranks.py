@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.optim import Optimizers, build_optimizers, clip_gradients, muon
+from trainer.optim.exchange import Exchange, Trip
 from trainer.spec import OptimizerSpec
 
 if "MARGINS" in os.environ:  # tests/margins.py
@@ -113,6 +116,49 @@ def case(layout: str, options: dict, mesh: DeviceMesh, directory: Path) -> None:
             torch.testing.assert_close(full(state[key]), value, rtol=1e-2 if tolerance > 2e-6 else 0, atol=tolerance)
 
 
+class Serial(muon._Travelling):
+    """One exchange after the other, each trip awaited where it is started."""
+
+    def finish(self) -> None:
+        for number, exchange in enumerate(self._exchanges):
+            received = (self._send(number) if number else self._outward).arrived()
+            updates = exchange.matrices(received, self._like, self._orthogonalise_)
+            self._apply(exchange, exchange.to_holders(updates, self._like))
+
+
+def overlapped(mesh: DeviceMesh) -> None:
+    """The updates of several exchanges, bit for bit those of one after the other; and what was under way when."""
+    found, events = [], []
+    start, arrived, matrices = Exchange._move, Trip.arrived, Exchange.matrices
+    spies = {
+        (Exchange, "_move"): lambda *args, **kwargs: (events.append("start"), start(*args, **kwargs))[1],
+        (Trip, "arrived"): lambda trip: (events.append("arrived"), arrived(trip))[1],
+        (Exchange, "matrices"): lambda *args: (events.append("work"), matrices(*args))[1],
+    }
+    for travelling in (Serial, muon._Travelling):
+        network = Named(SHAPES)
+        events.clear()
+        with ExitStack() as patched:
+            patched.enter_context(patch.object(muon, "MAX_BATCH_ELEMENTS", 1))
+            patched.enter_context(patch.object(muon, "_Travelling", travelling))
+            for (owner, name), spy in spies.items():
+                patched.enter_context(patch.object(owner, name, spy))
+            optimizers = build_optimizers(network, spec(), DEEP, share_over=mesh)
+            train(network, optimizers)
+            most = max((work.exchanges for work in optimizers.members["muon"]._work), key=len)
+            assert len(most) > 2
+        found.append([*network.parameters(), *(full(value) for value in optimizers.state_dict().values())])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    flying, at_work = 0, []
+    for event in events:
+        flying += {"start": 1, "arrived": -1, "work": 0}[event]
+        at_work += [flying] * (event == "work")
+        assert flying <= 2
+    pipeline = [1, *[2] * (len(most) - 2), 1]
+    assert any(at_work[first : first + len(most)] == pipeline for first in range(len(at_work))), at_work
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -121,6 +167,7 @@ def main() -> None:
     for layout in ("shared", "fsdp"):
         for options in ({}, teon, {"state_dtype": "bf16"}):
             case(layout, options, mesh, Path(sys.argv[1]))
+    overlapped(mesh)
     dist.barrier()
     dist.destroy_process_group()
     print(f"rank {os.environ['RANK']} done")

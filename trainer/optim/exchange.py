@@ -1,5 +1,7 @@
 """Gather blocks that are split between ranks on their owner, and scatter them back: one all-to-all each way.
 
+Both are started here and awaited by the caller, who has other blocks to work on meanwhile.
+
 Shape suffixes: N matrices, m rows, k columns (of a whole stack), K members of a stack.
 """
 
@@ -82,6 +84,7 @@ class Exchange:
         # Sorting is stable, so two ranks list the rows they exchange in the same order.
         self.held = sorted((piece for piece in pieces if piece.holder == rank), key=lambda piece: piece.owner)
         self._owned = sorted((piece for piece in pieces if piece.owner == rank), key=lambda piece: piece.holder)
+        self._index: tuple[Tensor, Tensor] | None = None
 
     def largest(self, sizes: list[Tensor], like: Tensor) -> Tensor:
         """[2, K, N]: the largest `sizes` of each member of each block over all ranks; those of `held` are [2, 1].
@@ -90,17 +93,27 @@ class Exchange:
         """
         sizes_2KN = like.new_zeros(2, max(len(block.members) for block in self.blocks), len(self.blocks))
         if self.held:
-            places, blocks = [piece.place for piece in self.held], [piece.block for piece in self.held]
-            sizes_2KN[:, places, blocks] = torch.cat(sizes, dim=1)
+            sizes_2KN[:, *self._places(like.device)] = torch.cat(sizes, dim=1)
         dist.all_reduce(sizes_2KN, dist.ReduceOp.MAX, group=self._group)
         return sizes_2KN
 
-    def through_owners(self, rows: list[Tensor], like: Tensor, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Send rows of `held`; apply `work`, on their owners, to the matrices [N, m, k] they form; return its rows.
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Places and blocks of `held`, made once: from a list they would be copied to the device, which waits."""
+        if self._index is None or self._index[0].device != device:
+            places, blocks = [piece.place for piece in self.held], [piece.block for piece in self.held]
+            self._index = torch.tensor(places, device=device), torch.tensor(blocks, device=device)
+        return self._index
 
-        All tensors have the dtype and the device of `like`. A collective of the group.
+    def to_owners(self, rows: list[Tensor], like: Tensor) -> Trip:
+        """Send rows of `held` to their owners.
+
+        All tensors here have the dtype and the device of `like`. A collective of the group, as is `to_holders`.
         """
-        received = self._move(rows, self._owned, like, to_owners=True)
+        return self._move(rows, self._owned, like, to_owners=True)
+
+    def matrices(self, received: list[Tensor], like: Tensor, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Apply `work` to the matrices [N, m, k] that this rank owns and whose rows it has received; what to send back
+        of the results."""
         numbers: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, shape in self._shapes.items():
             numbers[shape].append(number)
@@ -112,9 +125,13 @@ class Exchange:
             piece.of(matrices[piece.block]).copy_(row)
         for shape, same in numbers.items():
             matrices |= dict(zip(same, work(stacked[shape]), strict=True))
-        return self._move([p.of(matrices[p.block]) for p in self._owned], self.held, like, to_owners=False)
+        return [piece.of(matrices[piece.block]) for piece in self._owned]
 
-    def _move(self, rows: list[Tensor], incoming: list[Piece], like: Tensor, *, to_owners: bool) -> list[Tensor]:
+    def to_holders(self, rows: list[Tensor], like: Tensor) -> Trip:
+        """Send the results of `matrices` back; they arrive as rows of `held`."""
+        return self._move(rows, self.held, like, to_owners=False)
+
+    def _move(self, rows: list[Tensor], incoming: list[Piece], like: Tensor, *, to_owners: bool) -> Trip:
         outgoing = self.held if to_owners else self._owned
         sent, received = [0] * self._ranks, [0] * self._ranks
         for piece in outgoing:
@@ -124,6 +141,20 @@ class Exchange:
         out, buffer = like.new_empty(sum(sent)), like.new_empty(sum(received))
         if rows:
             torch.cat([row.reshape(-1) for row in rows], out=out)
-        dist.all_to_all_single(buffer, out, received, sent, group=self._group)
+        work = dist.all_to_all_single(buffer, out, received, sent, group=self._group, async_op=True)
         parts = buffer.split([piece.elements for piece in incoming])
-        return [part.view(-1, piece.columns) for part, piece in zip(parts, incoming, strict=True)]
+        return Trip(work, out, [part.view(-1, piece.columns) for part, piece in zip(parts, incoming, strict=True)])
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Rows on their way; `sent` is kept until they have arrived."""
+
+    work: dist.Work
+    sent: Tensor
+    rows: list[Tensor]
+
+    def arrived(self) -> list[Tensor]:
+        """The rows; on a GPU the stream waits for them, the host does not."""
+        self.work.wait()
+        return self.rows

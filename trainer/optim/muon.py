@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from trainer.mup import MUON_RMS
 from trainer.optim import division
 from trainer.optim.division import Block, Run
-from trainer.optim.exchange import Exchange
+from trainer.optim.exchange import Exchange, Piece, Trip
 from trainer.optim.orthogonal import Coefficients, iteration_dtype, largest, orthogonalise_, power_of_two
 from trainer.optim.shares import Share, local
 
@@ -112,11 +112,11 @@ class Muon(torch.optim.Optimizer):
             return
         _accumulate([row.momentum for row in active], [row.gradient for row in active], group["momentum"])
         torch._foreach_mul_([row.weight for row in active], 1 - group["lr"] * group["weight_decay"])
+        travelling = _Travelling(group, rows, work.exchanges)
         for runs in work.batches:
             if runs := [run for run in runs if all(rows[member].gradient is not None for member in run.members)]:
                 _update_runs(group, rows, runs)
-        for exchange in work.exchanges:
-            _update_exchanged(group, rows, exchange)
+        travelling.finish()
 
 
 @dataclass(frozen=True)
@@ -237,20 +237,55 @@ def _update_runs(group: dict[str, Any], rows: list[_Rows], runs: list[Run]) -> N
             weight.view(part_Nmn.shape).add_(part_Nmn, alpha=-_rate(group, run))
 
 
-def _update_exchanged(group: dict[str, Any], rows: list[_Rows], exchange: Exchange) -> None:
-    """Update blocks that are cut between ranks: their directions go to the owners, the updates come back."""
-    like = rows[0].weight.new_empty(0, dtype=_dtype(group, rows))
-    held = [rows[piece.parameter].directions(piece.first, piece.last, 1, group) for piece in exchange.held]
-    divisors_KN = _divisors(exchange.largest([sizes_21 for _, sizes_21 in held], rows[0].weight))
-    directions = [
-        torch.div(direction_1mn[0], divisors_KN[piece.place, piece.block], out=like.new_empty(direction_1mn[0].shape))
-        for piece, (direction_1mn, _) in zip(exchange.held, held, strict=True)
-    ]
+class _Travelling:
+    """Updates of blocks that are cut between ranks: their directions go to the owners, the updates come back.
 
-    def work(x_Nmk: Tensor) -> Tensor:
-        return orthogonalise_(x_Nmk, group["coefficients"], group["steps"])
+    Made, it sends the directions of the first exchange, which travel while the caller updates blocks of its own. While
+    one exchange is orthogonalised, the directions of the next and the updates of the one before travel; no more, since
+    each may have MAX_BATCH_ELEMENTS.
+    """
 
-    updates = exchange.through_owners(directions, like, work)
-    for piece, update in zip(exchange.held, updates, strict=True):
-        weight = rows[piece.parameter].weight[piece.first : piece.last]
-        weight.add_(update, alpha=-_rate(group, exchange.blocks[piece.block]))
+    def __init__(self, group: dict[str, Any], rows: list[_Rows], exchanges: list[Exchange]) -> None:
+        self._group, self._rows, self._exchanges = group, rows, exchanges
+        self._like = rows[0].weight.new_empty(0, dtype=_dtype(group, rows))
+        # All before the first trip: a collective waits for those started before it, and the sizes would for the rows.
+        self._divisors = [self._divisors_of(exchange) for exchange in exchanges]
+        self._outward = self._send(0) if exchanges else None
+
+    def finish(self) -> None:
+        homeward: tuple[Exchange, Trip] | None = None
+        for number, exchange in enumerate(self._exchanges):
+            assert self._outward is not None, "each exchange is sent before its turn"
+            received = self._outward.arrived()
+            self._outward = self._send(number + 1) if number + 1 < len(self._exchanges) else None
+            updates = exchange.matrices(received, self._like, self._orthogonalise_)
+            if homeward:
+                self._apply(*homeward)
+            homeward = exchange, exchange.to_holders(updates, self._like)
+        if homeward:
+            self._apply(*homeward)
+
+    def _held(self, exchange: Exchange) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+        for piece in exchange.held:
+            direction_1mn, sizes_21 = self._rows[piece.parameter].directions(piece.first, piece.last, 1, self._group)
+            yield piece, direction_1mn[0], sizes_21
+
+    def _divisors_of(self, exchange: Exchange) -> Tensor:
+        sizes = [sizes_21 for _, _, sizes_21 in self._held(exchange)]
+        return _divisors(exchange.largest(sizes, self._rows[0].weight))
+
+    def _send(self, number: int) -> Trip:
+        exchange, divisors_KN = self._exchanges[number], self._divisors[number]
+        directions = []
+        for piece, direction_mn, _ in self._held(exchange):
+            divided_mn = self._like.new_empty(direction_mn.shape)
+            directions.append(torch.div(direction_mn, divisors_KN[piece.place, piece.block], out=divided_mn))
+        return exchange.to_owners(directions, self._like)
+
+    def _orthogonalise_(self, x_Nmk: Tensor) -> Tensor:
+        return orthogonalise_(x_Nmk, self._group["coefficients"], self._group["steps"])
+
+    def _apply(self, exchange: Exchange, homeward: Trip) -> None:
+        for piece, update in zip(exchange.held, homeward.arrived(), strict=True):
+            weight = self._rows[piece.parameter].weight[piece.first : piece.last]
+            weight.add_(update, alpha=-_rate(self._group, exchange.blocks[piece.block]))
