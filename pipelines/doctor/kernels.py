@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +47,35 @@ def of_device(device: Any) -> Iterator[Finding]:
         yield Finding("kernels", "missing", said, "runs do not import it; install a version that fits torch, or none")
     for problem in proof.problems:
         yield Finding("kernels", "unknown", problem)
+    yield from absent(device)
     yield from _taken(device)
+
+
+def absent(device: Any) -> Iterator[Finding]:
+    """Packages that this GPU could use and that are not installed, with what each would compute and the command."""
+    from trainer.ops import OPS, Setting
+    from trainer.ops.setting import VARIANT
+    from trainer.parity import package_version
+
+    used: dict[str, list[str]] = {}
+    for op in OPS.values():
+        for backend in op.backends.values():
+            if package_version(backend.package) is None:
+                said = [backend.unsupported(Setting(device, dtype)) for dtype in VARIANT]
+                if any(reason and reason.endswith("is not installed") for reason in said):
+                    used.setdefault(backend.package, []).append(op.name)
+    for package, ops in used.items():
+        remedy = f"{install_command(package)}, or take the image that docker/build.sh makes without CPU_ONLY"
+        yield Finding(package, "missing", f"not installed; it would compute: {', '.join(ops)}", remedy)
+
+
+def install_command(package: str) -> str:
+    """As the extra `cuda` demands it; kernels are compiled against the torch that is there."""
+    name = package.replace("_", "-")
+    for requirement in importlib.metadata.requires("yaongi") or []:
+        if found := re.match(rf"({name}(\[\w+\])?[<>=~!]\S*?) *; *extra == .cuda", requirement):
+            return f"pip install --no-build-isolation '{found[1]}'"
+    return f"pip install {name}"
 
 
 def _taken(device: Any) -> Iterator[Finding]:

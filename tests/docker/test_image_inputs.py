@@ -13,22 +13,64 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LOCK = ROOT / "requirements-trainer.lock"
+LOCK, GPU_LOCK = ROOT / "requirements-trainer.lock", ROOT / "requirements-gpu.lock"
+COMPILED = {"causal-conv1d", "flash-attn", "mamba-ssm", "transformer-engine-torch"}
 
 
-def selected(*flags: str, installed: Path | None = None) -> dict[str, str]:
+def selected(
+    *flags: str, installed: Path | None = None, lock: Path = LOCK, programs: str = os.environ["PATH"]
+) -> dict[str, str]:
     """Requirement by package name; `installed` is a folder of the base image's own packages."""
-    environment = {"PATH": os.environ["PATH"]} | ({"PYTHONPATH": str(installed)} if installed else {})
+    environment = {"PATH": programs} | ({"PYTHONPATH": str(installed)} if installed else {})
     # -S: without this environment's packages, as in a bare base image.
-    command = [sys.executable, "-S", str(ROOT / "docker" / "select_requirements.py"), str(LOCK), *flags]
+    command = [sys.executable, "-S", str(ROOT / "docker" / "select_requirements.py"), str(lock), *flags]
     text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     return {re.split("==", block)[0]: block for block in re.split(r"\n(?=[a-z])", text) if "==" in block}
 
 
+def locked(lock: Path) -> set[tuple[str, str]]:
+    """Packages and versions; some have several, for different versions of Python."""
+    return set(re.findall(r"^([a-z0-9-]+)==([^ \n]+)", lock.read_text(), re.MULTILINE))
+
+
+def install(folder: Path, name: str, version: str) -> None:
+    """The metadata of a package, as if it were installed."""
+    metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_a_gpu_image_has_the_versions_of_the_trainer_and_kernels_by_hash() -> None:
+    assert locked(LOCK) <= locked(GPU_LOCK)
+    names = {name for name, _ in locked(GPU_LOCK)}
+    kernels = {*COMPILED, "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "transformer-engine", "triton"}
+    assert kernels <= names
+    assert all("--hash=sha256:" in block for block in selected(lock=GPU_LOCK).values())
+    assert selected(lock=GPU_LOCK).keys() == names - COMPILED
+
+
+def test_kernels_are_compiled_only_where_there_is_a_compiler(tmp_path: Path) -> None:
+    assert selected("--compiled", lock=GPU_LOCK, programs="/bin") == {}
+    (tmp_path / "nvcc").touch(mode=0o755)
+    assert selected("--compiled", lock=GPU_LOCK, programs=str(tmp_path)).keys() == COMPILED
+    assert selected("--compiled", programs=str(tmp_path)) == {}, "an image for CPUs has none"
+
+
+def test_a_base_with_kernels_keeps_them(tmp_path: Path) -> None:
+    (tmp_path / "nvcc").touch(mode=0o755)
+    base = tmp_path / "packages"
+    for name, version in (("torch", "2.9.0a0"), ("flash-attn", "2.7.4"), ("transformer_engine", "2.8.0")):
+        install(base, name, version)
+    found = selected("--compiled", lock=GPU_LOCK, programs=str(tmp_path), installed=base)
+    assert found.keys() == {"causal-conv1d", "mamba-ssm"}
+    wheels = selected(lock=GPU_LOCK, installed=base).keys()
+    assert wheels & {"torch", "triton", "transformer-engine", "transformer-engine-cu13", "nvidia-cublas"} == set()
+    assert wheels >= {"flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi"}
+
+
 def test_a_bare_base_gets_the_whole_lock_with_hashes() -> None:
     found = selected()
-    locked = set(re.findall(r"^([a-z0-9-]+)==", LOCK.read_text(), re.MULTILINE))
-    assert set(found) == locked and len(locked) > 50
+    assert found.keys() == {name for name, _ in locked(LOCK)} and len(found) > 50
     assert all("--hash=sha256:" in block for block in found.values())
 
 
@@ -40,9 +82,7 @@ def test_a_cpu_image_leaves_out_only_what_torch_does_not_link_against() -> None:
 
 
 def test_a_base_with_torch_keeps_it_and_what_it_was_built_with(tmp_path: Path) -> None:
-    metadata = tmp_path / "torch-2.11.0a0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0a0\n")
+    install(tmp_path, "torch", "2.11.0a0")
     found = set(selected(installed=tmp_path))
     assert found & {"torch", "numpy", "triton", "nvidia-cublas", "nvidia-nccl-cu13"} == set()
     assert found >= {"pydantic", "safetensors", "tensorboard", "tokenizers"}
