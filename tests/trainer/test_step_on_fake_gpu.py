@@ -21,6 +21,8 @@ from trainer import ops
 from trainer.model.engram import Engram
 from trainer.model.hybrid import HybridModel, ModelOutput
 from trainer.optim import build_optimizers
+from trainer.parallel.layout import Layout
+from trainer.parallel.mesh import keep_copies
 from trainer.spec import BackendsSpec, TrainSpec
 
 ROWS, POSITIONS = 2, 512
@@ -82,7 +84,10 @@ def test_every_tensor_of_a_step_is_on_the_gpu(preset: str, monkeypatch: pytest.M
     spec = load_job(preset).train_spec()
     with gpu_without_data(monkeypatch) as differentiated:
         model = made(spec, BackendsSpec())
+        keep_copies(model, Layout(), torch.device("cuda"), torch.bfloat16)
         output = forward(model, spec)
+        copies = [copy for moe in model.moe_sublayers() for copy in moe.copies.values()]
+        assert {(copy.device.type, copy.dtype) for copy in copies} == {("cuda", torch.bfloat16)}
         assert {part.device.type for part in (output.ce_sum, output.aux_sum, output.expert_load_LE)} == {"cuda"}
         assert set(differentiated) >= {"_RMSNorm", "_GatedRMSNorm", "_ShiftedConv", "_WithinChunk", "_Experts"}
         assert differentiated[-1] == "_ChunkedCrossEntropy"
