@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -285,6 +288,24 @@ def test_of_cut_experts_a_rank_copies_its_own(casts: list[str]) -> None:
         assert torch.equal(gradient.to_local(), 2 * times * first.float())
     adding.refresh(torch.bfloat16)
     assert len(casts) == 5
+
+
+def test_bytes_beside_products_are_those_of_the_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Casts of weights 12, or 6 a step; casts of gradients 6 and sums 12 but in the first micro-batch, or 10 and 6."""
+    runs = {
+        "cast in every pass": 12 + 6 + 12 * 2 / 3,
+        "copies": 6 / 3 + 6 + 12 * 2 / 3,
+        "copies that add": 6 / 3 + (6 + 2 * 10) / 3,
+    }
+    arguments = "--preset tiny --divide 2 --tokens 64 --micro-batches 3 --repeats 1"
+    monkeypatch.setattr(sys, "argv", ["experts_step", *arguments.split()])
+    runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "experts_step.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    for title, bytes_each in runs.items():
+        assert f"{title:20} {bytes_each:5.1f} bytes a weight" in printed
+    assert f"copies that add: bytes {runs['cast in every pass'] / runs['copies that add']:.2f}, time" in printed
 
 
 def test_a_gpu_has_two_more_bytes_for_each_expert_weight() -> None:
