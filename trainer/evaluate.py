@@ -19,6 +19,7 @@ from trainer.evaluation import measure
 from trainer.evaluation.refused import refuse
 from trainer.generate import complete
 from trainer.precision import device_capability, resolve_for_evaluation
+from trainer.proof.start import remember
 from trainer.recording.exporter import Metrics
 from trainer.report import update_report
 from trainer.scoring import Score, score_sources
@@ -44,6 +45,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
 def _run(spec: TrainSpec, metrics: Metrics) -> dict[str, Any]:
     began = time.monotonic()
     device = pick_device(spec.runtime.device)
+    remember(spec, device)
     precision = resolve_for_evaluation(spec.precision, device_capability(device))
     trained = load_trained(spec, device, precision.autocast_dtype)
     heldout = score_sources(spec, trained.model, trained.tokenizer, device, precision)

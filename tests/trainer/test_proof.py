@@ -21,7 +21,7 @@ import torch
 from prometheus_client import generate_latest
 
 from pipelines.doctor import kernels
-from trainer import parity, precision
+from trainer import evaluate, parity, precision
 from trainer.distributed import World
 from trainer.loop import train
 from trainer.lora import LoraSpec
@@ -426,6 +426,13 @@ def test_a_run_proves_tries_tells_and_learns_as_without(broken, micro_data: Path
     assert 'yaongi_trial_seconds{way="attention: sdpa"} ' in pages[0] and "yaongi_proof_seconds{" in pages[0]
     page = render(read_run(run.run_dir))
     assert 'id="kernels"' in page and 'id="trial"' in page and told["kernels"][1]["outcome"][:40] in page
+
+    parity.forget()
+    loaded = []
+    monkeypatch.setattr(evaluate, "load_trained", lambda *_: loaded.append(resolve(run.backends, CPU)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.run(run)
+    assert loaded[0]["attention"].name == "is_right" and loaded[0]["attention"].proven, "training has proven it"
 
     monkeypatch.delenv("TRITON_INTERPRET")
     plain = run.updated({"run_dir": str(tmp_path / "plain"), "backends": {"attention": "sdpa"}})

@@ -84,6 +84,14 @@ def rely_on(proof: Proof) -> None:
     parity.learn(proof.records)
 
 
+def remember(spec: TrainSpec, device: torch.device) -> None:
+    """Rely on what training has proven on such a machine, without proving anything; for tasks after it."""
+    if spec.runtime.prove and Setting(device).device_class != "cpu":
+        known = cache.read(cache.files(device, spec.run_dir), device)
+        packages.refuse(known.refused)
+        parity.learn(known.records)
+
+
 def of_node(comparisons: list[Comparison], device: torch.device, run_dir: str | None, limits: Limits) -> Proof:
     """The records of these comparisons on this device: kept ones, and those that are made now and kept."""
     if Setting(device).device_class == "cpu":  # whose records are committed
