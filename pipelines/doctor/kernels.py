@@ -43,7 +43,7 @@ def of_device(device: Any) -> Iterator[Finding]:
         remedy = f"runs pass over it; try another version of {comparison.package}" if passed is False else ""
         state: State = "unknown" if passed is None else "ok" if passed else "missing"
         yield Finding(f"{comparison.op} by {comparison.backend}", state, detail, remedy)
-    for said in proof.refused.values():
+    for said in proof.known.refused.values():
         yield Finding("kernels", "missing", said, "runs do not import it; install a version that fits torch, or none")
     for problem in proof.problems:
         yield Finding("kernels", "unknown", problem)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -30,12 +29,8 @@ from trainer.proof.trial import Way
 CPU = torch.device("cpu")
 
 
-def sleeping(seconds: float) -> Backend:
-    def attention(*arguments: torch.Tensor) -> torch.Tensor:
-        time.sleep(seconds)
-        return attention_sdpa(*arguments)
-
-    return Backend(attention, "sleeps", portable=False)
+# Of a layer, by kernel and node.
+SECONDS = {"steady": {"node-0": 3.0, "node-1": 3.0}, "uneven": {"node-0": 1.0, "node-1": 9.0}}
 
 
 def main() -> None:
@@ -72,10 +67,15 @@ def main() -> None:
         patch.dict(OPS, {"attention": replace(attention, backends=backends)}),
     ):
         found = {"first": prepared(), "restarted": prepared()}
-    slow_here = 0.1 if os.environ["NODE_NAME"] == "node-1" else 0.0
-    kernels = {"steady": sleeping(0.03), "uneven": sleeping(slow_here)}
-    with patch.dict(
-        OPS, {"attention": replace(attention, backends=kernels | {"reference": attention.backends["reference"]})}
+    kernels = {name: Backend(attention_sdpa, "of a table", portable=False) for name in SECONDS}
+    offered = kernels | {"reference": attention.backends["reference"]}
+
+    def seconds(kind: object, spec: object, device: object, layout: object, way: Way) -> float:
+        return SECONDS[way.choices["attention"].name][os.environ["NODE_NAME"]]
+
+    with (
+        patch.dict(OPS, {"attention": replace(attention, backends=offered)}),
+        patch.object(trial, "_seconds", seconds),
     ):
         records = [Comparison("attention", name, "fp32").failed("", CPU) for name in kernels]
         parity.learn(replace(record, passed=True, problem=None) for record in records)

@@ -40,12 +40,14 @@ class Known:
     Attributes:
         unsupported: by comparison, why it cannot run here; None if it can.
         refused: by module, what its import does to a process.
+        slow: comparisons that have taken too long once, which may have been their compilation.
         trials: the outcome of a trial, by the digest of a model and its settings.
     """
 
     records: list[Record] = field(default_factory=list)
     unsupported: dict[str, str | None] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    slow: list[str] = field(default_factory=list)
     trials: dict[str, Any] = field(default_factory=dict)
 
     def add(self, other: Known) -> None:
@@ -57,6 +59,7 @@ class Known:
         self.records = [merged[key] for key in sorted(merged)]
         self.unsupported |= other.unsupported
         self.refused |= other.refused
+        self.slow = sorted({*self.slow, *other.slow})
         self.trials |= other.trials
 
 
@@ -124,6 +127,7 @@ def _read(file: Path, device: torch.device) -> Known | None:
             [Record(**entry) for entry in content["records"]],
             dict(content["unsupported"]),
             dict(content["refused"]),
+            list(content["slow"]),
             dict(content["trials"]),
         )
     except FileNotFoundError:
@@ -148,6 +152,7 @@ def write(places: list[Path], known: Known, device: torch.device) -> list[str]:
             "records": [plain(record) for record in all_known.records],
             "unsupported": all_known.unsupported,
             "refused": all_known.refused,
+            "slow": all_known.slow,
             "trials": all_known.trials,
         }
         draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")

@@ -1,7 +1,8 @@
 """Make records in child processes, within a time limit.
 
-What ends a child in a comparison is a failed record; a module whose import ends it is refused from then on. A new child
-goes on. A child that has failed in a comparison without dying goes on itself, unless its GPU has become unusable.
+What ends a child in a comparison is a failed record, and so is what hangs for the second time: what has been compiled
+the first time is not compiled again. A module whose import ends it is refused from then on. A new child goes on. A
+child that has failed in a comparison without dying goes on itself, unless its GPU has become unusable.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ class Found:
     Attributes:
         unsupported: by comparison, why it cannot run here; None if it can.
         refused: by module, what its import does to a process.
+        slow: comparisons that have taken too long; the second time, that is a record.
         problems: why some records are missing, a line each.
     """
 
     records: list[Record] = field(default_factory=list)
     unsupported: dict[str, str | None] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    slow: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -54,6 +57,7 @@ def prove(
     limits: Limits = Limits(),
     *,
     refused: dict[str, str] | None = None,
+    slow: Sequence[str] = (),
     command: Sequence[str] | None = None,
     progress: Callable[[Comparison, str], None] = lambda comparison, outcome: None,
 ) -> Found:
@@ -61,10 +65,11 @@ def prove(
 
     Args:
         refused: modules that must not be imported, with the reason.
+        slow: comparisons that have taken too long before.
         command: of the child process, by default CHILD.
         progress: called with the outcome after each comparison.
     """
-    found = Found(refused=dict(refused or {}))
+    found = Found(refused=dict(refused or {}), slow=[*slow])
     proving = _Proving(list(comparisons), device, limits, progress, time.monotonic() + limits.all_seconds, found)
     while proving.left:
         try:
@@ -108,7 +113,7 @@ class _Proving:
                 return f"the comparisons took longer than {self.limits.all_seconds:g} s"
             ended = f"takes longer than {patience:g} s" if line is None else line.get("ended")
             if ended:
-                return self._ended(ended, begun, importing)
+                return self._ended(ended, begun, importing, hangs=line is None)
             assert line is not None
             patience = self.limits.comparison_seconds
             if "importing" in line:
@@ -122,12 +127,15 @@ class _Proving:
                     return None
         return None
 
-    def _ended(self, how: str, begun: bool, importing: str | None) -> str | None:
+    def _ended(self, how: str, begun: bool, importing: str | None, *, hangs: bool) -> str | None:
         if not begun:
             return f"the process of the comparisons {how}"
         if importing and importing not in self.found.refused:
             package = importing.partition(".")[0]
             self.found.refused[importing] = f"{package} is installed but broken (its import {how})"
+        elif hangs and str(self.left[0]) not in self.found.slow:
+            self.found.slow.append(comparison := str(self.left.pop(0)))
+            self.found.problems.append(f"{comparison} {how}, and is compared once more at the next start")
         else:
             self._keep(self.left[0].failed(how, self.device))
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -31,7 +32,7 @@ class Proof:
     Attributes:
         comparisons: those that its run may use, but not those of which is known that they cannot run there.
         made: how many of their records were made now; `seconds`: how long that took.
-        refused: by module, what its import does to a process.
+        known: what is kept of this environment; `file`: under that name.
         wrong: kernels that are passed over, a line each.
         problems: why some records are missing or cannot be kept, a line each.
     """
@@ -40,7 +41,8 @@ class Proof:
     records: tuple[Record, ...] = ()
     made: int = 0
     seconds: float = 0.0
-    refused: dict[str, str] = field(default_factory=dict)
+    known: cache.Known = field(default_factory=cache.Known)
+    file: str = ""
     wrong: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -57,11 +59,18 @@ def at_start(spec: TrainSpec, world: World, limits: Limits | None = None) -> dic
     if not spec.runtime.prove or Setting(world.device).device_class == "cpu":  # the same on all ranks
         return {}
     if limits is None:  # the other ranks wait for the first one of their node
-        limits = Limits(all_seconds=min(Limits.all_seconds, spec.runtime.communication_timeout_seconds / 2))
+        patience = min(spec.runtime.communication_timeout_seconds / 2, spec.runtime.hang_timeout_seconds / 4)
+        limits = Limits(all_seconds=min(Limits.all_seconds, patience))
     own = None
     if world.local_rank == 0:
-        own = of_node(wanted(spec, world.device), world.device, spec.run_dir, limits)
+        try:
+            own = of_node(wanted(spec, world.device), world.device, spec.run_dir, limits)
+        except (OSError, RuntimeError) as error:  # of the driver, of files; what is proven is enough for a run
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            own = Proof(problems=(f"nothing is compared: {first}",))
     told = world.gather((node_name(), own))
+    if own is not None:
+        _keep_beside(spec.run_dir, own, [proof for _, proof in told], world)
     of_mine = told[world.rank - world.local_rank][1]
     if of_mine is not None:
         rely_on(of_mine)
@@ -80,8 +89,21 @@ def at_start(spec: TrainSpec, world: World, limits: Limits | None = None) -> dic
 
 def rely_on(proof: Proof) -> None:
     """Let this process choose by these records."""
-    packages.refuse(proof.refused)
+    packages.refuse(proof.known.refused)
     parity.learn(proof.records)
+
+
+def _keep_beside(run_dir: str, own: Proof, told: list[Proof | None], world: World) -> None:
+    """Nodes that write the same file at once could lose what failed on one, so the first writes what all have found."""
+    same = {rank: proof for rank, proof in enumerate(told) if proof and proof.file and proof.file == own.file}
+    if world.rank != min(same, default=None):
+        return
+    place, known = Path(run_dir) / own.file, cache.Known()
+    for proof in same.values():
+        known.add(proof.known)
+    if known != cache.read([place], world.device):
+        for problem in cache.write([place], known, world.device):
+            log.warning("proof: %s", problem)
 
 
 def remember(spec: TrainSpec, device: torch.device) -> None:
@@ -93,7 +115,7 @@ def remember(spec: TrainSpec, device: torch.device) -> None:
 
 
 def of_node(comparisons: list[Comparison], device: torch.device, run_dir: str | None, limits: Limits) -> Proof:
-    """The records of these comparisons on this device: kept ones, and those that are made now and kept."""
+    """The records of these comparisons on this device: kept ones, and those that are made now and cached."""
     if Setting(device).device_class == "cpu":  # whose records are committed
         return Proof()
     began = time.monotonic()
@@ -107,12 +129,12 @@ def of_node(comparisons: list[Comparison], device: torch.device, run_dir: str | 
         found.problems.append(occupied)
     elif absent:
         log.info("proof: in a process of its own, %s", ", ".join(map(str, absent)))
-        found = prove(absent, device, limits, refused=known.refused, progress=_progress)
-        known.add(cache.Known(found.records, found.unsupported, found.refused))
+        found = prove(absent, device, limits, refused=known.refused, slow=known.slow, progress=_progress)
+        known.add(cache.Known(found.records, found.unsupported, found.refused, found.slow))
         packages.refuse(found.refused)
         parity.learn(found.records)
-    if absent or not all(place.exists() for place in places):
-        found.problems += cache.write(places, known, device)
+    if absent or not places[-1].exists():
+        found.problems += cache.write(places[-1:], known, device)
     there = [c for c in comparisons if known.unsupported.get(str(c)) is None]
     records = [record for c in comparisons for record in _records(c, device)]
     kept = " and ".join(map(str, places))
@@ -129,7 +151,8 @@ def of_node(comparisons: list[Comparison], device: torch.device, run_dir: str | 
         records=tuple(records),
         made=len(found.records),
         seconds=seconds,
-        refused=known.refused,
+        known=known,
+        file=places[-1].name,
         wrong=tuple(wrong),
         problems=tuple(found.problems),
     )

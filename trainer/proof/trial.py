@@ -146,6 +146,7 @@ def fastest(
     if not common:
         return way, None
     key, places = digest(spec, layout, way, common), cache.files(world.device, spec.run_dir)
+    seconds = min(seconds, spec.runtime.hang_timeout_seconds / 4)
     known = world.broadcast(cache.read(places, world.device).trials.get(key) if world.is_main else None)
 
     def keep(trial: Trial) -> None:
