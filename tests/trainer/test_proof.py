@@ -364,6 +364,41 @@ def test_of_several_writers_none_loses_what_another_wrote_and_what_failed_for_on
         assert found.records == [other, failed] and found.trials == {str(number): {} for number in range(4)}
 
 
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    known = cache.Known([Record(**RECORD)])
+    (place,) = places = cache.files(CPU, None)
+    cache.write(places, known, CPU)
+    before = place.read_bytes()
+
+    def full(self: Path, text: str, encoding: str) -> None:
+        self.write_bytes(text[:100].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    (problem,) = cache.write(places, cache.Known(trials={"more": {}}), CPU)
+    assert problem == f"{elsewhere} cannot be written (No space left on device), so the proof is not kept there"
+    assert [file.read_bytes() for file in elsewhere.iterdir()] == [before]
+
+
+def test_a_file_is_of_one_card_and_of_one_part_of_it(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
+    found = set()
+    for name in names:
+        monkeypatch.setattr(cache, "device_name", lambda device, name=name: name)
+        found |= set(cache.files(CPU, None))
+    assert len(found) == 3
+
+
+def test_what_is_wanted_on_a_gpu_is_known_without_an_import(micro_data: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(packages, "load", lambda module: pytest.fail(f"{module} may end the process"))
+    run = spec(micro_data, tmp_path / "run")
+    found = list(map(str, wanted(run, torch.device("cuda", 0))))
+    for kernel in ("ssd by mamba_ssm", "conv by causal_conv1d", "attention by flash_attn", "experts by te"):
+        assert f"{kernel} in bf16" in found
+    assert "linear by te in current" in found
+
+
 def test_writers_at_the_same_time_leave_a_whole_file(elsewhere: Path):
     known = cache.Known([Record(**RECORD)], unsupported={str(number): "absent" for number in range(500)})
     (place,) = places = cache.files(CPU, None)
