@@ -101,6 +101,27 @@ def test_the_fastest_is_taken_and_remembered(offered, world: World, spec: TrainS
     assert again == taken and kept == found
 
 
+def test_only_the_kinds_that_a_change_concerns_are_timed_again(offered, world: World, spec: TrainSpec, monkeypatch):
+    offered("slow", "fast")
+    timed = []
+
+    def seconds(kind: trial.Kind, spec: TrainSpec, device: torch.device, layout: Layout, way: Way) -> float:
+        timed.append((kind.symbols, way.choices["attention"].name, way.compiles))
+        return 1.0
+
+    monkeypatch.setattr(trial, "_seconds", seconds)
+    way = replace(default(spec), compiles=True)
+    trial.tried(spec, world, ALONE, way, [Change("attention", "fast"), Change("compile", "no")], 60)
+    kinds = [kind.symbols for kind in trial.compiled.kinds(spec.model, way.precision)]
+    with_attention = [symbols for symbols in kinds if "*" in symbols]
+    assert 0 < len(with_attention) < len(kinds)
+    assert timed == [
+        *((symbols, "slow", True) for symbols in kinds),
+        *((symbols, "fast", True) for symbols in with_attention),
+        *((symbols, "slow", False) for symbols in kinds),
+    ], "whether layers are compiled concerns all"
+
+
 def test_what_has_not_begun_in_time_is_not_tried(
     offered, world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
 ):
@@ -128,7 +149,7 @@ def test_what_ends_the_process_is_passed_over_and_the_rest_not_measured_again(
     offered("slow", "slower", "broken", "fast")
     way, measured = default(spec), []
 
-    def ends(spec: TrainSpec, world: World, layout: Layout, tried: Way) -> float:
+    def ends(spec: TrainSpec, world: World, layout: Layout, tried: Way, seen: dict) -> float:
         name = tried.choices["attention"].name
         measured.append(name)
         if name == "broken":
@@ -148,10 +169,10 @@ def test_what_ends_the_process_is_passed_over_and_the_rest_not_measured_again(
 def test_a_gpu_that_has_become_unusable_ends_the_process(world: World, spec: TrainSpec, monkeypatch):
     """All that comes after it would fail, too, and be passed over for ever."""
     monkeypatch.setattr(trial, "_seconds", fails)
-    assert trial.measured(spec, world, ALONE, default(spec)) is None
+    assert trial.measured(spec, world, ALONE, default(spec), {}) is None
     monkeypatch.setattr(trial, "unusable", lambda device: "CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="out of resource"):
-        trial.measured(spec, world, ALONE, default(spec))
+        trial.measured(spec, world, ALONE, default(spec), {})
 
 
 @pytest.mark.parametrize(
@@ -190,7 +211,7 @@ def test_fp8_stays_only_where_it_is_5_percent_faster(
 ):
     """`seconds`: without FP8, if a micro-batch takes 1 s with it."""
     fp8 = with_fp8(default(spec), "emulated")
-    monkeypatch.setattr(trial, "measured", lambda *arguments: 1.0 if arguments[-1].precision.fp8 else seconds)
+    monkeypatch.setattr(trial, "measured", lambda *arguments: 1.0 if arguments[3].precision.fp8 else seconds)
     found = trial.tried(spec, world, ALONE, fp8, [Change("precision", "fp32")], 60)
     assert bool(found.taken) is taken
     assert fp8.changed(found.taken, spec, CPU).precision.name == ("fp32" if taken else "fp8")

@@ -2,9 +2,10 @@
 
 Each kind of layer is built alone (trainer/compiled.py), and one micro-batch of random tokens goes through it forward
 and backward a few times. The times of the kinds, each as often as the model has it, are the time of a way. One thing is
-changed at a time, from what would be taken without a trial: FP8, the backend of each operation, the compiler. A change
-that is faster is kept; FP8 stays only if it is shown to be FP8_GAIN faster, as it costs accuracy. No rank waits for
-another within a trial, so what fails on one is only passed over; the slowest rank's time counts.
+changed at a time, from what would be taken without a trial: FP8, the backend of each operation, the compiler; only the
+kinds that it concerns are timed again. A change that is faster is kept; FP8 stays only if it is shown to be FP8_GAIN
+faster, as it costs accuracy. No rank waits for another within a trial, so what fails on one is only passed over; the
+slowest rank's time counts.
 
 Each change is written down before it is tried: one that ends the process, as a kernel may on large shapes, is passed
 over by a later process. What has been measured by then is not measured again.
@@ -30,6 +31,7 @@ from trainer.compiled import Kind, leaving_nothing, micro_batch
 from trainer.distributed import World
 from trainer.errors import SpecError
 from trainer.fp8 import te
+from trainer.model.hybrid import HybridModel
 from trainer.ops import OPS, Choice, Setting
 from trainer.parallel.layout import Layout
 from trainer.precision import Precision
@@ -208,6 +210,7 @@ def tried(
         keep: writes down how far it has come.
     """
     trial, began = before, time.monotonic() - before.seconds
+    seen: dict[tuple[Kind, str], float] = {}
     for change in [None, *common][len(before.rows) :]:
         name = BASE if change is None else str(change)
         spent = world.broadcast(time.monotonic() - began)
@@ -223,7 +226,7 @@ def tried(
             if keep:
                 keep(trial)
             changed = way.changed([*trial.taken, *([change] if change else [])], spec, world.device)
-            took = measured(spec, world, layout, changed)
+            took = measured(spec, world, layout, changed, seen)
             taken, verdict = _judged(change, took, trial.best)
         rows = [*trial.rows, Row(name, took, verdict)]
         trial = replace(trial, rows=rows, taken=[*trial.taken, change] if change and taken else trial.taken)
@@ -240,21 +243,54 @@ def _judged(change: Change | None, took: float | None, best: float | None) -> tu
     return (True, TAKEN) if best is None or took * (1 - gain) < best else (False, "not taken")
 
 
-def measured(spec: TrainSpec, world: World, layout: Layout, way: Way) -> float | None:
-    """Seconds of a micro-batch forward and backward through all layers on the slowest rank; None if it fails on one."""
+def measured(
+    spec: TrainSpec, world: World, layout: Layout, way: Way, seen: dict[tuple[Kind, str], float]
+) -> float | None:
+    """Seconds of a micro-batch forward and backward through all layers on the slowest rank; None if it fails on one.
+
+    Args:
+        seen: times of kinds of layers in ways that are the same for them; is added to.
+    """
     own: float | None = None
     try:
-        own = sum(
-            count * _seconds(kind, spec, world.device, layout, way)
-            for kind, count in compiled.counted(spec.model, way.precision).items()
-        )
+        own = 0.0
+        for kind, count in compiled.counted(spec.model, way.precision).items():
+            key = kind, _as_it_sees(kind, spec, way)
+            if key not in seen:
+                seen[key] = _seconds(kind, spec, world.device, layout, way)
+            own += count * seen[key]
     except Exception as error:  # of torch, Triton, a package, …
         if unusable(world.device):
             raise
+        own = None
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning("trial: %s fails: %s", ", ".join(f"{what} {name}" for what, name in way.names.items()), first)
     told = world.gather(own)
     return max(took for took in told if took is not None) if None not in told else None
+
+
+def _as_it_sees(kind: Kind, spec: TrainSpec, way: Way) -> str:
+    """The part of a way that this kind of layer depends on: all but backends of operations that it does not have."""
+    taken = _Noted(ops.functions(way.choices))
+    with torch.device("meta"):
+        HybridModel(kind.alone(spec.model), taken)
+    return str(sorted(item for item in way.names.items() if item[0] not in OPS or item[0] in taken.names))
+
+
+class _Noted(dict[str, Callable[..., Any]]):
+    """Functions by operation, and the names of those that a model has taken."""
+
+    def __init__(self, functions: dict[str, Callable[..., Any]]) -> None:
+        super().__init__(functions)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
 
 
 def _seconds(kind: Kind, spec: TrainSpec, device: torch.device, layout: Layout, way: Way) -> float:
