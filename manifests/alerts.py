@@ -140,7 +140,8 @@ ALERTS: tuple[Alert, ...] = (
         "DataStall",
         "warning",
         f'sum by ({_RANK}) (rate(yaongi_phase_seconds_total{{phase="data"}}[10m])) / sum by ({_RANK}) '
-        f'(rate(yaongi_phase_seconds_total{{phase=~"data|forward_backward|optimizer"}}[10m])) > {MOST_DATA_WAIT}',
+        '(rate(yaongi_phase_seconds_total{phase=~"data|forward_backward|optimizer|device"}[10m])) > '
+        f"{MOST_DATA_WAIT}",
         "10m",
         "A rank waits for data.",
         "Rank {{ $labels.rank }} of {{ $labels.run }} spends {{ $value | humanizePercentage }} of its steps waiting "

@@ -4,20 +4,18 @@ validate → save.
 Everything is reduced over ranks exactly once: gradients by `Mesh.summing_gradients`, and loss, expert loads and stop
 requests in one vector per step. So all ranks always make the same decision at the same step.
 
-Legend: L MoE sublayers, E experts.
+Until the last kernel of a step is launched nothing is read from the device; then everything is, once (`outcome.read`).
+So the device has work while the host decides and launches.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from trainer import distributed
@@ -26,17 +24,15 @@ from trainer.data.loader import MicroBatch, StepBatch
 from trainer.distributed import World
 from trainer.errors import DivergedError, LaunchError, VolumeError
 from trainer.optim import clip_gradients, learning_rate_factor
+from trainer.outcome import Outcome, Totals, Update, agree, no_update, read, reduce_totals, why_skipped
 from trainer.prepare import Run, prepare, scaler_state
 from trainer.process import exclusive
-from trainer.process.stopping import STOP_CODES, StopWish
+from trainer.process.stopping import StopWish
 from trainer.process.watchdog import Watchdog
 from trainer.recording.recorder import StepRecord
 from trainer.spec import MAX_SKIPPED_STEPS, TrainSpec
-from trainer.spikes import SKIP_REASONS, SkipReason
 
 log = logging.getLogger(__name__)
-
-STARVED_SHARE = 0.1  # of the mean load; an expert below this hardly learns
 
 
 def train(spec: TrainSpec) -> int:
@@ -67,14 +63,20 @@ def train(spec: TrainSpec) -> int:
             with run.recorder.phase("forward_backward"):
                 totals = forward_backward(run, batch, stop.code())
             with run.recorder.phase("optimizer"):
-                update = apply_gradients(run, step, totals) if batch.num_labels else nothing_to_learn(run, step)
+                update = apply_gradients if batch.num_labels else nothing_to_learn
+                updated = update(run, step, batch, totals)
             if run.fp8:
                 run.fp8.finish_step()
+            with run.recorder.phase("device"):
+                outcome = read(totals, updated, batch)
+            if batch.num_labels:
+                judge(run, step, outcome)
+            if run.fp8:
                 run.recorder.fp8(step + 1, run.fp8)
-            run.recorder.step(step_record(run, step, batch, totals, update), run.loader.epochs(), batch.seq_len)
+            run.recorder.step(step_record(run, step, batch, outcome), run.loader.epochs(), batch.seq_len)
             watchdog.beat()
             last = step + 1 == spec.steps
-            code = 0 if last else totals.stop_code
+            code = 0 if last else outcome.stop_code
             if run.validation and run.validation.is_due(step + 1) and not code:
                 with run.recorder.phase("validation"):
                     tokens = sum(batch.tokens_by_source.values())
@@ -107,29 +109,10 @@ def only_training(spec: TrainSpec, world: World) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Totals over all ranks: cross-entropy per label (NaN without labels), other objectives, tokens by expert, agreed
-    exit code (0: continue)."""
-
-    loss: float
-    auxiliary: dict[str, float]
-    expert_load_LE: Tensor
-    stop_code: int
-
-
-@dataclass(frozen=True)
-class Update:
-    grad_norm: float
-    clipped: bool
-    skipped: SkipReason | None
-
-
 def forward_backward(run: Run, batch: StepBatch, stop_code: int) -> Totals:
     """Gradients of the global step's mean loss, accumulated over micro-batches and averaged over ranks."""
     device, size = run.world.device, run.world.size
     model = run.spec.model
-    # Σ cross-entropy, Σ router balance, then Σ cross-entropy and number of labels of each further objective
     sums = torch.zeros(2 + 2 * (model.mtp.depth if model.mtp else 0), dtype=torch.float64, device=device)
     expert_load_LE: Tensor | None = None
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
@@ -146,29 +129,10 @@ def forward_backward(run: Run, batch: StepBatch, stop_code: int) -> Totals:
         sums += torch.cat([part.detach().double() for part in parts])
         load_LE = output.expert_load_LE
         expert_load_LE = load_LE if expert_load_LE is None else expert_load_LE + load_LE
-    return reduce_totals(sums, expert_load_LE, stop_code, batch)
+    return reduce_totals(sums, expert_load_LE, stop_code)
 
 
-def reduce_totals(sums: Tensor, expert_load_LE: Tensor, stop_code: int, batch: StepBatch) -> Totals:
-    """One all-reduce for everything on which the ranks must agree; float64 is exact for counts up to 2^53."""
-    wishes = torch.tensor([stop_code == code for code in STOP_CODES], dtype=torch.float64, device=sums.device)
-    vector = torch.cat([sums, wishes, expert_load_LE.flatten().double()])
-    dist.all_reduce(vector)
-    (ce_sum, aux_sum, *mtp), votes = _cut(vector[: len(sums) + len(wishes)].tolist(), len(sums))
-    auxiliary = {"router_balance": aux_sum / batch.num_rows} if len(expert_load_LE) else {}
-    mtp_sums, mtp_labels = _cut(mtp, len(mtp) // 2)
-    for k, (mtp_sum, labels) in enumerate(zip(mtp_sums, mtp_labels, strict=True), start=1):
-        auxiliary[f"mtp_{k}"] = mtp_sum / max(labels, 1)
-    agreed = next((code for code, votes_for in zip(STOP_CODES, votes, strict=True) if votes_for), 0)
-    load_LE = vector[len(sums) + len(wishes) :].view_as(expert_load_LE).to(torch.int64)
-    return Totals(ce_sum / batch.num_labels if batch.num_labels else math.nan, auxiliary, load_LE, int(agreed))
-
-
-def _cut(values: list[float], at: int) -> tuple[list[float], list[float]]:
-    return values[:at], values[at:]
-
-
-def nothing_to_learn(run: Run, step: int) -> Update:
+def nothing_to_learn(run: Run, step: int, batch: StepBatch, totals: Totals) -> Update:
     """Skip a step without any label, which only sources with `loss: answers` can have.
 
     Otherwise momentum, weight decay and router balance would move the weights, and a loss of 0 would enter the spike
@@ -176,7 +140,7 @@ def nothing_to_learn(run: Run, step: int) -> Update:
     """
     run.optimizers.set_learning_rate_factor(rate_factor(run, step))
     run.optimizers.zero_grad()
-    return Update(0.0, False, "no_answers")
+    return no_update(totals)
 
 
 def rate_factor(run: Run, step: int) -> float:
@@ -186,65 +150,55 @@ def rate_factor(run: Run, step: int) -> float:
     )
 
 
-def apply_gradients(run: Run, step: int, totals: Totals) -> Update:
-    """Clip, update weights and router biases; non-finite steps and spikes (trainer/spikes.py) are skipped.
-
-    Raises:
-        DivergedError: too many consecutive skipped steps.
-    """
+def apply_gradients(run: Run, step: int, batch: StepBatch, totals: Totals) -> Update:
+    """Clip, update weights and router biases; non-finite steps and spikes (trainer/spikes.py) are skipped: launched
+    like others, but they change nothing."""
     optimizers, spec = run.optimizers, run.spec
     optimizers.set_learning_rate_factor(rate_factor(run, step))
     if run.scaler:
         optimizers.unscale(run.scaler)
     norm, clipped = clip_gradients(optimizers.parameters, spec.optimizer.clip_norm)
-    skipped = agreed(run, run.guard.judge(totals.loss, norm))
-    if skipped is None:
-        optimizers.step()
-        run.model.update_router_bias(totals.expert_load_LE)
+    update = Update(norm, clipped, agree(why_skipped(totals.loss(batch.num_labels), norm, run.guard.limits())))
+    optimizers.step(update.skip)
+    run.model.update_router_bias(totals.expert_load_LE.masked_fill(update.skip, 0))  # equal loads move no bias
     if run.scaler:
         run.scaler.update()
     optimizers.zero_grad()
-    run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
+    return update
+
+
+def judge(run: Run, step: int, outcome: Outcome) -> None:
+    """Count skipped steps, and take the step's numbers into the spike guard's window.
+
+    Raises:
+        DivergedError: too many consecutive skipped steps.
+    """
+    run.guard.enter(outcome.loss, outcome.grad_norm)
+    run.skipped_in_a_row = run.skipped_in_a_row + 1 if outcome.skipped else 0
     if run.skipped_in_a_row >= MAX_SKIPPED_STEPS:
         run.checkpoints.wait()  # it may be the checkpoint to go back to
-        before = checkpoint.newest_until(spec.run_dir, step + 1 - run.skipped_in_a_row)
+        before = checkpoint.newest_until(run.spec.run_dir, step + 1 - run.skipped_in_a_row)
         raise DivergedError(
-            f"{MAX_SKIPPED_STEPS} steps in a row were skipped, the last one, step {step + 1}, for {skipped}; lower the "
-            f"learning rates, or pass over the data by train.skip; {checkpoint.how_to_go_back(before)}",
+            f"{MAX_SKIPPED_STEPS} steps in a row were skipped, the last one, step {step + 1}, for {outcome.skipped}; "
+            f"lower the learning rates, or pass over the data by train.skip; {checkpoint.how_to_go_back(before)}",
         )
-    return Update(norm, clipped, skipped)
 
 
-def agreed(run: Run, reason: SkipReason | None) -> SkipReason | None:
-    """The same reason on every rank, if any rank has one: different processors may round a norm across a limit."""
-    if run.world.size == 1:
-        return reason
-    number = torch.tensor(SKIP_REASONS.index(reason) if reason else -1)
-    dist.all_reduce(number, dist.ReduceOp.MAX, group=run.world.control)
-    return SKIP_REASONS[int(number)] if number >= 0 else None
-
-
-def step_record(run: Run, step: int, batch: StepBatch, totals: Totals, update: Update) -> StepRecord:
-    load_LE = totals.expert_load_LE.double()
-    ratio, starved = 1.0, 0.0
-    if load_LE.numel():
-        mean_L1 = load_LE.mean(1, keepdim=True)
-        ratio = float((load_LE / mean_L1).max())
-        starved = float((load_LE < STARVED_SHARE * mean_L1).double().mean(1).max())
+def step_record(run: Run, step: int, batch: StepBatch, outcome: Outcome) -> StepRecord:
     seconds = run.recorder.step_seconds()
     return StepRecord(
         step=step + 1,
-        loss=totals.loss,
-        auxiliary=totals.auxiliary,
-        grad_norm=update.grad_norm,
+        loss=outcome.loss,
+        auxiliary=outcome.auxiliary,
+        grad_norm=outcome.grad_norm,
         learning_rate=run.optimizers.learning_rate,
         tokens=sum(batch.tokens_by_source.values()),  # an earlier part of the run may have had other settings
         tokens_per_second=run.spec.batch.tokens_per_step / seconds,
         seconds=seconds,
-        clipped=update.clipped,
-        skipped=update.skipped,
-        expert_load_max_ratio=ratio,
-        expert_starved_ratio=starved,
+        clipped=outcome.clipped,
+        skipped=outcome.skipped,
+        expert_load_max_ratio=outcome.expert_load_max_ratio,
+        expert_starved_ratio=outcome.expert_starved_ratio,
         by_source=batch.tokens_by_source,
         trained_share=batch.num_labels / (batch.num_rows * batch.seq_len) if batch.answers_only else None,
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from statistics import mean, pstdev
 from typing import Literal, get_args
 
@@ -25,33 +26,42 @@ SKIP_REASONS: tuple[SkipReason, ...] = get_args(SkipReason)
 _PREFIX = "spike_guard."
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Above them a value is a spike; infinite where nothing is."""
+
+    loss: float
+    grad_norm: float
+
+
 class SpikeGuard:
-    """The losses and gradient norms of the last steps. Without a spec it rejects only non-finite values."""
+    """The losses and gradient norms of the last steps. Without a spec it rejects only non-finite values.
+
+    The limits of a step follow from the steps before it, so they are known before the step's own numbers, which the
+    device compares with them (`why_skipped` in trainer/outcome.py).
+    """
 
     def __init__(self, spec: SpikeGuardSpec | None) -> None:
         self._spec = spec
         length = spec.window if spec else 0
         self._recent: dict[str, deque[float]] = {name: deque(maxlen=length) for name in ("loss", "gradient")}
 
-    def judge(self, loss: float, grad_norm: float) -> SkipReason | None:
-        """Why to skip this step, None if it is normal; finite steps enter the window in either case."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            return "nonfinite"
-        reason: SkipReason | None = None
-        if self._spikes("gradient", grad_norm):
-            reason = "gradient_spike"
-        if self._spikes("loss", loss):
-            reason = "loss_spike"
-        self._recent["loss"].append(loss)
-        self._recent["gradient"].append(grad_norm)
-        return reason
+    def limits(self) -> Limits:
+        """Those of the next step."""
+        return Limits(self._limit("loss"), self._limit("gradient"))
 
-    def _spikes(self, name: str, value: float) -> bool:
+    def _limit(self, name: str) -> float:
         recent = self._recent[name]
         if self._spec is None or len(recent) < self._spec.window // 2:
-            return False
+            return math.inf
         # `fmean` of equal values may be a rounding below them, `mean` is exact.
-        return value > mean(recent) + self._spec.sigmas * pstdev(recent)
+        return mean(recent) + self._spec.sigmas * pstdev(recent)
+
+    def enter(self, loss: float, grad_norm: float) -> None:
+        """Take a step into the window, skipped or not, if both values are finite."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._recent["loss"].append(loss)
+            self._recent["gradient"].append(grad_norm)
 
     def state(self) -> dict[str, float]:
         """The state for a checkpoint's scalars."""

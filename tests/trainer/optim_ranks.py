@@ -62,7 +62,7 @@ def train(network: Named, optimizers: Optimizers) -> list[float]:
             if isinstance(parameter, DTensor):
                 gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
             parameter.grad = gradient
-        norms.append(clip_gradients(optimizers.parameters, 1.0)[0])
+        norms.append(clip_gradients(optimizers.parameters, 1.0)[0].item())
         optimizers.step()
     return norms
 

@@ -26,9 +26,10 @@ from trainer.data.loader import TokenLoader
 from trainer.errors import ForeseenError
 from trainer.exitcodes import ExitCode
 from trainer.kinds.ngrams import token_classes
-from trainer.loop import Totals, Update, step_record, train
+from trainer.loop import step_record, train
 from trainer.model.hybrid import build_model
 from trainer.optim import Optimizers
+from trainer.outcome import Totals, Update, read
 from trainer.process import failures, limits
 from trainer.process.restarts import NodeRecord
 from trainer.recording.exporter import Metrics
@@ -131,8 +132,8 @@ def test_weights_that_are_not_finite_are_never_published(
     """An update at step 6 breaks an expert without tokens, so that it does not show in losses or gradients."""
     plain, calls = Optimizers.step, []
 
-    def breaking(optimizers: Optimizers) -> None:
-        plain(optimizers)
+    def breaking(optimizers: Optimizers, skip: torch.Tensor) -> None:
+        plain(optimizers, skip)
         calls.append(1)
         if len(calls) == 6:
             weight = next(each for each in optimizers.parameters if each.dim() == 3)
@@ -141,7 +142,8 @@ def test_weights_that_are_not_finite_are_never_published(
 
     monkeypatch.setattr(Optimizers, "step", breaking)
     monkeypatch.setattr(Optimizers, "zero_grad", lambda optimizers: None)
-    monkeypatch.setattr("trainer.loop.clip_gradients", lambda *_: (1.0, False))
+    finite = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.bool)
+    monkeypatch.setattr("trainer.loop.clip_gradients", lambda *_: finite)
     spec = micro.micro_spec(micro_data, tmp_path / "run", steps=9, checkpoint={"every_steps": 2, "keep_last": 1})
     with pytest.raises(ForeseenError, match="is not finite after step 6") as error:
         train(spec)
@@ -178,8 +180,8 @@ def test_run_does_not_go_on_from_broken_weights(micro_data: Path, tmp_path: Path
     spec = micro.micro_spec(micro_data, tmp_path / "run", steps=4, checkpoint={"every_steps": 2}, schedule=CONSTANT)
     plain, calls = Optimizers.step, []
 
-    def breaking(optimizers: Optimizers) -> None:
-        plain(optimizers)
+    def breaking(optimizers: Optimizers, skip: torch.Tensor) -> None:
+        plain(optimizers, skip)
         calls.append(1)
         if len(calls) == 3:
             optimizers.parameters[0].data.flatten()[0] = torch.inf
@@ -392,8 +394,10 @@ def test_experts_below_a_tenth_of_the_mean_load_are_starved_in_the_worst_layer()
         recorder=SimpleNamespace(step_seconds=lambda: 2.0),
         optimizers=SimpleNamespace(learning_rate=0.1),
     )
-    totals = Totals(loss=1.0, auxiliary={}, expert_load_LE=load_LE, stop_code=0)
-    batch = SimpleNamespace(tokens_by_source={}, answers_only=False)
-    record = step_record(run, 0, batch, totals, Update(1.0, False, None))
-    assert record.expert_starved_ratio == 3 / 4
+    one = torch.ones((), dtype=torch.float64)
+    totals = Totals(one.expand(2), torch.zeros(3, dtype=torch.float64), load_LE)
+    batch = SimpleNamespace(tokens_by_source={}, answers_only=False, num_labels=2, num_rows=4)
+    record = step_record(run, 0, batch, read(totals, Update(one, one > 2, -one), batch))
+    assert (record.loss, record.auxiliary, record.skipped) == (0.5, {"router_balance": 0.25}, None)
     assert record.expert_load_max_ratio == 3.9
+    assert record.expert_starved_ratio == 3 / 4

@@ -252,7 +252,7 @@ def test_clip_gradients(max_norm):
     network = model()
     network.fill_gradients(3)
     flat = torch.cat([p.grad.flatten().double() for p in network.parameters()])
-    norm, clipped = clip_gradients(network.parameters(), max_norm)
+    norm, clipped = (value.item() for value in clip_gradients(network.parameters(), max_norm))
     assert norm == pytest.approx(flat.norm().item(), rel=1e-5)
     assert clipped == (max_norm == 0.5)
     after = torch.cat([p.grad.flatten().double() for p in network.parameters()]).norm().item()
@@ -264,7 +264,7 @@ def test_clip_leaves_gradients_that_are_not_finite(bad):
     parameter = nn.Parameter(torch.zeros(3))
     parameter.grad = torch.tensor([1.0, bad, 2.0])
     norm, clipped = clip_gradients([parameter], 1.0)
-    assert not torch.isfinite(torch.tensor(norm)) and not clipped
+    assert not torch.isfinite(norm) and not clipped
     assert parameter.grad[0] == 1.0 and parameter.grad[2] == 2.0
 
 

@@ -15,15 +15,18 @@ import pytest
 import torch
 from autograd_context import Context
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from manifests.spec import load_job
 from trainer import ops
 from trainer.model.engram import Engram
 from trainer.model.hybrid import HybridModel, ModelOutput
-from trainer.optim import build_optimizers
+from trainer.optim import build_optimizers, clip_gradients
+from trainer.outcome import why_skipped
 from trainer.parallel.layout import Layout
 from trainer.parallel.mesh import keep_copies
 from trainer.spec import BackendsSpec, TrainSpec
+from trainer.spikes import Limits
 
 ROWS, POSITIONS = 2, 512
 
@@ -60,6 +63,21 @@ def gpu_without_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         torch.set_autocast_enabled("cuda", False)
 
 
+class Copies(TorchDispatchMode):
+    """Copies between host and device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function._schema.name in ("aten::_to_copy", "aten::copy_", "aten::_copy_from"):
+            places = {tensor.device.type for tensor in (*args, result) if isinstance(tensor, torch.Tensor)}
+            self.found += [str(function)] * (len(places) > 1)
+        return result
+
+
 def made(spec: TrainSpec, backends: BackendsSpec) -> HybridModel:
     choices = ops.resolve(backends, "cuda", torch.bfloat16, spec.model)
     with torch.device("cuda"):
@@ -94,17 +112,24 @@ def test_every_tensor_of_a_step_is_on_the_gpu(preset: str, monkeypatch: pytest.M
         optimizers = build_optimizers(model, spec.optimizer, spec.model)
         for parameter in optimizers.parameters:
             parameter.grad = torch.empty_like(parameter)
-        optimizers.step()
-        model.update_router_bias(output.expert_load_LE)
+        with Copies() as copies:  # a value that the host needs would be an error: there is none
+            norm, _ = clip_gradients(optimizers.parameters, spec.optimizer.clip_norm)
+            skip = why_skipped(output.ce_sum.double(), norm, Limits(9.0, 9.0)) >= 0
+            optimizers.step(skip)
+            model.update_router_bias(output.expert_load_LE.masked_fill(skip, 0))
+        assert not copies.found, "the host waits for a copy from memory that is not pinned"
         assert {tensor.device.type for tensor in optimizers.state_dict().values()} == {"cuda"}
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
 
 
 def test_a_tensor_left_on_the_host_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the test above could not fail."""
+    """Otherwise the test above could not fail; and a copy of such a tensor."""
     spec = load_job("tiny").train_spec()
     with gpu_without_data(monkeypatch):
         model = made(spec, BackendsSpec())
         model.final_norm.weight = torch.nn.Parameter(torch.ones(spec.model.hidden))
         with pytest.raises(RuntimeError, match="device"):
             forward(model, spec)
+        with Copies() as copies:
+            torch.tensor([1.0], device="cuda")
+        assert copies.found

@@ -46,9 +46,15 @@ class AdamW(torch.optim.Optimizer):
                 }
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One update of every parameter that has a gradient."""
+    def step(self, closure: None = None, skip: Tensor | None = None) -> None:
+        """One update of every parameter that has a gradient.
+
+        Args:
+            skip: see trainer/optim/conditional.py.
+        """
         assert closure is None, "AdamW evaluates no closure"
+        found_inf = None if skip is None else skip.float()  # at 1 torch's kernels return at once
+        counted = 1 if found_inf is None else 1 - found_inf
         for group in self.param_groups:
             found = []
             for parameter, share in zip(group["params"], group["shares"], strict=True):
@@ -56,18 +62,19 @@ class AdamW(torch.optim.Optimizer):
                 if (gradient := share.gradient) is None:
                     continue
                 if not gradient.numel():  # this rank has no row of it; the count goes on all the same
-                    state["step"] += 1
+                    state["step"] += counted
                     continue
                 moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
                 found.append((share.weight, gradient, *moments, state["step"]))
             if found and found[0][0].dtype == found[0][2].dtype:
-                _apply(group, *map(list, zip(*found, strict=True)))
+                _apply(group, found_inf, *map(list, zip(*found, strict=True)))
                 continue
             for *tensors, step in found:
-                _apply_widened(group, tensors, step)
+                _apply_widened(group, found_inf, tensors, step)
+                step += counted
 
 
-def _apply(group: dict[str, Any], *lists: list[Tensor]) -> None:
+def _apply(group: dict[str, Any], found_inf: Tensor | None, *lists: list[Tensor]) -> None:
     """The update of parameters, from lists of weights, gradients, first and second moments, and steps."""
     weights, gradients, averages, squares, steps = lists
     beta1, beta2 = group["betas"]
@@ -80,6 +87,7 @@ def _apply(group: dict[str, Any], *lists: list[Tensor]) -> None:
         [],
         steps,
         fused=True,
+        found_inf=found_inf,
         amsgrad=False,
         maximize=False,
         beta1=beta1,
@@ -88,12 +96,11 @@ def _apply(group: dict[str, Any], *lists: list[Tensor]) -> None:
     )
 
 
-def _apply_widened(group: dict[str, Any], tensors: list[Tensor], step: Tensor) -> None:
-    """As `_apply`, for one parameter with narrow moments, some rows at a time."""
+def _apply_widened(group: dict[str, Any], found_inf: Tensor | None, tensors: list[Tensor], step: Tensor) -> None:
+    """As `_apply`, for one parameter with narrow moments, some rows at a time; the caller counts the step."""
     rows = max(1, WIDENED_ELEMENTS // max(1, tensors[0][:1].numel()))
     for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
         weight, gradient, *moments = parts
         wide = [moment.float() for moment in moments]
-        _apply(group, [weight], [gradient], [wide[0]], [wide[1]], [step.clone()])
+        _apply(group, found_inf, [weight], [gradient], [wide[0]], [wide[1]], [step.clone()])
         torch._foreach_copy_(moments, wide)
-    step += 1

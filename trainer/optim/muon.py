@@ -29,6 +29,7 @@ from torch import Tensor
 
 from trainer.mup import MUON_RMS
 from trainer.optim import division
+from trainer.optim.conditional import erase_, scale_, unless
 from trainer.optim.division import Block, Run
 from trainer.optim.exchange import Exchange, Piece, Trip
 from trainer.optim.orthogonal import Coefficients, iteration_dtype, largest, orthogonalise_, power_of_two
@@ -98,20 +99,26 @@ class Muon(torch.optim.Optimizer):
             self._work.append(_Work(group["shares"], group["block_rows"], group["stacks"]))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One update of every parameter that has a gradient; with cut parameters a collective of their ranks."""
+    def step(self, closure: None = None, skip: Tensor | None = None) -> None:
+        """One update of every parameter that has a gradient; with cut parameters a collective of their ranks.
+
+        Args:
+            skip: see trainer/optim/conditional.py; the gradients of a skipped step become zero.
+        """
         assert closure is None, "Muon evaluates no closure"
         for group, work in zip(self.param_groups, self._work, strict=True):
-            self._step_group(group, work)
+            self._step_group(group, work, skip)
 
-    def _step_group(self, group: dict[str, Any], work: _Work) -> None:
+    def _step_group(self, group: dict[str, Any], work: _Work, skip: Tensor | None) -> None:
         momenta = [local(self.state[parameter]["momentum"]) for parameter in group["params"]]
         rows = [_Rows.of(share, momentum) for share, momentum in zip(group["shares"], momenta, strict=True)]
         active = [row for row in rows if row.gradient is not None]
         if not active:
             return
-        _accumulate([row.momentum for row in active], [row.gradient for row in active], group["momentum"])
-        torch._foreach_mul_([row.weight for row in active], 1 - group["lr"] * group["weight_decay"])
+        if skip is not None:
+            erase_([row.gradient for row in active], skip)  # and a block without gradient is not updated, see above
+        _accumulate([row.momentum for row in active], [row.gradient for row in active], group["momentum"], skip)
+        _multiply_([row.weight for row in active], 1 - group["lr"] * group["weight_decay"], skip)
         travelling = _Travelling(group, rows, work.exchanges)
         for runs in work.batches:
             if runs := [run for run in runs if all(rows[member].gradient is not None for member in run.members)]:
@@ -187,14 +194,22 @@ class _Work:
         self.batches = list(division.batches(runs, most))
 
 
-def _accumulate(momenta: list[Tensor], gradients: list[Tensor], decay: float) -> None:
+def _accumulate(momenta: list[Tensor], gradients: list[Tensor], decay: float, skip: Tensor | None) -> None:
     """momentum ← decay · momentum + gradient, computed in the gradient's dtype and rounded once."""
     if momenta[0].dtype == gradients[0].dtype:
-        torch._foreach_mul_(momenta, decay)
+        _multiply_(momenta, decay, skip)
         torch._foreach_add_(momenta, gradients)
         return
     for momentum, gradient in zip(momenta, gradients, strict=True):
-        momentum.copy_(torch.add(gradient, momentum, alpha=decay))
+        wide = torch.add(gradient, momentum, alpha=decay)
+        momentum.copy_(wide if skip is None else torch.where(skip, momentum, wide))
+
+
+def _multiply_(tensors: list[Tensor], factor: float, skip: Tensor | None) -> None:
+    if skip is None:
+        torch._foreach_mul_(tensors, factor)
+    else:
+        scale_(tensors, unless(skip, factor))
 
 
 def _dtype(group: dict[str, Any], rows: list[_Rows]) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.modelspec import ModelSpec
 from trainer.optim.adamw import AdamW
+from trainer.optim.conditional import scale_
 from trainer.optim.muon import Muon
 from trainer.optim.rules import Assignment, assign
 from trainer.optim.shares import Share, gather_weights, local
@@ -33,7 +34,7 @@ class Optimizers:
 
     def __init__(
         self,
-        members: dict[str, torch.optim.Optimizer],
+        members: dict[str, Muon | AdamW],
         names: dict[Tensor, str],
         table: list[Assignment],
         peak_learning_rate: float,
@@ -65,10 +66,14 @@ class Optimizers:
         group = next(iter(self._groups()))
         return self.peak_learning_rate * group["lr"] / group["peak_lr"]
 
-    def step(self) -> None:
-        """Update all parameters; a collective of all ranks where they share the work."""
+    def step(self, skip: Tensor | None = None) -> None:
+        """Update all parameters; a collective of all ranks where they share the work.
+
+        Args:
+            skip: bool, no dimensions, on the parameters' device: True leaves parameters and state as they are.
+        """
         for member in self.members.values():
-            member.step()
+            member.step(skip=skip)
         gather_weights(self._shares)
         # Not all of that has been counted, and copies of weights go by it (trainer/ops/narrow.py).
         torch.autograd.graph.increment_version(self.parameters)
@@ -155,7 +160,7 @@ def build_optimizers(
         else:
             of_adamw.append(group)
 
-    members: dict[str, torch.optim.Optimizer] = {}
+    members: dict[str, Muon | AdamW] = {}
     state_dtype = STATE_DTYPES[spec.state_dtype]
     if of_muon:
         members["muon"] = Muon(
@@ -177,23 +182,26 @@ def build_optimizers(
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> tuple[float, bool]:
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> tuple[Tensor, Tensor]:
     """Scale the gradients so that their global 2-norm is at most `max_norm` (None: only measure).
 
     Gradients that are DTensors count as the whole tensors; then it is a collective of the ranks that share them.
 
     Returns:
-        (norm before clipping, whether it was clipped). With a norm that is not finite nothing is scaled; skip the step.
+        (norm before clipping in float64, whether it was clipped), both without dimensions and on the gradients' device,
+        for the host does not wait. With a norm that is not finite nothing is scaled; skip the step.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = _total_norm(gradients)
-    if max_norm is None or not norm > max_norm or norm == float("inf"):
-        return norm, False
-    torch._foreach_mul_([local(gradient) for gradient in gradients], max_norm / (norm + 1e-6))
-    return norm, True
+    if max_norm is None:
+        return norm, torch.zeros_like(norm, dtype=torch.bool)
+    clipped = (norm > max_norm) & norm.isfinite()
+    factor = torch.full_like(norm, max_norm) / (norm + 1e-6)  # a number divided by a tensor is rounded twice
+    scale_([local(gradient) for gradient in gradients], factor.masked_fill_(~clipped, 1.0))
+    return norm, clipped
 
 
-def _total_norm(gradients: list[Tensor]) -> float:
+def _total_norm(gradients: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients together; the parts of those that are cut are summed over the ranks that have them.
 
     All ranks get the same bits, so that they decide alike.
@@ -211,4 +219,4 @@ def _total_norm(gradients: list[Tensor]) -> float:
                 if not placement.is_replicate():
                     dist.all_reduce(square, group=mesh.get_group(dim))
         total += square
-    return float(total.sqrt())
+    return total.sqrt()

@@ -55,7 +55,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "phase_seconds_total",
         "counter",
-        "Time in each phase of the steps: data, forward_backward, optimizer, validation, checkpoint.",
+        "Time in each phase of the steps: data, forward_backward, optimizer, device (a GPU finishing what was "
+        "launched), validation, checkpoint.",
         "s",
         ("phase",),
         per_rank=True,

@@ -47,6 +47,7 @@ _GOODPUT = {
     "data": "data_wait",
     "forward_backward": "step",
     "optimizer": "step",
+    "device": "step",
     "validation": "validation",
     "checkpoint": "checkpoint",
 }
@@ -214,7 +215,10 @@ class Recorder:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase of a step: data, forward_backward, optimizer, validation or checkpoint."""
+        """Time a phase of a step: data, forward_backward, optimizer, device, validation or checkpoint.
+
+        On a GPU forward_backward and optimizer only launch kernels; in device the host waits for them.
+        """
         began = time.perf_counter()
         self._phase = name
         try:
