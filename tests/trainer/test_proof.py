@@ -38,7 +38,12 @@ from trainer.spec import BackendsSpec, TrainSpec
 
 CPU = torch.device("cpu")
 CHILD = (sys.executable, proof_child.__file__)
-PORTABLE = [("ssd", "chunked"), ("conv", "torch"), ("attention", "sdpa"), ("experts", "grouped")]
+PORTABLE = sorted(
+    (op.name, name)
+    for op in OPS.values()
+    for name, backend in op.backends.items()
+    if backend.portable and name != "reference"
+)
 
 
 @pytest.fixture
@@ -98,8 +103,8 @@ def test_what_nobody_has_proven_is_proven_once_and_then_taken(
     run = spec(micro_data, tmp_path / "run")
     assert not any(choice.proven for choice in resolve(BackendsSpec(), CPU).values())
     found = at_start(run)
-    assert found.made == 4 and not found.wrong and not found.problems
-    assert sorted((record.op, record.backend) for record in found.records) == sorted(PORTABLE)
+    assert found.made == len(PORTABLE) >= 4 and not found.wrong and not found.problems
+    assert sorted((record.op, record.backend) for record in found.records) == PORTABLE
     assert all(record.passed and record.device_class == "interpreter" for record in found.records)
     assert all(choice.proven for choice in resolve(BackendsSpec(), CPU).values())
     assert "proof: attention  sdpa     fp32  within" in caplog.text
