@@ -299,7 +299,7 @@ class BackendsSpec(Spec):
     ssd: Literal["auto", "reference", "chunked", "mamba_ssm"] = "auto"
     conv: Literal["auto", "reference", "torch", "causal_conv1d"] = "auto"
     attention: Literal["auto", "reference", "sdpa", "varlen", "flash_attn"] = "auto"
-    experts: Literal["auto", "reference", "grouped", "te", "triton"] = "auto"
+    experts: Literal["auto", "reference", "grouped", "te", "triton", "quack"] = "auto"
 
 
 class ParallelSpec(Spec):

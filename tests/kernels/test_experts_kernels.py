@@ -130,12 +130,14 @@ def test_the_compiler_sees_the_kernels_as_they_are():
     routing = by_expert(choice, 3)
     leaves = [tensor.requires_grad_() for tensor in (x, up, down, weight)]
     arguments = (*leaves, routing.order_R, routing.count_E.cumsum(0).to(torch.int32), "swiglu")
-    torch.library.opcheck(experts_triton._experts, arguments, test_utils=("test_schema", "test_faketensor"))
-    y, before = experts_triton._experts(*arguments)
+    torch.library.opcheck(experts_triton.OPERATORS.forward, arguments, test_utils=("test_schema", "test_faketensor"))
+    y, before = experts_triton.OPERATORS.forward(*arguments)
     tensors = [tensor.detach() for tensor in (torch.ones_like(y), *leaves, *arguments[4:6], before)]
     for flags in ((True, True), (False, True)):
         backward = (*tensors, *flags)
-        torch.library.opcheck(experts_triton._experts_backward, backward, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            experts_triton.OPERATORS.backward, backward, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_close_to_the_reference_of_the_registry():

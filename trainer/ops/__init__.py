@@ -22,7 +22,7 @@ import torch
 from trainer import parity
 from trainer.errors import SpecError
 from trainer.modelspec import ModelSpec
-from trainer.ops import attention_varlen, conv_causal_conv1d, experts_te, experts_triton, ssd_mamba_ssm
+from trainer.ops import attention_varlen, conv_causal_conv1d, experts_quack, experts_te, experts_triton, ssd_mamba_ssm
 from trainer.ops.attention import attention_reference, attention_sdpa
 from trainer.ops.conv import conv_reference, conv_torch
 from trainer.ops.documents import Documents
@@ -152,6 +152,13 @@ OPS: dict[str, Op] = {
         Op(
             "experts",
             {
+                "quack": Backend(
+                    experts_quack.experts_quack,
+                    "products of quack-kernels: tokens gathered, squared ReLU in the epilogue",
+                    experts_quack.unsupported,
+                    package="quack-kernels",
+                    portable=False,
+                ),
                 "triton": Backend(
                     experts_triton.experts_triton,
                     "Triton kernels of our own: tokens gathered, activated and weighted inside grouped products",
