@@ -5,7 +5,7 @@
 One call of the operation on random tokens, all backends in one process, the median of the repeats. The last column is
 what a kernel that reads its inputs once and writes its results once would move, per second; on a GPU compare it with
 the bandwidth. The peer without grouped products is `reference`: one expert after the other, as transformers does it.
-`--divide` makes all sides smaller, for a CPU; Triton's kernels run there with TRITON_INTERPRET=1, which measures nothing.
+`--divide` makes all sides smaller, for a CPU. Triton's kernels run there with TRITON_INTERPRET=1, which times nothing.
 """
 
 import argparse
