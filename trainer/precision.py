@@ -1,8 +1,8 @@
 """Precision ladder: FP8 (compute capability 8.9) → BF16 (8.0) → FP16 with dynamic loss scaling → FP32 (CPU).
 
 Weights and gradients are FP32 on every rung; the rungs differ in the autocast dtype of matrix products and, for FP8, in
-the products of the converted modules (trainer.fp8). `auto` uses FP8 only with an implementation that a committed parity
-record proves for its version and this class of GPU; the spec may name any that can run.
+the products of the converted modules (trainer.fp8). `auto` uses FP8 only with an implementation that a parity record
+(committed, or made at the start) proves for its version and this class of GPU; the spec may name any that can run.
 """
 
 from __future__ import annotations

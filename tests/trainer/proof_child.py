@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import torch
 
@@ -61,6 +63,12 @@ def poisons(*arguments: object) -> torch.Tensor:
     raise RuntimeError(poisoned[0])
 
 
+def holds(*arguments: object) -> torch.Tensor:
+    Path(os.environ["HELD"]).write_text(str(os.getpid()))
+    time.sleep(600)
+    raise AssertionError
+
+
 def cannot_write(*arguments: object) -> torch.Tensor:
     raise PermissionError(13, "Permission denied", "/home/nobody/.triton")
 
@@ -70,7 +78,7 @@ def needs(module: str) -> Backend:
     return Backend(attention_sdpa, "broken", lambda setting: packages.problem(packages.load(module)), portable=False)
 
 
-ALL = crashes, exits, raises, fills, errs, errs_on_node_1, is_right, shouts, poisons, cannot_write
+ALL = crashes, exits, raises, fills, errs, errs_on_node_1, is_right, shouts, poisons, cannot_write, holds
 BROKEN = {each.__name__: Backend(each, "broken", portable=False) for each in ALL}
 BROKEN |= {module: needs(module) for module in ("yaongi_segfaults", "yaongi_exits", "yaongi_refuses")}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +20,7 @@ import proof_child
 import pytest
 import torch
 from prometheus_client import generate_latest
+from waiting import wait_until
 
 from pipelines.doctor import kernels
 from trainer import evaluate, parity, precision
@@ -262,6 +264,36 @@ else:
     found = prove.prove(attention("sdpa"), CPU, Limits(start_seconds=3, comparison_seconds=99), command=command)
     said = "slow_package is installed but broken (its import takes longer than 3 s)"
     assert found == Found(unsupported={"attention by sdpa in fp32": "refused"}, refused={"slow_package.ops": said})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal for it is Linux's")
+def test_a_kernel_that_hangs_does_not_outlive_a_run_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It would keep the GPU from the next one."""
+    held = tmp_path / "held"
+    program = f"""
+from trainer.proof.process import Child
+comparisons = [["attention", "holds", "fp32", False]]
+request = {{"device": "cpu", "memory_bytes": 0, "refused": {{}}, "comparisons": comparisons}}
+with Child({CHILD!r}, request) as child:
+    child.line(600), child.line(600)
+"""
+    run = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"HELD": str(held)})
+    try:
+        wait_until(lambda: held.exists() and held.read_text() != "")
+        run.kill()
+        pid = int(held.read_text())
+        wait_until(lambda: not is_alive(pid))
+    finally:
+        run.kill()
+        run.wait()
+
+
+def is_alive(pid: int) -> bool:
+    """Neither gone nor a zombie that nobody has asked for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_all_together_have_a_limit_and_what_is_missing_is_named(swift: tuple[str, ...]):

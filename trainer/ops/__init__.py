@@ -246,7 +246,7 @@ def best(op: str, device: torch.device, verdict: Callable[[str], Verdict]) -> Ch
 
 
 def _proven(op: str, name: str, setting: Setting) -> bool:
-    """Whether a committed record proves a backend; the reference needs none."""
+    """Whether a record proves a backend; the reference needs none."""
     if name == "reference":
         return True
     version = parity.package_version(OPS[op].backends[name].package)
