@@ -217,6 +217,20 @@ def test_fp8_stays_only_where_it_is_5_percent_faster(
     assert fp8.changed(found.taken, spec, CPU).precision.name == ("fp32" if taken else "fp8")
 
 
+def test_layers_in_fp8_are_timed_as_the_run_would_compute_them(offered, world: World, spec: TrainSpec):
+    """The emulation is slow, so it is not kept."""
+    offered("slow")
+    fp8 = Fp8Spec(implementation="emulated", bf16_end_layers=0)
+    way = replace(with_fp8(default(spec), "emulated"), compiles=False)
+    way = replace(way, precision=replace(way.precision, autocast_dtype=torch.bfloat16, fp8=fp8))
+    found = trial.tried(spec, world, ALONE, way, list(trial.changes(spec, CPU, way)), 60)
+    assert [(row.change, row.verdict) for row in found.rows] == [
+        ("as proven", "without a trial"),
+        ("precision: fp32", "taken"),
+    ]
+    assert found.rows[0].seconds > found.rows[1].seconds > 0
+
+
 def test_each_open_choice_is_a_change_and_what_matters_most_comes_first(
     spec: TrainSpec, offered, monkeypatch: pytest.MonkeyPatch
 ):
