@@ -40,7 +40,9 @@ def doctor(
     on_cluster = bool(namespace) or (changes.get("cluster") or {}).get("target") == "kubernetes"
     console = Console()
     console.print("this machine", style="bold")
-    good = show([*machine.findings(workdir), *kernels.findings()], console)
+    good = show(machine.findings(workdir), console)
+    console.print("its kernels, compared with their references (on a GPU the first time minutes)", style="bold")
+    good &= show(kernels.findings(), console)
     if job and not on_cluster:
         console.print(f"{job} on this machine", style="bold", markup=False)
         good &= show(machine.of_job(job, changes, workdir), console)
