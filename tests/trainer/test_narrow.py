@@ -146,7 +146,23 @@ def replaced(model: HybridModel) -> None:
         setattr(model.get_submodule(place), leaf, nn.Parameter(parameter.detach().clone()))
 
 
-@pytest.mark.parametrize("write", [written_by_init, written_by_load, written_through_state, swapped, replaced])
+def replaced_over_the_same_memory(model: HybridModel) -> None:
+    """Only that it is another parameter tells that the memory has been written, as numpy counts nothing."""
+    for name, parameter in made(copies=False, seed=5).named_parameters():
+        place, _, leaf = name.rpartition(".")
+        module = model.get_submodule(place)
+        memory = getattr(module, leaf).detach()
+        memory.numpy()[...] = parameter.detach().numpy()
+        setattr(module, leaf, nn.Parameter(memory))
+        while (version := getattr(module, leaf)._version) < memory._version:
+            torch.autograd.graph.increment_version(getattr(module, leaf))
+        assert version == memory._version
+
+
+@pytest.mark.parametrize(
+    "write",
+    [written_by_init, written_by_load, written_through_state, swapped, replaced, replaced_over_the_same_memory],
+)
 def test_a_copy_is_made_again_when_the_weight_is_another(
     write: Callable[[HybridModel], None], casts: list[str]
 ) -> None:
