@@ -4,12 +4,17 @@ import os
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer import parity
+from trainer.model.hybrid import build_model
+from trainer.modelspec import ModelSpec
 from trainer.ops import Setting, experts_triton
 from trainer.ops.check import compare
 from trainer.ops.experts import by_expert, experts_reference
+from trainer.ops.narrow import Copy
+from trainer.parameters import parameters
+from trainer.spec import BackendsSpec
 
 pytestmark = pytest.mark.kernels
 
@@ -129,11 +134,11 @@ def test_the_compiler_sees_the_kernels_as_they_are():
     x, up, down, choice, weight = draw(2, tokens=9, hidden=16, width=16, experts=3)
     routing = by_expert(choice, 3)
     leaves = [tensor.requires_grad_() for tensor in (x, up, down, weight)]
-    arguments = (*leaves, routing.order_R, routing.count_E.cumsum(0).to(torch.int32), "swiglu")
+    arguments = (*leaves, routing.order_R, routing.count_E.cumsum(0).to(torch.int32), "swiglu", False)
     torch.library.opcheck(experts_triton.OPERATORS.forward, arguments, test_utils=("test_schema", "test_faketensor"))
     y, before = experts_triton.OPERATORS.forward(*arguments)
     tensors = [tensor.detach() for tensor in (torch.ones_like(y), *leaves, *arguments[4:6], before)]
-    for flags in ((True, True), (False, True)):
+    for flags in ((True, True, False), (False, True, False)):
         backward = (*tensors, *flags)
         torch.library.opcheck(
             experts_triton.OPERATORS.backward, backward, test_utils=("test_schema", "test_faketensor")
@@ -146,3 +151,70 @@ def test_close_to_the_reference_of_the_registry():
     found = values(experts_triton.experts_triton, *arguments, "relu2")
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+class Stacks(nn.Module):
+    """Weights of experts with copies in the number format of `narrow`, which take gradients."""
+
+    def __init__(self, up: Tensor, down: Tensor, narrow: torch.dtype) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(up), nn.Parameter(down)
+        self.copies: dict[str, Tensor] = {}
+        self.refreshed = [Copy(self, name, adds=True) for name in ("up", "down")]
+        for copy in self.refreshed:
+            copy.refresh(narrow)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_gradients_are_summed_in_the_products_over_micro_batches(activation: str, compiles: bool):
+    """As autograd sums them, to the rounding of fp32."""
+    x, up, down, choice, weight = draw(1 + (activation == "swiglu"), tokens=61, hidden=24, width=16, experts=4)
+    stacks, plain = Stacks(up.clone(), down.clone(), torch.float32), Stacks(up.clone(), down.clone(), torch.float32)
+
+    def summing(*tensors: Tensor) -> Tensor:
+        return experts_triton.experts_triton(*tensors, activation, adds=True)
+
+    run = torch.compile(summing, backend="aot_eager", fullgraph=True) if compiles else summing
+    of_tokens: list[list[Tensor]] = []
+    for number in range(3):
+        tokens = [(x + number).requires_grad_() for _ in range(2)]
+        found = run(tokens[0], stacks.copies["up"], stacks.copies["down"], choice, weight)
+        expected = experts_triton.experts_triton(tokens[1], plain.up, plain.down, choice, weight, activation)
+        for y in (found, expected):
+            y.square().sum().backward()
+        of_tokens.append([token.grad for token in tokens])
+    assert all(torch.equal(*pair) for pair in of_tokens)
+    assert all(copy.grad is None for copy in stacks.copies.values())
+    for mine, theirs in ((stacks.up.grad, plain.up.grad), (stacks.down.grad, plain.down.grad)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6 * theirs.abs().max().item())
+
+
+def test_a_model_adds_in_the_products_what_it_would_round_outside():
+    """FP16 gradients of weights, summed after they were rounded, against sums within the products, which are FP32."""
+    spec = ModelSpec(vocab_size=64, hidden=16, layers=["E"], moe={"num_experts": 4, "top_k": 2, "expert_width": 16})
+    names = {p.name for p in parameters(spec) if p.per_expert}
+    gradients = []
+    for adding in ((), names):
+        model = build_model(spec, BackendsSpec(experts="triton"), seed=0)
+        model.keep_copies(names, adding)
+        (moe,) = model.moe_sublayers()
+        assert moe.product_adds == bool(adding)
+        for number in range(3):
+            ids_BT = torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(number))
+            with torch.autocast("cpu", dtype=torch.float16):
+                output = model(ids_BT, torch.zeros_like(ids_BT), ids_BT)
+            (64 * output.ce_sum).backward()
+        assert moe.copies["down_EDF"].dtype == torch.float16
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model.zero_grad()
+        model(
+            ids_BT, torch.zeros_like(ids_BT), ids_BT
+        ).ce_sum.backward()  # without autocast: no copy, and autograd sums
+        assert all(p.grad is not None for p in model.parameters() if p.dim() == 3)
+    for name, rounded in gradients[0].items():
+        exact = gradients[1][name]
+        assert exact.dtype == torch.float32
+        if name in names:
+            assert not torch.equal(exact, rounded) and not torch.equal(exact, exact.half().float())
+        torch.testing.assert_close(exact, rounded, rtol=2e-3, atol=2e-3 * rounded.abs().max().item())

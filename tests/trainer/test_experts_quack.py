@@ -94,12 +94,12 @@ def test_our_calls_compute_the_reference(stands_in: None, frozen: int | None):
 def test_the_compiler_sees_the_operators_as_they_are(stands_in: None):
     x, up, down, choice, weight = draw()
     routing = by_expert(choice, EXPERTS)
-    arguments = (x, up, down, weight, routing.order_R, routing.count_E.cumsum(0).to(torch.int32), "relu2")
+    arguments = (x, up, down, weight, routing.order_R, routing.count_E.cumsum(0).to(torch.int32), "relu2", False)
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(experts_quack.OPERATORS.forward, arguments, test_utils=utils)
     y, before = experts_quack.OPERATORS.forward(*arguments)
-    for flags in ((True, True), (False, True)):
-        backward = (torch.ones_like(y), *arguments[:-1], before, *flags)
+    for flags in ((True, True, False), (False, True, False)):
+        backward = (torch.ones_like(y), *arguments[:-2], before, *flags)
         torch.library.opcheck(experts_quack.OPERATORS.backward, backward, test_utils=utils)
 
 

@@ -207,14 +207,14 @@ class HybridModel(nn.Module):
         Args:
             adding: those of them whose gradients nobody waits for: the copies add them.
         """
-        backends = [backend.function for backend in ops.OPS["experts"].backends.values()]
+        backends = {backend.function: backend for backend in ops.OPS["experts"].backends.values()}
         for place, moe in self.named_modules():
             if isinstance(moe, Moe) and moe.run_experts in backends:
                 stacks = [name for name in (moe.spec.first, "down_EDF") if f"{place}.{name}" in names]
-                for name in stacks:
-                    if not hasattr(moe, f"{name}_{DOWN}"):
-                        adds = f"{place}.{name}" in adding and getattr(moe, name).requires_grad
-                        self.copies.append(Copy(moe, name, adds=adds))
+                stacks = [name for name in stacks if not hasattr(moe, f"{name}_{DOWN}")]
+                adds = [f"{place}.{name}" in adding and getattr(moe, name).requires_grad for name in stacks]
+                self.copies += [Copy(moe, name, adds=each) for name, each in zip(stacks, adds, strict=True)]
+                moe.product_adds = backends[moe.run_experts].adds and adds == [True, True]
 
     def update_router_bias(self, expert_load_LE: Tensor) -> None:
         """Move the router biases after an optimizer step; the counts are those of the whole global step. With LoRA the

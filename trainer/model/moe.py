@@ -45,6 +45,7 @@ class Moe(Mixer):
         self.quantised = False  # experts in INT8 or FP8, with scales (trainer/model/quantised.py)
         self.exchange: Callable[..., Tensor] | None = None  # trainer.parallel.experts, where ranks share the experts
         self.copies: dict[str, Tensor] = {}  # of weights, in the dtype of products (trainer/ops/narrow.py)
+        self.product_adds = False  # the backend adds gradients to the sums of copies
         self.router = Linear(hidden, spec.num_experts)
         self.register_buffer("bias_E", torch.empty(spec.num_experts, dtype=torch.float32))
         rows = first_rows(spec.activation, spec.expert_width)
@@ -65,8 +66,10 @@ class Moe(Mixer):
     def mix(self, x_BTD: Tensor, scores_BTE: Tensor, documents: Documents) -> Mixed:
         x_SD = x_BTD.flatten(0, 1)
         expert_SK, weight_SK = self.choose(scores_BTE.flatten(0, 1))
-        run = self.run_experts if self.exchange is None else partial(self.exchange, run_own=self.run_experts)
-        spec = self.spec
+        spec, run_own = self.spec, self.run_experts
+        if self.product_adds and self._copy("down_EDF", x_SD) is not None:
+            run_own = partial(run_own, adds=True)
+        run = run_own if self.exchange is None else partial(self.exchange, run_own=run_own)
 
         def experts(first_EGD: Tensor, down_EDF: Tensor) -> Tensor:
             first_EGD, down_EDF = self._narrow(spec.first, first_EGD, x_SD), self._narrow("down_EDF", down_EDF, x_SD)
@@ -85,12 +88,14 @@ class Moe(Mixer):
             aux_loss = aux_loss + self.balance_loss(scores_BTE, load_E)
         return Mixed(y_BTD, aux_loss, load_E)
 
+    def _copy(self, name: str, x_SD: Tensor) -> Tensor | None:
+        """The copy of a weight for products on x, if there is one."""
+        copy = self.copies.get(name)
+        return copy if copy is not None and copy.dtype == compute_dtype(x_SD) else None
+
     def _narrow(self, name: str, weight: Tensor, x_SD: Tensor) -> Tensor:
-        """The copy of this weight for products on x, if there is one. Sums with adapters are narrow already."""
-        copy, dtype = self.copies.get(name), compute_dtype(x_SD)
-        if copy is None or copy.dtype != dtype or weight.dtype == dtype:
-            return weight
-        return narrow.in_place_of(weight, copy)
+        copy = self._copy(name, x_SD)
+        return weight if copy is None else narrow.in_place_of(weight, copy)
 
     def _run_quantised(self) -> Run:
         return quantised.experts(stack(self, self.spec.first), stack(self, "down_EDF"), self.spec.activation)

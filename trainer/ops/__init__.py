@@ -63,6 +63,7 @@ class Backend:
         unsupported: None when it can run in a setting, else the reason why not.
         package: the distribution whose version a parity record names.
         portable: plain torch, which may run unproven if nothing is proven.
+        adds: whether experts have the argument `adds`, by which gradients of weights are added in the product.
     """
 
     function: Callable[..., Any]
@@ -70,6 +71,7 @@ class Backend:
     unsupported: Callable[[Setting], str | None] = _runs_anywhere
     package: str = "torch"
     portable: bool = True
+    adds: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ OPS: dict[str, Op] = {
                     experts_triton.unsupported,
                     package="triton",
                     portable=False,
+                    adds=True,
                 ),
                 "grouped": Backend(
                     experts_grouped, "tokens sorted by expert, grouped matrix products", grouped_unsupported

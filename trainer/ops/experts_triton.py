@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.ops import experts_fused, packages
+from trainer.ops.narrow import sum_of
 from trainer.ops.setting import Setting, interpreted
 
 KERNELS = "trainer.kernels.grouped"
@@ -26,9 +27,15 @@ def experts_triton(
     expert_SK: Tensor,
     weight_SK: Tensor,
     activation: str = "relu2",
+    *,
+    adds: bool = False,
 ) -> Tensor:
-    """See `trainer.ops.experts.experts_reference`."""
-    return experts_fused.run(OPERATORS, x_SD, up_EGD, down_EDF, expert_SK, weight_SK, activation)
+    """See `trainer.ops.experts.experts_reference`.
+
+    Args:
+        adds: the weights are copies that take gradients (trainer/ops/narrow.py): add to their sums in the products.
+    """
+    return experts_fused.run(OPERATORS, x_SD, up_EGD, down_EDF, expert_SK, weight_SK, activation, adds=adds)
 
 
 def unsupported(setting: Setting) -> str | None:
@@ -64,6 +71,7 @@ def _backward(
     before_RG: Tensor,
     of_up: bool,
     of_down: bool,
+    adds: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels: Any = packages.load(KERNELS)
     rows, top_k, grad_SD = len(order_R), weight_SK.shape[1], grad_SD.contiguous()
@@ -72,14 +80,16 @@ def _backward(
     grad_x_RD = kernels.products(before, up_EGD.transpose(1, 2), tiles, rows, target_R=order_R)
     grad_up_EGD, grad_down_EDF = up_EGD.new_empty(0), down_EDF.new_empty(0)
     if of_down:
-        like = torch.empty_like(down_EDF)
-        grad_down_EDF = kernels.outer(grad_SD, before_RG, ends_E, like, source_a_R=token_R, weight_R=weight_R)
+        out, add = sum_of(down_EDF) if adds else (torch.empty_like(down_EDF), False)
+        kernels.outer(grad_SD, before_RG, ends_E, out, source_a_R=token_R, weight_R=weight_R, add=add)
+        grad_down_EDF = grad_down_EDF if adds else out
     if of_up:
-        like = torch.empty_like(up_EGD)
-        grad_up_EGD = kernels.outer(before, x_SD.contiguous(), ends_E, like, source_b_R=token_R)
+        out, add = sum_of(up_EGD) if adds else (torch.empty_like(up_EGD), False)
+        kernels.outer(before, x_SD.contiguous(), ends_E, out, source_b_R=token_R, add=add)
+        grad_up_EGD = grad_up_EGD if adds else out
     grad_weight_SK = torch.empty_like(weight_SK)
     grad_weight_SK.view(-1)[order_R] = grad_weight_R.to(weight_SK.dtype)
     return grad_x_RD.view(-1, top_k, grad_x_RD.shape[1]).sum(1), grad_up_EGD, grad_down_EDF, grad_weight_SK
 
 
-OPERATORS = experts_fused.operators("experts_triton", _forward, _backward)
+OPERATORS = experts_fused.operators("experts_triton", _forward, _backward, adds=True)

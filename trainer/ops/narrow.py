@@ -13,18 +13,23 @@ parameter after `detach`, from where on part and whole count each for itself.
 Gradients: a product's is as narrow as the copy. Autograd would cast it to FP32 and add that to the parameter's. Where
 neither DDP nor FSDP2 waits for what autograd hands to the parameter, autograd differentiates by the copy itself, whose
 gradient is added to the parameter's in one pass and dropped, as soon as it is there: the same numbers, without the FP32
-cast. `torch.autograd.grad` and hooks of the parameter do not see it; whoever captures a layer as a function of its
-parameters has to take the copies as well.
+cast. A kernel may add it while it multiplies (`sum_of`), and autograd gets none. `torch.autograd.grad` and hooks of the
+parameter do not see it; whoever captures a layer as a function of its parameters has to take the copies as well.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+# Where the gradients of copies that take them are summed, by the memory of the copy, which is the same for whatever
+# compiled code makes of it.
+_SUMS: dict[int, Callable[[], nn.Parameter]] = {}
 
 
 class Copy:
@@ -60,25 +65,34 @@ class Copy:
     def _made(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         copy = torch.empty_like(weight, dtype=dtype, requires_grad=False)
         if self._adds:
-            module, name = weakref.ref(self._module), self._name  # the module keeps the copy, which keeps its hook
-
-            def add(copy: Tensor) -> None:
-                owner = module()
-                assert owner is not None, "the module whose copy this is"
-                _add(getattr(owner, name), copy)
-
-            copy.requires_grad_().register_post_accumulate_grad_hook(add)
+            module, name = weakref.ref(self._module), self._name  # the module keeps the copy
+            address = copy.untyped_storage()._cdata
+            _SUMS[address] = lambda: getattr(module(), name)
+            weakref.finalize(copy, _SUMS.pop, address).atexit = False
+            copy.requires_grad_().register_post_accumulate_grad_hook(_add)
         return copy
 
 
 @torch.no_grad()
-def _add(parameter: nn.Parameter, copy: Tensor) -> None:
-    """The gradient of a copy to that of its parameter; of a cut parameter, to this rank's part of it."""
-    if parameter.grad is None:
-        parameter.grad = torch.empty_like(parameter, requires_grad=False)
-        own(parameter.grad).copy_(copy.grad)
+def sum_of(copy: Tensor) -> tuple[Tensor, bool]:
+    """Where the gradient of a copy that takes one is summed, FP32 in the shape of the copy, and whether there is a sum
+    already: else it has to be written."""
+    parameter = _SUMS[copy.untyped_storage()._cdata]()
+    if begun := parameter.grad is not None:
+        return own(parameter.grad), begun
+    parameter.grad = torch.empty_like(parameter, requires_grad=False)
+    return own(parameter.grad), begun
+
+
+@torch.no_grad()
+def _add(copy: Tensor) -> None:
+    if copy.grad is None:  # a kernel has added it
+        return
+    total, begun = sum_of(copy)
+    if begun:
+        total.add_(copy.grad)
     else:
-        own(parameter.grad).add_(copy.grad)
+        total.copy_(copy.grad)
     copy.grad = None
 
 
