@@ -300,6 +300,7 @@ class BackendsSpec(Spec):
     conv: Literal["auto", "reference", "torch", "causal_conv1d"] = "auto"
     attention: Literal["auto", "reference", "sdpa", "varlen", "flash_attn"] = "auto"
     experts: Literal["auto", "reference", "grouped", "te", "triton", "quack"] = "auto"
+    add_norm: Literal["auto", "reference", "torch", "triton"] = "auto"
 
 
 class ParallelSpec(Spec):

@@ -283,6 +283,7 @@ def test_auto_takes_the_fastest_and_says_why():
         "conv": "torch",
         "attention": "sdpa",
         "experts": "grouped",
+        "add_norm": "torch",
     }
     assert all(choice.reason for choice in choices.values())
     assert functions(choices)["ssd"] is ssd_chunked

@@ -67,14 +67,26 @@ class Sublayer(nn.Module):
         else:
             self.norm = nn.Identity()
         self.mixer: Mixer = resolve_name(section.mixer)(spec, section, functions)
+        self._add_norm = functions["add_norm"]
         attach(spec, section, self.mixer)
 
-    def forward(self, x_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> Mixed:
-        return self.mixer(x_BTD, self.norm, ids_BT, documents)
+    def forward(
+        self, x_BTD: Tensor, y_BTD: Tensor | None, ids_BT: Tensor, documents: Documents
+    ) -> tuple[Tensor, Mixed]:
+        """x + y, where y is what the sublayer before this one adds to the stream, and what the mixer makes of it."""
+        if isinstance(self.norm, RMSNorm) and self.mixer.policy != "selective":
+            x_BTD, normed_BTD = self._add_norm(x_BTD, y_BTD, self.norm.weight, self.norm.eps)
+            return x_BTD, self.mixer(x_BTD, lambda _: normed_BTD, ids_BT, documents)
+        # A norm that is recomputed from the sum alone is not part of the addition.
+        x_BTD = x_BTD if y_BTD is None else x_BTD + y_BTD
+        return x_BTD, self.mixer(x_BTD, self._alone, ids_BT, documents)
+
+    def _alone(self, x_BTD: Tensor) -> Tensor:
+        return self._add_norm(x_BTD, None, self.norm.weight, self.norm.eps)[1]
 
 
 class Layer(nn.Sequential, Recomputed):
-    """A few sublayers that run in order, each x ← x + mixer(norm(x))."""
+    """A few sublayers that run in order, each x ← x + mixer(norm(x)). The addition is left to the next one's norm."""
 
     def forward(self, x_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The residual stream after the layer, the sum of its sequence losses, and a load_E for each of its MoE."""
@@ -82,15 +94,14 @@ class Layer(nn.Sequential, Recomputed):
 
     def _run(self, x_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> tuple[Tensor, Tensor, list[Tensor]]:
         aux_sum = torch.zeros((), dtype=torch.float32, device=x_BTD.device)
-        loads = []
+        y_BTD, loads = None, []
         for sublayer in self:
-            y_BTD, aux_loss, load_E = sublayer(x_BTD, ids_BT, documents)
+            x_BTD, (y_BTD, aux_loss, load_E) = sublayer(x_BTD, y_BTD, ids_BT, documents)
             if aux_loss is not None:
                 aux_sum = aux_sum + aux_loss
             if load_E is not None:
                 loads.append(load_E)
-            x_BTD = x_BTD + y_BTD
-        return x_BTD, aux_sum, loads
+        return x_BTD + y_BTD, aux_sum, loads
 
 
 class HybridModel(nn.Module):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from trainer.ops.add_norm import gradients, rms_norm, scale
 from trainer.ops.experts import compute_dtype
 
 
@@ -28,7 +29,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_D: Tensor) -> Tensor:
-        return _RMSNorm.apply(x_D, self.weight, self.eps, compute_dtype(x_D))
+        return rms_norm(x_D, self.weight, self.eps)
 
     def without_gradient(self, x_D: Tensor) -> Tensor:
         """The same up to rounding, in one operation."""
@@ -54,28 +55,11 @@ class GatedRMSNorm(nn.Module):
         return (normed_GW.flatten(-2) * self.weight).to(y_D.dtype)
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x_D: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        wide_D = x_D.float()
-        scale_1 = _scale(wide_D, eps)
-        ctx.save_for_backward(x_D, weight_D, scale_1)
-        return (wide_D * scale_1).mul_(weight_D).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_D: Tensor) -> tuple[Tensor | None, ...]:
-        x_D, weight_D, scale_1 = ctx.saved_tensors
-        normed_D = x_D.float() * scale_1
-        grad_x_D, grad_weight_D = _gradients(grad_D.float(), normed_D, scale_1, weight_D.float())
-        return grad_x_D.to(x_D.dtype), grad_weight_D.to(weight_D.dtype), None, None
-
-
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, y_D: Tensor, z_D: Tensor, weight_D: Tensor, num_groups: int, eps: float) -> Tensor:
         gated_GW = (F.silu(z_D.float()) * y_D).unflatten(-1, (num_groups, -1))
-        scale_G1 = _scale(gated_GW, eps)
+        scale_G1 = scale(gated_GW, eps)
         ctx.save_for_backward(y_D, z_D, weight_D, scale_G1)
         return gated_GW.mul_(scale_G1).flatten(-2).mul_(weight_D).to(y_D.dtype)
 
@@ -90,24 +74,9 @@ class _GatedRMSNorm(torch.autograd.Function):
         normed_GW = (silu_D * y_D).unflatten(-1, groups).mul_(scale_G1)
         weight_GW = weight_D.float().unflatten(-1, groups)
         grad_GW = grad_D.float().unflatten(-1, groups)
-        grad_gated_GW, grad_weight_GW = _gradients(grad_GW, normed_GW, scale_G1, weight_GW)
+        grad_gated_GW, grad_weight_GW = gradients(grad_GW, normed_GW, scale_G1, weight_GW)
         grad_gated_D = grad_gated_GW.flatten(-2)
         grad_y_D = (grad_gated_D * silu_D).to(y_D.dtype)
         slope_D = (1 + z_D_wide).sub_(silu_D).mul_(open_D)
         grad_z_D = (grad_gated_D * y_D).mul_(slope_D).to(z_D.dtype)
         return grad_y_D, grad_z_D, grad_weight_GW.flatten().to(weight_D.dtype), None, None
-
-
-def _scale(x_W: Tensor, eps: float) -> Tensor:
-    """rsqrt(mean(x²) + eps) over the last dimension, which stays with size 1."""
-    length_1 = torch.linalg.vector_norm(x_W, dim=-1, keepdim=True)
-    return torch.rsqrt(length_1.square() / x_W.shape[-1] + eps)
-
-
-def _gradients(grad_W: Tensor, normed_W: Tensor, scale_1: Tensor, weight_W: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the input and of the weight, for the output normed · weight, where normed = input · scale; all fp32."""
-    by_weight_W = grad_W * normed_W
-    grad_weight_W = by_weight_W.flatten(0, -1 - weight_W.dim()).sum(0)
-    along_1 = (by_weight_W.mul_(weight_W)).sum(-1, keepdim=True) / normed_W.shape[-1]
-    grad_input_W = (grad_W * weight_W).addcmul_(normed_W, along_1, value=-1).mul_(scale_1)
-    return grad_input_W, grad_weight_W

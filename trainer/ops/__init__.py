@@ -22,7 +22,16 @@ import torch
 from trainer import parity
 from trainer.errors import SpecError
 from trainer.modelspec import ModelSpec
-from trainer.ops import attention_varlen, conv_causal_conv1d, experts_quack, experts_te, experts_triton, ssd_mamba_ssm
+from trainer.ops import (
+    add_norm_triton,
+    attention_varlen,
+    conv_causal_conv1d,
+    experts_quack,
+    experts_te,
+    experts_triton,
+    ssd_mamba_ssm,
+)
+from trainer.ops.add_norm import add_norm_reference, add_norm_torch
 from trainer.ops.attention import attention_reference, attention_sdpa
 from trainer.ops.conv import conv_reference, conv_torch
 from trainer.ops.documents import Documents
@@ -180,6 +189,20 @@ OPS: dict[str, Op] = {
                     portable=False,
                 ),
                 "reference": Backend(experts_reference, "loop over experts"),
+            },
+        ),
+        Op(
+            "add_norm",
+            {
+                "triton": Backend(
+                    add_norm_triton.add_norm_triton,
+                    "residual addition and norm in one Triton kernel",
+                    add_norm_triton.unsupported,
+                    package="triton",
+                    portable=False,
+                ),
+                "torch": Backend(add_norm_torch, "an addition, then a norm with a hand-written backward"),
+                "reference": Backend(add_norm_reference, "the definition"),
             },
         ),
     )

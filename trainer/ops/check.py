@@ -155,7 +155,9 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def cases(op: str, setting: Setting) -> Iterator[Case]:
-    return {"ssd": _ssd, "conv": _conv, "attention": _attention, "experts": _experts}[op](setting)
+    return {"ssd": _ssd, "conv": _conv, "attention": _attention, "experts": _experts, "add_norm": _add_norm}[op](
+        setting
+    )
 
 
 def _documents(device: torch.device, length: int) -> Iterator[tuple[str, Documents, int | None]]:
@@ -254,3 +256,18 @@ def _experts(setting: Setting) -> Iterator[Case]:
                 return function(x, up, down, choices, weight, activation)
 
             yield Case(f"{name}, {activation}", inputs, call)
+
+
+def _add_norm(setting: Setting) -> Iterator[Case]:
+    for width in (48, 100):
+        inputs = [_draw(setting, 2, 70, width, seed=seed) for seed in (1, 2)]
+        inputs.append(_draw(setting, width, seed=3).float())
+
+        def call(function: Function, t: list[Tensor]) -> Tensor:
+            return torch.stack(function(t[0], t[1], t[2], 1e-5))
+
+        def norm_alone(function: Function, t: list[Tensor]) -> Tensor:
+            return torch.stack(function(t[0], None, t[1], 1e-5))
+
+        yield Case(f"sum and norm, width {width}", inputs, call)
+        yield Case(f"norm alone, width {width}", [inputs[0], inputs[2]], norm_alone)

@@ -49,7 +49,7 @@ METRICS: tuple[Metric, ...] = (
         "gauge",
         "1; the labels say which code, device, mesh, precision and implementations run.",
         "",
-        ("version", "torch", "device", "mesh", "precision", "ssd", "conv", "attention", "experts"),
+        ("version", "torch", "device", "mesh", "precision", "ssd", "conv", "attention", "experts", "add_norm"),
     ),
     Metric("step_seconds", "histogram", "Duration of one optimizer step.", "s", per_rank=True),
     Metric(
