@@ -404,6 +404,24 @@ def test_of_several_writers_none_loses_what_another_wrote_and_what_failed_for_on
         assert found.records == [other, failed] and found.trials == {str(number): {} for number in range(4)}
 
 
+def test_a_new_run_in_another_pod_takes_over_what_has_passed_beside_it(
+    broken, micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    broken("errs")
+    runs = tmp_path / "runs"
+    first = at_start(spec(micro_data, runs / "first", "attention"))
+    assert first.made == 2 and len(first.wrong) == 1
+    parity.forget()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "lost"))
+    asked = []
+    monkeypatch.setattr(start, "prove", lambda comparisons, *_, **__: asked.extend(map(str, comparisons)) or Found())
+    second = at_start(spec(micro_data, runs / "second", "attention"))
+    assert asked == ["attention by errs in fp32"], "what failed is compared again"
+    assert [record.backend for record in second.records] == ["sdpa"] and beside(spec(micro_data, runs / "second"))
+    (runs / "third").write_text("no directory")
+    assert cache.of_other_runs(str(tmp_path / "nowhere" / "run"), CPU) == cache.Known()
+
+
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
     known = cache.Known([Record(**RECORD)])
     (place,) = places = cache.files(CPU, None)

@@ -30,6 +30,7 @@ from trainer.preflight.gpus import driver_cuda_version
 log = logging.getLogger(__name__)
 
 _UNDER = ("torch", "triton", "nvidia-cutlass-dsl")  # what kernels are compiled by
+OTHER_RUNS = 4  # newest ones
 _CODE = ("ops", "kernels", "fp8", "proof")  # folders whose sources decide what is computed here
 
 
@@ -116,6 +117,23 @@ def read(places: list[Path], device: torch.device) -> Known:
         if (found := _read(file, device)) is not None:
             known.add(found)
     return known
+
+
+def of_other_runs(run_dir: str, device: torch.device) -> Known:
+    """What has passed in the newest runs beside this one: a pod's own cache directory is lost with it.
+
+    What failed is not taken over, so that a run can be asked to compare again.
+    """
+    own = files(device, run_dir)[0]
+    try:
+        found = [(file.stat().st_mtime, file) for file in own.parent.parent.glob(f"*/{own.name}") if file != own]
+    except OSError:
+        return Known()
+    known = read([file for _, file in sorted(found)[-OTHER_RUNS:]], device)
+    fits: dict[str, str | None] = {
+        comparison: None for comparison, reason in known.unsupported.items() if reason is None
+    }
+    return Known([record for record in known.records if record.passed], fits)
 
 
 def _read(file: Path, device: torch.device) -> Known | None:

@@ -125,6 +125,10 @@ def of_node(comparisons: list[Comparison], device: torch.device, run_dir: str | 
     parity.learn(known.records)
     found = Found()
     absent = missing(comparisons, device, known.unsupported)
+    if absent and run_dir:
+        known.add(cache.of_other_runs(run_dir, device))
+        parity.learn(known.records)
+        absent = missing(comparisons, device, known.unsupported)
     if absent and (occupied := _occupied(device)):
         found.problems.append(occupied)
     elif absent:
@@ -133,7 +137,7 @@ def of_node(comparisons: list[Comparison], device: torch.device, run_dir: str | 
         known.add(cache.Known(found.records, found.unsupported, found.refused, found.slow))
         packages.refuse(found.refused)
         parity.learn(found.records)
-    if absent or not places[-1].exists():
+    if absent or known != cache.read(places[-1:], device):
         found.problems += cache.write(places[-1:], known, device)
     there = [c for c in comparisons if known.unsupported.get(str(c)) is None]
     records = [record for c in comparisons for record in _records(c, device)]
