@@ -1,5 +1,5 @@
 """What expert weights cost beside their products: cast in every pass, copied once for each optimizer step, and with
-copies that add gradients themselves (trainer/ops/narrow.py).
+copies that add gradients themselves (trainer/ops/narrow.py); where they run, with Triton's products that add.
 
     OMP_NUM_THREADS=1 python benchmarks/experts_step.py [--preset h100-4b] [--divide 4] [--tokens 512]
 
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from manifests.spec import load_job
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.modelspec import ModelSpec
+from trainer.ops import Setting, experts_triton
 from trainer.ops.experts import by_expert, compute_dtype
 from trainer.ops.experts_grouped import _Experts
 from trainer.parameters import parameters
@@ -69,11 +70,15 @@ def variants(spec: ModelSpec, device: torch.device) -> Iterator[tuple[str, Hybri
         ("cast in every pass", set(), set()),
         ("copies", names, set()),
         ("copies that add", names, names),
+        ("Triton products add", names, names),
     ):
-        backends = BackendsSpec(experts="grouped")
+        by_triton = title.startswith("Triton")
+        if by_triton and experts_triton.unsupported(Setting(device, torch.bfloat16, spec)):
+            continue
+        backends = BackendsSpec(experts="triton" if by_triton else "grouped")
         model = build_model(spec, backends, device=device, dtype=torch.bfloat16, seed=0)
         model.keep_copies(copied, adding)
-        for moe in model.moe_sublayers():
+        for moe in model.moe_sublayers() if not by_triton else []:
             moe.run_experts = grouped
         yield title, model
 

@@ -233,6 +233,18 @@ def test_a_copy_adds_every_gradient_and_keeps_none() -> None:
     assert len(copies) == STACKS and all(copy.requires_grad and copy.grad is None for copy in copies)
 
 
+def test_a_graph_contains_the_cast(casts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its replay asks for no version."""
+    model = made(copies=True)
+    run(model, 0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for captures in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda captures=captures: captures)
+        for copy in model.copies:
+            copy.refresh(torch.bfloat16)
+        assert len(casts) == (1 + captures) * STACKS
+
+
 def test_frozen_experts_get_no_gradient() -> None:
     model = build_model(SPEC, BackendsSpec(experts="reference"), seed=0)
     frozen = [p for name, p in model.named_parameters() if "EFD" in name or "EDF" in name]

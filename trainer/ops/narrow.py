@@ -54,7 +54,9 @@ class Copy:
         kept: Tensor | None = copies.get(self._name)
         fits = kept is not None and (kept.dtype, kept.shape, kept.device) == (dtype, weight.shape, weight.device)
         state = weight.untyped_storage()._cdata, parameter._version, weight._version
-        if fits and self._of() is parameter and self._state == state:
+        # A CUDA graph runs when none of this is asked, so the cast belongs into it.
+        captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if fits and self._of() is parameter and self._state == state and not captured:
             return
         with torch.inference_mode(False), torch.no_grad():
             if kept is None or not fits:
