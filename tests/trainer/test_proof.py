@@ -27,7 +27,8 @@ from trainer import evaluate, parity, precision
 from trainer.distributed import World
 from trainer.loop import train
 from trainer.lora import LoraSpec
-from trainer.ops import OPS, packages, resolve
+from trainer.ops import OPS, Setting, packages, resolve
+from trainer.ops.check import cases
 from trainer.parity import Record
 from trainer.proof import cache, prove, start
 from trainer.proof.comparisons import Comparison, missing, wanted
@@ -588,3 +589,11 @@ def test_fp8_is_compared_in_the_recipe_of_the_spec(
     assert all(each.package == ("transformer_engine" if each.backend == "te" else "torch") for each in found)
     adapted = run.model_copy(update={"model": run.model.model_copy(update={"lora": LoraSpec()})})
     assert all(each.op in OPS for each in wanted(adapted, CPU)), "FP8 does not go with adapters"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_cases_of_every_operation_are_few_and_small(op: str):
+    """What is compared at a start must fit beside a model and take seconds."""
+    found = list(cases(op, Setting(CPU)))
+    assert 0 < len(found) <= 24
+    assert all(sum(each.nbytes for each in case.inputs) < 2**23 for case in found)

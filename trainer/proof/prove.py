@@ -24,7 +24,7 @@ GIB = 2**30
 class Limits:
     """Seconds of a child's start or an import, of one comparison and of all together; bytes of the device's memory.
 
-    The comparison that takes longest compiles about a hundred Triton kernels, because it tunes itself.
+    The comparison that takes longest compiles about a hundred Triton kernels (an estimate), because it tunes itself.
     """
 
     start_seconds: float = 100.0
