@@ -298,7 +298,7 @@ class BackendsSpec(Spec):
 
     ssd: Literal["auto", "reference", "chunked", "mamba_ssm"] = "auto"
     conv: Literal["auto", "reference", "torch", "causal_conv1d"] = "auto"
-    attention: Literal["auto", "reference", "sdpa", "varlen", "flash_attn"] = "auto"
+    attention: Literal["auto", "reference", "sdpa", "varlen", "flash_attn", "flash_attn_4"] = "auto"
     experts: Literal["auto", "reference", "grouped", "te", "triton", "quack"] = "auto"
     add_norm: Literal["auto", "reference", "torch", "triton"] = "auto"
 

@@ -29,13 +29,14 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_missing_package_is_told_with_its_use_and_the_command(hopper: None):
     found = {finding.what: finding for finding in kernels.absent(GPU)}
-    assert {"mamba_ssm", "causal_conv1d", "flash_attn", "transformer_engine"} <= found.keys()
+    assert {"mamba_ssm", "causal_conv1d", "flash_attn", "flash-attn-4", "transformer_engine"} <= found.keys()
     assert found["mamba_ssm"].state == "missing"
     assert found["mamba_ssm"].detail == "not installed; it would compute: ssd"
     assert found["mamba_ssm"].remedy.startswith(
         "pip install --no-build-isolation 'mamba-ssm>=2.3.1', or take the image"
     )
     assert "'flash-attn>=2.8'" in found["flash_attn"].remedy
+    assert "'flash-attn-4>=4.0.0b36'" in found["flash-attn-4"].remedy
     assert "'transformer-engine[pytorch]>=2.11'" in found["transformer_engine"].remedy
     assert "torch" not in found, "what is installed is not missing"
 

@@ -190,7 +190,7 @@ class HybridModel(nn.Module):
         sections, documents = self._sections, Documents(seq_idx_BT)
         shifts = set().union(*(section.shifts(self.spec.hidden) for section in sections))
         attends = any(section.attends for section in sections)
-        by_document = self.choices["attention"].name in ("flash_attn", "varlen") if self.choices else False
+        by_document = bool(self.choices) and self.choices["attention"].name in ("flash_attn_4", "flash_attn", "varlen")
         documents.prepare(
             sorted(shifts),
             mask=computed_in(dtype, seq_idx_BT.device) if attends and not by_document else None,

@@ -24,6 +24,7 @@ from trainer.errors import SpecError
 from trainer.modelspec import ModelSpec
 from trainer.ops import (
     add_norm_triton,
+    attention_flash_attn_4,
     attention_varlen,
     conv_causal_conv1d,
     experts_quack,
@@ -143,6 +144,13 @@ OPS: dict[str, Op] = {
         Op(
             "attention",
             {
+                "flash_attn_4": Backend(
+                    attention_flash_attn_4.attention_flash_attn_4,
+                    "FlashAttention by document, package flash-attn-4",
+                    attention_flash_attn_4.unsupported,
+                    package=attention_flash_attn_4.PACKAGE,
+                    portable=False,
+                ),
                 "flash_attn": Backend(
                     attention_varlen.attention_flash_attn,
                     "FlashAttention by document, package flash_attn",

@@ -26,7 +26,7 @@ def attention_varlen(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: 
     # torch 2.11 accepts grouped heads implicitly; later versions need a flag.
     grouped = {"enable_gqa": True} if "enable_gqa" in kernel.parameters else {}
     q_XHD, k_XKD, v_XKD = (tensor.flatten(0, 1) for tensor in (q_BTHD, k_BTKD, v_BTKD))
-    starts, length = documents.cu_seqlens, _longest(q_BTHD)
+    starts, length = documents.cu_seqlens, longest(q_BTHD)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         y_XHD = kernel.function(q_XHD, k_XKD, v_XKD, starts, starts, length, length, window_size=(-1, 0), **grouped)
     return y_XHD.view_as(q_BTHD)
@@ -36,24 +36,24 @@ def attention_flash_attn(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documen
     """See `attention_reference`; `flash_attn_varlen_func` of the flash_attn package."""
     attend = packages.kernel(PACKAGE).function
     q_XHD, k_XKD, v_XKD = (tensor.flatten(0, 1) for tensor in (q_BTHD, k_BTKD, v_BTKD))
-    starts, length = documents.cu_seqlens, _longest(q_BTHD)
+    starts, length = documents.cu_seqlens, longest(q_BTHD)
     return attend(q_XHD, k_XKD, v_XKD, starts, starts, length, length, causal=True).view_as(q_BTHD)
 
 
-def _longest(q_BTHD: Tensor) -> int:
+def longest(q_BTHD: Tensor) -> int:
     """An upper bound, the same for every batch; above 1, since at 1 the kernels rearrange heads for decoding."""
     return max(q_BTHD.shape[1], 2)
 
 
 def varlen_unsupported(setting: Setting) -> str | None:
-    return _unfit(setting) or packages.kernel_problem(TORCH)
+    return unfit(setting) or packages.kernel_problem(TORCH)
 
 
 def flash_attn_unsupported(setting: Setting) -> str | None:
-    return _unfit(setting) or packages.kernel_problem(PACKAGE)
+    return unfit(setting) or packages.kernel_problem(PACKAGE)
 
 
-def _unfit(setting: Setting) -> str | None:
+def unfit(setting: Setting) -> str | None:
     """The kernels' requirements on device, dtype and head width."""
     if (reason := setting.below(8, 0)) is not None:
         return reason
