@@ -104,7 +104,13 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         share=partial(mesh.share, dtype=chosen.autocast_dtype),
         choices=choices,
     )
-    optimizers = build_optimizers(model, spec.optimizer, spec.model, share_over=mesh.optimizer)
+    optimizers = build_optimizers(
+        model,
+        spec.optimizer,
+        spec.model,
+        share_over=mesh.optimizer,
+        orthogonalise=ops.functions(choices)["orthogonalise"],
+    )
     proven = spec.precision.fp8.implementation == "auto"
     agree = partial(agreement.problem, world)
     fp8 = None

@@ -301,6 +301,7 @@ class BackendsSpec(Spec):
     attention: Literal["auto", "reference", "sdpa", "varlen", "flash_attn", "flash_attn_4"] = "auto"
     experts: Literal["auto", "reference", "grouped", "te", "triton", "quack"] = "auto"
     add_norm: Literal["auto", "reference", "torch", "triton"] = "auto"
+    orthogonalise: Literal["auto", "reference", "quack"] = "auto"
 
 
 class ParallelSpec(Spec):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from bounds import below
 
+from trainer.ops.orthogonalise import iteration, orthogonalise
 from trainer.optim import muon as muon_module
 from trainer.optim.muon import Muon
-from trainer.optim.orthogonal import iteration, orthogonalise
 
 
 def _problem(*shapes, seed=0):

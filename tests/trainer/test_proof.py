@@ -104,7 +104,7 @@ def test_what_nobody_has_proven_is_proven_once_and_then_taken(
 ):
     caplog.set_level(logging.INFO)
     run = spec(micro_data, tmp_path / "run")
-    assert not any(choice.proven for choice in resolve(BackendsSpec(), CPU).values())
+    assert not any(c.proven for c in resolve(BackendsSpec(), CPU).values() if c.name != "reference")
     found = at_start(run)
     assert found.made == len(PORTABLE) >= 4 and not found.wrong and not found.problems
     assert sorted((record.op, record.backend) for record in found.records) == PORTABLE

@@ -17,7 +17,7 @@ from trainer.arithmetic.roofline import Roofline, Work, of_training, render, roo
 from trainer.errors import SpecError
 from trainer.fp8.table import conversion_table
 from trainer.modelspec import ModelSpec
-from trainer.optim.orthogonal import orthogonalise
+from trainer.ops.orthogonalise import orthogonalise
 from trainer.parameters import parameters
 from trainer.spec import Fp8Spec, OptimizerSpec
 from trainer.specbase import parse

@@ -247,7 +247,7 @@ class _Step:
 
 
 def _orthogonalised(each: Assignment, steps: int) -> Iterator[tuple[float, float]]:
-    """Operations and bytes for each block of a parameter, in BF16 by trainer/optim/orthogonal.py.
+    """Operations and bytes for each block of a parameter, in BF16 by trainer/ops/orthogonalise.py.
 
     A step of an m × n matrix X computes G = XXᵀ, P = bG + cG² and (aI + P)X, so it reads X twice and writes it once,
     and reads or writes m × m numbers four times.

@@ -30,6 +30,7 @@ from trainer.ops import (
     experts_quack,
     experts_te,
     experts_triton,
+    orthogonalise_quack,
     ssd_mamba_ssm,
 )
 from trainer.ops.add_norm import add_norm_reference, add_norm_torch
@@ -39,6 +40,7 @@ from trainer.ops.documents import Documents
 from trainer.ops.experts import experts_reference
 from trainer.ops.experts_grouped import experts_grouped
 from trainer.ops.experts_grouped import unsupported as grouped_unsupported
+from trainer.ops.orthogonalise import orthogonalise_
 from trainer.ops.setting import Setting
 from trainer.ops.ssd import ssd_chunked, ssd_reference
 from trainer.spec import BackendsSpec
@@ -211,6 +213,19 @@ OPS: dict[str, Op] = {
                 ),
                 "torch": Backend(add_norm_torch, "an addition, then a norm with a hand-written backward"),
                 "reference": Backend(add_norm_reference, "the definition"),
+            },
+        ),
+        Op(
+            "orthogonalise",
+            {
+                "quack": Backend(
+                    orthogonalise_quack.orthogonalise_quack,
+                    "symmetric products of quack, for shapes for which they are the faster ones",
+                    orthogonalise_quack.unsupported,
+                    package="quack-kernels",
+                    portable=False,
+                ),
+                "reference": Backend(orthogonalise_, "batched products of torch"),
             },
         ),
     )

@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from trainer.mup import MUON_RMS
+from trainer.ops.orthogonalise import Coefficients, iteration_dtype, largest, orthogonalise_, power_of_two
 from trainer.optim import division
 from trainer.optim.conditional import erase_, scale_, unless
 from trainer.optim.division import Block, Run
 from trainer.optim.exchange import Exchange, Piece, Trip
-from trainer.optim.orthogonal import Coefficients, iteration_dtype, largest, orthogonalise_, power_of_two
+from trainer.optim.fastest import Orthogonalise
 from trainer.optim.shares import Share, local
 
 # Elements orthogonalised in one batch; bounds the temporary memory to a few GiB whatever the number of experts.
@@ -57,6 +58,7 @@ class Muon(torch.optim.Optimizer):
             them; "shares".
         iteration_dtype: bfloat16 or float32; None follows the device.
         state_dtype: of the momentum.
+        orthogonalise: another implementation of `orthogonalise_`.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Muon(torch.optim.Optimizer):
         steps: int = 5,
         iteration_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype = torch.float32,
+        orthogonalise: Orthogonalise | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -79,6 +82,7 @@ class Muon(torch.optim.Optimizer):
             "coefficients": coefficients,
             "steps": steps,
             "iteration_dtype": iteration_dtype,
+            "orthogonalise": orthogonalise,
             "block_rows": None,
             "stacks": None,
             "spectral_base": None,
@@ -223,6 +227,10 @@ def _rate(group: dict[str, Any], stack: Run | Block) -> float:
     return group["lr"] * MUON_RMS * math.sqrt(max(m, k) if base is None else base * m / k)
 
 
+def _orthogonalise_(x_Nmk: Tensor, group: dict[str, Any]) -> Tensor:
+    return (group["orthogonalise"] or orthogonalise_)(x_Nmk, group["coefficients"], group["steps"])
+
+
 def _divisors(sizes_2KN: Tensor) -> Tensor:
     """[K, N], by which the directions of the K members of N stacks are divided before they are orthogonalised.
 
@@ -245,7 +253,7 @@ def _update_runs(group: dict[str, Any], rows: list[_Rows], runs: list[Run]) -> N
         parts = part_Nmk.split(run.columns, dim=2)
         for (direction_Nmn, _), divisor_N, part_Nmn in zip(members, divisors_KN, parts, strict=True):
             torch.div(direction_Nmn, divisor_N[:, None, None], out=part_Nmn)
-    x_Nmk = orthogonalise_(x_Nmk, group["coefficients"], group["steps"])
+    x_Nmk = _orthogonalise_(x_Nmk, group)
     for run, part_Nmk in zip(runs, x_Nmk.split(counts), strict=True):
         for member, part_Nmn in zip(run.members, part_Nmk.split(run.columns, dim=2), strict=True):
             weight = rows[member].weight[run.start : run.end]
@@ -298,7 +306,7 @@ class _Travelling:
         return exchange.to_owners(directions, self._like)
 
     def _orthogonalise_(self, x_Nmk: Tensor) -> Tensor:
-        return orthogonalise_(x_Nmk, self._group["coefficients"], self._group["steps"])
+        return _orthogonalise_(x_Nmk, self._group)
 
     def _apply(self, exchange: Exchange, homeward: Trip) -> None:
         for piece, update in zip(exchange.held, homeward.arrived(), strict=True):

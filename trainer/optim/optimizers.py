@@ -12,8 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from trainer.modelspec import ModelSpec
+from trainer.ops.orthogonalise import orthogonalise_
 from trainer.optim.adamw import AdamW
 from trainer.optim.conditional import scale_
+from trainer.optim.fastest import FastestByShape, Orthogonalise
 from trainer.optim.muon import Muon
 from trainer.optim.rules import Assignment, assign
 from trainer.optim.shares import Share, gather_weights, local
@@ -119,7 +121,12 @@ class Optimizers:
 
 
 def build_optimizers(
-    model: nn.Module, spec: OptimizerSpec, modelspec: ModelSpec, *, share_over: DeviceMesh | None = None
+    model: nn.Module,
+    spec: OptimizerSpec,
+    modelspec: ModelSpec,
+    *,
+    share_over: DeviceMesh | None = None,
+    orthogonalise: Orthogonalise = orthogonalise_,
 ) -> Optimizers:
     """Optimizers for every trainable parameter of `model`, grouped by the rules of rules.py.
 
@@ -129,6 +136,7 @@ def build_optimizers(
     Args:
         share_over: mesh of one dimension of ranks that all hold the model and its summed gradients (data parallel).
             Each then keeps the state of its part of the rows and updates only those, and `step` exchanges weights.
+        orthogonalise: an implementation of `orthogonalise_`, called for shapes for which it is the faster one.
 
     Raises:
         ValueError: a parameter that the rules do not name, or that is cut otherwise.
@@ -171,6 +179,7 @@ def build_optimizers(
             coefficients=spec.muon.coefficients,
             steps=spec.muon.steps,
             state_dtype=state_dtype,
+            orthogonalise=None if orthogonalise is orthogonalise_ else FastestByShape(orthogonalise, orthogonalise_),
         )
     if of_adamw:
         adamw = spec.adamw

@@ -6,6 +6,8 @@ Shape suffixes: N matrices, m rows, n columns.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -80,7 +82,21 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def orthogonalise_(x_Nmn: Tensor, coefficients: Coefficients, steps: int) -> Tensor:
+@dataclass(frozen=True)
+class Products:
+    """The products of a step whose results are symmetric: X ↦ XXᵀ, and G, b, c ↦ bG + cG²."""
+
+    gram: Callable[[Tensor], Tensor]
+    polynomial: Callable[[Tensor, float, float], Tensor]
+
+
+PLAIN = Products(
+    lambda x_Nmn: torch.bmm(x_Nmn, x_Nmn.mT),
+    lambda gram_Nmm, b, c: torch.baddbmm(gram_Nmm, gram_Nmm, gram_Nmm, beta=b, alpha=c),
+)
+
+
+def orthogonalise_(x_Nmn: Tensor, coefficients: Coefficients, steps: int, products: Products = PLAIN) -> Tensor:
     """As `orthogonalise`, in the dtype of `x_Nmn`, which is overwritten.
 
     The largest element of a matrix that is not zero is near 1: see `power_of_two`.
@@ -94,18 +110,17 @@ def orthogonalise_(x_Nmn: Tensor, coefficients: Coefficients, steps: int) -> Ten
     x_Nmn.div_(norm_N11)
     if x_Nmn.dtype == torch.bfloat16 and x_Nmn.device.type == "cpu":
         # Most CPUs have no bfloat16 products; PyTorch's replacement takes ten times as long as float32.
-        y_Nmn = _iterate(x_Nmn.float(), per_step).bfloat16()
+        y_Nmn = _iterate(x_Nmn.float(), per_step, products).bfloat16()
     else:
-        y_Nmn = _iterate(x_Nmn, per_step)
+        y_Nmn = _iterate(x_Nmn, per_step, products)
     return y_Nmn.mT if tall else y_Nmn
 
 
-def _iterate(x_Nmn: Tensor, per_step: Steps) -> Tensor:
+def _iterate(x_Nmn: Tensor, per_step: Steps, products: Products) -> Tensor:
     m, n = x_Nmn.shape[-2:]
     if n < GRAM_FROM * m or x_Nmn.dtype == torch.bfloat16:
         for a, b, c in per_step:
-            gram_Nmm = torch.bmm(x_Nmn, x_Nmn.mT)
-            poly_Nmm = torch.baddbmm(gram_Nmm, gram_Nmm, gram_Nmm, beta=b, alpha=c)
+            poly_Nmm = products.polynomial(products.gram(x_Nmn), b, c)
             x_Nmn = torch.baddbmm(x_Nmn, poly_Nmm, x_Nmn, beta=a)
         return x_Nmn
     for part in _gram_parts(per_step):
