@@ -53,6 +53,7 @@ def of_device(device: Any) -> Iterator[Finding]:
 
 def absent(device: Any) -> Iterator[Finding]:
     """Packages that this GPU could use and that are not installed, with what each would compute and the command."""
+    from trainer import precision
     from trainer.ops import OPS, Setting
     from trainer.ops.setting import VARIANT
     from trainer.parity import package_version
@@ -64,6 +65,11 @@ def absent(device: Any) -> Iterator[Finding]:
                 said = [backend.unsupported(Setting(device, dtype)) for dtype in VARIANT]
                 if any(reason and reason.endswith("is not installed") for reason in said):
                     used.setdefault(backend.package, []).append(op.name)
+    capability = precision.device_capability(device)
+    if capability is not None and capability >= precision.FP8_CAPABILITY:
+        for package in precision.PACKAGES.values():
+            if package_version(package) is None:
+                used.setdefault(package, []).append("products in FP8")
     for package, ops in used.items():
         remedy = f"{install_command(package)}, or take the image that docker/build.sh makes without CPU_ONLY"
         yield Finding(package, "missing", f"not installed; it would compute: {', '.join(ops)}", remedy)

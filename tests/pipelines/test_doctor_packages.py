@@ -32,6 +32,7 @@ def test_each_missing_package_is_told_with_its_use_and_the_command(hopper: None)
     assert {"mamba_ssm", "causal_conv1d", "flash_attn", "flash-attn-4", "transformer_engine"} <= found.keys()
     assert found["mamba_ssm"].state == "missing"
     assert found["mamba_ssm"].detail == "not installed; it would compute: ssd"
+    assert found["transformer_engine"].detail == "not installed; it would compute: experts, products in FP8"
     assert found["mamba_ssm"].remedy.startswith(
         "pip install --no-build-isolation 'mamba-ssm>=2.3.1', or take the image"
     )
