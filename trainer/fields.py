@@ -115,7 +115,11 @@ LATER: dict[str, dict[str, Later]] = {
     },
     "PreflightSpec": {"fabric": Later(7, None)},
     "RuntimeSpec": {"prove": Later(8, True)},
-    "BackendsSpec": {"add_norm": Later(8, "auto"), "orthogonalise": Later(8, "auto")},
+    "BackendsSpec": {
+        "add_norm": Later(8, "auto"),
+        "orthogonalise": Later(8, "auto"),
+        "router": Later(8, "auto"),
+    },
     "EvaluateSpec": {
         "chat": Later(5, False),
         "every_steps": Later(6, None),

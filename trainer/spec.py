@@ -302,6 +302,7 @@ class BackendsSpec(Spec):
     experts: Literal["auto", "reference", "grouped", "te", "triton", "quack"] = "auto"
     add_norm: Literal["auto", "reference", "torch", "triton"] = "auto"
     orthogonalise: Literal["auto", "reference", "quack"] = "auto"
+    router: Literal["auto", "reference", "torch", "triton"] = "auto"
 
 
 class ParallelSpec(Spec):

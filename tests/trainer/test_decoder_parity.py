@@ -113,6 +113,6 @@ def test_softmax_of_the_chosen_is_the_renormalised_softmax_of_all():
     ours, _ = pair(MOE)
     moe = ours.moe_sublayers()[0]
     x_BTD = torch.randn(1, 50, MOE.hidden)
-    expert_SK, weight_SK = moe.choose(moe.project(x_BTD)[1][0])
+    _, expert_SK, weight_SK, _ = moe.routed(moe.project(x_BTD)[1][0])
     chosen_SK = (x_BTD[0] @ moe.router.weight.T).gather(1, expert_SK)
     torch.testing.assert_close(weight_SK, chosen_SK.softmax(-1), atol=1e-6, rtol=1e-5)

@@ -9,6 +9,7 @@ import torch
 from trainer.distributed import World
 from trainer.recording import goodput, recorder
 from trainer.recording.goodput import Ledger, account, read, restarts_of
+from trainer.spec import BackendsSpec
 
 
 def lines(steps, seconds=2.0):
@@ -114,7 +115,7 @@ def test_it_is_what_prometheus_counts(micro_data, tmp_path):
     (tmp_path / "run").mkdir()
     began = goodput.time.time()
     recording = recorder.Recorder(spec, World(0, 1, 0, 1, torch.device("cpu"), None, None), began)
-    recording.begin(None, dict.fromkeys(("device", "mesh", "precision", "ssd", "conv", "attention", "experts"), "x"))
+    recording.begin(None, dict.fromkeys(("device", "mesh", "precision", *BackendsSpec.model_fields), "x"))
     for phase in ("data", "forward_backward", "optimizer", "checkpoint"):
         with recording.phase(phase):
             goodput.time.sleep(0.02)

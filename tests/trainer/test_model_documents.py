@@ -23,7 +23,7 @@ SPEC = ModelSpec(
 )
 # Without experts every sum runs in the same order whatever document 1 holds, so nothing at all may change.
 DENSE = SPEC.model_copy(update={"layers": ["M", "N", "*-", "M"], "moe": None})
-FAST, REFERENCE = {}, dict.fromkeys(("ssd", "conv", "attention", "experts"), "reference")
+FAST, REFERENCE = {}, dict.fromkeys(BackendsSpec.model_fields, "reference")
 
 
 def build(backends: dict[str, str], spec: ModelSpec = SPEC):

@@ -12,7 +12,9 @@ from trainer.model.moe import Moe
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
 from trainer.ops.experts import experts_reference
+from trainer.ops.router import router_torch
 
+FUNCTIONS = {"experts": experts_reference, "router": router_torch}
 SPEC = MoeSpec(
     num_experts=8, top_k=3, expert_width=16, score_scale=2.5, sequence_loss_weight=0.01, bias_update_rate=0.1
 )
@@ -20,7 +22,7 @@ HIDDEN = 12
 
 
 def made(spec: MoeSpec) -> Moe:
-    return Moe(ModelSpec(vocab_size=16, hidden=HIDDEN, layers=["E"], moe=spec), spec, {"experts": experts_reference})
+    return Moe(ModelSpec(vocab_size=16, hidden=HIDDEN, layers=["E"], moe=spec), spec, FUNCTIONS)
 
 
 def mixed(moe: Moe, x_BTD: torch.Tensor) -> Mixed:
@@ -60,8 +62,7 @@ def test_output_equals_a_loop_over_tokens(moe):
 def test_bias_decides_the_choice_but_not_the_weights(moe):
     moe.bias_E.zero_()
     moe.bias_E[5] = 10.0
-    scores_SE = moe.project(torch.randn(1, 50, HIDDEN))[1][0]
-    expert_SK, weight_SK = moe.choose(scores_SE)
+    scores_SE, expert_SK, weight_SK, _ = moe.routed(moe.project(torch.randn(1, 50, HIDDEN))[1][0])
     assert (expert_SK == 5).any(-1).all()
     chosen_SK = scores_SE.gather(1, expert_SK)
     torch.testing.assert_close(weight_SK, 2.5 * chosen_SK / chosen_SK.sum(-1, keepdim=True))
@@ -72,7 +73,7 @@ def test_router_stays_fp32_under_autocast(moe):
     expected = moe.project(x_BTD)[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = moe.project(x_BTD)[1]
-        weight_SK = moe.choose(found[0])[1]
+        weight_SK = moe.routed(found[0]).weight_SK
     assert found.dtype == weight_SK.dtype == torch.float32
     assert torch.equal(found, expected)
 

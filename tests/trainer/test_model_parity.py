@@ -19,7 +19,7 @@ SPEC = ModelSpec(
     init_std=0.15,
 )
 FAST = BackendsSpec()
-REFERENCE = BackendsSpec(ssd="reference", conv="reference", attention="reference", experts="reference")
+REFERENCE = BackendsSpec(**dict.fromkeys(BackendsSpec.model_fields, "reference"))
 
 
 @pytest.mark.parametrize("backends", [FAST, REFERENCE], ids=["fast", "reference"])

@@ -16,6 +16,7 @@ from trainer.distributed import World
 from trainer.recording.exporter import Metrics
 from trainer.recording.recorder import Recorder
 from trainer.runtimespec import RuntimeSpec
+from trainer.spec import BackendsSpec
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def test_the_default_port_gives_way_here_and_the_run_directory_says_to_which(tmp
     Path(spec.run_dir).mkdir()
     with taken(port):
         recorder = Recorder(spec, World(0, 1, 0, 1, torch.device("cpu"), None, None), 0.0)
-        recorder.begin(None, dict.fromkeys(("device", "precision", "mesh", "ssd", "conv", "attention", "experts"), "x"))
+        recorder.begin(None, dict.fromkeys(("device", "precision", "mesh", *BackendsSpec.model_fields), "x"))
         recorder.close()
     assert recorder.metrics.port > port
     assert json.loads((tmp_path / "run" / thismachine.PORTS_FILE).read_text()) == {"ports": [recorder.metrics.port]}

@@ -26,6 +26,7 @@ from waiting import wait_until
 from trainer.distributed import World
 from trainer.recording.recorder import Recorder, StepRecord
 from trainer.recording.trainerstatus import CA_CERT, TOKEN, URL, Progress, TrainerStatus
+from trainer.spec import BackendsSpec
 
 PATH = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs/run/status"
 INVALID = (
@@ -240,7 +241,7 @@ def test_the_first_rank_posts_steps_and_scores(
     spec = micro.micro_spec(micro_data, tmp_path / "run", steps=4, runtime={"metrics_port": 0})
     (tmp_path / "run").mkdir()
     recorder = Recorder(spec, World(0, 1, 0, 1, torch.device("cpu"), None, None), time.time())
-    recorder.begin(None, dict.fromkeys(("device", "mesh", "precision", "ssd", "conv", "attention", "experts"), "x"))
+    recorder.begin(None, dict.fromkeys(("device", "mesh", "precision", *BackendsSpec.model_fields), "x"))
     wait_until(lambda: api.taken)
     assert api.taken[0]["progressPercentage"] == 0 and api.taken[0]["metrics"] == []
     record = StepRecord(3, 2.5, {}, 0.5, 1e-3, 96, 64.0, 1.0, False, None, 1.0, 0.0, {})

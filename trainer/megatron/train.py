@@ -44,7 +44,7 @@ from trainer.prepare import read_data
 from trainer.process import failures, limits
 from trainer.process.watchdog import Watchdog
 from trainer.recording.recorder import Recorder
-from trainer.spec import TrainSpec
+from trainer.spec import BackendsSpec, TrainSpec
 from trainer.specbase import to_stored_yaml
 
 log = logging.getLogger(__name__)
@@ -259,5 +259,5 @@ def told(spec: TrainSpec, world: World) -> Iterator[None]:
 
 def build_info(world: World, mesh: Mesh, dtype: Dtype) -> dict[str, str]:
     """Labels of the metric build_info; Megatron chooses its own implementations."""
-    operations = dict.fromkeys(("ssd", "conv", "attention", "experts"), "megatron")
+    operations = dict.fromkeys(BackendsSpec.model_fields, "megatron")
     return {"device": world.device.type, "mesh": str(mesh), "precision": dtype, **operations}

@@ -32,6 +32,7 @@ from trainer.ops import Documents, narrow, quantised
 from trainer.ops.activation import ACTIVATIONS
 from trainer.ops.experts import compute_dtype, count_choices
 from trainer.ops.experts_few import Run, experts_without_gradient
+from trainer.ops.router import Routed, choose
 
 
 class Moe(Mixer):
@@ -42,6 +43,7 @@ class Moe(Mixer):
         self.spec, hidden = spec, model.hidden
         self.balances = model.lora is None  # with adapters the router is frozen
         self.run_experts: Callable[..., Tensor] = functions["experts"]
+        self.route: Callable[..., Routed] = functions["router"]
         self.quantised = False  # experts in INT8 or FP8, with scales (trainer/model/quantised.py)
         self.exchange: Callable[..., Tensor] | None = None  # trainer.parallel.experts, where ranks share the experts
         self.copies: dict[str, Tensor] = {}  # of weights, in the dtype of products (trainer/ops/narrow.py)
@@ -58,14 +60,13 @@ class Moe(Mixer):
             self.shared_down = Linear(spec.shared_width, hidden)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """The input itself and the scores of all experts, [B, T, E] fp32."""
+        """The input itself and the router's logits, [B, T, E] fp32."""
         with torch.autocast(x_BTD.device.type, enabled=False):
-            logits_BTE = _WideLinear.apply(x_BTD, self.router.weight)
-            return x_BTD, logits_BTE.softmax(-1) if self.spec.scores == "softmax" else torch.sigmoid(logits_BTE)
+            return x_BTD, _WideLinear.apply(x_BTD, self.router.weight)
 
-    def mix(self, x_BTD: Tensor, scores_BTE: Tensor, documents: Documents) -> Mixed:
+    def mix(self, x_BTD: Tensor, logits_BTE: Tensor, documents: Documents) -> Mixed:
         x_SD = x_BTD.flatten(0, 1)
-        expert_SK, weight_SK = self.choose(scores_BTE.flatten(0, 1))
+        score_SE, expert_SK, weight_SK, load_E = self.routed(logits_BTE.flatten(0, 1))
         spec, run_own = self.spec, self.run_experts
         if self.product_adds and self._copy("down_EDF", x_SD) is not None:
             run_own = partial(run_own, adds=True)
@@ -80,9 +81,9 @@ class Moe(Mixer):
         else:
             y_SD = with_stacks(self, (spec.first, "down_EDF"), x_SD, experts, keep=self.policy == "full")
         y_BTD = self._with_shared(y_SD.view_as(x_BTD), x_BTD)
-        load_E = count_choices(expert_SK.flatten(), spec.num_experts)
         if not self.balances:
             return Mixed(y_BTD, load_E=load_E)
+        scores_BTE = score_SE.view_as(logits_BTE)
         aux_loss = self.sequence_loss(scores_BTE)
         if spec.balance_loss_weight:
             aux_loss = aux_loss + self.balance_loss(scores_BTE, load_E)
@@ -124,7 +125,9 @@ class Moe(Mixer):
             with torch.autocast(x_BTD.device.type, enabled=False) if narrowed else nullcontext():
                 logits_SE = F.linear(x_SD.float(), router_ED)
                 scores_SE = logits_SE.softmax(-1) if spec.scores == "softmax" else logits_SE.sigmoid_()
-            expert_SK, weight_SK = self.choose(scores_SE)
+            expert_SK, weight_SK = choose(
+                scores_SE, self.bias_E, spec.top_k, spec.score_scale, renormalise=spec.renormalise
+            )
             if run is not None:
                 y_SD = run(x_SD, expert_SK, weight_SK)
             else:
@@ -136,13 +139,18 @@ class Moe(Mixer):
     def reset_buffers(self, token_classes: list[int] | None) -> None:
         self.bias_E.zero_()
 
-    def choose(self, scores_SE: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen experts [S, K] int64 and their weights [S, K] fp32."""
-        expert_SK = (scores_SE.detach() + self.bias_E).topk(self.spec.top_k, dim=-1, sorted=False).indices
-        chosen_SK = scores_SE.gather(-1, expert_SK)
-        if self.spec.renormalise:
-            chosen_SK = chosen_SK / (chosen_SK.sum(-1, keepdim=True) + 1e-20)
-        return expert_SK, chosen_SK * self.spec.score_scale
+    def routed(self, logits_SE: Tensor) -> Routed:
+        """The choice for each token; fp32 under autocast, too."""
+        spec = self.spec
+        with torch.autocast(logits_SE.device.type, enabled=False):
+            return self.route(
+                logits_SE,
+                self.bias_E,
+                spec.top_k,
+                spec.score_scale,
+                softmax=spec.scores == "softmax",
+                renormalise=spec.renormalise,
+            )
 
     def sequence_loss(self, scores_BTE: Tensor) -> Tensor:
         """Σ over rows of weight · Σ_e f_e P_e (DeepSeek-V3 eq. 17-20); f counts what unbiased scores would choose."""

@@ -31,6 +31,7 @@ from trainer.ops import (
     experts_te,
     experts_triton,
     orthogonalise_quack,
+    router_triton,
     ssd_mamba_ssm,
 )
 from trainer.ops.add_norm import add_norm_reference, add_norm_torch
@@ -41,6 +42,7 @@ from trainer.ops.experts import experts_reference
 from trainer.ops.experts_grouped import experts_grouped
 from trainer.ops.experts_grouped import unsupported as grouped_unsupported
 from trainer.ops.orthogonalise import orthogonalise_
+from trainer.ops.router import router_reference, router_torch
 from trainer.ops.setting import Setting
 from trainer.ops.ssd import ssd_chunked, ssd_reference
 from trainer.spec import BackendsSpec
@@ -226,6 +228,20 @@ OPS: dict[str, Op] = {
                     portable=False,
                 ),
                 "reference": Backend(orthogonalise_, "batched products of torch"),
+            },
+        ),
+        Op(
+            "router",
+            {
+                "triton": Backend(
+                    router_triton.router_triton,
+                    "scores, choice, weights and load in one Triton kernel",
+                    router_triton.unsupported,
+                    package="triton",
+                    portable=False,
+                ),
+                "torch": Backend(router_torch, "torch's top-k, and a dozen small operations"),
+                "reference": Backend(router_reference, "one expert after the other"),
             },
         ),
     )

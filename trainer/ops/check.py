@@ -162,6 +162,7 @@ def cases(op: str, setting: Setting) -> Iterator[Case]:
         "experts": _experts,
         "add_norm": _add_norm,
         "orthogonalise": _orthogonalise,
+        "router": _router,
     }
     return made[op](setting)
 
@@ -293,3 +294,26 @@ def _orthogonalise(setting: Setting) -> Iterator[Case]:
             return function(t[0].detach() / largest, "polar_express", 2) + 0 * t[0]
 
         yield Case(f"{count} of {rows} x {columns}", [x_Nmn], call)
+
+
+def _router(setting: Setting) -> Iterator[Case]:
+    """Outputs are scores and weights; the choice is that of the weights' places in a row of all experts."""
+    for experts, top_k, softmax, renormalise in ((64, 6, False, True), (9, 2, True, False), (40, 4, True, True)):
+        # Far from each other, so that rounding changes no choice.
+        order = torch.rand(70, experts, generator=torch.Generator().manual_seed(experts)).argsort(-1)
+        logits = (order / experts * 4 - 2).to(setting.device)
+        bias = torch.linspace(-0.01, 0.01, experts, device=setting.device)
+
+        def call(
+            function: Function,
+            t: list[Tensor],
+            bias: Tensor = bias,
+            top_k: int = top_k,
+            softmax: bool = softmax,
+            renormalise: bool = renormalise,
+        ) -> Tensor:
+            routed = function(t[0], bias, top_k, 2.5, softmax=softmax, renormalise=renormalise)
+            placed = torch.zeros_like(routed.score_SE).scatter(-1, routed.expert_SK, routed.weight_SK)
+            return torch.cat([routed.score_SE, placed, routed.load_E[None] / len(t[0])])
+
+        yield Case(f"{top_k} of {experts} experts", [logits], call)

@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.spec import BackendsSpec
+
 PREFIX = "yaongi_"
 Process = Literal["trainer", "evaluation", "launcher", "data", "server"]
 STEP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 60, 120, 300)
@@ -49,19 +51,7 @@ METRICS: tuple[Metric, ...] = (
         "gauge",
         "1; the labels say which code, device, mesh, precision and implementations run.",
         "",
-        (
-            "version",
-            "torch",
-            "device",
-            "mesh",
-            "precision",
-            "ssd",
-            "conv",
-            "attention",
-            "experts",
-            "add_norm",
-            "orthogonalise",
-        ),
+        ("version", "torch", "device", "mesh", "precision", *BackendsSpec.model_fields),
     ),
     Metric("step_seconds", "histogram", "Duration of one optimizer step.", "s", per_rank=True),
     Metric(
