@@ -7,8 +7,13 @@ import torch
 from torch import Tensor
 
 from trainer import parity
+from trainer.model.compiling import compile_layers
+from trainer.model.hybrid import build_model
+from trainer.model.recompute import set_policy
+from trainer.modelspec import ModelSpec
 from trainer.ops import Setting, add_norm_triton
 from trainer.ops.check import compare
+from trainer.spec import BackendsSpec
 
 pytestmark = pytest.mark.kernels
 
@@ -102,3 +107,26 @@ def test_its_record_is_committed():
     assert parity.proven("add_norm", "triton", "fp32", "interpreter", record.version), (
         "TRITON_INTERPRET=1 python benchmarks/parity.py --ops add_norm --write"
     )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_a_model_has_the_same_gradients_with_it(policy, compiled):
+    attention = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    spec = ModelSpec.model_validate(
+        {"vocab_size": 30, "hidden": 20, "layers": ["-*-"], "attention": attention, "mlp": {"width": 24}}
+    )
+    ids_BT = torch.randint(0, 30, (2, 12), generator=torch.Generator().manual_seed(1))
+    seq_idx_BT = (torch.arange(12) > 4).int().expand(2, -1).contiguous()
+    outcomes = []
+    for backend in ("triton", "torch"):
+        model = build_model(spec, BackendsSpec(add_norm=backend), seed=0)
+        set_policy(model, policy)
+        if compiled and backend == "triton":
+            torch._dynamo.reset()
+            compile_layers(model, whole=True, backend="aot_eager")
+        model(ids_BT, seq_idx_BT, ids_BT.roll(-1, dims=1)).ce_sum.backward()
+        outcomes.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    ours, theirs = outcomes
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, atol=1e-5 * expected.abs().max().item(), rtol=0, msg=name)
