@@ -1,6 +1,6 @@
 """Additions to the stream that the next sublayer's norm makes: the numbers are those of x ← x + mixer(norm(x)).
 
-The kernel itself: tests/kernels/test_add_norm.py; its other backends: test_ops.py.
+The kernel itself: tests/kernels/test_add_norm_kernels.py; its other backends: test_ops.py.
 """
 
 from types import MethodType
