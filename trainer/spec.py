@@ -253,7 +253,8 @@ class Fp8Spec(Spec):
     `recipe` is how operands are scaled: tensor-wise by the amax history (delayed) or by their own amax (current), or in
     blocks of 128 (weights 128×128, the rest 1×128). `margin`: number of times that tensor-wise scales are halved.
     `format` hybrid is E4M3 forward and E5M2 for gradients; auto means hybrid for tensor-wise recipes and e4m3 for
-    blocks. `emulated` runs on any device, slowly. The first and last `bf16_end_layers` layers are not converted.
+    blocks. `emulated` runs on any device, slowly. The first and last `bf16_end_layers` layers are not converted; the LM
+    head only with `head`, experts only from the width `experts_from` on.
     """
 
     recipe: Literal["delayed", "current", "block128"] = "current"
@@ -262,6 +263,8 @@ class Fp8Spec(Spec):
     amax_history_steps: Annotated[int, Field(ge=1, le=4096)] = 1024
     margin: Annotated[int, Field(ge=0, le=8)] = 0
     bf16_end_layers: Annotated[int, Field(ge=0)] = 1
+    head: bool = False
+    experts_from: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _margin_is_used(self) -> Self:

@@ -89,3 +89,40 @@ def test_it_prints_as_a_table():
     render(conversion_table(model("tiny"), Fp8Spec()), "tiny", Console(file=page, width=120))
     assert "of the products' operations in FP8" in page.getvalue()
     assert "routing is FP32" in page.getvalue() and "up_EFD" in page.getvalue()
+
+
+def test_the_head_and_narrow_experts_follow_their_options():
+    spec = model("h100-4b")  # experts 256 wide
+    fp8 = Fp8Spec(head=True, experts_from=512)
+    found = {row.name: row for row in conversion_table(spec, fp8)}
+    assert found["head.weight"].converted
+    experts = [row for row in found.values() if len(row.shape) == 3]
+    assert experts and not any(row.converted for row in experts)
+    inside = [row for row in experts if not row.name.startswith(("layers.0.", "layers.51."))]
+    assert {row.reason for row in inside} == {"experts are 256 wide, FP8 is used from 512 on"}
+    wide = conversion_table(model("h100-4b-interleaved"), fp8)
+    assert any(row.converted for row in wide if len(row.shape) == 3)
+    assert any(row.converted for row in conversion_table(spec, Fp8Spec(experts_from=256)) if len(row.shape) == 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"implementation": "te"}, "Transformer Engine converts modules, and the cross-entropy is none"),
+        ({"recipe": "block128"}, "the cross-entropy is not computed in blocks"),
+    ],
+)
+def test_a_head_that_cannot_be_fp8_is_kept_with_the_reason(options, reason):
+    rows = {row.name: row for row in conversion_table(model("h100-4b"), Fp8Spec(head=True, **options))}
+    assert not rows["head.weight"].converted and rows["head.weight"].reason == reason
+
+
+def test_a_tied_head_is_kept():
+    tied = model("tiny").updated({"tied_embedding": True})
+    assert not any(row.converted for row in conversion_table(tied, Fp8Spec(head=True)) if row.kind == "embedding")
+
+
+def test_presets_for_an_h100_use_both_options():
+    for preset in LARGE:
+        fp8 = load_job(preset).train.precision.fp8
+        assert (fp8.head, fp8.experts_from) == (True, 512)

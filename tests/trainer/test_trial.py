@@ -271,3 +271,15 @@ def test_a_rank_times_only_the_experts_of_its_own(offered, spec: TrainSpec):
     shared = Layout(world=2, expert=2)
     model = trial.compiled.build_own_share(kind, spec, CPU, shared, default(spec).precision, default(spec).choices)
     assert model.spec.moe.num_experts == experts // shared.expert
+
+
+def test_a_rule_for_experts_in_fp8_is_tried_the_other_way_round(spec: TrainSpec):
+    width = spec.model.moe.expert_width
+    for limit, to, after in ((width, "no", width + 1), (width + 1, "yes", width)):
+        way = with_fp8(default(spec), "te")
+        way = replace(way, precision=replace(way.precision, fp8=way.precision.fp8.updated({"experts_from": limit})))
+        assert way.names["fp8_experts"] == f"from {limit} wide on"
+        (change,) = [each for each in trial.changes(spec, CPU, way) if each.what == "fp8_experts"]
+        assert change.to == to
+        assert way.changed([change], spec, CPU).precision.fp8.experts_from == after
+    assert not any(each.what == "fp8_experts" for each in trial.changes(spec, CPU, with_fp8(default(spec), "te")))

@@ -13,10 +13,11 @@ from trainer import parity
 from trainer.errors import SpecError
 from trainer.fp8 import te
 from trainer.fp8.experts import Fp8Grouped, experts_fp8, experts_problem
+from trainer.fp8.head import Fp8HeadProducts
 from trainer.fp8.linear import Fp8Linear, Recipe
 from trainer.fp8.scaling import E4M3, E5M2
 from trainer.fp8.state import Fp8State
-from trainer.fp8.table import Conversion, conversion_table, share, summary
+from trainer.fp8.table import HEAD, Conversion, conversion_table, share, summary
 from trainer.model.hybrid import HybridModel
 from trainer.model.moe import Moe
 from trainer.modelspec import ModelSpec
@@ -93,6 +94,9 @@ def put(model: HybridModel, rows: list[Conversion], fp8: Fp8Spec, device: torch.
             grouped.setdefault(place, {})[leaf] = Fp8Grouped(recipe, state.slots(index), module)
             continue
         assert isinstance(module, nn.Linear), row.name
+        if row.name == HEAD:  # of which only the cross-entropy is FP8; evaluation and generation take the weight
+            model.fp8_head = partial(Fp8HeadProducts, recipe=recipe, slots=state.slots(index))
+            continue
         module.__class__ = Fp8Linear
         module.recipe, module.slots = recipe, state.slots(index)
     for place, products in grouped.items():

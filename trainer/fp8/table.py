@@ -1,8 +1,10 @@
 """Which weights multiply in FP8 and which do not, with the reason for each. Imports no torch.
 
-Converted are the large products inside the layers. Kept are: the router (a wrong choice costs more than it saves), the
-time-step projection (few rows, exponentiated), the LM head (its logits are the loss), everything that is looked up or
-applied element by element, the layers at both ends of the network, and matrices whose sides FP8 kernels cannot tile.
+Converted are the large products inside the layers; with `fp8.head` also the LM head, whose logits and sums stay FP32;
+of experts those that are at least `fp8.experts_from` wide, as narrow ones spend more time on casts than they save. Kept
+are: the router (a wrong choice costs more than it saves), the time-step projection (few rows, exponentiated),
+everything that is looked up or applied element by element, the layers at both ends of the network, and matrices whose
+sides FP8 kernels cannot tile.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from trainer.modelspec import ModelSpec
 from trainer.parameters import parameters
 from trainer.spec import Fp8Spec
 
+HEAD = "head.weight"
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
@@ -57,16 +60,31 @@ def conversion_table(model: ModelSpec, fp8: Fp8Spec, experts_problem: str | None
 
 
 def _why_kept(model: ModelSpec, fp8: Fp8Spec, parameter: Parameter) -> str | None:
+    if parameter.name == HEAD and fp8.head:
+        return _why_not_head(fp8) or _untiled(fp8, parameter)
     if parameter.high_precision:
         return parameter.high_precision
+    if parameter.per_expert and model.moe and model.moe.expert_width < fp8.experts_from:
+        return f"experts are {model.moe.expert_width} wide, FP8 is used from {fp8.experts_from} on"
     layer = _LAYER.match(parameter.name)
     if layer is None:
         return "not part of a layer"
     if not fp8.bf16_end_layers <= int(layer[1]) < len(model.layers) - fp8.bf16_end_layers:
         return f"in the first or last {fp8.bf16_end_layers} layers"
+    return _untiled(fp8, parameter)
+
+
+def _untiled(fp8: Fp8Spec, parameter: Parameter) -> str | None:
     if odd := [side for side in parameter.shape[-2:] if side % fp8.side_multiple]:
         return f"side {odd[0]} is not a multiple of {fp8.side_multiple}"
     return None
+
+
+def _why_not_head(fp8: Fp8Spec) -> str | None:
+    """The cross-entropy computes its products by chunks of tokens, which are not a module."""
+    if fp8.implementation == "te":
+        return "Transformer Engine converts modules, and the cross-entropy is none"
+    return "the cross-entropy is not computed in blocks" if fp8.recipe == "block128" else None
 
 
 def share(rows: list[Conversion]) -> float:

@@ -38,7 +38,7 @@ from trainer.model.recompute import Recomputed
 from trainer.model.rows import own_rows
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
-from trainer.ops.cross_entropy import IGNORE, cross_entropy_sum
+from trainer.ops.cross_entropy import IGNORE, MakeProducts, cross_entropy_sum
 from trainer.ops.experts import compute_dtype
 from trainer.ops.narrow import Copy
 from trainer.ops.wide import computed_in
@@ -110,6 +110,7 @@ class HybridModel(nn.Module):
         self.spec = spec
         self._sections = spec.used()  # asked at every pass
         self.choices: dict[str, ops.Choice] = {}
+        self.fp8_head: MakeProducts | None = None  # the head's products while training (trainer/fp8/convert.py)
         self.copies: list[Copy] = []  # of experts, see `keep_copies`
         # from_pretrained: torch would otherwise draw random rows, which on "meta" imports its compiler (seconds).
         self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden), freeze=False)
@@ -200,7 +201,10 @@ class HybridModel(nn.Module):
         return documents
 
     def _cross_entropy(self, h_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        return cross_entropy_sum(h_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten())
+        found = h_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten()
+        if self.fp8_head is None or not self.training:
+            return cross_entropy_sum(*found)
+        return cross_entropy_sum(*found, products=self.fp8_head)
 
     @property
     def head_weight(self) -> Tensor:

@@ -49,7 +49,8 @@ ALL_SECONDS = 240.0
 
 
 class Change(NamedTuple):
-    """An operation and its backend; "compile", "no"; "fp8", its implementation; "precision", the rung below it."""
+    """An operation and its backend; "compile", "no"; "fp8", its implementation; "fp8_experts", whether they are FP8,
+    too; "precision", the rung below it."""
 
     what: str
     to: str
@@ -72,6 +73,8 @@ class Way:
         own = {"precision": self.precision.name, "compile": "yes" if self.compiles else "no"}
         if self.precision.fp8:
             own["fp8"] = self.precision.fp8.implementation
+            if self.precision.fp8.experts_from:
+                own["fp8_experts"] = f"from {self.precision.fp8.experts_from} wide on"
         return own | {op: choice.name for op, choice in self.choices.items()}
 
     def changed(self, changes: Iterable[Change], spec: TrainSpec, device: torch.device) -> Way:
@@ -86,6 +89,11 @@ class Way:
                 assert way.precision.fp8 is not None
                 fp8 = way.precision.fp8.updated({"implementation": to})
                 way = replace(way, precision=replace(way.precision, fp8=fp8, reason=f"FP8 by {to} is the fastest here"))
+            elif what == "fp8_experts":
+                assert way.precision.fp8 is not None and spec.model.moe is not None
+                width = spec.model.moe.expert_width
+                fp8 = way.precision.fp8.updated({"experts_from": width if to == "yes" else width + 1})
+                way = replace(way, precision=replace(way.precision, fp8=fp8))
             else:
                 reason = f"{OPS[what].backends[to].why}; the fastest in a trial"
                 way = replace(way, choices=way.choices | {what: Choice(to, reason, proven=True)})
@@ -190,6 +198,8 @@ def _fp8_changes(spec: TrainSpec, device: torch.device, fp8: Fp8Spec) -> Iterato
                     te.check_runtime(fp8.updated({"implementation": name}), spec.runtime)
                     yield Change("fp8", name)
     if spec.precision.dtype == "auto":
+        if spec.model.moe and fp8.experts_from:
+            yield Change("fp8_experts", "no" if spec.model.moe.expert_width >= fp8.experts_from else "yes")
         yield Change("precision", precision.resolve_for_evaluation(spec.precision, capability).name)
 
 
