@@ -5,7 +5,9 @@
 
 Micro-batches of packed random documents and the optimizer step are timed separately; a full step consists of the
 preset's number of micro-batches and one optimizer step. MFU relates the FLOPs of `trainer.arithmetic.flops` (without
-recomputation) to the dense BF16 peak of the device, in every precision. `--memory-fraction 0.553` (78 of 141 GB) shows
+recomputation) to the dense BF16 peak of the device, in every precision. Then each kind of layer is timed alone, forward
+and backward, beside the shortest time that the GPU's peaks allow (trainer/arithmetic/roofline.py; of another GPU than
+this one with `--gpu`), and their ratio. `--memory-fraction 0.553` (78 of 141 GB) shows
 on an H200 what fits on an 80 GB GPU; a run that does not fit is recorded too. Without a GPU it runs on the CPU, only to
 check that it works.
 """
@@ -29,21 +31,26 @@ from manifests.spec import JobTrainSpec, load_job
 from trainer import precision
 from trainer.arithmetic.activations import activations
 from trainer.arithmetic.flops import flops_per_token
+from trainer.arithmetic.gpus import by_device, by_option
+from trainer.arithmetic.roofline import by_layers
 from trainer.distributed import pick_device
 from trainer.files import atomic_write
 from trainer.fp8.convert import convert
+from trainer.fp8.table import conversion_table
 from trainer.model.compiling import compile_layers
-from trainer.model.hybrid import build_model
+from trainer.model.hybrid import HybridModel, Layer, build_model
 from trainer.model.recompute import set_policy
 from trainer.optim import build_optimizers
 from trainer.parallel.layout import Layout
 from trainer.parallel.mesh import keep_copies
+from trainer.precision import Precision
 from trainer.recording.recorder import peak_flops
 from trainer.runtimespec import RuntimeSpec
 from trainer.spec import PrecisionSpec
 from trainer.specbase import parse
 
 TOP_KERNELS = 15
+OUTSIDE = "the rest"  # embedding, last norm, head and loss, multi-token prediction
 MEAN_DOCUMENT = 512  # tokens
 
 
@@ -63,6 +70,8 @@ class Result:
     activation_bytes_by_arithmetic: int | None = None
     backends: dict[str, str] = field(default_factory=dict)
     kernels: list[tuple[str, float, int]] = field(default_factory=list)  # name, share of the device's time, calls
+    gpu: str | None = None  # whose peaks the bounds are of
+    kinds: list[tuple[str, int, float | None, float]] = field(default_factory=list)  # layer, count, bound, measured
     problem: str | None = None
 
 
@@ -112,6 +121,55 @@ def largest(events: Iterable[Any], *, on_gpu: bool) -> list[tuple[str, float, in
     return [(name, spent / whole, count) for name, spent, count in times[:TOP_KERNELS]]
 
 
+def by_kind(
+    model: HybridModel, batch: tuple[Tensor, Tensor, Tensor], chosen: Precision, repeats: int
+) -> dict[str, tuple[int, float]]:
+    """For the layers with the same symbols: how many there are, and seconds of one of them, forward and backward.
+
+    It is the one in the middle, as those at the ends are not in FP8.
+    """
+    ids_BT, device_type = batch[0], batch[0].device.type
+    places: dict[str, list[int]] = {}
+    for index, symbols in enumerate(model.spec.layers):
+        places.setdefault(symbols, []).append(index)
+    given: list[Any] = []  # to the first layer
+    hook = model.layers[0].register_forward_pre_hook(lambda _, inputs: given.extend(inputs))
+    with chosen.autocast(device_type), torch.no_grad():
+        model(*batch)
+    hook.remove()
+    x_BTD, _, documents = given
+    found = {}
+    for symbols, indices in places.items():
+        layer, x_BTD = model.layers[indices[len(indices) // 2]], x_BTD.detach().requires_grad_()
+
+        def run(layer: Layer = layer, x_BTD: Tensor = x_BTD) -> None:
+            with chosen.autocast(device_type):
+                y_BTD, aux, _ = layer(x_BTD, ids_BT, documents)
+            roots = [y_BTD, aux] if aux.requires_grad else [y_BTD]
+            torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+
+        found[symbols] = len(indices), seconds(run, repeats, ids_BT.device)
+    return found
+
+
+def set_beside(train: JobTrainSpec, result: Result, found: dict[str, tuple[int, float]], chosen: Precision) -> None:
+    """Bounds and measured seconds of a micro-batch by kind of layer; the last row is what is outside of layers."""
+    bounds: dict[str, float] = {}
+    if (gpu := by_option(result.gpu) if result.gpu else None) and chosen.name in ("bf16", "fp8"):
+        rows = conversion_table(train.model, chosen.fp8) if chosen.fp8 else []
+        bounds = by_layers(
+            train.model,
+            gpu,
+            seq_len=train.seq_len,
+            tokens=result.tokens,
+            precision=chosen.name,
+            converted=[row.name for row in rows if row.converted],
+        )
+    rest = result.micro_batch_seconds - sum(count * each for count, each in found.values())
+    for symbols, (count, each) in {**found, "": (1, rest)}.items():
+        result.kinds.append((symbols or OUTSIDE, count, bounds.get(symbols), count * each))
+
+
 def measure(train: JobTrainSpec, result: Result, device: torch.device, repeats: int) -> None:
     """Fill in the figures of one combination. Raises ValueError or torch.OutOfMemoryError if it cannot run."""
     name, _, recipe = result.precision.partition(":")
@@ -148,6 +206,7 @@ def measure(train: JobTrainSpec, result: Result, device: torch.device, repeats: 
     result.micro_batch_seconds = seconds(micro_batch, repeats, device)
     result.optimizer_seconds = seconds(update, 1, device)
     result.kernels = top_kernels(micro_batch, device)
+    set_beside(train, result, by_kind(model, batch, chosen, repeats), chosen)
     per_step = train.batch.tokens_per_step
     step_seconds = per_step / result.tokens * result.micro_batch_seconds + result.optimizer_seconds
     result.tokens_per_second = per_step / step_seconds
@@ -184,6 +243,9 @@ def show(result: Result) -> None:
     print(f"  {result.tokens_per_second:,.0f} tokens/s, {mfu}, peak memory {peak}")
     print(f"  {result.micro_batch_seconds:.3f} s a micro-batch, {result.optimizer_seconds:.3f} s an optimizer step")
     print(f"  {', '.join(f'{op}: {backend}' for op, backend in result.backends.items())}")
+    for kind, count, bound, took in result.kinds:
+        beside = "" if bound is None else f", {1e3 * bound:9.3f} at best on {result.gpu}: {took / bound:5.1f} times"
+        print(f"  {count:3d} × {kind:10} {1e3 * took:10.3f} ms a micro-batch{beside}")
     for kernel, share, count in result.kernels:
         print(f"  {share:6.1%} {count:6d} × {kernel[:100]}")
 
@@ -195,6 +257,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", help="bf16, fp32, fp16, fp8:delayed, fp8:current, fp8:block128")
     parser.add_argument("--recompute", default="none,selective", help="none, selective, full")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--gpu", type=lambda name: by_option(name).name, help="whose peaks are the bound (h100, …)")
     parser.add_argument("--repeats", type=int, default=5, help="micro-batches timed")
     parser.add_argument("--memory-fraction", type=float, help="of the GPU's memory that may be used")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_step.json"))
@@ -203,10 +266,12 @@ def main() -> None:
     train, device = load_job(arguments.preset).train, pick_device("auto")
     if arguments.memory_fraction and device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(arguments.memory_fraction, device)
+    here = by_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    peaks = arguments.gpu or (here.name if here else None)
     results = []
     lists = (arguments.tokens, arguments.precision, arguments.recompute)
     for tokens, wanted, policy in product(*(values.split(",") for values in lists)):
-        result = Result(int(tokens), wanted, policy, arguments.compile)
+        result = Result(int(tokens), wanted, policy, arguments.compile, gpu=peaks)
         run(train, result, device, arguments.repeats)
         show(result)
         results.append(asdict(result))

@@ -113,16 +113,42 @@ def roofline(
     Raises:
         SpecError: the precision is another one, or the GPU has no FP8.
     """
-    if precision == "fp32":
-        raise SpecError("--gpu: peaks are of BF16 and FP8, train.precision.dtype is fp32; write bf16, fp8 or auto")
-    if precision == "fp8" and gpu.fp8_flops is None:
-        raise SpecError(f"--gpu {gpu.name}: it has no FP8 products; write train.precision.dtype bf16, or name another")
+    _check(gpu, precision)
     step = _Step(model, seq_len, micro_batch_tokens, micro_batches, WIDTHS[precision], frozenset(converted))
     step.add_model()
     step.add_optimizer(optimizer or OptimizerSpec())
     tokens = micro_batch_tokens * micro_batches
     notes = tuple(_note(moe, model, micro_batch_tokens, step.widths) for moe in model.sections(MoeSpec))
     return Roofline(gpu, dict(step.rows), tokens, flops_per_token(model, seq_len) * tokens, notes)
+
+
+def by_layers(
+    model: ModelSpec, gpu: Gpu, *, seq_len: int, tokens: int, precision: str = "bf16", converted: Iterable[str] = ()
+) -> dict[str, float]:
+    """The bound of a micro-batch, forward and backward, in seconds: of all layers with the same symbols together, and
+    under "" of what is outside of layers. Their sum is that of the roofline, without the optimizer. Arguments and
+    errors as for `roofline`.
+    """
+    _check(gpu, precision)
+
+    def step() -> _Step:
+        return _Step(model, seq_len, tokens, 1, WIDTHS[precision], frozenset(converted))
+
+    found: dict[str, float] = defaultdict(float)
+    whole = step()
+    whole.add_model()
+    for place, section in model.trunk():
+        sublayer = step()
+        sublayer._add_sublayer(section, f"layers.{place}.")
+        found[model.layers[int(place.partition(".")[0])]] += sublayer.seconds(gpu)
+    return {**found, "": whole.seconds(gpu) - sum(found.values())}
+
+
+def _check(gpu: Gpu, precision: str) -> None:
+    if precision == "fp32":
+        raise SpecError("--gpu: peaks are of BF16 and FP8, train.precision.dtype is fp32; write bf16, fp8 or auto")
+    if precision == "fp8" and gpu.fp8_flops is None:
+        raise SpecError(f"--gpu {gpu.name}: it has no FP8 products; write train.precision.dtype bf16, or name another")
 
 
 def of_training(spec: TrainSpec, gpu: Gpu, world_size: int = 1) -> tuple[Roofline, str]:
@@ -168,6 +194,9 @@ class _Step:
         self.model, self.seq_len, self.widths, self.converted = model, seq_len, widths, converted
         self.tokens, self.count = micro_tokens * count, count
         self.rows: dict[str, Work] = defaultdict(Work)
+
+    def seconds(self, gpu: Gpu) -> float:
+        return sum(work.seconds(gpu) for work in self.rows.values())
 
     def add_model(self) -> None:
         model, hidden = self.model, self.model.hidden
