@@ -18,6 +18,7 @@ from torch import Tensor
 from manifests.spec import load_job
 from trainer.ops import OPS, Setting
 from trainer.ops.check import launchable
+from trainer.proof.start import remember
 
 
 def draw(preset: str, tokens: int, divide: int, setting: Setting) -> tuple[list[Tensor], Tensor, str]:
@@ -59,6 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     setting = Setting(torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32)
+    remember(setting.device)
     leaves, choice, activation = draw(arguments.preset, arguments.tokens, arguments.divide, setting)
     took, absent = {}, {}
     with launchable(setting):

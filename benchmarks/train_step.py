@@ -7,9 +7,9 @@ Micro-batches of packed random documents and the optimizer step are timed separa
 preset's number of micro-batches and one optimizer step. MFU relates the FLOPs of `trainer.arithmetic.flops` (without
 recomputation) to the dense BF16 peak of the device, in every precision. Then each kind of layer is timed alone, forward
 and backward, beside the shortest time that the GPU's peaks allow (trainer/arithmetic/roofline.py; of another GPU than
-this one with `--gpu`), and their ratio. `--memory-fraction 0.553` (78 of 141 GB) shows
-on an H200 what fits on an 80 GB GPU; a run that does not fit is recorded too. Without a GPU it runs on the CPU, only to
-check that it works.
+this one with `--gpu`), and their ratio. Kernels are those that `yaongi doctor` or a run has proven here.
+`--memory-fraction 0.553` (78 of 141 GB) shows on an H200 what fits on an 80 GB GPU; a run that does not fit is recorded
+too. Without a GPU it runs on the CPU, only to check that it works.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from trainer.optim import build_optimizers
 from trainer.parallel.layout import Layout
 from trainer.parallel.mesh import keep_copies
 from trainer.precision import Precision
+from trainer.proof.start import remember
 from trainer.recording.recorder import peak_flops
 from trainer.runtimespec import RuntimeSpec
 from trainer.spec import PrecisionSpec
@@ -264,6 +265,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     train, device = load_job(arguments.preset).train, pick_device("auto")
+    remember(device)
     if arguments.memory_fraction and device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(arguments.memory_fraction, device)
     here = by_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -45,7 +45,8 @@ def run(spec: TrainSpec) -> dict[str, Any]:
 def _run(spec: TrainSpec, metrics: Metrics) -> dict[str, Any]:
     began = time.monotonic()
     device = pick_device(spec.runtime.device)
-    remember(spec, device)
+    if spec.runtime.prove:
+        remember(device, spec.run_dir)
     precision = resolve_for_evaluation(spec.precision, device_capability(device))
     trained = load_trained(spec, device, precision.autocast_dtype)
     heldout = score_sources(spec, trained.model, trained.tokenizer, device, precision)

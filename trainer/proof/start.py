@@ -106,10 +106,10 @@ def _keep_beside(run_dir: str, own: Proof, told: list[Proof | None], world: Worl
             log.warning("proof: %s", problem)
 
 
-def remember(spec: TrainSpec, device: torch.device) -> None:
-    """Rely on what training has proven on such a machine, without proving anything; for tasks after it."""
-    if spec.runtime.prove and Setting(device).device_class != "cpu":
-        known = cache.read(cache.files(device, spec.run_dir), device)
+def remember(device: torch.device, run_dir: str | None = None) -> None:
+    """Rely on what has been proven on such a machine, here or in a run, without proving anything."""
+    if Setting(device).device_class != "cpu":
+        known = cache.read(cache.files(device, run_dir), device)
         packages.refuse(known.refused)
         parity.learn(known.records)
 
