@@ -115,7 +115,7 @@ LATER: dict[str, dict[str, Later]] = {
     },
     "PreflightSpec": {"fabric": Later(7, None)},
     "RuntimeSpec": {"prove": Later(8, True)},
-    "Fp8Spec": {"head": Later(8, False), "experts_from": Later(8, 0)},
+    "Fp8Spec": {"head": Later(8, None), "experts_from": Later(8, None)},
     "BackendsSpec": {
         "add_norm": Later(8, "auto"),
         "orthogonalise": Later(8, "auto"),

@@ -24,6 +24,8 @@ Capability = tuple[int, int]
 
 FP8_CAPABILITY: Capability = (8, 9)
 BF16_CAPABILITY: Capability = (8, 0)
+# What `auto` converts beside the projections: narrower experts spend more time on casts than they save.
+OF_AUTO = {"head": True, "experts_from": 512}
 PACKAGES = {"te": "transformer_engine", "torch": "torch"}  # in order of preference
 
 
@@ -164,6 +166,7 @@ def _automatic(fp8: Fp8Spec, capability: Capability | None, problems: dict[str, 
     if implementation is None:
         reasons = reasons or [f"{fp8.implementation} is never chosen by itself"]
         return _below_fp8(capability, f"FP8 stays unused: {'; '.join(reasons)}")
+    fp8 = fp8.updated({name: value for name, value in OF_AUTO.items() if getattr(fp8, name) is None})
     return _fp8(fp8, implementation, f"compute capability {_text(capability)} has FP8, proven by {implementation}")
 
 

@@ -254,7 +254,8 @@ class Fp8Spec(Spec):
     blocks of 128 (weights 128×128, the rest 1×128). `margin`: number of times that tensor-wise scales are halved.
     `format` hybrid is E4M3 forward and E5M2 for gradients; auto means hybrid for tensor-wise recipes and e4m3 for
     blocks. `emulated` runs on any device, slowly. The first and last `bf16_end_layers` layers are not converted; the LM
-    head only with `head`, experts only from the width `experts_from` on.
+    head only with `head`, experts only from the width `experts_from` on. By default `dtype: auto` converts the head and
+    experts from 512 on; `dtype: fp8`, as before there were these fields, all experts and no head.
     """
 
     recipe: Literal["delayed", "current", "block128"] = "current"
@@ -263,8 +264,8 @@ class Fp8Spec(Spec):
     amax_history_steps: Annotated[int, Field(ge=1, le=4096)] = 1024
     margin: Annotated[int, Field(ge=0, le=8)] = 0
     bf16_end_layers: Annotated[int, Field(ge=0)] = 1
-    head: bool = False
-    experts_from: Annotated[int, Field(ge=0)] = 0
+    head: bool | None = None
+    experts_from: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _margin_is_used(self) -> Self:

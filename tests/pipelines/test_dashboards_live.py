@@ -22,12 +22,16 @@ ROOT = Path(__file__).parents[2]
 FILE = ROOT / "makers" / "dashboard_pictures.py"
 SAMPLE = ROOT / "components" / "download" / "sample" / "ko.jsonl.gz"
 STEPS, KILLED_AT, CHECKPOINT_EVERY = 28, 16, 7
-# Panel → why this run has no data for it. tests/e2e/test_dashboards_cluster.py covers all of these except the first.
+# Panel → why this run has no data for it. tests/e2e/test_dashboards_cluster.py covers all of these except the first and
+# those of a proof, whose metrics tests/trainer/test_proof.py sees set.
 ELSEWHERE = {
     "Benchmarks": "the evaluation has none",
     "Held-out text": "the training is not validated",
     "Model FLOPs utilisation": "the peak of a CPU is not known",
     "Replaced pods": "there are no pods",
+    "Kernels": "a CPU proves none",
+    "Duration": "a CPU proves no kernels",
+    "Trial": "a CPU tries no ways",
     "Phase of the job": "the local launcher has no phases",
     "Time in each phase": "the local launcher has no phases",
     "Renewals of the lease": "the local launcher has no lease",

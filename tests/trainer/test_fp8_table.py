@@ -8,10 +8,12 @@ import pytest
 from rich.console import Console
 
 from manifests.spec import load_job
+from trainer import precision
 from trainer.fp8.table import conversion_table, render, share, summary
 from trainer.modelspec import ModelSpec
 from trainer.parameters import parameters
-from trainer.spec import Fp8Spec
+from trainer.spec import Fp8Spec, PrecisionSpec
+from trainer.specbase import parse
 
 PRESETS = ["tiny", "small", "h100-4b", "h100-4b-interleaved"]
 LARGE = ["h100-4b", "h100-4b-interleaved"]
@@ -122,7 +124,14 @@ def test_a_tied_head_is_kept():
     assert not any(row.converted for row in conversion_table(tied, Fp8Spec(head=True)) if row.kind == "embedding")
 
 
-def test_presets_for_an_h100_use_both_options():
-    for preset in LARGE:
-        fp8 = load_job(preset).train.precision.fp8
-        assert (fp8.head, fp8.experts_from) == (True, 512)
+def test_auto_follows_the_rule_and_a_format_that_is_named_converts_as_before():
+    def found(**options: object) -> Fp8Spec:
+        spec = parse(PrecisionSpec, options)
+        return precision.resolve(spec, (9, 0), {"torch": None}).fp8
+
+    assert (found().head, found().experts_from) == (True, 512)
+    assert (found(dtype="fp8").head, found(dtype="fp8").experts_from) == (None, None)
+    own = {"head": False, "experts_from": 64}
+    assert (found(fp8=own).head, found(fp8=own).experts_from) == (False, 64)
+    before = [row for row in conversion_table(model("h100-4b"), found(dtype="fp8")) if row.converted]
+    assert any(len(row.shape) == 3 for row in before) and not any(row.name == "head.weight" for row in before)

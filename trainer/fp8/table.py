@@ -64,7 +64,7 @@ def _why_kept(model: ModelSpec, fp8: Fp8Spec, parameter: Parameter) -> str | Non
         return _why_not_head(fp8) or _untiled(fp8, parameter)
     if parameter.high_precision:
         return parameter.high_precision
-    if parameter.per_expert and model.moe and model.moe.expert_width < fp8.experts_from:
+    if parameter.per_expert and model.moe and model.moe.expert_width < (fp8.experts_from or 0):
         return f"experts are {model.moe.expert_width} wide, FP8 is used from {fp8.experts_from} on"
     layer = _LAYER.match(parameter.name)
     if layer is None:
