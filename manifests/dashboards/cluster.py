@@ -187,7 +187,7 @@ def _kernels() -> list[Any]:
             words=["wrong", "proven"],
         ),
         number(
-            "Duration",
+            "Proof",
             "Of comparing them.",
             "s",
             Query(f"max by (run) (last_over_time({metric('proof_seconds')}[$__range]))"),

@@ -30,7 +30,7 @@ ELSEWHERE = {
     "Model FLOPs utilisation": "the peak of a CPU is not known",
     "Replaced pods": "there are no pods",
     "Kernels": "a CPU proves none",
-    "Duration": "a CPU proves no kernels",
+    "Proof": "a CPU proves no kernels",
     "Trial": "a CPU tries no ways",
     "Phase of the job": "the local launcher has no phases",
     "Time in each phase": "the local launcher has no phases",

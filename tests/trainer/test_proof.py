@@ -533,7 +533,9 @@ def test_only_what_the_spec_may_take_is_compared(elsewhere: Path, micro_data: Pa
     assert {(c.op, c.backend) for c in wanted(named, CPU)} == left
 
 
-def test_a_run_proves_tries_tells_and_learns_as_without(broken, micro_data: Path, tmp_path: Path, monkeypatch):
+def test_a_run_proves_tries_tells_and_learns_as_without(
+    broken, micro_data: Path, tmp_path: Path, monkeypatch, leave_no_traces, quiet_checkpoint_library
+):
     broken("is_right", "errs")
     pages: list[str] = []
     monkeypatch.setattr(Metrics, "close", lambda self: pages.append(generate_latest(self.registry).decode()))
