@@ -120,6 +120,7 @@ LATER: dict[str, dict[str, Later]] = {
         "add_norm": Later(8, "auto"),
         "orthogonalise": Later(8, "auto"),
         "router": Later(8, "auto"),
+        "engram": Later(8, "auto"),
     },
     "EvaluateSpec": {
         "chat": Later(5, False),

@@ -307,6 +307,7 @@ class BackendsSpec(Spec):
     add_norm: Literal["auto", "reference", "torch", "triton"] = "auto"
     orthogonalise: Literal["auto", "reference", "quack"] = "auto"
     router: Literal["auto", "reference", "torch", "triton"] = "auto"
+    engram: Literal["auto", "reference", "torch", "triton"] = "auto"
 
 
 class ParallelSpec(Spec):

@@ -139,7 +139,7 @@ def test_gate_value_and_convolution_equal_the_formula():
     spec = EngramSpec(layer=1, max_order=3, rows_per_head=20, width_per_order=8, num_heads=2, compress_tokens=False)
     hidden, length = 12, 14
     model = ModelSpec(vocab_size=40, hidden=hidden, layers=["M", "N"], mamba={"num_heads": 1}, engram=[spec])
-    engram = Engram(model, spec, {"conv": OPS["conv"].backends["torch"].function})
+    engram = Engram(model, spec, {name: OPS[name].backends["torch"].function for name in ("conv", "engram")})
     with torch.no_grad():
         for parameter in engram.parameters():
             parameter.normal_(0, 1)

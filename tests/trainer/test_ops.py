@@ -286,6 +286,7 @@ def test_auto_takes_the_fastest_and_says_why():
         "add_norm": "torch",
         "orthogonalise": "reference",
         "router": "torch",
+        "engram": "torch",
     }
     assert all(choice.reason for choice in choices.values())
     assert functions(choices)["ssd"] is ssd_chunked

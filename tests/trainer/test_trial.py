@@ -67,7 +67,14 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 @pytest.fixture
 def spec(micro_data: Path, tmp_path: Path) -> TrainSpec:
-    named = {"ssd": "chunked", "conv": "torch", "experts": "grouped", "router": "torch", "add_norm": "torch"}
+    named = {
+        "ssd": "chunked",
+        "conv": "torch",
+        "experts": "grouped",
+        "router": "torch",
+        "add_norm": "torch",
+        "engram": "torch",
+    }
     return micro.micro_spec(micro_data, tmp_path / "run", backends=named)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from trainer import mup
 from trainer.kinds.engram import EngramSpec
-from trainer.kinds.ngrams import PAD_TOKEN, multipliers
+from trainer.kinds.ngrams import multipliers
 from trainer.model.linear import Linear
 from trainer.model.mamba2 import CausalConv
 from trainer.model.mixer import Functions, Mixed, Mixer
@@ -35,6 +36,7 @@ from trainer.model.ready import Ready, normed
 from trainer.model.step import State, Step, convolved
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
+from trainer.ops.engram import Hash, hashed, rows
 
 
 class NgramHash(nn.Module):
@@ -68,30 +70,31 @@ class NgramHash(nn.Module):
         ):
             buffer.copy_(torch.tensor(values, dtype=torch.int64))
 
+    @property
+    def constants(self) -> Hash:
+        return Hash(self.class_V, self.multiplier_N, self.prime_J, self.offset_J)
+
     def forward(self, ids_BT: Tensor, documents: Documents) -> Tensor:
         """[B, T, J] int64 rows in the joint table; columns go order by order, within an order head by head."""
-        class_BT = self.class_V[ids_BT]
-
-        def earlier(back: int) -> Tensor:
-            return torch.where(documents.same_BT(back), class_BT.roll(back, dims=1), self.class_V[PAD_TOKEN])
-
-        return self._rows(class_BT, earlier)
+        return hashed(ids_BT, documents, self.constants)
 
     def extend(self, ids_BT: Tensor, step: Step, state: State) -> Tensor:
         """The same at new positions. Zeros before the first one are PAD_TOKEN."""
         before, new = self.spec.max_order - 1, step.new
         class_BS = self.class_V[step.joined(state["ids"], ids_BT)]
-        return self._rows(class_BS[:, before:], lambda back: class_BS[:, before - back : before - back + new])
 
-    def _rows(self, class_BT: Tensor, earlier: Callable[[int], Tensor]) -> Tensor:
-        mix_BT = class_BT * self.multiplier_N[0]
-        columns = []
-        for back in range(1, self.spec.max_order):
-            earlier_BT = earlier(back)
-            mix_BT = mix_BT ^ (earlier_BT * self.multiplier_N[back])
-            first = (back - 1) * self.spec.num_heads
-            columns.append(mix_BT[..., None] % self.prime_J[first : first + self.spec.num_heads])
-        return torch.cat(columns, dim=-1) + self.offset_J
+        def earlier(back: int) -> Tensor:
+            return class_BS[:, before - back : before - back + new]
+
+        return rows(class_BS[:, before:], earlier, self.constants)
+
+
+class Tables(nn.Embedding):
+    """All tables, one after the other. FSDP2 gathers the rows of a module when it is called, and only then."""
+
+    def forward(self, index: Tensor, look_up: Callable[..., Tensor] | None = None, *hashing: Any) -> Tensor:
+        """The rows that `index` names; what `look_up` finds for token ids, if it is given (`trainer.ops.engram`)."""
+        return super().forward(index) if look_up is None else look_up(index, *hashing, self.weight)
 
 
 class Engram(Mixer):
@@ -100,11 +103,11 @@ class Engram(Mixer):
     def __init__(self, model: ModelSpec, spec: EngramSpec, functions: Functions) -> None:
         super().__init__()
         self.spec, hidden, primes = spec, model.hidden, spec.primes(model)
-        self.convolve = functions["conv"]
+        self.convolve, self.look_up = functions["conv"], functions["engram"]
         self.gate_factor = mup.gate_factor(model)
         self.hash = NgramHash(spec, model.vocab_size, primes)
         rows_JW = torch.empty(sum(primes), spec.width_per_order // spec.num_heads)
-        self.tables = nn.Embedding.from_pretrained(rows_JW, freeze=False)
+        self.tables = Tables.from_pretrained(rows_JW, freeze=False)
         self.key_proj = Linear(spec.d_mem, hidden)
         self.value_proj = Linear(spec.d_mem, hidden)
         gate_eps = torch.finfo(torch.float32).eps
@@ -122,7 +125,7 @@ class Engram(Mixer):
 
     def recall(self, h_BTD: Tensor, ids_BT: Tensor, documents: Documents) -> Tensor:
         """The memory's contribution to the hidden state."""
-        u_BTD = self._gated(h_BTD, self.hash(ids_BT, documents))
+        u_BTD = self._gated(h_BTD, self._memory(ids_BT, documents))
         smooth_BTD = self.convolve(self.conv_norm(u_BTD), self.conv.weight, None, documents, self.spec.max_order)
         return u_BTD + F.silu(smooth_BTD)
 
@@ -130,15 +133,20 @@ class Engram(Mixer):
         conv_norm, w_KC, orders = normed(self.conv_norm), self.conv.weight.T.contiguous(), self.spec.max_order
 
         def extend(x_BTD: Tensor, step: Step, state: State) -> Tensor:
-            u_BTD = self._gated(x_BTD, self.hash.extend(step.ids_BT, step, state))
+            u_BTD = self._gated(x_BTD, self.tables(self.hash.extend(step.ids_BT, step, state)).flatten(2))
             normed_BSD = step.joined(state["conv"], conv_norm(u_BTD))
             return u_BTD + F.silu(convolved(normed_BSD, w_KC, None, step.new, orders))
 
         return extend
 
-    def _gated(self, h_BTD: Tensor, row_BTJ: Tensor) -> Tensor:
+    def _memory(self, ids_BT: Tensor, documents: Documents) -> Tensor:
+        """What the rows of each token hold, [B, T, M]."""
+        if isinstance(self.tables, Tables):
+            return self.tables(ids_BT, self.look_up, documents, self.hash.constants)
+        return self.tables(self.hash(ids_BT, documents)).flatten(2)  # quantised ones
+
+    def _gated(self, h_BTD: Tensor, memory_BTM: Tensor) -> Tensor:
         """The value of what the rows hold, times the gate."""
-        memory_BTM = self.tables(row_BTJ).flatten(2)
         key_BTD, value_BTD = self.key_proj(memory_BTM), self.value_proj(memory_BTM)
         gate_BT1 = memory_gate(self.key_norm(key_BTD), self.query_norm(h_BTD), self.gate_factor)
         return gate_BT1.to(value_BTD.dtype) * value_BTD

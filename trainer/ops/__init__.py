@@ -27,6 +27,7 @@ from trainer.ops import (
     attention_flash_attn_4,
     attention_varlen,
     conv_causal_conv1d,
+    engram_triton,
     experts_quack,
     experts_te,
     experts_triton,
@@ -38,6 +39,7 @@ from trainer.ops.add_norm import add_norm_reference, add_norm_torch
 from trainer.ops.attention import attention_reference, attention_sdpa
 from trainer.ops.conv import conv_reference, conv_torch
 from trainer.ops.documents import Documents
+from trainer.ops.engram import engram_reference, engram_torch
 from trainer.ops.experts import experts_reference
 from trainer.ops.experts_grouped import experts_grouped
 from trainer.ops.experts_grouped import unsupported as grouped_unsupported
@@ -242,6 +244,20 @@ OPS: dict[str, Op] = {
                 ),
                 "torch": Backend(router_torch, "torch's top-k, and a dozen small operations"),
                 "reference": Backend(router_reference, "one expert after the other"),
+            },
+        ),
+        Op(
+            "engram",
+            {
+                "triton": Backend(
+                    engram_triton.engram_triton,
+                    "n-grams hashed, their rows found and cast in one Triton kernel",
+                    engram_triton.unsupported,
+                    package="triton",
+                    portable=False,
+                ),
+                "torch": Backend(engram_torch, "the hash in single operations, torch's embedding"),
+                "reference": Backend(engram_reference, "one table after the other"),
             },
         ),
     )

@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.kinds.ngrams import multipliers
 from trainer.ops import OPS, Documents, Setting
+from trainer.ops.engram import Hash
 from trainer.ops.setting import VARIANT, interpreted
 from trainer.parity import Record, package_version
 
@@ -163,6 +165,7 @@ def cases(op: str, setting: Setting) -> Iterator[Case]:
         "add_norm": _add_norm,
         "orthogonalise": _orthogonalise,
         "router": _router,
+        "engram": _engram,
     }
     return made[op](setting)
 
@@ -317,3 +320,27 @@ def _router(setting: Setting) -> Iterator[Case]:
             return torch.cat([routed.score_SE, placed, routed.load_E[None] / len(t[0])])
 
         yield Case(f"{top_k} of {experts} experts", [logits], call)
+
+
+def _engram(setting: Setting) -> Iterator[Case]:
+    """Small tables, so that tokens share rows; in FP32 under autocast, as they are trained."""
+    device, length, tokens = setting.device, 40 if interpreted(setting.device) else 150, 24
+    for primes, orders, width in (([11, 13], 2, 20), ([11, 13, 17, 19, 23, 29], 4, 8)):
+        numbers = (torch.arange(tokens) // 2, multipliers(3, orders, tokens), primes, [0, *primes[:-1]])
+        hash = Hash(*(torch.as_tensor(number, dtype=torch.int64).to(device) for number in numbers))
+        hash = hash._replace(offset_J=hash.offset_J.cumsum(0))
+        ids_BT = torch.randint(tokens, (2, length), generator=torch.Generator().manual_seed(2)).to(device)
+        table_RW = torch.randn(sum(primes), width, generator=torch.Generator().manual_seed(1)).to(device)
+        for name, documents, _ in _documents(device, length):
+
+            def call(
+                function: Function,
+                t: list[Tensor],
+                ids_BT: Tensor = ids_BT,
+                documents: Documents = documents,
+                hash: Hash = hash,
+            ) -> Tensor:
+                with torch.autocast(device.type, setting.dtype, enabled=setting.dtype is not torch.float32):
+                    return function(ids_BT, documents, hash, t[0])
+
+            yield Case(f"{name}, {len(primes)} tables", [table_RW], call)
