@@ -8,6 +8,7 @@ import torch
 from trainer import parity
 from trainer.kinds.engram import EngramSpec
 from trainer.kinds.ngrams import multipliers, table_primes
+from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import build_model
 from trainer.model.recompute import set_policy
 from trainer.modelspec import ModelSpec
@@ -104,8 +105,8 @@ def test_frozen_tables_have_no_gradient():
     assert not found.requires_grad
 
 
-@pytest.mark.parametrize("policy", ["none", "full"])
-def test_a_model_has_the_losses_and_gradients_of_torch(policy: str):
+@pytest.mark.parametrize(("policy", "compiles"), [("none", False), ("full", False), ("full", True)])
+def test_a_model_has_the_losses_and_gradients_of_torch(policy: str, compiles: bool):
     """Its other operations are the same ones, so all of it is equal to the last bit."""
     spec = ModelSpec(
         vocab_size=50,
@@ -120,6 +121,9 @@ def test_a_model_has_the_losses_and_gradients_of_torch(policy: str):
     for backend in ("triton", "torch"):
         model = build_model(spec, seed=0, backends=BackendsSpec(engram=backend, add_norm="torch"))
         set_policy(model, policy)
+        if compiles:
+            torch.compiler.reset()  # layers of the other backend would be compiled anew until a limit
+            compile_layers(model, whole=True, backend="aot_eager")
         output = model(ids_BT, seq_idx_BT, ids_BT.roll(-1, dims=1))
         output.ce_sum.backward()
         outcomes.append([output.ce_sum.detach(), *(parameter.grad for parameter in model.parameters())])

@@ -65,11 +65,14 @@ def _(
 def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     table, rows = inputs[6], output[1]
     ctx.mark_non_differentiable(rows)
+    ctx.set_materialize_grads(False)
     ctx.shape, ctx.dtype = table.shape, table.dtype
     ctx.save_for_backward(rows)
 
 
-def _backward(ctx: FunctionCtx, grad: Tensor, _rows: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: FunctionCtx, grad: Tensor | None, _rows: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
     (rows,) = ctx.saved_tensors
     count, width = ctx.shape
     # Many tokens may share a row: their gradients are added in the dtype of the table.
