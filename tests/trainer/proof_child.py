@@ -6,6 +6,7 @@ python tests/trainer/proof_child.py < request.json
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,11 @@ def crashes(*arguments: object) -> torch.Tensor:
     subprocess.Popen(["sleep", "60"])  # a compiler that it leaves behind, with its pipes
     print("CUDA error: an illegal memory access was encountered", file=sys.stderr, flush=True)
     os.abort()
+
+
+def uses_all_memory(*arguments: object) -> torch.Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)  # as Linux does then
+    raise AssertionError
 
 
 def exits(*arguments: object) -> torch.Tensor:
@@ -78,7 +84,20 @@ def needs(module: str) -> Backend:
     return Backend(attention_sdpa, "broken", lambda setting: packages.problem(packages.load(module)), portable=False)
 
 
-ALL = crashes, exits, raises, fills, errs, errs_on_node_1, is_right, shouts, poisons, cannot_write, holds
+ALL = (
+    crashes,
+    uses_all_memory,
+    exits,
+    raises,
+    fills,
+    errs,
+    errs_on_node_1,
+    is_right,
+    shouts,
+    poisons,
+    cannot_write,
+    holds,
+)
 BROKEN = {each.__name__: Backend(each, "broken", portable=False) for each in ALL}
 BROKEN |= {module: needs(module) for module in ("yaongi_segfaults", "yaongi_exits", "yaongi_refuses")}
 

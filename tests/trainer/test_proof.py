@@ -306,14 +306,17 @@ def test_all_together_have_a_limit_and_what_is_missing_is_named(swift: tuple[str
 
 
 def test_what_is_not_about_a_kernel_leaves_no_record_and_a_gpu_that_has_become_unusable_a_new_process(broken):
-    broken("fills", "cannot_write", "poisons", "shouts")
-    found = prove.prove(attention("fills", "cannot_write", "poisons", "shouts"), CPU)
+    names = "fills", "cannot_write", "poisons", "uses_all_memory", "shouts"
+    broken(*names)
+    found = prove.prove(attention(*names), CPU)
     outcomes = {record.backend: record.outcome for record in found.records}
     assert outcomes.pop("shouts").startswith("within"), "it is right, and a new process has found that"
     assert outcomes == {"poisons": "fails: RuntimeError: CUDA error: an illegal memory access was encountered"}
     assert found.problems == [
         "attention by fills in fp32 is not compared: CUDA out of memory. Tried to allocate 2.00 GiB",
         "attention by cannot_write in fp32 is not compared: [Errno 13] Permission denied: '/home/nobody/.triton'",
+        "attention by uses_all_memory in fp32 is not compared: its process is killed, as Linux does where memory runs "
+        "out (see dmesg on the node; give the pod more)",
     ]
 
 
@@ -336,9 +339,12 @@ def test_a_process_that_cannot_be_started_is_told_in_one_line():
     assert problem.startswith("the process of the comparisons cannot be started (No such file or directory); not")
 
 
-def test_a_driver_that_fails_leaves_the_run_what_is_proven(elsewhere, micro_data: Path, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, AttributeError])
+def test_a_driver_that_fails_leaves_the_run_what_is_proven(elsewhere, micro_data: Path, tmp_path, monkeypatch, kind):
+    """The other ranks wait for what this one has found."""
+
     def fails(device: torch.device) -> None:
-        raise RuntimeError("CUDA error: unknown error\nsecond line")
+        raise kind("CUDA error: unknown error\nsecond line")
 
     monkeypatch.setattr(start, "_occupied", fails)
     found = at_start(spec(micro_data, tmp_path / "run", "attention"))
@@ -378,6 +384,13 @@ RECORD = vars(attention("sdpa")[0].failed("made by hand", CPU))
         lambda content: b"[" * 100_000,
         lambda content: json.dumps(content | {"records": 3}).encode(),
         lambda content: json.dumps(content | {"records": [{"op": "attention"}]}).encode(),
+        lambda content: json.dumps(content | {"records": [RECORD | {"op": ["attention"]}]}).encode(),
+        lambda content: json.dumps(content | {"records": [RECORD | {"op": 3}, RECORD]}).encode(),
+        lambda content: json.dumps(content | {"records": [RECORD | {"leak": "small"}]}).encode(),
+        lambda content: json.dumps(content | {"slow": [3, "a"]}).encode(),
+        lambda content: json.dumps(content | {"refused": {"torch": 3}}).encode(),
+        lambda content: json.dumps(content | {"of_a_later_version": 3}).encode(),
+        lambda content: json.dumps(content).encode() + b" " * cache.LARGEST_BYTES,
         lambda content: json.dumps({"records": content["records"], "trials": {}}).encode(),
         lambda content: json.dumps(content | {"environment": {"device": "another GPU"}}).encode(),
     ],
@@ -390,6 +403,16 @@ def test_a_damaged_file_or_one_of_another_machine_is_as_none(elsewhere: Path, da
     assert cache.read(places, CPU) == cache.Known()
     assert caplog.messages == [f"proof: {file} is damaged and is made again"]
     assert not cache.write(places, known, CPU) and cache.read(places, CPU) == known
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(elsewhere: Path, caplog: pytest.LogCaptureFixture):
+    (file,) = places = cache.files(CPU, None)
+    file.parent.mkdir(parents=True)
+    os.mkfifo(file)
+    assert cache.read(places, CPU) == cache.Known()
+    assert caplog.messages == [f"proof: {file} is damaged and is made again"]
+    known = cache.Known([Record(**RECORD)])
+    assert not cache.write(places, known, CPU) and file.is_file() and cache.read(places, CPU) == known
 
 
 def test_of_several_writers_none_loses_what_another_wrote_and_what_failed_for_one_failed(
@@ -446,6 +469,20 @@ def test_a_file_is_of_one_card_and_of_one_part_of_it(elsewhere: Path, monkeypatc
         monkeypatch.setattr(cache, "device_name", lambda device, name=name: name)
         found |= set(cache.files(CPU, None))
     assert len(found) == 3
+
+
+def test_a_file_is_of_one_driver_in_its_own_version(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Several drivers are of one version of CUDA."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(cache, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(cache, "Setting", lambda device: SimpleNamespace(device_class="sm_90"))
+    monkeypatch.setattr(cache, "driver_cuda_version", lambda: (13, 0))
+    monkeypatch.setattr(cache, "DRIVER", tmp_path / "version")
+    found = cache.files(gpu, None)  # as in a container without the file
+    for version in ("580.82.07", "580.95.05"):
+        cache.DRIVER.write_text(f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {version}\nGCC version:\n")
+        found += cache.files(gpu, None)
+    assert len(set(found)) == 3 and found[-1] == cache.files(gpu, None)[0]
 
 
 def test_what_is_wanted_on_a_gpu_is_known_without_an_import(micro_data: Path, tmp_path: Path, monkeypatch):

@@ -173,6 +173,28 @@ def test_what_ends_the_process_is_passed_over_and_the_rest_not_measured_again(
     assert taken.choices["attention"].name == "fast"
 
 
+def test_what_other_runs_are_trying_now_ends_no_process(
+    offered, world: World, spec: TrainSpec, micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Runs that start at once share the cache directory; only a trial that is done is for others."""
+    offered("slow", "fast")
+    runs = [spec.updated({"run_dir": str(tmp_path / f"run-{number}")}) for number in range(4)]
+    way, seconds = default(spec), {"slow": 3.0, "fast": 2.0}
+    others, found = iter(runs[1:]), []
+
+    def while_others_begin(spec: TrainSpec, world: World, layout: Layout, tried: Way, seen: dict) -> float:
+        if (other := next(others, None)) is not None:
+            found.append(trial.fastest(other, world, ALONE, way)[1])
+        return seconds[tried.choices["attention"].name]
+
+    monkeypatch.setattr(trial, "measured", while_others_begin)
+    found.append(trial.fastest(runs[0], world, ALONE, way)[1])
+    assert [[row.seconds for row in each.rows] for each in found] == [[3.0, 2.0]] * 4
+    monkeypatch.setattr(trial, "measured", lambda *_: pytest.fail("it is known"))
+    known = trial.fastest(spec, world, ALONE, way)[1]
+    assert [row.seconds for row in known.rows] == [3.0, 2.0]
+
+
 def test_a_gpu_that_has_become_unusable_ends_the_process(world: World, spec: TrainSpec, monkeypatch):
     """All that comes after it would fail, too, and be passed over for ever."""
     monkeypatch.setattr(trial, "_seconds", fails)
@@ -182,8 +204,24 @@ def test_a_gpu_that_has_become_unusable_ends_the_process(world: World, spec: Tra
         trial.measured(spec, world, ALONE, default(spec), {})
 
 
+EMPTY = {"rows": [], "taken": [], "seconds": 1, "begun": {}}
+BASE_ROW = {"change": "as proven", "seconds": 1.0, "verdict": "without a trial"}
+
+
 @pytest.mark.parametrize(
-    "damaged", [3, {}, {"rows": []}, {"rows": [], "taken": [["attention", "gone"]], "seconds": 1, "begun": {}}]
+    "damaged",
+    [
+        3,
+        {},
+        {"rows": []},
+        EMPTY | {"taken": [["attention", "gone"]]},
+        EMPTY | {"taken": [[["attention"], "fast"]]},
+        EMPTY | {"seconds": 10**400},
+        EMPTY | {"seconds": float("nan")},
+        EMPTY | {"begun": {"as proven": "often"}},
+        EMPTY | {"rows": [BASE_ROW | {"seconds": "long"}]},
+        EMPTY | {"rows": [BASE_ROW | {"verdict": ["taken"]}]},
+    ],
 )
 def test_a_kept_trial_that_is_damaged_is_made_again(
     offered, world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch, damaged: object

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import tempfile
 import uuid
 from contextlib import suppress
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from trainer import parity, precision
 from trainer.ops import OPS, Setting
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 
 _UNDER = ("torch", "triton", "nvidia-cutlass-dsl")  # what kernels are compiled by
 OTHER_RUNS = 4  # newest ones
+DRIVER = Path("/proc/driver/nvidia/version")  # Linux; its first line names the driver's own version
+LARGEST_BYTES = 2**24  # of a file; a record has about 500
 _CODE = ("ops", "kernels", "fp8", "proof")  # folders whose sources decide what is computed here
 
 
@@ -64,13 +68,21 @@ class Known:
         self.trials |= other.trials
 
 
+_KNOWN = TypeAdapter(Known)
+
+
 def environment(device: torch.device) -> dict[str, str | None]:
     """Everything that a record is about besides the operation."""
     driver = driver_cuda_version() if device.type == "cuda" else None
+    try:
+        build = DRIVER.read_text("utf-8").partition("\n")[0] if driver else None
+    except (OSError, ValueError):
+        build = None
     return {
         "device": device_name(device),
         "device_class": Setting(device).device_class,
         "driver": ".".join(map(str, driver)) if driver else None,
+        "driver_build": build,
         "cuda": torch.version.cuda,
         "code": _code(),
     } | {name: parity.package_version(name) for name in packages()}
@@ -138,16 +150,13 @@ def of_other_runs(run_dir: str, device: torch.device) -> Known:
 
 def _read(file: Path, device: torch.device) -> Known | None:
     try:
-        content = json.loads(file.read_bytes())
-        if content["environment"] != environment(device):
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_BYTES:  # a pipe would never end
             raise ValueError
-        found = Known(
-            [Record(**entry) for entry in content["records"]],
-            dict(content["unsupported"]),
-            dict(content["refused"]),
-            list(content["slow"]),
-            dict(content["trials"]),
-        )
+        content = json.loads(file.read_bytes())
+        if content.pop("environment") != environment(device) or content.keys() != vars(Known()).keys():
+            raise ValueError
+        found = _KNOWN.validate_python(content)
     except FileNotFoundError:
         return None
     except OSError as error:

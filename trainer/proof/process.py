@@ -42,7 +42,7 @@ class Child:
         threading.Thread(target=self._ask, args=(json.dumps(request).encode(),), daemon=True).start()
 
     def line(self, seconds: float) -> dict[str, Any] | None:
-        """The next line; {"ended": how} at the end; None if there is none within that time."""
+        """The next line; {"ended": how, "killed": by somebody else} at the end; None without one within that time."""
         try:
             return self._lines.get(timeout=max(0.0, seconds))
         except queue.Empty:
@@ -71,11 +71,13 @@ class Child:
         until = time.monotonic() + FLUSH_SECONDS
         for reader in readers:
             reader.join(max(0.0, until - time.monotonic()))
-        self._lines.put({"ended": self._end(status)})
+        self._lines.put({"ended": self._end(status), "killed": status == -signal.SIGKILL})
 
     def _end(self, status: int) -> str:
         said = [line.strip() for line in self._said.decode(errors="replace").splitlines() if line.strip()]
         last = f": {said[-1][:200]}" if said else ""
+        if status == -signal.SIGKILL:  # which no kernel does to its own process
+            return "is killed, as Linux does where memory runs out (see dmesg on the node; give the pod more)"
         if status < 0:
             return f"crashes ({signal.Signals(-status).name}){last}"
         return f"ends with exit code {status}{last}"

@@ -1,8 +1,9 @@
 """Make records in child processes, within a time limit.
 
-What ends a child in a comparison is a failed record, and so is what hangs for the second time: what has been compiled
-the first time is not compiled again. A module whose import ends it is refused from then on. A new child goes on. A
-child that has failed in a comparison without dying goes on itself, unless its GPU has become unusable.
+What ends a child in a comparison is a failed record, unless somebody else has killed it, and so is what hangs for the
+second time: what has been compiled the first time is not compiled again. A module whose import ends it is refused from
+then on. A new child goes on. A child that has failed in a comparison without dying goes on itself, unless its GPU has
+become unusable.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ class _Proving:
                 return f"the comparisons took longer than {self.limits.all_seconds:g} s"
             ended = f"takes longer than {patience:g} s" if line is None else line.get("ended")
             if ended:
-                return self._ended(ended, begun, importing, hangs=line is None)
+                killed = line is not None and line["killed"]
+                return self._ended(ended, begun, importing, hangs=line is None, killed=killed)
             assert line is not None
             patience = self.limits.comparison_seconds
             if "importing" in line:
@@ -127,12 +129,14 @@ class _Proving:
                     return None
         return None
 
-    def _ended(self, how: str, begun: bool, importing: str | None, *, hangs: bool) -> str | None:
+    def _ended(self, how: str, begun: bool, importing: str | None, *, hangs: bool, killed: bool) -> str | None:
         if not begun:
             return f"the process of the comparisons {how}"
         if importing and importing not in self.found.refused:
             package = importing.partition(".")[0]
             self.found.refused[importing] = f"{package} is installed but broken (its import {how})"
+        elif killed:
+            self.found.problems.append(f"{self.left.pop(0)} is not compared: its process {how}")
         elif hangs and str(self.left[0]) not in self.found.slow:
             self.found.slow.append(comparison := str(self.left.pop(0)))
             self.found.problems.append(f"{comparison} {how}, and is compared once more at the next start")

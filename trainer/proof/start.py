@@ -65,7 +65,7 @@ def at_start(spec: TrainSpec, world: World, limits: Limits | None = None) -> dic
     if world.local_rank == 0:
         try:
             own = of_node(wanted(spec, world.device), world.device, spec.run_dir, limits)
-        except (OSError, RuntimeError) as error:  # of the driver, of files; what is proven is enough for a run
+        except Exception as error:  # of the driver, files, a package; what is proven is enough, and others wait here
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             own = Proof(problems=(f"nothing is compared: {first}",))
     told = world.gather((node_name(), own))

@@ -16,15 +16,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 
 from trainer import compiled, ops, precision
 from trainer.compiled import Kind, leaving_nothing, micro_batch
@@ -127,13 +130,15 @@ class Trial:
     def of(cls, known: Any, common: list[Change]) -> Trial:
         """As `asdict` has written it for these changes; a new one if it is damaged."""
         try:
-            rows, taken = [Row(**row) for row in known["rows"]], [Change(*change) for change in known["taken"]]
-            trial = cls(rows, taken, float(known["seconds"]), dict(known["begun"]))
-        except (TypeError, KeyError, ValueError):
+            trial = _TRIAL.validate_python(known)
+        except ValueError:
             return cls()
         names = [BASE, *map(str, common)]
-        fits = [row.change for row in rows] == names[: len(rows)] and set(taken) <= set(common)
-        return trial if fits else cls()
+        fits = [row.change for row in trial.rows] == names[: len(trial.rows)] and set(trial.taken) <= set(common)
+        return trial if fits and 0 <= trial.seconds < math.inf else cls()
+
+
+_TRIAL = TypeAdapter(Trial)
 
 
 def fastest(
@@ -159,13 +164,14 @@ def fastest(
     seconds = min(seconds, spec.runtime.hang_timeout_seconds / 4)
     known = world.broadcast(cache.read(places, world.device).trials.get(key) if world.is_main else None)
 
-    def keep(trial: Trial) -> None:
+    def keep(trial: Trial, places: list[Path] = places[:1]) -> None:
+        # Half a trial is this run's own: for another that starts now, a change that was begun here ends no process.
         cache.write(places, cache.Known(trials={key: asdict(trial)}), world.device)
 
     before = Trial.of(known, common)
     trial = tried(spec, world, layout, way, common, seconds, before, keep if world.is_main else None)
     if world.local_rank == 0:
-        keep(trial)
+        keep(trial, places)
     return way.changed(trial.taken, spec, world.device), trial
 
 
