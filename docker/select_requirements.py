@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-FROM_BASE = re.compile(r"torch|triton|numpy|(nvidia|cuda)-(?!cutlass-dsl).*")
+FROM_BASE = re.compile(r"torch|triton|numpy|(nvidia|cuda)-(?!cutlass-dsl|cudnn-frontend).*")
 COMPILED = re.compile(r"causal-conv1d|flash-attn|mamba-ssm|transformer-engine-torch")
 NOT_ON_CPU = re.compile(r"triton|nvidia-(cusolver|nvtx)|cuda-(bindings|pathfinder|toolkit)")
 
@@ -42,7 +42,10 @@ def installed(name: str) -> bool:
 def main(lock: str, *flags: str) -> None:
     skip = [FROM_BASE] if installed("torch") else []
     own = (kernels for kernels in ("flash-attn", "transformer-engine") if installed(kernels))
-    skip += [re.compile(rf"{kernels}(-torch|-cu\d+)?") for kernels in own]
+    for kernels in own:
+        skip.append(re.compile(rf"{kernels}(-torch|-cu\d+)?"))
+        if kernels == "transformer-engine":
+            skip.append(re.compile("nvidia-cudnn-frontend"))  # Python of its attention, not a library of torch
     if "--cpu-only" in flags:
         skip.append(NOT_ON_CPU)
     compiled = "--compiled" in flags

@@ -65,6 +65,7 @@ def test_a_base_with_kernels_keeps_them(tmp_path: Path) -> None:
     assert found.keys() == {"causal-conv1d", "mamba-ssm"}
     wheels = selected(lock=GPU_LOCK, installed=base).keys()
     assert wheels & {"torch", "triton", "transformer-engine", "transformer-engine-cu13", "nvidia-cublas"} == set()
+    assert "nvidia-cudnn-frontend" not in wheels, "as Transformer Engine's own"
     assert wheels >= {"flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi"}
 
 
@@ -86,6 +87,8 @@ def test_a_base_with_torch_keeps_it_and_what_it_was_built_with(tmp_path: Path) -
     found = set(selected(installed=tmp_path))
     assert found & {"torch", "numpy", "triton", "nvidia-cublas", "nvidia-nccl-cu13"} == set()
     assert found >= {"pydantic", "safetensors", "tensorboard", "tokenizers"}
+    kernels = set(selected(lock=GPU_LOCK, installed=tmp_path))
+    assert kernels >= {"transformer-engine", "nvidia-cudnn-frontend"}, "torch was not built with these"
 
 
 @pytest.fixture(scope="module")
