@@ -1,5 +1,5 @@
 # Runs on GPUs: train, evaluate, export. The large layer (torch and its dependencies) comes first, then the wheel.
-ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:25.10-py3
+ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.05-py3
 FROM ${BASE_IMAGE}
 # 1: without packages that only GPUs need, for tests on CPUs.
 ARG CPU_ONLY=0
@@ -35,9 +35,10 @@ RUN set -eu; \
     rm -r /tmp/uv
 
 COPY docker/entry.sh /usr/local/bin/entry
-COPY dist/yaongi-*.whl /opt/yaongi/
+COPY docker/check_torch.py dist/yaongi-*.whl /opt/yaongi/
 RUN python3 -m pip --python /opt/yaongi/bin/python install --no-cache-dir --no-deps --no-index /opt/yaongi/yaongi-*.whl \
-    && /opt/yaongi/bin/python -c 'import torch; print("torch", torch.__version__)' \
+    && /opt/yaongi/bin/python /opt/yaongi/check_torch.py \
+    && /opt/yaongi/bin/python -c 'import torch' \
     && /opt/yaongi/bin/yaongi --version
 
 ENV PATH=/opt/yaongi/bin:$PATH \

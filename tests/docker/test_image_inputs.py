@@ -91,6 +91,23 @@ def test_a_base_with_torch_keeps_it_and_what_it_was_built_with(tmp_path: Path) -
     assert kernels >= {"transformer-engine", "nvidia-cudnn-frontend"}, "torch was not built with these"
 
 
+@pytest.mark.parametrize(
+    ("torch", "said"),
+    [
+        ("2.12.0a0+5aff3928d8.nv26.05", None),
+        ("2.9.0a0+145a3a7bda.nv25.10", "the base image has torch 2.9.0a0+145a3a7bda.nv25.10, not <2.14,>=2.11; set"),
+        ("2.14.0", "the base image has torch 2.14.0, not <2.14,>=2.11; set another BASE_IMAGE"),
+    ],
+)
+def test_a_base_with_a_torch_that_we_do_not_accept_is_refused(tmp_path: Path, torch: str, said: str | None) -> None:
+    install(tmp_path, "torch", torch)
+    command = [sys.executable, ROOT / "docker" / "check_torch.py"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == (said is None), done.stderr
+    assert said in done.stderr if said else done.stdout == f"torch {torch}\n"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of a copy of these sources, because setuptools leaves folders behind."""
