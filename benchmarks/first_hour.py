@@ -5,8 +5,8 @@
 Parts run in this order, each in a process of its own:
 
     proof     yaongi doctor: every kernel against its reference; the other parts take what has passed
-    step      a step of the presets in BF16 as it is, compiled, and in FP8, as on a GPU of 80 GB: tokens/s, MFU, memory,
-              time beside the roofline, the 15 dearest kernels
+    step      a step of the presets in BF16 as it is, compiled, as CUDA graphs, and in FP8, as on a GPU of 80 GB:
+              tokens/s, MFU, memory, time beside the roofline, the 15 dearest kernels
     experts   backends of the experts side by side; casts and sums of their weights
     optimizer Muon against torch's, and symmetric products
     curves    200 steps of `small` in BF16, in FP8 and in FP32 on the CPU
@@ -49,6 +49,7 @@ def parts(presets: list[str], out: Path) -> Iterator[Part]:
         for name, options in (
             ("bf16", []),
             ("bf16-compiled", ["--compile"]),
+            ("bf16-graphs", ["--compile", "--graphs"]),
             ("fp8-compiled", ["--compile", "--precision", "fp8:current"]),
         ):
             result = ["--out", str(out / f"step-{preset}-{name}.json")]

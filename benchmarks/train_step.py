@@ -1,7 +1,8 @@
 """One training step of a preset on a GPU: tokens/s, MFU, peak memory, and the kernels that take the most time.
 
     python benchmarks/train_step.py [--preset h100-4b] [--tokens 8192,16384] [--precision bf16,fp8:current]
-        [--recompute none,selective] [--compile] [--memory-fraction 0.553] [--out benchmarks/results/train_step.json]
+        [--recompute none,selective] [--compile] [--graphs] [--memory-fraction 0.553]
+        [--out benchmarks/results/train_step.json]
 
 Micro-batches of packed random documents and the optimizer step are timed separately; a full step consists of the
 preset's number of micro-batches and one optimizer step. MFU relates the FLOPs of `trainer.arithmetic.flops` (without
@@ -33,11 +34,13 @@ from trainer.arithmetic.activations import activations
 from trainer.arithmetic.flops import flops_per_token
 from trainer.arithmetic.gpus import by_device, by_option
 from trainer.arithmetic.roofline import by_layers
+from trainer.compiled import Batch
 from trainer.distributed import pick_device
 from trainer.files import atomic_write
 from trainer.fp8.convert import convert
 from trainer.fp8.table import conversion_table
 from trainer.model.compiling import compile_layers
+from trainer.model.graphs import LayerGraphs
 from trainer.model.hybrid import HybridModel, Layer, build_model
 from trainer.model.recompute import set_policy
 from trainer.optim import build_optimizers
@@ -63,6 +66,7 @@ class Result:
     precision: str
     recompute: str
     compiled: bool
+    graphs: bool = False
     micro_batch_seconds: float | None = None
     optimizer_seconds: float | None = None
     tokens_per_second: float | None = None
@@ -76,12 +80,14 @@ class Result:
     problem: str | None = None
 
 
-def packed_rows(vocab_size: int, rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, document ids and labels of one micro-batch."""
+def packed_rows(vocab_size: int, rows: int, length: int, device: torch.device) -> Batch:
+    """Token ids, document ids and labels of one micro-batch, and the number of documents."""
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(0, vocab_size, (rows, length), generator=generator)
-    seq_idx_BT = (torch.rand(rows, length, generator=generator) < 1 / MEAN_DOCUMENT).int().cumsum(1, dtype=torch.int32)
-    return ids_BT.to(device), seq_idx_BT.to(device), ids_BT.roll(-1, dims=1).to(device)
+    begins_BT = torch.rand(rows, length, generator=generator) < 1 / MEAN_DOCUMENT
+    seq_idx_BT = begins_BT.int().cumsum(1, dtype=torch.int32)
+    count = rows + int(begins_BT[:, 1:].sum())
+    return ids_BT.to(device), seq_idx_BT.to(device), ids_BT.roll(-1, dims=1).to(device), count
 
 
 def seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -122,9 +128,7 @@ def largest(events: Iterable[Any], *, on_gpu: bool) -> list[tuple[str, float, in
     return [(name, spent / whole, count) for name, spent, count in times[:TOP_KERNELS]]
 
 
-def by_kind(
-    model: HybridModel, batch: tuple[Tensor, Tensor, Tensor], chosen: Precision, repeats: int
-) -> dict[str, tuple[int, float]]:
+def by_kind(model: HybridModel, batch: Batch, chosen: Precision, repeats: int) -> dict[str, tuple[int, float]]:
     """For the layers with the same symbols: how many there are, and seconds of one of them, forward and backward.
 
     It is the one in the middle, as those at the ends are not in FP8.
@@ -171,6 +175,10 @@ def set_beside(train: JobTrainSpec, result: Result, found: dict[str, tuple[int, 
         result.kinds.append((symbols or OUTSIDE, count, bounds.get(symbols), count * each))
 
 
+def no_graphs(problem: str) -> None:
+    raise ValueError(f"the layers cannot be recorded: {problem}")
+
+
 def measure(train: JobTrainSpec, result: Result, device: torch.device, repeats: int) -> None:
     """Fill in the figures of one combination. Raises ValueError or torch.OutOfMemoryError if it cannot run."""
     name, _, recipe = result.precision.partition(":")
@@ -192,6 +200,8 @@ def measure(train: JobTrainSpec, result: Result, device: torch.device, repeats: 
     set_policy(model, parse(RuntimeSpec, {"activation_checkpointing": result.recompute}).activation_checkpointing)
     if result.compiled:
         compile_layers(model)
+    if result.graphs and device.type == "cuda":
+        model.graphs = LayerGraphs(model, no_graphs)
     result.backends = {op: choice.label for op, choice in model.choices.items()}
 
     def micro_batch() -> None:
@@ -235,7 +245,7 @@ def run(train: JobTrainSpec, result: Result, device: torch.device, repeats: int)
 
 def show(result: Result) -> None:
     what = f"{result.tokens} tokens, {result.precision}, recompute {result.recompute}"
-    print(f"{what}{', compiled' if result.compiled else ''}")
+    print(f"{what}{', compiled' if result.compiled else ''}{', CUDA graphs' if result.graphs else ''}")
     if result.problem:
         print(f"  does not run: {result.problem}")
         return
@@ -258,6 +268,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", help="bf16, fp32, fp16, fp8:delayed, fp8:current, fp8:block128")
     parser.add_argument("--recompute", default="none,selective", help="none, selective, full")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--graphs", action="store_true", help="layers as CUDA graphs; a CPU has none")
     parser.add_argument("--gpu", type=lambda name: by_option(name).name, help="whose peaks are the bound (h100, …)")
     parser.add_argument("--repeats", type=int, default=5, help="micro-batches timed")
     parser.add_argument("--memory-fraction", type=float, help="of the GPU's memory that may be used")
@@ -273,7 +284,7 @@ def main() -> None:
     results = []
     lists = (arguments.tokens, arguments.precision, arguments.recompute)
     for tokens, wanted, policy in product(*(values.split(",") for values in lists)):
-        result = Result(int(tokens), wanted, policy, arguments.compile, gpu=peaks)
+        result = Result(int(tokens), wanted, policy, arguments.compile, arguments.graphs, gpu=peaks)
         run(train, result, device, arguments.repeats)
         show(result)
         results.append(asdict(result))

@@ -49,6 +49,8 @@ NEGLIGIBLE = 1e-3  # of the largest gradient's norm: a smaller gradient may be o
 VOCABULARY, TABLE_ROWS = 512, 1024  # at most: the lookup code does not depend on the number of rows
 DOCUMENT_TOKENS = 100  # on average
 
+Batch = tuple[Tensor, Tensor, Tensor, int]  # what a model is called with
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -232,16 +234,18 @@ def _build(
     return model
 
 
-def micro_batch(vocab_size: int, rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Random tokens, split into random documents, and their labels."""
-    generator = torch.Generator().manual_seed(0)
+def micro_batch(vocab_size: int, rows: int, length: int, device: torch.device, seed: int = 0) -> Batch:
+    """Random tokens, split into random documents, their labels, and the number of documents."""
+    generator = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(0, vocab_size, (rows, length), generator=generator)
     begins_BT = torch.rand(rows, length, generator=generator) < 1 / DOCUMENT_TOKENS
-    batch = ids_BT, begins_BT.int().cumsum(1, dtype=torch.int32), ids_BT.roll(-1, dims=1)
-    return tuple(tensor.to(device) for tensor in batch)
+    ids_BT, seq_idx_BT, labels_BT = (
+        tensor.to(device) for tensor in (ids_BT, begins_BT.int().cumsum(1, dtype=torch.int32), ids_BT.roll(-1, dims=1))
+    )
+    return ids_BT, seq_idx_BT, labels_BT, rows + int(begins_BT[:, 1:].sum())
 
 
-def gradients(model: HybridModel, batch: tuple[Tensor, Tensor, Tensor], chosen: Precision) -> dict[str, Tensor]:
+def gradients(model: HybridModel, batch: Batch, chosen: Precision) -> dict[str, Tensor]:
     """Gradients by parameter name (of a sharded parameter, this rank's part), and the loss under its name."""
     with chosen.autocast(batch[0].device.type):
         output = model(*batch)

@@ -119,7 +119,7 @@ def forward_backward(run: Run, batch: StepBatch, stop_code: int) -> Totals:
         with run.mesh.summing_gradients(run.step_model, last=number == len(batch.micro_batches)):
             ids_BT, labels_BT, seq_idx_BT = on_device(micro_batch, device)
             with run.recorder.own.measured(), run.precision.autocast(device.type):
-                output = run.step_model(ids_BT, seq_idx_BT, labels_BT)
+                output = run.step_model(ids_BT, seq_idx_BT, labels_BT, micro_batch.num_documents)
             ce_sum = output.ce_sum + model.mtp_factor * output.mtp_ce_sum_K.sum()
             # Divided by counts of the whole step, so that the sum over ranks is the mean; the mean over ranks divides
             # by `size`.

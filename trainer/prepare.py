@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer import agreement, compiled, ops
+from trainer import agreement, compiled, graphed, ops
 from trainer.begin import begin_with
 from trainer.checkpoints.checkpoint import SKIPPED_IN_A_ROW
 from trainer.checkpoints.checkpointer import Checkpointer
@@ -29,6 +29,7 @@ from trainer.fp8.te import TeState
 from trainer.kinds.ngrams import token_classes
 from trainer.model import recompute
 from trainer.model.compiling import compile_layers
+from trainer.model.graphs import LayerGraphs
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.optim import Optimizers, build_optimizers
 from trainer.optim.rules import Assignment
@@ -86,15 +87,18 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     shards, digests, classes = read_data(spec, world)
     mesh = Mesh(layout, world.device)
     compiles = compiled.agreed(spec, world, mesh, chosen, choices)
-    way, tried = trial.fastest(spec, world, layout, Way(chosen, choices, compiles))
+    graphs = graphed.agreed(spec, world, mesh, chosen, choices, compiles=compiles)
+    way, tried = trial.fastest(spec, world, layout, Way(chosen, choices, compiles, graphs))
     if tried:
         recorder.trial(tried)
         chosen, choices = way.precision, way.choices
         ops.say({change.what: choices[change.what] for change in tried.taken if change.what in choices})
-        # What another backend compiles to has not been compared yet.
-        compiles = way.compiles and (not tried.taken or compiled.agreed(spec, world, mesh, chosen, choices))
+        compiles, graphs = way.compiles, way.graphs
+        if tried.taken:  # what it compiles to and how it is recorded has not been compared yet
+            compiles = compiles and compiled.agreed(spec, world, mesh, chosen, choices)
+            graphs = graphs and graphed.agreed(spec, world, mesh, chosen, choices, compiles=compiles)
     if world.is_main:
-        told.keep(spec.run_dir, proofs, Way(chosen, choices, compiles), tried)
+        told.keep(spec.run_dir, proofs, Way(chosen, choices, compiles, graphs), tried)
     model = build_model(
         spec.model,
         device=world.device,
@@ -165,6 +169,8 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     recompute.set_policy(model, spec.runtime.activation_checkpointing)
     if compiles:
         compile_layers(model)
+    if graphs:
+        model.graphs = LayerGraphs(model, partial(without_graphs, spec))
     validation = None
     if spec.evaluate.every_steps and first_step < spec.steps:
         validation = Validation(spec, world, layout, model, chosen, compiles=compiles)
@@ -188,6 +194,13 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         guard=guard,
         skipped_in_a_row=int(resumed.scalars.get(SKIPPED_IN_A_ROW, 0)) if resumed else 0,
     )
+
+
+def without_graphs(spec: TrainSpec, problem: str) -> None:
+    """Layers that could be recorded alone could not be together, for example for want of memory."""
+    if spec.runtime.graphs is True:
+        raise SpecError(f"train.runtime.graphs: the layers cannot be recorded ({problem}); write auto or false")
+    log.warning("layers are launched kernel by kernel from here on, not as CUDA graphs: %s", problem)
 
 
 def read_data(spec: TrainSpec, world: World) -> tuple[Manifest, dict[str, str], list[int] | None]:

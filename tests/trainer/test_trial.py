@@ -13,9 +13,11 @@ from pathlib import Path
 import micro
 import pytest
 import torch
+from tape import Tape
 
 from trainer import parity, precision
 from trainer.distributed import World
+from trainer.model import graphs
 from trainer.ops import OPS, Backend, resolve
 from trainer.ops.attention import attention_sdpa
 from trainer.parallel.layout import Layout
@@ -127,6 +129,34 @@ def test_only_the_kinds_that_a_change_concerns_are_timed_again(offered, world: W
         *((symbols, "fast", True) for symbols in with_attention),
         *((symbols, "slow", False) for symbols in kinds),
     ], "whether layers are compiled concerns all"
+
+
+def test_layers_as_graphs_are_timed_and_given_up_where_they_are_slower(
+    offered, world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
+):
+    """On a tape, which is slower than the layers; after a recording that fails they are passed over, too."""
+    offered("fast")
+    tapes = []
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: tapes.append(Tape()) or tapes[-1])
+    spec = spec.updated({"runtime": {"graphs": "auto"}})
+    way = replace(default(spec), graphs=True)
+    assert list(trial.changes(spec, CPU, way)) == [Change("graphs", "no")]
+    assert not list(trial.changes(spec, CPU, default(spec))), "they are not possible"
+    taken, found = trial.fastest(spec, world, ALONE, way)
+    assert not taken.graphs and taken.names["graphs"] == "no" and found.taken == [Change("graphs", "no")]
+    assert len(tapes) == len(trial.compiled.kinds(spec.model, way.precision)) and all(tape.replays for tape in tapes)
+
+    monkeypatch.setattr(Tape, "record", fails)
+    spec = spec.updated({"tokens": {"seed": 3}, "batch": {"micro_batch_rows": 1}})
+    _, found = trial.fastest(spec, world, ALONE, way)
+    assert [row.verdict for row in found.rows] == ["fails", "taken"]
+
+
+def test_transformer_engine_is_tried_without_graphs(spec: TrainSpec):
+    fp8 = replace(default(spec).precision, fp8=Fp8Spec(implementation="torch"))
+    way = Way(fp8, default(spec).choices, compiles=True, graphs=True)
+    assert not way.changed([Change("fp8", "te")], spec, CPU).graphs
+    assert way.changed([Change("compile", "no")], spec, CPU).graphs
 
 
 def test_what_has_not_begun_in_time_is_not_tried(

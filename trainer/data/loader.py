@@ -39,12 +39,13 @@ PREFETCH_STEPS = 2
 class MicroBatch:
     """Labels: the next token of the same document; -100 if there is none or if it is not trained.
 
-    `seq_idx_BT` numbers the documents within a row.
+    `seq_idx_BT` numbers the documents within a row; `num_documents` are those of all rows, None if not counted.
     """
 
     ids_BT: torch.Tensor  # int64
     labels_BT: torch.Tensor  # int64
     seq_idx_BT: torch.Tensor  # int32
+    num_documents: int | None = None
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,8 @@ class TokenLoader:
                 at = stop
         tensors = [torch.from_numpy(array) for array in (ids_BT, labels_BT, seq_idx_BT)]
         # Only a copy from pinned memory overlaps with computation.
-        return MicroBatch(*(tensors if self._gpu is None else (tensor.pin_memory() for tensor in tensors)))
+        ids, labels, seq_idx = tensors if self._gpu is None else [tensor.pin_memory() for tensor in tensors]
+        return MicroBatch(ids, labels, seq_idx, num_documents=sum(len(segments) for segments in rows))
 
 
 def heldout_documents(tokens: TokensSpec) -> Iterator[tuple[str, str, NDArray[np.integer], Ranges | None]]:

@@ -147,6 +147,8 @@ def _of_recipe(spec: TrainSpec) -> Iterator[str]:
         yield f"train.seed {spec.seed}: Megatron wants none below 0; write another"
     if spec.runtime.compile is True:
         yield "train.runtime.compile: Megatron has its own fused kernels; write false"
+    if spec.runtime.graphs is True:
+        yield "train.runtime.graphs: Megatron launches its layers by itself; write false"
 
 
 def _of_mesh(spec: TrainSpec, layout: MegatronSpec, world: int) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """torch.compile by layer: layers of one kind share compiled code, so a model of any depth compiles only a few.
 
 Embedding, final norm and the cross-entropy stay as they are; so do what depends on the data in number, documents and
-their masks, which are made before the first layer (`HybridModel._documents`).
+their masks, which are made before the first layer (`HybridModel.prepared`).
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pkgutil import resolve_name
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,15 @@ from trainer.ops.wide import computed_in
 from trainer.parameters import parameters, unknown_parameter
 from trainer.spec import BackendsSpec
 
+Run = Callable[[Tensor, Tensor, Documents], tuple[Tensor, Tensor, list[Tensor]]]  # of a layer, see Layer.forward
 INIT_BLOCK_ELEMENTS = 2**20  # elements drawn at once; bounds the extra memory of initialisation (4 MiB)
+
+
+class Graphs(Protocol):
+    def of(
+        self, x_BTD: Tensor, ids_BT: Tensor, seq_idx_BT: Tensor, num_documents: int | None
+    ) -> tuple[Documents, Sequence[Run]] | None:
+        """Prepared documents, and what to call instead of each layer; None if this pass has to call the layers."""
 
 
 class ModelOutput(NamedTuple):
@@ -112,6 +120,7 @@ class HybridModel(nn.Module):
         self.choices: dict[str, ops.Choice] = {}
         self.fp8_head: MakeProducts | None = None  # the head's products while training (trainer/fp8/convert.py)
         self.copies: list[Copy] = []  # of experts, see `keep_copies`
+        self.graphs: Graphs | None = None  # by which the layers run while training (trainer/model/graphs.py)
         # from_pretrained: torch would otherwise draw random rows, which on "meta" imports its compiler (seconds).
         self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden), freeze=False)
         self.layers = nn.ModuleList(
@@ -128,24 +137,31 @@ class HybridModel(nn.Module):
         for parameter in parameters(spec) if spec.lora else []:
             self.get_parameter(parameter.name).requires_grad_(not parameter.frozen)
 
-    def forward(self, ids_BT: Tensor, seq_idx_BT: Tensor, labels_BT: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self, ids_BT: Tensor, seq_idx_BT: Tensor, labels_BT: Tensor | None = None, num_documents: int | None = None
+    ) -> ModelOutput:
         """One pass over packed rows.
 
         Args:
             ids_BT: int64 token ids.
             seq_idx_BT: int document ids; positions with different ids in a row do not see each other.
             labels_BT: int64 next tokens, -100 where nothing is to be predicted; None asks for logits instead.
+            num_documents: in all rows; where it is None and wanted, the host waits for the device to count them.
         """
         x_BTD = self.embedding(ids_BT)
-        documents = self._documents(seq_idx_BT, compute_dtype(x_BTD))
         if compute_dtype(x_BTD) == torch.bfloat16:
             x_BTD = x_BTD.bfloat16()  # as Megatron does; FP16 keeps an FP32 stream, its range is too narrow for one
         if (dtype := compute_dtype(x_BTD)) != torch.float32:
             for copy in self.copies:
                 copy.refresh(dtype)
+        layers: Iterable[Run] = self.layers
+        if self.graphs and (replayed := self.graphs.of(x_BTD, ids_BT, seq_idx_BT, num_documents)):
+            documents, layers = replayed
+        else:
+            documents = self.prepared(Documents(seq_idx_BT, num_documents), compute_dtype(x_BTD))
         aux_sum = torch.zeros((), dtype=torch.float32, device=ids_BT.device)
         loads = []
-        for layer in self.layers:
+        for layer in layers:
             x_BTD, sequence_loss, layer_loads = layer(x_BTD, ids_BT, documents)
             aux_sum = aux_sum + sequence_loss
             loads += layer_loads
@@ -186,15 +202,19 @@ class HybridModel(nn.Module):
         """Embeddings [0, D] of no tokens: they have the dtype and device of the residual stream."""
         return self.embedding(torch.empty(0, dtype=torch.int64, device=self.final_norm.weight.device))
 
-    def _documents(self, seq_idx_BT: Tensor, dtype: torch.dtype) -> Documents:
-        """With everything that the layers will ask for, before the first of them does."""
-        sections, documents = self._sections, Documents(seq_idx_BT)
+    def prepared(self, documents: Documents, dtype: torch.dtype) -> Documents:
+        """With everything that the layers will ask for, before the first of them does.
+
+        Args:
+            dtype: of matrix products.
+        """
+        sections, device = self._sections, documents.seq_idx_BT.device
         shifts = set().union(*(section.shifts(self.spec.hidden) for section in sections))
         attends = any(section.attends for section in sections)
         by_document = bool(self.choices) and self.choices["attention"].name in ("flash_attn_4", "flash_attn", "varlen")
         documents.prepare(
             sorted(shifts),
-            mask=computed_in(dtype, seq_idx_BT.device) if attends and not by_document else None,
+            mask=computed_in(dtype, device) if attends and not by_document else None,
             rotation=next((section.rotation for section in sections if section.rotation), None),
             starts=attends and by_document,
         )

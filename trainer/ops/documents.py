@@ -24,10 +24,14 @@ class Documents:
 
     Args:
         seq_idx_BT: integer document id of each position; a change of value starts another document.
+        at_most: how many documents there are at most, if the host knows it, so that it need not ask the device.
+        any: these tensors will hold other documents, too, so nothing may be decided by those that they hold now.
     """
 
-    def __init__(self, seq_idx_BT: Tensor) -> None:
+    def __init__(self, seq_idx_BT: Tensor, at_most: int | None = None, *, any: bool = False) -> None:
         self.seq_idx_BT = seq_idx_BT
+        self._at_most = at_most
+        self._any = any
         self._same: dict[int, Tensor] = {}
         self._added: dict[torch.dtype, Tensor] = {}
         self._turns: tuple[Tensor, Tensor] | None = None
@@ -89,7 +93,8 @@ class Documents:
 
         A compiled layer uses the general code, else it would be compiled once for each answer.
         """
-        return self.seq_idx_BT.device.type == "cpu" and not torch.compiler.is_compiling() and self._is_whole
+        asked = self.seq_idx_BT.device.type == "cpu" and not self._any and not torch.compiler.is_compiling()
+        return asked and self._is_whole
 
     @cached_property
     def _is_whole(self) -> bool:
@@ -105,11 +110,14 @@ class Documents:
     def cu_seqlens(self) -> Tensor:
         """int32: where each document begins when all rows are laid end to end, then B·T as often as fills the length.
 
-        The host learns the number of documents here (one wait for the GPU in a micro-batch). It is rounded up to a
-        power of two by empty documents at the end, so that few lengths occur.
+        Without `at_most` the host learns their number here (one wait for the GPU in a micro-batch). It is rounded up to
+        a power of two by empty documents at the end, so that few lengths occur.
         """
-        starts_X = torch.nonzero(~self.same_BT(1).flatten()).flatten()
-        capacity = 1 << (starts_X.numel() - 1).bit_length()
-        cu_seqlens = torch.full((capacity + 1,), self.seq_idx_BT.numel(), dtype=torch.int32, device=starts_X.device)
-        cu_seqlens[: starts_X.numel()] = starts_X
-        return cu_seqlens
+        begins_X, total = ~self.same_BT(1).flatten(), self.seq_idx_BT.numel()
+        count = int(begins_X.sum()) if self._at_most is None else self._at_most
+        capacity = 1 << (count - 1).bit_length()
+        index_X = torch.arange(total, dtype=torch.int32, device=begins_X.device)
+        cu_seqlens = torch.full((capacity + 1,), total, dtype=torch.int32, device=begins_X.device)
+        # What begins no document writes B·T, to the last place, which has that already.
+        place_X = torch.where(begins_X, begins_X.cumsum(0) - 1, capacity)
+        return cu_seqlens.scatter_(0, place_X, index_X.masked_fill(~begins_X, total))

@@ -14,7 +14,7 @@ Gradients: a product's is as narrow as the copy. Autograd would cast it to FP32 
 neither DDP nor FSDP2 waits for what autograd hands to the parameter, autograd differentiates by the copy itself, whose
 gradient is added to the parameter's in one pass and dropped, as soon as it is there: the same numbers, without the FP32
 cast. A kernel may add it while it multiplies (`sum_of`), and autograd gets none. `torch.autograd.grad` and hooks of the
-parameter do not see it; whoever captures a layer as a function of its parameters has to take the copies as well.
+parameter do not see it; whoever asks for gradients of a layer has to ask for those of copies, too (`add`).
 """
 
 from __future__ import annotations
@@ -86,16 +86,20 @@ def sum_of(copy: Tensor) -> tuple[Tensor, bool]:
     return own(parameter.grad), begun
 
 
-@torch.no_grad()
 def _add(copy: Tensor) -> None:
-    if copy.grad is None:  # a kernel has added it
-        return
+    if copy.grad is not None:  # else a kernel has added it
+        add(copy, copy.grad)
+        copy.grad = None
+
+
+@torch.no_grad()
+def add(copy: Tensor, gradient: Tensor) -> None:
+    """Add the gradient of a copy to the parameter's."""
     total, begun = sum_of(copy)
     if begun:
-        total.add_(copy.grad)
+        total.add_(gradient)
     else:
-        total.copy_(copy.grad)
-    copy.grad = None
+        total.copy_(gradient)
 
 
 def in_place_of(weight: Tensor, copy: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 Each kind of layer is built alone (trainer/compiled.py), and one micro-batch of random tokens goes through it forward
 and backward a few times. The times of the kinds, each as often as the model has it, are the time of a way. One thing is
-changed at a time, from what would be taken without a trial: FP8, the backend of each operation, the compiler; only the
-kinds that it concerns are timed again. A change that is faster is kept; FP8 stays only if it is shown to be FP8_GAIN
-faster, as it costs accuracy. No rank waits for another within a trial, so what fails on one is only passed over; the
-slowest rank's time counts.
+changed at a time, from what would be taken without a trial: FP8, the backend of each operation, the compiler, CUDA
+graphs; only the kinds that it concerns are timed again. A change that is faster is kept; FP8 stays only if it is shown
+to be FP8_GAIN faster, as it costs accuracy. No rank waits for another within a trial, so what fails on one is only
+passed over; the slowest rank's time counts.
 
 Each change is written down before it is tried: one that ends the process, as a kernel may on large shapes, is passed
 over by a later process. What has been measured by then is not measured again.
@@ -29,11 +29,12 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import TypeAdapter
 
-from trainer import compiled, ops, precision
+from trainer import compiled, graphed, ops, precision
 from trainer.compiled import Kind, leaving_nothing, micro_batch
 from trainer.distributed import World
 from trainer.errors import SpecError
 from trainer.fp8 import te
+from trainer.model.graphs import LayerGraphs
 from trainer.model.hybrid import HybridModel
 from trainer.ops import OPS, Choice, Setting
 from trainer.parallel.layout import Layout
@@ -52,8 +53,8 @@ ALL_SECONDS = 240.0
 
 
 class Change(NamedTuple):
-    """An operation and its backend; "compile", "no"; "fp8", its implementation; "fp8_experts", whether they are FP8,
-    too; "precision", the rung below it."""
+    """An operation and its backend; "compile" or "graphs", "no"; "fp8", its implementation; "fp8_experts", whether they
+    are FP8, too; "precision", the rung below it."""
 
     what: str
     to: str
@@ -69,11 +70,13 @@ class Way:
     precision: Precision
     choices: dict[str, Choice]
     compiles: bool
+    graphs: bool = False
 
     @property
     def names(self) -> dict[str, str]:
         """Each choice by its name."""
-        own = {"precision": self.precision.name, "compile": "yes" if self.compiles else "no"}
+        own = {"precision": self.precision.name}
+        own |= {"compile": "yes" if self.compiles else "no", "graphs": "yes" if self.graphs else "no"}
         if self.precision.fp8:
             own["fp8"] = self.precision.fp8.implementation
             if self.precision.fp8.experts_from:
@@ -85,6 +88,8 @@ class Way:
         for what, to in changes:
             if what == "compile":
                 way = replace(way, compiles=to == "yes")
+            elif what == "graphs":
+                way = replace(way, graphs=to == "yes")
             elif what == "precision":
                 below = precision.resolve_for_evaluation(spec.precision, precision.device_capability(device))
                 way = replace(way, precision=replace(below, reason=f"FP8 is not {FP8_GAIN:.0%} faster here"))
@@ -92,6 +97,7 @@ class Way:
                 assert way.precision.fp8 is not None
                 fp8 = way.precision.fp8.updated({"implementation": to})
                 way = replace(way, precision=replace(way.precision, fp8=fp8, reason=f"FP8 by {to} is the fastest here"))
+                way = replace(way, graphs=way.graphs and graphed.fits(way.precision))
             elif what == "fp8_experts":
                 assert way.precision.fp8 is not None and spec.model.moe is not None
                 width = spec.model.moe.expert_width
@@ -191,6 +197,8 @@ def changes(spec: TrainSpec, device: torch.device, way: Way) -> Iterator[Change]
     yield from (change for change in offered if change not in portable)
     if spec.runtime.compile == "auto" and way.compiles:
         yield Change("compile", "no")
+    if spec.runtime.graphs == "auto" and way.graphs:
+        yield Change("graphs", "no")
     yield from portable
 
 
@@ -315,6 +323,8 @@ def _seconds(kind: Kind, spec: TrainSpec, device: torch.device, layout: Layout, 
         model = compiled.build_own_share(kind, spec, device, layout, way.precision, way.choices)
         if way.compiles:
             compiled.compile_layers(model)
+        if way.graphs:
+            model.graphs = LayerGraphs(model, _raise)
         times = []
         for rows, length in compiled.shapes(spec.tokens, spec.batch):
             batch = micro_batch(model.spec.vocab_size, rows, length, device)
@@ -327,6 +337,10 @@ def _seconds(kind: Kind, spec: TrainSpec, device: torch.device, layout: Layout, 
             took = [after - before for before, after in pairwise(moments)]
             times.append(statistics.median(took[WARM_UPS:]))
         return statistics.fmean(times)
+
+
+def _raise(problem: str) -> None:
+    raise RuntimeError(problem)
 
 
 def digest(spec: TrainSpec, layout: Layout, way: Way, common: list[Change]) -> str:
