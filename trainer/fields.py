@@ -114,7 +114,7 @@ LATER: dict[str, dict[str, Later]] = {
         "langfuse_secret": Later(7, "langfuse-secrets"),
     },
     "PreflightSpec": {"fabric": Later(7, None)},
-    "RuntimeSpec": {"prove": Later(8, True), "graphs": Later(8, False)},
+    "RuntimeSpec": {"prove": Later(8, True), "graphs": Later(8, "auto")},
     "Fp8Spec": {"head": Later(8, None), "experts_from": Later(8, None)},
     "BackendsSpec": {
         "add_norm": Later(8, "auto"),

@@ -2,6 +2,9 @@
 
 A recording may miss what only the host does, and then it repeats numbers of the first pass. So each kind of layer, as a
 small model of one layer (see `trainer.compiled`), goes through two passes with other documents and other weights.
+
+With `runtime.graphs: auto` the trial does that, which also times them and survives what ends a process
+(trainer/proof/trial.py); so without a trial there are no graphs.
 """
 
 from __future__ import annotations
@@ -29,30 +32,28 @@ TOLERANCE = 1e-2  # of each gradient: the kernels are the same, but some add in 
 MOVED = 1.05  # by what weights are multiplied between the passes
 
 
-def agreed(
+def demanded(
     spec: TrainSpec, world: World, mesh: Mesh, chosen: Precision, choices: dict[str, Choice], *, compiles: bool
 ) -> bool:
-    """Whether to launch layers as graphs; all ranks get the same answer.
+    """Whether the spec demands graphs, which are then right here.
 
     Raises:
-        SpecError: the spec demands it, but it is not possible here, or graphs compute something else.
+        SpecError: they are not possible, or compute something else.
     """
-    wanted = spec.runtime.graphs
-    if wanted is False:
+    if spec.runtime.graphs is not True:
         return False
     compared = compiled.kinds(spec.model, chosen)
     found = why_not(world, chosen)
-    level = logging.INFO if found else logging.WARNING
-    for kind in compared:
-        if found is None:
-            found = problem(kind, spec, world.device, mesh, chosen, choices, compiles=compiles)
-    if found is None:
-        log.info("layers are launched as CUDA graphs; %s computed as without", ", ".join(map(str, compared)))
-        return True
-    if wanted is True:
+    for kind in compared if found is None else ():
+        with leaving_nothing(world.device):
+            model = compiled.build(kind, spec, world.device, mesh, chosen, choices)
+            if compiles:
+                compile_layers(model)
+            found = found or problem(model, kind, spec, chosen)
+    if found is not None:
         raise SpecError(f"train.runtime.graphs: {found}; write false, or auto to use graphs only where that is right")
-    log.log(level, "layers are launched kernel by kernel, not as CUDA graphs: %s", found)
-    return False
+    log.info("layers are launched as CUDA graphs; %s computed as without", ", ".join(map(str, compared)))
+    return True
 
 
 def why_not(world: World, chosen: Precision) -> str | None:
@@ -61,52 +62,42 @@ def why_not(world: World, chosen: Precision) -> str | None:
         return "they need a GPU"
     if world.size > 1:
         return "ranks wait for each other's gradients one by one, and graphs add them up by themselves"
-    return None if fits(chosen) else "Transformer Engine keeps a part of its state on the host"
-
-
-def fits(chosen: Precision) -> bool:
-    """Whether products in this precision can be recorded."""
-    return chosen.fp8 is None or chosen.fp8.implementation != "te"
+    if chosen.fp8 and chosen.fp8.implementation == "te":
+        return "Transformer Engine keeps a part of its state on the host"
+    return None
 
 
 def problem(
+    model: HybridModel,
     kind: Kind,
     spec: TrainSpec,
-    device: torch.device,
-    mesh: Mesh,
     chosen: Precision,
-    choices: dict[str, Choice],
-    *,
-    compiles: bool,
     recorder: Callable[[torch.device], Recorder] | None = None,
 ) -> str | None:
-    """The problem of the graphs of a kind of layer, else None.
+    """The problem of the graphs of a kind of layer, else None, and then the model keeps them.
 
     Args:
+        model: as `compiled.build` has made it of this kind; its weights change.
         recorder: see `LayerGraphs`.
     """
-    with leaving_nothing(device):
-        model = compiled.build(kind, spec, device, mesh, chosen, choices)
-        if compiles:
-            compile_layers(model)
-        told: list[str] = []
-        graphs = LayerGraphs(model, told.append, recorder)
-        for rows, length in compiled.shapes(spec.tokens, spec.batch):
-            for seed in range(2):
-                batch = micro_batch(model.spec.vocab_size, rows, length, device, seed)
-                _multiply_weights(model)
-                model.graphs = None
-                expected = gradients(model, batch, chosen)
-                model.graphs = graphs
-                name, difference = furthest(gradients(model, batch, chosen), expected)
-                if told:
-                    return f"layer {kind} cannot be recorded ({told[0]})"
-                if not difference <= TOLERANCE:
-                    return f"layer {kind} recorded computes something else: {name} is off by {difference:.1%}"
+    told: list[str] = []
+    graphs, device = LayerGraphs(model, told.append, recorder), model.final_norm.weight.device
+    for rows, length in compiled.shapes(spec.tokens, spec.batch):
+        for seed in range(2):
+            batch = micro_batch(model.spec.vocab_size, rows, length, device, seed)
+            _move_weights(model)
+            model.graphs = None
+            expected = gradients(model, batch, chosen)
+            model.graphs = graphs
+            name, difference = furthest(gradients(model, batch, chosen), expected)
+            if told:
+                return f"layer {kind} cannot be recorded ({told[0]})"
+            if not difference <= TOLERANCE:
+                return f"layer {kind} recorded computes something else: {name} is off by {difference:.1%}"
     return None
 
 
 @torch.no_grad()
-def _multiply_weights(model: HybridModel) -> None:
+def _move_weights(model: HybridModel) -> None:
     for parameter in model.parameters():
         parameter.mul_(MOVED)

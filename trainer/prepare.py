@@ -87,16 +87,15 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     shards, digests, classes = read_data(spec, world)
     mesh = Mesh(layout, world.device)
     compiles = compiled.agreed(spec, world, mesh, chosen, choices)
-    graphs = graphed.agreed(spec, world, mesh, chosen, choices, compiles=compiles)
+    graphs = graphed.demanded(spec, world, mesh, chosen, choices, compiles=compiles)
     way, tried = trial.fastest(spec, world, layout, Way(chosen, choices, compiles, graphs))
     if tried:
         recorder.trial(tried)
         chosen, choices = way.precision, way.choices
         ops.say({change.what: choices[change.what] for change in tried.taken if change.what in choices})
-        compiles, graphs = way.compiles, way.graphs
-        if tried.taken:  # what it compiles to and how it is recorded has not been compared yet
-            compiles = compiles and compiled.agreed(spec, world, mesh, chosen, choices)
-            graphs = graphs and graphed.agreed(spec, world, mesh, chosen, choices, compiles=compiles)
+        # What another backend compiles to has not been compared yet.
+        compiles = way.compiles and (not tried.taken or compiled.agreed(spec, world, mesh, chosen, choices))
+        graphs = way.graphs
     if world.is_main:
         told.keep(spec.run_dir, proofs, Way(chosen, choices, compiles, graphs), tried)
     model = build_model(

@@ -41,14 +41,15 @@ class RuntimeSpec(Spec):
     """How the processes run; nothing here changes what is computed beyond rounding.
 
     `compile`: layers by torch.compile; each kind of layer is compared with itself uncompiled first. true ends the start
-    where the compiler fails or computes something else, auto goes on without it. `graphs`: layers as CUDA graphs, where
-    there is one GPU; true and auto as for `compile`. `prove`: on a GPU without a parity record, compare the kernels
-    that `auto` may take with their references first (trainer/proof), minutes at most.
+    where the compiler fails or computes something else, auto goes on without it. `graphs`: layers as CUDA graphs, in a
+    run on one GPU; compared in the same way. auto takes them where a trial shows that they are faster. `prove`: on a
+    GPU without a parity record, compare the kernels that `auto` may take with their references first, and try what is
+    the fastest (trainer/proof), minutes at most.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool | Literal["auto"] = False
-    graphs: bool | Literal["auto"] = False
+    graphs: bool | Literal["auto"] = "auto"
     activation_checkpointing: Policy = "none"  # trainer/model/recompute.py
     log_every_steps: Count = 10
     metrics_port: Annotated[int, Field(ge=0, le=65000)] = 9400

@@ -12,7 +12,7 @@ import torch
 from data_cases import random_documents, tokens_spec, write_shards
 
 from trainer.data import loader as loading
-from trainer.data.loader import IGNORED, MicroBatch, StepBatch, TokenLoader, heldout_documents
+from trainer.data.loader import IGNORED, StepBatch, TokenLoader, heldout_documents
 from trainer.data.manifest import Manifest, file_entry, read_manifest, write_manifest
 from trainer.data.plan import Cursor
 from trainer.errors import ForeseenError
@@ -52,7 +52,10 @@ def steps(
 def rows(step: list[StepBatch]) -> torch.Tensor:
     """Ids, labels and boundaries of the global step's rows: [3, rows, T]."""
     micro = [m for rank in step for m in rank.micro_batches]
-    fields = [torch.cat([getattr(m, name) for m in micro]).long() for name in MicroBatch.__annotations__]
+    for m in micro:
+        assert m.num_documents == sum(len(row.unique()) for row in m.seq_idx_BT)
+    tensors = ("ids_BT", "labels_BT", "seq_idx_BT")
+    fields = [torch.cat([getattr(m, name) for m in micro]).long() for name in tensors]
     return torch.stack(fields)
 
 

@@ -79,4 +79,6 @@ def test_delayed_scaling_refuses_compilation_and_recomputation(runtime):
         te.check_runtime(delayed, RuntimeSpec(**runtime))
     te.check_runtime(delayed, RuntimeSpec())
     te.check_runtime(Fp8Spec(recipe="current", implementation="te"), RuntimeSpec(**runtime))
+    with pytest.raises(ValueError, match=r"train\.runtime\.graphs does not go with Transformer Engine"):
+        te.check_runtime(Fp8Spec(recipe="current", implementation="te"), RuntimeSpec(graphs=True))
     te.check_runtime(Fp8Spec(recipe="delayed", implementation="torch"), RuntimeSpec(**runtime))

@@ -25,6 +25,7 @@ from trainer.modelspec import ModelSpec
 from trainer.parallel.layout import Layout
 from trainer.parallel.mesh import Mesh
 from trainer.parameters import parameters
+from trainer.precision import Precision
 from trainer.prepare import without_graphs
 from trainer.spec import Fp8Spec, TrainSpec
 
@@ -187,30 +188,26 @@ def test_a_stale_weight_would_be_seen():
     assert not same(train(model, batches(4), narrow=narrow), train(built(copies=True), batches(4), narrow=narrow))
 
 
-@pytest.mark.parametrize("kind", ["ME", "N", "*-"])
+@pytest.mark.parametrize("symbols", ["ME", "N", "*-"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp8"])
-def test_each_kind_of_layer_is_compared_before_it_is_taken(kind: str, dtype: str, micro_data: Path, tmp_path: Path):
+def test_each_kind_of_layer_is_compared_before_it_is_taken(symbols: str, dtype: str, micro_data: Path, tmp_path: Path):
     """FP8 with a history, whose scales and statistics are in place, too."""
     fp8 = {"recipe": "delayed", "implementation": "emulated", "bf16_end_layers": 0}
     precision = {"dtype": dtype, **({"fp8": fp8} if dtype == "fp8" else {})}
     spec = micro.micro_spec(micro_data, tmp_path, model={"layers": ["ME", "N", "*-"]}, precision=precision)
-    world, mesh, chosen, choices = prepared(spec)
-    (found,) = (each for each in compiled.kinds(spec.model, chosen) if each.symbols == kind)
-    assert found.converted == (dtype == "fp8")
+    model, kind, chosen = alone(spec, symbols)
+    assert kind.converted == (dtype == "fp8")
     tape = Tape()
-    given = spec, world.device, mesh, chosen, choices
-    assert graphed.problem(found, *given, compiles=False, recorder=lambda device: tape) is None
+    assert graphed.problem(model, kind, spec, chosen, lambda device: tape) is None
     assert tape.replays == 6  # of three recordings, twice
 
 
 def test_recordings_that_miss_something_are_named(micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     spec = micro.micro_spec(micro_data, tmp_path, model={"layers": ["*-"], "engram": []})
-    world, mesh, chosen, choices = prepared(spec)
-    (kind,) = compiled.kinds(spec.model, chosen)
-    given = kind, spec, world.device, mesh, chosen, choices
 
     def found() -> str | None:
-        return graphed.problem(*given, compiles=False, recorder=lambda device: Tape())
+        model, kind, chosen = alone(spec, "*-")
+        return graphed.problem(model, kind, spec, chosen, lambda device: Tape())
 
     with monkeypatch.context() as broken:
         broken.setattr(graphs._Set, "begun", lambda self, *_: (self._documents, self._layers))
@@ -223,26 +220,31 @@ def test_recordings_that_miss_something_are_named(micro_data: Path, tmp_path: Pa
         assert found().startswith("layer *- cannot be recorded (operation not permitted when stream is capturing: aten")
 
 
-def world_of(size: int, device: str) -> World:
-    return World(0, size, 0, size, torch.device(device), None, None)
-
-
-def prepared(spec: TrainSpec) -> tuple[Any, ...]:
-    world = world_of(1, "cpu")
+def prepared(spec: TrainSpec) -> tuple[Mesh, Precision, dict[str, ops.Choice]]:
     chosen = precision.resolve(spec.precision, None)
     choices = ops.resolve(spec.backends, "cpu", chosen.autocast_dtype or torch.float32, spec.model)
-    return world, Mesh(Layout(), world.device), chosen, choices
+    return Mesh(Layout(), torch.device("cpu")), chosen, choices
+
+
+def alone(spec: TrainSpec, symbols: str) -> tuple[HybridModel, compiled.Kind, Precision]:
+    mesh, chosen, choices = prepared(spec)
+    (kind,) = (each for each in compiled.kinds(spec.model, chosen) if each.symbols == symbols)
+    return compiled.build(kind, spec, torch.device("cpu"), mesh, chosen, choices), kind, chosen
+
+
+def world_of(size: int, device: str) -> World:
+    return World(0, size, 0, size, torch.device(device), None, None)  # type: ignore[arg-type]
 
 
 def test_a_run_learns_as_without(micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any):
-    """All of the loop: Muon, clipping, router biases, Engram, validation, and rows that grow longer."""
+    """All of the loop: Muon, clipping, router biases, Engram, and BF16."""
     monkeypatch.setattr(graphed, "why_not", lambda world, chosen: None)
     tapes: list[Tape] = []
     monkeypatch.setattr(graphs, "CudaRecorder", lambda device: tapes.append(Tape()) or tapes[-1])
-    model = {"layers": ["ME", "N", "*-", "*E"]}
 
     def losses(name: str, wanted: Any) -> list[float]:
-        spec = micro.micro_spec(micro_data, tmp_path / name, steps=4, model=model, runtime={"graphs": wanted})
+        changes = {"model": {"layers": ["ME", "N", "*-", "*E"]}, "precision": {"dtype": "bf16"}}
+        spec = micro.micro_spec(micro_data, tmp_path / name, steps=4, runtime={"graphs": wanted}, **changes)
         assert loop.train(spec) == 0
         return [line["loss"] for line in micro.metrics(spec)]
 
@@ -252,18 +254,14 @@ def test_a_run_learns_as_without(micro_data: Path, tmp_path: Path, monkeypatch: 
     assert found == losses("layers", False) and tapes[-1].replays >= 4 * tapes[-1].recordings
 
 
-@pytest.mark.parametrize("wanted", [True, "auto"])
-def test_where_graphs_are_not_possible(wanted: Any, micro_data: Path, tmp_path: Path, caplog: Any):
-    spec = micro.micro_spec(micro_data, tmp_path, runtime={"graphs": wanted})
-    given = spec, *prepared(spec)
-    if wanted is True:
-        with pytest.raises(SpecError, match=r"train\.runtime\.graphs: they need a GPU; write false, or auto to use"):
-            graphed.agreed(*given, compiles=False)
-    else:
-        with caplog.at_level(logging.INFO):
-            assert not graphed.agreed(*given, compiles=False)
-        assert "layers are launched kernel by kernel, not as CUDA graphs: they need a GPU" in caplog.text
-    chosen = given[3]
+def test_where_graphs_are_not_possible(micro_data: Path, tmp_path: Path):
+    spec = micro.micro_spec(micro_data, tmp_path)
+    mesh, chosen, choices = prepared(spec)
+    assert spec.runtime.graphs == "auto"
+    assert not graphed.demanded(spec, world_of(1, "cpu"), mesh, chosen, choices, compiles=False)
+    spec = spec.updated({"runtime": {"graphs": True}})
+    with pytest.raises(SpecError, match=r"train\.runtime\.graphs: they need a GPU; write false, or auto to use"):
+        graphed.demanded(spec, world_of(1, "cpu"), mesh, chosen, choices, compiles=False)
     assert "ranks wait for each other's gradients" in graphed.why_not(world_of(2, "cuda:0"), chosen)
     assert graphed.why_not(world_of(1, "cuda:0"), chosen) is None
     te = dataclasses.replace(chosen, fp8=Fp8Spec(implementation="te"))
@@ -271,8 +269,36 @@ def test_where_graphs_are_not_possible(wanted: Any, micro_data: Path, tmp_path: 
 
 
 def test_a_want_of_memory_for_all_layers_ends_or_is_told(micro_data: Path, tmp_path: Path, caplog: Any):
-    spec = micro.micro_spec(micro_data, tmp_path, runtime={"graphs": "auto"})
+    spec = micro.micro_spec(micro_data, tmp_path)
     without_graphs(spec, "CUDA out of memory")
     assert "kernel by kernel from here on, not as CUDA graphs: CUDA out of memory" in caplog.text
     with pytest.raises(SpecError, match=r"cannot be recorded \(CUDA out of memory\); write auto or false"):
         without_graphs(spec.updated({"runtime": {"graphs": True}}), "CUDA out of memory")
+
+
+def test_a_stream_is_given_back_when_a_recording_fails(monkeypatch: pytest.MonkeyPatch):
+    """torch.cuda.graph leaves its own as the current one if the recording cannot be ended."""
+    now, begun = ["main"], []
+
+    class Recording:
+        def __init__(self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> None:
+            begun.append((pool, stream, capture_error_mode))
+
+        def __enter__(self) -> None:
+            now[0] = "own"
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("capture failed")
+
+    for name, value in (
+        ("Stream", lambda device: "own"),
+        ("graph_pool_handle", lambda: (0, 1)),
+        ("CUDAGraph", lambda: None),
+        ("current_stream", lambda device: now[0]),
+        ("set_stream", lambda stream: now.__setitem__(0, stream)),
+        ("graph", Recording),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.raises(RuntimeError, match="capture failed"):
+        graphs.CudaRecorder(torch.device("cuda")).record(lambda: None)
+    assert now == ["main"] and begun == [((0, 1), "own", "thread_local")]

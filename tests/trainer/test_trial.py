@@ -17,6 +17,7 @@ from tape import Tape
 
 from trainer import parity, precision
 from trainer.distributed import World
+from trainer.fp8.gemm import PRODUCTS
 from trainer.model import graphs
 from trainer.ops import OPS, Backend, resolve
 from trainer.ops.attention import attention_sdpa
@@ -114,7 +115,7 @@ def test_only_the_kinds_that_a_change_concerns_are_timed_again(offered, world: W
     offered("slow", "fast")
     timed = []
 
-    def seconds(kind: trial.Kind, spec: TrainSpec, device: torch.device, layout: Layout, way: Way) -> float:
+    def seconds(kind: trial.Kind, spec: TrainSpec, world: World, layout: Layout, way: Way) -> float:
         timed.append((kind.symbols, way.choices["attention"].name, way.compiles))
         return 1.0
 
@@ -132,31 +133,34 @@ def test_only_the_kinds_that_a_change_concerns_are_timed_again(offered, world: W
 
 
 def test_layers_as_graphs_are_timed_and_given_up_where_they_are_slower(
-    offered, world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
+    offered, world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """On a tape, which is slower than the layers; after a recording that fails they are passed over, too."""
-    offered("fast")
-    tapes = []
+    """On a tape, which is slower than the layers; a recording that fails or is wrong is passed over, too."""
+    offered("slow", "fast")
+    tapes, way = [], default(spec)
     monkeypatch.setattr(graphs, "CudaRecorder", lambda device: tapes.append(Tape()) or tapes[-1])
-    spec = spec.updated({"runtime": {"graphs": "auto"}})
-    way = replace(default(spec), graphs=True)
-    assert list(trial.changes(spec, CPU, way)) == [Change("graphs", "no")]
-    assert not list(trial.changes(spec, CPU, default(spec))), "they are not possible"
-    taken, found = trial.fastest(spec, world, ALONE, way)
-    assert not taken.graphs and taken.names["graphs"] == "no" and found.taken == [Change("graphs", "no")]
+    assert trial.fastest(spec, world, ALONE, way)[0].names["graphs"] == "no" and not tapes, "they need a GPU"
+    monkeypatch.setattr(trial.graphed, "why_not", lambda world, chosen: None)
+
+    def last_row(**changes: object) -> trial.Row:
+        taken, found = trial.fastest(spec.updated(changes), world, ALONE, way)
+        assert [row.change for row in found.rows] == ["as proven", "attention: fast", "graphs: yes"]
+        assert taken.graphs == (found.rows[-1].verdict == "taken") and taken.choices["attention"].name == "fast"
+        return found.rows[-1]
+
+    assert last_row().verdict == "not taken"
     assert len(tapes) == len(trial.compiled.kinds(spec.model, way.precision)) and all(tape.replays for tape in tapes)
-
+    with monkeypatch.context() as quicker:
+        plain = trial._seconds
+        quicker.setattr(trial, "_seconds", lambda *given: plain(*given) * (0.01 if given[-1].graphs else 1))
+        assert last_row(runtime={"activation_checkpointing": "full"}).verdict == "taken"
+    with monkeypatch.context() as broken:
+        broken.setattr(graphs._Set, "begun", lambda self, *_: (self._documents, self._layers))
+        assert last_row(runtime={"activation_checkpointing": "selective"}).verdict == "fails"
+    assert "recorded computes something else" in caplog.text
     monkeypatch.setattr(Tape, "record", fails)
-    spec = spec.updated({"tokens": {"seed": 3}, "batch": {"micro_batch_rows": 1}})
-    _, found = trial.fastest(spec, world, ALONE, way)
-    assert [row.verdict for row in found.rows] == ["fails", "taken"]
-
-
-def test_transformer_engine_is_tried_without_graphs(spec: TrainSpec):
-    fp8 = replace(default(spec).precision, fp8=Fp8Spec(implementation="torch"))
-    way = Way(fp8, default(spec).choices, compiles=True, graphs=True)
-    assert not way.changed([Change("fp8", "te")], spec, CPU).graphs
-    assert way.changed([Change("compile", "no")], spec, CPU).graphs
+    assert last_row(batch={"micro_batch_rows": 1}).verdict == "fails"
+    assert "cannot be recorded (out of resource: shared memory)" in caplog.text
 
 
 def test_what_has_not_begun_in_time_is_not_tried(
@@ -292,9 +296,13 @@ def test_fp8_stays_only_where_it_is_5_percent_faster(
     assert fp8.changed(found.taken, spec, CPU).precision.name == ("fp32" if taken else "fp8")
 
 
-def test_layers_in_fp8_are_timed_as_the_run_would_compute_them(offered, world: World, spec: TrainSpec):
-    """The emulation is slow, so it is not kept."""
-    offered("slow")
+def test_layers_in_fp8_are_timed_as_the_run_would_compute_them(
+    offered, world: World, spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
+):
+    """Products that sleep are not kept."""
+    offered("fast")
+    emulated = PRODUCTS["emulated"]
+    monkeypatch.setitem(PRODUCTS, "emulated", lambda *given, **how: time.sleep(0.02) or emulated(*given, **how))
     fp8 = Fp8Spec(implementation="emulated", bf16_end_layers=0)
     way = replace(with_fp8(default(spec), "emulated"), compiles=False)
     way = replace(way, precision=replace(way.precision, autocast_dtype=torch.bfloat16, fp8=fp8))

@@ -54,9 +54,16 @@ def check_runtime(fp8: Fp8Spec, runtime: RuntimeSpec) -> None:
     """Refuse settings that its delayed recipe does not support.
 
     Raises:
-        SpecError: the delayed recipe together with torch.compile or with recomputed activations.
+        SpecError: CUDA graphs, or the delayed recipe together with torch.compile or with recomputed activations.
     """
-    if fp8.implementation != "te" or fp8.recipe != "delayed":
+    if fp8.implementation != "te":
+        return
+    if runtime.graphs is True:
+        raise SpecError(
+            "train.runtime.graphs does not go with Transformer Engine, which keeps a part of its state on the host; "
+            "write auto, or train.precision.fp8.implementation torch"
+        )
+    if fp8.recipe != "delayed":
         return
     for name, on in (
         ("compile", runtime.compile is True),

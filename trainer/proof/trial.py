@@ -34,7 +34,6 @@ from trainer.compiled import Kind, leaving_nothing, micro_batch
 from trainer.distributed import World
 from trainer.errors import SpecError
 from trainer.fp8 import te
-from trainer.model.graphs import LayerGraphs
 from trainer.model.hybrid import HybridModel
 from trainer.ops import OPS, Choice, Setting
 from trainer.parallel.layout import Layout
@@ -53,8 +52,8 @@ ALL_SECONDS = 240.0
 
 
 class Change(NamedTuple):
-    """An operation and its backend; "compile" or "graphs", "no"; "fp8", its implementation; "fp8_experts", whether they
-    are FP8, too; "precision", the rung below it."""
+    """An operation and its backend; "compile", "no"; "graphs", "yes"; "fp8", its implementation; "fp8_experts", whether
+    they are FP8, too; "precision", the rung below it."""
 
     what: str
     to: str
@@ -97,7 +96,6 @@ class Way:
                 assert way.precision.fp8 is not None
                 fp8 = way.precision.fp8.updated({"implementation": to})
                 way = replace(way, precision=replace(way.precision, fp8=fp8, reason=f"FP8 by {to} is the fastest here"))
-                way = replace(way, graphs=way.graphs and graphed.fits(way.precision))
             elif what == "fp8_experts":
                 assert way.precision.fp8 is not None and spec.model.moe is not None
                 width = spec.model.moe.expert_width
@@ -161,6 +159,8 @@ def fastest(
     if not spec.runtime.prove or Setting(world.device).device_class == "cpu":  # the same on all ranks
         return way, None
     own = list(changes(spec, world.device, way))
+    if spec.runtime.graphs == "auto" and graphed.why_not(world, replace(way.precision, fp8=None)) is None:
+        own.append(Change("graphs", "yes"))  # of what has been taken by then
     # Ranks whose packages differ have different ones.
     told = [set(offered) for offered in world.gather(own)]
     common = [change for change in world.broadcast(own) if all(change in offered for offered in told)]
@@ -197,8 +197,6 @@ def changes(spec: TrainSpec, device: torch.device, way: Way) -> Iterator[Change]
     yield from (change for change in offered if change not in portable)
     if spec.runtime.compile == "auto" and way.compiles:
         yield Change("compile", "no")
-    if spec.runtime.graphs == "auto" and way.graphs:
-        yield Change("graphs", "no")
     yield from portable
 
 
@@ -281,7 +279,7 @@ def measured(
         for kind, count in compiled.counted(spec.model, way.precision).items():
             key = kind, _as_it_sees(kind, spec, way)
             if key not in seen:
-                seen[key] = _seconds(kind, spec, world.device, layout, way)
+                seen[key] = _seconds(kind, spec, world, layout, way)
             own += count * seen[key]
     except Exception as error:  # of torch, Triton, a package, …
         if unusable(world.device):
@@ -317,14 +315,17 @@ class _Noted(dict[str, Callable[..., Any]]):
         return super().get(name, default)
 
 
-def _seconds(kind: Kind, spec: TrainSpec, device: torch.device, layout: Layout, way: Way) -> float:
+def _seconds(kind: Kind, spec: TrainSpec, world: World, layout: Layout, way: Way) -> float:
     """Of one layer of this kind, the mean over the shapes of the run's micro-batches."""
+    device = world.device
     with leaving_nothing(device):
         model = compiled.build_own_share(kind, spec, device, layout, way.precision, way.choices)
         if way.compiles:
             compiled.compile_layers(model)
-        if way.graphs:
-            model.graphs = LayerGraphs(model, _raise)
+        if way.graphs and (problem := graphed.why_not(world, way.precision)):
+            raise RuntimeError(problem)
+        if way.graphs and (problem := graphed.problem(model, kind, spec, way.precision)):
+            raise RuntimeError(problem)
         times = []
         for rows, length in compiled.shapes(spec.tokens, spec.batch):
             batch = micro_batch(model.spec.vocab_size, rows, length, device)
@@ -337,10 +338,6 @@ def _seconds(kind: Kind, spec: TrainSpec, device: torch.device, layout: Layout, 
             took = [after - before for before, after in pairwise(moments)]
             times.append(statistics.median(took[WARM_UPS:]))
         return statistics.fmean(times)
-
-
-def _raise(problem: str) -> None:
-    raise RuntimeError(problem)
 
 
 def digest(spec: TrainSpec, layout: Layout, way: Way, common: list[Change]) -> str:
