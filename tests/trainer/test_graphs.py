@@ -79,7 +79,7 @@ def train(model: HybridModel, given: Any, *, narrow: bool = False, micro_batches
     """Losses, loads and gradients of each step of two micro-batches; weights and router biases move in place."""
     optimizer, steps = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3), []
     for number, batch in enumerate(given, start=1):
-        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=narrow):
             output = model(*batch)
         (output.ce_sum / 50 + 3 * output.aux_sum + output.mtp_ce_sum_K.sum() / 50).backward()
         steps.append([output.ce_sum.detach(), output.aux_sum.detach(), output.expert_load_LE])
@@ -170,6 +170,28 @@ def test_what_has_no_gradient_calls_the_layers():
     model.train()
     model(*batch[:3])  # nobody has counted the documents
     assert not tape.recordings
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_cuda_graphs_are_those_steps_on_a_gpu(policy: str):
+    """Real recordings; made three times, as documents grow in number and rows in length."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    given = [*batches(4), *batches(4, mean=4), *batches(4, length=128)]
+    on_gpu = [(*(tensor.cuda() for tensor in batch[:3]), batch[3]) for batch in given]
+
+    def steps(recording: bool) -> list[list[Tensor]]:
+        model = build_model(SPEC, seed=0, device="cuda", dtype=torch.bfloat16)
+        set_policy(model, policy)
+        names = {parameter.name for parameter in parameters(SPEC) if parameter.per_expert}
+        model.keep_copies(names, names)
+        model.graphs = LayerGraphs(model, failed) if recording else None
+        return train(model, on_gpu, narrow=True)
+
+    for mine, right in zip(steps(True), steps(False), strict=True):
+        for found, expected in zip(mine, right, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_stale_weight_would_be_seen():
