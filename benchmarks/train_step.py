@@ -200,7 +200,7 @@ def measure(train: JobTrainSpec, result: Result, device: torch.device, repeats: 
     set_policy(model, parse(RuntimeSpec, {"activation_checkpointing": result.recompute}).activation_checkpointing)
     if result.compiled:
         compile_layers(model)
-    if result.graphs and device.type == "cuda":
+    if result.graphs:
         model.graphs = LayerGraphs(model, no_graphs)
     result.backends = {op: choice.label for op, choice in model.choices.items()}
 
@@ -281,10 +281,11 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(arguments.memory_fraction, device)
     here = by_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     peaks = arguments.gpu or (here.name if here else None)
+    graphs = arguments.graphs and device.type == "cuda"
     results = []
     lists = (arguments.tokens, arguments.precision, arguments.recompute)
     for tokens, wanted, policy in product(*(values.split(",") for values in lists)):
-        result = Result(int(tokens), wanted, policy, arguments.compile, arguments.graphs, gpu=peaks)
+        result = Result(int(tokens), wanted, policy, arguments.compile, graphs, gpu=peaks)
         run(train, result, device, arguments.repeats)
         show(result)
         results.append(asdict(result))
