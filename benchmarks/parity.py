@@ -11,6 +11,7 @@ Triton kernels also run on a CPU: TRITON_INTERPRET=1 python benchmarks/parity.py
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,18 +27,25 @@ OPERATIONS = (*OPS, *fp8.OPERATIONS)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--ops", default=",".join(OPERATIONS), help=f"some of {', '.join(OPERATIONS)}")
     parser.add_argument("--write", action="store_true", help="merge the records into --output")
     parser.add_argument("--output", type=Path, default=DIRECTORY, help="directory of the record files")
     arguments = parser.parse_args()
     if unknown := set(arguments.ops.split(",")) - set(OPERATIONS):
         parser.error(f"--ops: no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}")
+    device = usable(arguments.device, parser)
+    if arguments.write:  # what takes minutes on a GPU must not be lost at its end
+        try:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=arguments.output).close()
+        except OSError as error:
+            parser.error(f"--output: {arguments.output} cannot be written ({error.strerror}); name another directory")
 
     records, refused = [], 0
     print(f"{'operation':11} {'backend':14} {'format':8} {'forward':>9} {'backward':>9} {'leak':>9} {'limit':>9}")
     for op in arguments.ops.split(","):
-        for backend, outcome in outcomes(op, torch.device(arguments.device)):
+        for backend, outcome in outcomes(op, device):
             if isinstance(outcome, str):
                 print(f"{op:11} {backend:14} not here: {outcome}")
                 continue
@@ -53,6 +61,16 @@ def main() -> int:
         for file in write(records, arguments.output):
             print(f"wrote {file}")
     return 0 if all(record.passed for record in records) and not refused else 1
+
+
+def usable(name: str, parser: argparse.ArgumentParser) -> torch.device:
+    """The device of that name; ends the program if there is none."""
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
+        parser.error(f"--device: {name} is none of cpu, cuda, cuda:0, …")
+    if kind == "cuda" and int(index or 0) >= (found := torch.cuda.device_count()):
+        parser.error(f"--device: no {name}, as torch {torch.__version__} sees {found} GPUs; see nvidia-smi")
+    return torch.device(name)
 
 
 def outcomes(op: str, device: torch.device) -> Iterator[tuple[str, Record | str | Exception]]:

@@ -1,6 +1,9 @@
 """Which backends count as proven, which may run without proof, and how missing or broken packages are reported."""
 
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,3 +148,28 @@ def test_only_formats_that_a_backend_computes_are_compared(monkeypatch):
     with pytest.raises(ValueError, match="conv: 'torch' cannot run on cpu: no"):
         compare("conv", "torch", Setting(CPU))
     assert check.device_name(CPU)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "gpu"], "--device: gpu is none of cpu, cuda, cuda:0"),
+        (["--device", "cuda:7"], "--device: no cuda:7, as torch "),
+        (
+            ["--device", "cpu", "--write", "--output", "FILE/records"],
+            "FILE/records cannot be written (Not a directory);",
+        ),
+    ],
+)
+def test_the_benchmark_refuses_bad_places_before_it_compares(
+    tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture, arguments: list[str], said: str
+):
+    """Its comparisons take minutes on a GPU, and would be lost."""
+    file = tmp_path / "file"
+    file.touch()
+    program = str(Path(__file__).parents[2] / "benchmarks" / "parity.py")
+    monkeypatch.setattr(sys, "argv", [program, *(each.replace("FILE", str(file)) for each in arguments)])
+    monkeypatch.setattr(check, "compare", lambda *_: pytest.fail("nothing need be compared"))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(program, run_name="__main__")
+    assert ended.value.code == 2 and said.replace("FILE", str(file)) in capsys.readouterr().err

@@ -363,11 +363,22 @@ def test_a_full_gpu_is_not_used(monkeypatch: pytest.MonkeyPatch):
     assert start._occupied(gpu) is None
 
 
-def test_a_cache_that_cannot_be_written_is_told_and_the_run_goes_on(elsewhere: Path, micro_data: Path, tmp_path: Path):
+def test_a_cache_that_cannot_be_written_is_told_once_and_the_run_goes_on(
+    elsewhere: Path, micro_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     elsewhere.parent.mkdir()
     elsewhere.write_text("a file where the directory should be")
-    found = at_start(spec(micro_data, tmp_path / "run", "attention"))
+    run = spec(micro_data, tmp_path / "run", "attention")
+    found = at_start(run)
     assert found.made == 1
+    assert [line.split(": ", 1)[1] for line in caplog.messages] == list(found.problems)
+    caplog.clear()
+    parity.forget()
+    beside(run).write_text("damaged")
+    at_start(run)
+    assert sorted(line.split(": ", 1)[1] for line in caplog.messages) == sorted(
+        [*found.problems, f"{beside(run)} is damaged and is made again"]
+    )
     assert found.problems == (f"{elsewhere} cannot be written (File exists), so the proof is not kept there",)
 
 

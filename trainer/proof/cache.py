@@ -157,15 +157,20 @@ def _read(file: Path, device: torch.device) -> Known | None:
         if content.pop("environment") != environment(device) or content.keys() != vars(Known()).keys():
             raise ValueError
         found = _KNOWN.validate_python(content)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        log.warning("proof: %s cannot be read (%s) and is made again", file, error.strerror)
+        _warn_once(f"proof: {file} cannot be read ({error.strerror}) and is made again")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        log.warning("proof: %s is damaged and is made again", file)
+        _warn_once(f"proof: {file} is damaged and is made again")
     else:
         return found
     return None
+
+
+@cache
+def _warn_once(line: str) -> None:
+    log.warning("%s", line)
 
 
 def write(places: list[Path], known: Known, device: torch.device) -> list[str]:
