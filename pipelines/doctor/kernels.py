@@ -35,7 +35,12 @@ def of_device(device: Any) -> Iterator[Finding]:
     from trainer.proof.prove import Limits
     from trainer.proof.start import of_node, outcome, rely_on
 
-    proof = of_node(everything(device), device, None, Limits())
+    try:
+        proof = of_node(everything(device), device, None, Limits())
+    except Exception as error:  # of the driver, torch, a package: doctor has more to tell
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield Finding("kernels", "unknown", f"not compared on {device}: {first}")
+        return
     rely_on(proof)
     for comparison in proof.comparisons:
         passed, said = outcome(proof, comparison)

@@ -573,6 +573,15 @@ def test_doctor_says_one_line_where_there_is_no_gpu_or_its_driver_fails(monkeypa
     assert line.state == "unknown" and line.detail.endswith("cannot be asked: CUDA error: unknown error")
 
 
+def test_doctor_says_one_line_where_nothing_can_be_compared(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(start, "_occupied", fails)
+    (line,) = kernels.of_device(CPU)
+    assert line.state == "unknown" and line.detail == "not compared on cpu: CUDA error: out of memory"
+
+
 def test_only_what_the_spec_may_take_is_compared(elsewhere: Path, micro_data: Path, tmp_path: Path):
     run = spec(micro_data, tmp_path / "run")
     named = run.updated({"backends": {"ssd": "reference", "experts": "grouped", "attention": "reference"}})
@@ -611,6 +620,8 @@ def test_a_run_proves_tries_tells_and_learns_as_without(
 
     monkeypatch.delenv("TRITON_INTERPRET")
     plain = run.updated({"run_dir": str(tmp_path / "plain"), "backends": {"attention": "sdpa"}})
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "proof.json").write_text(json.dumps(told))  # of an earlier start, which a report would show
     assert train(plain) == 0 and not (tmp_path / "plain" / "proof.json").exists()
     assert losses(run) == losses(plain)
 

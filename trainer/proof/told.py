@@ -19,16 +19,18 @@ FILE = "proof.json"
 
 
 def keep(run_dir: str, proofs: dict[str, Proof], way: Way, trial: Trial | None) -> None:
-    """Write the file; nothing where nothing was proven. A place that cannot be written is told, and the run goes on.
+    """Write the file; remove that of an earlier start where nothing was proven now, as on a CPU. A place that cannot be
+    written is told, and the run goes on.
 
     Args:
         proofs: by node.
         way: what the run uses.
     """
-    if not proofs:
-        return
     file = Path(run_dir) / FILE
     try:
+        if not proofs:
+            file.unlink(missing_ok=True)
+            return
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, json.dumps(content(proofs, way, trial), indent=1).encode())
     except OSError as error:
