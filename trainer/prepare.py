@@ -113,6 +113,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         spec.model,
         share_over=mesh.optimizer,
         orthogonalise=ops.functions(choices)["orthogonalise"],
+        agree=world.broadcast,
     )
     proven = spec.precision.fp8.implementation == "auto"
     agree = partial(agreement.problem, world)

@@ -81,6 +81,17 @@ def test_the_kernels_equal_the_definition_in_double_precision(activation: str, m
     assert not found[2][-1].any() and not found[3][-1].any(), "an expert without tokens has no gradient"
 
 
+@pytest.mark.parametrize("turned", [1, 2])
+def test_weights_whose_rows_do_not_lie_side_by_side(turned: int):
+    """Matrices that are stored as their transposes."""
+    given = list(draw(1, **ODD))
+    expected = values(experts_triton.experts_triton, *given, "relu2")
+    given[turned] = given[turned].transpose(1, 2).contiguous().transpose(1, 2)
+    assert not given[turned].clone().is_contiguous()
+    found = values(experts_triton.experts_triton, *given, "relu2")
+    assert all(torch.equal(mine, right) for mine, right in zip(found, expected, strict=True))
+
+
 def test_the_committed_record_is_of_these_kernels():
     record = compare("experts", "triton", CPU)
     assert record.passed, record

@@ -95,9 +95,31 @@ def test_each_shape_gets_the_faster_function_and_is_timed_once(monkeypatch: pyte
 
     monkeypatch.setattr(fastest, "milliseconds", milliseconds)
     function = FastestByShape(by_first, lambda x_Nmn, coefficients, steps: x_Nmn - 1)
-    for size, expected in ((32, 1), (16, -1), (32, 1)):
+    function.choose({(32, 32): 3, (16, 16): 1}, torch.empty(0), "polar_express", 5)
+    assert timed == [(3, 32, 32)] * 2 + [(1, 16, 16)] * 2
+    for size, expected in ((32, 1), (16, -1), (32, 1), (64, -1)):
         assert function(torch.zeros(1, size, size), "polar_express", 5).unique().tolist() == [expected]
-    assert timed == [(1, 32, 32)] * 2 + [(1, 16, 16)] * 2
+    assert len(timed) == 4
+
+
+def test_ranks_whose_clocks_differ_keep_equal_copies(stand_in: Symmetric, monkeypatch: pytest.MonkeyPatch):
+    """They update weights that all of them have, and nothing would bring these together again."""
+    told: list[Any] = []
+
+    def weights(slower: Any, agree: Any) -> list[Tensor]:
+        monkeypatch.setattr(fastest, "milliseconds", lambda function, *_: float(function is slower))
+        network = Named({name: expected[0] for name, expected in EXPECTED.items()})
+        optimizers = build_optimizers(network, OptimizerSpec(), MODEL, orthogonalise=by_quack, agree=agree)
+        for number, parameter in enumerate(optimizers.parameters):
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        optimizers.step()
+        return list(network.parameters())
+
+    first = weights(orthogonalise_, lambda value: told.append(value) or value)
+    assert any(told[0].values()) and stand_in.calls > 0
+    alone, agreed = weights(by_quack, lambda value: value), weights(by_quack, lambda value: told[0])
+    assert all(torch.equal(*pair) for pair in zip(first, agreed, strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(first, alone, strict=True))
 
 
 def test_muon_steps_by_it(stand_in: Symmetric, monkeypatch: pytest.MonkeyPatch):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 ROWS, COLUMNS = 128, 128  # of a tile
 SMALL_ROWS = 64  # where experts have few rows
-INNER_BYTES = 128  # of a row of a tile that is multiplied; three stages of two such tiles fit into any GPU from 8.0 on
+INNER_BYTES = 128  # of a row of a tile that is multiplied; at most 112 KiB are shared (FP32 with a gate, three stages)
 
 
 @triton.jit
@@ -292,7 +292,10 @@ def outer(
     """
     experts, rows, columns = out.shape
     none = end_E
-    _outer[(triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS), experts)](
+    # An FP32 tile that is activated on its way takes so many registers that a large one would live in local memory.
+    wide = weight_R is not None and a.dtype == torch.float32
+    block_m, block_n = (64, 64) if wide else (ROWS, COLUMNS)
+    _outer[(triton.cdiv(columns, block_n), triton.cdiv(rows, block_m), experts)](
         a, b, out,
         none if source_a_R is None else source_a_R,
         none if source_b_R is None else source_b_R,
@@ -300,6 +303,6 @@ def outer(
         end_E, rows, columns, a.stride(0), b.stride(0), out.stride(1),
         GATHER_A=source_a_R is not None, GATHER_B=source_b_R is not None, ACTIVATE_B=weight_R is not None,
         GATED=weight_R is not None and b.shape[1] != columns, ADD=add,
-        BLOCK_M=ROWS, BLOCK_N=COLUMNS, BLOCK_R=INNER_BYTES // a.itemsize, num_warps=8, num_stages=3,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=INNER_BYTES // a.itemsize, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_S = 32
+SCORES = 4096  # of a block; with more of them, registers are not enough
 TINY = tl.constexpr(1e-20)  # added to sums of scores, as trainer/ops/router.py does
 
 
@@ -120,6 +120,12 @@ def _backward(
     tl.store(out_ptr + at, grad, mask=inside)
 
 
+def _block(experts: int) -> tuple[int, int]:
+    """Tokens and experts of a block."""
+    width = triton.next_power_of_2(experts)
+    return max(1, min(32, SCORES // width)), width
+
+
 def forward(
     logit_SE: Tensor, bias_E: Tensor, top_k: int, scale: float, *, softmax: bool, renormalise: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -129,10 +135,11 @@ def forward(
     expert_SK = torch.empty(tokens, top_k, dtype=torch.int64, device=logit_SE.device)
     weight_SK = torch.empty(tokens, top_k, dtype=torch.float32, device=logit_SE.device)
     load_E = torch.zeros(experts, dtype=torch.int64, device=logit_SE.device)
-    _forward[(triton.cdiv(tokens, BLOCK_S),)](
+    block_s, block_e = _block(experts)
+    _forward[(triton.cdiv(tokens, block_s),)](
         logit_SE, bias_E, score_SE, expert_SK, weight_SK, load_E, tokens, experts, scale,
-        K=top_k, SOFTMAX=softmax, RENORMALISE=renormalise, BLOCK_S=BLOCK_S,
-        BLOCK_E=triton.next_power_of_2(experts), BLOCK_K=triton.next_power_of_2(top_k), num_warps=4,
+        K=top_k, SOFTMAX=softmax, RENORMALISE=renormalise, BLOCK_S=block_s,
+        BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(top_k), num_warps=4,
     )  # fmt: skip
     return score_SE, expert_SK, weight_SK, load_E
 
@@ -150,10 +157,11 @@ def backward(
     """The gradient of the logits, fp32 [S, E]."""
     tokens, experts = score_SE.shape
     out = torch.empty_like(score_SE)
-    _backward[(triton.cdiv(tokens, BLOCK_S),)](
+    block_s, block_e = _block(experts)
+    _backward[(triton.cdiv(tokens, block_s),)](
         score_SE, expert_SK, score_SE if grad_score_SE is None else grad_score_SE, grad_weight_SK, out,
         tokens, experts, scale,
         K=expert_SK.shape[1], SOFTMAX=softmax, RENORMALISE=renormalise, WITH_SCORES=grad_score_SE is not None,
-        BLOCK_S=BLOCK_S, BLOCK_E=triton.next_power_of_2(experts), num_warps=4,
+        BLOCK_S=block_s, BLOCK_E=block_e, num_warps=4,
     )  # fmt: skip
     return out

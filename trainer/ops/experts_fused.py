@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from trainer.ops.experts import by_expert, compute_dtype
+from trainer.ops.experts import compute_dtype, count_choices
 
 
 class Operators(NamedTuple):
@@ -85,10 +85,11 @@ def run(
     adds: bool = False,
 ) -> Tensor:
     """The experts' output in the dtype of x; see `trainer.ops.experts.experts_reference`."""
-    routing = by_expert(expert_SK, up_EGD.shape[0])
-    ends_E = routing.count_E.cumsum(0).to(torch.int32)
-    tokens_SD, up_EGD, down_EDF = (tensor.to(compute_dtype(x_SD)) for tensor in (x_SD, up_EGD, down_EDF))
-    y_SD, _ = made.forward(tokens_SD, up_EGD, down_EDF, weight_SK, routing.order_R, ends_E, activation, adds)
+    expert_R = expert_SK.flatten()
+    order_R, ends_E = expert_R.argsort(stable=True), count_choices(expert_R, up_EGD.shape[0]).cumsum(0).to(torch.int32)
+    # Kernels read rows where they lie, and leave gradients in the same layout.
+    given = (tensor.to(compute_dtype(x_SD)).contiguous() for tensor in (x_SD, up_EGD, down_EDF))
+    y_SD, _ = made.forward(*given, weight_SK, order_R, ends_E, activation, adds)
     return y_SD.to(x_SD.dtype)
 
 

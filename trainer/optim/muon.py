@@ -19,7 +19,7 @@ Shape suffixes: N matrices, m rows, n columns of one block (after the cuts of ru
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +101,20 @@ class Muon(torch.optim.Optimizer):
                 # At once, not at the first step: a checkpoint is loaded into state that is already there.
                 self.state[parameter]["momentum"] = share.zeros(state_dtype)
             self._work.append(_Work(group["shares"], group["block_rows"], group["stacks"]))
+
+    def batches_alike(self) -> tuple[dict[tuple[int, int], int], Tensor]:
+        """By shape, how many matrices a batch has at most, the same on all ranks; and an empty tensor of their dtype
+        and device."""
+        counts: Counter[tuple[int, int]] = Counter()
+        for group in self.param_groups:
+            for members in group["stacks"]:
+                *matrices, rows, columns = group["params"][members[0]].shape
+                for height in group["block_rows"][members[0]] or (rows,):
+                    counts[height, columns * len(members)] += math.prod(matrices)
+        first = self.param_groups[0]
+        like = local(first["params"][0])
+        most = {(m, k): max(1, min(count, MAX_BATCH_ELEMENTS // (m * k))) for (m, k), count in counts.items()}
+        return most, like.new_empty(0, dtype=first["iteration_dtype"] or iteration_dtype(like.device))
 
     @torch.no_grad()
     def step(self, closure: None = None, skip: Tensor | None = None) -> None:

@@ -15,7 +15,7 @@ from trainer.modelspec import ModelSpec
 from trainer.ops.orthogonalise import orthogonalise_
 from trainer.optim.adamw import AdamW
 from trainer.optim.conditional import scale_
-from trainer.optim.fastest import FastestByShape, Orthogonalise
+from trainer.optim.fastest import Agree, FastestByShape, Orthogonalise
 from trainer.optim.muon import Muon
 from trainer.optim.rules import Assignment, assign
 from trainer.optim.shares import Share, gather_weights, local
@@ -127,6 +127,7 @@ def build_optimizers(
     *,
     share_over: DeviceMesh | None = None,
     orthogonalise: Orthogonalise = orthogonalise_,
+    agree: Agree = lambda value: value,
 ) -> Optimizers:
     """Optimizers for every trainable parameter of `model`, grouped by the rules of rules.py.
 
@@ -137,6 +138,7 @@ def build_optimizers(
         share_over: mesh of one dimension of ranks that all hold the model and its summed gradients (data parallel).
             Each then keeps the state of its part of the rows and updates only those, and `step` exchanges weights.
         orthogonalise: an implementation of `orthogonalise_`, called for shapes for which it is the faster one.
+        agree: gives rank 0's value to all ranks, which share what is timed.
 
     Raises:
         ValueError: a parameter that the rules do not name, or that is cut otherwise.
@@ -171,7 +173,8 @@ def build_optimizers(
     members: dict[str, Muon | AdamW] = {}
     state_dtype = STATE_DTYPES[spec.state_dtype]
     if of_muon:
-        members["muon"] = Muon(
+        fastest = None if orthogonalise is orthogonalise_ else FastestByShape(orthogonalise, orthogonalise_)
+        members["muon"] = muon = Muon(
             of_muon,
             spec.muon.learning_rate,
             spec.muon.momentum,
@@ -179,8 +182,10 @@ def build_optimizers(
             coefficients=spec.muon.coefficients,
             steps=spec.muon.steps,
             state_dtype=state_dtype,
-            orthogonalise=None if orthogonalise is orthogonalise_ else FastestByShape(orthogonalise, orthogonalise_),
+            orthogonalise=fastest,
         )
+        if fastest:
+            fastest.choose(*muon.batches_alike(), spec.muon.coefficients, spec.muon.steps, agree)
     if of_adamw:
         adamw = spec.adamw
         betas = (adamw.beta1, adamw.beta2)
