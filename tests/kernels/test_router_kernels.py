@@ -31,7 +31,9 @@ def draw(tokens: int, experts: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("renormalise", [False, True])
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(70, 64, 6), (33, 9, 1), (1, 130, 16), (64, 4, 4), (37, 500, 16)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(70, 64, 6), (33, 9, 1), (1, 130, 16), (64, 4, 4), (37, 500, 16)]
+)
 def test_forward_and_backward_equal_the_definition(
     tokens: int, experts: int, top_k: int, softmax: bool, renormalise: bool
 ):
