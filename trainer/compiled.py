@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer import agreement
 from trainer.distributed import World
-from trainer.errors import SpecError
+from trainer.errors import SpecError, first_line
 from trainer.fp8 import te
 from trainer.fp8.convert import put, why_not_experts
 from trainer.fp8.table import conversion_table
@@ -147,7 +147,7 @@ def problem(
             try:
                 found = gradients(model, batch, chosen)
             except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
-                return f"the compiler fails on layer {kind} ({_first_line(getattr(error, 'inner_exception', error))})"
+                return f"the compiler fails on layer {kind} ({first_line(getattr(error, 'inner_exception', error))})"
             name, difference = furthest(found, expected)
             if not difference <= TOLERANCE[chosen.name]:
                 return (
@@ -169,7 +169,7 @@ def compiler_problem(device: torch.device, backend: str | Callable[..., object] 
         try:
             torch.compile(program, backend=backend)(torch.ones(64, device=device, requires_grad=True)).backward()
         except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
-            return f"the compiler fails ({_first_line(getattr(error, 'inner_exception', error))})"
+            return f"the compiler fails ({first_line(getattr(error, 'inner_exception', error))})"
     return None
 
 
@@ -270,7 +270,3 @@ def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str
         if not part <= worst[1]:
             worst = (name, math.inf if math.isnan(part) else part)
     return worst
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -12,6 +12,11 @@ import re
 from trainer.exitcodes import ExitCode
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says, which may be pages; its class if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class ForeseenError(Exception):
     """An error that a person can fix. The message is complete: what, where (field, file, line), and the fix.
 

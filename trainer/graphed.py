@@ -44,12 +44,14 @@ def demanded(
         return False
     compared = compiled.kinds(spec.model, chosen)
     found = why_not(world, chosen)
-    for kind in compared if found is None else ():
+    for kind in compared:
+        if found is not None:
+            break
         with leaving_nothing(world.device):
             model = compiled.build(kind, spec, world.device, mesh, chosen, choices)
             if compiles:
                 compile_layers(model)
-            found = found or problem(model, kind, spec, chosen)
+            found = problem(model, kind, spec, chosen)
     if found is not None:
         raise SpecError(f"train.runtime.graphs: {found}; write false, or auto to use graphs only where that is right")
     log.info("layers are launched as CUDA graphs; %s computed as without", ", ".join(map(str, compared)))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from trainer.errors import DataError
+from trainer.errors import DataError, first_line
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 BLOCK_BYTES, HEAD_BYTES = 2**20, 4096
@@ -204,7 +204,3 @@ def _guessed(data: bytes) -> str:
     except UnicodeDecodeError:
         return ""
     return "cp1252" if sum(map(str.isalpha, western)) * 2 > len(western) and len(western) * 3 < len(data) else ""
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from components.download.jsonlines import check_nul, lines, listed, no_column, twice
-from components.download.streams import BLOCK_BYTES, HEAD_BYTES, check_head, first_line, not_utf8
-from trainer.errors import DataError
+from components.download.streams import BLOCK_BYTES, HEAD_BYTES, check_head, not_utf8
+from trainer.errors import DataError, first_line
 
 LONGEST_FIELD = 2**28  # bytes; an unclosed quote would make one field of the rest of a file
 BATCH_ROWS = 512

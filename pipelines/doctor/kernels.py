@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipelines.doctor.findings import Finding, State
+from trainer.errors import first_line
 
 
 def findings() -> Iterator[Finding]:
@@ -38,8 +39,7 @@ def of_device(device: Any) -> Iterator[Finding]:
     try:
         proof = of_node(everything(device), device, None, Limits())
     except Exception as error:  # of the driver, torch, a package: doctor has more to tell
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        yield Finding("kernels", "unknown", f"not compared on {device}: {first}")
+        yield Finding("kernels", "unknown", f"not compared on {device}: {first_line(error)}")
         return
     rely_on(proof)
     for comparison in proof.comparisons:

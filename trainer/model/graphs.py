@@ -19,7 +19,6 @@ Legend: B rows, T positions, D hidden.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -29,12 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from trainer.errors import first_line
 from trainer.model.hybrid import HybridModel, Layer, Run
 from trainer.model.moe import Moe
 from trainer.ops import Documents, narrow
 from trainer.ops.experts import compute_dtype
-
-log = logging.getLogger(__name__)
 
 WARM_UPS = 2  # compilers, tuners and libraries do at first calls what cannot be recorded
 TOKENS_PER_DOCUMENT = 64  # at first there is room for documents of this mean length
@@ -123,7 +121,7 @@ class LayerGraphs:
                 self._set = self._recorded(shape, x_BTD, ids_BT, seq_idx_BT)
             except Exception as error:  # of torch, Triton, a package, …
                 self._works = False
-                self._problem((str(error).strip() or type(error).__name__).splitlines()[0])
+                self._problem(first_line(error))
                 return None
         self._sums.take()
         return self._set.begun(ids_BT, seq_idx_BT)

@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx
 
 from trainer.ops import packages
 from trainer.ops.experts import compute_dtype
-from trainer.ops.setting import Setting, interpreted
+from trainer.ops.setting import Setting
 
 MODULE = "triton"
 WIDEST = 16384  # a token is one block of a program; wider ones would not fit its registers
@@ -25,10 +25,7 @@ def add_norm_triton(x_D: Tensor, y_D: Tensor | None, weight_D: Tensor, eps: floa
 
 def unsupported(setting: Setting) -> str | None:
     """None where the kernel runs: a GPU of compute capability 8.0, or fp32 in Triton's interpreter."""
-    if interpreted(setting.device):
-        if setting.dtype is not torch.float32:  # NumPy has no BF16
-            return "Triton's interpreter computes fp32 only"
-    elif (reason := setting.below(8, 0)) is not None:
+    if (reason := setting.own_kernels()) is not None:
         return reason
     if setting.model is not None and setting.model.hidden > WIDEST:
         return f"takes a hidden size up to {WIDEST}, the model has {setting.model.hidden}"

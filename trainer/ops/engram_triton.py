@@ -15,7 +15,7 @@ from trainer.ops import packages
 from trainer.ops.documents import Documents
 from trainer.ops.engram import Hash
 from trainer.ops.experts import compute_dtype
-from trainer.ops.setting import Setting, interpreted
+from trainer.ops.setting import Setting
 
 MODULE = "triton"
 
@@ -27,10 +27,7 @@ def engram_triton(ids_BT: Tensor, documents: Documents, hash: Hash, table_RW: Te
 
 def unsupported(setting: Setting) -> str | None:
     """None where the kernel runs: a GPU of compute capability 8.0, or fp32 in Triton's interpreter."""
-    if interpreted(setting.device):
-        if setting.dtype is not torch.float32:  # NumPy has no BF16
-            return "Triton's interpreter computes fp32 only"
-    elif (reason := setting.below(8, 0)) is not None:
+    if (reason := setting.own_kernels()) is not None:
         return reason
     return packages.problem(packages.load(MODULE))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.ops import experts_fused, packages
 from trainer.ops.narrow import sum_of
-from trainer.ops.setting import Setting, interpreted
+from trainer.ops.setting import Setting
 
 KERNELS = "trainer.kernels.grouped"
 
@@ -40,10 +40,7 @@ def experts_triton(
 
 def unsupported(setting: Setting) -> str | None:
     """None where the kernels run: a GPU of compute capability 8.0, or fp32 in Triton's interpreter."""
-    if interpreted(setting.device):
-        if setting.dtype is not torch.float32:
-            return "Triton's interpreter computes fp32 only"
-    elif (reason := setting.below(8, 0)) is not None:
+    if (reason := setting.own_kernels()) is not None:
         return reason
     return packages.problem(packages.load("triton")) or packages.problem(packages.load(KERNELS))
 

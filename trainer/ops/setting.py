@@ -40,6 +40,14 @@ class Setting:
             return f"needs compute capability {major}.{minor}, this GPU has {have[0]}.{have[1]}"
         return None
 
+    def own_kernels(self) -> str | None:
+        """None where Triton kernels of ours run: a GPU of compute capability 8.0, or fp32 in Triton's interpreter."""
+        if not interpreted(self.device):
+            return self.below(8, 0)
+        if self.dtype is not torch.float32:  # NumPy has no BF16
+            return "Triton's interpreter computes fp32 only"
+        return None
+
 
 def interpreted(device: torch.device) -> bool:
     """Whether Triton kernels run on the CPU here, in its interpreter."""

@@ -11,6 +11,7 @@ import torch
 
 from trainer import parity
 from trainer.distributed import World
+from trainer.errors import first_line
 from trainer.ops import Setting, packages
 from trainer.parity import Record
 from trainer.preflight.measured import gibibytes
@@ -66,8 +67,7 @@ def at_start(spec: TrainSpec, world: World, limits: Limits | None = None) -> dic
         try:
             own = of_node(wanted(spec, world.device), world.device, spec.run_dir, limits)
         except Exception as error:  # of the driver, files, a package; what is proven is enough, and others wait here
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            own = Proof(problems=(f"nothing is compared: {first}",))
+            own = Proof(problems=(f"nothing is compared: {first_line(error)}",))
     told = world.gather((node_name(), own))
     if own is not None:
         _keep_beside(spec.run_dir, own, [proof for _, proof in told], world)

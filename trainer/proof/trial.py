@@ -32,7 +32,7 @@ from pydantic import TypeAdapter
 from trainer import compiled, graphed, ops, precision
 from trainer.compiled import Kind, leaving_nothing, micro_batch
 from trainer.distributed import World
-from trainer.errors import SpecError
+from trainer.errors import SpecError, first_line
 from trainer.fp8 import te
 from trainer.model.hybrid import HybridModel
 from trainer.ops import OPS, Choice, Setting
@@ -285,8 +285,9 @@ def measured(
         if unusable(world.device):
             raise
         own = None
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        log.warning("trial: %s fails: %s", ", ".join(f"{what} {name}" for what, name in way.names.items()), first)
+        log.warning(
+            "trial: %s fails: %s", ", ".join(f"{what} {name}" for what, name in way.names.items()), first_line(error)
+        )
     told = world.gather(own)
     return max(took for took in told if took is not None) if None not in told else None
 
