@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 log = logging.getLogger(__name__)
 
-SPEC_VERSION = 8  # the version of this code; version 1 wrote no number
+SPEC_VERSION = 9  # the version of this code; version 1 wrote no number
 
 
 class Later(NamedTuple):
