@@ -88,7 +88,9 @@ LATER: dict[str, dict[str, Later]] = {
         "export": Later(5, None),
         "engine": Later(7, "yaongi"),
         "megatron": Later(7, None),
+        "document_mask": Later(9, True),
     },
+    "TokensSpec": {"document_mask": Later(9, True)},
     "TrainSpec": {
         "begun_with_steps": Later(2, None),
         "init_from": Later(5, None),

@@ -54,6 +54,7 @@ class CutSpec(Spec):
     seq_len: Annotated[int, Field(ge=8)]
     seed: int = 0
     packing: Packing = "concat"
+    document_mask: bool = True
     curriculum: tuple[StageSpec, ...] = ()
     skip: tuple[tuple[int, int], ...] = ()
 
@@ -63,7 +64,8 @@ class TokensSpec(CutSpec):
     """The training tokens, their proportions and their packing. `shards` is a directory with a manifest.json.
 
     `packing`: `concat` cuts the stream every `seq_len` tokens; `best_fit` arranges the documents of a step so that few
-    are cut; neither loses a token. `skip`: ranges [first, last) of the token stream to skip, to get past a loss spike.
+    are cut; neither loses a token. `document_mask`: a document of a row does not see those before it; false lets
+    attention, convolution, state and n-grams run through the row, as many other trainers do. `skip`: ranges [first, last) of the token stream to skip, to get past a loss spike.
     """
 
     shards: str

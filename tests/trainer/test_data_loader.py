@@ -104,6 +104,14 @@ def test_batches_are_the_documents_in_order_with_labels_inside_them(spec: Tokens
     assert len(pieces) > 300 and all(tuple(piece.tolist()) in known for piece in pieces)
 
 
+def test_without_the_document_mask_a_row_is_one_document(spec: TokensSpec) -> None:
+    """Same tokens and labels, so the losses of both kinds of run are over the same positions."""
+    for masked, open_ in zip(steps(4, spec), steps(4, spec.updated({"document_mask": False})), strict=True):
+        before, after = rows(masked), rows(open_)
+        assert torch.equal(before[:2], after[:2]) and before[2].max() > 0 and after[2].max() == 0
+        assert masked[0].num_labels == open_[0].num_labels
+
+
 def test_counts_are_those_of_the_whole_step(spec: TokensSpec) -> None:
     total = dict.fromkeys(WEIGHTS, 0)
     for number, step in enumerate(steps(20, spec, world_size=4), 1):

@@ -39,7 +39,8 @@ PREFETCH_STEPS = 2
 class MicroBatch:
     """Labels: the next token of the same document; -100 if there is none or if it is not trained.
 
-    `seq_idx_BT` numbers the documents within a row; `num_documents` are those of all rows, None if not counted.
+    `seq_idx_BT` numbers the documents within a row (all 0 without the document mask, which makes a row one document);
+    `num_documents` are those of all rows, None if not counted.
     """
 
     ids_BT: torch.Tensor  # int64
@@ -227,12 +228,13 @@ class TokenLoader:
                     labels_T[at : at + len(piece) - 1][~trained(ranges, segment.start + 1, last)] = IGNORED
                 if not segment.continues:
                     labels_T[stop - 1] = IGNORED
-                seq_idx_T[at:stop] = number
+                seq_idx_T[at:stop] = number if self._tokens.document_mask else 0
                 at = stop
         tensors = [torch.from_numpy(array) for array in (ids_BT, labels_BT, seq_idx_BT)]
         # Only a copy from pinned memory overlaps with computation.
         ids, labels, seq_idx = tensors if self._gpu is None else [tensor.pin_memory() for tensor in tensors]
-        return MicroBatch(ids, labels, seq_idx, num_documents=sum(len(segments) for segments in rows))
+        documents = [len(segments) if self._tokens.document_mask else 1 for segments in rows]
+        return MicroBatch(ids, labels, seq_idx, num_documents=sum(documents))
 
 
 def heldout_documents(tokens: TokensSpec) -> Iterator[tuple[str, str, NDArray[np.integer], Ranges | None]]:
