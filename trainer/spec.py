@@ -64,8 +64,9 @@ class TokensSpec(CutSpec):
     """The training tokens, their proportions and their packing. `shards` is a directory with a manifest.json.
 
     `packing`: `concat` cuts the stream every `seq_len` tokens; `best_fit` arranges the documents of a step so that few
-    are cut; neither loses a token. `document_mask`: a document of a row does not see those before it; false lets
-    attention, convolution, state and n-grams run through the row, as many other trainers do. `skip`: ranges [first, last) of the token stream to skip, to get past a loss spike.
+    are cut; neither loses a token. `document_mask`: no document of a row sees those before it; false lets attention,
+    convolution, state and n-grams run through the row, as many other trainers do. `skip`: ranges [first, last) of the
+    token stream to skip, to get past a loss spike.
     """
 
     shards: str
@@ -304,7 +305,7 @@ class BackendsSpec(Spec):
 
     ssd: Literal["auto", "reference", "chunked", "mamba_ssm"] = "auto"
     conv: Literal["auto", "reference", "torch", "causal_conv1d"] = "auto"
-    attention: Literal["auto", "reference", "sdpa", "varlen", "flash_attn", "flash_attn_4"] = "auto"
+    attention: Literal["auto", "reference", "sdpa", "varlen", "flash_attn", "flash_attn_3", "flash_attn_4"] = "auto"
     experts: Literal["auto", "reference", "grouped", "te", "triton", "quack"] = "auto"
     add_norm: Literal["auto", "reference", "torch", "triton"] = "auto"
     orthogonalise: Literal["auto", "reference", "quack"] = "auto"

@@ -66,7 +66,7 @@ def absent(device: Any) -> Iterator[Finding]:
     used: dict[str, list[str]] = {}
     for op in OPS.values():
         for backend in op.backends.values():
-            if package_version(backend.package) is None:
+            if backend.offered and package_version(backend.package) is None:
                 said = [backend.unsupported(Setting(device, dtype)) for dtype in VARIANT]
                 if any(reason and reason.endswith("is not installed") for reason in said):
                     used.setdefault(backend.package, []).append(op.name)

@@ -40,6 +40,7 @@ def test_each_missing_package_is_told_with_its_use_and_the_command(hopper: None)
     assert "'flash-attn-4>=4.0.0b36'" in found["flash-attn-4"].remedy
     assert "'transformer-engine[pytorch]>=2.11'" in found["transformer_engine"].remedy
     assert "torch" not in found, "what is installed is not missing"
+    assert "flash_attn_3" not in found, "no registry has it"
 
 
 def test_a_package_that_this_gpu_cannot_use_is_not_missed(hopper: None, monkeypatch: pytest.MonkeyPatch):

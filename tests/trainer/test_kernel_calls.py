@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.modelspec import ModelSpec
-from trainer.ops import OPS, Documents, Setting, attention_varlen, conv_causal_conv1d, experts_te, packages
+from trainer.ops import (
+    OPS,
+    Documents,
+    Setting,
+    attention_flash_attn_3,
+    attention_varlen,
+    conv_causal_conv1d,
+    experts_te,
+    packages,
+)
 from trainer.ops.check import cases
 from trainer.ops.conv import conv_reference
 
@@ -70,6 +79,36 @@ def test_flash_attn_gets_documents_end_to_end(stand_in):
     assert_same("attention", attention_varlen.attention_flash_attn)
 
 
+@pytest.mark.parametrize("with_sums", [False, True])
+def test_flash_attn_3_gets_documents_end_to_end(stand_in, with_sums):
+    """As its interface of 2025 reads; its first releases also returned the sums of the softmax."""
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+        softmax_scale=None, causal=False, qv=None, window_size=(-1, -1), softcap=0.0, num_splits=1, pack_gqa=None,
+    ):  # fmt: skip
+        assert causal is True
+        out = varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return (out, out.detach().sum(-1)) if with_sums else out
+
+    stand_in(flash_attn_interface=SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    assert_same("attention", attention_flash_attn_3.attention_flash_attn_3)
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [
+        ((8, 0), "needs compute capability 9.0, this GPU has 8.0"),
+        ((9, 0), "flash_attn_interface is not installed"),
+        ((10, 0), "has kernels for compute capability 9.0 only; for this GPU there is flash-attn-4"),
+    ],
+)
+def test_flash_attn_3_is_for_hopper(monkeypatch, capability, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    packages.load.cache_clear()
+    assert attention_flash_attn_3.unsupported(Setting(torch.device("cuda"), torch.bfloat16)) == reason
+
+
 @pytest.mark.parametrize("told_of_groups", [False, True])
 def test_torch_varlen_gets_documents_end_to_end(stand_in, told_of_groups):
     def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
@@ -90,7 +129,7 @@ def test_the_real_varlen_takes_what_we_pass():
     assert list(signature.parameters)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
 
 
-@pytest.mark.parametrize("name", ["varlen", "flash_attn", "causal_conv1d"])
+@pytest.mark.parametrize("name", ["varlen", "flash_attn", "flash_attn_3", "causal_conv1d"])
 def test_calls_compile_as_one_graph(stand_in, name):
     """Imports, signatures and memory layouts are resolved while compiling."""
 
@@ -103,9 +142,16 @@ def test_calls_compile_as_one_graph(stand_in, name):
     stand_in(
         torch__nn__attention__varlen=SimpleNamespace(varlen_attn=attend),
         flash_attn=SimpleNamespace(flash_attn_varlen_func=attend),
+        flash_attn_interface=SimpleNamespace(flash_attn_varlen_func=attend),
         causal_conv1d=SimpleNamespace(causal_conv1d_fn=convolve),
     )
-    for path in (attention_varlen.TORCH, attention_varlen.PACKAGE, conv_causal_conv1d.KERNEL):
+    kernels = (
+        attention_varlen.TORCH,
+        attention_varlen.PACKAGE,
+        attention_flash_attn_3.KERNEL,
+        conv_causal_conv1d.KERNEL,
+    )
+    for path in kernels:
         assert packages.kernel_problem(path) is None  # as when backends are chosen
     op = "conv" if name == "causal_conv1d" else "attention"
     function = OPS[op].backends[name].function

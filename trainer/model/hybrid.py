@@ -211,7 +211,7 @@ class HybridModel(nn.Module):
         sections, device = self._sections, documents.seq_idx_BT.device
         shifts = set().union(*(section.shifts(self.spec.hidden) for section in sections))
         attends = any(section.attends for section in sections)
-        by_document = bool(self.choices) and self.choices["attention"].name in ("flash_attn_4", "flash_attn", "varlen")
+        by_document = bool(self.choices) and self.choices["attention"].name not in ("sdpa", "reference")
         documents.prepare(
             sorted(shifts),
             mask=computed_in(dtype, device) if attends and not by_document else None,

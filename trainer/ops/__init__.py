@@ -24,6 +24,7 @@ from trainer.errors import SpecError
 from trainer.modelspec import ModelSpec
 from trainer.ops import (
     add_norm_triton,
+    attention_flash_attn_3,
     attention_flash_attn_4,
     attention_varlen,
     conv_causal_conv1d,
@@ -80,6 +81,7 @@ class Backend:
         package: the distribution whose version a parity record names.
         portable: plain torch, which may run unproven if nothing is proven.
         adds: whether experts have the argument `adds`, by which gradients of weights are added in the product.
+        offered: whether the extra `cuda` has the package; one that has to be built by hand is not missed.
     """
 
     function: Callable[..., Any]
@@ -88,6 +90,7 @@ class Backend:
     package: str = "torch"
     portable: bool = True
     adds: bool = False
+    offered: bool = True
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,14 @@ OPS: dict[str, Op] = {
         Op(
             "attention",
             {
+                "flash_attn_3": Backend(
+                    attention_flash_attn_3.attention_flash_attn_3,
+                    "FlashAttention by document, package flash_attn_3",
+                    attention_flash_attn_3.unsupported,
+                    package=attention_flash_attn_3.PACKAGE,
+                    portable=False,
+                    offered=False,
+                ),
                 "flash_attn_4": Backend(
                     attention_flash_attn_4.attention_flash_attn_4,
                     "FlashAttention by document, package flash-attn-4",
