@@ -34,7 +34,7 @@ from trainer.specbase import to_yaml
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-RATES = (0.5, 1.0, 2.0)  # times the preset's
+RATES = (0.25, 0.5, 1.0)  # times the preset's
 BASE = "default"
 FIGURE = "bits_per_byte"
 
@@ -64,8 +64,16 @@ def rows(spec: TrainSpec) -> dict[str, Row]:
             "without Engram", {"model": {"layers": [layer for layer in layers if layer != "N"], "engram": []}}
         ),
         "no-mask": Row("documents of a row see those before them", {"tokens": {"document_mask": False}}),
+        "best-fit": Row("rows that cut few documents (`packing: best_fit`)", {"tokens": {"packing": "best_fit"}}),
         "teon": Row("TEON: pairs of attention layers share a step", {"optimizer": {"muon": {"teon_layers": 2}}}),
         "adamw": Row("AdamW for all parameters", {"optimizer": {"name": "adamw"}}),
+        "no-clip": Row("no clipping of gradients", {"optimizer": {"clip_norm": None}}),
+        "warmup": Row("a warm-up of 10% instead of 1%", {"schedule": {"warmup_fraction": 0.1}}),
+        "cosine-warmup": Row(
+            "a warm-up of 10% in the shape of a cosine",
+            {"schedule": {"warmup_fraction": 0.1, "warmup_shape": "cosine"}},
+        ),
+        "mtp": Row("one module of multi-token prediction", {"model": {"mtp": {"depth": 1, "layer": "*-"}}}),
     }
 
 
@@ -76,19 +84,22 @@ def dense(spec: TrainSpec) -> dict[str, Any]:
     attention = model.attention.model_dump() | {"rope_theta": 10_000.0}
     wanted = flops_per_token(model, spec.tokens.seq_len)
 
-    def of_equal_operations(num_layers: int) -> tuple[int, dict[str, Any]]:
-        found = []
-        for width in range(16, 16 * model.hidden, 16):
-            mlp = {"width": width, "activation": "swiglu"}
-            changes = {"layers": ["*-"] * num_layers, "attention": attention, "engram": [], "mamba": None, "moe": None}
-            changes["mlp"] = mlp
-            flops = flops_per_token(ModelSpec.model_validate(model.model_dump() | changes), spec.tokens.seq_len)
-            found.append((abs(flops - wanted), width, changes))
-        _, width, changes = min(found, key=lambda one: one[0])
-        return width, changes
+    def changes(num_layers: int, width: int) -> dict[str, Any]:
+        mlp = {"width": width, "activation": "swiglu"}
+        layers = ["*-"] * num_layers
+        return {"layers": layers, "attention": attention, "mlp": mlp, "engram": [], "mamba": None, "moe": None}
 
-    usual = 8 * model.hidden / 3
-    return min(map(of_equal_operations, range(1, 2 * len(model.layers))), key=lambda one: abs(one[0] - usual))[1]
+    def flops(num_layers: int, width: int) -> float:
+        changed = ModelSpec.model_validate(model.model_dump() | changes(num_layers, width))
+        return flops_per_token(changed, spec.tokens.seq_len)
+
+    usual, found = 8 * model.hidden / 3, []
+    for num_layers in range(1, 2 * len(model.layers)):
+        narrow, wide = flops(num_layers, 16), flops(num_layers, 32)  # linear in the width
+        width = 16 + 16 * round((wanted - narrow) / (wide - narrow))
+        if width > 0:
+            found.append((abs(width - usual), num_layers, width))
+    return changes(*min(found)[1:])
 
 
 @cache

@@ -25,11 +25,12 @@ from trainer.checkpoints.checkpoint import (
     step_of,
 )
 from trainer.process import restarts
+from trainer.recording.advice import MARK, advice
 from trainer.recording.results import headline_loss
 from trainer.spec import TrainSpec
 from trainer.specbase import parse, read_yaml
 
-TAIL_BYTES = 65536  # of metrics.jsonl: many steps
+TAIL_BYTES = 2**19  # of metrics.jsonl: about as many steps as advice looks at
 RATE_STEPS = 20
 PROGRESS = re.compile(
     r"step (?P<step>\d+)/(?P<steps>\d+)  loss (?P<loss>\S+) .* (?P<rate>[\d,]+) tokens/s  ETA (?P<left>.+?)(?:  |$)"
@@ -47,6 +48,7 @@ class Standing:
         loss, loss_steps: mean loss in nats per token, and the number of last steps it is over.
         left: time until the last step at the current speed.
         checkpoint_step, checkpoint_age: step and age in seconds of the newest checkpoint.
+        advice: what the numbers suggest to change.
     """
 
     step: int = 0
@@ -58,6 +60,7 @@ class Standing:
     checkpoint_step: int | None = None
     checkpoint_age: float | None = None
     restarts: int = 0
+    advice: tuple[str, ...] = ()
 
     @property
     def progress(self) -> str:
@@ -102,6 +105,7 @@ def of_directory(run_dir: Path) -> Standing:
         loss_steps=loss_steps,
         tokens_per_second=sum(record["tokens_per_second"] for record in recent) / len(recent),
         left=timedelta(seconds=round((spec.steps - last["step"]) * seconds)),
+        advice=tuple(advice(records, spec)),
         **common,
     )
 
@@ -125,6 +129,8 @@ def _of_lines(lines: Iterable[tuple[str, str]], now: datetime) -> Standing:
         elif match := PUBLISHED.match(text):
             age = (now - datetime.fromisoformat(stamp)).total_seconds() if stamp else None
             found |= {"checkpoint_step": int(match[1]), "checkpoint_age": age}
+        elif text.startswith(MARK):
+            found["advice"] = (text.removeprefix(MARK),)
         elif match := DONE_BEFORE.match(text):
             step = int(match["step"])
             found |= {"step": step, "steps": step, "loss": float(match["loss"]), "checkpoint_step": step}

@@ -70,6 +70,7 @@ def details(view: View) -> RenderableType:
         ("left", "" if view.is_over or numbers.left is None else str(numbers.left)),
         ("checkpoint", numbers.checkpoint),
         ("restarts", str(numbers.restarts)),
+        *(("advice", line) for line in numbers.advice),
         *view.rows,
     ]
     state = Text.assemble((f"{'state':<12}", "bold"), _state_text(view), f": {view.why}" if view.why else "")

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from trainer.process.failures import node_name
 from trainer.process.owntime import OwnTime
 from trainer.proof.start import Proof
 from trainer.proof.trial import Trial, table
+from trainer.recording.advice import MARK, WINDOW, advice
 from trainer.recording.board import Board
 from trainer.recording.exporter import Metrics
 from trainer.recording.goodput import Ledger
@@ -132,6 +134,7 @@ class Recorder:
         self._phase, self._steps_done = "preparation", 0
         self._sources: dict[str, int] = {}
         self._rate: float | None = None
+        self._last: deque[dict[str, Any]] = deque(maxlen=WINDOW)
         self._fp8_overflows = 0.0
         self._fp8_line: dict[str, dict[str, float]] = {}
         self._flops_per_token = lru_cache(lambda seq_len: flops_per_token(spec.model, seq_len))
@@ -256,6 +259,7 @@ class Recorder:
         line = {k: v for k, v in vars(record).items() if k != "trained_share" or v is not None}
         mfu = self._mfu(record, seq_len)
         self._file.write(line | ({} if mfu is None else {"mfu": mfu}) | self._fp8_line)
+        self._last.append(line)
         scalars = {name: value for name in _SCALARS if (value := getattr(record, name)) is not None} | record.auxiliary
         self._board.add(record.step, {f"train/{name}": value for name, value in scalars.items()})
         speed = record.tokens_per_second
@@ -275,6 +279,10 @@ class Recorder:
                 "" if record.trained_share is None else f"  answers {record.trained_share:.0%}",
                 f"  (skipped: {record.skipped})" if record.skipped else "",
             )
+
+        if record.step % WINDOW == 0 or record.step == self._spec.steps:
+            for said in advice(self._last, self._spec):
+                log.info("%s%s", MARK, said)
 
     def beat(self) -> None:
         """Export that this rank makes progress."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.evaluation.scores import inner_rows, limited, rows
 from trainer.files import atomic_write
+from trainer.recording.advice import advice
 from trainer.report.charts import line_chart
 from trainer.report.curves import curves, validation_curves
 from trainer.report.pages import page
@@ -65,6 +66,7 @@ def render(run: Run) -> str:
         title=run.spec.run,
         run=run,
         facts=facts(run),
+        advice=advice(run.steps, run.spec),
         benchmarks=rows(run.evaluation or {}),
         inner_benchmarks=inner_rows(run.evaluation or {}),
         limited=limited(run.evaluation or {}),
