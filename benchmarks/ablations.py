@@ -139,7 +139,7 @@ def measured(spec: TrainSpec) -> dict[str, float]:
     """Train, unless done before; bits per byte of held-out text by domain, and of all of it; nan after a divergence."""
     result = Path(spec.run_dir) / "validation.jsonl"
     if not result.is_file() or not (Path(spec.run_dir) / "result.json").is_file():
-        file = Path(spec.run_dir).with_suffix(".yaml")
+        file = Path(spec.run_dir).parent / f"{spec.run}.yaml"  # the name has a dot of its own
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_yaml(spec), encoding="utf-8")
         done = subprocess.run([sys.executable, "-m", "trainer", "--spec", str(file)], capture_output=True, text=True)
