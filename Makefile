@@ -87,13 +87,15 @@ gen: setup ## write the generated files: compiled pipeline, manifests, JSON sche
 	$(BIN)/python -m manifests.lint.page
 
 LOCK := pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url
+TRAINER := --extra train --extra eval --extra serve --extra data --extra buckets --extra cluster
 lock: setup ## resolve the dependencies again; those of GPUs are sources that need torch to name theirs
 	$(UV) $(LOCK) --extra train --extra eval --extra serve --extra onnx --extra data --extra cluster --extra dev -o requirements.lock
 	$(UV) $(LOCK) --extra data --extra buckets --extra cluster -o requirements-pipeline.lock
-	$(UV) $(LOCK) --extra train --extra eval --extra serve -o requirements-trainer.lock
-	$(UV) $(LOCK) --extra train --extra eval --extra serve --extra cuda --prerelease explicit --no-build-isolation \
+	$(UV) $(LOCK) $(TRAINER) -o requirements-trainer.lock
+	$(UV) $(LOCK) $(TRAINER) --extra cuda --prerelease explicit --no-build-isolation \
 	  --python .venv/bin/python -c requirements-trainer.lock -o requirements-gpu.lock
 	echo uv==$(UV_VERSION) | $(UV) $(subst pyproject.toml,-,$(LOCK)) --no-annotate -o requirements-uv.lock
+	printf '%s\n' build 'setuptools>=77' | $(UV) $(subst pyproject.toml,-,$(LOCK)) -c requirements.lock --no-annotate -o requirements-build.lock
 
 define CHECK_PYTHON
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

@@ -226,11 +226,12 @@ ALERTS: tuple[Alert, ...] = (
 )
 
 
-def rule_groups(runbooks: str = RUNBOOKS) -> Object:
+def rule_groups(runbooks: str = RUNBOOKS, without: tuple[str, ...] = ()) -> Object:
     """A Prometheus rules file.
 
     Args:
         runbooks: folder or URL of docs/runbooks, the prefix of the alerts' `runbook_url`.
+        without: names of alerts to leave out.
     """
     recorded = [{"record": name, "expr": expression} for name, expression in RECORDED.items()]
     alerts = [
@@ -246,6 +247,7 @@ def rule_groups(runbooks: str = RUNBOOKS) -> Object:
             },
         }
         for alert in ALERTS
+        if alert.name not in without
     ]
     return {"groups": [{"name": "yaongi-recorded", "rules": recorded}, {"name": "yaongi-alerts", "rules": alerts}]}
 

@@ -1,7 +1,7 @@
 """Write the committed manifests, or print some of them: `python -m manifests.generate [rbac NAMESPACE | rules]`.
 
-Without arguments it rewrites `base/` and `examples/` beside this file and the generated files of the Helm chart; tests
-compare them with the committed ones.
+Without arguments it rewrites `base/` and `examples/` beside this file and the generated files of the Helm chart and of
+compose.yaml; tests compare them with the committed ones.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from manifests import compose
 from manifests.alerts import RUNBOOKS, prometheus_rule, rule_groups
 from manifests.chartvalues import defaults
 from manifests.monitors import pod_monitor, step_monitor
@@ -89,7 +90,7 @@ def main() -> None:
         return
     from manifests import chart  # only this command needs the Grafana SDK
 
-    for folder, content in ((HERE, files()), (chart.CHART, chart.files())):
+    for folder, content in ((HERE, files()), (chart.CHART, chart.files()), (compose.FOLDER, compose.files())):
         for path, text in content.items():
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,9 @@ import pytest
 from tools import tool
 
 ROOT = Path(__file__).parents[2]
-DOCKERFILES = sorted(path for path in ROOT.glob("*/**/*Dockerfile") if not path.is_relative_to(ROOT / ".venv"))
+DOCKERFILES = sorted(
+    [ROOT / "Dockerfile", *(path for folder in ("docker", "tests") for path in (ROOT / folder).glob("**/*Dockerfile"))]
+)
 LABELS = {"org.opencontainers.image.revision": "abc1234", "org.opencontainers.image.created": "2026-01-02T03:04:05Z"}
 INVENTORY = {
     "system": ["debian", "12"],
@@ -51,12 +54,51 @@ def test_hadolint_is_content_without_exceptions(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_images_run_as_a_numeric_user_that_is_not_root(path: Path) -> None:
     """It must be a number: the kubelet cannot check `runAsNonRoot` for a name."""
-    last = re.findall(r"^USER (.*)$", path.read_text(), re.MULTILINE)[-1]
-    assert re.fullmatch(r"[1-9][0-9]*:[1-9][0-9]*", last)
+    for stage in stages(path):
+        if "ENTRYPOINT" in stage:  # the others are only built with
+            last = re.findall(r"^USER (.*)$", stage, re.MULTILINE)[-1]
+            assert re.fullmatch(r"[1-9][0-9]*:[1-9][0-9]*", last)
 
 
-def test_there_are_four_dockerfiles() -> None:
-    assert len(DOCKERFILES) == 4
+def stages(path: Path) -> list[str]:
+    return re.split(r"^(?=FROM )", path.read_text(), flags=re.MULTILINE)[1:]
+
+
+def test_there_are_three_dockerfiles_for_four_images() -> None:
+    assert len(DOCKERFILES) == 3
+    assert sum("ENTRYPOINT" in stage for path in DOCKERFILES for stage in stages(path)) == 4
+
+
+def copied(text: str) -> list[str]:
+    """What a Dockerfile copies from its context."""
+    lines = re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE)
+    return [source for line in lines for source in line.split()[:-1]]
+
+
+def test_a_plain_build_gives_the_trainer_and_needs_only_what_the_context_has() -> None:
+    """.dockerignore lets nothing through but what is copied, so that no other change repeats a layer."""
+    assert stages(ROOT / "Dockerfile")[-1].startswith("FROM ${BASE_IMAGE} AS trainer\n")
+    wanted = {source for path in DOCKERFILES if "tests" not in path.parts for source in copied(path.read_text())}
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+    let_in = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert rules[0] == "*" and {source for source in wanted if not (ROOT / source).exists()} == set()
+    locks = {name for name in wanted if name.startswith("requirements-")}
+    assert wanted - locks == let_in - {"requirements-*.lock"}
+    assert rules.index("**/.env") > max(rules.index(rule) for rule in rules if rule.startswith("!"))
+
+
+def test_sources_come_after_the_layers_of_dependencies() -> None:
+    """A change of the sources must not install torch again."""
+    for stage in stages(ROOT / "Dockerfile")[1:]:
+        installed, wheel = stage.index("-r requirements-uv.lock"), stage.index("COPY --from=wheel")
+        assert stage.count("COPY --from=wheel") == 1 and installed < wheel
+        assert not set(copied(stage)) & {"pipelines", "components", "manifests", "trainer", "pyproject.toml"}
+        assert stage.rindex("RUN ") < stage.index("ARG REVISION"), "labels change with each commit"
+
+
+def test_a_plain_build_has_the_label_of_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert set(re.findall(r"^ARG VERSION=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)) == {version}
 
 
 def test_a_bill_lists_each_package_once_by_its_url_and_is_valid(sbom: ModuleType) -> None:

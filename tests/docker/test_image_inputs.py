@@ -40,6 +40,19 @@ def install(folder: Path, name: str, version: str) -> None:
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
+def test_the_tools_that_build_the_wheel_are_those_of_development_by_hash() -> None:
+    lock = ROOT / "requirements-build.lock"
+    assert {"setuptools", "build"} <= {name for name, _ in locked(lock)}
+    assert locked(lock) <= locked(ROOT / "requirements.lock")
+    assert all("--hash=sha256:" in block for block in selected(lock=lock).values())
+
+
+def test_the_trainer_image_runs_the_whole_pipeline() -> None:
+    """On one machine it is the only image, so it has what the small image of the steps has."""
+    names = {name for name, _ in locked(LOCK)}
+    assert {name for name, _ in locked(ROOT / "requirements-pipeline.lock")} <= names and "torch" in names
+
+
 def test_a_gpu_image_has_the_versions_of_the_trainer_and_kernels_by_hash() -> None:
     assert locked(LOCK) <= locked(GPU_LOCK)
     names = {name for name, _ in locked(GPU_LOCK)}

@@ -53,6 +53,16 @@ def test_it_says_its_version(image: str) -> None:
     assert VERSION in ask("run", image, "/usr/local/bin/entry", "yaongi", "--version")
 
 
+def test_the_image_of_a_plain_build_is_enough_for_one_machine() -> None:
+    """The trainer's image is the Dockerfile's default, which `docker build -t yaongi-h100 .` gives (docs/docker.md)."""
+    entry = "/usr/local/bin/entry"
+    said = ask("run", TRAINER_IMAGE, "sh", "-c", f"{entry} yaongi doctor; echo exit code $?")
+    assert re.search(r"PyTorch +ok +2\.", said) and re.search(r"exit code [01]$", said), said
+    prepared = f"{entry} yaongi prepare tiny --until download --workdir /work && ls -l /work/datasets && id -u"
+    said = ask("run", TRAINER_IMAGE, "sh", "-c", prepared)
+    assert "next: yaongi prepare tiny --workdir /work" in said and said.endswith("\n1000\n"), said
+
+
 @each_image
 def test_the_bill_of_materials_is_what_pip_and_dpkg_say(image: str, tmp_path: Path) -> None:
     debian = {tuple(line.split()) for line in ask("run", image, "dpkg-query", "-W").splitlines()}
