@@ -87,9 +87,9 @@ gen: setup ## write the generated files: compiled pipeline, manifests, JSON sche
 	$(BIN)/python -m manifests.lint.page
 
 LOCK := pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url
-TRAINER := --extra train --extra eval --extra serve --extra data --extra buckets --extra cluster
+TRAINER := --extra train --extra eval --extra serve --extra trackers --extra data --extra buckets --extra cluster
 lock: setup ## resolve the dependencies again; those of GPUs are sources that need torch to name theirs
-	$(UV) $(LOCK) --extra train --extra eval --extra serve --extra onnx --extra data --extra cluster --extra dev -o requirements.lock
+	$(UV) $(LOCK) --extra train --extra eval --extra serve --extra onnx --extra trackers --extra data --extra cluster --extra dev -o requirements.lock
 	$(UV) $(LOCK) --extra data --extra buckets --extra cluster -o requirements-pipeline.lock
 	$(UV) $(LOCK) $(TRAINER) -o requirements-trainer.lock
 	$(UV) $(LOCK) $(TRAINER) --extra cuda --prerelease explicit --no-build-isolation \

@@ -69,8 +69,10 @@ class ClusterSpec(Spec):
     Of the training pods only: `env`, `labels`, `annotations`; `resources`, extended ones and huge pages of each pod;
     `devices`, the number of each device class (DRA); `ulimits`, -1 for unlimited, applied by containerd's NRI plugin
     ulimit-adjuster; `fabric`, the network between nodes, which NCCL must then take; `spread`. See docs/fabric.md.
-    `hub_secret` and `judge_secret` have a key `token`; `langfuse_secret`, for train.engine megatron, has the keys
-    LANGFUSE_PUBLIC_KEY, LANGFUSE_SECRET_KEY and LANGFUSE_HOST.
+    `hub_secret` and `judge_secret` have a key `token`. Those of train.trackers have the names of variables as keys:
+    `langfuse_secret` LANGFUSE_PUBLIC_KEY, LANGFUSE_SECRET_KEY and LANGFUSE_HOST (also for train.engine megatron without
+    train.trackers), `wandb_secret` WANDB_API_KEY, `mlflow_secret` MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME
+    and MLFLOW_TRACKING_PASSWORD.
     """
 
     target: Literal["kubernetes", "local"] = "kubernetes"
@@ -106,6 +108,8 @@ class ClusterSpec(Spec):
     hub_secret: workerspec.SecretName = workerspec.HUB_SECRET
     judge_secret: workerspec.SecretName = workerspec.JUDGE_SECRET
     langfuse_secret: workerspec.SecretName = workerspec.LANGFUSE_SECRET
+    wandb_secret: workerspec.SecretName = workerspec.WANDB_SECRET
+    mlflow_secret: workerspec.SecretName = workerspec.MLFLOW_SECRET
 
     @model_validator(mode="after")
     def _fabric_has_its_devices(self) -> Self:

@@ -21,7 +21,7 @@ from manifests.names import (
     Task,
     job_name,
 )
-from manifests.objects import metrics_ports
+from manifests.objects import metrics_ports, trackers
 from manifests.spec import JobSpec
 
 # Addresses of a cluster's API server and services, unless they are public (RFC 1918, 6598, 4193).
@@ -44,16 +44,11 @@ def network_policies(private: Sequence[str] = PRIVATE) -> list[Object]:
         private: address ranges of the API server and other services that steps need, such as an object store.
     """
     workers, steps, hub = {APP_LABEL: APP}, {APP_LABEL: STEP_APP}, {EGRESS_LABEL: HUB}
-    dns = {
-        "to": [ANY_POD, _block(NODE_LOCAL_DNS)],
-        "ports": [_port(number, protocol) for number in DNS_PORTS for protocol in ("UDP", "TCP")],
-    }
-    status = {"to": [ANY_POD | {"podSelector": {"matchLabels": TRAINER}}], "ports": [_port(TRAINER_STATUS_PORT)]}
     scrape = {"from": [ANY_POD], "ports": [_port(STEP_METRICS_PORT)]}
     return [
         # Each job's own policy allows its workers; this one allows nobody.
-        _policy(APP, workers, ingress=[], egress=[{"to": [{"podSelector": {"matchLabels": workers}}]}, status, dns]),
-        _policy(STEP_APP, steps, ingress=[scrape], egress=[{"to": [ANY_POD, *map(_block, private)]}, dns]),
+        _policy(APP, workers, ingress=[], egress=_worker_egress()),
+        _policy(STEP_APP, steps, ingress=[scrape], egress=[{"to": [ANY_POD, *map(_block, private)]}, _dns()]),
         _policy(
             f"{STEP_APP}-{HUB}",
             hub,
@@ -76,13 +71,32 @@ def default_deny() -> Object:
 def worker_policy(job: JobSpec, task: Task) -> Object:
     """The spec of a job's own policy: its workers can reach each other, and scrapers their metrics ports.
 
-    It does not restrict egress, so that it is harmless where the other policies are not installed.
+    It does not restrict egress, so that it is harmless where the other policies are not installed. Except for a tracker
+    at a port other than the web's: then it allows that port, and what workers may reach anyway.
     """
     own = {"matchLabels": {INSTANCE_LABEL: job_name(job, task)}}
     ingress: list[Object] = [{"from": [{"podSelector": own}]}]
     if ports := metrics_ports(job, task):
         ingress.append({"from": [ANY_POD], "ports": [_port(port["containerPort"]) for port in ports]})
-    return {"podSelector": own, "policyTypes": ["Ingress"], "ingress": ingress}
+    policy = {"podSelector": own, "policyTypes": ["Ingress"], "ingress": ingress}
+    named = job.train.trackers if trackers(job, task) else None
+    if named and (others := sorted(named.ports - set(WEB_PORTS))):
+        egress = [*_worker_egress(), {"ports": [_port(number) for number in (*WEB_PORTS, *others)]}]
+        policy |= {"policyTypes": ["Ingress", "Egress"], "egress": egress}
+    return policy
+
+
+def _worker_egress() -> list[Object]:
+    """What all workers may reach: each other, Trainer's status API, DNS."""
+    status = {"to": [ANY_POD | {"podSelector": {"matchLabels": TRAINER}}], "ports": [_port(TRAINER_STATUS_PORT)]}
+    return [{"to": [{"podSelector": {"matchLabels": {APP_LABEL: APP}}}]}, status, _dns()]
+
+
+def _dns() -> Object:
+    return {
+        "to": [ANY_POD, _block(NODE_LOCAL_DNS)],
+        "ports": [_port(number, protocol) for number in DNS_PORTS for protocol in ("UDP", "TCP")],
+    }
 
 
 def _policy(name: str, labels: dict[str, str], **rules: list[Object]) -> Object:

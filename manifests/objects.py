@@ -27,6 +27,7 @@ from manifests.queue import topology_annotations
 from manifests.spec import JobSpec
 from trainer.fabric import FabricName
 from trainer.process.failures import NODE_VARIABLE
+from trainer.trackerspec import TrackerName, variables_of
 
 USER_ID = 1000
 SCRATCH_GIB = 16
@@ -71,7 +72,7 @@ def pod_template(job: JobSpec, task: Task) -> Object:
     if cluster.tolerations:
         spec["tolerations"] = [toleration.model_dump(exclude_none=True) for toleration in cluster.tolerations]
     metadata = {
-        "labels": labels(job, task) | ({EGRESS_LABEL: HUB} if _has_benchmarks(job, task) else {}),
+        "labels": labels(job, task) | ({EGRESS_LABEL: HUB} if _reaches_the_web(job, task) else {}),
         # A service mesh's sidecar outlives the training process and encrypts NCCL's traffic: the pod would never
         # finish.
         "annotations": {"sidecar.istio.io/inject": "false"} | topology_annotations(cluster),
@@ -173,18 +174,35 @@ def environment(job: JobSpec, task: Task) -> dict[str, str]:
     }
 
 
-LANGFUSE = ("LANGFUSE_PUBLIC_KEY", "LANGFUSE_SECRET_KEY", "LANGFUSE_HOST")  # read by trainer/megatron/langfuse.py
+def trackers(job: JobSpec, task: Task) -> list[TrackerName]:
+    """The trackers of which a task's pods get the keys.
+
+    Of Megatron's trainings Langfuse is told even without a section `trackers`, if its secret is there.
+    """
+    if task == "export":
+        return []
+    if job.train.trackers is not None:
+        return job.train.trackers.names
+    return ["langfuse"] if task == "train" and job.train.engine == "megatron" else []
+
+
+def tracker_secret(job: JobSpec, name: TrackerName) -> str:
+    """The Secret with the keys of a tracker."""
+    cluster = job.cluster
+    return {"wandb": cluster.wandb_secret, "mlflow": cluster.mlflow_secret, "langfuse": cluster.langfuse_secret}[name]
 
 
 def secrets(job: JobSpec, task: Task) -> dict[str, tuple[str, str]]:
     """Variables with secret content: the secret and its key."""
     judge, cluster = job.train.evaluate.judge, job.cluster
-    if task == "train" and job.train.engine == "megatron":
-        return {name: (cluster.langfuse_secret, name) for name in LANGFUSE}
-    if not _has_benchmarks(job, task):
-        return {}
-    keys = {judge.api_key_env: (cluster.judge_secret, "token")} if judge and judge.api_key_env else {}
-    return {"HF_TOKEN": (cluster.hub_secret, "token")} | keys
+    found: dict[str, tuple[str, str]] = {}
+    if _has_benchmarks(job, task):
+        found["HF_TOKEN"] = (cluster.hub_secret, "token")
+        if judge and judge.api_key_env:
+            found[judge.api_key_env] = (cluster.judge_secret, "token")
+    for name in trackers(job, task):
+        found |= {variable: (tracker_secret(job, name), variable) for variable in variables_of(name)}
+    return found
 
 
 def metrics_ports(job: JobSpec, task: Task) -> list[Object]:
@@ -196,6 +214,11 @@ def metrics_ports(job: JobSpec, task: Task) -> list[Object]:
         {"name": f"metrics-{rank}", "containerPort": first + rank, "protocol": "TCP"}
         for rank in range(ranks_per_pod(job, task))
     ]
+
+
+def _reaches_the_web(job: JobSpec, task: Task) -> bool:
+    """Whether a pod must reach addresses outside the cluster: the Hub and a judge, or trackers that the job names."""
+    return _has_benchmarks(job, task) or bool(job.train.trackers and trackers(job, task))
 
 
 def _has_benchmarks(job: JobSpec, task: Task) -> bool:

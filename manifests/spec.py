@@ -120,6 +120,7 @@ class JobSpec(Spec):
             "train.evaluate",
             "train.export",
             "train.megatron",
+            "train.trackers",
         }
     )
 
@@ -338,7 +339,7 @@ class JobSpec(Spec):
     def run_name(self) -> str:
         """`<name>-<hash>`, also the name of the cluster's job. It does not depend on where the run is, how it is
         monitored, or later changes of its length."""
-        how = {"begun_with_steps", "skip", "parallel", "runtime", "evaluate", "export", "megatron"}
+        how = {"begun_with_steps", "skip", "parallel", "runtime", "evaluate", "export", "megatron", "trackers"}
         identity = {
             "shards": self.former_keys["shards"],
             "train": stored(self.train, how) | {"steps": self.begun_with_steps},

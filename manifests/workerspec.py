@@ -15,7 +15,8 @@ from trainer.specbase import Spec
 UNLIMITED = -1
 MOST_OF_A_LIMIT = 2**63 - 1
 HUB_SECRET = "huggingface"  # optional; its key `token` is an access token of the Hugging Face Hub
-LANGFUSE_SECRET = "langfuse-secrets"  # optional; its keys are the names of the variables
+# Optional; their keys are the names of the variables (trainer/trackerspec.py).
+LANGFUSE_SECRET, WANDB_SECRET, MLFLOW_SECRET = "langfuse-secrets", "wandb", "mlflow"
 JUDGE_SECRET = "judge"  # its key `token` is the key of the API of train.evaluate.judge
 _PART = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 _WORD = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"

@@ -162,9 +162,11 @@ def _pipeline(job: str, sets: list[str] | None, target: str, workdir: Path, *, t
     with driving(spec, workdir):
         if target == "local":
             from pipelines.ports import written
-            from pipelines.refusals import refuse
+            from pipelines.refusals import refuse, remarks
 
             refuse(spec, written(job, changes))
+            for line in remarks(spec):
+                print(f"warning: {line}", file=sys.stderr)
         log = run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=_verbose())
     for each in (spec, *([spec.tuning()] if spec.tune else [])):
         show(read_run(each.run_dir), log, console, workdir, chat=each.train.evaluate.chat)

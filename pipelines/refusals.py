@@ -9,6 +9,7 @@ from typing import Any
 from components.plan import feasible
 from manifests.spec import JobSpec
 from pipelines.ports import refuse_taken
+from trainer.recording.trackers.keys import problems
 
 
 def checks(job: JobSpec, changes: dict[str, Any]) -> dict[str, Callable[[], None]]:
@@ -28,6 +29,11 @@ def refuse(job: JobSpec, changes: dict[str, Any]) -> None:
     """Raise the error of the first failing check; return if none fails."""
     for check in checks(job, changes).values():
         check()
+
+
+def remarks(job: JobSpec) -> list[str]:
+    """What a run here would do otherwise than the job says, a line each: a run is not refused for it."""
+    return list(problems(job.train.trackers))
 
 
 def _refuse_benchmarks(job: JobSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -43,9 +44,11 @@ def local(job: Job, sets: Sets = None, workdir: Workdir = Path("work")) -> None:
     spec, _ = local_job(job, changes, target="local", workdir=workdir)
     if not background.is_alive(workdir, spec.run_name):  # a live run holds its ports itself
         from pipelines.ports import written
-        from pipelines.refusals import refuse
+        from pipelines.refusals import refuse, remarks
 
         refuse(spec, written(job, changes))
+        for line in remarks(spec):
+            print(f"warning: {line}", file=sys.stderr)
     print(started(background.start(spec, workdir, Path.cwd()), workdir))
 
 

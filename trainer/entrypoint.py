@@ -15,10 +15,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,6 +40,7 @@ from trainer.process.failures import Failure
 from trainer.process.hostmemory import out_of_memory_kills
 from trainer.process.importing import uncollected
 from trainer.process.limits import Limits
+from trainer.recording.trackers import aftermath
 from trainer.spec import TrainSpec
 
 log = logging.getLogger("trainer.entrypoint")
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser("trainer.entrypoint").parse_args(arguments)
     spec: TrainSpec | None = None
     clocks: Limits | None = None
-    counted, label = False, ""
+    counted, label, began = False, "", time.time()
     try:
         spec = load_spec(options.spec, options.set)
         clocks = Limits(spec.run_dir)
@@ -97,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             log.warning("%s: how this start ended could not be noted (%s)", spec.run_dir, error.strerror)
     write_termination_message(code, reason)
+    if spec is not None and options.task == "train" and code:
+        aftermath.tell(spec, code, reason, began, leads=leads())
     if code:
         with suppress(OSError):  # the reader of the output is gone
             print(f"exit {code} ({failures.meaning(code)}): {reason}", file=sys.stderr, flush=True)
@@ -286,6 +291,12 @@ def rendezvous_host() -> str | None:
     """The rendezvous host; None for a single machine."""
     endpoint = os.environ.get("PET_RDZV_ENDPOINT")
     return endpoint.rpartition(":")[0] or endpoint if endpoint else os.environ.get("PET_MASTER_ADDR")
+
+
+def leads() -> bool:
+    """Whether this is the only node, or the one where the others meet."""
+    host = rendezvous_host()
+    return host is None or host.partition(".")[0] == socket.gethostname().partition(".")[0]
 
 
 def rendezvous_hosts() -> list[str]:

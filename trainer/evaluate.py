@@ -17,11 +17,13 @@ from trainer.distributed import pick_device
 from trainer.evaluatespec import measured
 from trainer.evaluation import measure
 from trainer.evaluation.refused import refuse
+from trainer.evaluation.scores import rows
 from trainer.generate import complete
 from trainer.precision import device_capability, resolve_for_evaluation
 from trainer.proof.start import remember
 from trainer.recording.exporter import Metrics
-from trainer.report import update_report
+from trainer.recording.trackers.remote import tell
+from trainer.report import REPORT, update_report
 from trainer.scoring import Score, score_sources
 from trainer.spec import TrainSpec
 from trainer.trained import load_trained
@@ -89,8 +91,21 @@ def _run(spec: TrainSpec, metrics: Metrics) -> dict[str, Any]:
         result["gates"] = gates
     update_report(spec.run_dir, result)
     gate.write(Path(spec.run_dir) / gate.EVALUATION, result)  # last: it declares the task finished
+    tell_trackers(spec, result)
     for domain, score in by_domain.items():
         log.info("%s: %.4f bits per byte over %d tokens", domain, score.summary()["bits_per_byte"], score.tokens)
     for found in gates:
         log.log(logging.INFO if found["passed"] else logging.WARNING, "gate: %s", found["sentence"])
     return result
+
+
+def tell_trackers(spec: TrainSpec, result: dict[str, Any]) -> None:
+    """Scores by domain, benchmarks and gates, without texts, if the run has trackers."""
+    scores = {
+        "step": result["step"],
+        "heldout": {name: domain["bits_per_byte"] for name, domain in result["domains"].items()},
+        "benchmarks": {row.name: row.value for row in rows(result)},
+        "gates_failed": sum(not found["passed"] for found in result.get("gates", [])),
+        "report": str(Path(spec.run_dir) / REPORT),
+    }
+    tell(spec, {"evaluation": scores}, {"evaluation": scores, "step": result["step"]})

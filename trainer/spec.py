@@ -18,6 +18,7 @@ from trainer.modelspec import ModelSpec
 from trainer.parameters import parameters
 from trainer.runtimespec import Positive, RuntimeSpec
 from trainer.specbase import Spec, begins_with
+from trainer.trackerspec import TrackersSpec
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
@@ -358,6 +359,7 @@ class RecipeSpec(Spec):
     export: ExportSpec | None = None
     engine: Engine = "yaongi"
     megatron: MegatronSpec | None = None
+    trackers: TrackersSpec | None = None
 
     @property
     def peak_learning_rate(self) -> float:
@@ -377,7 +379,9 @@ class TrainSpec(RecipeSpec):
     `begun_with_steps`: the length with which the run began, if it has changed.
     """
 
-    sections_without_numbers: ClassVar = frozenset({"parallel", "runtime", "evaluate", "export", "megatron"})
+    sections_without_numbers: ClassVar = frozenset(
+        {"parallel", "runtime", "evaluate", "export", "megatron", "trackers"}
+    )
 
     run: str
     run_dir: str

@@ -81,6 +81,7 @@ def examine(cluster: Cluster, job: JobSpec | None) -> Iterator[Finding]:
         "monitoring": partial(operators.monitoring, look),
         "secret": partial(volumes.secret, look, wanted.hub_secret),
         "judge": partial(volumes.judge_secret, look, job),
+        "trackers": partial(volumes.tracker_secrets, look, job),
         "network policies": partial(_network, look),
         "image": partial(_image, wanted),
         "Kubeflow Pipelines": partial(operators.pipelines, os.environ.get("KFP_HOST", "")),

@@ -63,6 +63,8 @@ def of_job(job: str, changes: dict[str, Any], workdir: Path) -> Iterator[Finding
             yield Finding(what, "no", one_line(error))
         else:
             yield Finding(what, "ok", "nothing in the way")
+    for line in refusals.remarks(spec):
+        yield Finding("trackers", "missing", line)
 
 
 def _python(workdir: Path) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""The volume claims that the pods of a run share, and the secrets for gated data and for a judge."""
+"""The volume claims that the pods of a run share, and the secrets for gated data, a judge and trackers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from components.cluster.look import Look
 from manifests.clusterspec import StorageSpec
 from manifests.kinds import Object
+from manifests.objects import tracker_secret
 from manifests.spec import JobSpec
 from pipelines.doctor.findings import Finding
+from trainer.recording.trackers.keys import TITLES, named
+from trainer.trackerspec import KEYS
 
 SHARED = "ReadWriteMany"
 DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
@@ -63,6 +66,27 @@ def judge_secret(look: Look, job: JobSpec | None) -> Iterator[Finding]:
         return
     remedy = f"kubectl -n {look.namespace} create secret generic {name} --from-file=token=FILE"
     yield Finding("judge", "no", f"no secret '{name}' with a key 'token'; the evaluation needs it", remedy)
+
+
+def tracker_secrets(look: Look, job: JobSpec | None) -> Iterator[Finding]:
+    """The secrets with the keys of the trackers that the job names; a run does without, and so none is a "no"."""
+    for name in job.train.trackers.names if job and job.train.trackers else ():
+        assert job is not None
+        secret = tracker_secret(job, name)
+        found = look.in_namespace("secrets", secret)
+        data = (found or {}).get("data") or {}
+        if any(all(key in data for key in complete) for complete in KEYS[name]):
+            yield Finding("tracker", "ok", f"'{secret}' has the key for {TITLES[name]}")
+            continue
+        lacking = f"'{secret}' has no {named(name)}" if found else f"no '{secret}'"
+        without = {
+            "wandb": "runs are recorded offline, in their directories",
+            "mlflow": "only a server without access control takes runs",
+            "langfuse": "runs go on without it",
+        }[name]
+        files = " ".join(f"--from-file={key}=FILE" for key in KEYS[name][-1])
+        remedy = f"kubectl -n {look.namespace} create secret generic {secret} {files}"
+        yield Finding("tracker", "missing", f"{lacking}; {TITLES[name]}: {without}", remedy)
 
 
 def _binds_late(look: Look, name: str | None) -> bool:

@@ -38,6 +38,7 @@ from pipelines.runs.names import choose
 from pipelines.runs.standing import PUBLISHED, of_log
 from pipelines.runs.view import View
 from trainer.errors import LaunchError
+from trainer.recording.trackers.state import links_in
 
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # the form of every job name
 TAIL_LINES = 2000  # enough to include the line of a checkpoint
@@ -94,6 +95,7 @@ class ClusterRun:
         said = "" if plain else f"{answer.sentence}; {answer.fix}" if answer.fix else answer.sentence
         rows = [("job", f"{job['kind']} {name}"), ("task", task)]
         rows += [("pod", _where(pod)) for pod in found.pods]
+        rows += links_in(line.partition(" ")[2] for line in lines).items()  # after the kubelet's timestamp
         numbers = replace(of_log(lines, datetime.now(UTC)), restarts=restarts(found))
         return View(self.name, f"namespace {cluster.namespace}", answer.state, said, numbers, rows)
 

@@ -22,6 +22,7 @@ from trainer.errors import LaunchError
 from trainer.exitcodes import STOPS
 from trainer.process.limits import LEASE
 from trainer.recording.results import read_json
+from trainer.recording.trackers.state import links
 from trainer.specbase import changes_from_sets, read_yaml
 from trainer.thismachine import PORTS_FILE
 
@@ -57,6 +58,7 @@ class LocalRun:
             rows.append(("process", f"{process.pid} on {process.host}, started in {process.cwd}"))
         if log:
             rows.append(("log", str(log)))
+        rows += links(self.directory).items()
         if alive and (served := _ports(self.directory, log, process)):
             rows.append(("metrics", served))
         return View(self.name, "here", state, why, of_directory(self.directory), rows)

@@ -74,7 +74,7 @@ def details(view: View) -> RenderableType:
         *view.rows,
     ]
     state = Text.assemble((f"{'state':<12}", "bold"), _state_text(view), f": {view.why}" if view.why else "")
-    lines = [Text.assemble((f"{label:<12}", "bold"), value) for label, value in rows if value]
+    lines = [Text.assemble((f"{label:<11} ", "bold"), value) for label, value in rows if value]
     return Group(Text(view.name, style="bold"), state, *lines)
 
 

@@ -15,12 +15,15 @@ from manifests import generate, objects
 from manifests.kinds import Object, kind_of, pod_template, workers
 from manifests.monitors import pod_monitor, step_monitor
 from manifests.names import Task, job_name
+from manifests.network import network_policies, worker_policy
 from manifests.rbac import RULES, rbac
 from manifests.render import config_map, job_objects, pvcs
-from manifests.spec import JobSpec, job_from, preset_names
+from manifests.spec import JobSpec, job_from, load_job, preset_names
 from trainer.exitcodes import ExitCode
+from trainer.fields import version_of
 from trainer.spec import TrainSpec
 from trainer.specbase import deep_merge, parse
+from trainer.trackerspec import variables_of
 
 TASKS: tuple[Task, ...] = ("train", "evaluate", "export")
 MANIFESTS = Path(generate.__file__).parent
@@ -353,6 +356,50 @@ def test_langfuse_is_told_by_trainings_of_megatron_alone() -> None:
     assert not any(name.startswith("LANGFUSE") for name in variables("evaluate"))
     own = objects.container(job.updated({"train": {"engine": "yaongi", "megatron": None}}), "train")
     assert not any(entry["name"].startswith("LANGFUSE") for entry in own["env"])
+
+
+TRACKERS = {
+    "wandb": {"project": "p"},
+    "mlflow": {"tracking_uri": "http://mlflow.mlops:5000"},
+    "langfuse": {"host": "https://langfuse.example"},
+}
+
+
+def test_keys_of_trackers_come_from_secrets_and_only_where_the_job_names_them() -> None:
+    plain = load_job("tiny")
+    job = load_job("tiny", {"train": {"trackers": TRACKERS}, "cluster": {"wandb_secret": "our-wandb"}})
+    assert job.run_name == plain.run_name and version_of(plain) == 1 < version_of(job) == 9
+
+    def keys(of: JobSpec, task: Task) -> dict[str, tuple[str, str]]:
+        found = (entry for entry in objects.container(of, task)["env"] if "secretKeyRef" in entry.get("valueFrom", {}))
+        references = {entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in found}
+        assert all(each["optional"] for each in references.values())
+        return {name: (each["name"], each["key"]) for name, each in references.items()}
+
+    assert keys(job, "train") == keys(job, "evaluate") and keys(job, "export") == keys(plain, "train") == {}
+    assert keys(job, "train") == {
+        "WANDB_API_KEY": ("our-wandb", "WANDB_API_KEY"),
+        **{name: ("langfuse-secrets", name) for name in variables_of("langfuse")},
+        **{name: ("mlflow", name) for name in variables_of("mlflow")},
+    }
+
+
+def test_pods_reach_trackers_only_if_the_job_names_them() -> None:
+    def may(trackers: dict | None) -> tuple[bool, dict]:
+        job = load_job("tiny", {"train": {"trackers": trackers}})
+        labels = objects.pod_template(job, "train")["metadata"]["labels"]
+        return labels.get("yaongi/egress") == "hub", worker_policy(job, "train")
+
+    plain, policy = may(None)
+    assert not plain and policy["policyTypes"] == ["Ingress"] and "egress" not in policy
+    web, policy = may({"langfuse": TRACKERS["langfuse"], "wandb": TRACKERS["wandb"]})
+    assert web and policy["policyTypes"] == ["Ingress"], "the policy for the web suffices"
+    web, policy = may(TRACKERS)
+    assert web and policy["policyTypes"] == ["Ingress", "Egress"]
+    everywhere = [rule for rule in policy["egress"] if "to" not in rule]
+    assert everywhere == [{"ports": [{"port": port, "protocol": "TCP"} for port in (80, 443, 5000)]}]
+    of_all = next(each for each in network_policies() if each["metadata"]["name"] == "yaongi-trainer")
+    assert policy["egress"][:-1] == of_all["spec"]["egress"], "else, what all workers may reach"
 
 
 def test_example_files_read_back_as_what_was_rendered() -> None:

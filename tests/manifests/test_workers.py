@@ -11,12 +11,12 @@ from manifests.fabric import PROFILES
 from manifests.kinds import Object, pod_template
 from manifests.lint.check import lint
 from manifests.names import Task
-from manifests.objects import LANGFUSE
 from manifests.render import job_objects, worker_spec
 from manifests.spec import JobSpec, job_from
 from manifests.yamltext import to_manifest
 from trainer.errors import SpecError
 from trainer.fields import version_of
+from trainer.trackerspec import variables_of
 
 every_kind = pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
 EIGHT = {"nodes": 2, "gpus_per_node": 8, "cpus_per_node": 96, "memory_gib_per_node": 960}
@@ -103,7 +103,7 @@ def test_every_variable_of_a_pod_is_refused_in_env(task: Task) -> None:
     assert "HOME" in names
     for name in (
         *names,
-        *LANGFUSE,
+        *variables_of("langfuse"),
         "WORLD_SIZE",
         "RANK",
         "LOCAL_RANK",

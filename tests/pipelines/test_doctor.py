@@ -242,3 +242,31 @@ def test_the_key_of_a_judge_is_looked_for_where_a_job_has_one():
     assert found(asked, {}) == found(asked, {"judge": {"data": {"other": "x"}}}) == [("no", remedy)]
     assert found(asked, {"judge": {"data": {"token": "x"}}}) == [("ok", "")]
     assert found(keyless, {}) == found(load_job("tiny"), {}) == found(None, {}) == []
+
+
+def test_secrets_of_trackers_are_looked_for_where_a_job_has_them():
+    job = load_job("tiny", {"train": {"trackers": {"wandb": {"project": "p"}, "mlflow": {"tracking_uri": "http://m"}}}})
+
+    def found(secrets):
+        look = SimpleNamespace(namespace="mine", in_namespace=lambda kind, name: secrets.get(name))
+        return [(each.state, each.remedy) for each in volumes.tracker_secrets(look, job)]
+
+    wandb = "kubectl -n mine create secret generic wandb --from-file=WANDB_API_KEY=FILE"
+    user = "--from-file=MLFLOW_TRACKING_USERNAME=FILE --from-file=MLFLOW_TRACKING_PASSWORD=FILE"
+    mlflow = f"kubectl -n mine create secret generic mlflow {user}"
+    assert found({}) == [("missing", wandb), ("missing", mlflow)]
+    half = {"mlflow": {"data": {"MLFLOW_TRACKING_USERNAME": "x"}}, "wandb": {"data": {"WANDB_API_KEY": "x"}}}
+    assert found(half) == [("ok", ""), ("missing", mlflow)]
+    assert found({"mlflow": {"data": {"MLFLOW_TRACKING_TOKEN": "x"}}})[1] == ("ok", "")
+    look = SimpleNamespace(namespace="mine", in_namespace=lambda kind, name: None)
+    assert list(volumes.tracker_secrets(look, load_job("tiny"))) == list(volumes.tracker_secrets(look, None)) == []
+
+
+def test_a_tracker_without_key_is_a_line_of_doctor_and_run_and_stops_neither(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "LANGFUSE_PUBLIC_KEY", "LANGFUSE_SECRET_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    changes = {"train": {"trackers": {"wandb": {"project": "p"}, "langfuse": {}}}}
+    found = [each for each in machine.of_job("tiny", changes, tmp_path) if each.what == "trackers"]
+    assert [each.state for each in found] == ["missing", "missing"]
+    assert "set WANDB_API_KEY" in found[0].detail and "set LANGFUSE_PUBLIC_KEY" in found[1].detail
+    assert [each for each in machine.of_job("tiny", {}, tmp_path) if each.what == "trackers"] == []

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer.recording.board import Board
 from trainer.recording.logs import MetricsFile
+from trainer.recording.trackers.board import Board
 
 
 @contextmanager

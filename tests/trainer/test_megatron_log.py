@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import math
 import os
 import signal
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,7 +13,6 @@ import pytest
 
 from trainer.data.manifest import Manifest, read_manifest
 from trainer.errors import DataError, SpecError
-from trainer.megatron import langfuse
 from trainer.megatron.blend import blend, trained
 from trainer.megatron.log import Saved, Step, Validated, read
 from trainer.megatron.recording import Recording, superfluous
@@ -155,44 +150,3 @@ def test_the_balance_loss_is_the_sum_over_layers_that_our_own_engine_records(mic
     recording = Recording(spec, Mock(), recorder, Mock(), {"ko": 1000, "en": 1000})
     recording.take(Step(1, 5.0, 1.0, 1e-3, 0.5, {"load_balancing_loss": 1.1}, skipped=False))
     assert recorder.step.call_args.args[0].auxiliary == {"router_balance": pytest.approx(3 * 0.01 * 1.1)}
-
-
-class Ingestion(BaseHTTPRequestHandler):
-    """Langfuse's ingestion API: answers 207 with the ids that it took."""
-
-    got: list[tuple[str, str, dict]] = []
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.got.append((self.path, self.headers["Authorization"], body))
-        answer = json.dumps({"successes": [{"id": each["id"], "status": 201} for each in body["batch"]], "errors": []})
-        self.send_response(207)
-        self.end_headers()
-        self.wfile.write(answer.encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def test_langfuse_is_told_if_its_secret_is_there_and_never_in_the_way(
-    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    spec = micro.micro_spec(micro_data, tmp_path / "run")
-    langfuse.tell(spec, "start")  # without a secret: nothing
-    server = HTTPServer(("127.0.0.1", 0), Ingestion)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    for name, value in (("PUBLIC_KEY", "pk-lf-1"), ("SECRET_KEY", "sk-lf-2"), ("HOST", address)):
-        monkeypatch.setenv(f"LANGFUSE_{name}", value)
-    langfuse.tell(spec, "error", "ERROR", reason="exploded", step=3)
-    server.shutdown()
-    server.server_close()
-    ((path, authorization, body),) = Ingestion.got
-    assert path == "/api/public/ingestion"
-    assert base64.b64decode(authorization.removeprefix("Basic ")).decode() == "pk-lf-1:sk-lf-2"
-    trace, event = body["batch"]
-    assert (trace["type"], trace["body"]["id"]) == ("trace-create", "micro")
-    assert event["type"] == "event-create" and event["body"]["traceId"] == "micro"
-    assert (event["body"]["level"], event["body"]["statusMessage"]) == ("ERROR", "exploded")
-    langfuse.tell(spec, "end")  # it is down now
-    assert "the run goes on" in caplog.text

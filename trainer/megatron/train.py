@@ -29,7 +29,6 @@ from trainer.exitcodes import ExitCode
 from trainer.files import atomic_write
 from trainer.fp8 import te
 from trainer.loop import only_training
-from trainer.megatron import langfuse
 from trainer.megatron.arguments import BEGIN, BLEND, Dtype, arguments
 from trainer.megatron.blend import blend
 from trainer.megatron.check import Mesh, check
@@ -41,7 +40,7 @@ from trainer.megatron.relay import Relay, Tee
 from trainer.precision import BF16_CAPABILITY, device_capability
 from trainer.preflight.ranks import of_ranks
 from trainer.prepare import read_data
-from trainer.process import failures, limits
+from trainer.process import limits
 from trainer.process.watchdog import Watchdog
 from trainer.recording.recorder import Recorder
 from trainer.spec import BackendsSpec, TrainSpec
@@ -70,7 +69,7 @@ def train(spec: TrainSpec) -> int:
     program = find_program()
     # Megatron's signal handler knows nccl and gloo, but not the name of a group that has both.
     world = distributed.start(spec.runtime, spec.seed, one_backend=True)
-    with Watchdog(spec.runtime.hang_timeout_seconds) as watchdog, only_training(spec, world), told(spec, world):
+    with Watchdog(spec.runtime.hang_timeout_seconds) as watchdog, only_training(spec, world):
         recorder = Recorder(spec, world, started)
         recorder.preflight(of_ranks(spec.runtime.preflight, world))
         mesh = agreed_mesh(spec, world)
@@ -239,22 +238,6 @@ def finish(spec: TrainSpec, recorder: Recorder) -> None:
 
     path = to_checkpoint(spec, Path(spec.run_dir) / MEGATRON_FOLDER)
     recorder.result(path, read_manifest(path))
-
-
-@contextmanager
-def told(spec: TrainSpec, world: World) -> Iterator[None]:
-    """Langfuse hears of start, end and error, if it is set up; only from rank 0."""
-    if not world.is_main:
-        yield
-        return
-    langfuse.tell(spec, "start", ranks=world.size, steps=spec.steps, from_step=megatron_step(spec.run_dir))
-    try:
-        yield
-    except BaseException as error:
-        code, reason = failures.classify(error)
-        langfuse.tell(spec, "error", "ERROR", code=int(code), reason=reason, step=megatron_step(spec.run_dir))
-        raise
-    langfuse.tell(spec, "end", step=megatron_step(spec.run_dir))
 
 
 def build_info(world: World, mesh: Mesh, dtype: Dtype) -> dict[str, str]:

@@ -80,6 +80,12 @@ class Ledger:
         self._written = 0.0
         self._warned = False
 
+    @property
+    def restart(self) -> Restart | None:
+        """Why this process began, if there were earlier ones."""
+        found = restarts_of([*self._earlier, self._own])
+        return found[-1] if found else None
+
     def add(self, name: str, seconds: float) -> None:
         """Count `seconds` that end now; the start lasts until the first of them."""
         if not self._own.seconds:

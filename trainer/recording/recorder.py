@@ -34,11 +34,14 @@ from trainer.process.owntime import OwnTime
 from trainer.proof.start import Proof
 from trainer.proof.trial import Trial, table
 from trainer.recording.advice import MARK, WINDOW, advice
-from trainer.recording.board import Board
 from trainer.recording.exporter import Metrics
 from trainer.recording.goodput import Ledger
 from trainer.recording.logs import VALIDATIONS, MetricsFile
 from trainer.recording.results import headline_loss, loss_of
+from trainer.recording.trackers.base import STOPPED, Tracker
+from trainer.recording.trackers.board import Board
+from trainer.recording.trackers.keys import wanted as wanted_trackers
+from trainer.recording.trackers.remote import Remote
 from trainer.recording.trainerstatus import Progress, TrainerStatus
 from trainer.spec import TrainSpec
 from trainer.spikes import SKIP_REASONS, SkipReason
@@ -126,7 +129,8 @@ class Recorder:
         self.own = OwnTime(world.device)
         self._file: MetricsFile | None = None
         self._validations: MetricsFile | None = None
-        self._board: Board | None = None
+        self._trackers: list[Tracker] = []
+        self._remote: Remote | None = None
         self._ledger: Ledger | None = None
         self._status: TrainerStatus | None = None
         self._scores: dict[str, float] = {}
@@ -177,10 +181,11 @@ class Recorder:
             self._validations = MetricsFile(self._spec.run_dir, step, VALIDATIONS)
             for scores in list(self._validations.records())[-1:]:  # shown until there are newer ones
                 self._export_validation(scores)
-        self._board = Board(self._spec.run_dir, step)
+        self._trackers = [Board(self._spec.run_dir, step)]
         causes = restarts.summary(self._spec.run_dir)
         self._ledger = Ledger(self._spec.run_dir, self._started, step, dropped, causes)
         self._ledger.write(step, at_once=True)
+        self._open_trackers(step)
         self._status = TrainerStatus.from_environment()
         self._post(step, None, {})
         for cause, count in (dict.fromkeys(restarts.REASONS, 0) | causes).items():
@@ -253,7 +258,7 @@ class Recorder:
         """Export one finished step, whose rows had `seq_len` tokens."""
         self._export(record, epochs, seq_len)
         self._steps_done = record.step
-        if self._file is None or self._board is None or self._ledger is None:
+        if self._file is None or self._ledger is None:
             return
         self._ledger.write(record.step)
         line = {k: v for k, v in vars(record).items() if k != "trained_share" or v is not None}
@@ -261,7 +266,11 @@ class Recorder:
         self._file.write(line | ({} if mfu is None else {"mfu": mfu}) | self._fp8_line)
         self._last.append(line)
         scalars = {name: value for name in _SCALARS if (value := getattr(record, name)) is not None} | record.auxiliary
-        self._board.add(record.step, {f"train/{name}": value for name, value in scalars.items()})
+        if self._fp8_line:
+            fp8 = {f"fp8/{name}": value for name, value in self._fp8_line["fp8"].items()}
+        else:
+            fp8 = {}
+        self._track(record.step, {f"train/{name}": value for name, value in scalars.items()} | fp8)
         speed = record.tokens_per_second
         self._rate = speed if self._rate is None else 0.9 * self._rate + 0.1 * speed
         left = (self._spec.steps - record.step) * self._spec.batch.tokens_per_step / self._rate
@@ -290,13 +299,13 @@ class Recorder:
 
     def validated(self, scores: dict[str, Any]) -> None:
         """Record a line of validation.jsonl (trainer/validation.py)."""
-        if self._validations is None or self._board is None:
+        if self._validations is None:
             return
         self._validations.write(scores)
         self._export_validation(scores)
         domains: dict[str, dict[str, float]] = scores["domains"]
         points = {f"{key}/{name}": domain[key] for key in ("bits_per_byte", "loss") for name, domain in domains.items()}
-        self._board.add(scores["step"], {f"validation/{name}": value for name, value in points.items()})
+        self._track(scores["step"], {f"validation/{name}": value for name, value in points.items()})
         log.info(
             "validation after step %d: %s bits per byte of held-out text (%.1f s)",
             scores["step"],
@@ -330,9 +339,10 @@ class Recorder:
 
     def sync(self) -> None:
         """Make metrics.jsonl, goodput.json and TensorBoard durable up to here."""
-        if self._file and self._board and self._ledger:
+        if self._file and self._ledger:
             self._file.sync()
-            self._board.flush()
+            for tracker in self._trackers:
+                tracker.flush()
             self._ledger.write(self._steps_done, at_once=True)
         if self._validations:
             self._validations.sync()
@@ -369,6 +379,9 @@ class Recorder:
             "restarts": restarts.count(self._spec.run_dir),
         }
         atomic_write(Path(self._spec.run_dir) / "result.json", json.dumps(result, indent=1).encode())
+        if self._remote:
+            self._remote.summary(result | {"report": str(Path(self._spec.run_dir) / "report.html")})
+            self._remote.event("end", {"state": "finished", "step": manifest.step, "loss": loss, "tokens": tokens})
         log.info(
             "done: %d steps, %s tokens, loss %.4f → %.4f (%s), %s tokens/s, %d restart%s, checkpoint %s",
             result["steps"],
@@ -384,10 +397,13 @@ class Recorder:
 
     def close(self) -> None:
         self.metrics.close()
-        if self._file and self._board and self._ledger:
+        if self._file and self._ledger:
             self._ledger.write(self._steps_done, at_once=True)
             self._file.close()
-            self._board.close()
+            if self._remote and not self._remote.ended:
+                self._remote.event("end", {"state": STOPPED, "step": self._steps_done})
+            for tracker in self._trackers:
+                tracker.close()
         if self._status:
             self._status.close()
         if self._validations:
@@ -418,6 +434,22 @@ class Recorder:
             metrics.set("memory_bytes", torch.cuda.max_memory_allocated(self._world.device), place="gpu")
         if (mfu := self._mfu(record, seq_len)) is not None:
             metrics.set("mfu_ratio", mfu)
+
+    def _open_trackers(self, step: int) -> None:
+        """The trackers of the spec, and what they are told at the start."""
+        if wanted_trackers(self._spec) is None or self._ledger is None:
+            return
+        self._remote = Remote(self._spec, trains=True)
+        self._trackers.append(self._remote)
+        facts = {"step": step, "steps": self._spec.steps, "ranks": self._world.size}
+        if (restart := self._ledger.restart) is None:
+            self._remote.event("start", facts)
+        else:
+            self._remote.event("restart", facts | {"reason": restart.reason, "reached": restart.reached})
+
+    def _track(self, step: int, values: dict[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.add(step, values)
 
     def _mfu(self, record: StepRecord, seq_len: int) -> float | None:
         """Model FLOPs per second as a share of the devices' peak; None if that is unknown."""

@@ -14,6 +14,7 @@ from typing import Any
 from trainer.evaluation.scores import inner_rows, limited, rows
 from trainer.files import atomic_write
 from trainer.recording.advice import advice
+from trainer.recording.trackers.state import links
 from trainer.report.charts import line_chart
 from trainer.report.curves import curves, validation_curves
 from trainer.report.pages import page
@@ -80,6 +81,7 @@ def render(run: Run) -> str:
         samples=samples(run),
         hyperparameters=hyperparameters(run.spec),
         dates=dates(run.directory),
+        links=links(run.directory),
         spec_yaml=to_yaml(run.spec),
         widest=scale([each["bits_per_byte"] for each in run.evaluation["domains"].values()] if run.evaluation else []),
     )

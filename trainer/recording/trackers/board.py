@@ -7,13 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.recording.trackers.base import Tracker
+
 if TYPE_CHECKING:  # only the first rank writes, and importing it takes half a second
     from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
 
-class Board:
+class Board(Tracker):
     """Scalars under run_dir/tb, after `resumed_step`.
 
     A SummaryWriter is unusable after its first failed write. The next flush then opens a new one, which purges what the
