@@ -29,10 +29,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pytest.importorskip("mlflow.server")
     folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
     address = f"http://127.0.0.1:{port}"
+    options = {
+        "--backend-store-uri": f"sqlite:///{folder}/runs.db",
+        "--artifacts-destination": str(folder),
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--workers": "1",
+    }
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/runs.db"]
-            + ["--artifacts-destination", str(folder), "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+            [sys.executable, "-m", "mlflow", "server", *(part for pair in options.items() for part in pair)],
             stdout=log,
             stderr=log,
             start_new_session=True,
