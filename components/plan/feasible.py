@@ -40,7 +40,8 @@ def checks(job: JobSpec, *, train: bool) -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     if train:
         found["engine"] = partial(_refuse_absent_engine, job)
-        found["memory"], found["time"] = partial(_refuse_too_little_memory, job), partial(_refuse_months, job)
+        # First what says that there is no GPU, as that is the reason for both.
+        found["time"], found["memory"] = partial(_refuse_months, job), partial(_refuse_too_little_memory, job)
     found["disk"] = partial(_refuse_too_little_disk, job, train)
     return found
 

@@ -27,12 +27,16 @@ def test_what_was_made_is_shown_and_no_run_begins(yaongi, tmp_path) -> None:
     job = str(small_job(tmp_path))
     code, out, error = yaongi("prepare", job, "--until", "download", "--set", "seed=1", "--workdir", "w")
     assert code == 2 and "train.seed" in error
-    code, out, error = yaongi("prepare", job, "--until", "hygiene", "--set", "train.seed=1", "--workdir", "w")
-    assert code == 0, error
-    assert "prose (en)" in out and "300" in out and "train tokens" not in out
-    assert out.endswith(f"next: yaongi prepare {job} --set train.seed=1 --workdir w\n")
+    for stage, made in ((Stage.DOWNLOAD, {"raw"}), (Stage.HYGIENE, {"raw"}), (Stage.TOKENIZER, {"raw", "tokenizers"})):
+        code, out, error = yaongi("prepare", job, "--until", stage.value, "--set", "train.seed=1", "--workdir", "w")
+        assert code == 0, error
+        assert "prose (en)" in out and "300" in out and "train tokens" not in out
+        assert out.endswith(f"next: yaongi prepare {job} --set train.seed=1 --workdir w\n")
+        # Hygiene, which this job does not ask for, would be another folder of raw.
+        assert {path.parents[1].name for path in (tmp_path / "w").glob("datasets/*/*/manifest.json")} == made
     code, out, error = yaongi("prepare", job, "--workdir", "w")
     assert code == 0, error
+    assert list((tmp_path / "w").glob("datasets/shards/*/manifest.json"))
     assert "train tokens" in out and out.endswith(f"next: yaongi run {job} --workdir w\n")
     assert (
         not any((tmp_path / "w" / "checkpoints").glob("runs/*")) and "no runs" in yaongi("status", "--workdir", "w")[1]
