@@ -46,6 +46,19 @@ def test_the_trainer_gets_the_gpus_and_the_memory_that_its_processes_share(servi
     assert trainer["command"] == ["yaongi", "run", "h100-4b-interleaved", "--workdir", "/work"]
 
 
+def test_docker_run_as_documented_is_the_same_container_and_each_option_is_explained(services: dict[str, Any]) -> None:
+    page = (ROOT / "docs" / "docker.md").read_text()
+    (line,) = re.findall(r"^    (docker run -d .*)$", page, re.MULTILINE)
+    options, command = line.removeprefix("docker run -d --name yaongi ").split(" yaongi-h100 ")
+    trainer = services[compose.SERVICE]
+    assert command.split() == trainer["command"]
+    found = re.findall(r"--?[a-z-]+[ =]\S+", options)
+    assert " ".join(found) == options and [f"| `{option}` |" in page for option in found] == [True] * len(found)
+    limits = {f"--ulimit {name}={value}" for name, value in trainer["ulimits"].items()}
+    assert limits | {"--gpus all", "--ipc=host", "--env-file .env", "-v yaongi-work:/work"} == set(found)
+    assert [mount["target"] for mount in trainer["volumes"]] == ["/work"]
+
+
 def test_every_port_is_of_this_machine_alone(services: dict[str, Any]) -> None:
     ports = [port for service in services.values() for port in service.get("ports", [])]
     assert {port["host_ip"] for port in ports} == {"127.0.0.1"} and len(ports) == 2

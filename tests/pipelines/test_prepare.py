@@ -32,7 +32,7 @@ def test_what_was_made_is_shown_and_no_run_begins(yaongi, tmp_path) -> None:
         assert code == 0, error
         assert "prose (en)" in out and "300" in out and "train tokens" not in out
         assert out.endswith(f"next: yaongi prepare {job} --set train.seed=1 --workdir w\n")
-        # Hygiene, which this job does not ask for, would be another folder of raw.
+        # Hygiene, for which this job does not ask, leaves nothing.
         assert {path.parents[1].name for path in (tmp_path / "w").glob("datasets/*/*/manifest.json")} == made
     code, out, error = yaongi("prepare", job, "--workdir", "w")
     assert code == 0, error
