@@ -70,6 +70,8 @@ def tuning(tune: TuneSpec, job: dict[str, Any], run_name: str) -> dict[str, Any]
     """
     left_out = ("begun_with_steps", *_ORDER, "engine", "megatron")  # Megatron's GPT cannot train on answers only
     train = {name: value for name, value in job["train"].items() if name not in left_out}
+    if "export" in train:  # its exports during training, and their folder, are those of the job's own run
+        train["export"] = {"dtype": train["export"]["dtype"]}
     train |= {
         "steps": tune.steps,
         "seed": tune.seed,

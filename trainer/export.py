@@ -24,15 +24,16 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.torch import load_file, save_file
 
-from trainer import __version__, gate, passport, signing
-from trainer.checkpoints.checkpoint import CheckpointFile, describe_files
+from trainer import __version__, exported, exportlinks, gate, passport, signing
+from trainer.checkpoints.checkpoint import CheckpointFile, describe_files, step_of
 from trainer.data.tokenizer import Tokenizer, files_of
 from trainer.errors import CheckpointError
 from trainer.evaluation.scores import judged_by, limited, rows
@@ -54,6 +55,9 @@ from trainer.spec import BackendsSpec, TrainSpec
 from trainer.specbase import VERSION_FIELD, parse
 from trainer.trained import Trained, load_trained
 
+if TYPE_CHECKING:
+    from securesystemslib.signer import CryptoSigner
+
 log = logging.getLogger(__name__)
 
 FORMAT, QUANTISED_FORMAT = 1, 2
@@ -74,14 +78,42 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     """
     signer = signing.signer()
     gate.refuse(spec)
+    manifest = _export(spec, exported.final_dir(spec.run_dir), signer)
+    exportlinks.show(spec)
+    update_report(spec.run_dir)
+    return manifest
+
+
+def run_at(spec: TrainSpec, checkpoint: Path) -> dict[str, Any]:
+    """Export one checkpoint, of a run that may be training now, to run_dir/exports/step-<n>; returns the manifest.
+
+    Gates and signature are of the final export alone.
+
+    Raises:
+        CheckpointError, DataError: it does not verify, tokenizer missing or different.
+        VolumeError: it cannot be written.
+    """
+    manifest = _export(spec, exported.step_dir(spec.run_dir, step_of(checkpoint)), None, checkpoint)
+    exportlinks.show(spec)
+    return manifest
+
+
+def _export(
+    spec: TrainSpec, final: Path, signer: CryptoSigner | None, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """Write the export of a checkpoint, by default the newest, to `final`."""
     # Weights are only copied: the kernels named for training need not exist here.
-    trained = load_trained(spec.model_copy(update={"backends": BackendsSpec()}), torch.device("cpu"))
+    weights_only = spec.model_copy(update={"backends": BackendsSpec()})
+    trained = load_trained(weights_only, torch.device("cpu"), path=checkpoint)
     trained_as = spec
     if spec.model.lora is not None:
         merge(trained.model)
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"lora": None})})
-    final = Path(spec.run_dir) / "export"
     record = read_run(spec.run_dir)
+    if checkpoint is not None:  # the run has gone on
+        step = trained.checkpoint.step
+        until = [line for line in record.steps if line["step"] <= step]
+        record = replace(record, steps=until, checkpoint=trained.checkpoint)
     with new_directory(final) as draft:
         manifest = _write(draft, spec, trained, record)
         passport.write(draft, trained_as, trained.checkpoint, manifest, record)
@@ -90,7 +122,6 @@ def run(spec: TrainSpec) -> dict[str, Any]:
             log.info("signed the passport with key %s", key_id)
         sync(draft / passport.PASSPORT)
     log.info("exported %d parameters to %s", manifest["parameters"], final)
-    update_report(spec.run_dir)
     return manifest
 
 
@@ -181,7 +212,7 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained, record: Run) -> dict[
         "data": trained.checkpoint.digests,
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
         "tensors": len(state),
-        "transformers_dtype": spec.export_dtype,
+        "transformers_dtype": spec.exporting.dtype,
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
     }
     if beside:
@@ -203,7 +234,7 @@ def _write(draft: Path, spec: TrainSpec, trained: Trained, record: Run) -> dict[
 def _write_for_transformers(folder: Path, spec: TrainSpec, state: dict[str, torch.Tensor]) -> list[str]:
     """Write the folder `transformers` and return its files; none if our own code there lacks a kind of layer."""
     longest = max(spec.tokens.seq_lens)
-    tokenizer, dtype = Path(spec.tokens.tokenizer), DTYPES[spec.export_dtype]
+    tokenizer, dtype = Path(spec.tokens.tokenizer), DTYPES[spec.exporting.dtype]
     architecture, why_not = native(spec.model)
     if architecture is not None and (lost := without_place(architecture, spec.model, state)):
         why_not, architecture = f"{architecture.model_type} has no {lost}", None

@@ -58,6 +58,7 @@ FIELDS_1 = {
         "min_shared_memory_gib max_clock_skew_seconds",
         "RuntimeSpec": "device compile activation_checkpointing log_every_steps metrics_port max_restarts preflight "
         "communication_timeout_seconds hang_timeout_seconds deadline_seconds",
+        "ExportSpec": "dtype",  # since 5, always written
         "EvaluateSpec": "max_tokens prompts sample_tokens temperature",
         "TrainSpec": "run run_dir steps seed model tokens batch optimizer schedule precision checkpoint backends "
         "parallel runtime evaluate",
@@ -128,6 +129,7 @@ LATER: dict[str, dict[str, Later]] = {
         "router": Later(8, "auto"),
         "engram": Later(8, "auto"),
     },
+    "ExportSpec": {"initial": Later(9, False), "checkpoints": Later(9, False), "folder": Later(9, None)},
     "EvaluateSpec": {
         "chat": Later(5, False),
         "every_steps": Later(6, None),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -90,7 +90,7 @@ def train(spec: TrainSpec) -> int:
             if code:
                 log.info("stopping after step %d: %s", step + 1, stop.reason or "another rank was told to")
                 break
-        finish(run)
+        code = finish(run, stop, code, beat)
     return int(code)
 
 
@@ -215,20 +215,36 @@ def save_checkpoint(run: Run, step: int, batch: StepBatch) -> None:
     run.checkpoints.save(step, batch.cursor.to_dict(), scalars)
 
 
-def finish(run: Run) -> None:
-    """Wait for the last checkpoint, write the result, and exit together with the other ranks."""
+def finish(run: Run, stop: StopWish, code: int, beat: Callable[[], None]) -> int:
+    """Wait for the last checkpoint and the exports, write the result, and exit together with the other ranks.
+
+    A run that is stopped does not wait for exports; they are made when it is resumed.
+
+    Returns:
+        `code`, or that of a stop while this waits.
+    """
+
+    def wait_on(working: bool) -> bool:
+        nonlocal code
+        beat()
+        working, code = run.world.broadcast((working, code or (stop.code() if working else 0)))
+        return working and not code
+
     with run.recorder.phase("checkpoint"):
         problem = run.checkpoints.wait()
+        if run.spec.exporting.initial or run.spec.exporting.checkpoints:
+            run.exports.finish(wait_on)
     if problem:
         raise VolumeError(f"{problem}; free space or fix the volume, then resume")
     run.loader.close()
     path = checkpoint.step_dir(run.spec.run_dir, run.checkpoints.saved_step)
-    if run.checkpoints.saved_step >= run.spec.steps:
+    if run.checkpoints.saved_step >= run.spec.steps and not code:
         run.recorder.result(path, checkpoint.read_manifest(path))
     run.recorder.close()
     run.checkpoints.close()
     run.world.barrier()  # an elastic job succeeds when the first worker exits 0, so all must exit at once
     distributed.stop()
+    return code
 
 
 def on_device(micro_batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

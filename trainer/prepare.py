@@ -12,7 +12,7 @@ from torch import nn
 
 from trainer import agreement, compiled, graphed, ops
 from trainer.begin import begin_with
-from trainer.checkpoints.checkpoint import SKIPPED_IN_A_ROW
+from trainer.checkpoints.checkpoint import SKIPPED_IN_A_ROW, step_dir
 from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.data.documents import shards_manifest
 from trainer.data.loader import TokenLoader
@@ -21,6 +21,7 @@ from trainer.data.plan import Cursor
 from trainer.data.tokenizer import Tokenizer
 from trainer.distributed import World
 from trainer.errors import SpecError
+from trainer.exports import Exports, initial_source
 from trainer.files import atomic_write
 from trainer.fp8 import te
 from trainer.fp8.convert import convert
@@ -64,6 +65,7 @@ class Run:
     loader: TokenLoader
     checkpoints: Checkpointer
     recorder: Recorder
+    exports: Exports
     validation: Validation | None
     first_step: int
     guard: SpikeGuard
@@ -127,16 +129,23 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     for line in summary_lines(optimizers.table):
         log.info("%s", line)
     scaler = chosen.scaler(world.device.type)
+    exports = Exports(spec)
+
+    def published(step: int, seconds: float) -> None:
+        recorder.checkpointed(step, seconds)
+        exports.published(step_dir(spec.run_dir, step))
+
     checkpoints = Checkpointer(
         spec,
         world,
         model,
         optimizers,
         digests,
-        recorder.checkpointed,
+        published,
         recorder.checkpoint_failed,
         fp8,
         former=[generation.digest for generation in shards.earlier],
+        in_use=exports.in_use,
     )
     resumed = checkpoints.resume()
     if resumed:
@@ -174,6 +183,12 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     validation = None
     if spec.evaluate.every_steps and first_step < spec.steps:
         validation = Validation(spec, world, layout, model, chosen, compiles=compiles)
+    if spec.exporting.initial and not resumed:
+        problem = checkpoints.save_weights(initial_source(spec.run_dir), 0, loader.cursor.to_dict())
+        if problem and world.is_main:
+            log.warning("the model before the first step is not exported: %s", problem)
+    if world.is_main:
+        exports.begin(first_step)
     guard = SpikeGuard(spec.optimizer.spike_guard)
     guard.load(resumed.scalars if resumed else {})
     return Run(
@@ -189,6 +204,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         loader=loader,
         checkpoints=checkpoints,
         recorder=recorder,
+        exports=exports,
         validation=validation,
         first_step=first_step,
         guard=guard,

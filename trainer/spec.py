@@ -330,9 +330,23 @@ class ParallelSpec(Spec):
 
 
 class ExportSpec(Spec):
-    """The folder for transformers in an export: `dtype` of its weights, except the few that are always FP32."""
+    """`dtype`: of the weights in an export's folder for transformers, except the few that are always FP32.
+
+    `initial` and `checkpoints`: during training also export the model before the first step, and each checkpoint, into
+    exports/step-<n> of the run directory (trainer/exports.py). `folder`, an absolute path, gets a link to each export
+    by the name that tools of transformers expect: initial_model, checkpoint-<n>, final_model (trainer/exportlinks.py).
+    """
 
     dtype: Literal["bf16", "fp32"] = "bf16"
+    initial: bool = False
+    checkpoints: bool = False
+    folder: str | None = None
+
+    @model_validator(mode="after")
+    def _folder_is_one_place(self) -> Self:
+        if self.folder is not None and not Path(self.folder).is_absolute():
+            raise ValueError(f"folder '{self.folder}' must be an absolute path; write {Path.cwd() / self.folder}")
+        return self
 
 
 class RecipeSpec(Spec):
@@ -367,9 +381,9 @@ class RecipeSpec(Spec):
         return self.optimizer.adamw.learning_rate if self.model.lora else self.optimizer.peak_learning_rate
 
     @property
-    def export_dtype(self) -> Literal["bf16", "fp32"]:
-        """The dtype of the folder for transformers."""
-        return (self.export or ExportSpec()).dtype
+    def exporting(self) -> ExportSpec:
+        """The section `export`, or its defaults."""
+        return self.export or ExportSpec()
 
 
 @begins_with("run", "run_dir", "steps", "begun_with_steps", "seed", "init_from", "model", "tokens")
@@ -447,6 +461,11 @@ class TrainSpec(RecipeSpec):
     def _engine_has_its_section(self) -> Self:
         if self.megatron is not None and self.engine != "megatron":
             raise ValueError("train.megatron is for train.engine megatron; write that, or remove the section")
+        if self.engine == "megatron" and (self.exporting.initial or self.exporting.checkpoints):
+            raise ValueError(
+                "train.export.initial and checkpoints are for train.engine yaongi; of Megatron only the last weights "
+                "become a checkpoint of ours; remove them"
+            )
         if self.engine == "megatron" and self.parallel != ParallelSpec():
             raise ValueError(
                 "train.parallel is for train.engine yaongi; of Megatron write train.megatron (tensor_parallel, "

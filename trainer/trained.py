@@ -30,18 +30,21 @@ class Trained:
     checkpoint: CheckpointManifest
 
 
-def load_trained(spec: TrainSpec, device: torch.device, dtype: torch.dtype | None = None) -> Trained:
+def load_trained(
+    spec: TrainSpec, device: torch.device, dtype: torch.dtype | None = None, path: Path | None = None
+) -> Trained:
     """The model of the newest verified checkpoint of `spec.run_dir`.
 
     Args:
         dtype: autocast dtype of matrix products; None without autocast.
+        path: another checkpoint, instead of the newest.
 
     Raises:
         LaunchError, CheckpointError: no checkpoint, or none that verifies.
         DataError: the tokenizer is missing, damaged or not the
             checkpoint's.
     """
-    path = latest(spec.run_dir)
+    path = path or latest(spec.run_dir)
     if path is None:
         raise LaunchError(f"{spec.run_dir}: no checkpoint yet; train first")
     tokenizer = _tokenizer_of(path, spec.tokens.tokenizer)

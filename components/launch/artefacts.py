@@ -66,7 +66,7 @@ def _exported(job: JobSpec) -> StageResult | None:
     manifest = read_json(directory / "manifest.json", ("checkpoint_digest", "files"))
     if manifest is None or manifest["checkpoint_digest"] != _checkpoint_digest(job):
         return None
-    if manifest.get("transformers_dtype", "bf16") != job.train.export_dtype:
+    if manifest.get("transformers_dtype", "bf16") != job.train.exporting.dtype:
         return None
     expected = {name: CheckpointFile.model_validate(entry) for name, entry in manifest["files"].items()}
     missing = [name for name in expected if not (directory / name).is_file()]

@@ -16,7 +16,7 @@ from trainer.data.manifest import read_manifest
 from trainer.errors import DataError, SpecError, VolumeError
 from trainer.megatron.program import find_program
 from trainer.preflight.measured import gibibytes
-from trainer.preflight.storage import checkpoints_to_come
+from trainer.preflight.storage import checkpoints_to_come, exports_to_come
 from trainer.process.hostmemory import limit_bytes
 
 TOKEN_BYTES = 2  # for vocabularies below 65,536
@@ -89,9 +89,12 @@ def has_gpu() -> bool:
 def _refuse_too_little_disk(job: JobSpec, train: bool) -> None:
     wanted = {Path(job.storage.datasets_dir): _data_to_come(job)}
     if train:
-        directory, (number, size) = Path(job.run_dir), checkpoints_to_come(job.train_spec(), Path(job.run_dir))
-        wanted[directory] = number * size
+        directory, spec = Path(job.run_dir), job.train_spec()
+        number, size = checkpoints_to_come(spec, directory)
+        wanted[directory] = number * size + exports_to_come(spec, directory)
     volumes: dict[int, tuple[Path, float, float]] = {}
+    exporting = ", or raise train.checkpoint.every_steps, as each checkpoint is exported"
+    exporting *= job.train.exporting.checkpoints
     for directory, needed in wanted.items():
         place = next(path for path in (directory, *directory.parents) if path.exists())
         status = os.statvfs(place)
@@ -103,6 +106,7 @@ def _refuse_too_little_disk(job: JobSpec, train: bool) -> None:
             raise VolumeError(
                 f"{directory} has {gibibytes(free)} free, the job needs about {gibibytes(needed)} there; free space, "
                 "enlarge the volume, or lower data.max_bytes_per_source, train.steps or train.checkpoint.keep_last"
+                + exporting
             )
 
 

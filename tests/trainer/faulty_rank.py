@@ -52,7 +52,7 @@ def misbehave(fault: str, argument: str) -> None:
     elif os.environ["RANK"] != "0":
         finish = loop.finish
 
-        def finish_badly(run: loop.Run) -> None:
+        def finish_badly(run: loop.Run, *others: object) -> int:
             barrier = run.world.barrier
 
             def late() -> None:
@@ -63,7 +63,7 @@ def misbehave(fault: str, argument: str) -> None:
                 barrier()
 
             object.__setattr__(run.world, "barrier", late)
-            finish(run)
+            return finish(run, *others)
 
         loop.finish = finish_badly
 

@@ -14,7 +14,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import sha256
@@ -244,8 +244,7 @@ def publish(run_dir: str | Path, manifest: CheckpointManifest) -> Path:
     Checkpoints of later steps belong to a branch that was abandoned by going back to an older one; they are deleted.
     """
     hidden, visible = unfinished_dir(run_dir, manifest.step), step_dir(run_dir, manifest.step)
-    complete = manifest.model_copy(update={"digest": manifest.content_digest()})
-    atomic_write(hidden / MANIFEST, complete.model_dump_json(indent=1).encode())
+    complete(hidden, manifest)
     if visible.exists():  # the step was trained again after a fallback to an older checkpoint
         _remove(visible)
     hidden.rename(visible)
@@ -257,19 +256,26 @@ def publish(run_dir: str | Path, manifest: CheckpointManifest) -> Path:
     return visible
 
 
-def prune(run_dir: str | Path, keep_last: int, decay_begins: int = 0) -> None:
+def complete(directory: Path, manifest: CheckpointManifest) -> None:
+    """Write the manifest, with its digest, as the last file of a checkpoint directory."""
+    signed = manifest.model_copy(update={"digest": manifest.content_digest()})
+    atomic_write(directory / MANIFEST, signed.model_dump_json(indent=1).encode())
+
+
+def prune(run_dir: str | Path, keep_last: int, decay_begins: int = 0, in_use: Collection[int] = ()) -> None:
     """Delete all but the newest `keep_last` checkpoints, but never the one in LATEST.
 
     A checkpoint saved within a series of skipped steps does not displace another, because a person may have to go back
     before the series: it is kept if it is the newest, or if there is room. The newest checkpoint at or before step
-    `decay_begins` is kept too, because the run can be lengthened from there.
+    `decay_begins` is kept too, because the run can be lengthened from there; and those of the steps `in_use`, which are
+    being read.
     """
     step, found = latest_step(run_dir), published(run_dir)
     every_sound = [path for path in found if not _in_a_row(path)]
     sound, stable = every_sound[:keep_last], [path for path in every_sound if step_of(path) <= decay_begins][:1]
     kept = list(dict.fromkeys([*found[:1], *sound, *found]))[: max(keep_last, len({*found[:1], *sound}))]
     for path in found:
-        if path not in [*kept, *stable] and step_of(path) != step:
+        if path not in [*kept, *stable] and step_of(path) not in (step, *in_use):
             _remove(path)
 
 

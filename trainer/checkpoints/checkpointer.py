@@ -54,6 +54,7 @@ class Checkpointer:
         on_failed: called likewise if a checkpoint could not be saved.
         fp8: state of FP8 products, None without any. If a checkpoint lacks it, it is reset.
         former: digests of earlier generations of the shards, which are accepted too.
+        in_use: on rank 0, the steps whose checkpoints must not be deleted now.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class Checkpointer:
         on_failed: Callable[[], None],
         fp8: Fp8State | TeState | None = None,
         former: Collection[str] = (),
+        in_use: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self._spec, self._world, self._model, self._optimizers = spec, world, model, optimizers
         self._fp8, self._former = fp8, former
         self._digests, self._on_published, self._on_failed = digests, on_published, on_failed
+        self._in_use = in_use
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[str | None] | None = None
         self._copies: dict[str, Tensor] = {}
@@ -94,7 +97,41 @@ class Checkpointer:
                 f"{checkpoint.how_to_go_back(before)}",
             )
         began = time.monotonic()
-        manifest = CheckpointManifest(
+        manifest = self._manifest(step, cursor, scalars)
+        tensors = {**state, **_random_state(self._world), **self._fp8_state()}
+        self.saved_step = step
+        if self._spec.checkpoint.asynchronous:
+            tensors = self._copy(tensors)
+            self._pending = self._thread.submit(self._write, manifest, tensors, began)
+        else:
+            self._pending = Future()
+            self._pending.set_result(self._write(manifest, tensors, began))
+
+    def save_weights(self, folder: Path, step: int, cursor: dict[str, Any]) -> str | None:
+        """Write the weights to `folder` as a checkpoint without optimizer state, from which no run resumes; for export.
+
+        Returns:
+            Why it failed; None if it is complete.
+        """
+        hidden = folder.with_name(f".unfinished-{folder.name}")
+
+        def publish(files: dict[str, checkpoint.CheckpointFile]) -> None:
+            checkpoint.complete(hidden, self._manifest(step, cursor, {}).model_copy(update={"files": files}))
+            hidden.rename(folder)
+
+        def clear() -> None:
+            for former in (hidden, folder):
+                shutil.rmtree(former, ignore_errors=True)
+            hidden.mkdir(parents=True)
+
+        try:
+            self._write_files(hidden, _model_state(self._model), clear, publish)
+        except (CheckpointException, _SaveFailed) as error:
+            return _first_cause(error)
+        return None
+
+    def _manifest(self, step: int, cursor: dict[str, Any], scalars: dict[str, float]) -> CheckpointManifest:
+        return CheckpointManifest(
             step=step,
             spec={VERSION_FIELD: version_of(self._spec)} | stored(self._spec),
             code_version=f"yaongi {importlib.metadata.version('yaongi')}, torch {torch.__version__}",
@@ -104,14 +141,6 @@ class Checkpointer:
             scalars=scalars,
             files={},
         )
-        tensors = {**state, **_random_state(self._world), **self._fp8_state()}
-        self.saved_step = step
-        if self._spec.checkpoint.asynchronous:
-            tensors = self._copy(tensors)
-            self._pending = self._thread.submit(self._write, manifest, tensors, began)
-        else:
-            self._pending = Future()
-            self._pending.set_result(self._write(manifest, tensors, began))
 
     def wait(self) -> str | None:
         """Wait for the save in progress; returns its error, None if it was published."""
@@ -243,12 +272,19 @@ class Checkpointer:
         """Write, describe and publish; a failure on any rank undoes it on all and is returned as one line."""
         run_dir, step = self._spec.run_dir, manifest.step
         hidden = checkpoint.unfinished_dir(run_dir, step)
+
+        def clear() -> None:
+            checkpoint.clean_unfinished(run_dir)
+            hidden.mkdir(parents=True, exist_ok=True)  # NFS may keep an open file of an earlier one
+
+        def publish(files: dict[str, checkpoint.CheckpointFile]) -> None:
+            checkpoint.publish(run_dir, manifest.model_copy(update={"files": files}))
+            keep = self._spec.checkpoint.keep_last
+            checkpoint.prune(run_dir, keep, self._spec.decay_begins, self._in_use())
+            self._on_published(step, time.monotonic() - began)
+
         try:
-            self._together(lambda: self._prepare(hidden))
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(hidden), process_group=self._world.background)
-            described = self._together(lambda: self._describe_own(hidden))
-            files = {name: file for part in described for name, file in part.items()}
-            self._together(lambda: self._publish(manifest.model_copy(update={"files": files}), began))
+            self._write_files(hidden, tensors, clear, publish)
         except (CheckpointException, _SaveFailed) as error:
             free = shutil.disk_usage(run_dir).free / 2**30
             problem = f"checkpoint of step {step} was not saved: {_first_cause(error)} ({free:.1f} GiB free)"
@@ -259,21 +295,25 @@ class Checkpointer:
             return problem
         return None
 
-    def _prepare(self, hidden: Path) -> None:
-        if self._world.is_main:
-            checkpoint.clean_unfinished(self._spec.run_dir)
-            hidden.mkdir(parents=True, exist_ok=True)  # NFS may keep an open file of an earlier one
+    def _write_files(
+        self,
+        hidden: Path,
+        tensors: dict[str, Tensor],
+        clear: Callable[[], None],
+        publish: Callable[[dict[str, checkpoint.CheckpointFile]], None],
+    ) -> None:
+        """Write tensors to `hidden` on all ranks together; before it rank 0 calls `clear`, and at the end `publish`."""
+        main = self._world.is_main
+        self._together(lambda: clear() if main else None)
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(hidden), process_group=self._world.background)
+        described = self._together(lambda: self._describe_own(hidden))
+        files = {name: file for part in described for name, file in part.items()}
+        self._together(lambda: publish(files) if main else None)
 
     def _describe_own(self, hidden: Path) -> dict[str, checkpoint.CheckpointFile]:
         """Each rank reads back the files it wrote (`__<rank>_…`); the main rank also reads the index."""
         names = [entry.name for entry in hidden.glob(f"__{self._world.rank}_*")]
         return checkpoint.describe_files(hidden, [*names, INDEX] if self._world.is_main else names)
-
-    def _publish(self, manifest: CheckpointManifest, began: float) -> None:
-        if self._world.is_main:
-            checkpoint.publish(self._spec.run_dir, manifest)
-            checkpoint.prune(self._spec.run_dir, self._spec.checkpoint.keep_last, self._spec.decay_begins)
-            self._on_published(manifest.step, time.monotonic() - began)
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:
         """Run `work` on every rank; afterwards all ranks know whether all succeeded, and have all results."""

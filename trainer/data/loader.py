@@ -144,6 +144,11 @@ class TokenLoader:
         """Number of documents that were appended to the shards too late for this run."""
         return self._stream.left_out
 
+    @property
+    def cursor(self) -> Cursor:
+        """After the step that was taken last; before the first one, where this begins."""
+        return self._cursor
+
     def epochs(self) -> dict[str, float]:
         """Epochs of each source up to the last yielded step."""
         return self._stream.epochs(self._cursor)

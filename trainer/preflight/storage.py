@@ -7,6 +7,7 @@ import socket
 import time
 from pathlib import Path
 
+from trainer import exported
 from trainer.arithmetic.memory import training_memory
 from trainer.checkpoints.checkpoint import MEGATRON_FOLDER, published, unfinished
 from trainer.data.manifest import read_manifest
@@ -110,13 +111,16 @@ def shared_memory(minimum_gib: float | None, path: Path = SHARED_MEMORY) -> Meas
 
 def _free(spec: TrainSpec, directory: Path) -> float:
     """Free bytes of the checkpoint volume; enough for what the run is going to keep there besides what it has."""
-    missing, size = checkpoints_to_come(spec, directory)
+    (missing, size), exports = checkpoints_to_come(spec, directory), exports_to_come(spec, directory)
     status = os.statvfs(directory)
     free = status.f_bavail * status.f_frsize + _leftover(directory)
-    if status.f_blocks and free < missing * size:  # some network file systems do not tell
+    needed = missing * size + exports
+    if status.f_blocks and free < needed:  # some network file systems do not tell
+        beside = f", and {gibibytes(exports)} of exports" if exports else ""
+        remedy = "raise train.checkpoint.every_steps" if exports else "lower train.checkpoint.keep_last"
         raise VolumeError(
-            f"{directory} has {gibibytes(free)} free, the run needs {gibibytes(missing * size)} ({missing} checkpoints "
-            f"of {gibibytes(size)}); free space, enlarge the volume, or lower train.checkpoint.keep_last",
+            f"{directory} has {gibibytes(free)} free, the run needs {gibibytes(needed)} ({missing} checkpoints "
+            f"of {gibibytes(size)}{beside}); free space, enlarge the volume, or {remedy}",
         )
     return free
 
@@ -131,6 +135,18 @@ def checkpoints_to_come(spec: TrainSpec, directory: Path) -> tuple[int, int]:
         size = MEGATRON_BYTES * sum(parameter.count for parameter in parameters(spec.model))
         return max(1, min(most, planned) - len(list((directory / MEGATRON_FOLDER).glob("iter_*")))), size
     return max(1, min(most, planned) - len(published(directory))), memory.weights + memory.optimizer
+
+
+def exports_to_come(spec: TrainSpec, directory: Path) -> int:
+    """Bytes of the exports that a run will make during training beside those that it has.
+
+    Each holds the weights twice: in FP32, and for transformers in the dtype of train.export.
+    """
+    wanted = spec.exporting
+    number = wanted.initial + wanted.checkpoints * -(-spec.steps // spec.checkpoint.every_steps)
+    parameter_bytes = 4 + {"bf16": 2, "fp32": 4}[wanted.dtype]
+    count = sum(parameter.count for parameter in parameters(spec.model))
+    return max(0, number - len(exported.steps(directory))) * parameter_bytes * count
 
 
 def _leftover(directory: Path) -> int:
