@@ -61,6 +61,9 @@ def test_the_image_of_a_plain_build_is_enough_for_one_machine() -> None:
     prepared = f"{entry} yaongi prepare tiny --until download --workdir /work && ls -l /work/datasets && id -u"
     said = ask("run", TRAINER_IMAGE, "sh", "-c", prepared)
     assert "next: yaongi prepare tiny --workdir /work" in said and said.endswith("\n1000\n"), said
+    refused = f"{entry} yaongi run tiny --workdir /opt/work 2>&1; echo exit code $?"
+    said = ask("run", TRAINER_IMAGE, "sh", "-c", refused)
+    assert re.search(r"/opt/work/\S+ cannot be written here; .*\nexit code 2$", said), said
 
 
 @each_image
