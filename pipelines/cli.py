@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from components.running import told
 from pipelines import verbs
+from pipelines.budget.command import budget
 from pipelines.compare import compare
 from pipelines.data import app as data_app
 from pipelines.doctor.command import doctor
@@ -58,7 +59,7 @@ VERBS = (
     *("run", "tune", "prepare", "train", "evaluate", "export", "verify", "sign"),
     *("quantize", "onnx", "generate", "serve"),
     *("local", "status", "logs", "compare", "stop", "resume"),
-    *("describe", "presets", "data", "doctor", "submit", "compile", "render", "lint", "why"),
+    *("describe", "presets", "budget", "data", "doctor", "submit", "compile", "render", "lint", "why"),
 )
 
 
@@ -82,7 +83,7 @@ app.add_typer(data_app, name="data")
 verbs.register(app)
 app.command()(lint)
 app.command()(doctor)
-for command in (prepare, compare, verify, sign, quantize, onnx, serve):
+for command in (prepare, budget, compare, verify, sign, quantize, onnx, serve):
     app.command()(command)
 
 

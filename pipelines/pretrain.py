@@ -44,7 +44,7 @@ def pretrain(
     """Train a language model.
 
     Args:
-        preset: model and data to start from: tiny, small, h100-4b, h100-4b-interleaved, dual-h100-dense,
+        preset: model and data to start from: tiny, small, h100-4b, h100-4b-interleaved, h100-4b-1t, dual-h100-dense,
             qwen3-30b-a3b or nemotron-3-nano.
         steps: optimizer steps; 0 takes the preset's number.
         nodes: machines to train on; 0 takes the preset's number.

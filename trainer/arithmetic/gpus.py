@@ -13,7 +13,7 @@ from trainer.errors import SpecError
 
 
 class Gpu(NamedTuple):
-    """FLOP/s and bytes/s of one GPU.
+    """FLOP/s, bytes/s and memory of one GPU.
 
     Attributes:
         name: in options.
@@ -21,6 +21,7 @@ class Gpu(NamedTuple):
         flops: dense BF16 (of a T4, which has none: FP16).
         fp8_flops: None without FP8 products.
         bandwidth: of its memory.
+        memory_gib: what the vendor calls GB; CUDA reports about as many GiB.
     """
 
     name: str
@@ -28,27 +29,29 @@ class Gpu(NamedTuple):
     flops: float
     fp8_flops: float | None
     bandwidth: float
+    memory_gib: int
 
 
-def _gpu(name: str, words: str, flops: float, fp8_flops: float | None, bandwidth: float) -> Gpu:
-    return Gpu(name, frozenset(words.split()), flops * 1e12, None if fp8_flops is None else fp8_flops * 1e12, bandwidth)
+def _gpu(name: str, words: str, flops: float, fp8_flops: float | None, bandwidth: float, memory_gib: int) -> Gpu:
+    fp8_peak = None if fp8_flops is None else fp8_flops * 1e12
+    return Gpu(name, frozenset(words.split()), flops * 1e12, fp8_peak, bandwidth, memory_gib)
 
 
 # Of two with the same word in their names, the one with more words comes first.
 GPUS = (
-    _gpu("h100-pcie", "H100 PCIe", 756, 1513, 2.0e12),
-    _gpu("h100-nvl", "H100 NVL", 835, 1671, 3.9e12),
-    _gpu("h100", "H100", 989, 1979, 3.35e12),  # SXM
-    _gpu("h200", "H200", 989, 1979, 4.8e12),
-    _gpu("gh200", "GH200", 989, 1979, 4.0e12),
-    _gpu("b200", "B200", 2250, 4500, 8.0e12),
-    _gpu("a100-40", "A100 40GB", 312, None, 1.555e12),
-    _gpu("a100", "A100", 312, None, 2.039e12),  # 80 GB
-    _gpu("l40s", "L40S", 362, 733, 0.864e12),
-    _gpu("l4", "L4", 121, 242, 0.3e12),
-    _gpu("rtx-4090", "RTX 4090", 165.2, 330.3, 1.008e12),
-    _gpu("rtx-5090", "RTX 5090", 209.5, 419, 1.792e12),
-    _gpu("t4", "T4", 65, None, 0.32e12),
+    _gpu("h100-pcie", "H100 PCIe", 756, 1513, 2.0e12, 80),
+    _gpu("h100-nvl", "H100 NVL", 835, 1671, 3.9e12, 94),
+    _gpu("h100", "H100", 989, 1979, 3.35e12, 80),  # SXM
+    _gpu("h200", "H200", 989, 1979, 4.8e12, 141),
+    _gpu("gh200", "GH200", 989, 1979, 4.0e12, 96),
+    _gpu("b200", "B200", 2250, 4500, 8.0e12, 180),
+    _gpu("a100-40", "A100 40GB", 312, None, 1.555e12, 40),
+    _gpu("a100", "A100", 312, None, 2.039e12, 80),  # 80 GB
+    _gpu("l40s", "L40S", 362, 733, 0.864e12, 48),
+    _gpu("l4", "L4", 121, 242, 0.3e12, 24),
+    _gpu("rtx-4090", "RTX 4090", 165.2, 330.3, 1.008e12, 24),
+    _gpu("rtx-5090", "RTX 5090", 209.5, 419, 1.792e12, 32),
+    _gpu("t4", "T4", 65, None, 0.32e12, 16),
 )
 
 
