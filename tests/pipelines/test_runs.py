@@ -25,6 +25,7 @@ from pipelines.runs.kfp.run import KfpRun
 from trainer.data.manifest import StageResult
 from trainer.errors import LaunchError
 from trainer.files import atomic_write
+from trainer.recording.trackers import state
 from trainer.specbase import SpecError, to_yaml
 
 
@@ -290,3 +291,11 @@ def test_a_start_that_is_refused_is_told_with_its_code(yaongi, run, changes, sai
         code, printed, error = yaongi("resume", run.name, "--workdir", str(run.workdir))
     assert (code, printed) == (2, "")
     assert said in error and error.count("\n") == 1
+
+
+def test_the_run_s_pages_at_trackers_are_shown(yaongi, run):
+    page = "http://m:5000/#/experiments/1/runs/2"
+    state.State(places={"mlflow": state.Place(id="2", url=page)}).write(run.directory)
+    assert ("MLflow", page) in run.view().rows
+    _, printed, _ = yaongi("status", run.name, "--workdir", str(run.workdir))
+    assert f"MLflow      {page}\n" in printed

@@ -16,16 +16,21 @@ from typing import Any
 import micro
 import pytest
 from langfuse import Langfuse as LangfuseClient
+from made_run import make_run
+from mlflow_server import mlflow_serving
 from ports import free_port
 from tracker_servers import PROJECT, Server, basic, serving
 from waiting import wait_until
 from wandb_files import records
+from wandb_server import ENTITY, wandb_serving
 
+from trainer import evaluate
 from trainer.errors import SpecError
 from trainer.exitcodes import ExitCode
 from trainer.recording.trackers import remote, sender, state
 from trainer.recording.trackers.keys import problems, scrubbed, wanted
 from trainer.recording.trackers.remote import Remote
+from trainer.report import write_report
 from trainer.spec import TrainSpec
 from trainer.trackerspec import KEYS, LANGFUSE_HOST, TrackersSpec, variables_of
 
@@ -107,6 +112,96 @@ def test_a_run_is_told_to_langfuse_and_wandb_and_goes_on_where_it_was(
     assert {event["trace"] for event in langfuse.events} == {trace}
     (later,) = {file for file in (run / "wandb").glob("offline-run-*/run-*.wandb") if file != first}
     assert next(each.run.run_id for each in records(later) if each.WhichOneof("record_type") == "run") == "micro"
+
+
+def test_a_run_and_its_restart_are_one_run_of_wandb(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", WANDB_KEY)
+    run = tmp_path / "run"
+    with wandb_serving(WANDB_KEY) as server:
+        spec = micro.micro_spec(micro_data, run, trackers={"wandb": {"project": "p", "host": server.address}})
+        for first, name in ((1, "start"), (5, "restart")):  # steps 5 to 8 are trained twice
+            one = Remote(spec, trains=True)
+            one.event(name, {"step": first - 1, "reason": "killed" if first > 1 else None})
+            for step in range(first, first + 8):
+                one.add(step, {"train/loss": 5.0 - step / 8})
+            if first > 1:
+                one.summary({"loss": 3.5, "report": "report.html"})
+                one.event("end", {"state": "finished", "step": 12})
+            one.close()
+            (there,) = server.runs.values()
+            assert there["exit"] == (1 if first == 1 else 0), "without a word about its end it has failed"
+    assert list(server.runs) == ["micro"] and not server.unknown
+    assert there["config"]["model"]["value"]["hidden"] == 32
+    lines = [line for line in there["history"] if "train/loss" in line]
+    assert [line["step"] for line in lines] == [*range(1, 9), *range(5, 13)]
+    assert [line["_step"] for line in there["history"]] == list(range(len(there["history"]))), "nothing is dropped"
+    assert all(line["train/loss"] == 5.0 - line["step"] / 8 for line in lines)
+    assert there["summary"]["loss"] == 3.5 and there["summary"]["event/restart"] == "killed"
+    assert state.links(run) == {"Weights & Biases": f"{server.address}/{ENTITY}/p/runs/micro"}
+    assert not files_with(WANDB_KEY, run) and WANDB_KEY not in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_run_and_its_restart_are_one_run_of_mlflow(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As tests/peers with MLflow's own server, and with a key."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", SECRET)
+    run = tmp_path / "run"
+    with mlflow_serving(f"Bearer {SECRET}") as server:
+        spec = micro.micro_spec(micro_data, run, trackers={"mlflow": {"tracking_uri": server.address}})
+        for first, name in ((1, "start"), (5, "restart")):
+            one = Remote(spec, trains=True)
+            one.event(name, {"step": first - 1, "reason": "killed"})
+            for step in range(first, first + 8):
+                one.add(step, {"train/loss": 5.0 - step / 8, "train/odd:na,me": 1.0})
+            one.close()
+        remote.tell(spec, {"evaluation": {"step": 12}}, {"evaluation": {"heldout": {"ko": 1.5}, "report": "x.html"}})
+        (there,) = server.runs.values()
+        assert there["status"] == "RUNNING", "an evaluation does not end a training"
+        remote.tell(spec, {"error": {"code": 137, "reason": "rank 0: ended by SIGKILL"}})
+        assert there["status"] == "FAILED" and "ended by SIGKILL" in there["tags"]["yaongi.error"]
+        assert not server.unknown and there["params"]["model.hidden"] == "32"
+        losses = [(step, value) for key, step, value in there["metrics"] if key == "train/loss"]
+        assert sorted(losses) == sorted((step, 5.0 - step / 8) for step in (*range(1, 9), *range(5, 13)))
+        assert ("train/odd:na_me", 1, 1.0) in there["metrics"]
+        assert ("summary/evaluation.heldout.ko", 0, 1.5) in there["metrics"]
+        assert there["tags"]["yaongi.evaluation.report"] == "x.html"
+        (place,) = state.links(run).values()
+        assert place.startswith(f"{server.address}/#/experiments/1/runs/") and server.experiments == {"yaongi": "1"}
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
+        assert not files_with(SECRET, run) and SECRET not in caplog.text
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "wrong")
+        remote.tell(spec, {"evaluation": {}})
+        (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert "refuses the key" in line and "set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and" in line
+
+
+def test_a_run_that_wandb_refuses_is_kept_and_sent_later(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", WANDB_KEY)
+    run, right = tmp_path / "run", WANDB_KEY[::-1]
+    with wandb_serving(right) as server:
+        spec = micro.micro_spec(micro_data, run, trackers={"wandb": {"project": "p", "host": server.address}})
+        one = Remote(spec, trains=True)
+        one.event("start", {"step": 0})
+        one.add(1, {"train/loss": 4.5})
+        one.event("end", {"state": "finished", "step": 1})
+        one.close()
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert "refuses the key; the run is recorded offline in" in line and "WANDB_API_KEY" in line
+        assert not server.runs and state.links(run) == {}
+        monkeypatch.setenv("WANDB_API_KEY", right)
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        (kept,) = (run / "wandb").glob("offline-run-*")
+        sync = subprocess.run(
+            [Path(sys.executable).with_name("wandb"), "sync", str(kept)], capture_output=True, text=True, timeout=120
+        )
+        assert sync.returncode == 0, sync.stdout + sync.stderr
+        assert [line["train/loss"] for line in server.runs["micro"]["history"] if "train/loss" in line] == [4.5]
 
 
 def history(kept: list[Any], name: str) -> dict[int, float]:
@@ -355,3 +450,30 @@ def test_no_client_is_imported_where_no_tracker_is_asked_for(micro_data: Path, t
     program += "print([name for name in ('wandb', 'mlflow', 'langfuse', 'opentelemetry') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=micro.environment())
     assert found.stdout.strip() == "[]", found.stderr
+
+
+def test_an_evaluation_is_told_without_texts(tmp_path: Path, langfuse: Server) -> None:
+    options = {"max_tokens": 2000, "prompts": ["river"], "sample_tokens": 2}
+    trackers = {"langfuse": {"host": langfuse.address}}
+    spec, _ = make_run(tmp_path, evaluate=options, trackers=trackers)
+    result = evaluate.run(spec)
+    (event,) = told(langfuse, "evaluation")
+    assert json.loads(event["heldout"]) == {"en": result["domains"]["en"]["bits_per_byte"]} and event["step"] == "12"
+    assert "samples" not in event and not any("river" in str(each) for each in langfuse.events)
+    assert state.read(spec.run_dir).told and state.read(spec.run_dir).started == 0, "no training was begun"
+
+
+def test_the_run_s_page_is_in_the_report_and_found_in_a_log(tmp_path: Path) -> None:
+    spec, _ = make_run(tmp_path)
+    assert state.links(spec.run_dir) == {}
+    pages = {"wandb": "https://wandb.ai/t/p/runs/x", "mlflow": "http://m:5000/#/experiments/1/runs/2"}
+    places = {name: state.Place(id="x", url=url) for name, url in pages.items()} | {"langfuse": state.Place(id="t")}
+    state.State(places=places).write(spec.run_dir)
+    found = {"Weights & Biases": pages["wandb"], "MLflow": pages["mlflow"]}
+    assert state.links(spec.run_dir) == found
+    page = write_report(spec.run_dir).read_text(encoding="utf-8")
+    assert all(f'<a href="{url}">{url}</a>' in page for url in pages.values())
+    lines = [f"{title}: {url}\n" for title, url in found.items()]
+    assert state.links_in(["step 1/2  loss 3", *lines, "warning: MLflow: its server does not answer"]) == found
+    (Path(spec.run_dir) / state.FILE).write_text("{broken")
+    assert state.links(spec.run_dir) == {} and state.read(spec.run_dir).told

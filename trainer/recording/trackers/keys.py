@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 
 from trainer.spec import TrainSpec
 from trainer.trackerspec import KEYS, LangfuseSpec, TrackerName, TrackersSpec, variables_of
 
 TITLES: dict[TrackerName, str] = {"wandb": "Weights & Biases", "mlflow": "MLflow", "langfuse": "Langfuse"}
+LONGEST_LINE = 200
+_NO_ANSWER = re.compile(r"refused|timed? ?out|resolution|not known|unreachable|max retries|reset by peer|EOF", re.I)
+_DENIED = re.compile(r"\b40[13]\b|not logged in|unauthori[sz]ed|api[_ ]key", re.I)
 
 
 def wanted(spec: TrainSpec) -> TrackersSpec | None:
@@ -58,6 +62,14 @@ def not_installed(name: TrackerName) -> str:
         f"{TITLES[name]}: its client is not installed; the run goes on without it; pip install 'yaongi[trackers]', or "
         f"remove train.trackers.{name}"
     )
+
+
+def in_short(error: Exception) -> str:
+    """One line for what a client raised, which can be whole pages."""
+    text = scrubbed(f"{type(error).__name__}: {error}")
+    if _DENIED.search(text):
+        return "its server refuses the key"
+    return "its server does not answer" if _NO_ANSWER.search(text) else text[:LONGEST_LINE]
 
 
 def scrubbed(text: str) -> str:

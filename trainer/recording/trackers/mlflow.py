@@ -43,7 +43,7 @@ class Mlflow(Tracker):
             experiment = found.experiment_id if found else self._client.create_experiment(wanted.experiment)
             self._id = self._known(known) or self._made(spec, experiment)
         except MlflowException as error:
-            if "401" in str(error) or "403" in str(error):
+            if error.get_http_status_code() in (401, 403):
                 raise Refused(
                     f"MLflow: {wanted.tracking_uri} refuses the key; the run goes on without it; set {named('mlflow')}"
                 ) from None

@@ -14,7 +14,6 @@ import importlib
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -28,7 +27,7 @@ from typing import IO, Any
 
 from trainer.recording.trackers import state
 from trainer.recording.trackers.base import Refused
-from trainer.recording.trackers.keys import TITLES, not_installed, scrubbed, wanted
+from trainer.recording.trackers.keys import TITLES, in_short, not_installed, wanted
 from trainer.recording.trackers.state import Place
 from trainer.spec import TrainSpec
 from trainer.trackerspec import TrackerName
@@ -39,8 +38,6 @@ FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 30.0
 MOST_WAITING = 20_000
 LOCK, LOCK_SECONDS = ".trackers.lock", 15.0
-LONGEST_LINE = 200
-_NO_ANSWER = re.compile(r"refused|timed? ?out|resolution|not known|unreachable|max retries|reset by peer", re.I)
 # Before a client is imported: short timeouts, and no reports of their own.
 SETTINGS = {
     "DO_NOT_TRACK": "true",
@@ -50,12 +47,6 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
 }
 Tell = Callable[[str, str], None]
-
-
-def in_short(error: Exception) -> str:
-    """One line for what a client raised; theirs can be whole pages."""
-    text = scrubbed(f"{type(error).__name__}: {error}")
-    return "its server does not answer" if _NO_ANSWER.search(text) else text[:LONGEST_LINE]
 
 
 class Desk(threading.Thread):

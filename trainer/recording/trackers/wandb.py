@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.fields import stored
 from trainer.recording.trackers.base import EventName, Tracker, flat
-from trainer.recording.trackers.keys import has_key, scrubbed, without_key
+from trainer.recording.trackers.keys import has_key, in_short, without_key
 from trainer.recording.trackers.state import Place
 from trainer.spec import TrainSpec
 from trainer.trackerspec import WandbSpec
@@ -44,11 +44,13 @@ class Wandb(Tracker):
         except Exception as error:  # its own errors, and those of its background process
             if mode != "online":
                 raise
-            why = scrubbed(str(error))[:200]
             self.remark = (
-                f"Weights & Biases: {why}; the run is recorded offline in {self._directory / 'wandb'}; send it "
-                "by `wandb sync` when the cause is mended"
+                f"Weights & Biases: {in_short(error)}; the run is recorded offline in {self._directory / 'wandb'}; "
+                "look after the server and WANDB_API_KEY, and send it by `wandb sync`"
             )
+            import wandb
+
+            wandb.teardown()  # else its background process still holds the id
             self._run = _begin(spec, wanted, name, "offline")
         self._run.define_metric(STEP, hidden=True)
         self._run.define_metric("*", step_metric=STEP)
@@ -63,8 +65,8 @@ class Wandb(Tracker):
         elif name == "end":
             self._failed = False
         told = {key: value for key, value in flat(values).items() if value is not None}
-        # The summary shows the last one of each kind. What happened when is in the history too.
-        self._run.summary.update({f"{EVENTS}/{name}": told})
+        # The summary shows the last one of each kind; what happened when is in the history.
+        self._run.summary.update({f"{EVENTS}.{name}": told})
         if (step := told.get(STEP)) is not None:
             self._run.log({STEP: step, f"{EVENTS}/{name}": told.get("reason") or name})
 
