@@ -198,7 +198,11 @@ def test_a_run_that_wandb_refuses_is_kept_and_sent_later(
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
         (kept,) = (run / "wandb").glob("offline-run-*")
         sync = subprocess.run(
-            [Path(sys.executable).with_name("wandb"), "sync", str(kept)], capture_output=True, text=True, timeout=120
+            [Path(sys.executable).with_name("wandb"), "sync", str(kept)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=tmp_path,
         )
         assert sync.returncode == 0, sync.stdout + sync.stderr
         assert [line["train/loss"] for line in server.runs["micro"]["history"] if "train/loss" in line] == [4.5]
