@@ -104,7 +104,7 @@ def tell_trackers(spec: TrainSpec, result: dict[str, Any]) -> None:
     scores = {
         "step": result["step"],
         "heldout": {name: domain["bits_per_byte"] for name, domain in result["domains"].items()},
-        "benchmarks": {row.name: row.value for row in rows(result)},
+        **({"benchmarks": {row.name: row.value for row in benchmarks}} if (benchmarks := rows(result)) else {}),
         "gates_failed": sum(not found["passed"] for found in result.get("gates", [])),
         "report": str(Path(spec.run_dir) / REPORT),
     }

@@ -75,9 +75,7 @@ def train(spec: TrainSpec) -> tuple[int, str]:
     return process.returncode, output
 
 
-def test_a_run_is_told_to_langfuse_and_wandb_and_goes_on_where_it_was(
-    micro_data: Path, tmp_path: Path, langfuse: Server
-) -> None:
+def test_a_run_is_told_to_langfuse_and_kept_for_wandb(micro_data: Path, tmp_path: Path, langfuse: Server) -> None:
     trackers = {"langfuse": {"host": langfuse.address}, "wandb": {"project": "tests"}}
     run = tmp_path / "run"
     spec = micro.micro_spec(micro_data, run, trackers=trackers, evaluate={"every_steps": 6})
@@ -104,15 +102,6 @@ def test_a_run_is_told_to_langfuse_and_wandb_and_goes_on_where_it_was(
     assert set(history(kept, "validation/bits_per_byte/en")) == {6, 12}
     assert not files_with(SECRET, run) and SECRET not in output
 
-    longer = micro.micro_spec(micro_data, run, trackers=trackers, steps=16, begun_with_steps=12)
-    code, output = train(longer)
-    assert code == 0, output
-    (again,) = told(langfuse, "restart")
-    assert again["reason"] == "started again after its end" and again["reached"] == "12"
-    assert {event["trace"] for event in langfuse.events} == {trace}
-    (later,) = {file for file in (run / "wandb").glob("offline-run-*/run-*.wandb") if file != first}
-    assert next(each.run.run_id for each in records(later) if each.WhichOneof("record_type") == "run") == "micro"
-
 
 def test_a_run_and_its_restart_are_one_run_of_wandb(
     micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -132,6 +121,8 @@ def test_a_run_and_its_restart_are_one_run_of_wandb(
             one.close()
             (there,) = server.runs.values()
             assert there["exit"] == (1 if first == 1 else 0), "without a word about its end it has failed"
+        remote.tell(spec, {"evaluation": {"step": 12}}, {"evaluation": {"heldout": {"ko": 1.5}}})
+        assert there["exit"] == 0 and there["summary"]["evaluation.heldout.ko"] == 1.5
     assert list(server.runs) == ["micro"] and not server.unknown
     assert there["config"]["model"]["value"]["hidden"] == 32
     lines = [line for line in there["history"] if "train/loss" in line]

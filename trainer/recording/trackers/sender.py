@@ -235,6 +235,14 @@ def alone(run_dir: str, seconds: float) -> IO[str] | None:
             time.sleep(0.1)
 
 
+def end_after(parent: int) -> None:
+    """A process that the training has forked may hold its end of the pipe open after the training's death."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    time.sleep(IMPORT_SECONDS + CLOSE_SECONDS)
+    os._exit(0)
+
+
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends with its input
         signal.signal(number, signal.SIG_IGN)
@@ -254,6 +262,7 @@ def main() -> int:
     os.environ |= {name: value for name, value in SETTINGS.items() if name not in os.environ}
     first = json.loads(sys.stdin.readline())
     lock = alone(first["spec"]["run_dir"], LOCK_SECONDS)
+    threading.Thread(target=end_after, args=(os.getppid(),), daemon=True).start()
     session = Session(first, tell)
     for line in sys.stdin:
         session.take(json.loads(line))

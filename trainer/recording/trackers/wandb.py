@@ -62,7 +62,7 @@ class Wandb(Tracker):
     def event(self, name: EventName, values: dict[str, Any]) -> None:
         if name in ("start", "restart"):
             self._failed = True
-        elif name == "end":
+        elif name in ("end", "evaluation"):  # what is evaluated has been trained
             self._failed = False
         told = {key: value for key, value in flat(values).items() if value is not None}
         # The summary shows the last one of each kind; what happened when is in the history.
