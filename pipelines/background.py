@@ -27,7 +27,7 @@ from manifests.paths import whole
 from manifests.spec import JobSpec, job_file_text
 from pipelines.options import again
 from pipelines.stopping import ends_at_once
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, VolumeError
 from trainer.exitcodes import ExitCode, of_process
 from trainer.files import atomic_write
 from trainer.specbase import to_stored_yaml
@@ -144,10 +144,60 @@ def _write(workdir: Path, process: Process) -> None:
     atomic_write(folder(workdir) / f"{process.run}.json", json.dumps(asdict(process), indent=1).encode())
 
 
-def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Process:
+def holder(pid_file: Path) -> int | None:
+    """The process that keeps its number in this file now; None if none does, or it is dead."""
+    try:
+        with pid_file.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = pid_file.read_text(encoding="ascii", errors="replace").strip()
+        return int(text) if text.isdecimal() else 0
+    except OSError:  # there is none; whoever writes it says what else is wrong
+        return None
+    return None
+
+
+@contextmanager
+def keeping_number(pid_file: Path | None) -> Iterator[None]:
+    """Keep this process's number in a file, which is locked until the block ends and removed then.
+
+    A file without a lock is of a dead process, whatever its number means now.
+
+    Raises:
+        LaunchError: a living process has it.
+        VolumeError: it cannot be written.
+    """
+    if pid_file is None:
+        yield
+        return
+    made(pid_file.parent)
+    try:
+        file = pid_file.open("a+b")
+    except OSError as error:
+        raise VolumeError(f"--pid-file {pid_file}: cannot be written ({error.strerror}); name another file") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LaunchError(
+                f"process {holder(pid_file)} of {pid_file} is still running; end it first: kill {holder(pid_file)}"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
+        file.flush()
+        try:
+            yield
+        finally:
+            pid_file.unlink(missing_ok=True)
+
+
+def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False, pid_file: Path | None = None) -> Process:
     """Start `yaongi run` for a job in the background; returns once it drives the run and its log exists.
 
     It gets its own session, so that closing the terminal or pressing Ctrl-C there does not reach it.
+
+    Args:
+        pid_file: a file that has its number while it runs.
 
     Raises:
         LaunchError: the run already has a process, or the new one ended before its log existed; with reason and code.
@@ -159,6 +209,7 @@ def start(job: JobSpec, workdir: Path, cwd: Path, verbose: bool = False) -> Proc
     made(folder(workdir))
     atomic_write(file, to_stored_yaml(job))
     places = ["--target", job.cluster.target, "--workdir", str(whole(workdir))]
+    places += ["--pid-file", str(whole(pid_file))] if pid_file else []
     command = [sys.executable, "-m", "pipelines.cli", "run", str(whole(file)), *places]
     with console.open("wb") as output:
         child = subprocess.Popen(

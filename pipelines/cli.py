@@ -20,6 +20,7 @@ from pipelines.budget.command import budget
 from pipelines.compare import compare
 from pipelines.data import app as data_app
 from pipelines.doctor.command import doctor
+from pipelines.dual.command import dual
 from pipelines.lint import lint
 from pipelines.onnxverb import onnx
 from pipelines.options import Job, Sets, Target, Workdir
@@ -58,7 +59,7 @@ missing or in the way, 72 a gate was not passed, 74 file or volume, 130 and 143 
 VERBS = (
     *("run", "tune", "prepare", "train", "evaluate", "export", "verify", "sign"),
     *("quantize", "onnx", "generate", "serve"),
-    *("local", "status", "logs", "compare", "stop", "resume"),
+    *("local", "dual", "status", "logs", "compare", "stop", "resume"),
     *("describe", "presets", "budget", "data", "doctor", "submit", "compile", "render", "lint", "why"),
 )
 
@@ -83,7 +84,7 @@ app.add_typer(data_app, name="data")
 verbs.register(app)
 app.command()(lint)
 app.command()(doctor)
-for command in (prepare, budget, compare, verify, sign, quantize, onnx, serve):
+for command in (dual, prepare, budget, compare, verify, sign, quantize, onnx, serve):
     app.command()(command)
 
 
@@ -133,10 +134,15 @@ def run(
     sets: Sets = None,
     target: Target = "local",
     workdir: Workdir = Path("work"),
+    pid_file: Annotated[
+        Path | None, typer.Option(help="Keep the number of this process in a file while it runs.")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Run the whole pipeline from this machine: data, tokenizer, shards, train, evaluate, export, tune, summary."""
-    _pipeline(job, sets, target, workdir)
+    from pipelines.run import run_here
+
+    run_here(job, _changes(sets), target=target, workdir=workdir, sets=sets, pid_file=pid_file)
 
 
 @app.command()
@@ -148,29 +154,9 @@ def tune(
     verbose: Verbose = False,
 ) -> None:
     """Tune a model on chats: only the job's section `tune`, of its trained run or of the model in `tune.init_from`."""
-    _pipeline(job, sets, target, workdir, tuning=True)
+    from pipelines.run import run_here
 
-
-def _pipeline(job: str, sets: list[str] | None, target: str, workdir: Path, *, tuning: bool = False) -> None:
-    from components.summary.step import read_run
-    from pipelines.background import driving
-    from pipelines.run import local_job, run_pipeline
-    from pipelines.summary import show
-
-    console = Console()
-    changes = _changes(sets)
-    spec, arguments = local_job(job, changes, target=target, workdir=workdir, tuning=tuning, sets=sets)
-    with driving(spec, workdir):
-        if target == "local":
-            from pipelines.ports import written
-            from pipelines.refusals import refuse, remarks
-
-            refuse(spec, written(job, changes))
-            for line in remarks(spec):
-                print(f"warning: {line}", file=sys.stderr)
-        log = run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=_verbose())
-    for each in (spec, *([spec.tuning()] if spec.tune else [])):
-        show(read_run(each.run_dir), log, console, workdir, chat=each.train.evaluate.chat)
+    run_here(job, _changes(sets), target=target, workdir=workdir, tuning=True, sets=sets)
 
 
 @app.command()
@@ -398,10 +384,6 @@ def submit(
     from pipelines.submit import submit as submit_run
 
     submit_run(job, _changes(sets), host=host, image=image, follow=follow, console=Console(), browse=browse)
-
-
-def _verbose() -> bool:
-    return bool(os.environ.get("YAONGI_VERBOSE"))
 
 
 def main() -> None:

@@ -8,14 +8,18 @@ from pipelines.options import command
 from pipelines.runs import local
 from pipelines.runs.names import named
 from trainer.errors import SpecError
+from trainer.exported import around
 
 
 def find(source: str, workdir: Path) -> Path:
-    """The export directory that `source` names: itself, or that of a run (found by `local.find`).
+    """The export directory that `source` names: itself, the one around a folder for transformers (also by a link), or
+    that of a run (found by `local.find`).
 
     Raises:
         SpecError: no such run, or its model has not been exported.
     """
+    if (export := around(Path(source))) is not None:
+        return export
     for directory in (Path(source), Path(source) / "export"):
         if (directory / "model.safetensors").is_file():
             return directory

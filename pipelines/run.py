@@ -25,6 +25,7 @@ from trainer.checkpoints.checkpoint import step_dir
 from trainer.errors import LaunchError, SpecError
 from trainer.exitcodes import of_process
 from trainer.fields import stored
+from trainer.files import replace_link
 from trainer.process import launcher
 from trainer.specbase import deep_merge
 
@@ -73,6 +74,47 @@ def local_job(
     return job, arguments_for(preset, wanted)
 
 
+def run_here(
+    preset_or_file: str,
+    changes: dict[str, Any],
+    *,
+    target: str,
+    workdir: Path,
+    tuning: bool = False,
+    sets: list[str] | None = None,
+    pid_file: Path | None = None,
+) -> None:
+    """`yaongi run`: the whole pipeline, driven by this process, then its results.
+
+    Args: as `local_job`; `pid_file`, if any, has this process's number meanwhile.
+
+    Raises:
+        ForeseenError: the job is wrong, cannot work here, is driven by another process, or a step failed.
+    """
+    from components.summary.step import read_run
+    from pipelines.background import driving, keeping_number
+    from pipelines.summary import show
+
+    console, verbose = Console(), bool(os.environ.get("YAONGI_VERBOSE"))
+    spec, arguments = local_job(preset_or_file, changes, target=target, workdir=workdir, tuning=tuning, sets=sets)
+    with keeping_number(pid_file), driving(spec, workdir):
+        if target == "local":
+            from pipelines.ports import written
+            from pipelines.refusals import refuse, remarks
+
+            refuse(spec, written(preset_or_file, changes))
+            for line in remarks(spec):
+                print(f"warning: {line}", file=sys.stderr)
+        log = run_pipeline(spec, arguments, logs=workdir / "logs", console=console, verbose=verbose)
+    for each in (spec, *([spec.tuning()] if spec.tune else [])):
+        show(read_run(each.run_dir), log, console, workdir, chat=each.train.evaluate.chat)
+
+
+def newest_log(logs: Path, run: str) -> Path:
+    """A link in the folder of logs that leads to the one of the run's last start."""
+    return logs / f"{run}.log"
+
+
 def _refuse_untrained(job: JobSpec, first: str) -> None:
     """The run to tune must be trained, unless `tune` names another model.
 
@@ -104,6 +146,7 @@ def run_pipeline(
         Stopped: SIGINT or SIGTERM ended it before its last step was done.
     """
     log_path = made(logs) / f"{job.run_name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    replace_link(newest_log(logs, job.run_name), Path(log_path.name))
     with tempfile.TemporaryDirectory(prefix="yaongi-") as scratch, log_path.open("w", encoding="utf-8") as log:
         file = Path(scratch) / "arguments.json"
         file.write_text(json.dumps(arguments), encoding="utf-8")

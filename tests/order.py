@@ -16,6 +16,7 @@ LONGEST = (
     "trainer/test_resume.py",
     "trainer/test_gang.py",
     "pipelines/test_verbs.py",
+    "pipelines/test_dual.py",
     "e2e/test_pipeline.py",
 )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from trainer.errors import VolumeError
 from trainer.exported import TRANSFORMERS, digest, final_dir, step_dir, steps
-from trainer.files import atomic_write
+from trainer.files import atomic_write, replace_link
 from trainer.report.run import read_run
 from trainer.spec import TrainSpec
 
@@ -60,14 +60,11 @@ def show(spec: TrainSpec) -> None:
 
 
 def _link(link: Path, target: Path) -> None:
-    """Make or change a relative link, without a moment in which there is none."""
+    """A relative link."""
     if link.exists() and not link.is_symlink():
         log.warning("%s is no link of ours and stays; the model is in %s", link, target)
         return
-    draft = link.with_name(f".{link.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    draft.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()))
-    draft.replace(link)
+    replace_link(link, os.path.relpath(target.resolve(), link.parent.resolve()))
 
 
 def _of_model(spec: TrainSpec) -> dict[str, Any]:

@@ -39,6 +39,14 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
+def replace_link(link: Path, target: str | Path) -> None:
+    """Make or change a symbolic link, without a moment in which there is none."""
+    draft = link.with_name(f".{link.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(target)
+    draft.replace(link)
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file that need not be there; empty if it is not."""
     try:

@@ -26,14 +26,19 @@ GIB = 2**30
 TOOLS = {"kubectl": "to apply manifests and look at clusters", "helm": "to install the chart"}
 
 
-def findings(workdir: Path) -> Iterator[Finding]:
+def findings(workdir: Path, *, with_tools: bool = True) -> Iterator[Finding]:
+    """The checks of this machine.
+
+    Args:
+        with_tools: also look for the commands that only clusters need.
+    """
     checks: list[Callable[[Path], Iterator[Finding]]] = [
         _python,
         _machine,
         _shared_memory,
         _torch,
         _metrics_port,
-        _tools,
+        *([_tools] if with_tools else []),
     ]
     for check in checks:
         yield from check(workdir)

@@ -89,6 +89,16 @@ def show(
         console.print(f"error: {watcher.failure}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
+def show_beginning(run: str, workdir: Path, console: Console, seconds: float) -> None:
+    """Show what the log of a run that has just started says within this time, or until the run ends."""
+    log, end = newest(workdir, run), time.monotonic() + seconds
+    if log is None:
+        return
+    lines = _lines(log, lambda: background.is_alive(workdir, run) and time.monotonic() < end)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        Watcher(console, nowhere, verbose=bool(os.environ.get("YAONGI_VERBOSE"))).follow(lines)
+
+
 def _lines(file: Path, still: Callable[[], bool]) -> Iterator[str]:
     """Whole lines of a file, waiting for more while `still` returns True."""
     with file.open(encoding="utf-8", errors="replace") as stream:
