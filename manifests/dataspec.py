@@ -213,20 +213,34 @@ class DataSpec(Spec):
         return sum(wanted[name] * source.synthetic for name, source in self.sources.items()) / tokens
 
 
+class NearDuplicatesSpec(Spec):
+    """Of documents whose sets of five-word runs have at least this Jaccard similarity, only the first stays."""
+
+    threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
+
+
+class QualitySpec(Spec):
+    """Gopher's rules for prose, applied to the sources of these domains."""
+
+    domains: list[Literal["ko", "en", "math"]] = Field(["en", "ko"], min_length=1)
+
+
 class HygieneSpec(Spec):
     """The filters between download and tokenization; all are off by default.
 
-    `evaluation`: texts that training must not see; a document that shares `ngram` consecutive words with one of them is
-    dropped.
+    `near_duplicates: {}` and `quality: {}` switch these filters on with their defaults. `evaluation`: texts that
+    training must not see; a document that shares `ngram` consecutive words with one of them is dropped.
     """
 
     exact_duplicates: bool = False
+    near_duplicates: NearDuplicatesSpec | None = None
+    quality: QualitySpec | None = None
     evaluation: dict[Name, TextSpec] = {}
     ngram: Annotated[int, Field(ge=2, le=100)] = 13
 
     @property
     def enabled(self) -> bool:
-        return self.exact_duplicates or bool(self.evaluation)
+        return self.exact_duplicates or bool(self.near_duplicates or self.quality or self.evaluation)
 
 
 def template_fields(template: str) -> list[tuple[str, str | None, str]]:

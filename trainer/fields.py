@@ -155,6 +155,7 @@ LATER: dict[str, dict[str, Later]] = {
     },
     "ModelSpec": {"tied_embedding": Later(4, False), "lora": Later(5, None)},
     "SourceSpec": {"loss": Later(5, "all")},
+    "HygieneSpec": {"near_duplicates": Later(9, None), "quality": Later(9, None)},
 }
 # The digest of raw text leaves out these fields of version 1 too, at these values.
 RAW_DEFAULTS_1: dict[str, dict[str, Any]] = {

@@ -53,7 +53,8 @@ def run(job: JobSpec, raw: StageResult) -> StageResult:
     directory = Path(job.stage_dir("hygiene"))
     raw_manifest = open_stage(raw)
     with alone(directory, "deciding what training leaves out"), volume_explained(directory):
-        filters = chosen(job.hygiene, _evaluation_texts(job, directory))
+        domain_of = {name: source.domain for name, source in job.data.sources.items()}
+        filters = chosen(job.hygiene, _evaluation_texts(job, directory), domain_of)
         inputs = {"raw": raw_manifest.digest}
         settings = {each.name: each.settings for each in filters}
         manifest, why = reusable(directory, "hygiene", inputs, settings)

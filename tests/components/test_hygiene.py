@@ -244,3 +244,21 @@ def test_attributes_that_are_gone_or_damaged_are_named(job: JobSpec, raw: StageR
 
 def test_the_raw_cases_hold_duplicates() -> None:
     assert all(made[-1] in made[:-1] for made in (texts(source, 10) for source in ("ko", "en", "code", "math")))
+
+
+def test_near_duplicates_and_quality_are_in_files_and_report(tmp_path: Path) -> None:
+    job = job_for(tmp_path, hygiene={"near_duplicates": {}, "quality": {"domains": ["en"]}})
+    words = [f"word{n} of the" for n in range(80)]
+    raw = write_raw(job, extra={"en": [" ".join(words), " ".join([*words, "again"])], "ko": ["짧은 글"]})
+    step.run(job, raw)
+    directory = Path(job.stage_dir("hygiene"))
+    rows = [
+        json.loads(line) for path in sorted(directory.glob("*/part-*.jsonl")) for line in path.read_text().splitlines()
+    ]
+    near = [row for row in rows if row["filter"] == "near_duplicates"]
+    assert any(row["similarity"] > 0.9 and row["same_as"]["file"].startswith("en/") for row in near)
+    assert {row["rule"] for row in rows if row["filter"] == "quality"} >= {"words"}
+    assert not [row for path in directory.glob("ko/*") for row in path.read_text().splitlines() if '"quality"' in row]
+    report = (directory / "report.md").read_text()
+    assert "## near_duplicates" in report and "- threshold: 0.8" in report and "## quality" in report
+    verify(directory, read_manifest(directory, "hygiene"))
