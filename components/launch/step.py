@@ -14,7 +14,7 @@ from components.launch import local
 from components.launch.artefacts import Task, finished
 from manifests.nearest import PRESET_FILE, preset_file_text
 from manifests.spec import JobSpec, job_file_text
-from trainer import exportlinks, gate
+from trainer import gate
 from trainer.__main__ import load_spec
 from trainer.checkpoints.checkpoint import candidates, latest, read_manifest
 from trainer.checkpoints.length import continuable
@@ -59,8 +59,10 @@ def run(
     done = finished(job, task)
     if done is not None:
         print(f"{task}: unchanged and verified, nothing to do{numbers_of(done)}", flush=True)
-        if task == "export" and job.cluster.target == "local":  # their folder may be another one now
-            exportlinks.show(job.train_spec())
+        if task == "export" and job.train.exporting.folder and job.cluster.target == "local":
+            from trainer import exportlinks  # it reads the run, for which others need no import
+
+            exportlinks.show(job.train_spec())  # the folder may be another one now
         return _passed(job, done)
     if job.cluster.target == "local":
         local.run(job, task)
