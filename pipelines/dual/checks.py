@@ -60,6 +60,7 @@ def summary(flags: Flags, job: JobSpec, gpus: int, console: Console) -> None:
     """The configuration in words."""
     train, ranks = job.train, job.cluster.world_size
     rows, length = train.batch.micro_batch_rows, train.seq_len
+    rounds = job.train_spec().micro_batches(ranks)
     count = sum(parameter.count for parameter in parameters(train.model))
     where = f"{ranks} GPUs" if ranks > 1 else "1 GPU"
     mode = "training" if flags.train else "test (--train is the real run)"
@@ -70,7 +71,7 @@ def summary(flags: Flags, job: JobSpec, gpus: int, console: Console) -> None:
         "data": flags.dataset.said,
         "ranks": where if gpus else f"{ranks} processes on the CPU",
         "step": f"{train.batch.tokens_per_step:,} tokens: rows of {length:,}, {rows} for each rank at a time, "
-        f"{job.train_spec().micro_batches(ranks)} times",
+        f"{rounds} time{'s' * (rounds > 1)}",
         "optimizer": f"{train.optimizer.name}, peak rate {train.peak_learning_rate:g}",
         "precision": train.precision.dtype,
         "compile": str(train.runtime.compile).lower(),

@@ -248,6 +248,13 @@ def test_bad_input_is_one_line_with_the_fix(yaongi, tmp_path, monkeypatch, argum
     assert not (tmp_path / "work/processes").exists()
 
 
+def test_a_run_that_fails_in_its_first_seconds_is_told_at_once(tmp_path):
+    (tmp_path / "mixed_pretraining.jsonl").write_text('{"content": "a text"}\n')
+    code, said, error = dual(tmp_path, "dual")
+    assert code == 65 and "first 8 seconds" in said and "in the background" not in said
+    assert error.count("\n") == 1 and "no column 'text'; columns are content" in error
+
+
 def test_more_gpus_than_there_are():
     flags = Flags(False, SAMPLE, Path("out"), num_gpus=2)
     with pytest.raises(SpecError, match=r"no GPU that PyTorch sees; leave it out to try on the CPU"):

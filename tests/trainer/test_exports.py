@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import micro
 import pytest
@@ -15,7 +17,7 @@ import torch
 from made_run import save_checkpoint
 from safetensors.torch import load_file
 
-from trainer import export, exported, exportlinks
+from trainer import export, exported, exportlinks, loop
 from trainer.checkpoints import checkpoint
 from trainer.errors import SpecError, VolumeError
 from trainer.exports import Exports, initial_source
@@ -170,6 +172,26 @@ def test_a_stopped_run_ends_its_export_at_once(micro_data, tmp_path, caplog):
     exports.close()
     assert child.returncode == -signal.SIGTERM and not exported.steps(spec.run_dir)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(0, 0), (143, 143)])
+def test_a_stop_while_exports_are_awaited_leaves_the_run_unfinished(micro_data, tmp_path, asked, expected):
+    """Its exports are made when it is resumed."""
+    spec = untrained(micro_data, tmp_path)
+    done, told, left = [], [], iter([True, True, False])
+    world = SimpleNamespace(broadcast=lambda value: value, barrier=lambda: None)
+    checkpoints = SimpleNamespace(wait=lambda: None, saved_step=spec.steps, close=lambda: None)
+    recorder = SimpleNamespace(phase=lambda name: nullcontext(), result=lambda *_: done.append(1), close=lambda: None)
+    exports = SimpleNamespace(finish=lambda go_on: told.extend(iter(lambda: go_on(next(left)), False)))
+    loader = SimpleNamespace(close=lambda: None)
+    run = SimpleNamespace(spec=spec, world=world, checkpoints=checkpoints, recorder=recorder, exports=exports)
+    run.loader = loader
+    beats = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.checkpoint, "read_manifest", lambda path: None)
+        patch.setattr(loop.distributed, "stop", lambda: None)
+        code = loop.finish(run, SimpleNamespace(code=lambda: asked), 0, lambda: beats.append(1))
+    assert (code, bool(done)) == (expected, not asked) and len(beats) == (1 if asked else 3)
 
 
 def test_the_checkpoint_of_a_step_in_use_is_not_deleted(tmp_path):
