@@ -19,11 +19,11 @@ from typing import Any
 
 from trainer.recording.trackers.base import EventName, Tracker
 from trainer.recording.trackers.keys import wanted
-from trainer.recording.trackers.sender import CLOSE_SECONDS, IMPORT_SECONDS
+from trainer.recording.trackers.sender import LOCK_SECONDS, MOST_SECONDS
 from trainer.spec import TrainSpec
 
 MOST_WAITING = 10_000
-KILL_SECONDS = IMPORT_SECONDS + CLOSE_SECONDS + 3.0  # it ends by itself before
+KILL_SECONDS = LOCK_SECONDS + MOST_SECONDS + 3.0  # it ends by itself before
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class Remote(Tracker):
         self._dropped = 0
         self._ended = not trains
         self._process: subprocess.Popen[str] | None = None
+        self._reaping, self._reaped = threading.Lock(), False
         first = {"spec": spec.model_dump(mode="json"), "trains": trains, "time": time.time()}
         try:
             self._process = subprocess.Popen(
@@ -87,9 +88,7 @@ class Remote(Tracker):
             self._process.wait(KILL_SECONDS)
         except subprocess.TimeoutExpired:
             log.warning("trackers: their process does not end; their last numbers are not sent")
-        with suppress(ProcessLookupError, PermissionError):  # also a client's own background process
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._reap()
         for thread in self._threads:
             thread.join(1.0)
         if self._dropped:
@@ -107,6 +106,7 @@ class Remote(Tracker):
     def _write(self) -> None:
         process = self._process
         assert process is not None and process.stdin is not None
+        message: dict[str, Any] | None = None
         try:
             while (message := self._waiting.get()) is not None:
                 process.stdin.write(json.dumps(message, default=str) + "\n")
@@ -114,14 +114,25 @@ class Remote(Tracker):
                     process.stdin.flush()
             process.stdin.close()
         except OSError:  # it died
-            code = process.wait()
-            log.warning("trackers: their process ended (%d); the run goes on without them", code)
-            self._process_is_gone()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
+            self._reap()
+            while message is not None:  # nobody must wait for a place in the queue
+                message = self._waiting.get()
 
-    def _process_is_gone(self) -> None:
-        while True:  # nobody must wait for a place in the queue
-            if self._waiting.get() is None:
+    def _reap(self) -> None:
+        """End the process and those of the clients, once: later its number may be another's."""
+        process = self._process
+        with self._reaping:
+            if process is None or self._reaped:
                 return
+            self._reaped = True
+            code = process.poll()  # None: it must be ended
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if code:
+                log.warning("trackers: their process ended (%d); the run goes on without them", code)
 
     def _read(self) -> None:
         process = self._process

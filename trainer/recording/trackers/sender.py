@@ -4,7 +4,7 @@
 
 It reads messages of `remote` from its standard input, a line of JSON each, the first with the spec, and writes lines
 {"level", "text"} for the log to its standard output. Each tracker has a thread with a bounded queue; one that is down
-gets its messages later, the oldest numbers are dropped. After the input's end they have CLOSE_SECONDS. No torch.
+gets its messages later, the oldest numbers are dropped. After the input's end they get some seconds. No torch.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from trainer.recording.trackers.state import Place
 from trainer.spec import TrainSpec
 from trainer.trackerspec import TrackerName
 
-IMPORT_SECONDS = 30.0  # a client is thousands of files; after it, the time for its server begins
-CLOSE_SECONDS = 10.0
+CLOSE_SECONDS = 10.0  # at the end, for a tracker whose client has been imported and that makes no progress
+MOST_SECONDS = 30.0  # at the end, for one that does
 FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 30.0
 MOST_WAITING = 20_000
@@ -54,12 +54,12 @@ class Desk(threading.Thread):
 
     def __init__(self, name: TrackerName, make: Callable[[], Any], opened: Callable[[Place], None], tell: Tell) -> None:
         super().__init__(name=name, daemon=True)
-        self._title, self._tracker, self._make, self._opened, self._tell = TITLES[name], name, make, opened, tell
+        self._title, self.tracker, self._make, self._opened, self._tell = TITLES[name], name, make, opened, tell
         self._waiting: deque[dict[str, Any]] = deque()
         self._something = threading.Condition()
         self._client: Any = None
-        self._closing = self._warned = False
-        self.imported = threading.Event()
+        self._closing = self._warned = self._imported = False
+        self._progress = time.monotonic()
 
     def put(self, message: dict[str, Any]) -> None:
         """Queue a message; of too many, the oldest numbers of a step go."""
@@ -73,8 +73,12 @@ class Desk(threading.Thread):
     def finish(self) -> None:
         """Send what waits and end; without a second try."""
         with self._something:
-            self._closing = True
+            self._closing, self._progress = True, time.monotonic()
             self._something.notify()
+
+    def stands_still(self) -> bool:
+        """Whether its server has taken nothing for CLOSE_SECONDS."""
+        return self._imported and time.monotonic() > self._progress + CLOSE_SECONDS
 
     def warn(self, line: str) -> None:
         """Only once for a tracker: a run must not be buried in lines about it."""
@@ -91,17 +95,19 @@ class Desk(threading.Thread):
         except Refused as error:
             self.warn(str(error))
         except ImportError:
-            self.warn(not_installed(self._tracker))
+            self.warn(not_installed(self.tracker))
 
     def _attempt(self) -> bool:
         """Work until the end; False if something failed that may be better later."""
         try:
             if self._client is None:
                 try:
-                    importlib.import_module(self._tracker)
+                    importlib.import_module(self.tracker)
                 finally:
-                    self.imported.set()
+                    self._progress = time.monotonic()
+                    self._imported = True  # thousands of files; from now on it is its server that is waited for
                 self._client = self._make()
+                self._progress = time.monotonic()
                 self._opened(self._client.place)
                 if self._client.remark:
                     self.warn(self._client.remark)
@@ -112,6 +118,7 @@ class Desk(threading.Thread):
                     closing = self._closing
                 if message is not None:
                     self._hand_over(message)
+                    self._progress = time.monotonic()
                     with self._something, suppress(ValueError):  # dropped meanwhile, as too many wait
                         self._waiting.remove(message)
                 elif closing:
@@ -168,6 +175,16 @@ def makers(spec: TrainSpec, known: dict[str, Place]) -> dict[TrackerName, Callab
     return found
 
 
+def leave(desks: list[Desk]) -> list[Desk]:
+    """Wait for desks that were told to finish; returns those that had no progress for CLOSE_SECONDS, or are not done
+    after MOST_SECONDS."""
+    end = time.monotonic() + MOST_SECONDS
+    for desk in desks:
+        while desk.is_alive() and time.monotonic() < end and not desk.stands_still():
+            desk.join(0.05)
+    return [desk for desk in desks if desk.is_alive()]
+
+
 class Session:
     """The trackers of one run, from the first message to the last."""
 
@@ -192,18 +209,12 @@ class Session:
         for desk in self._desks:
             desk.put(message)
 
-    def close(self, seconds: float) -> None:
-        """Let every tracker send what waits, and leave those that do not manage in time."""
-        end = time.monotonic() + IMPORT_SECONDS
+    def close(self) -> None:
+        """Let every tracker send what waits, and leave those that stand still."""
         for desk in self._desks:
             desk.finish()
-        for desk in self._desks:
-            desk.imported.wait(max(0.0, end - time.monotonic()))
-        end = time.monotonic() + seconds
-        for desk in self._desks:
-            desk.join(max(0.0, end - time.monotonic()))
-            if desk.is_alive():
-                desk.warn(f"{TITLES[desk.name]}: does not answer; its last numbers are not sent")  # type: ignore[index]  # a TrackerName
+        for desk in leave(self._desks):
+            desk.warn(f"{TITLES[desk.tracker]}: too slow; its last numbers are not sent")
 
     def _opened(self, name: str, place: Place) -> None:
         if self._state.places.get(name) != place:
@@ -239,7 +250,7 @@ def end_after(parent: int) -> None:
     """A process that the training has forked may hold its end of the pipe open after the training's death."""
     while os.getppid() == parent:
         time.sleep(1.0)
-    time.sleep(IMPORT_SECONDS + CLOSE_SECONDS)
+    time.sleep(MOST_SECONDS)
     os._exit(0)
 
 
@@ -266,7 +277,7 @@ def main() -> int:
     session = Session(first, tell)
     for line in sys.stdin:
         session.take(json.loads(line))
-    session.close(CLOSE_SECONDS)
+    session.close()
     if lock is not None:
         lock.close()
     return 0
