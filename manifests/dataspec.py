@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from trainer.kinds.base import Count
 from trainer.runtimespec import Positive
-from trainer.spec import StageSpec, listed
+from trainer.spec import OrderSpec, StageSpec, listed
 from trainer.specbase import Spec
 
 NAME, NAME_LENGTH = r"^[a-z]([-a-z0-9]*[a-z0-9])?$", 40
@@ -120,7 +120,7 @@ class SourceSpec(TextSpec):
 
     `available_tokens` is the approximate size of the source; with it, a weight that exceeds the epoch cap is refused
     before anything is downloaded. `loss: answers` trains only on the assistant's messages, with all others as context
-    (trainer/data/chat.py); it needs a template with a list of messages.
+    (trainer/data/chat.py); it needs a template with a list of messages. `order`: by a score instead of at random.
     """
 
     domain: Literal["ko", "en", "code", "math"]
@@ -130,6 +130,7 @@ class SourceSpec(TextSpec):
     synthetic: Fraction = 0.0
     available_tokens: Positive | None = None
     loss: Literal["all", "answers"] = "all"
+    order: OrderSpec | None = None
 
     @model_validator(mode="after")
     def _answers_are_of_a_chat(self) -> Self:
@@ -164,6 +165,11 @@ class DataSpec(Spec):
                 f"source by null, as in data.sources.{next(iter(self.sources))}: null"
             )
         return self
+
+    @property
+    def scored(self) -> list[str]:
+        """The sources whose shards have a score of each document beside them; lengths are in the shards themselves."""
+        return sorted(n for n, source in self.sources.items() if source.order and source.order.by != "length")
 
     @property
     def first_max_bytes(self) -> int | None:

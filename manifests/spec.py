@@ -272,7 +272,7 @@ class JobSpec(Spec):
         return self._keys(amounts)
 
     def _keys(self, amounts: dict[str, int | None]) -> dict[StageName, str]:
-        mixed = {"weight", "max_epochs", "available_tokens", "synthetic", "loss"}
+        mixed = {"weight", "max_epochs", "available_tokens", "synthetic", "loss", "order"}
         sources = self.data.sources.items()
         used = self.tokenizer_from
         raw_parts = ["raw", {name: [stored(one, mixed, raw=True), amounts[name]] for name, one in sources}]
@@ -291,6 +291,8 @@ class JobSpec(Spec):
         parts = [*begins, stored(self.shards, {"workers", "pods"}), self.data.heldout_fraction]
         if answers := sorted(name for name, source in sources if source.loss == "answers"):
             parts.append({"answers": answers})
+        if scored := self.data.scored:
+            parts.append({"scored": scored})
         shards = canonical_digest([*parts, hygiene] if self.hygiene.enabled else parts)
         return {"raw": raw_key, "hygiene": hygiene, "tokenizers": tokenizer, "shards": shards}
 
@@ -343,7 +345,10 @@ class JobSpec(Spec):
         identity = {
             "shards": self.former_keys["shards"],
             "train": stored(self.train, how) | {"steps": self.begun_with_steps},
-            "mix": {name: [s.weight, s.max_epochs] for name, s in self.data.sources.items()},
+            "mix": {
+                name: [s.weight, s.max_epochs, *([stored(s.order)] if s.order else [])]
+                for name, s in self.data.sources.items()
+            },
         }
         return f"{self.name}-{canonical_digest(identity)[:8]}"
 
@@ -359,7 +364,9 @@ class JobSpec(Spec):
 
     def train_spec(self) -> TrainSpec:
         """The trainer's spec: the user's fields plus those derived from data and storage."""
-        mix = {n: MixSpec(weight=s.weight, max_epochs=s.max_epochs) for n, s in self.data.sources.items()}
+        mix = {
+            n: MixSpec(weight=s.weight, max_epochs=s.max_epochs, order=s.order) for n, s in self.data.sources.items()
+        }
         tokens = TokensSpec(
             shards=self.stage_dir("shards"),
             tokenizer=self.stage_dir("tokenizers"),

@@ -154,7 +154,8 @@ LATER: dict[str, dict[str, Later]] = {
         "activation": Later(4, "relu2"),
     },
     "ModelSpec": {"tied_embedding": Later(4, False), "lora": Later(5, None)},
-    "SourceSpec": {"loss": Later(5, "all")},
+    "SourceSpec": {"loss": Later(5, "all"), "order": Later(9, None)},
+    "MixSpec": {"order": Later(9, None)},
     "HygieneSpec": {"near_duplicates": Later(9, None), "quality": Later(9, None)},
 }
 # The digest of raw text leaves out these fields of version 1 too, at these values.

@@ -26,11 +26,25 @@ NonNegative = Annotated[float, Field(ge=0)]
 Packing = Literal["concat", "best_fit"]
 
 
+class OrderSpec(Spec):
+    """The documents of a source by a score in every epoch, low scores first or last.
+
+    `by`: `length` in tokens, or `compression`, the size of the text's UTF-8 under zlib as a share of its own, which is
+    low for repetitive and plain text. `bands`: so many groups of equally many documents, each in random order; null
+    sorts fully.
+    """
+
+    by: Literal["length", "compression"]
+    ascending: bool = True
+    bands: Annotated[int, Field(ge=2)] | None = 10
+
+
 class MixSpec(Spec):
-    """Share of one source in the training tokens."""
+    """Share of one source in the training tokens, and the order of its documents; null: random."""
 
     weight: Positive
     max_epochs: Positive = 4.0
+    order: OrderSpec | None = None
 
 
 def listed(weights: dict[str, float]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from components.shards.units import Unit, load_unit, unit_lengths
-from trainer.data import answers
+from trainer.data import answers, scores
 from trainer.data.format import ShardWriter, token_dtype
 from trainer.data.manifest import SPLITS, FileEntry, Split, file_entry
 from trainer.data.provenance import SUFFIX, OriginsWriter
@@ -71,7 +71,8 @@ def plan_shards(
 
 @dataclass(frozen=True)
 class ShardMaker:
-    """Writes one shard: `.bin`, `.idx` and `.docs`, and `.answers` if its source trains on answers only.
+    """Writes one shard: `.bin`, `.idx` and `.docs`, `.answers` if its source trains on answers only, and `.scores` if
+    it is ordered by a score.
 
     Sent to the worker processes.
     """
@@ -89,6 +90,7 @@ class ShardMaker:
         directory, text_bytes = Path(self.directory), 0
         files = list(dict.fromkeys(piece.unit.path for piece in plan.pieces))
         origins = OriginsWriter(directory / plan.name, files)
+        found = list[scores.Scores]()
         answer_counts, ranges = list[NDArray[np.int64]](), list[answers.Ranges]()
         with ShardWriter(directory / plan.name, token_dtype(self.vocab_size)) as writer:
             for piece in plan.pieces:
@@ -104,8 +106,13 @@ class ShardMaker:
                     before = int(counts[: piece.first].sum())
                     answer_counts.append(counts[chosen])
                     ranges.append(documents.answers[before : before + int(counts[chosen].sum())])
+                if documents.scores is not None:
+                    found.append(documents.scores[chosen])
         origins.close()
         suffixes = [SUFFIX]
+        if found:
+            scores.write_scores(directory / plan.name, np.concatenate(found))
+            suffixes.append(scores.SUFFIX)
         if answer_counts:
             answers.write_answers(directory / plan.name, np.concatenate(answer_counts), np.concatenate(ranges))
             suffixes.append(answers.SUFFIX)

@@ -26,7 +26,7 @@ from components.shards.units import Journal, Unit, UnitEncoder, encode_units, pl
 from components.volume import volume_explained
 from components.workers import Workers
 from manifests.spec import JobSpec
-from trainer.data import answers
+from trainer.data import answers, scores
 from trainer.data.format import token_dtype
 from trainer.data.manifest import SPLITS, FileEntry, Manifest, StageResult, read_manifest, verify, write_manifest
 from trainer.data.provenance import SUFFIX
@@ -133,7 +133,8 @@ class _Work:
                 "eod_id": loaded.eod_id,
                 "markup": sorted(name for name, source in job.data.sources.items() if source.has_markup),
             }
-            | ({"answers": answer_sources} if answer_sources else {}),
+            | ({"answers": answer_sources} if answer_sources else {})
+            | ({"scored": scored} if (scored := job.data.scored) else {}),
         )
 
     def begun(self, *, sizes_only: bool = False) -> _Work:
@@ -200,6 +201,7 @@ def _encode(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Workers) 
         max_document_bytes=job.shards.max_shard_bytes,
         engine=engine,
         answers=frozenset(work.settings.get("answers", [])),
+        scored=frozenset(work.settings.get("scored", [])),
     )
     encode_units(units, encoder, workers, journal)
 
@@ -261,7 +263,7 @@ def _clear(work: _Work) -> None:
     for path in work.directory.iterdir():
         if (
             path.name not in stays
-            and path.suffix in (".bin", ".idx", SUFFIX, answers.SUFFIX, ".tmp")
+            and path.suffix in (".bin", ".idx", SUFFIX, answers.SUFFIX, scores.SUFFIX, ".tmp")
             and path.is_file()
         ):
             path.unlink()

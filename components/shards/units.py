@@ -31,6 +31,7 @@ from trainer.data.chattemplate import form_of
 from trainer.data.format import token_dtype
 from trainer.data.jsonl import documents, where
 from trainer.data.manifest import SPLITS, Manifest, Split
+from trainer.data.scores import Scores, compression
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 from trainer.files import atomic_write, checksum, sync_directory
@@ -54,6 +55,7 @@ class Unit:
 class EncodedDocuments:
     """Documents of a unit and split: concatenated tokens; for each document, its tokens, text bytes and line offset.
 
+    `scores`: of each document of a source that is ordered by one, else None.
     `answers`: the concatenated token ranges of the answers (trainer/data/chat.py), and `answer_counts` their number in
     each document; None for a source whose loss is on all tokens.
     """
@@ -64,6 +66,7 @@ class EncodedDocuments:
     offsets: NDArray[np.int64]
     answer_counts: NDArray[np.int64] | None = None
     answers: Ranges | None = None
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class UnitEncoder:
     max_document_bytes: int
     engine: EngineName
     answers: frozenset[str] = frozenset()
+    scored: frozenset[str] = frozenset()
 
     def __call__(self, unit: Unit) -> str:
         """Write the unit's file and return its checksum.
@@ -119,9 +123,18 @@ class UnitEncoder:
                 chosen = [n for n, held in enumerate(heldout) if held == (split == "heldout")]
                 sizes, places = [len(data[n]) for n in chosen], [offsets[n] for n in chosen]
                 found = None if answers is None else [answers[n] for n in chosen]
-                parts[split].append(_pack([ids[n] for n in chosen], sizes, places, dtype, found))
+                part = _pack([ids[n] for n in chosen], sizes, places, dtype, found)
+                if unit.source in self.scored:
+                    part = replace(part, scores=np.array([compression(data[n]) for n in chosen], np.float32))
+                parts[split].append(part)
         target = unit_file(self.out_dir, unit.number)
-        _save(target, {split: _joined(parts[split], dtype, find_answers is not None) for split in SPLITS})
+        _save(
+            target,
+            {
+                split: _joined(parts[split], dtype, find_answers is not None, unit.source in self.scored)
+                for split in SPLITS
+            },
+        )
         return checksum(target, "xxh3_128")
 
 
@@ -275,8 +288,10 @@ def _pack(
     return replace(documents, answer_counts=np.array([len(some) for some in answers], np.int64), answers=ranges)
 
 
-def _joined(parts: list[EncodedDocuments], dtype: np.dtype, with_answers: bool) -> EncodedDocuments:
+def _joined(parts: list[EncodedDocuments], dtype: np.dtype, with_answers: bool, with_scores: bool) -> EncodedDocuments:
     empty = _pack([], [], [], dtype, [] if with_answers else None)
+    if with_scores:
+        empty = replace(empty, scores=np.empty(0, np.float32))
     columns = [name for name, array in vars(empty).items() if array is not None]
     joined = {name: np.concatenate([getattr(part, name) for part in (empty, *parts)]) for name in columns}
     return EncodedDocuments(**joined)

@@ -23,9 +23,11 @@ from components.shards import step, units
 from components.shards.ranges import ranges
 from components.tokenizer import step as tokenizer_step
 from manifests.spec import JobSpec
+from trainer.data.documents import SourceDocuments
 from trainer.data.format import Shard
 from trainer.data.manifest import DataError, StageResult, read_manifest
 from trainer.data.provenance import Origins
+from trainer.data.scores import compression
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import LaunchError, VolumeError
 
@@ -76,6 +78,25 @@ def test_holds_each_document_once_on_its_side(inputs: tuple[Path, StageResult, S
 
 def _is_heldout(text: str) -> bool:
     return xxhash.xxh3_64_intdigest(text.encode()) / 2**64 < 0.1
+
+
+def test_scores_are_those_of_the_texts_and_only_where_an_order_needs_them(
+    inputs: tuple[Path, StageResult, StageResult], tmp_path: Path
+) -> None:
+    plain = small_job(tmp_path)
+    by_length = plain.updated({"data": {"sources": {"ko": {"order": {"by": "length"}}}}})
+    job = plain.updated({"data": {"sources": {"ko": {"order": {"by": "compression"}}}}})
+    assert plain.keys == by_length.keys and plain.run_name != by_length.run_name != job.run_name
+    assert {stage for stage, key in job.keys.items() if key != plain.keys[stage]} == {"shards"}
+    result = step.run(job, *inputs[1:])
+    manifest = read_manifest(result.path, "shards")
+    assert {entry.source for entry in manifest.files if entry.path.endswith(".scores")} == {"ko"}
+    tokenizer = Tokenizer.load(inputs[2].path)
+    documents = SourceDocuments(Path(result.path), manifest, "ko", "train")
+    expected = [
+        compression(tokenizer.decode(documents.tokens(n)[:-1].tolist()).encode()) for n in range(len(documents.lengths))
+    ]
+    assert documents.scores().tolist() == pytest.approx(expected, rel=1e-6) and len(set(expected)) > 10
 
 
 def test_says_where_each_document_came_from(inputs: tuple[Path, StageResult, StageResult], tmp_path: Path) -> None:

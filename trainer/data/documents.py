@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data import answers
+from trainer.data import scores as scored
 from trainer.data.answers import Answers, Ranges
 from trainer.data.format import QUICK, Shard
 from trainer.data.manifest import Manifest, Split, read_manifest, verify
@@ -42,6 +43,14 @@ class SourceDocuments:
                 found.check(shard.lengths)
         self.lengths: NDArray[np.int32] = np.concatenate([np.empty(0, np.int32), *(s.lengths for s in self.shards)])
         self._firsts = np.cumsum([0, *(len(s) for s in self.shards)]).tolist()
+
+    def scores(self) -> NDArray[np.float32]:
+        """The score of each document.
+
+        Raises:
+            DataError: the shards have none, or a list is damaged.
+        """
+        return np.concatenate([np.empty(0, np.float32), *(scored.read_scores(s.prefix, len(s)) for s in self.shards)])
 
     def origin(self, document: int) -> Origin | None:
         """The raw line of a document; None for shards without such a list.
@@ -132,6 +141,11 @@ def open_stream(
         (generation.digest, {name: part.counts(name, "train").documents for name in tokens.mix})
         for generation, part in zip(manifest.earlier, manifest.parts, strict=False)  # without the newest
     ]
+    scores = {
+        name: source.scores()
+        for (name, mix), source in zip(tokens.mix.items(), sources, strict=True)
+        if mix.order and mix.order.by != "length"
+    }
     stream = TokenStream(
         lengths,
         tokens.mix,
@@ -141,5 +155,6 @@ def open_stream(
         curriculum=tokens.curriculum,
         skip=tokens.skip,
         cursor=cursor,
+        scores=scores,
     )
     return sources, stream

@@ -14,7 +14,8 @@ datasets directory:
     tokenizers/<key>/tokenizer.json, …       kind tokenizer
     shards/<key>/<source>-<split>-00000.bin  kind shards: Megatron pairs of .bin and .idx, split train or heldout; .bin
     shards/<key>/<source>-<split>-00000.idx  entries carry source, split, documents, text_bytes and tokens; beside them
-                                             .docs (provenance.py) and, for training on answers only, .answers
+                                             .docs (provenance.py); .answers for training on answers only,
+                                             .scores (scores.py) for an order by a score
     models/<key>/config.json, …              kind model: files of a model on the Hub, under their names there
 
 Imports no torch.

@@ -68,7 +68,7 @@ class Permutation:
 class InTurn:
     """Concatenated permutations of consecutive ranges of documents: maps a position to a document number."""
 
-    def __init__(self, permutations: Sequence[Permutation]) -> None:
+    def __init__(self, permutations: Sequence[Permutation | Sorted]) -> None:
         self._permutations = permutations
         self._ends = np.cumsum([permutation.size for permutation in permutations]).tolist()
         self.size: int = self._ends[-1]
@@ -82,6 +82,27 @@ class InTurn:
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
 
+class Sorted:
+    """A permutation whose images are sorted by a score, in `bands` groups of equally many or, if None, fully.
+
+    Within a band, and of equal scores, the order is that of the permutation. At the edge of a band documents of equal
+    scores are divided by their numbers.
+    """
+
+    def __init__(self, permutation: Permutation, scores: NDArray[np.number], bands: int | None) -> None:
+        self.size = permutation.size
+        if bands is None:
+            band = np.unique(scores, return_inverse=True)[1].reshape(-1)
+        else:
+            band = np.empty(self.size, np.int64)
+            band[np.argsort(scores, kind="stable")] = np.arange(self.size) * bands // max(self.size, 1)
+        images = permutation(0, self.size)
+        self._images = images[np.argsort(band[images], kind="stable")]
+
+    def __call__(self, start: int, stop: int) -> NDArray[np.int64]:
+        return self._images[start:stop]
+
+
 class SourceOrder:
     """The endless sequence of one source's documents: one permutation an epoch.
 
@@ -91,9 +112,19 @@ class SourceOrder:
     Args:
         lengths: tokens of each document, in the shards' order.
         sizes: documents of each generation of the shards, oldest first; None: there is only one.
+        scores: a score of each document, by which each generation is sorted in ascending order; None: not at all.
+        bands: as Sorted.
     """
 
-    def __init__(self, name: str, lengths: NDArray[np.integer], seed: int, sizes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        lengths: NDArray[np.integer],
+        seed: int,
+        sizes: Sequence[int] | None = None,
+        scores: NDArray[np.number] | None = None,
+        bands: int | None = None,
+    ) -> None:
         self.name = name
         self.lengths = lengths
         self._sizes = [len(lengths)] if sizes is None else list(sizes)
@@ -101,14 +132,20 @@ class SourceOrder:
         self.tokens = int(lengths.sum(dtype=np.int64))
         self.longest = int(lengths.max(initial=0))
         self._seed = seed
+        self._scores, self._bands = scores, bands
         self._ahead: list[tuple[int, int]] = []
         self._load(0)
 
-    def permutation(self, epoch: int) -> Permutation | InTurn:
-        parts = [
+    def permutation(self, epoch: int) -> Permutation | Sorted | InTurn:
+        drawn = [
             Permutation(size, hashlib.sha256(f"2|{self._seed}|{self.name}|{epoch}{mark}".encode()).digest())
             for size, mark in zip(self._sizes, ["", *(f"|{n}" for n in range(1, len(self._sizes)))], strict=True)
         ]
+        parts: list[Permutation | Sorted] = [*drawn]
+        if self._scores is not None:
+            ends = np.cumsum(self._sizes).tolist()
+            scores = [self._scores[end - size : end] for size, end in zip(self._sizes, ends, strict=True)]
+            parts = [Sorted(part, some, self._bands) for part, some in zip(drawn, scores, strict=True)]
         return parts[0] if len(parts) == 1 else InTurn(parts)
 
     def tokens_of(self, generations: int) -> int:

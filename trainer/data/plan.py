@@ -83,6 +83,7 @@ class TokenStream:
         curriculum: later weights, by the position from which they apply.
         skip: ranges [first, last) of stream positions, in tokens, that are drawn but not yielded.
         cursor: from `cursor()`; None for the start.
+        scores: of each document of the sources that are ordered by other scores than the length.
 
     Raises:
         DataError: a source has no tokens, or the cursor is of another plan.
@@ -99,8 +100,10 @@ class TokenStream:
         curriculum: Sequence[StageSpec] = (),
         skip: Sequence[tuple[int, int]] = (),
         cursor: Cursor | None = None,
+        scores: Mapping[str, NDArray[np.floating]] | None = None,
     ) -> None:
         self.names = list(mix)
+        self._scores = scores or {}
         self._seed = seed
         self.left_out = 0  # documents of later generations
         self._data = [*earlier, (data_digest, {name: len(lengths[name]) for name in mix})]
@@ -136,7 +139,20 @@ class TokenStream:
 
     def _ordered(self, lengths: Mapping[str, NDArray[np.integer]]) -> list[SourceOrder]:
         ends = {name: [0, *(documents[name] for _, documents in self._data)] for name in self.names}
-        return [SourceOrder(name, lengths[name], self._seed, np.diff(ends[name]).tolist()) for name in self.names]
+        return [
+            SourceOrder(name, lengths[name], self._seed, np.diff(ends[name]).tolist(), *self._sorting(name, lengths))
+            for name in self.names
+        ]
+
+    def _sorting(
+        self, name: str, lengths: Mapping[str, NDArray[np.integer]]
+    ) -> tuple[NDArray[np.floating] | None, int | None]:
+        """The score by which the documents of a source ascend, and the number of bands."""
+        if (order := self._mix[name].order) is None:
+            return None, None
+        every = lengths[name] if order.by == "length" else self._scores[name]
+        scores = every[: len(lengths[name])].astype(np.float64)
+        return (scores if order.ascending else -scores), order.bands
 
     @property
     def position(self) -> int:
@@ -161,9 +177,10 @@ class TokenStream:
         data_digest = self._data[-1 if generation is None else generation][0]
         begun = self._stages[: self._mixture.stages_begun(position)]
         weights = [[start, [[name, repr(weights.get(name, 0))] for name in self.names]] for start, weights in begun]
-        return hashlib.sha256(
-            json.dumps([self._version(position), data_digest, self._seed, weights]).encode()
-        ).hexdigest()
+        identity = [self._version(position), data_digest, self._seed, weights]
+        if sorted_by := {name: order.model_dump() for name in self.names if (order := self._mix[name].order)}:
+            identity.append(sorted_by)
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def take(self, count: int) -> list[Segment]:
         """The next `count` tokens as segments in order; tokens in skipped ranges are left out and not counted."""

@@ -132,6 +132,8 @@ def _of_recipe(spec: TrainSpec) -> Iterator[str]:
     for name in ("curriculum", "skip"):
         if getattr(tokens, name):
             yield f"train.{name}: Megatron has one mix and one row length for the whole run; remove it, {OWN}"
+    if ordered := [name for name, mix in tokens.mix.items() if mix.order]:
+        yield f"data.sources.{ordered[0]}.order: Megatron shuffles the rows itself; remove it, {OWN}"
     if spec.precision.dtype in ("fp16", "fp32"):
         yield f"train.precision.dtype {spec.precision.dtype}: Megatron is run in fp8 or bf16; write one of them"
     if spec.precision.dtype in ("auto", "fp8"):
