@@ -103,8 +103,14 @@ def stats(
     plot: Annotated[Path | None, typer.Option(help="Also draw shares and document lengths: .png, .svg, .pdf.")] = None,
     workdir: Workdir = Path("work"),
 ) -> None:
-    """Show documents, bytes and tokens of each source."""
-    rows = print_tokens(_shards(where, sets, workdir))
+    """Show documents, bytes and tokens of each source, and how much it repeats itself.
+
+    Distinct n-grams are compared in equally many tokens of each source; one far below the others is monotonous, as the
+    text of a model may be.
+    """
+    shards = _shards(where, sets, workdir)
+    rows = print_tokens(shards)
+    print_distinct(shards)
     if plot:
         from pipelines.data_plot import draw
 
@@ -143,6 +149,22 @@ def print_tokens(shards: Path) -> list[SourceTotals]:
     rows = totals(shards, read_manifest(shards, "shards"))
     _whole_lines().print(_table(rows, shards), crop=False)
     return rows
+
+
+def print_distinct(shards: Path) -> None:
+    """Print the shares of distinct n-grams of a shards directory."""
+    from trainer.data.distinct import distinct_of
+    from trainer.data.manifest import read_manifest
+
+    size, found = distinct_of(shards, read_manifest(shards, "shards"))
+    title = f"Distinct 1-, 2- and 3-grams in {size:,} tokens of each source"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("source", no_wrap=True)
+    for n in (1, 2, 3):
+        table.add_column(f"distinct-{n}", justify="right", no_wrap=True)
+    for name, shares in found.items():
+        table.add_row(name, *(f"{share:.3f}" for share in shares))
+    _whole_lines().print(table, crop=False)
 
 
 def _whole_lines() -> Console:

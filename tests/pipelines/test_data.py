@@ -95,8 +95,9 @@ def test_verify_names_damage_of_one_stage_where_a_later_one_is_missing(job: JobS
 
 def test_stats_are_the_counts_of_the_manifest_with_a_picture(job: JobSpec, workdir: Path, tmp_path: Path) -> None:
     output = call("stats", "tiny", "--plot", str(tmp_path / "tokens.png"), workdir=workdir)
+    assert re.search(r"distinct-1 +distinct-2 +distinct-3", output) and re.search(r"\n *ko +0\.\d{3} +0\.\d{3}", output)
     manifest = read_manifest(job.stage_dir("shards"))
-    lines = {line.split()[0]: line for line in output.splitlines() if line.strip()}
+    lines = {line.split()[0]: line for line in reversed(output.splitlines()) if line.strip()}
     for source, spec in job.data.sources.items():
         tokens, heldout = (manifest.counts(source, split).tokens for split in ("train", "heldout"))
         wanted = [f"({spec.domain})", spec.licence, f"{manifest.counts(source).documents:,}", f"{tokens:,}"]
