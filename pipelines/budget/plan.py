@@ -15,6 +15,7 @@ from trainer.arithmetic.gpus import GPUS, Gpu, by_device, by_option
 from trainer.arithmetic.memory import choose_layout, step_memory
 from trainer.arithmetic.roofline import of_training
 from trainer.arithmetic.scaling import (
+    CHANCE,
     CORRECTED,
     FLOPS_PER_PARAMETER,
     Range,
@@ -191,7 +192,7 @@ class Plan:
         spec, found = job.train_spec(), {}
         for each in self.gpus:
             with suppress(SpecError):  # FP8 that this GPU has not
-                found[each.gpu.name] = of_training(spec, each.gpu, job.cluster.world_size)[0].mfu
+                found[each.gpu.name] = of_training(spec, each.gpu, self.asked.num_gpus)[0].mfu
         return found
 
     @cached_property
@@ -229,6 +230,12 @@ def plan(asked: Asked) -> Plan:
         SpecError: too little or too much is given, or the budget is impossible.
     """
     _refuse_nonsense(asked)
+    found = _solve(asked)
+    _refuse_too_little(found)
+    return found
+
+
+def _solve(asked: Asked) -> Plan:
     main = asked.gpus[0]
     hours = asked.gpu_hours
     if asked.money is not None:
@@ -274,9 +281,19 @@ def _refuse_nonsense(asked: Asked) -> None:
     if asked.money is not None and asked.gpus[0].price is None:
         name = asked.gpus[0].gpu.name
         raise SpecError(f"--money needs the price of a GPU's hour; write --gpu {name}=2.50")
-    job = asked.model.job if asked.model else None
-    if job and asked.tokens is not None and asked.tokens < job.train.batch.tokens_per_step:
+
+
+def _refuse_too_little(found: Plan) -> None:
+    job = found.model.job
+    if job is not None:
+        step = job.train.batch.tokens_per_step
+        if found.tokens < step:
+            raise SpecError(
+                f"{found.tokens:,.0f} tokens: less than one step of the job, {step:,} tokens; give more tokens, hours "
+                "or money, or lower train.batch.tokens_per_step"
+            )
+    elif found.loss.value > CHANCE:
         raise SpecError(
-            f"--tokens {asked.tokens:,.0f}: less than one step of the job, {job.train.batch.tokens_per_step:,} tokens; "
-            "give more, or lower train.batch.tokens_per_step"
+            f"{found.model.active:,.0f} parameters on {found.tokens:,.0f} tokens: too little for any law, by which the "
+            f"loss would be {found.loss.value:,.0f} nats and worse than chance; give more, as --tokens 15B"
         )

@@ -11,7 +11,15 @@ from rich.table import Table
 
 from pipelines.budget.plan import Plan
 from trainer.arithmetic.describe import describe
-from trainer.arithmetic.scaling import CORRECTED, FLOPS_PER_PARAMETER, LAWS
+from trainer.arithmetic.scaling import (
+    CORRECTED,
+    FITTED_PARAMETERS,
+    FITTED_TOKENS,
+    FLOPS_PER_PARAMETER,
+    LAWS,
+    is_extrapolated,
+)
+from trainer.errors import SpecError
 
 DAY = 24  # hours
 BF16_BYTES = 2
@@ -88,8 +96,11 @@ def notes(plan: Plan) -> Iterator[str]:
     model, asked = plan.model, plan.asked
     yield (
         f"Law: {CORRECTED.source}; the range is that of {len(LAWS)} published fits. None was fitted on this model, mix "
-        "or tokenizer."
+        "(Korean, code) or tokenizer."
     )
+    if is_extrapolated(model.sizes, plan.tokens):
+        sizes, amounts = (" to ".join(_si(end) for end in ends) for ends in (FITTED_PARAMETERS, FITTED_TOKENS))
+        yield f"Extrapolated: the law is fitted on {sizes} parameters and {amounts} tokens."
     if model.total != model.active:
         yield (
             "A mixture of experts lies between dense models of its active and of all its parameters; the loss is that "
@@ -104,6 +115,11 @@ def notes(plan: Plan) -> Iterator[str]:
                 f"{f'data.sources.{source}' if source else 'The data'} would be read {epochs:.1f} times, more than "
                 f"{most:g}: add data, lower its weight, or train on fewer tokens."
             )
+    if model.job and asked.num_gpus != model.job.cluster.world_size:
+        try:
+            model.job.train_spec().micro_batches(asked.num_gpus)
+        except SpecError as error:
+            yield f"On {asked.num_gpus} GPUs the job is refused as it is: {error}."
     for each in asked.gpus:
         bound = plan.bounds.get(each.gpu.name)
         if bound is not None and asked.mfu > bound:
@@ -175,7 +191,12 @@ def plot(plan: Plan, file: Path) -> None:
     axes.set(xscale="log", xlabel="parameters", ylabel="loss (nats per token)", ylim=(None, 1.3 * here.loss))
     axes.set_title(f"{here.flops:.2e} operations")
     axes.legend(fontsize=7)
-    figure.savefig(file, dpi=110)
+    try:
+        figure.savefig(file, dpi=110)
+    except (OSError, ValueError) as error:  # no such folder; a kind of picture that matplotlib does not know
+        raise SpecError(f"--plot {file}: {error}; write --plot loss.png") from None
+    finally:
+        pyplot.close(figure)
 
 
 def _checkpoint_bytes(plan: Plan) -> int | None:

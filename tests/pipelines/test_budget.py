@@ -75,6 +75,27 @@ def test_the_preset_for_a_trillion_tokens():
     assert 10 < of(plan, "h100")["days"] < 20 and of(plan, "h100")["num_gpus"] == 8, "as its first line says"
 
 
+def test_gpus_that_cannot_share_a_step_are_told():
+    notes = found("h100-4b", "--gpus", "7")["notes"]
+    assert any("On 7 GPUs the job is refused as it is: " in note and "tokens_per_step" in note for note in notes)
+
+
+def test_extrapolation_is_told():
+    def told(*arguments: str) -> bool:
+        return any(
+            note.startswith("Extrapolated: the law is fitted on 70M to 16B") for note in found(*arguments)["notes"]
+        )
+
+    assert told("h100-4b-1t") and told("--parameters", "1B", "--tokens", "4B") and told("small")
+    assert not told("h100-4b") and not told("--parameters", "1B", "--tokens", "100B")
+
+
+def test_the_bound_is_that_of_the_gpus_that_train_together():
+    """With eight, a step has an eighth of the micro-batches to spread the optimizer's traffic over."""
+    one, eight = (of(found("h100-4b", "--gpus", count), "h100")["mfu_bound"] for count in ("1", "8"))
+    assert eight < one
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_has_a_budget(name: str):
     result = CliRunner().invoke(app, ["budget", name], catch_exceptions=False)
@@ -101,7 +122,12 @@ def test_commands_of_the_help_and_of_the_page(tmp_path: Path, monkeypatch: pytes
         ("--gpu-hours 5 --money 7 --gpu h100=2", "leave out one of them"),
         ("--money 100", "write --gpu h100=2.50"),
         ("--tokens 15B --mfu 40", "write 0.4 for 40%"),
-        ("h100-4b --tokens 3", "less than one step of the job"),
+        ("h100-4b --tokens 3", "3 tokens: less than one step of the job"),
+        ("h100-4b --gpu-hours 0.0001", "less than one step of the job"),
+        ("--tokens 3", "worse than chance; give more"),
+        ("--parameters 1 --tokens 15B", "worse than chance; give more"),
+        ("--tokens 15B --plot nowhere/loss.png", "write --plot loss.png"),
+        ("--tokens 15B --plot loss.xyz", "write --plot loss.png"),
         ("h100-4b --gpus 0", "at least one GPU trains"),
         ("--gpu-hours 0", "not a positive number"),
         ("--tokens 1B --gpu h100=-1", "'-1' is no price"),

@@ -11,6 +11,7 @@ from trainer.arithmetic.scaling import (
     effective_tokens,
     expected_loss,
     inference_optimum,
+    is_extrapolated,
     number,
 )
 from trainer.errors import SpecError
@@ -69,6 +70,18 @@ def test_a_mixture_of_experts_lies_between_both_ends():
     both = expected_loss([6e8, 4.2e9], 15e9)
     assert both.low < both.value < dense.value <= dense.high == both.high
     assert dense.value == CORRECTED.loss(6e8, 15e9)
+
+
+@pytest.mark.parametrize("params", [7e7, 1e9, 3.16e10])
+def test_the_range_holds_all_laws_and_two_standard_errors_of_the_floor(params: float):
+    found = expected_loss([params], 15e9)
+    assert found.low <= found.value - 0.06 + 1e-12 and found.high >= found.value + 0.06 - 1e-12
+    assert all(found.low <= law.loss(params, 15e9) <= found.high for law in LAWS)
+
+
+def test_what_lies_outside_of_the_fitted_runs():
+    assert not is_extrapolated([7e7, 1.6e10], 5e11)
+    assert is_extrapolated([1e9], 1e12) and is_extrapolated([1e9, 3e10], 1e11) and is_extrapolated([1e7], 1e10)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,10 @@ from trainer.errors import SpecError
 
 FLOPS_PER_PARAMETER = 6  # and token: 2 forward, 4 backward
 INFERENCE_FLOPS = 2  # per parameter and token
+FITTED_PARAMETERS = (70e6, 16e9)  # of the runs that the corrected law is fitted on, and their tokens: Hoffmann et al.
+FITTED_TOKENS = (5e9, 500e9)
+FLOOR_ERROR = 0.03  # standard error of E, Besiroglu et al.
+CHANCE = math.log(32_000)  # nats of a guess among the tokens of Hoffmann et al.'s vocabulary
 REPETITION_DECAY = 15.387756  # R*_D of Muennighoff et al. 2023 (arXiv 2305.16264), appendix A
 
 
@@ -85,7 +89,8 @@ class Range(NamedTuple):
 
 
 def expected_loss(params: Iterable[float], tokens: float) -> Range:
-    """The corrected law's loss, and the range of all laws.
+    """The corrected law's loss; the range is that of all laws, and at least two standard errors of E around the
+    corrected one, since three fits may agree by chance.
 
     Args:
         params: of a dense model its parameters. A mixture of experts lies between dense models of its active and of all
@@ -94,7 +99,14 @@ def expected_loss(params: Iterable[float], tokens: float) -> Range:
     sizes = list(params)
     middle = math.prod(sizes) ** (1 / len(sizes))
     found = [law.loss(size, tokens) for law in LAWS for size in sizes]
+    found += [CORRECTED.loss(size, tokens) + sign * 2 * FLOOR_ERROR for size in sizes for sign in (-1, 1)]
     return Range(min(found), CORRECTED.loss(middle, tokens), max(found))
+
+
+def is_extrapolated(params: Iterable[float], tokens: float) -> bool:
+    """Whether a size or the tokens lie outside of what the corrected law is fitted on."""
+    low, high = FITTED_PARAMETERS
+    return not all(low <= size <= high for size in params) or not FITTED_TOKENS[0] <= tokens <= FITTED_TOKENS[1]
 
 
 def effective_tokens(unique: float, tokens: float) -> float:
