@@ -39,6 +39,7 @@ from trainer.spec import TrainSpec
 log = logging.getLogger(__name__)
 
 FIGURES = ("bits_per_byte", "loss", "tokens", "bytes")  # of each domain, of those in eval.json
+OF_SOURCE = ("bits_per_byte", "bytes")
 
 
 class Validation:
@@ -94,6 +95,9 @@ class Validation:
             "step": step,
             "tokens": tokens,
             "domains": {name: {key: summary[key] for key in FIGURES} for name, summary in domains.items()},
+            "sources": {
+                name: {key: score.summary()[key] for key in OF_SOURCE} for name, score in self._heldout.scores.items()
+            },
             "samples": samples,
             "seconds": round(time.perf_counter() - began, 3),
         }

@@ -26,6 +26,7 @@ from trainer.checkpoints.checkpoint import (
 )
 from trainer.process import restarts
 from trainer.recording.advice import MARK, advice
+from trainer.recording.logs import VALIDATIONS
 from trainer.recording.results import headline_loss
 from trainer.spec import TrainSpec
 from trainer.specbase import parse, read_yaml
@@ -105,7 +106,7 @@ def of_directory(run_dir: Path) -> Standing:
         loss_steps=loss_steps,
         tokens_per_second=sum(record["tokens_per_second"] for record in recent) / len(recent),
         left=timedelta(seconds=round((spec.steps - last["step"]) * seconds)),
-        advice=tuple(advice(records, spec)),
+        advice=tuple(advice(records, spec, _last_records(run_dir / VALIDATIONS))),
         **common,
     )
 
@@ -130,7 +131,8 @@ def _of_lines(lines: Iterable[tuple[str, str]], now: datetime) -> Standing:
             age = (now - datetime.fromisoformat(stamp)).total_seconds() if stamp else None
             found |= {"checkpoint_step": int(match[1]), "checkpoint_age": age}
         elif text.startswith(MARK):
-            found["advice"] = (text.removeprefix(MARK),)
+            said = text.removeprefix(MARK)  # the newest of each kind
+            found["advice"] = (*(one for one in found.get("advice", ()) if one.split()[0] != said.split()[0]), said)
         elif match := DONE_BEFORE.match(text):
             step = int(match["step"])
             found |= {"step": step, "steps": step, "loss": float(match["loss"]), "checkpoint_step": step}

@@ -25,16 +25,19 @@ FAULTY = str(Path(__file__).with_name("faulty_rank.py"))
 WORDS = ["river", "stone", "다리", "moon", "강물", "light", "seven", "def", "return", "x", "바람", "12"]
 
 
-def make_data(directory: Path, seed: int = 7, answers: dict[str, int] | None = None) -> None:
+def make_data(
+    directory: Path, seed: int = 7, answers: dict[str, int] | None = None, own: dict[str, list[str]] | None = None
+) -> None:
     """`directory/{tokenizer,shards}`: two sources of random sentences.
 
     Args:
+        own: other texts of one of them, 150.
         answers: sources whose documents are trained only on random ranges, with their maximum number per document.
     """
     rng = random.Random(seed)
     texts = {
         source: [" ".join(rng.choices(WORDS, k=rng.randrange(5, 60))) for _ in range(150)] for source in ("ko", "en")
-    }
+    } | (own or {})
     (directory / "tokenizer").mkdir(parents=True)
     (directory / "shards").mkdir()
     raw = tokenizers.train((text for part in texts.values() for text in part), VOCAB)

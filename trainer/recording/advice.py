@@ -6,9 +6,10 @@ Imports no torch.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from trainer.recording.collapse import collapse, synthetic_sources
 from trainer.spec import TrainSpec
 
 WINDOW, FEWEST = 500, 100  # steps that are looked at, and that must be there
@@ -16,15 +17,20 @@ CLIPPED_SHARE = 0.5
 MARK = "advice: "  # before an advice in the log, by which a machine without the files finds it
 
 
-def advice(records: Iterable[Mapping[str, Any]], spec: TrainSpec) -> list[str]:
-    """What the last steps suggest to change; empty if nothing.
+def advice(
+    records: Iterable[Mapping[str, Any]], spec: TrainSpec, validations: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
+    """What the numbers suggest to change; empty if nothing.
 
     Args:
         records: lines of metrics.jsonl in order, at least the last WINDOW.
+        validations: all lines of validation.jsonl in order.
     """
     warmup, _ = spec.schedule.phases(spec.steps, spec.begun_with_steps)
     last = [line for line in records if line["step"] > warmup and not line.get("skipped")][-WINDOW:]
     found = [_clipping(last, spec)] if len(last) >= FEWEST else []
+    if validations:
+        found.append(collapse(validations, synthetic_sources(spec.run_dir)))
     return [each for each in found if each]
 
 

@@ -303,6 +303,8 @@ class Recorder:
             return
         self._validations.write(scores)
         self._export_validation(scores)
+        for said in advice((), self._spec, list(self._validations.records())):
+            log.info("%s%s", MARK, said)
         domains: dict[str, dict[str, float]] = scores["domains"]
         points = {f"{key}/{name}": domain[key] for key in ("bits_per_byte", "loss") for name, domain in domains.items()}
         self._track(scores["step"], {f"validation/{name}": value for name, value in points.items()})

@@ -67,7 +67,7 @@ def render(run: Run) -> str:
         title=run.spec.run,
         run=run,
         facts=facts(run),
-        advice=advice(run.steps, run.spec),
+        advice=advice(run.steps, run.spec, run.validations),
         benchmarks=rows(run.evaluation or {}),
         inner_benchmarks=inner_rows(run.evaluation or {}),
         limited=limited(run.evaluation or {}),
