@@ -102,6 +102,11 @@ class TextSpec(Spec):
         return self
 
     @property
+    def score_column(self) -> str | None:
+        """The column of each document's score, if its order in training is by one."""
+        return None
+
+    @property
     def columns(self) -> list[str]:
         """The columns from which a row's text is made."""
         if self.template is not None:
@@ -131,6 +136,10 @@ class SourceSpec(TextSpec):
     available_tokens: Positive | None = None
     loss: Literal["all", "answers"] = "all"
     order: OrderSpec | None = None
+
+    @property
+    def score_column(self) -> str | None:
+        return self.order.column if self.order else None
 
     @model_validator(mode="after")
     def _answers_are_of_a_chat(self) -> Self:
@@ -170,6 +179,11 @@ class DataSpec(Spec):
     def scored(self) -> list[str]:
         """The sources whose shards have a score of each document beside them; lengths are in the shards themselves."""
         return sorted(n for n, source in self.sources.items() if source.order and source.order.by != "length")
+
+    @property
+    def score_columns(self) -> dict[str, str]:
+        """The column of the score by source, where it is one."""
+        return {name: source.score_column for name, source in self.sources.items() if source.score_column}
 
     @property
     def first_max_bytes(self) -> int | None:

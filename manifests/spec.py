@@ -276,6 +276,8 @@ class JobSpec(Spec):
         sources = self.data.sources.items()
         used = self.tokenizer_from
         raw_parts = ["raw", {name: [stored(one, mixed, raw=True), amounts[name]] for name, one in sources}]
+        if columns := self.data.score_columns:  # the download adds the score to each line
+            raw_parts.append({"scores": columns})
         if used and any(
             source.has_markup for _, source in sources
         ):  # their text is written by that model's chat template

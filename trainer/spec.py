@@ -29,14 +29,23 @@ Packing = Literal["concat", "best_fit"]
 class OrderSpec(Spec):
     """The documents of a source by a score in every epoch, low scores first or last.
 
-    `by`: `length` in tokens, or `compression`, the size of the text's UTF-8 under zlib as a share of its own, which is
-    low for repetitive and plain text. `bands`: so many groups of equally many documents, each in random order; null
-    sorts fully.
+    `by`: `length` in tokens; `compression`, the size of the text's UTF-8 under zlib as a share of its own, which is low
+    for repetitive and plain text; or `column`, a number in the column `column` of the source's rows. `bands`: so many
+    groups of equally many documents, each in random order; null sorts fully, and 1 not at all.
     """
 
-    by: Literal["length", "compression"]
+    by: Literal["length", "compression", "column"]
+    column: Annotated[str, Field(min_length=1)] | None = None
     ascending: bool = True
-    bands: Annotated[int, Field(ge=2)] | None = 10
+    bands: Annotated[int, Field(ge=1)] | None = 10
+
+    @model_validator(mode="after")
+    def _has_its_column(self) -> Self:
+        if self.by == "column" and self.column is None:
+            raise ValueError("order.by: column needs the column's name, as in order: {by: column, column: quality}")
+        if self.by != "column" and self.column is not None:
+            raise ValueError(f"order.column {self.column} has no effect by {self.by}; write by: column, or drop it")
+        return self
 
 
 class MixSpec(Spec):

@@ -8,20 +8,23 @@ data of a job does not change. Local files are compared by content in each run a
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.download import files
-from components.download.readers import rows, split_suffix
-from components.download.texts import maker, unicode_text
+from components.download.readers import split_suffix
+from components.download.scores import rows_of, score_of
+from components.download.texts import Row, maker, unicode_text
 from components.download.writer import (
     JOURNAL_NAME,
     Input,
     Journal,
     Part,
+    Text,
     Texts,
     intact,
     read_journal,
@@ -217,26 +220,33 @@ def _end_of(former: list[Part], identities: list[str], row: int) -> int | None:
     return same[0].entry.text_bytes if same else None
 
 
-def _texts(task: Task, unit: Iterable[tuple[Path, Input]], skip: int, progress: ByteProgress) -> Iterator[str | None]:
-    """The text of each row of the unit's files from row `skip` on; None for a missing content."""
-    blobs, columns = task.spec.blobs, task.spec.columns
+def _texts(task: Task, unit: Iterable[tuple[Path, Input]], skip: int, progress: ByteProgress) -> Iterator[Text]:
+    """Text and score of each row of the unit's files from row `skip` on."""
+    blobs, column = task.spec.blobs, task.spec.score_column
     advance = progress.advance if blobs is None else lambda _: None
-    every = chain.from_iterable(rows(path, one.name, columns, advance) for path, one in unit)
+    every = rows_of(task.spec, ((path, one.name) for path, one in unit), advance)
     chosen = islice(every, skip, None)
     if blobs is None:
         make = maker(task.spec, task.template)
         for where, row in chosen:
-            yield unicode_text(make(where, row))
+            made = unicode_text(make(where, row))
+            yield made, score_of(where, row, column, made)
         return
     from components.download.blobs import contents
 
-    missing = 0
-    for asked, text in enumerate(contents(chosen, blobs), start=1):
+    missing, asked_for = 0, deque[tuple[str, Row]]()  # contents come in the order of the rows, of which some are ahead
+    for asked, text in enumerate(contents(_noted(chosen, asked_for), blobs), start=1):
         missing += text is None
         if asked >= JUDGED_FROM:
             _check_missing(task, missing, asked)
         progress.advance(len((text or "").encode()))
-        yield text
+        yield text, score_of(*asked_for.popleft(), column, text)
+
+
+def _noted(chosen: Iterator[tuple[str, Row]], noted: deque[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+    for row in chosen:
+        noted.append(row)
+        yield row
 
 
 def _progress(task: Task, what: str, unit: list[Input], left: int | None) -> ByteProgress:

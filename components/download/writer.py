@@ -113,13 +113,16 @@ def intact(directory: Path, part: Part) -> bool:
     return checksum(path, part.entry.algorithm) == part.entry.checksum
 
 
+Text = tuple[str | None, float | None]  # of a row, None for a missing content; and its score, if it has one
+
+
 class Texts:
     """An iterator over texts that knows whether it has ended."""
 
-    def __init__(self, texts: Iterator[str | None]) -> None:
-        self._texts, self._next = texts, list[str | None]()
+    def __init__(self, texts: Iterator[Text]) -> None:
+        self._texts, self._next = texts, list[Text]()
 
-    def __iter__(self) -> Iterator[str | None]:
+    def __iter__(self) -> Iterator[Text]:
         while not self.ended:
             yield self._next.pop()
 
@@ -141,11 +144,12 @@ def write_part(directory: Path, number: int, texts: Texts, limit: int, inputs: l
     digest, size, documents, text_bytes, rows, missing = xxhash.xxh3_128(), 0, 0, 0, 0, 0
     try:
         with open(temporary, "wb") as file:
-            for text in texts:
+            for text, score in texts:
                 rows += 1
                 missing += text is None
                 if text and not text.isspace():
-                    line = (json.dumps({"text": text}, ensure_ascii=False) + "\n").encode()
+                    fields = {"text": text} | ({} if score is None else {"score": score})
+                    line = (json.dumps(fields, ensure_ascii=False) + "\n").encode()
                     file.write(line)
                     digest.update(line)
                     size += len(line)

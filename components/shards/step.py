@@ -134,7 +134,8 @@ class _Work:
                 "markup": sorted(name for name, source in job.data.sources.items() if source.has_markup),
             }
             | ({"answers": answer_sources} if answer_sources else {})
-            | ({"scored": scored} if (scored := job.data.scored) else {}),
+            | ({"scored": scored} if (scored := job.data.scored) else {})
+            | ({"score_columns": columns} if (columns := job.data.score_columns) else {}),
         )
 
     def begun(self, *, sizes_only: bool = False) -> _Work:
@@ -202,6 +203,7 @@ def _encode(job: JobSpec, work: _Work, units: Sequence[Unit], workers: Workers) 
         engine=engine,
         answers=frozenset(work.settings.get("answers", [])),
         scored=frozenset(work.settings.get("scored", [])),
+        rated=frozenset(work.settings.get("score_columns", {})),
     )
     encode_units(units, encoder, workers, journal)
 

@@ -29,9 +29,9 @@ from trainer.data.answers import Ranges
 from trainer.data.chat import NO_ANSWER, AnswerFinder
 from trainer.data.chattemplate import form_of
 from trainer.data.format import token_dtype
-from trainer.data.jsonl import documents, where
+from trainer.data.jsonl import objects, where
 from trainer.data.manifest import SPLITS, Manifest, Split
-from trainer.data.scores import Scores, compression
+from trainer.data.scores import Scores, compression, number
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 from trainer.files import atomic_write, checksum, sync_directory
@@ -74,7 +74,8 @@ class UnitEncoder:
     """Encodes one unit; sent to the worker processes. A unit's bytes depend only on this object and the unit.
 
     Documents dropped by `hygiene_dir` are left out. Special tokens are encoded as such only in the sources of `markup`,
-    and answers are looked for only in the sources of `answers`.
+    and answers are looked for only in the sources of `answers`. Those of `scored` get scores: of `rated` from the field
+    `score` of the raw lines, of others by compression.
     """
 
     raw_dir: str
@@ -87,13 +88,14 @@ class UnitEncoder:
     engine: EngineName
     answers: frozenset[str] = frozenset()
     scored: frozenset[str] = frozenset()
+    rated: frozenset[str] = frozenset()
 
     def __call__(self, unit: Unit) -> str:
         """Write the unit's file and return its checksum.
 
         Raises:
             DataError: a line is malformed, a document is too large for a shard, or it has no answer although its
-                source trains on answers only; the message names file and line.
+                source trains on answers only, or no score; the message names file and line.
         """
         tokenizer, encode = _opened(self.tokenizer_dir, self.engine)
         if unit.source in self.markup:
@@ -103,8 +105,9 @@ class UnitEncoder:
         parts: dict[Split, list[EncodedDocuments]] = {split: [] for split in SPLITS}
         path = Path(self.raw_dir) / unit.path
         left_out = dropped(self.hygiene_dir, unit.path)
-        lines = (line for line in documents(path, unit.start, unit.stop) if line[0] not in left_out)
-        for offsets, texts in _batches(lines):
+        lines = (line for line in objects(path, unit.start, unit.stop) if line[0] not in left_out)
+        for offsets, objects_here in _batches(lines):
+            texts = [each["text"] for each in objects_here]
             ids = [tokenizer.document(document) for document in encode(texts)]
             answers = list[list[tuple[int, int]]]() if find_answers else None
             for offset, document in zip(offsets, ids, strict=True):
@@ -118,6 +121,10 @@ class UnitEncoder:
                         "raise shards.max_shard_bytes or cut the document"
                     )
             data = [text.encode() for text in texts]
+            if unit.source in self.rated:
+                scores = [_score(path, *each) for each in zip(offsets, objects_here, strict=True)]
+            else:
+                scores = [compression(one) for one in data] if unit.source in self.scored else []
             heldout = [is_heldout(one, self.heldout_fraction) for one in data]
             for split in SPLITS:
                 chosen = [n for n, held in enumerate(heldout) if held == (split == "heldout")]
@@ -125,7 +132,7 @@ class UnitEncoder:
                 found = None if answers is None else [answers[n] for n in chosen]
                 part = _pack([ids[n] for n in chosen], sizes, places, dtype, found)
                 if unit.source in self.scored:
-                    part = replace(part, scores=np.array([compression(data[n]) for n in chosen], np.float32))
+                    part = replace(part, scores=np.array([scores[n] for n in chosen], np.float32))
                 parts[split].append(part)
         target = unit_file(self.out_dir, unit.number)
         _save(
@@ -256,20 +263,29 @@ def _answer_finder(directory: str, engine: EngineName) -> AnswerFinder:
     return AnswerFinder(tokenizer, form_of(directory, tokenizer))
 
 
-def _batches(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[list[int], list[str]]]:
-    """Yield (byte offsets, texts) of consecutive documents."""
+def _batches(lines: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    """Yield (byte offsets, objects) of consecutive documents."""
     offsets: list[int] = []
-    texts: list[str] = []
+    found: list[dict[str, Any]] = []
     characters = 0
-    for offset, text in lines:
+    for offset, each in lines:
         offsets.append(offset)
-        texts.append(text)
-        characters += len(text) + 1
+        found.append(each)
+        characters += len(each["text"]) + 1
         if characters >= BATCH_CHARACTERS:
-            yield offsets, texts
-            offsets, texts, characters = [], [], 0
-    if texts:
-        yield offsets, texts
+            yield offsets, found
+            offsets, found, characters = [], [], 0
+    if found:
+        yield offsets, found
+
+
+def _score(path: Path, offset: int, line: dict[str, Any]) -> float:
+    try:
+        return number(line.get("score"))
+    except ValueError as error:
+        raise DataError(
+            f'{where(path, offset)}: "score" holds {error}, not a finite number; run the download step again'
+        ) from None
 
 
 def _pack(

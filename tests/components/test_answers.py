@@ -309,10 +309,10 @@ def test_a_source_that_is_no_chat_is_one_line(template: str | None) -> None:
 
 
 def test_units_of_other_sources_have_the_bytes_that_they_had(tmp_path: Path) -> None:
-    documents = units._joined([], units.token_dtype(640), False)
+    documents = units._joined([], units.token_dtype(640), False, False)
     units._save(tmp_path / "000000.npz", {"train": documents, "heldout": documents})
     found = units.load_unit(tmp_path, 0, "train")
-    assert found.answers is None and found.answer_counts is None
+    assert found.answers is None and found.answer_counts is None and found.scores is None
     with np.load(tmp_path / "000000.npz") as arrays:
         assert sorted(arrays) == sorted(
             f"{split}_{name}"

@@ -222,10 +222,10 @@ def test_an_address_that_is_not_there_is_one_line(
 
 KILLED = """
 import os, signal, sys
-from components.download import source
+from components.download import scores
 from components.download.step import run
 from manifests.spec import JobSpec, parse, read_yaml
-real, seen = source.rows, 0
+real, seen = scores.rows, 0
 def rows(*arguments):
     for row in real(*arguments):
         global seen
@@ -233,7 +233,7 @@ def rows(*arguments):
         if seen == 7:
             os.kill(os.getpid(), signal.SIGKILL)
         yield row
-source.rows = rows
+scores.rows = rows
 run(parse(JobSpec, read_yaml(sys.argv[1])))
 """
 

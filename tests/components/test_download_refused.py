@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.download import files, source
+from components.download import files, scores, source
 from components.download.step import run
 from components.volume import volume_explained
 from manifests.spec import JobSpec
@@ -182,7 +182,7 @@ def test_a_local_file_that_grows_while_it_is_read_is_named_and_not_kept(
     (tmp_path / "a.jsonl").write_bytes(LINES)
     (tmp_path / "b.jsonl").write_bytes(LINES)
     job = make_job({"web": from_files(tmp_path / "a.jsonl", tmp_path / "b.jsonl")}, tmp_path / "data")
-    real = source.rows
+    real = scores.rows
 
     def growing(path: Path, *others: object) -> Iterator[object]:
         if path.name == "b.jsonl":
@@ -191,7 +191,7 @@ def test_a_local_file_that_grows_while_it_is_read_is_named_and_not_kept(
         yield from real(path, *others)
 
     with monkeypatch.context() as patched:
-        patched.setattr(source, "rows", growing)
+        patched.setattr(scores, "rows", growing)
         assert "b.jsonl: changed since this download began; inputs must not change" in refused(job)
     result = run(job)
     assert raw_texts(result.path) == ["One.", "Two.", "One.", "Two.", "Three."]
@@ -201,13 +201,13 @@ def test_a_local_file_that_is_only_touched_while_it_is_read_is_taken(
     make_job: Callable[..., JobSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
-    real = source.rows
+    real = scores.rows
 
     def touching(path: Path, *others: object) -> Iterator[object]:
         os.utime(path, ns=(1, 1))
         yield from real(path, *others)
 
-    monkeypatch.setattr(source, "rows", touching)
+    monkeypatch.setattr(scores, "rows", touching)
     result = run(make_job({"web": from_files(tmp_path / "a.jsonl")}, tmp_path / "data"))
     assert raw_texts(result.path) == ["One.", "Two."]
 

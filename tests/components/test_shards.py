@@ -392,15 +392,15 @@ def test_a_raw_file_that_cannot_be_read_is_named_and_the_rest_kept(
     golden: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job, read = small_job(tmp_path), units.documents
+    job, read = small_job(tmp_path), units.objects
 
-    def refuse(path: Path, *bounds: int) -> Iterator[tuple[int, str]]:
+    def refuse(path: Path, *bounds: int) -> Iterator[tuple[int, dict[str, object]]]:
         if "math" in str(path):
             raise PermissionError(13, "Permission denied", str(path))
         return read(path, *bounds)
 
     with monkeypatch.context() as patched:
-        patched.setattr(units, "documents", refuse)
+        patched.setattr(units, "objects", refuse)
         with pytest.raises(VolumeError, match=r"math/part-00000\.jsonl: permission denied; fix its permissions"):
             step.run(job, *inputs[1:])
     done = _journalled(Path(job.stage_dir("shards")))

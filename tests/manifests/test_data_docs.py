@@ -35,9 +35,9 @@ def test_the_table_is_the_preset(preset: str) -> None:
 def test_the_job_files_of_the_page_are_accepted() -> None:
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.S)]
     jobs = [job_from({"preset": "h100-4b"} | block) for block in blocks]
-    assert len(jobs) == 5
+    assert len(jobs) == 6
     assert jobs[0].data.sources["papers"].columns == ["title", "abstract"] and "ko-web" not in jobs[0].data.sources
     assert jobs[1].data.sources["chat"].loss == "answers"
     assert jobs[2].hygiene.evaluation.keys() == {"gsm8k", "mine"}
     assert [stage.from_tokens for stage in jobs[3].train.curriculum] == [8e9, 12e9]
-    assert jobs[4].data.scored == ["ko"]
+    assert jobs[4].data.scored == ["ko"] and jobs[5].data.score_columns == {"en-fineweb-edu": "score"}

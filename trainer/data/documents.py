@@ -141,6 +141,13 @@ def open_stream(
         (generation.digest, {name: part.counts(name, "train").documents for name in tokens.mix})
         for generation, part in zip(manifest.earlier, manifest.parts, strict=False)  # without the newest
     ]
+    columns = manifest.settings.get("score_columns", {})
+    for name, mix in tokens.mix.items():
+        if mix.order and mix.order.by != "length" and columns.get(name) != mix.order.column:
+            raise DataError(
+                f"{directory}: the scores of source '{name}' are by {columns.get(name, 'compression')}, not by "
+                f"{mix.order.column or mix.order.by} as its order; run the shards step of a job with this order"
+            )
     scores = {
         name: source.scores()
         for (name, mix), source in zip(tokens.mix.items(), sources, strict=True)

@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import DataError
 
 
 def documents(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, str]]:
     """Yield (byte offset of the line, its "text") for the lines that start in bytes [start, stop) of the file.
+
+    Raises:
+        DataError, OSError: as `objects`.
+    """
+    return ((at, found["text"]) for at, found in objects(path, start, stop))
+
+
+def objects(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (byte offset of the line, its object) for the lines that start in bytes [start, stop) of the file.
 
     Raises:
         DataError: a line is not a JSON object with a string "text"; names file and line.
@@ -23,13 +33,14 @@ def documents(path: str | Path, start: int = 0, stop: int | None = None) -> Iter
         at = file.tell()
         while (stop is None or at < stop) and (line := file.readline()):
             try:
-                text = json.loads(line)["text"]
+                found = json.loads(line)
+                text = found["text"]
                 if not isinstance(text, str):
                     raise TypeError
                 text.encode()  # JSON can contain lone surrogates, which are not valid Unicode text
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{where(path, at)}: {_problem(error)}; fix or remove the line") from None
-            yield at, text
+            yield at, found
             at += len(line)
 
 

@@ -82,20 +82,26 @@ class InTurn:
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
 
-class Sorted:
-    """A permutation whose images are sorted by a score, in `bands` groups of equally many or, if None, fully.
+def bands_of(scores: NDArray[np.number], bands: int | None) -> NDArray[np.integer]:
+    """The band of each document: of `bands` groups of equally many by score or, if None, the rank of its score.
 
-    Within a band, and of equal scores, the order is that of the permutation. At the edge of a band documents of equal
-    scores are divided by their numbers.
+    At the edge of a band documents of equal scores are divided by their numbers.
     """
+    if bands is None:
+        ranks: NDArray[np.int64] = np.unique(scores, return_inverse=True)[1].reshape(-1)
+        return ranks
+    size = len(scores)
+    # NumPy sorts 16-bit numbers by radix, which is what makes every epoch's start quick.
+    band: NDArray[np.integer] = np.empty(size, np.uint16 if bands <= 2**16 else np.int64)
+    band[np.argsort(scores, kind="stable")] = np.arange(size) * bands // max(size, 1)
+    return band
 
-    def __init__(self, permutation: Permutation, scores: NDArray[np.number], bands: int | None) -> None:
+
+class Sorted:
+    """A permutation whose images are sorted by their bands; within one the order is that of the permutation."""
+
+    def __init__(self, permutation: Permutation, band: NDArray[np.integer]) -> None:
         self.size = permutation.size
-        if bands is None:
-            band = np.unique(scores, return_inverse=True)[1].reshape(-1)
-        else:
-            band = np.empty(self.size, np.int64)
-            band[np.argsort(scores, kind="stable")] = np.arange(self.size) * bands // max(self.size, 1)
         images = permutation(0, self.size)
         self._images = images[np.argsort(band[images], kind="stable")]
 
@@ -113,7 +119,7 @@ class SourceOrder:
         lengths: tokens of each document, in the shards' order.
         sizes: documents of each generation of the shards, oldest first; None: there is only one.
         scores: a score of each document, by which each generation is sorted in ascending order; None: not at all.
-        bands: as Sorted.
+        bands: as `bands_of`.
     """
 
     def __init__(
@@ -132,7 +138,11 @@ class SourceOrder:
         self.tokens = int(lengths.sum(dtype=np.int64))
         self.longest = int(lengths.max(initial=0))
         self._seed = seed
-        self._scores, self._bands = scores, bands
+        self._bands: list[NDArray[np.integer]] | None = None
+        if scores is not None:
+            ends = np.cumsum(self._sizes).tolist()
+            parts = [scores[end - size : end] for size, end in zip(self._sizes, ends, strict=True)]
+            self._bands = [bands_of(part, bands) for part in parts]
         self._ahead: list[tuple[int, int]] = []
         self._load(0)
 
@@ -142,10 +152,8 @@ class SourceOrder:
             for size, mark in zip(self._sizes, ["", *(f"|{n}" for n in range(1, len(self._sizes)))], strict=True)
         ]
         parts: list[Permutation | Sorted] = [*drawn]
-        if self._scores is not None:
-            ends = np.cumsum(self._sizes).tolist()
-            scores = [self._scores[end - size : end] for size, end in zip(self._sizes, ends, strict=True)]
-            parts = [Sorted(part, some, self._bands) for part, some in zip(drawn, scores, strict=True)]
+        if self._bands is not None:
+            parts = [Sorted(part, band) for part, band in zip(drawn, self._bands, strict=True)]
         return parts[0] if len(parts) == 1 else InTurn(parts)
 
     def tokens_of(self, generations: int) -> int:

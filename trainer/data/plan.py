@@ -246,7 +246,8 @@ class TokenStream:
         known = self._generation_of(cursor)
         if not known or set(cursor.drawn) != set(self.names):
             raise DataError(
-                "the checkpoint was trained on other shards, mix weights, curriculum or data seed than this run names; "
-                "give those back (stages after the checkpoint may change), or start a new run"
+                "the checkpoint was trained on other shards, mix weights, curriculum or data seed than this run names, "
+                "or with another order of a source; give those back (stages after the checkpoint may change), or start "
+                "a new run"
             )
         return known

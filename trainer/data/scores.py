@@ -9,8 +9,10 @@ Little-endian. Only sources with such an order have the file; the manifest has i
 
 from __future__ import annotations
 
+import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +23,27 @@ from trainer.files import atomic_write
 MAGIC = b"YAOSCOR1"
 SUFFIX = ".scores"
 Scores = NDArray[np.float32]
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def compression(text: bytes) -> float:
     """Bytes of zlib per byte of text; more than 1 for very short ones, 0 for none."""
     return len(zlib.compress(text, 6)) / len(text) if text else 0.0
+
+
+def number(value: Any) -> float:
+    """A score as it stands in a row: a number, or a text that is one, as in CSV.
+
+    Raises:
+        ValueError: it is something else, or not finite in 32 bits; says what it is.
+    """
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not abs(found) <= LARGEST:
+        raise ValueError("nothing" if value is None else f"{str(value)[:40]!r}")
+    return found
 
 
 def write_scores(prefix: str | Path, scores: Scores) -> None:
