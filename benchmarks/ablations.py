@@ -258,6 +258,7 @@ def main() -> None:
         parser.error(f"--only {unknown[0]}: rows are {', '.join(rows(spec))}")
     outcomes = measure(spec, names, arguments.seeds, arguments.parallel)
     size = f"--steps {arguments.steps} --tokens-per-step {arguments.tokens_per_step} --seeds {arguments.seeds}"
+    only = f" --only {' '.join(arguments.only)}" if arguments.only else ""
     said = PAGE.format(
         preset=arguments.preset,
         steps=arguments.steps,
@@ -265,7 +266,7 @@ def main() -> None:
         seeds=arguments.seeds,
         table=as_table(spec, outcomes),
         rates=", ".join(f"{factor:g}" for factor in RATES),
-        command=f"python benchmarks/ablations.py --preset {arguments.preset} {size}",
+        command=f"python benchmarks/ablations.py --preset {arguments.preset} {size}{only}",
     )
     print("", said, sep="\n")
     to = arguments.write or (DOCS if arguments.preset == "tiny" else arguments.directory)
