@@ -2,6 +2,7 @@
 
     python benchmarks/ablations.py --seeds 3 --parallel 2       tiny: the table and plot in docs/ablations.md and .png
     python benchmarks/ablations.py --only default adamw teon    some of the rows
+    python benchmarks/ablations.py --epochs 1 --only order-length     orders of the documents, which need whole epochs
     python benchmarks/ablations.py --preset small --steps 1000 --tokens-per-step 32768       on a GPU
 
 Each run is a full run of `python -m trainer` on the sample corpus; finished runs in --directory are reused. Every row
@@ -25,8 +26,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from manifests.spec import JobSpec
+from manifests.spec import JobSpec, load_job
 from trainer.arithmetic.flops import flops_per_token
+from trainer.data.manifest import read_manifest
 from trainer.modelspec import ModelSpec
 from trainer.parameters import parameters
 from trainer.spec import TrainSpec
@@ -36,6 +38,7 @@ HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 RATES = (0.25, 0.5, 1.0)  # times the preset's
 BASE = "default"
+COMPRESSION = {"by": "compression"}
 FIGURE = "bits_per_byte"
 
 
@@ -65,6 +68,12 @@ def rows(spec: TrainSpec) -> dict[str, Row]:
         ),
         "no-mask": Row("documents of a row see those before them", {"tokens": {"document_mask": False}}),
         "best-fit": Row("rows that cut few documents (`packing: best_fit`)", {"tokens": {"packing": "best_fit"}}),
+        "order-length": Row("the short documents of each source first", ordered(spec, {"by": "length"})),
+        "order-compression": Row("the repetitive documents of each source first", ordered(spec, COMPRESSION)),
+        "order-long-first": Row(
+            "the long documents of each source first", ordered(spec, {"by": "length", "ascending": False})
+        ),
+        "length-curriculum": Row("rows of a quarter for the first half", short_rows_first(spec)),
         "teon": Row("TEON: pairs of attention layers share a step", {"optimizer": {"muon": {"teon_layers": 2}}}),
         "adamw": Row("AdamW for all parameters", {"optimizer": {"name": "adamw"}}),
         "no-clip": Row("no clipping of gradients", {"optimizer": {"clip_norm": None}}),
@@ -75,6 +84,29 @@ def rows(spec: TrainSpec) -> dict[str, Row]:
         ),
         "mtp": Row("one module of multi-token prediction", {"model": {"mtp": {"depth": 1, "layer": "*-"}}}),
     }
+
+
+def ordered(spec: TrainSpec, order: dict[str, Any] | None) -> dict[str, Any]:
+    """The same order for every source."""
+    return {"tokens": {"mix": {name: {"order": order} for name in spec.tokens.mix}}}
+
+
+def short_rows_first(spec: TrainSpec) -> dict[str, Any]:
+    """A quarter of the row length for half of the tokens; a micro-batch keeps its tokens."""
+    seq_len, half = spec.tokens.seq_len, spec.steps // 2 * spec.batch.tokens_per_step
+    return {
+        "tokens": {"seq_len": seq_len // 4, "curriculum": [{"from_tokens": half, "seq_len": seq_len}]},
+        "batch": {"micro_batch_rows": 4 * spec.batch.micro_batch_rows},
+    }
+
+
+def of_whole_epochs(spec: TrainSpec, epochs: float) -> TrainSpec:
+    """The spec with as many steps, and shares in proportion to the sources' tokens, as read each source so often."""
+    manifest = read_manifest(spec.tokens.shards, "shards")
+    tokens = {name: manifest.counts(name, "train").tokens for name in spec.tokens.mix}
+    total = sum(tokens.values())
+    mix = {name: {"weight": count / total} for name, count in tokens.items()}
+    return spec.updated({"steps": int(epochs * total / spec.batch.tokens_per_step), "tokens": {"mix": mix}})
 
 
 def dense(spec: TrainSpec) -> dict[str, Any]:
@@ -239,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--epochs", type=float, help="of every source, instead of --steps and the preset's shares")
     parser.add_argument("--tokens-per-step", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=4, help="of a micro-batch")
     parser.add_argument("--seeds", type=int, default=3)
@@ -249,19 +282,29 @@ def main() -> None:
     arguments = parser.parse_args()
 
     batch = {"tokens_per_step": arguments.tokens_per_step, "micro_batch_rows": arguments.rows}
+    # All rows read these shards: an order needs the scores beside them, the others ignore them.
+    scored = {name: {"order": COMPRESSION} for name in load_job(arguments.preset).data.sources}
     job: JobSpec = learning().prepare(
-        arguments.preset, arguments.directory.absolute(), steps=arguments.steps, batch=batch
+        arguments.preset, arguments.directory.absolute(), scored, steps=arguments.steps, batch=batch
     )
     spec = job.train_spec()
+    spec = spec.updated(ordered(spec, None))
+    if arguments.epochs:
+        spec = of_whole_epochs(spec, arguments.epochs)
     names = [name for name in rows(spec) if not arguments.only or name in {BASE, *arguments.only}]
+    if not arguments.epochs:  # else an order would choose documents
+        names = [name for name in names if not name.startswith("order-")]
     if unknown := sorted(set(arguments.only or ()) - set(rows(spec))):
         parser.error(f"--only {unknown[0]}: rows are {', '.join(rows(spec))}")
+    if left_out := sorted(set(arguments.only or ()) - set(names)):
+        parser.error(f"--only {left_out[0]} needs --epochs, since a run of less than one would leave out documents")
     outcomes = measure(spec, names, arguments.seeds, arguments.parallel)
-    size = f"--steps {arguments.steps} --tokens-per-step {arguments.tokens_per_step} --seeds {arguments.seeds}"
+    amount = f"--epochs {arguments.epochs:g}" if arguments.epochs else f"--steps {arguments.steps}"
+    size = f"{amount} --tokens-per-step {arguments.tokens_per_step} --seeds {arguments.seeds}"
     only = f" --only {' '.join(arguments.only)}" if arguments.only else ""
     said = PAGE.format(
         preset=arguments.preset,
-        steps=arguments.steps,
+        steps=spec.steps,
         tokens=arguments.tokens_per_step,
         seeds=arguments.seeds,
         table=as_table(spec, outcomes),

@@ -49,10 +49,11 @@ def optimizer(name: str, rate: float) -> dict[str, Any]:
     return {"name": "adamw" if name == "AdamW" else "muon", "muon": muon, "adamw": {"learning_rate": rate}}
 
 
-def prepare(preset: str, directory: Path, **train: Any) -> JobSpec:
-    """The preset's job, with its shards written; everything is under `directory`."""
+def prepare(preset: str, directory: Path, sources: dict[str, Any] | None = None, **train: Any) -> JobSpec:
+    """The preset's job, with changes of `data.sources` and `train` and its shards written; all is under `directory`."""
     storage = {"datasets_dir": str(directory / "datasets"), "checkpoints_dir": str(directory)}
-    job = load_job(preset, {"storage": storage, "train": train, "cluster": {"nodes": 1, "gpus_per_node": 0}})
+    cluster = {"nodes": 1, "gpus_per_node": 0}
+    job = load_job(preset, {"storage": storage, "data": {"sources": sources or {}}, "train": train, "cluster": cluster})
     raw = hygiene.run(job, download.run(job))
     shards.run(job, raw, tokenizer.run(job, raw))
     return job

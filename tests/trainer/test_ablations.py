@@ -5,8 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from data_cases import random_documents, write_shards
 
 from trainer.arithmetic.flops import flops_per_token
+from trainer.data.documents import open_shards, open_stream
+from trainer.spec import OrderSpec, TokensSpec
+from trainer.specbase import parse
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "ablations.py"
 BATCH = {"tokens_per_step": 512, "micro_batch_rows": 2}
@@ -50,3 +54,22 @@ def test_the_table_is_of_real_runs(ablations, tmp_path: Path, monkeypatch: pytes
     assert f"{other['all'] - own['all']:+.4f} ± 0.0000" in ablations.as_table(spec, outcomes)
     ablations.plot(outcomes, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_orders_are_compared_over_whole_epochs_of_every_source(ablations, tmp_path: Path):
+    """Else a run that takes the short documents first would have fewer tokens to choose from, not another order."""
+    from manifests.spec import load_job
+
+    documents = {name: {"train": random_documents(n, 50 * (n + 1))} for n, name in enumerate(("ko", "en"))}
+    write_shards(tmp_path, documents)
+    spec = load_job("tiny", {"train": {"batch": BATCH}, "cluster": {"nodes": 1}}).train_spec()
+    tokens = {"shards": str(tmp_path / "shards"), "tokenizer": str(tmp_path / "tokenizer")}
+    mix = {name: {"weight": 0.5} for name in documents}
+    spec = spec.model_copy(update={"tokens": TokensSpec(**tokens, mix=mix, seq_len=spec.tokens.seq_len)})
+    whole = ablations.of_whole_epochs(spec, 2)
+    length = parse(OrderSpec, {"by": "length"})
+    ordered = ablations.changed(whole, ablations.rows(whole)["order-length"], 1.0, 0, "order-length").tokens
+    assert [source.order for source in ordered.mix.values()] == [length, length]
+    _, stream = open_stream(ordered, *open_shards(ordered))
+    stream.take(whole.steps * BATCH["tokens_per_step"])
+    assert all(1.8 < epochs <= 2.05 for epochs in stream.epochs(stream.cursor()).values())
