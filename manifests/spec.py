@@ -147,7 +147,7 @@ class JobSpec(Spec):
         if spec.engine == "megatron":
             self._check_megatron(spec)
         else:
-            spec.micro_batches(self.cluster.world_size)
+            spec.check_shares(self.cluster.world_size)
         return self
 
     @model_validator(mode="after")
@@ -160,13 +160,13 @@ class JobSpec(Spec):
         layout = self.layout()
         if not cluster.gpus_per_node:
             return self
-        memory = step_memory(self.train_spec(), layout)
+        memory = step_memory(fitted := self.fitted_spec(), layout)
         if memory.total > cluster.gpu_memory_gib * 2**30:
             if memory.state + memory.reserved > cluster.gpu_memory_gib * 2**30:
                 remedy = "use more or larger GPUs, train.parallel.data fsdp, or a smaller train.model"
             else:
                 remedy = (
-                    f"lower train.batch.micro_batch_rows {train.batch.micro_batch_rows}, or write "
+                    f"lower train.batch.micro_batch_rows {fitted.batch.rows}, or write "
                     "train.runtime.activation_checkpointing selective or full"
                 )
             raise ValueError(
@@ -234,6 +234,16 @@ class JobSpec(Spec):
         gpu_bytes = cluster.gpu_memory_gib * 2**30 if cluster.gpus_per_node else None
         ranks = (cluster.world_size, cluster.ranks_per_node)
         return choose_layout(train.parallel, train.model, train.optimizer, *ranks, gpu_bytes)
+
+    def fitted_spec(self) -> TrainSpec:
+        """The trainer's spec, with a number for `micro_batch_rows: auto` by the memory of the cluster's GPUs."""
+        from trainer.arithmetic.rows import fitting
+
+        spec, cluster = self.train_spec(), self.cluster
+        if spec.batch.micro_batch_rows != "auto":
+            return spec
+        found = fitting(spec, self.layout(), cluster.gpu_memory_gib * 2**30 if cluster.gpus_per_node else None)
+        return spec.with_rows(found.number)
 
     def byte_budget(self, name: str) -> int | None:
         """UTF-8 bytes to read of each source: the job's limit, else for Hub sources what the run's tokens need.

@@ -313,7 +313,13 @@ def describe(
         mesh = check(training, spec.cluster.world_size)
         render_memory(training, mesh, console, lambda each: step_memory(each, mesh))
         return
-    render_memory(spec.train_spec(), spec.layout(), console)
+    if spec.train.batch.micro_batch_rows == "auto":
+        from trainer.arithmetic.rows import fitting
+
+        gpu_bytes = spec.cluster.gpu_memory_gib * 2**30 if spec.cluster.gpus_per_node else None
+        rows, why = fitting(spec.train_spec(), spec.layout(), gpu_bytes)
+        console.print(f"train.batch.micro_batch_rows auto: {rows} ({why}); a trial on the GPU may lower it")
+    render_memory(spec.fitted_spec(), spec.layout(), console)
     if named := fabric_of(spec):
         print(f"\n{note(named)}")
 
@@ -322,7 +328,7 @@ def _render_roofline(spec: JobSpec, gpu: str) -> None:
     from trainer.arithmetic.gpus import by_option
     from trainer.arithmetic.roofline import of_training, render
 
-    found, title = of_training(spec.train_spec(), by_option(gpu), spec.cluster.world_size)
+    found, title = of_training(spec.fitted_spec(), by_option(gpu), spec.cluster.world_size)
     render(found, title, Console())
 
 

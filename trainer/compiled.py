@@ -126,7 +126,7 @@ def counted(spec: ModelSpec, chosen: Precision) -> Counter[Kind]:
 
 def shapes(tokens: TokensSpec, batch: BatchSpec) -> list[tuple[int, int]]:
     """(rows, row length) of the run's micro-batches, in order."""
-    return [(batch.micro_batch_rows * tokens.seq_len // length, length) for length in tokens.seq_lens]
+    return [(batch.rows * tokens.seq_len // length, length) for length in tokens.seq_lens]
 
 
 def problem(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer import agreement, compiled, graphed, ops
+from trainer import agreement, compiled, graphed, ops, rows
 from trainer.begin import begin_with
 from trainer.checkpoints.checkpoint import SKIPPED_IN_A_ROW, step_dir
 from trainer.checkpoints.checkpointer import Checkpointer
@@ -75,8 +75,9 @@ class Run:
 def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     """Build everything, load the newest checkpoint, and log the choices with their reasons."""
     findings = preflight.of_ranks(spec.runtime.preflight, world)
-    micro_batches = spec.micro_batches(world.size)
+    spec.check_shares(world.size)
     layout, by_whom = agreement.layout(spec, world)
+    written, (spec, auto) = spec, rows.decide(spec, world, layout)
     recorder = Recorder(spec, world, started)
     recorder.preflight(findings)
     proofs = proof.at_start(spec, world)
@@ -123,7 +124,6 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     if chosen.fp8:
         fp8 = convert(model, spec.model, chosen.fp8, world.device, only_proven=proven, agree=agree)
     backends = {name: choice.label for name, choice in choices.items()}
-    log.info("ranks: %d on %s, %d micro-batches each per step", world.size, world.device, micro_batches)
     log.info("mesh (copies x ranks of one copy): %s%s", layout, f" ({by_whom})" if by_whom else "")
     log.info("precision: %s (%s)", chosen.name, chosen.reason)
     for line in summary_lines(optimizers.table):
@@ -136,7 +136,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         exports.published(step_dir(spec.run_dir, step))
 
     checkpoints = Checkpointer(
-        spec,
+        written,
         world,
         model,
         optimizers,
@@ -156,9 +156,17 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
         begin_with(spec, model, world)
     if not resumed and world.is_main and not (file := Path(spec.run_dir) / "train.yaml").exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, to_stored_yaml(spec))
+        atomic_write(file, to_stored_yaml(written))
     recorder.begin(resumed, {"device": world.device.type, "precision": chosen.name, "mesh": str(layout), **backends})
     first_step = resumed.step if resumed else 0
+    keep_copies(model, layout, world.device, chosen.autocast_dtype)
+    recompute.set_policy(model, spec.runtime.activation_checkpointing)
+    if compiles:
+        compile_layers(model)
+    if auto:
+        spec = rows.try_out(spec, auto, world, layout, model, optimizers, chosen)
+    micro_batches = spec.micro_batches(world.size)
+    log.info("ranks: %d on %s, %d micro-batches each per step", world.size, world.device, micro_batches)
     loader = TokenLoader(
         spec.tokens,
         spec.batch,
@@ -174,10 +182,6 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
             "what was there, as another order would repeat some",
             loader.left_out,
         )
-    keep_copies(model, layout, world.device, chosen.autocast_dtype)
-    recompute.set_policy(model, spec.runtime.activation_checkpointing)
-    if compiles:
-        compile_layers(model)
     if graphs:
         model.graphs = LayerGraphs(model, partial(without_graphs, spec))
     validation = None

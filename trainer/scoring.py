@@ -156,7 +156,7 @@ def nats(model: HybridModel, batch: MicroBatch, device: torch.device) -> torch.T
 
 def rows_of(spec: TrainSpec, seq_len: int) -> int:
     """Rows of `seq_len` tokens in a micro-batch."""
-    return spec.batch.micro_batch_rows * spec.tokens.seq_len // seq_len
+    return spec.evaluation_rows * spec.tokens.seq_len // seq_len
 
 
 def source_budgets(tokens: TokensSpec, max_tokens: int) -> tuple[dict[str, int], dict[str, str]]:

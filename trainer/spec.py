@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from trainer.errors import SpecError
 from trainer.evaluatespec import EvaluateSpec
@@ -149,14 +149,32 @@ class TokensSpec(CutSpec):
         return self
 
 
+CPU_TOKENS = 4096  # of a micro-batch on a CPU with auto, and of one in evaluation
+
+
+def _number_or_auto(value: object) -> object:
+    """One line for both forms; pydantic has one for each."""
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"a whole number from 1 on is wanted, or auto (got {value!r})")
+    return value
+
+
 class BatchSpec(Spec):
     """One optimizer step = `tokens_per_step` tokens, cut into micro-batches of `micro_batch_rows` rows on each rank.
 
-    If a curriculum changes the row length, micro-batches keep their number of tokens.
+    If a curriculum changes the row length, micro-batches keep their number of tokens. `micro_batch_rows: auto` takes
+    the most rows that fit: by arithmetic for cluster.gpu_memory_gib, at the start for the smallest GPU of the run, then
+    by a trial (trainer/rows.py). What is found changes results by rounding only, and is no part of the run's name.
     """
 
     tokens_per_step: Count
-    micro_batch_rows: Count
+    micro_batch_rows: Annotated[Count | Literal["auto"], BeforeValidator(_number_or_auto)]
+
+    @property
+    def rows(self) -> int:
+        """`micro_batch_rows` once it is a number."""
+        assert self.micro_batch_rows != "auto", "decided where a step is planned"
+        return self.micro_batch_rows
 
 
 class MuonSpec(Spec):
@@ -426,6 +444,13 @@ class TrainSpec(RecipeSpec):
 
     @model_validator(mode="after")
     def _rows_are_whole(self) -> Self:
+        if self.batch.micro_batch_rows == "auto":
+            if self.engine == "megatron":
+                raise ValueError(
+                    "train.batch.micro_batch_rows auto is for train.engine yaongi; write a number, such as 1"
+                )
+            self.row_choices(1)
+            return self
         row_tokens = self.batch.micro_batch_rows * self.tokens.seq_len
         if self.batch.tokens_per_step % row_tokens:
             raise ValueError(
@@ -497,6 +522,43 @@ class TrainSpec(RecipeSpec):
             )
         return self
 
+    def with_rows(self, rows: int) -> Self:
+        """With this number for `batch.micro_batch_rows`."""
+        return self.updated({"batch": {"micro_batch_rows": rows}})
+
+    @property
+    def evaluation_rows(self) -> int:
+        """Rows of `tokens.seq_len` that are evaluated at once."""
+        rows = self.batch.micro_batch_rows
+        return max(1, CPU_TOKENS // self.tokens.seq_len) if rows == "auto" else rows
+
+    def row_choices(self, world_size: int) -> list[int]:
+        """The numbers of rows, rising, of which each rank can do a whole number of micro-batches in a step.
+
+        Raises:
+            SpecError: there is none.
+        """
+        tokens, seq_len = self.batch.tokens_per_step, self.tokens.seq_len
+        if tokens % (seq_len * world_size):
+            raise SpecError(
+                f"train.batch.tokens_per_step {tokens} must be a multiple of seq_len × ranks = {seq_len} × "
+                f"{world_size} = {seq_len * world_size}, so that each rank has whole rows"
+            )
+        own = tokens // (seq_len * world_size)
+        choices = [rows for rows in range(1, own + 1) if own % rows == 0]
+        for stage in self.tokens.curriculum:
+            choices = [rows for rows in choices if rows * seq_len % (stage.seq_len or 1) == 0]
+            if not choices:
+                raise SpecError(
+                    f"train.curriculum: no number of a rank's {own} rows of {seq_len} tokens is a multiple of seq_len "
+                    f"{stage.seq_len}; raise train.batch.tokens_per_step"
+                )
+        return choices
+
+    def check_shares(self, world_size: int) -> None:
+        """Raises SpecError if the ranks cannot share a step equally."""
+        (self.row_choices if self.batch.micro_batch_rows == "auto" else self.micro_batches)(world_size)
+
     def micro_batches(self, world_size: int) -> int:
         """Micro-batches per rank and step.
 
@@ -511,12 +573,12 @@ class TrainSpec(RecipeSpec):
                 "lower one of them, or change cluster.nodes or gpus_per_node"
             )
         sharers = world_size // sharing
-        per_round = self.batch.micro_batch_rows * sharers
+        per_round = self.batch.rows * sharers
         if step_rows % per_round:
             raise SpecError(
                 f"a step of {step_rows} rows cannot be shared by {sharers} {'data parallel ' * (sharing > 1)}ranks in "
                 "micro-batches of "
-                f"{self.batch.micro_batch_rows} rows; make train.batch.tokens_per_step a multiple of "
+                f"{self.batch.rows} rows; make train.batch.tokens_per_step a multiple of "
                 f"{per_round * self.tokens.seq_len}"
             )
         return step_rows // per_round

@@ -39,7 +39,7 @@ def ranks(spec: TrainSpec, wanted: int, gpus: int) -> int:
 
 def _can_share(spec: TrainSpec, number: int) -> bool:
     try:
-        spec.micro_batches(number)
+        spec.check_shares(number)
         choose_layout(spec.parallel, spec.model, spec.optimizer, number, number, None)
     except ValueError:
         return False

@@ -189,7 +189,7 @@ class Plan:
         job = self.model.job
         if job is None or job.train.engine != "yaongi":
             return {}
-        spec, found = job.train_spec(), {}
+        spec, found = job.fitted_spec(), {}
         for each in self.gpus:
             with suppress(SpecError):  # FP8 that this GPU has not
                 found[each.gpu.name] = of_training(spec, each.gpu, self.asked.num_gpus)[0].mfu
@@ -202,7 +202,7 @@ class Plan:
         if job is None or job.train.engine != "yaongi":
             return []
         train, found = job.train, []
-        training = job.train_spec()
+        training = job.fitted_spec()
         counts = sorted({2**n for n in range(11) if 2**n < self.asked.num_gpus} | {self.asked.num_gpus})
         for count in counts:
             for data in ("ddp", "fsdp") if count > 1 else ("ddp",):

@@ -117,7 +117,7 @@ def notes(plan: Plan) -> Iterator[str]:
             )
     if model.job and asked.num_gpus != model.job.cluster.world_size:
         try:
-            model.job.train_spec().micro_batches(asked.num_gpus)
+            model.job.train_spec().check_shares(asked.num_gpus)
         except SpecError as error:
             yield f"On {asked.num_gpus} GPUs the job is refused as it is: {error}."
     for each in asked.gpus:

@@ -59,8 +59,9 @@ def requirements() -> Iterator[Finding]:
 def summary(flags: Flags, job: JobSpec, gpus: int, console: Console) -> None:
     """The configuration in words."""
     train, ranks = job.train, job.cluster.world_size
-    rows, length = train.batch.micro_batch_rows, train.seq_len
-    rounds = job.train_spec().micro_batches(ranks)
+    fitted = job.fitted_spec()
+    rows, length = fitted.batch.rows, train.seq_len
+    rounds = fitted.micro_batches(ranks)
     count = sum(parameter.count for parameter in parameters(train.model))
     where = f"{ranks} GPUs" if ranks > 1 else "1 GPU"
     mode = "training" if flags.train else "test (--train is the real run)"

@@ -45,7 +45,7 @@ def dual(
         typer.Option(
             min=1,
             help="Rows that a GPU computes at once. The tokens of a step stay about the same: more rows, fewer rounds.",
-            show_default="the preset's",
+            show_default="on GPUs the most that fit",
         ),
     ] = None,
     learning_rate: Annotated[

@@ -101,7 +101,7 @@ def changes(flags: Flags, machine: Machine) -> dict[str, Any]:
         train["steps"] = flags.max_steps or TEST_STEPS
     if flags.max_seq_length:
         train["seq_len"] = flags.max_seq_length
-    train["batch"] = _batch(flags, base, number)
+    train["batch"] = _batch(flags, base, number, machine.gpus)
     if flags.learning_rate:
         train |= _rate(flags.learning_rate, base)
     if flags.precision:
@@ -135,10 +135,10 @@ def _data(flags: Flags) -> dict[str, Any]:
     return {"sources": sources, **({"heldout_fraction": 0.02} if size < SMALL_TEXT_BYTES else {})}
 
 
-def _batch(flags: Flags, base: dict[str, Any], number: int) -> dict[str, int]:
-    """Rows of a micro-batch, and about the preset's tokens of a step that all ranks can share in such micro-batches."""
-    rows = flags.batch_size or base["batch"]["micro_batch_rows"]
-    round_tokens = number * rows * (flags.max_seq_length or base["seq_len"])
+def _batch(flags: Flags, base: dict[str, Any], number: int, gpus: int) -> dict[str, Any]:
+    """Rows of a micro-batch, on GPUs as many as fit; about the preset's tokens of a step that all ranks can share."""
+    rows = flags.batch_size or ("auto" if gpus else base["batch"]["micro_batch_rows"])
+    round_tokens = number * (1 if rows == "auto" else rows) * (flags.max_seq_length or base["seq_len"])
     rounds = max(1, round(base["batch"]["tokens_per_step"] / round_tokens))
     return {"tokens_per_step": rounds * round_tokens, "micro_batch_rows": rows}
 

@@ -179,7 +179,7 @@ def render_memory(
         assert isinstance(layout, Layout), "the mesh of our own engine"
         memory_of = partial(step_memory, layout=layout)
     found = {policy: memory_of(spec.updated({"runtime": {"activation_checkpointing": policy}})) for policy in policies}
-    size = f"{layout}; micro-batch {spec.batch.micro_batch_rows} × {spec.tokens.seq_len} tokens"
+    size = f"{layout}; micro-batch {spec.batch.rows} × {spec.tokens.seq_len} tokens"
     table = Table("GiB", title=f"Memory of each rank on a GPU: {size}; activation checkpointing …")
     for policy in policies:
         table.add_column(f"{policy} (chosen)" if policy == chosen else policy, justify="right")
@@ -194,7 +194,7 @@ def render_memory(
     console.print(table)
     if spec.engine == "megatron":  # what is recomputed is said of our own layers
         return
-    tokens = spec.batch.micro_batch_rows * spec.tokens.seq_len
+    tokens = spec.batch.rows * spec.tokens.seq_len
     for policy in policies[1:]:
         saved = found["none"].activations - found[policy].activations
         again = activations(spec.model, spec.tokens.seq_len, policy).recomputed

@@ -89,7 +89,7 @@ def step_memory(spec: TrainSpec, layout: Layout | None = None) -> Memory:
         copies=(width * sum(p.count for p in linear) if narrow else 0)
         + (0 if precision == "fp32" else width * _copied(model, layout))
         + _adapted(model, layout, width),
-        activations=found.peak * spec.batch.micro_batch_rows * spec.tokens.seq_len,
+        activations=found.peak * spec.batch.rows * spec.tokens.seq_len,
         reserved=RESERVED_BYTES,
     )
 

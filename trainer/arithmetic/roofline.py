@@ -164,13 +164,13 @@ def of_training(spec: TrainSpec, gpu: Gpu, world_size: int = 1) -> tuple[Rooflin
         spec.model,
         gpu,
         seq_len=spec.tokens.seq_len,
-        micro_batch_tokens=spec.batch.micro_batch_rows * spec.tokens.seq_len,
+        micro_batch_tokens=spec.batch.rows * spec.tokens.seq_len,
         micro_batches=spec.micro_batches(world_size),
         precision=precision,
         converted=[row.name for row in rows if row.converted],
         optimizer=spec.optimizer,
     )
-    size = f"{spec.micro_batches(world_size)} micro-batches of {spec.batch.micro_batch_rows} × {spec.tokens.seq_len}"
+    size = f"{spec.micro_batches(world_size)} micro-batches of {spec.batch.rows} × {spec.tokens.seq_len}"
     return found, f"a step of {size} tokens, {precision}"
 
 

@@ -92,7 +92,7 @@ class TokenLoader:
         shards_digest: str | None = None,
     ) -> None:
         self._tokens, self._step_tokens = tokens, batch.tokens_per_step
-        self._micro_tokens = batch.micro_batch_rows * tokens.seq_len
+        self._micro_tokens = batch.rows * tokens.seq_len
         self._rank, self._world_size = rank, world_size
         assert self._step_tokens % (world_size * self._micro_tokens) == 0, "TrainSpec.micro_batches checks this"
         self._errors: list[DataError] = []

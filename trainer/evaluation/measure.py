@@ -81,7 +81,7 @@ def _harness(
         trained.tokenizer,
         spec.tokens.tokenizer,
         max_length=known["max_length"],
-        batch_tokens=spec.batch.micro_batch_rows * spec.tokens.seq_len,
+        batch_tokens=spec.evaluation_rows * spec.tokens.seq_len,
         autocast=autocast,
         asking=Asking(spec.tokens.tokenizer) if spec.evaluate.chat else None,
         seed=spec.seed,

@@ -134,7 +134,7 @@ def _experts(model: ModelSpec) -> Iterator[Argument]:
 def _batch(spec: TrainSpec) -> Iterator[Argument]:
     yield option("--seq-length", spec.tokens.seq_len)
     yield option("--max-position-embeddings", spec.tokens.seq_len)
-    yield option("--micro-batch-size", spec.batch.micro_batch_rows)
+    yield option("--micro-batch-size", spec.batch.rows)
     yield option("--global-batch-size", spec.batch.tokens_per_step // spec.tokens.seq_len)
     yield option("--train-iters", spec.steps)
     yield option("--seed", 1 + spec.seed)  # Megatron wants one above 0

@@ -53,7 +53,7 @@ def refuse_too_large(spec: TrainSpec, mesh: Mesh, gpu_bytes: float, holder: str)
         remedy = "lower train.batch.micro_batch_rows, or raise train.megatron.context_parallel or tensor_parallel"
     else:
         remedy = (
-            f"lower train.batch.micro_batch_rows {spec.batch.micro_batch_rows}, or write "
+            f"lower train.batch.micro_batch_rows {spec.batch.rows}, or write "
             "train.runtime.activation_checkpointing full"
         )
     raise SpecError(
@@ -122,7 +122,7 @@ def _activations(spec: TrainSpec, mesh: Mesh, stage: int) -> int:
     found = kept * at_once + again
     if stage == mesh.pipeline - 1:
         found += LOGITS_BYTES * model.vocab_size / mesh.tensor + 2 * BF16_BYTES * model.hidden / rows
-    return round(found * spec.batch.micro_batch_rows * spec.tokens.seq_len / mesh.context)
+    return round(found * spec.batch.rows * spec.tokens.seq_len / mesh.context)
 
 
 def _in_flight(mesh: Mesh, stage: int) -> float:

@@ -79,7 +79,7 @@ def render(run: Run) -> str:
         restarts=listed,
         causes=causes,
         samples=samples(run),
-        hyperparameters=hyperparameters(run.spec),
+        hyperparameters=hyperparameters(run.spec, run.rows),
         dates=dates(run.directory),
         links=links(run.directory),
         spec_yaml=to_yaml(run.spec),

@@ -25,6 +25,7 @@ from trainer.recording.results import read_json
 from trainer.spec import TrainSpec
 from trainer.specbase import parse, read_yaml
 
+ROWS = "rows.json"  # by rank 0 (trainer/rows.py)
 PROOF = "proof.json"  # by rank 0 (trainer/proof/told.py)
 PRESET = "preset.json"  # by the launcher (manifests/nearest.py)
 
@@ -43,6 +44,7 @@ class Run:
         proof: proof.json, of kernels at the newest start; None when nothing was proven, as on a CPU.
         causes: number of restarts by cause.
         begun: Unix time of the first start.
+        rows: of a micro-batch, as the last start has found them; None where the spec says how many.
     """
 
     directory: Path
@@ -59,6 +61,7 @@ class Run:
     processes: list[Process]
     causes: dict[str, int]
     begun: float | None
+    rows: int | None = None
 
     @property
     def sources(self) -> dict[str, SourceEntry]:
@@ -108,6 +111,7 @@ def read_run(run_dir: str | Path) -> Run:
         processes=goodput.read(directory),
         causes=restarts.summary(directory),
         begun=restarts.begun(directory),
+        rows=(read_json(directory / ROWS, ("rows",)) or {}).get("rows"),
     )
 
 

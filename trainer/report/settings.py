@@ -9,16 +9,21 @@ from trainer.report.words import moment
 from trainer.spec import TrainSpec
 
 
-def hyperparameters(spec: TrainSpec) -> list[tuple[str, str]]:
-    """(name as papers call it, value), in the order in which people ask for them."""
+def hyperparameters(spec: TrainSpec, rows_found: int | None = None) -> list[tuple[str, str]]:
+    """(name as papers call it, value), in the order in which people ask for them.
+
+    Args:
+        rows_found: of a micro-batch, where the spec says auto.
+    """
     model, optimizer, batch = spec.model, spec.optimizer, spec.batch
+    micro_rows = f"{batch.micro_batch_rows}{f': {rows_found}' if batch.micro_batch_rows == 'auto' else ''}"
     rows = [
         ("layers", " ".join(model.layers)),
         ("hidden, vocabulary", f"{model.hidden:,}, {model.vocab_size:,}"),
         ("sequence length", f"{spec.tokens.seq_len:,} tokens, packing {spec.tokens.packing}"),
         (
             "batch",
-            f"{batch.tokens_per_step:,} tokens per step, micro-batches of {batch.micro_batch_rows} rows",
+            f"{batch.tokens_per_step:,} tokens per step, micro-batches of {micro_rows} rows",
         ),
         ("steps", f"{spec.steps:,} ({spec.steps * batch.tokens_per_step:,} tokens)"),
     ]

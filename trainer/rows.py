@@ -1,0 +1,129 @@
+"""`train.batch.micro_batch_rows: auto`: the largest micro-batch that fits, decided once by all ranks together.
+
+By arithmetic for the GPU with the least memory, then by a trial of a micro-batch's forward and backward pass on every
+GPU, in which weights, optimizer state and random numbers stay as they are. What is found is kept in the run directory,
+for the report, and for the next start on the same number of the same GPUs.
+
+Legend: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import agreement
+from trainer.arithmetic.rows import Rows, fitting
+from trainer.distributed import World, device_bytes
+from trainer.errors import CheckpointError
+from trainer.files import atomic_write
+from trainer.model.hybrid import HybridModel
+from trainer.optim import Optimizers
+from trainer.parallel.layout import Layout
+from trainer.precision import Precision
+from trainer.recording.results import read_json
+from trainer.report.run import ROWS
+from trainer.spec import TrainSpec
+
+log = logging.getLogger(__name__)
+
+
+def decide(spec: TrainSpec, world: World, layout: Layout) -> tuple[TrainSpec, Rows | None]:
+    """The spec with a number of rows, and that number with its reason; None if the spec says it.
+
+    Raises:
+        SpecError: the ranks cannot share a step equally.
+    """
+    if spec.batch.micro_batch_rows != "auto":
+        return spec, None
+    everyone = world.gather((device_bytes(world.device), _name(world.device)))
+    least = min((size for size, _ in everyone if size is not None), default=None)
+    found = fitting(spec, layout, None if world.device.type == "cpu" else least)
+    if world.device.type != "cpu" and (kept := world.broadcast(_kept(spec, world, everyone))) is not None:
+        found = Rows(kept, "as an earlier start of the run has found on these GPUs")
+    return spec.with_rows(found.number), found
+
+
+def try_out(
+    spec: TrainSpec,
+    auto: Rows,
+    world: World,
+    layout: Layout,
+    model: HybridModel,
+    optimizers: Optimizers,
+    precision: Precision,
+) -> TrainSpec:
+    """On GPUs: the spec with the largest number of rows, at most that of the arithmetic, of which a micro-batch passes.
+
+    A collective of all ranks. Where ranks would wait for each other within a pass (FSDP2, expert parallelism), one that
+    runs out of memory would leave the others waiting, so there the arithmetic decides; so it does with FP8 whose scales
+    follow from earlier passes.
+    """
+    rows, why = auto
+    stateful = precision.fp8 is not None and (precision.fp8.implementation == "te" or precision.fp8.recipe == "delayed")
+    if world.device.type == "cuda" and layout.data == "ddp" and layout.expert == 1 and not stateful:
+        choices = [each for each in spec.row_choices(world.size) if each <= rows]
+        found = largest(
+            choices, lambda each: agreement.problem(world, _passes(spec, each, model, optimizers, precision))
+        )
+        if found != rows:
+            rows, why = found, f"{rows} by arithmetic, but a trial ran out of memory"
+    if world.is_main:
+        keep(spec, world, rows, why)
+    log.info("train.batch.micro_batch_rows auto: %d (%s)", rows, why)
+    return spec.with_rows(rows)
+
+
+def largest(choices: list[int], problem: Callable[[int], str | None]) -> int:
+    """The largest number without a problem, from the largest down; the smallest is not tried, as there is no other."""
+    return next((rows for rows in reversed(choices[1:]) if problem(rows) is None), choices[0])
+
+
+def _passes(spec: TrainSpec, rows: int, model: HybridModel, optimizers: Optimizers, precision: Precision) -> str | None:
+    """Why a micro-batch of so many of the longest rows does not pass; None if it does."""
+    device = next(model.parameters()).device
+    shape = rows * spec.tokens.seq_len // max(spec.tokens.seq_lens), max(spec.tokens.seq_lens)
+    try:
+        ids_BT = torch.arange(shape[0] * shape[1], device=device).view(shape) % spec.model.vocab_size
+        documents_BT = torch.zeros(shape, dtype=torch.int32, device=device)
+        with precision.autocast(device.type):
+            output = model(ids_BT, documents_BT, ids_BT, shape[0])
+        (output.ce_sum + output.mtp_ce_sum_K.sum() + output.aux_sum).mul(0.0).backward()
+        return None
+    except torch.OutOfMemoryError as error:
+        return str(error).partition("\n")[0]
+    finally:
+        optimizers.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def keep(spec: TrainSpec, world: World, rows: int, why: str) -> None:
+    """Write the record of what was found."""
+    value = {"rows": rows, "why": why, **_of_machine(world.size, device_bytes(world.device), _name(world.device))}
+    atomic_write(Path(spec.run_dir) / ROWS, json.dumps(value, indent=1).encode())
+
+
+def _kept(spec: TrainSpec, world: World, everyone: list[tuple[int | None, str]]) -> int | None:
+    """The rows in the record, if it is of as many ranks with GPUs like these."""
+    try:
+        value = read_json(Path(spec.run_dir) / ROWS, ("rows",)) or {}
+    except CheckpointError:  # damaged: found again
+        return None
+    same = all(
+        _of_machine(world.size, *each) == {k: value.get(k) for k in ("ranks", "bytes", "gpu")} for each in everyone
+    )
+    return value["rows"] if same and value.get("rows") in spec.row_choices(world.size) else None
+
+
+def _of_machine(ranks: int, size: int | None, name: str) -> dict[str, Any]:
+    return {"ranks": ranks, "bytes": size, "gpu": name}
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
