@@ -40,6 +40,7 @@ ON_CPUS: dict[str, Any] = {
     },
     "cluster": {"nodes": 2, "gpus_per_node": 0, "cpus_per_node": 1, "memory_gib_per_node": 3},
 }
+MOST_ROWS = 64  # of a micro-batch that auto may take
 NO_EPOCH_LIMIT = 1e6  # of a test, which may repeat a small dataset
 
 
@@ -138,9 +139,11 @@ def _data(flags: Flags) -> dict[str, Any]:
 def _batch(flags: Flags, base: dict[str, Any], number: int, gpus: int) -> dict[str, Any]:
     """Rows of a micro-batch, on GPUs as many as fit; about the preset's tokens of a step that all ranks can share."""
     rows = flags.batch_size or ("auto" if gpus else base["batch"]["micro_batch_rows"])
-    round_tokens = number * (1 if rows == "auto" else rows) * (flags.max_seq_length or base["seq_len"])
-    rounds = max(1, round(base["batch"]["tokens_per_step"] / round_tokens))
-    return {"tokens_per_step": rounds * round_tokens, "micro_batch_rows": rows}
+    wanted, one = base["batch"]["tokens_per_step"], number * (flags.max_seq_length or base["seq_len"])
+    # For auto a multiple of rows that leaves it a choice of micro-batches.
+    together = max(1, min(MOST_ROWS, wanted // one)) if rows == "auto" else rows
+    rounds = max(1, round(wanted / (together * one)))
+    return {"tokens_per_step": rounds * together * one, "micro_batch_rows": rows}
 
 
 def _rate(rate: float, base: dict[str, Any]) -> dict[str, Any]:

@@ -182,10 +182,14 @@ def test_any_micro_batch_gives_a_step_that_the_ranks_can_share(machine, rows, le
     assert changes_from_sets(list(as_sets(fields))) == fields
     job, _ = local_job(PRESET, fields, target="local", workdir=Path("work"))
     ranks = max(machine.gpus, 1) if machine.gpus else 2
-    assert job.train_spec().micro_batches(ranks) >= 1 and job.cluster.world_size == ranks
+    fitted = job.fitted_spec()
+    assert fitted.micro_batches(ranks) >= 1 and job.cluster.world_size == ranks
     preferred = load_job(PRESET).train.batch.tokens_per_step if machine.gpus else 4096
-    assert 0.5 <= job.train.batch.tokens_per_step / preferred <= 1.5 or job.train_spec().micro_batches(ranks) == 1
+    assert 0.5 <= job.train.batch.tokens_per_step / preferred <= 1.5 or fitted.micro_batches(ranks) == 1
     assert rows in (None, job.train.batch.micro_batch_rows) and length in (None, job.train.seq_len)
+    auto = machine.gpus and rows is None
+    assert (job.train.batch.micro_batch_rows == "auto") == bool(auto)
+    assert not auto or fitted.batch.rows >= 8, "there is a choice of micro-batches"
 
 
 def test_defaults_and_each_flag_in_the_job():
@@ -194,7 +198,9 @@ def test_defaults_and_each_flag_in_the_job():
         return local_job(PRESET, changes(Flags(**flags), TWO), target="local", workdir=Path("work"))[0]
 
     plain, preset = job(), load_job(PRESET)
-    assert plain.train.model == preset.train.model and plain.train.batch == preset.train.batch
+    assert plain.train.model == preset.train.model
+    batch = preset.train.batch.updated({"micro_batch_rows": "auto"})
+    assert plain.train.batch == batch and job(batch_size=8).train.batch == preset.train.batch
     assert (plain.train.precision, plain.train.runtime) == (preset.train.precision, preset.train.runtime)
     export = plain.train.export
     assert (export.initial, export.checkpoints, export.folder) == (True, True, str(Path("out").absolute()))
