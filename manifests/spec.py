@@ -157,10 +157,10 @@ class JobSpec(Spec):
         train, cluster = self.train, self.cluster
         if train.engine == "megatron":
             return self  # _check_megatron has seen to it
-        layout = self.layout()
+        layout, fitted = self.layout(), self.fitted_spec()
         if not cluster.gpus_per_node:
             return self
-        memory = step_memory(fitted := self.fitted_spec(), layout)
+        memory = step_memory(fitted, layout)
         if memory.total > cluster.gpu_memory_gib * 2**30:
             if memory.state + memory.reserved > cluster.gpu_memory_gib * 2**30:
                 remedy = "use more or larger GPUs, train.parallel.data fsdp, or a smaller train.model"
@@ -236,14 +236,30 @@ class JobSpec(Spec):
         return choose_layout(train.parallel, train.model, train.optimizer, *ranks, gpu_bytes)
 
     def fitted_spec(self) -> TrainSpec:
-        """The trainer's spec, with a number for `micro_batch_rows: auto` by the memory of the cluster's GPUs."""
+        """The trainer's spec, with numbers for what it leaves to the memory of the cluster's GPUs: rows `auto`, and a
+        budget of activation checkpointing.
+
+        Raises:
+            ValueError: no mesh of the ranks exists, they cannot share a step, or nothing fits in the budget.
+        """
+        return self.fitted()[0]
+
+    def fitted(self) -> tuple[TrainSpec, list[str]]:
+        """`fitted_spec`, and a line for each thing that was decided."""
+        from trainer.arithmetic.budget import within_budget
         from trainer.arithmetic.rows import fitting
 
-        spec, cluster = self.train_spec(), self.cluster
-        if spec.batch.micro_batch_rows != "auto":
-            return spec
-        found = fitting(spec, self.layout(), cluster.gpu_memory_gib * 2**30 if cluster.gpus_per_node else None)
-        return spec.with_rows(found.number)
+        spec, cluster, said = self.train_spec(), self.cluster, list[str]()
+        if spec.engine == "megatron":
+            return spec, said
+        layout, gpus = self.layout(), cluster.gpus_per_node
+        if spec.batch.micro_batch_rows == "auto":
+            rows, why = fitting(spec, layout, cluster.gpu_memory_gib * 2**30 if gpus else None)
+            spec = spec.with_rows(rows)
+            said.append(f"train.batch.micro_batch_rows auto: {rows} ({why}); a trial on the GPU may lower it")
+        gib = cluster.gpu_memory_gib if gpus else cluster.memory_gib_per_node / cluster.ranks_per_node
+        spec, found = within_budget(spec, layout, gib * 2**30)
+        return spec, [*said, *([found] if found else [])]
 
     def byte_budget(self, name: str) -> int | None:
         """UTF-8 bytes to read of each source: the job's limit, else for Hub sources what the run's tokens need.

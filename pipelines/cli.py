@@ -313,13 +313,10 @@ def describe(
         mesh = check(training, spec.cluster.world_size)
         render_memory(training, mesh, console, lambda each: step_memory(each, mesh))
         return
-    if spec.train.batch.micro_batch_rows == "auto":
-        from trainer.arithmetic.rows import fitting
-
-        gpu_bytes = spec.cluster.gpu_memory_gib * 2**30 if spec.cluster.gpus_per_node else None
-        rows, why = fitting(spec.train_spec(), spec.layout(), gpu_bytes)
-        console.print(f"train.batch.micro_batch_rows auto: {rows} ({why}); a trial on the GPU may lower it")
-    render_memory(spec.fitted_spec(), spec.layout(), console)
+    fitted, said = spec.fitted()
+    for line in said:
+        console.print(line)
+    render_memory(fitted, spec.layout(), console)
     if named := fabric_of(spec):
         print(f"\n{note(named)}")
 

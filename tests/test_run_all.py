@@ -106,6 +106,7 @@ def test_a_signal_reaches_the_run_which_has_time_to_save(clone: Path, number: si
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # under nohup a shell could not trap it
     )
     deadline = time.monotonic() + 30
     while not (log.exists() and "waits" in log.read_text()) and time.monotonic() < deadline:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from trainer import agreement
+from trainer.arithmetic.activations import regions
 from trainer.distributed import World
 from trainer.errors import SpecError, first_line
 from trainer.fp8 import te
@@ -38,6 +39,7 @@ from trainer.parallel.layout import Layout
 from trainer.parallel.mesh import Mesh, keep_copies
 from trainer.parameters import parameters
 from trainer.precision import Precision
+from trainer.runtimespec import OF_ALL_LAYERS, Recomputing
 from trainer.spec import BatchSpec, TokensSpec, TrainSpec
 
 log = logging.getLogger(__name__)
@@ -59,14 +61,17 @@ class Kind:
     Attributes:
         placed: stand-ins for per-layer sections.
         converted: whether its matrix products are FP8.
+        recomputed: where the policy is to recompute some layers whole, whether it is one of them.
     """
 
     symbols: str
     placed: tuple[PlacedKind, ...] = ()
     converted: bool = False
+    recomputed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.symbols} (FP8)" if self.converted else self.symbols
+        marks = ["FP8"] * self.converted + ["recomputed"] * self.recomputed
+        return f"{self.symbols} ({', '.join(marks)})" if marks else self.symbols
 
     def alone(self, spec: ModelSpec) -> ModelSpec:
         """A model with one layer of this kind."""
@@ -93,7 +98,7 @@ def agreed(spec: TrainSpec, world: World, mesh: Mesh, chosen: Precision, choices
     if found is None and mesh.layout.expert > 1:
         # Ranks that share experts run a layer together: if the compiler failed on one, the others would wait.
         found = agreement.problem(world, compiler_problem(world.device))
-    compared = kinds(spec.model, chosen)
+    compared = kinds(spec.model, chosen, spec.runtime.activation_checkpointing)
     for kind in compared:
         if found is None:
             found = agreement.problem(world, problem(kind, spec, world.device, mesh, chosen, choices))
@@ -106,21 +111,24 @@ def agreed(spec: TrainSpec, world: World, mesh: Mesh, chosen: Precision, choices
     return False
 
 
-def kinds(spec: ModelSpec, chosen: Precision) -> list[Kind]:
+def kinds(spec: ModelSpec, chosen: Precision, policy: Recomputing = "none") -> list[Kind]:
     """The different kinds of layers in a model, including those of multi-token prediction."""
-    return list(counted(spec, chosen))
+    return list(counted(spec, chosen, policy))
 
 
-def counted(spec: ModelSpec, chosen: Precision) -> Counter[Kind]:
+def counted(spec: ModelSpec, chosen: Precision, policy: Recomputing = "none") -> Counter[Kind]:
     """How many layers of each kind a model has."""
+    whole = [] if policy in OF_ALL_LAYERS else regions(spec, policy)
+    again = {layer for first, last in whole for layer in range(first, last)}
     ends = chosen.fp8.bf16_end_layers if chosen.fp8 else len(spec.layers)
     found = []
     for index, symbols in enumerate(spec.layers):
         sections = (spec.section(symbol, index) for symbol in symbols)
         placed = tuple(section.stand_in(TABLE_ROWS) for section in sections if isinstance(section, PlacedKind))
-        found.append(Kind(symbols, placed, ends <= index < len(spec.layers) - ends))
+        found.append(Kind(symbols, placed, ends <= index < len(spec.layers) - ends, index in again))
     if spec.mtp:
-        found += [Kind(spec.mtp.layer)] * spec.mtp.depth
+        deepest = len(spec.layers) + spec.mtp.depth
+        found += [Kind(spec.mtp.layer, recomputed=layer in again) for layer in range(len(spec.layers), deepest)]
     return Counter(found)
 
 
@@ -230,7 +238,8 @@ def _build(
             if in_layer and known.multiplies and not (known.whole or isinstance(parameter, DTensor)):
                 parameter.data = parameter.data.to(dtype)  # as FSDP2 gathers it
     keep_copies(model, layout, device, dtype)
-    recompute.set_policy(model, spec.runtime.activation_checkpointing)
+    policy = spec.runtime.activation_checkpointing
+    recompute.set_policy(model, policy if policy in OF_ALL_LAYERS else "full" if kind.recomputed else "none")
     return model
 
 

@@ -59,6 +59,7 @@ FIELDS_1 = {
         "RuntimeSpec": "device compile activation_checkpointing log_every_steps metrics_port max_restarts preflight "
         "communication_timeout_seconds hang_timeout_seconds deadline_seconds",
         "ExportSpec": "dtype",  # since 5, always written
+        "RecomputeSpec": "",  # came with version 9
         "EvaluateSpec": "max_tokens prompts sample_tokens temperature",
         "TrainSpec": "run run_dir steps seed model tokens batch optimizer schedule precision checkpoint backends "
         "parallel runtime evaluate",
@@ -122,6 +123,7 @@ LATER: dict[str, dict[str, Later]] = {
     },
     "PreflightSpec": {"fabric": Later(7, None)},
     "RuntimeSpec": {"prove": Later(8, True), "graphs": Later(8, "auto")},
+    "RecomputeSpec": {"every": Later(9, None), "layers": Later(9, None), "budget_gib": Later(9, None)},
     "Fp8Spec": {"head": Later(8, None), "experts_from": Later(8, None)},
     "BackendsSpec": {
         "add_norm": Later(8, "auto"),

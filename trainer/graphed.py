@@ -24,6 +24,7 @@ from trainer.model.hybrid import HybridModel
 from trainer.ops import Choice
 from trainer.parallel.mesh import Mesh
 from trainer.precision import Precision
+from trainer.runtimespec import Recomputing
 from trainer.spec import TrainSpec
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,8 @@ def demanded(
     """
     if spec.runtime.graphs is not True:
         return False
-    compared = compiled.kinds(spec.model, chosen)
-    found = why_not(world, chosen)
+    compared = compiled.kinds(spec.model, chosen, spec.runtime.activation_checkpointing)
+    found = why_not(world, chosen, spec.runtime.activation_checkpointing)
     for kind in compared:
         if found is not None:
             break
@@ -58,12 +59,14 @@ def demanded(
     return True
 
 
-def why_not(world: World, chosen: Precision) -> str | None:
+def why_not(world: World, chosen: Precision, policy: Recomputing) -> str | None:
     """What rules graphs out before anything is tried; the same on all ranks."""
     if world.device.type != "cuda":
         return "they need a GPU"
     if world.size > 1:
         return "ranks wait for each other's gradients one by one, and graphs add them up by themselves"
+    if policy == "sqrt":
+        return "groups of layers are recomputed (activation_checkpointing sqrt), and each layer has its own recordings"
     if chosen.fp8 and chosen.fp8.implementation == "te":
         return "Transformer Engine keeps a part of its state on the host"
     return None

@@ -1,8 +1,9 @@
-"""`train.batch.micro_batch_rows: auto`: the largest micro-batch that fits, decided once by all ranks together.
+"""What a spec leaves to memory, decided once by all ranks together: `train.batch.micro_batch_rows: auto`, the largest
+micro-batch that fits, and a budget of activation checkpointing (trainer/arithmetic/budget.py).
 
-By arithmetic for the GPU with the least memory, then by a trial of a micro-batch's forward and backward pass on every
-GPU, in which weights, optimizer state and random numbers stay as they are. What is found is kept in the run directory,
-for the report, and for the next start on the same number of the same GPUs.
+Rows: by arithmetic for the GPU with the least memory, then by a trial of a micro-batch's forward and backward pass on
+every GPU, in which weights, optimizer state and random numbers stay as they are. What is found is kept in the run
+directory, for the report, and for the next start on the same number of the same GPUs.
 
 Legend: B rows, T positions.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from trainer import agreement
+from trainer.arithmetic.budget import within_budget
 from trainer.arithmetic.rows import Rows, fitting
 from trainer.distributed import World, device_bytes
 from trainer.errors import CheckpointError
@@ -26,27 +28,38 @@ from trainer.model.hybrid import HybridModel
 from trainer.optim import Optimizers
 from trainer.parallel.layout import Layout
 from trainer.precision import Precision
+from trainer.process import hostmemory
 from trainer.recording.results import read_json
 from trainer.report.run import ROWS
+from trainer.runtimespec import OF_ALL_LAYERS
 from trainer.spec import TrainSpec
 
 log = logging.getLogger(__name__)
 
 
 def decide(spec: TrainSpec, world: World, layout: Layout) -> tuple[TrainSpec, Rows | None]:
-    """The spec with a number of rows, and that number with its reason; None if the spec says it.
+    """The spec with a number of rows, and that number with its reason; None if the spec says it. A budget of activation
+    checkpointing becomes a number of layers too. Both by the rank with the least memory.
 
     Raises:
-        SpecError: the ranks cannot share a step equally.
+        SpecError: the ranks cannot share a step equally, or a step does not fit in the budget.
     """
-    if spec.batch.micro_batch_rows != "auto":
+    policy = spec.runtime.activation_checkpointing
+    if spec.batch.micro_batch_rows != "auto" and policy in OF_ALL_LAYERS:
         return spec, None
     everyone = world.gather((device_bytes(world.device), _name(world.device)))
     least = min((size for size, _ in everyone if size is not None), default=None)
-    found = fitting(spec, layout, None if world.device.type == "cpu" else least)
-    if world.device.type != "cpu" and (kept := world.broadcast(_kept(spec, world, everyone))) is not None:
-        found = Rows(kept, "as an earlier start of the run has found on these GPUs")
-    return spec.with_rows(found.number), found
+    found = None
+    if spec.batch.micro_batch_rows == "auto":
+        found = fitting(spec, layout, None if world.device.type == "cpu" else least)
+        if world.device.type != "cpu" and (kept := world.broadcast(_kept(spec, world, everyone))) is not None:
+            found = Rows(kept, "as an earlier start of the run has found on these GPUs")
+        spec = spec.with_rows(found.number)
+    share = least or min(world.gather(hostmemory.limit_bytes() // world.local_size))
+    spec, said = within_budget(spec, layout, share)
+    if said:
+        log.info("%s", said)
+    return spec, found
 
 
 def try_out(

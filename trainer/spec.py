@@ -16,7 +16,7 @@ from trainer.lora import is_adapter
 from trainer.megatronspec import Engine, MegatronSpec
 from trainer.modelspec import ModelSpec
 from trainer.parameters import parameters
-from trainer.runtimespec import Positive, RuntimeSpec
+from trainer.runtimespec import Positive, RecomputeSpec, RuntimeSpec
 from trainer.specbase import Spec, begins_with
 from trainer.trackerspec import TrackersSpec
 
@@ -519,6 +519,17 @@ class TrainSpec(RecipeSpec):
                 "train.parallel is for train.engine yaongi; of Megatron write train.megatron (tensor_parallel, "
                 "expert_parallel and so on) and train.parallel: {data: auto, shard: null, expert: 1, "
                 "shard_optimizer: false}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_and_budget_are_not_both_open(self) -> Self:
+        policy = self.runtime.activation_checkpointing
+        has_budget = isinstance(policy, RecomputeSpec) and policy.budget_gib is not None
+        if has_budget and self.batch.micro_batch_rows == "auto":
+            raise ValueError(
+                "train.batch.micro_batch_rows auto and train.runtime.activation_checkpointing.budget_gib would each "
+                "decide by the other; write a number of rows, or none, selective, full, sqrt, every or layers"
             )
         return self
 

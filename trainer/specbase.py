@@ -175,7 +175,7 @@ def _of_later_version(
 
 
 def _explain(spec_type: type[Spec], problem: dict[str, Any], value: Any) -> str:
-    path = _as_written(problem["loc"], value)
+    path = _as_written(problem["loc"], value, missing=problem["type"] == "missing")
     where = ".".join(path) or spec_type.__name__
     if problem["type"] == "extra_forbidden":
         if deeper := _elsewhere(spec_type, path[-1]):
@@ -213,12 +213,14 @@ def _how(path: list[str], problem: dict[str, Any]) -> str:
     return ""
 
 
-def _as_written(place: Sequence[str | int], value: Any) -> list[str]:
+def _as_written(place: Sequence[str | int], value: Any, *, missing: bool) -> list[str]:
     """The path of a problem in `value`, without the union tags that pydantic inserts."""
     path = []
     for number, part in enumerate(place, start=1):
-        if isinstance(value, dict) and part not in value and number < len(place):
+        if isinstance(value, dict) and part not in value and not (missing and number == len(place)):
             continue
+        if not isinstance(value, dict | list | tuple):
+            break
         path.append(str(part))
         if isinstance(value, dict):
             value = value.get(part)

@@ -8,7 +8,6 @@ from pathlib import Path
 from components.download.readers import rows
 from components.download.texts import Row
 from manifests.dataspec import TextSpec
-from trainer.data import scores
 from trainer.errors import DataError
 
 
@@ -43,8 +42,10 @@ def score_of(where: str, row: Row, column: str | None, text: str | None) -> floa
     """
     if column is None or not text or text.isspace():
         return None
+    from trainer.data.scores import number  # NumPy comes with it
+
     try:
-        return scores.number(row[-1])
+        return number(row[-1])
     except ValueError as error:
         raise DataError(
             f"{where}: column '{column}' holds {error}, but order.column needs a finite number in each row; fix or "

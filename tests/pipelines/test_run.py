@@ -85,7 +85,7 @@ def test_a_job_runs_from_text_to_export_and_a_second_time_does_nothing(ran):
         assert (each / "report.html").is_file() and (each / "export/model.safetensors").is_file()
     assert f"beginning with the weights of {run_dir}/checkpoints/step-00000004 (checkpoint)" in first.stdout
     assert "\nheld-out loss   en " in first.stdout and "\nyaongi generate small-tune-" in first.stdout
-    (log,) = (tmp_path / "work/logs").iterdir()
+    (log,) = (path for path in (tmp_path / "work/logs").iterdir() if not path.is_symlink())
     assert "KFP Executor" in log.read_text()
     assert "cleanup" not in first.stdout, "there is nothing to clean up on this machine"
 

@@ -12,6 +12,7 @@ from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.model.recompute import set_policy
 from trainer.modelspec import ModelSpec
+from trainer.runtimespec import RecomputeSpec
 
 SPEC = ModelSpec(
     vocab_size=128,
@@ -73,6 +74,15 @@ def test_no_graph_break_and_no_recompilation_over_packed_batches(policy, steps):
         found = train(model, steps=steps)
     assert found == pytest.approx(expected, rel=1e-5)
     assert counters["stats"]["unique_graphs"] == kinds
+
+
+@pytest.mark.parametrize("policy", ["sqrt", RecomputeSpec(every=2)], ids=str)
+def test_layers_that_are_recomputed_in_part_compile(policy):
+    expected = train(build_model(SPEC, seed=0), steps=2)
+    model = build_model(SPEC, seed=0)
+    set_policy(model, policy)
+    compile_layers(model, whole=True, backend="aot_eager")
+    assert train(model, steps=2) == pytest.approx(expected, rel=1e-5)
 
 
 def one_layer(symbols: str, shared_width: int = 0) -> ModelSpec:

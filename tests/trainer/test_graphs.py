@@ -27,6 +27,7 @@ from trainer.parallel.mesh import Mesh
 from trainer.parameters import parameters
 from trainer.precision import Precision
 from trainer.prepare import without_graphs
+from trainer.runtimespec import RecomputeSpec
 from trainer.spec import Fp8Spec, TrainSpec
 
 pytestmark = pytest.mark.usefixtures("quiet_checkpoint_library", "leave_no_traces")
@@ -96,9 +97,9 @@ def same(found: list[list[Tensor]], expected: list[list[Tensor]]) -> bool:
     return all(torch.equal(*pair) for pair in pairs)
 
 
-@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize("policy", ["none", "selective", "full", RecomputeSpec(every=2)], ids=str)
 @pytest.mark.parametrize("narrow", [False, True])
-def test_steps_are_to_the_bit_those_of_the_layers(policy: str, narrow: bool):
+def test_steps_are_to_the_bit_those_of_the_layers(policy: Any, narrow: bool):
     """Experts with copies, Engram, multi-token prediction; documents, weights and chosen experts change."""
     model = built(policy=policy, copies=narrow)
     tape = recorded(model)
@@ -260,7 +261,7 @@ def world_of(size: int, device: str) -> World:
 
 def test_a_run_learns_as_without(micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any):
     """All of the loop: Muon, clipping, router biases, Engram, and BF16."""
-    monkeypatch.setattr(graphed, "why_not", lambda world, chosen: None)
+    monkeypatch.setattr(graphed, "why_not", lambda world, chosen, policy: None)
     tapes: list[Tape] = []
     monkeypatch.setattr(graphs, "CudaRecorder", lambda device: tapes.append(Tape()) or tapes[-1])
 
@@ -284,10 +285,11 @@ def test_where_graphs_are_not_possible(micro_data: Path, tmp_path: Path):
     spec = spec.updated({"runtime": {"graphs": True}})
     with pytest.raises(SpecError, match=r"train\.runtime\.graphs: they need a GPU; write false, or auto to use"):
         graphed.demanded(spec, world_of(1, "cpu"), mesh, chosen, choices, compiles=False)
-    assert "ranks wait for each other's gradients" in graphed.why_not(world_of(2, "cuda:0"), chosen)
-    assert graphed.why_not(world_of(1, "cuda:0"), chosen) is None
+    assert "ranks wait for each other's gradients" in graphed.why_not(world_of(2, "cuda:0"), chosen, "none")
+    assert graphed.why_not(world_of(1, "cuda:0"), chosen, "none") is None
+    assert "groups of layers are recomputed" in graphed.why_not(world_of(1, "cuda:0"), chosen, "sqrt")
     te = dataclasses.replace(chosen, fp8=Fp8Spec(implementation="te"))
-    assert "Transformer Engine" in graphed.why_not(world_of(1, "cuda:0"), te)
+    assert "Transformer Engine" in graphed.why_not(world_of(1, "cuda:0"), te, "none")
 
 
 def test_a_want_of_memory_for_all_layers_ends_or_is_told(micro_data: Path, tmp_path: Path, caplog: Any):

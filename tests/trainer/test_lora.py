@@ -40,6 +40,7 @@ from trainer.parameters import parameters
 from trainer.preflight.ranks import Place
 from trainer.pretrained import find, refuse_misfit
 from trainer.report.settings import hyperparameters
+from trainer.runtimespec import RecomputeSpec
 from trainer.spec import BackendsSpec, OptimizerSpec, TrainSpec
 from trainer.specbase import deep_merge, parse
 from trainer.trained import load_trained
@@ -132,7 +133,7 @@ def test_ten_steps_are_those_of_a_plain_loop_over_torch(fields: dict[str, Any]):
         assert is_adapter(name) or torch.equal(parameter, base[name])
 
 
-@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize("policy", ["none", "selective", "full", "sqrt", RecomputeSpec(every=2)], ids=str)
 @pytest.mark.parametrize("backend", ["grouped", "reference"])
 def test_sums_of_experts_are_made_again_for_the_backward_pass(policy: Any, backend: str, monkeypatch):
     spec, made = spec_of(HYBRID), []

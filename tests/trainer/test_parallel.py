@@ -182,6 +182,8 @@ def hybrid_and_decoder(
     hybrid = Comparison(micro_data, directory / "hybrid", 2, layouts, steps=4, checkpoint=keep)
     layouts = ["experts and fsdp", "sharded optimizer and experts"]
     decoder = Comparison(answers_data, directory / "decoder", 2, layouts, steps=3, model=DECODER)
+    recomputed = {"runtime": {"activation_checkpointing": {"every": 2}}}
+    decoder.cut = {layout: spec.updated(recomputed) for layout, spec in decoder.cut.items()}
     train([hybrid, decoder], directory)
     return hybrid, decoder
 

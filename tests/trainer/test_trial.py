@@ -140,7 +140,7 @@ def test_layers_as_graphs_are_timed_and_given_up_where_they_are_slower(
     tapes, way = [], default(spec)
     monkeypatch.setattr(graphs, "CudaRecorder", lambda device: tapes.append(Tape()) or tapes[-1])
     assert trial.fastest(spec, world, ALONE, way)[0].names["graphs"] == "no" and not tapes, "they need a GPU"
-    monkeypatch.setattr(trial.graphed, "why_not", lambda world, chosen: None)
+    monkeypatch.setattr(trial.graphed, "why_not", lambda world, chosen, policy: None)
 
     def last_row(**changes: object) -> trial.Row:
         taken, found = trial.fastest(spec.updated(changes), world, ALONE, way)

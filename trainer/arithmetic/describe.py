@@ -26,7 +26,7 @@ from trainer.kinds.base import Parameter
 from trainer.modelspec import ModelSpec
 from trainer.parallel.layout import Layout
 from trainer.parameters import head, mtp_parameters, parameters, sublayer_parameters
-from trainer.runtimespec import Policy
+from trainer.runtimespec import OF_ALL_LAYERS, Recomputing
 from trainer.spec import BackendsSpec, OptimizerSpec, TrainSpec
 
 
@@ -174,15 +174,15 @@ def render_memory(
         memory_of: the memory under another engine than our own, whose mesh `layout` is.
     """
     chosen = spec.runtime.activation_checkpointing
-    policies: tuple[Policy, ...] = get_args(Policy)
+    policies: list[Recomputing] = ["none", "selective", "full", *([] if chosen in OF_ALL_LAYERS else [chosen])]
     if memory_of is None:
         assert isinstance(layout, Layout), "the mesh of our own engine"
         memory_of = partial(step_memory, layout=layout)
-    found = {policy: memory_of(spec.updated({"runtime": {"activation_checkpointing": policy}})) for policy in policies}
+    found = [memory_of(_recomputing(spec, policy)) for policy in policies]
     size = f"{layout}; micro-batch {spec.batch.rows} × {spec.tokens.seq_len} tokens"
     table = Table("GiB", title=f"Memory of each rank on a GPU: {size}; activation checkpointing …")
     for policy in policies:
-        table.add_column(f"{policy} (chosen)" if policy == chosen else policy, justify="right")
+        table.add_column(f"{policy} (chosen)" if policy == chosen else str(policy), justify="right")
     names = {field.name: field.name for field in fields(Memory)} | {
         "gathered": "layers that fsdp gathers",
         "copies": "copies of weights for products",
@@ -190,17 +190,21 @@ def render_memory(
         "reserved": "reserved for libraries and temporaries",
     }
     for name, title in [*names.items(), ("total", "total")]:
-        table.add_row(title, *(f"{getattr(memory, name) / 2**30:,.2f}" for memory in found.values()))
+        table.add_row(title, *(f"{getattr(memory, name) / 2**30:,.2f}" for memory in found))
     console.print(table)
     if spec.engine == "megatron":  # what is recomputed is said of our own layers
         return
     tokens = spec.batch.rows * spec.tokens.seq_len
-    for policy in policies[1:]:
-        saved = found["none"].activations - found[policy].activations
+    for policy, memory in zip(policies[1:], found[1:], strict=True):
+        saved = found[0].activations - memory.activations
         again = activations(spec.model, spec.tokens.seq_len, policy).recomputed
         console.print(f"{policy} saves {_gib(saved)} ({saved / tokens / 1e6:.2f} MB for each token), recomputing:")
         for line in again:
             console.print(f"  {line}")
+
+
+def _recomputing(spec: TrainSpec, policy: Recomputing) -> TrainSpec:
+    return spec.model_copy(update={"runtime": spec.runtime.model_copy(update={"activation_checkpointing": policy})})
 
 
 def _ranges(numbers: list[int]) -> str:

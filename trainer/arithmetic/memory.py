@@ -77,7 +77,7 @@ def training_memory(spec: ModelSpec, optimizer: OptimizerSpec | None = None, lay
 def step_memory(spec: TrainSpec, layout: Layout | None = None) -> Memory:
     """Peak memory of one training step on a GPU; `precision.dtype` auto counts as BF16."""
     layout = layout or Layout()
-    model, precision = spec.model, "bf16" if spec.precision.dtype == "auto" else spec.precision.dtype
+    model, precision = spec.model, counted_precision(spec)
     found = activations(model, spec.tokens.seq_len, spec.runtime.activation_checkpointing, precision)
     # Casts of router and head are temporary; FSDP drops copies with its layers.
     last = head(model)
@@ -92,6 +92,11 @@ def step_memory(spec: TrainSpec, layout: Layout | None = None) -> Memory:
         activations=found.peak * spec.batch.rows * spec.tokens.seq_len,
         reserved=RESERVED_BYTES,
     )
+
+
+def counted_precision(spec: TrainSpec) -> str:
+    """The rung of the ladder for which memory is counted."""
+    return "bf16" if spec.precision.dtype == "auto" else spec.precision.dtype
 
 
 def _copied(model: ModelSpec, layout: Layout) -> int:

@@ -14,6 +14,7 @@ from trainer.errors import SpecError
 from trainer.kinds.mlp import MlpSpec
 from trainer.megatronspec import MegatronSpec
 from trainer.modelspec import ModelSpec
+from trainer.runtimespec import OF_ALL_LAYERS
 from trainer.spec import TrainSpec
 
 OWN = "or train it with train.engine yaongi"
@@ -151,6 +152,8 @@ def _of_recipe(spec: TrainSpec) -> Iterator[str]:
         yield "train.runtime.compile: Megatron has its own fused kernels; write false"
     if spec.runtime.graphs is True:
         yield "train.runtime.graphs: Megatron launches its layers by itself; write false"
+    if (policy := spec.runtime.activation_checkpointing) not in OF_ALL_LAYERS:
+        yield f"train.runtime.activation_checkpointing {policy}: Megatron is given none, selective or full; write those"
 
 
 def _of_mesh(spec: TrainSpec, layout: MegatronSpec, world: int) -> Iterator[str]:

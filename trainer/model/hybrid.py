@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pkgutil import resolve_name
 from typing import NamedTuple, Protocol
 
@@ -34,7 +35,7 @@ from trainer.model.moe import Moe
 from trainer.model.mtp import MtpModule, ahead
 from trainer.model.norm import RMSNorm
 from trainer.model.quantised import QuantisedWeight
-from trainer.model.recompute import Recomputed
+from trainer.model.recompute import Recomputed, recomputed
 from trainer.model.rows import own_rows
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
@@ -120,6 +121,7 @@ class HybridModel(nn.Module):
         self.choices: dict[str, ops.Choice] = {}
         self.fp8_head: MakeProducts | None = None  # the head's products while training (trainer/fp8/convert.py)
         self.copies: list[Copy] = []  # of experts, see `keep_copies`
+        self.groups: list[tuple[int, int]] = []  # of layers [first, last), each recomputed from its input as a whole
         self.graphs: Graphs | None = None  # by which the layers run while training (trainer/model/graphs.py)
         # from_pretrained: torch would otherwise draw random rows, which on "meta" imports its compiler (seconds).
         self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden), freeze=False)
@@ -154,16 +156,16 @@ class HybridModel(nn.Module):
         if (dtype := compute_dtype(x_BTD)) != torch.float32:
             for copy in self.copies:
                 copy.refresh(dtype)
-        layers: Iterable[Run] = self.layers
+        layers: Sequence[Run] = list(self.layers)
         if self.graphs and (replayed := self.graphs.of(x_BTD, ids_BT, seq_idx_BT, num_documents)):
             documents, layers = replayed
         else:
             documents = self.prepared(Documents(seq_idx_BT, num_documents), compute_dtype(x_BTD))
         aux_sum = torch.zeros((), dtype=torch.float32, device=ids_BT.device)
-        loads = []
-        for layer in layers:
-            x_BTD, sequence_loss, layer_loads = layer(x_BTD, ids_BT, documents)
-            aux_sum = aux_sum + sequence_loss
+        loads: list[Tensor] = []
+        for part, again in self._parts(layers):
+            run = partial(_through, part, ids_BT=ids_BT, documents=documents)
+            x_BTD, aux_sum, layer_loads = recomputed(run, x_BTD, aux_sum) if again else run(x_BTD, aux_sum)
             loads += layer_loads
         ce_sum = logits_BTV = None
         mtp_ce_sums, mtp_labels = [], []
@@ -187,6 +189,16 @@ class HybridModel(nn.Module):
             torch.stack(loads) if loads else ids_BT.new_zeros(0, self.spec.moe.num_experts if self.spec.moe else 0),
             logits_BTV,
         )
+
+    def _parts(self, layers: Sequence[Run]) -> Iterator[tuple[Sequence[Run], bool]]:
+        """The layers in order, and whether the backward pass recomputes them as a whole."""
+        done = 0
+        for first, last in self.groups if torch.is_grad_enabled() else []:
+            if done < first:
+                yield layers[done:first], False
+            yield layers[first:last], True
+            done = last
+        yield layers[done:], False
 
     def readout(self, norm: Callable[[Tensor], Tensor], x_BTD: Tensor) -> Tensor:
         """What the head multiplies."""
@@ -287,6 +299,18 @@ class HybridModel(nn.Module):
         for module in self.modules():
             if isinstance(module, Mixer):
                 module.reset_buffers(token_classes)
+
+
+def _through(
+    layers: Sequence[Run], x_BTD: Tensor, aux_sum: Tensor, ids_BT: Tensor, documents: Documents
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The stream after some layers, the sum of sequence losses so far, and these layers' loads."""
+    loads: list[Tensor] = []
+    for layer in layers:
+        x_BTD, sequence_loss, layer_loads = layer(x_BTD, ids_BT, documents)
+        aux_sum = aux_sum + sequence_loss
+        loads += layer_loads
+    return x_BTD, aux_sum, loads
 
 
 def build_model(

@@ -3,22 +3,38 @@
     none       nothing
     selective  all but matrix products, attention and experts: norms, convolution, activations, scan; Engram whole
     full       every layer from its input
+    sqrt, RecomputeSpec
+               some layers from their input, or groups of layers from that of the first; the others keep everything
 
 Regions end in a matrix product, which is not recomputed: the backward pass needs only its inputs, and torch stops a
 region once it has them. An FP8 product is recomputed without effect on its scales (trainer/fp8/linear.py). The choice
-of experts is recomputed only under `full`. `trainer.arithmetic.activations` has what each policy keeps.
+of experts is recomputed only with whole layers. `trainer.arithmetic.activations` has the layers of each policy, and
+what it keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.runtimespec import Policy
+from trainer.arithmetic.activations import regions
+from trainer.modelspec import ModelSpec
+from trainer.runtimespec import Policy, Recomputing
+
+
+class Layered(Protocol):
+    """What `set_policy` needs of a HybridModel."""
+
+    spec: ModelSpec
+    layers: nn.ModuleList
+    mtp: nn.ModuleList
+    groups: list[tuple[int, int]]
+
+    def modules(self) -> Iterator[nn.Module]: ...
 
 
 class Recomputed(nn.Module):
@@ -30,12 +46,23 @@ class Recomputed(nn.Module):
         """function(*tensors), recomputed in the backward pass if that is the policy of this module."""
         if self.policy != policy or not torch.is_grad_enabled():
             return function(*tensors)
-        # Nothing here draws random numbers.
-        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return recomputed(function, *tensors)
 
 
-def set_policy(model: nn.Module, policy: Policy) -> None:
-    """Choose what all parts of the model recompute."""
+def recomputed(function: Callable[..., Any], *tensors: Any) -> Any:
+    """function(*tensors), of which the backward pass keeps only the tensors."""
+    # Nothing here draws random numbers.
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def set_policy(model: Layered, policy: Recomputing) -> None:
+    """Choose what all parts of the model recompute; `budget_gib` must have become `layers`."""
     for module in model.modules():
         if isinstance(module, Recomputed):
-            module.policy = policy
+            module.policy = "selective" if policy == "selective" else "none"
+    layers = [*model.layers, *(module.layer for module in model.mtp)]
+    whole = regions(model.spec, policy)
+    for first, last in whole:
+        if last == first + 1:
+            layers[first].policy = "full"
+    model.groups = [(first, last) for first, last in whole if last > first + 1]

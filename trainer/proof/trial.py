@@ -33,6 +33,7 @@ from trainer import compiled, graphed, ops, precision
 from trainer.compiled import Kind, leaving_nothing, micro_batch
 from trainer.distributed import World
 from trainer.errors import SpecError, first_line
+from trainer.fields import stored
 from trainer.fp8 import te
 from trainer.model.hybrid import HybridModel
 from trainer.ops import OPS, Choice, Setting
@@ -159,7 +160,7 @@ def fastest(
     if not spec.runtime.prove or Setting(world.device).device_class == "cpu":  # the same on all ranks
         return way, None
     own = list(changes(spec, world.device, way))
-    if spec.runtime.graphs == "auto" and graphed.why_not(world, replace(way.precision, fp8=None)) is None:
+    if spec.runtime.graphs == "auto" and _records(spec, world, replace(way.precision, fp8=None)) is None:
         own.append(Change("graphs", "yes"))  # of what has been taken by then
     # Ranks whose packages differ have different ones.
     told = [set(offered) for offered in world.gather(own)]
@@ -276,7 +277,7 @@ def measured(
     own: float | None = None
     try:
         own = 0.0
-        for kind, count in compiled.counted(spec.model, way.precision).items():
+        for kind, count in compiled.counted(spec.model, way.precision, spec.runtime.activation_checkpointing).items():
             key = kind, _as_it_sees(kind, spec, way)
             if key not in seen:
                 seen[key] = _seconds(kind, spec, world, layout, way)
@@ -323,7 +324,7 @@ def _seconds(kind: Kind, spec: TrainSpec, world: World, layout: Layout, way: Way
         model = compiled.build_own_share(kind, spec, device, layout, way.precision, way.choices)
         if way.compiles:
             compiled.compile_layers(model)
-        if way.graphs and (problem := graphed.why_not(world, way.precision)):
+        if way.graphs and (problem := _records(spec, world, way.precision)):
             raise RuntimeError(problem)
         if way.graphs and (problem := graphed.problem(model, kind, spec, way.precision)):
             raise RuntimeError(problem)
@@ -341,13 +342,17 @@ def _seconds(kind: Kind, spec: TrainSpec, world: World, layout: Layout, way: Way
         return statistics.fmean(times)
 
 
+def _records(spec: TrainSpec, world: World, chosen: Precision) -> str | None:
+    return graphed.why_not(world, chosen, spec.runtime.activation_checkpointing)
+
+
 def digest(spec: TrainSpec, layout: Layout, way: Way, common: list[Change]) -> str:
     """Of everything that the times depend on and the cache's file does not name."""
     about = {
         "model": spec.model.model_dump(mode="json"),
         "rows": compiled.shapes(spec.tokens, spec.batch),
         "layout": str(layout),
-        "recomputed": spec.runtime.activation_checkpointing,
+        "recomputed": stored(spec.runtime.activation_checkpointing),
         "fp8": spec.precision.fp8.model_dump(mode="json"),
         "way": way.names,
         "changes": common,
