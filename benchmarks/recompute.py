@@ -18,8 +18,8 @@ import torch
 from manifests.spec import load_job
 from trainer.arithmetic.activations import activations
 from trainer.model.hybrid import HybridModel, build_model
-from trainer.model.recompute import set_policy
 from trainer.modelspec import ModelSpec
+from trainer.recomputing import set_policy
 from trainer.runtimespec import RecomputeSpec, Recomputing
 
 POLICIES: tuple[Recomputing, ...] = (

@@ -42,12 +42,12 @@ from trainer.fp8.table import conversion_table
 from trainer.model.compiling import compile_layers
 from trainer.model.graphs import LayerGraphs
 from trainer.model.hybrid import HybridModel, Layer, build_model
-from trainer.model.recompute import set_policy
 from trainer.optim import build_optimizers
 from trainer.parallel.layout import Layout
 from trainer.parallel.mesh import keep_copies
 from trainer.precision import Precision
 from trainer.proof.start import remember
+from trainer.recomputing import set_policy
 from trainer.recording.recorder import peak_flops
 from trainer.runtimespec import RuntimeSpec
 from trainer.spec import PrecisionSpec

@@ -29,7 +29,6 @@ from trainer.fp8 import te
 from trainer.fp8.convert import put, why_not_experts
 from trainer.fp8.table import conversion_table
 from trainer.kinds.base import PlacedKind
-from trainer.model import recompute
 from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.model.rows import own_rows
@@ -39,6 +38,7 @@ from trainer.parallel.layout import Layout
 from trainer.parallel.mesh import Mesh, keep_copies
 from trainer.parameters import parameters
 from trainer.precision import Precision
+from trainer.recomputing import set_policy
 from trainer.runtimespec import OF_ALL_LAYERS, Recomputing
 from trainer.spec import BatchSpec, TokensSpec, TrainSpec
 
@@ -239,7 +239,7 @@ def _build(
                 parameter.data = parameter.data.to(dtype)  # as FSDP2 gathers it
     keep_copies(model, layout, device, dtype)
     policy = spec.runtime.activation_checkpointing
-    recompute.set_policy(model, policy if policy in OF_ALL_LAYERS else "full" if kind.recomputed else "none")
+    set_policy(model, policy if policy in OF_ALL_LAYERS else "full" if kind.recomputed else "none")
     return model
 
 

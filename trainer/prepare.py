@@ -28,7 +28,6 @@ from trainer.fp8.convert import convert
 from trainer.fp8.state import Fp8State
 from trainer.fp8.te import TeState
 from trainer.kinds.ngrams import token_classes
-from trainer.model import recompute
 from trainer.model.compiling import compile_layers
 from trainer.model.graphs import LayerGraphs
 from trainer.model.hybrid import HybridModel, build_model
@@ -40,6 +39,7 @@ from trainer.preflight import ranks as preflight
 from trainer.proof import start as proof
 from trainer.proof import told, trial
 from trainer.proof.trial import Way
+from trainer.recomputing import set_policy
 from trainer.recording.recorder import Recorder
 from trainer.spec import TrainSpec
 from trainer.specbase import to_stored_yaml
@@ -160,7 +160,7 @@ def prepare(spec: TrainSpec, world: World, started: float) -> Run:
     recorder.begin(resumed, {"device": world.device.type, "precision": chosen.name, "mesh": str(layout), **backends})
     first_step = resumed.step if resumed else 0
     keep_copies(model, layout, world.device, chosen.autocast_dtype)
-    recompute.set_policy(model, spec.runtime.activation_checkpointing)
+    set_policy(model, spec.runtime.activation_checkpointing)
     if compiles:
         compile_layers(model)
     if auto:

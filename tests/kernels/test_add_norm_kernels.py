@@ -9,10 +9,10 @@ from torch import Tensor
 from trainer import parity
 from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import build_model
-from trainer.model.recompute import set_policy
 from trainer.modelspec import ModelSpec
 from trainer.ops import Setting, add_norm_triton
 from trainer.ops.check import compare
+from trainer.recomputing import set_policy
 from trainer.spec import BackendsSpec
 
 pytestmark = pytest.mark.kernels

@@ -10,11 +10,11 @@ from trainer.kinds.engram import EngramSpec
 from trainer.kinds.ngrams import multipliers, table_primes
 from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import build_model
-from trainer.model.recompute import set_policy
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents, Setting, engram_triton
 from trainer.ops.check import compare
 from trainer.ops.engram import Hash, engram_torch
+from trainer.recomputing import set_policy
 from trainer.spec import BackendsSpec
 
 pytestmark = pytest.mark.kernels

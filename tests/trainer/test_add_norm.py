@@ -11,9 +11,9 @@ from torch import Tensor
 
 from trainer.model.hybrid import HybridModel, Layer, build_model
 from trainer.model.norm import RMSNorm
-from trainer.model.recompute import set_policy
 from trainer.modelspec import ModelSpec
 from trainer.ops import OPS, Documents
+from trainer.recomputing import set_policy
 
 # Engram first, between and last in its layer, and a layer of one sublayer.
 SPEC = ModelSpec(

@@ -10,8 +10,8 @@ from trainer import compiled
 from trainer.model import compiling
 from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import HybridModel, build_model
-from trainer.model.recompute import set_policy
 from trainer.modelspec import ModelSpec
+from trainer.recomputing import set_policy
 from trainer.runtimespec import RecomputeSpec
 
 SPEC = ModelSpec(

@@ -20,13 +20,13 @@ from trainer.errors import SpecError
 from trainer.model import graphs
 from trainer.model.graphs import LayerGraphs
 from trainer.model.hybrid import HybridModel, build_model
-from trainer.model.recompute import set_policy
 from trainer.modelspec import ModelSpec
 from trainer.parallel.layout import Layout
 from trainer.parallel.mesh import Mesh
 from trainer.parameters import parameters
 from trainer.precision import Precision
 from trainer.prepare import without_graphs
+from trainer.recomputing import set_policy
 from trainer.runtimespec import RecomputeSpec
 from trainer.spec import Fp8Spec, TrainSpec
 

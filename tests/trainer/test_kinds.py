@@ -28,12 +28,12 @@ from trainer.model.hybrid import build_model
 from trainer.model.linear import Linear
 from trainer.model.mamba2 import CausalConv
 from trainer.model.mixer import Functions, Mixed, Mixer
-from trainer.model.recompute import set_policy
 from trainer.modelspec import ModelSpec
 from trainer.ops import Documents
 from trainer.optim import build_optimizers
 from trainer.parameters import parameters
 from trainer.precision import Precision
+from trainer.recomputing import set_policy
 from trainer.spec import Fp8Spec, OptimizerSpec
 from trainer.specbase import SpecError, parse
 

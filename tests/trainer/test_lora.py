@@ -32,13 +32,13 @@ from trainer.model import lora
 from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import HybridModel, build_model
 from trainer.model.lora import Stack, merge
-from trainer.model.recompute import set_policy
 from trainer.modelspec import ModelSpec
 from trainer.ops.experts_grouped import experts_grouped
 from trainer.optim import build_optimizers
 from trainer.parameters import parameters
 from trainer.preflight.ranks import Place
 from trainer.pretrained import find, refuse_misfit
+from trainer.recomputing import set_policy
 from trainer.report.settings import hyperparameters
 from trainer.runtimespec import RecomputeSpec
 from trainer.spec import BackendsSpec, OptimizerSpec, TrainSpec

@@ -21,7 +21,6 @@ from trainer import compiled
 from trainer.arithmetic.memory import step_memory
 from trainer.model.compiling import compile_layers
 from trainer.model.hybrid import HybridModel, build_model
-from trainer.model.recompute import set_policy
 from trainer.modelspec import ModelSpec
 from trainer.ops.narrow import Copy, in_place_of
 from trainer.optim import build_optimizers, clip_gradients
@@ -29,6 +28,7 @@ from trainer.optim.shares import Share
 from trainer.parallel.layout import Layout
 from trainer.parallel.mesh import keep_copies
 from trainer.parameters import head, parameters
+from trainer.recomputing import set_policy
 from trainer.spec import BackendsSpec, OptimizerSpec
 
 SPEC = ModelSpec(

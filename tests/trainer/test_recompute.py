@@ -9,10 +9,10 @@ from trainer.arithmetic.memory import step_memory
 from trainer.errors import SpecError
 from trainer.fp8.convert import convert
 from trainer.model.hybrid import HybridModel, build_model
-from trainer.model.recompute import set_policy
 from trainer.modelspec import ModelSpec
 from trainer.ops import wide
 from trainer.parallel.layout import Layout
+from trainer.recomputing import set_policy
 from trainer.runtimespec import RecomputeSpec, Recomputing, RuntimeSpec
 from trainer.spec import Fp8Spec
 from trainer.specbase import parse

@@ -14,31 +14,18 @@ what it keeps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.arithmetic.activations import regions
-from trainer.modelspec import ModelSpec
-from trainer.runtimespec import Policy, Recomputing
-
-
-class Layered(Protocol):
-    """What `set_policy` needs of a HybridModel."""
-
-    spec: ModelSpec
-    layers: nn.ModuleList
-    mtp: nn.ModuleList
-    groups: list[tuple[int, int]]
-
-    def modules(self) -> Iterator[nn.Module]: ...
+from trainer.runtimespec import Policy
 
 
 class Recomputed(nn.Module):
-    """A module with parts that may be recomputed; `set_policy` selects them."""
+    """A module with parts that may be recomputed; trainer/recomputing.py selects them."""
 
     policy: Policy = "none"
 
@@ -53,16 +40,3 @@ def recomputed(function: Callable[..., Any], *tensors: Any) -> Any:
     """function(*tensors), of which the backward pass keeps only the tensors."""
     # Nothing here draws random numbers.
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
-
-
-def set_policy(model: Layered, policy: Recomputing) -> None:
-    """Choose what all parts of the model recompute; `budget_gib` must have become `layers`."""
-    for module in model.modules():
-        if isinstance(module, Recomputed):
-            module.policy = "selective" if policy == "selective" else "none"
-    layers = [*model.layers, *(module.layer for module in model.mtp)]
-    whole = regions(model.spec, policy)
-    for first, last in whole:
-        if last == first + 1:
-            layers[first].policy = "full"
-    model.groups = [(first, last) for first, last in whole if last > first + 1]
