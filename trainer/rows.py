@@ -10,6 +10,7 @@ Legend: B rows, T positions.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable
@@ -22,13 +23,14 @@ from trainer import agreement
 from trainer.arithmetic.budget import within_budget
 from trainer.arithmetic.rows import Rows, fitting
 from trainer.distributed import World, device_bytes
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, first_line
 from trainer.files import atomic_write
 from trainer.model.hybrid import HybridModel
 from trainer.optim import Optimizers
 from trainer.parallel.layout import Layout
 from trainer.precision import Precision
 from trainer.process import hostmemory
+from trainer.proof.child import is_of_machine
 from trainer.recording.results import read_json
 from trainer.report.run import ROWS
 from trainer.runtimespec import OF_ALL_LAYERS
@@ -52,7 +54,7 @@ def decide(spec: TrainSpec, world: World, layout: Layout) -> tuple[TrainSpec, Ro
     found = None
     if spec.batch.micro_batch_rows == "auto":
         found = fitting(spec, layout, None if world.device.type == "cpu" else least)
-        if world.device.type != "cpu" and (kept := world.broadcast(_kept(spec, world, everyone))) is not None:
+        if world.device.type != "cpu" and (kept := world.broadcast(_kept(spec, world, layout, everyone))) is not None:
             found = Rows(kept, "as an earlier start of the run has found on these GPUs")
         spec = spec.with_rows(found.number)
     share = least or min(world.gather(hostmemory.limit_bytes() // world.local_size))
@@ -87,7 +89,7 @@ def try_out(
         if found != rows:
             rows, why = found, f"{rows} by arithmetic, but a trial ran out of memory"
     if world.is_main:
-        keep(spec, world, rows, why)
+        keep(spec, world, layout, rows, why)
     log.info("train.batch.micro_batch_rows auto: %d (%s)", rows, why)
     return spec.with_rows(rows)
 
@@ -98,44 +100,57 @@ def largest(choices: list[int], problem: Callable[[int], str | None]) -> int:
 
 
 def _passes(spec: TrainSpec, rows: int, model: HybridModel, optimizers: Optimizers, precision: Precision) -> str | None:
-    """Why a micro-batch of so many of the longest rows does not pass; None if it does."""
+    """Why a micro-batch of so many of the longest rows does not pass; None if it does.
+
+    It passes twice, since all but the first of a step find the gradients of those before.
+    """
     device = next(model.parameters()).device
     shape = rows * spec.tokens.seq_len // max(spec.tokens.seq_lens), max(spec.tokens.seq_lens)
     try:
-        ids_BT = torch.arange(shape[0] * shape[1], device=device).view(shape) % spec.model.vocab_size
-        documents_BT = torch.zeros(shape, dtype=torch.int32, device=device)
-        with precision.autocast(device.type):
-            output = model(ids_BT, documents_BT, ids_BT, shape[0])
-        (output.ce_sum + output.mtp_ce_sum_K.sum() + output.aux_sum).mul(0.0).backward()
+        for _ in range(2):
+            _pass(shape, model, precision)
         return None
-    except torch.OutOfMemoryError as error:
-        return str(error).partition("\n")[0]
+    except RuntimeError as error:
+        if not is_of_machine(error):
+            raise
+        return first_line(error)
     finally:
         optimizers.zero_grad()
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def keep(spec: TrainSpec, world: World, rows: int, why: str) -> None:
+def _pass(shape: tuple[int, int], model: HybridModel, precision: Precision) -> None:
+    """Forward and backward of one micro-batch; its gradients are all 0."""
+    device = next(model.parameters()).device
+    ids_BT = torch.arange(shape[0] * shape[1], device=device).view(shape) % model.spec.vocab_size
+    documents_BT = torch.zeros(shape, dtype=torch.int32, device=device)
+    with precision.autocast(device.type):
+        output = model(ids_BT, documents_BT, ids_BT, shape[0])
+    (output.ce_sum + output.mtp_ce_sum_K.sum() + output.aux_sum).mul(0.0).backward()
+
+
+def keep(spec: TrainSpec, world: World, layout: Layout, rows: int, why: str) -> None:
     """Write the record of what was found."""
-    value = {"rows": rows, "why": why, **_of_machine(world.size, device_bytes(world.device), _name(world.device))}
-    atomic_write(Path(spec.run_dir) / ROWS, json.dumps(value, indent=1).encode())
+    own = _known_by(spec, world, layout, device_bytes(world.device), _name(world.device))
+    atomic_write(Path(spec.run_dir) / ROWS, json.dumps({"rows": rows, "why": why, **own}, indent=1).encode())
 
 
-def _kept(spec: TrainSpec, world: World, everyone: list[tuple[int | None, str]]) -> int | None:
-    """The rows in the record, if it is of as many ranks with GPUs like these."""
+def _kept(spec: TrainSpec, world: World, layout: Layout, everyone: list[tuple[int | None, str]]) -> int | None:
+    """The rows in the record, if it is of as many ranks with GPUs like these, which share and recompute alike."""
     try:
         value = read_json(Path(spec.run_dir) / ROWS, ("rows",)) or {}
     except CheckpointError:  # damaged: found again
         return None
-    same = all(
-        _of_machine(world.size, *each) == {k: value.get(k) for k in ("ranks", "bytes", "gpu")} for each in everyone
-    )
+    same = all(known.items() <= value.items() for known in (_known_by(spec, world, layout, *each) for each in everyone))
     return value["rows"] if same and value.get("rows") in spec.row_choices(world.size) else None
 
 
-def _of_machine(ranks: int, size: int | None, name: str) -> dict[str, Any]:
-    return {"ranks": ranks, "bytes": size, "gpu": name}
+def _known_by(spec: TrainSpec, world: World, layout: Layout, size: int | None, name: str) -> dict[str, Any]:
+    """All that decides how many rows fit, besides the model."""
+    setting = {"layout": str(layout), "recomputed": str(spec.runtime.activation_checkpointing)}
+    return {"ranks": world.size, "bytes": size, "gpu": name, **setting, "precision": spec.precision.dtype}
 
 
 def _name(device: torch.device) -> str:

@@ -138,6 +138,8 @@ def test_ranks_take_what_the_smallest_gpu_takes_and_a_trial_lowers_it(gpus: None
     assert rows.decide(spec, same, layout)[1] == (1, "as an earlier start of the run has found on these GPUs")
     other = TwoGpus(other=80 * GIB, name="H200")
     assert not rows.decide(spec, other, layout)[1].why.startswith("as an earlier")
+    again = spec.updated({"runtime": {"activation_checkpointing": "full"}})
+    assert not rows.decide(again, same, layout)[1].why.startswith("as an earlier"), "it recomputes otherwise"
     (tmp_path / "rows.json").write_text("{")
     assert not rows.decide(spec, same, layout)[1].why.startswith("as an earlier")
 
@@ -174,5 +176,15 @@ def test_a_trial_leaves_the_model_as_it_was_and_tells_of_too_little_memory(
 
     monkeypatch.setattr(type(model), "forward", limited)
     assert rows._passes(spec, 4, model, optimizers, fp32) == "CUDA out of memory. Tried to allocate 2 GiB"
+    monkeypatch.setattr(type(model), "forward", lambda *_: refuse("CUBLAS_STATUS_ALLOC_FAILED when calling x"))
+    assert rows._passes(spec, 1, model, optimizers, fp32) == "CUBLAS_STATUS_ALLOC_FAILED when calling x"
+    monkeypatch.setattr(type(model), "forward", lambda *_: refuse("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        rows._passes(spec, 1, model, optimizers, fp32)
+    monkeypatch.setattr(type(model), "forward", limited)
     choices = spec.row_choices(1)
     assert rows.largest(choices, lambda n: rows._passes(spec, n, model, optimizers, fp32)) == 2
+
+
+def refuse(message: str) -> None:
+    raise RuntimeError(message)

@@ -69,7 +69,7 @@ def regions(spec: ModelSpec, policy: Recomputing) -> list[tuple[int, int]]:
 
     Under `sqrt` √n layers form a region (Chen et al. 2016, arXiv 1604.06174). The last region is not recomputed there,
     as its backward pass begins when its forward pass has ended. `budget_gib` must have become `layers`
-    (trainer/arithmetic/fitting.py).
+    (trainer/arithmetic/budget.py).
     """
     trunk = len(spec.layers)
     count = trunk + (spec.mtp.depth if spec.mtp else 0)
