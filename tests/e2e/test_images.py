@@ -58,7 +58,7 @@ def test_the_image_of_a_plain_build_is_enough_for_one_machine() -> None:
     entry = "/usr/local/bin/entry"
     said = ask("run", TRAINER_IMAGE, "sh", "-c", f"{entry} yaongi doctor; echo exit code $?")
     assert re.search(r"PyTorch +ok +2\.", said) and re.search(r"exit code [01]$", said), said
-    prepared = f"{entry} yaongi prepare tiny --until download --workdir /work && ls -l /work/datasets && id -u"
+    prepared = f"{entry} yaongi prepare tiny --until download --workdir /work && cd /work && ls -l datasets && id -u"
     said = ask("run", TRAINER_IMAGE, "sh", "-c", prepared)
     assert "next: yaongi prepare tiny --workdir /work" in said and said.endswith("\n1000\n"), said
     refused = f"{entry} yaongi run tiny --workdir /opt/work 2>&1; echo exit code $?"

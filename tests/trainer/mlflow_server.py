@@ -6,35 +6,27 @@ tests/peers has the real server.
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from json_server import JsonHandler, JsonServer, serving
 
-class MlflowServer(ThreadingHTTPServer):
+
+class MlflowServer(JsonServer):
     """
     Attributes:
         runs: by id: status, metrics as (key, step, value), params, tags.
         wanted: the only Authorization that is accepted; None accepts all.
     """
 
-    daemon_threads = True
-
     def __init__(self, wanted: str | None) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.wanted, self.experiments = wanted, dict[str, str]()
         self.runs, self.unknown = dict[str, dict[str, Any]](), list[str]()
-        self.lock = threading.Lock()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     server: MlflowServer
 
     def do_GET(self) -> None:
@@ -86,26 +78,6 @@ class _Handler(BaseHTTPRequestHandler):
         info = {"run_id": name, "run_uuid": name, "experiment_id": "1", "status": self.server.runs[name]["status"]}
         return {"info": info | {"lifecycle_stage": "active", "artifact_uri": ""}, "data": {}}
 
-    def _answer(self, status: int, value: dict[str, Any]) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def mlflow_serving(wanted: str | None = None) -> Iterator[MlflowServer]:
-    server = MlflowServer(wanted)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def mlflow_serving(wanted: str | None = None) -> AbstractContextManager[MlflowServer]:
+    return serving(MlflowServer(wanted))

@@ -8,15 +8,17 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+import json_server
+from json_server import JsonServer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 PROJECT = "project-1"
 
 
-class Server(ThreadingHTTPServer):
+class Server(JsonServer):
     """
     Attributes:
         requests: (method, path) of each request.
@@ -25,18 +27,12 @@ class Server(ThreadingHTTPServer):
         hangs: while it is clear, nothing is answered.
     """
 
-    daemon_threads = True
-
     def __init__(self, key: str) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.requests: list[tuple[str, str]] = []
         self.events: list[dict[str, Any]] = []
         self.key, self.answers = key, threading.Event()
         self.answers.set()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -98,13 +94,8 @@ def _decoded(body: bytes) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def serving(key: str = "") -> Iterator[Server]:
-    server = Server(key)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.answers.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with json_server.serving(Server(key)) as server:
+        try:
+            yield server
+        finally:
+            server.answers.set()

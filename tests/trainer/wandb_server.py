@@ -7,35 +7,27 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
 from typing import Any
+
+from json_server import JsonHandler, JsonServer, serving
 
 ENTITY = "team"
 
 
-class WandbServer(ThreadingHTTPServer):
+class WandbServer(JsonServer):
     """
     Attributes:
         runs: by id: config, display name, lines of history, summary, exit code, and how often it was begun.
         unknown: names of queries that are not answered.
     """
 
-    daemon_threads = True
-
     def __init__(self, key: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.key, self.runs, self.unknown = key, dict[str, dict[str, Any]](), list[str]()
-        self.lock = threading.Lock()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     server: WandbServer
     protocol_version = "HTTP/1.1"
 
@@ -116,26 +108,6 @@ class _Handler(BaseHTTPRequestHandler):
         if body.get("complete"):
             run["exit"] = body["exitcode"]
 
-    def _answer(self, status: int, value: dict[str, Any]) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def wandb_serving(key: str) -> Iterator[WandbServer]:
-    server = WandbServer(key)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def wandb_serving(key: str) -> AbstractContextManager[WandbServer]:
+    return serving(WandbServer(key))
