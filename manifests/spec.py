@@ -231,9 +231,13 @@ class JobSpec(Spec):
         from trainer.arithmetic.memory import choose_layout
 
         train, cluster = self.train, self.cluster
-        gpu_bytes = cluster.gpu_memory_gib * 2**30 if cluster.gpus_per_node else None
         ranks = (cluster.world_size, cluster.ranks_per_node)
-        return choose_layout(train.parallel, train.model, train.optimizer, *ranks, gpu_bytes)
+        return choose_layout(train.parallel, train.model, train.optimizer, *ranks, self._gpu_bytes)
+
+    @property
+    def _gpu_bytes(self) -> float | None:
+        """Memory of each of the cluster's GPUs; None without any."""
+        return self.cluster.gpu_memory_gib * 2**30 if self.cluster.gpus_per_node else None
 
     def fitted_spec(self) -> TrainSpec:
         """The trainer's spec, with numbers for what it leaves to the memory of the cluster's GPUs: rows `auto`, and a
@@ -252,13 +256,13 @@ class JobSpec(Spec):
         spec, cluster, said = self.train_spec(), self.cluster, list[str]()
         if spec.engine == "megatron":
             return spec, said
-        layout, gpus = self.layout(), cluster.gpus_per_node
+        layout = self.layout()
         if spec.batch.micro_batch_rows == "auto":
-            rows, why = fitting(spec, layout, cluster.gpu_memory_gib * 2**30 if gpus else None)
+            rows, why = fitting(spec, layout, self._gpu_bytes)
             spec = spec.with_rows(rows)
             said.append(f"train.batch.micro_batch_rows auto: {rows} ({why}); a trial on the GPU may lower it")
-        gib = cluster.gpu_memory_gib if gpus else cluster.memory_gib_per_node / cluster.ranks_per_node
-        spec, found = within_budget(spec, layout, gib * 2**30)
+        of_cpus = cluster.memory_gib_per_node / cluster.ranks_per_node * 2**30
+        spec, found = within_budget(spec, layout, self._gpu_bytes or of_cpus)
         return spec, [*said, *([found] if found else [])]
 
     def byte_budget(self, name: str) -> int | None:

@@ -20,10 +20,11 @@ from trainer.arithmetic.scaling import (
     is_extrapolated,
 )
 from trainer.errors import SpecError
+from trainer.spec import MixSpec
 
 DAY = 24  # hours
 BF16_BYTES = 2
-DEFAULT_EPOCHS = 4.0  # of a source, as in specs
+DEFAULT_EPOCHS: float = MixSpec.model_fields["max_epochs"].default
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
